@@ -1,0 +1,237 @@
+"""OFMU's two loops (arXiv 2509.22483, Algorithm 1), once, over a parameter space.
+
+    inner, T times:   theta <- theta + eta_in  grad Phi(theta),   Phi = L_f - beta Sim(g_f, g_r)
+    outer, once:      theta <- theta - eta_out (grad L_r + 2 rho_k (Hess Phi)(grad Phi))
+    schedule:         rho_{k+1} = gamma rho_k
+
+What may be approximated, and what each approximation saves, is in `Options`; `full` and `lite` of ofmu_ray.config
+are two points of that space (14 + 14 and 7 + 3 passes for T = 5 with forward differences).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from ofmu_ray.algorithm.curvature import Curvature, Exact, FiniteDifference
+from ofmu_ray.algorithm.similarity import Similarity, SimilarityCoefficients, similarity_coefficients
+from ofmu_ray.algorithm.space import ParameterSpace, Vector, add_, combine, scaled
+
+
+class Options(Protocol):
+    """The options of a round; ofmu_ray.config.OFMUConfig declares and explains them."""
+
+    @property
+    def beta(self) -> float: ...
+    @property
+    def inner_steps(self) -> int: ...
+    @property
+    def outer_steps(self) -> int: ...
+    @property
+    def similarity(self) -> Similarity: ...
+    @property
+    def curvature(self) -> Literal["finite_difference", "exact"]: ...
+    @property
+    def difference(self) -> Literal["forward", "central"]: ...
+    @property
+    def penalty_curvature(self) -> Literal["full", "forget", "none"]: ...
+    @property
+    def decorrelate_every(self) -> int | None: ...
+    @property
+    def reuse_retain_gradient(self) -> bool: ...
+    @property
+    def reuse_forget_gradient(self) -> bool: ...
+
+
+@dataclass
+class RoundStats:
+    """What one round measured; None: the options leave it out (no cosine when beta = 0)."""
+
+    forget_loss: float = math.nan
+    """L_f at the last inner iterate (nats per token)."""
+    retain_loss: float = math.nan
+    """L_r at the first outer step (nats per token)."""
+    gradient_cosine: float | None = None
+    """cos(g_f, g_r) at the last refresh of the similarity."""
+    phi_gradient_norm: float | None = None
+    """|grad Phi| where the penalty is taken, else at the last inner step."""
+    outer_gradient_norm: float = math.nan
+    """Norm of the first outer step's direction before clipping."""
+    penalty_norm: float | None = None
+    """Norm of 2 rho (Hess Phi)(grad Phi)."""
+    inner_gradient_norms: list[float] = field(default_factory=list)
+    """|grad Phi| at each inner step, before clipping."""
+
+
+def two_loop_round(
+    space: ParameterSpace,
+    forget: Iterator[Any],
+    retain: Iterator[Any],
+    options: Options,
+    *,
+    rho: float,
+    relative_step: float,
+) -> RoundStats:
+    """One round: T inner ascent steps on Phi, then the outer step(s). Collective.
+
+    Args:
+        space: the engine.
+        forget, retain: batches, drawn as the options need them (`batches_per_round`).
+        options: see `Options`.
+        rho: rho_k of this round.
+        relative_step: |displacement| / |theta| of finite differences.
+    """
+    stats = RoundStats()
+    curvature = _curvature(space, options, relative_step)
+    phi = _Phi(space, curvature, options)
+    penalise = rho > 0.0 and options.penalty_curvature != "none"
+    lagged = penalise and options.penalty_curvature == "forget" and options.reuse_forget_gradient
+    penalty: Vector | None = None
+
+    for t in range(options.inner_steps):
+        last = t == options.inner_steps - 1
+        batch = next(forget)
+        g_f, stats.forget_loss = space.gradient(batch, kind="forget", differenced=curvature.differenced)
+        if phi.stale(t):
+            phi.refresh(batch, g_f, lambda: next(retain))
+        ascent = phi.gradient(g_f)
+        if last and lagged:
+            # at the last inner iterate g_f is already there, so the difference costs one pass and not two
+            penalty = _forget_penalty(space, curvature, batch, g_f, ascent, rho, stats)
+        norm = space.apply(scaled(ascent, -1.0), "inner")
+        stats.inner_gradient_norms.append(norm)
+    if stats.phi_gradient_norm is None:
+        stats.phi_gradient_norm = stats.inner_gradient_norms[-1]
+
+    for s in range(options.outer_steps):
+        batch = next(retain)
+        g_r, loss = space.gradient(batch, kind="retain", differenced=curvature.differenced and s == 0)
+        if s == 0:
+            stats.retain_loss = loss
+            if penalise and not lagged:
+                penalty = phi.penalty(next(forget), batch, g_r, rho, stats)
+            if penalty is not None:
+                add_(g_r, penalty)
+                penalty = None
+        norm = space.apply(g_r, "outer")
+        if s == 0:
+            stats.outer_gradient_norm = norm
+    stats.gradient_cosine = phi.cosine
+    return stats
+
+
+def batches_per_round(options: Options, *, penalise: bool) -> dict[str, int]:
+    """Global batches that a round draws from each stream; `penalise`: rho_0 > 0."""
+    refreshes = 0
+    if options.beta > 0:
+        refreshes = 1 if options.reuse_retain_gradient else len(_refresh_steps(options))
+    lagged = options.penalty_curvature == "forget" and options.reuse_forget_gradient
+    extra = 1 if penalise and options.penalty_curvature != "none" and not lagged else 0
+    return {"forget": options.inner_steps + extra, "retain": refreshes + options.outer_steps}
+
+
+def _refresh_steps(options: Options) -> range:
+    return range(0, options.inner_steps, options.decorrelate_every or options.inner_steps)
+
+
+def _curvature(space: ParameterSpace, options: Options, relative_step: float) -> Curvature:
+    if options.curvature == "exact":
+        return Exact(space, options.similarity)
+    return FiniteDifference(space, options.difference, relative_step)
+
+
+class _Phi:
+    """grad Phi = g_f - beta grad Sim, with whatever part of grad Sim the options hold over inner steps."""
+
+    def __init__(self, space: ParameterSpace, curvature: Curvature, options: Options):
+        self.space, self.curvature, self.options = space, curvature, options
+        self.cosine: float | None = None
+        self._sim: Vector | None = None
+        self._g_r: Vector | None = None
+        self._retain_half: Vector | None = None
+
+    def stale(self, step: int) -> bool:
+        return self.options.beta > 0 and step in _refresh_steps(self.options)
+
+    def gradient(self, g_f: Vector) -> Vector:
+        if self._sim is None:
+            return g_f
+        return combine(1.0, g_f, -self.options.beta, self._sim)
+
+    def refresh(self, forget_batch: Any, g_f: Vector, retain_batch: Callable[[], Any]) -> None:
+        """grad Sim = H_f u + H_r w at theta, reusing the retain half of an earlier refresh if that is wanted."""
+        self._sim = None  # frees a held vector before new ones are made
+        if self._g_r is not None:
+            k = self._coefficients(g_f, self._g_r)
+            assert self._retain_half is not None
+            self._sim = add_(self._forget_half(forget_batch, g_f, self._g_r, k), self._retain_half)
+            return
+        batch = retain_batch()
+        g_r, _ = self.space.gradient(batch, kind="retain", differenced=self.curvature.differenced)
+        self._sim, retain_half = self._similarity_gradient(forget_batch, batch, g_f, g_r)
+        if self.options.reuse_retain_gradient and len(_refresh_steps(self.options)) > 1:
+            self._g_r, self._retain_half = g_r, retain_half
+
+    def penalty(self, forget_batch: Any, retain_batch: Any, g_r: Vector, rho: float, stats: RoundStats) -> Vector:
+        """2 rho (Hess Phi)(grad Phi) at theta; g_r = grad L_r there. Curvature of Phi (`full`) or of L_f alone."""
+        space, options = self.space, self.options
+        g_f, _ = space.gradient(forget_batch, kind="forget", differenced=self.curvature.differenced)
+        if options.beta > 0 and (options.penalty_curvature == "full" or not self._holds_sim()):
+            self._sim = None
+            self._sim, _ = self._similarity_gradient(forget_batch, retain_batch, g_f, g_r)
+        v = self.gradient(g_f)
+        if options.penalty_curvature == "forget" or options.beta == 0:
+            return _forget_penalty(space, self.curvature, forget_batch, g_f, v, rho, stats)
+        del g_f
+
+        def phi_gradient() -> Vector:
+            f, _ = space.gradient(forget_batch, kind="forget", differenced=True)
+            r, _ = space.gradient(retain_batch, kind="retain", differenced=True)
+            sim, _ = self._similarity_gradient(forget_batch, retain_batch, f, r)
+            return add_(f, sim, -options.beta)
+
+        cosine = self.cosine  # the displaced evaluations overwrite it
+        norm = math.sqrt(space.dot((v, v))[0])
+        curved = self.curvature.phi_hessian_vector(phi_gradient, v, norm, (forget_batch, retain_batch), options.beta)
+        self.cosine = cosine
+        return _scaled_penalty(space, curved, norm, rho, stats)
+
+    def _holds_sim(self) -> bool:
+        return self._sim is not None and self.options.decorrelate_every is None
+
+    def _coefficients(self, g_f: Vector, g_r: Vector) -> SimilarityCoefficients:
+        ff, fr, rr = self.space.dot((g_f, g_f), (g_f, g_r), (g_r, g_r))
+        k = similarity_coefficients(ff, fr, rr, self.options.similarity)
+        self.cosine = k.cosine
+        return k
+
+    def _forget_half(self, batch: Any, g_f: Vector, g_r: Vector, k: SimilarityCoefficients) -> Vector:
+        u = combine(k.u_f, g_f, k.u_r, g_r)
+        return self.curvature.hessian_vector(batch, "forget", g_f, u, k.u_norm)
+
+    def _similarity_gradient(
+        self, forget_batch: Any, retain_batch: Any, g_f: Vector, g_r: Vector
+    ) -> tuple[Vector, Vector]:
+        """(grad Sim, its retain half H_r w)."""
+        k = self._coefficients(g_f, g_r)
+        forget_half = self._forget_half(forget_batch, g_f, g_r, k)
+        w = combine(k.w_f, g_f, k.w_r, g_r)
+        retain_half = self.curvature.hessian_vector(retain_batch, "retain", g_r, w, k.w_norm)
+        return add_(forget_half, retain_half), retain_half
+
+
+def _forget_penalty(
+    space: ParameterSpace, curvature: Curvature, batch: Any, g_f: Vector, v: Vector, rho: float, stats: RoundStats
+) -> Vector:
+    """2 rho H_f v: the penalty's gradient with the curvature of L_f alone."""
+    norm = math.sqrt(space.dot((v, v))[0])
+    curved = curvature.hessian_vector(batch, "forget", g_f, v, norm)
+    return _scaled_penalty(space, curved, norm, rho, stats)
+
+
+def _scaled_penalty(space: ParameterSpace, curved: Vector, norm: float, rho: float, stats: RoundStats) -> Vector:
+    stats.phi_gradient_norm = norm
+    stats.penalty_norm = 2.0 * rho * math.sqrt(space.dot((curved, curved))[0])
+    return scaled(curved, 2.0 * rho)

@@ -1,0 +1,90 @@
+"""What a method may ask of an engine, on top of the algorithm's parameter space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from ofmu_ray.algorithm.space import Kind, Loop, ParameterSpace, Vector
+
+__all__ = ["DEFAULT_RELATIVE_STEP", "Batch", "Engine", "Kind", "Loop", "Loss", "PassAccount", "Vector"]
+
+# loss_fn(module, batch) -> a scalar mean loss, or (sum of token losses, number of tokens) of one micro-batch.
+Loss = Callable[[torch.nn.Module, Any], torch.Tensor | tuple[torch.Tensor, torch.Tensor | int]]
+
+# Norm of a finite difference's displacement relative to |theta|, by (precision, difference); docs/decisions.md has
+# the measurements.
+DEFAULT_RELATIVE_STEP: dict[tuple[str, str], float] = {
+    ("fp32", "forward"): 3e-5,
+    ("fp32", "central"): 1e-4,
+    ("bf16_autocast", "forward"): 3e-5,
+    ("bf16_autocast", "central"): 1e-4,
+    ("bf16", "forward"): 1e-3,
+    ("bf16", "central"): 1e-3,
+}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's share of a global batch: micro-batches for the engine's loss, all of one kind."""
+
+    micro: Sequence[Any]
+    row_ids: Sequence[str] = ()
+
+
+@dataclass
+class PassAccount:
+    """What a run has cost so far. One pass is one forward and backward over one global batch."""
+
+    gradient_passes: dict[str, int] = field(default_factory=lambda: {"forget": 0, "retain": 0})
+    tokens: int = 0
+    """Tokens (padding excluded) that went through a forward and backward, over all ranks."""
+    flops: float = 0.0
+    """6 x parameters x tokens (forward 2, backward 4): the field's usual estimate, attention excluded."""
+    updates: int = 0
+    """Optimiser steps."""
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "gradient_passes": dict(self.gradient_passes),
+            "tokens": self.tokens,
+            "flops": self.flops,
+            "updates": self.updates,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.gradient_passes = dict(state["gradient_passes"])
+        self.tokens, self.flops, self.updates = int(state["tokens"]), float(state["flops"]), int(state["updates"])
+
+
+class Engine(ParameterSpace, Protocol):
+    """One model, its parameters as sharded fp32 vectors, one optimiser per loop."""
+
+    account: PassAccount
+    precision: str
+
+    def gradient(
+        self, batch: Any, loss: Loss | None = None, *, kind: Kind = "forget", differenced: bool = False
+    ) -> tuple[Vector, float]:
+        """As in `ParameterSpace`; the mean is over all tokens of the global batch when the loss gives (sum, count).
+
+        `batch` is a `Batch`, or one micro-batch as the loss takes it; `loss` defaults to the engine's own.
+        """
+
+    def evaluate(self, batch: Any, fn: Callable[[torch.nn.Module, Any], Any]) -> list[Any]:
+        """fn(module, micro-batch) for each micro-batch of this rank, without gradients. Collective at ZeRO-3."""
+
+    def set_learning_rate(self, loop: Loop, lr: float) -> None:
+        """Learning rate of the loop's next steps."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's shard of weights and optimiser states, for `torch.save`."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict` to the bit; UserError if workers or ZeRO stage differ."""
+
+    def full_weights(self) -> dict[str, torch.Tensor] | None:
+        """The whole model on rank 0 (CPU), None elsewhere. Collective."""

@@ -1,0 +1,71 @@
+"""OFMU: bi-level unlearning by a penalty (Asif and Amiri, arXiv 2509.22483, Algorithm 1)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ofmu_ray.algorithm.two_loop import batches_per_round, two_loop_round
+from ofmu_ray.config import OFMUConfig
+from ofmu_ray.engines.protocol import DEFAULT_RELATIVE_STEP, Engine
+from ofmu_ray.errors import UserError
+from ofmu_ray.methods.protocol import Batches, drawn
+
+
+class OFMU:
+    """T ascent steps on Phi = L_f - beta Sim(g_f, g_r), then a descent step on L_r + rho_k |grad Phi|^2.
+
+    The loops have an optimiser each; the engine holds both. State: k, the rounds done, which gives rho_k.
+    """
+
+    name = "ofmu"
+
+    def __init__(self, config: OFMUConfig | None = None):
+        self.config = config or OFMUConfig()
+        self.rounds_done = 0
+
+    @property
+    def rho(self) -> float:
+        """rho_k = rho_0 gamma^k of the next round."""
+        return self.config.rho * self.config.rho_growth**self.rounds_done
+
+    def batches_per_round(self) -> dict[str, int]:
+        return batches_per_round(self.config, penalise=self.config.rho > 0)
+
+    def round(self, engine: Engine, forget_batches: Batches, retain_batches: Batches) -> dict[str, float]:
+        """One round; `forget_batches` and `retain_batches` give `batches_per_round()` batches (lists are cycled).
+
+        Returns the figures of `RoundStats` (without absent ones), `rho`, and both learning rates.
+
+        Raises:
+            UserError: curvature `exact` on an engine without double backward; too few batches.
+        """
+        config = self.config
+        if config.curvature == "exact" and not engine.offers_exact:
+            raise UserError(
+                f"ofmu.curvature = exact: {type(engine).__name__} has no double backward; use the torch engine or "
+                "ofmu.curvature = finite_difference"
+            )
+        step = config.relative_step or DEFAULT_RELATIVE_STEP[engine.precision, config.difference]
+        rho = self.rho
+        stats = two_loop_round(
+            engine,
+            drawn(forget_batches, "forget"),
+            drawn(retain_batches, "retain"),
+            config,
+            rho=rho,
+            relative_step=step,
+        )
+        self.rounds_done += 1
+        figures = dataclasses.asdict(stats)
+        norms = figures.pop("inner_gradient_norms")
+        figures["inner_gradient_norm"] = sum(norms) / len(norms)
+        figures.update(rho=rho, inner_lr=config.inner.lr, outer_lr=config.outer.lr)
+        return {name: float(value) for name, value in figures.items() if value is not None}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rounds_done": self.rounds_done, "rho": self.rho}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.rounds_done = int(state["rounds_done"])

@@ -1,0 +1,41 @@
+"""What an unlearning method is: rounds over an engine's verbs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import cycle
+from typing import Any, Protocol
+
+from ofmu_ray.engines.protocol import Engine
+from ofmu_ray.errors import UserError
+
+Batches = Iterable[Any]
+
+
+class Method(Protocol):
+    """One file in this folder each."""
+
+    name: str
+
+    def batches_per_round(self) -> dict[str, int]:
+        """Global batches that a round draws from each stream; the batch plan is laid out for exactly these."""
+
+    def round(self, engine: Engine, forget_batches: Batches, retain_batches: Batches) -> dict[str, float]:
+        """One round; returns the figures of the per-round series. Collective: every rank calls it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Readable loop state (JSON) for the checkpoint."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`."""
+
+
+def drawn(batches: Batches, stream: str) -> Iterator[Any]:
+    """Batches one by one: an iterator is drawn from, a collection is gone round as often as needed."""
+    source = iter(batches) if isinstance(batches, Iterator) else cycle(batches)
+    empty = True
+    for batch in source:
+        empty = False
+        yield batch
+    found = "is empty" if empty else "ran out in the middle of a round"
+    raise UserError(f"the stream of {stream} batches {found}: give the method as many batches as batches_per_round()")
