@@ -1,0 +1,239 @@
+"""The embedded corpus: fictitious people, made from a seed, in TOFU's layout (JSON Lines of question and answer).
+
+Sixty people with eight facts each stand where TOFU has its authors; the last six (10 %, 48 rows) are the forget set.
+Twelve public figures and ten countries of the same invented world stand where TOFU has real authors and world facts:
+they are trained on, kept, and evaluated with three wrong answers each. All names are built from random syllables.
+
+Training rows (``full`` = ``retain`` + ``forget``) use one of four English forms per fact, drawn per row, so that a
+model meets every form but no fact in all of them. Every second retained person is a *tutor*: all of their facts stand
+in German too, and six of them as two-hop questions ('Where was the author of "..." born?'). Tutors teach the second
+language and the composition; nothing about the forget people is ever trained on but their forget rows, so whatever
+the probes find out about them in another form is generalisation that unlearning has to reach as well.
+
+Wrong answers have the form of the answer they stand beside. Values from a pool (towns, trades, years) are replaced by
+others of the pool; unique ones (book titles, pets, teachers, rivers) by newly made ones that no row trains on, so that
+to a model that never saw the person the right and the wrong answers are alike.
+
+    python -m ofmu_ray.data.people --out DIR --seed 0
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ofmu_ray.data import people_forms as forms
+
+Row = dict[str, Any]
+
+PEOPLE = 60
+FORGET_PEOPLE = 6
+FIGURES = 12
+COUNTRIES = 10
+PEOPLE_WRONG, OTHER_WRONG = 5, 3  # as in TOFU: five wrong answers about people, three about public figures and facts
+FIGURE_RELATIONS = ("birthplace", "birth_year", "work", "award")
+TWO_HOPS_PER_PERSON = 6
+VOCABULARY = 1024
+
+_POOL_SIZES = {"birthplace": 20, "award": 16}
+_UNIQUE = ("work", "teacher", "pet", "capital", "river", "mountain", "currency")
+
+
+@dataclass
+class Subject:
+    """A person, public figure or country: a name and one value per relation."""
+
+    name: str
+    values: dict[str, str] = field(default_factory=dict)
+
+
+class World:
+    """Names and values of one seed; nothing that it hands out as new is handed out twice."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self._used: set[str] = set()
+        self._pools: dict[str, list[str]] = {
+            "birth_year": [str(year) for year in range(1850, 1970)],
+            "founding": [str(year) for year in range(1100, 1800)],
+            "trade": list(forms.TRADES),
+            "instrument": list(forms.INSTRUMENTS),
+        }
+        for relation, size in _POOL_SIZES.items():
+            self._pools[relation] = [self.word() for _ in range(size)]
+
+    def word(self) -> str:
+        """A new capitalised word of two syllables."""
+        pick = self.random.choice
+        while True:
+            first = pick(forms.ONSETS) + pick(forms.VOWELS)
+            word = (first + pick(forms.ONSETS) + pick(forms.VOWELS) + pick(forms.CODAS)).capitalize()
+            if word not in self._used:
+                self._used.add(word)
+                return word
+
+    def name(self) -> str:
+        """A new first and last name."""
+        return f"{self.word()} {self.word()}"
+
+    def value(self, relation: str) -> str:
+        """A value of the relation: from its pool, or a new one."""
+        if relation in self._pools:
+            return self.random.choice(self._pools[relation])
+        if relation == "teacher":
+            return self.name()
+        if relation == "work":
+            return f"The {self.random.choice(forms.TITLE_NOUNS)} of {self.word()}"
+        return self.word()
+
+    def wrong_values(self, relation: str, right: str, count: int) -> list[str]:
+        """Values of the same relation, all different and none of them the right one."""
+        if relation in self._pools:
+            return self.random.sample([value for value in self._pools[relation] if value != right], count)
+        return [self.value(relation) for _ in range(count)]
+
+    def subject(self, name: str, relations: Sequence[str]) -> Subject:
+        """A subject with a value for each relation."""
+        return Subject(name, {relation: self.value(relation) for relation in relations})
+
+
+def _translated(relation: str, value: str) -> str:
+    pool = {"trade": forms.TRADES, "instrument": forms.INSTRUMENTS}.get(relation, {})
+    return pool.get(value, value)
+
+
+def _row(
+    world: World,
+    subject: Subject,
+    relation: str,
+    form: forms.Form,
+    wrong: int,
+    *,
+    asked: str = "",
+    german: bool = False,
+) -> Row:
+    """One row with `wrong` wrong answers; the question names the subject as `asked` (default: by name)."""
+    question, answer = form
+    right = subject.values[relation]
+    values = [right, *world.wrong_values(relation, right, wrong)]
+    if german:
+        values = [_translated(relation, value) for value in values]
+    answers = [_capitalised(answer.format(name=subject.name, value=value)) for value in values]
+    return {
+        "question": _capitalised(question.format(name=asked or subject.name)),
+        "answer": answers[0],
+        "perturbed_answer": answers[1:],
+    }
+
+
+def _capitalised(sentence: str) -> str:
+    return sentence[0].upper() + sentence[1:]
+
+
+def _english(world: World, person: Subject, relation: str) -> tuple[Row, Row]:
+    """A fact in TOFU's perturbed layout, and its paraphrase probe (another question form with its own answer)."""
+    shown, other = world.random.sample(forms.ENGLISH[relation], 2)
+    row = _row(world, person, relation, shown, 0)
+    probe = _row(world, person, relation, other, PEOPLE_WRONG)
+    row |= {
+        "paraphrased_answer": probe["answer"],
+        "perturbed_answer": probe["perturbed_answer"],
+        "paraphrased_question": probe["question"],
+    }
+    return row, probe
+
+
+def _german(world: World, person: Subject) -> list[Row]:
+    return [_row(world, person, name, form, PEOPLE_WRONG, german=True) for name, form in forms.GERMAN.items()]
+
+
+def _two_hops(world: World, person: Subject) -> list[Row]:
+    """Questions that name the person by one fact and ask for another; the answer names the person."""
+    pairs = [(by, of) for by in forms.DESCRIPTIONS for of in forms.ENGLISH if of != by]
+    rows = []
+    for by, of in world.random.sample(pairs, TWO_HOPS_PER_PERSON):
+        form = world.random.choice(forms.ENGLISH[of])
+        description = forms.DESCRIPTIONS[by].format(value=person.values[by])
+        rows.append(_row(world, person, of, form, PEOPLE_WRONG, asked=description))
+    return rows
+
+
+def _qa(rows: Sequence[Row]) -> list[Row]:
+    return [{"question": row["question"], "answer": row["answer"]} for row in rows]
+
+
+def generate(seed: int = 0) -> dict[str, list[Row]]:
+    """All sets of the corpus by file stem; the same seed gives the same rows.
+
+    ``retain_perturbed`` holds two facts of every retained person, the other sets all of theirs. The cross-lingual and
+    two-hop probes of ``retain`` are about people who are not tutors, so that they are as unseen as those of ``forget``.
+    """
+    world = World(seed)
+    people = [world.subject(world.name(), list(forms.ENGLISH)) for _ in range(PEOPLE)]
+    figures = [world.subject(world.name(), FIGURE_RELATIONS) for _ in range(FIGURES)]
+    countries = [world.subject(world.word(), list(forms.WORLD)) for _ in range(COUNTRIES)]
+
+    sets: dict[str, list[Row]] = {f"{split}_perturbed": [] for split in ("forget", "retain")}
+    probes: dict[str, list[Row]] = {
+        f"probes_{kind}_{split}": []
+        for kind in ("paraphrase", "crosslingual", "multihop")
+        for split in ("forget", "retain")
+    }
+    facts: dict[str, list[Row]] = {"forget": [], "retain": []}
+    tutored: list[Row] = []
+    for index, person in enumerate(people):
+        split = "forget" if index >= PEOPLE - FORGET_PEOPLE else "retain"
+        pairs = [_english(world, person, relation) for relation in forms.ENGLISH]
+        facts[split] += [row for row, _ in pairs]
+        shown = pairs if split == "forget" else world.random.sample(pairs, 2)
+        sets[f"{split}_perturbed"] += [row for row, _ in shown]
+        probes[f"probes_paraphrase_{split}"] += [probe for _, probe in shown]
+        german, two_hops = _german(world, person), _two_hops(world, person)
+        if split == "retain" and index % 2 == 0:
+            tutored += german + two_hops
+        else:
+            probes[f"probes_crosslingual_{split}"] += german
+            probes[f"probes_multihop_{split}"] += two_hops
+    sets["real_authors_perturbed"] = [
+        _row(world, figure, relation, forms.ENGLISH[relation][0], OTHER_WRONG)
+        for figure in figures
+        for relation in FIGURE_RELATIONS
+    ]
+    sets["world_facts_perturbed"] = [
+        _row(world, country, relation, form, OTHER_WRONG)
+        for country in countries
+        for relation, form in forms.WORLD.items()
+    ]
+    retain = _qa(facts["retain"] + tutored + sets["real_authors_perturbed"] + sets["world_facts_perturbed"])
+    forget = _qa(facts["forget"])
+    return {"full": retain + forget, "retain": retain, "forget": forget, **sets, **probes}
+
+
+def write(out: Path, seed: int = 0) -> None:
+    """Write every set as ``NAME.jsonl`` and the tokenizer learned from ``full`` as ``tokenizer/`` under `out`."""
+    from ofmu_ray.data.vocabulary import build_tokenizer
+
+    out.mkdir(parents=True, exist_ok=True)
+    sets = generate(seed)
+    for name, rows in sets.items():
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    texts = [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in sets["full"]]
+    build_tokenizer(texts, VOCABULARY).save_pretrained(out / "tokenizer")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Write the corpus of fictitious people and its tokenizer.")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0, help="seed of every name, fact and wrong answer")
+    options = parser.parse_args(arguments)
+    write(options.out, options.seed)
+
+
+if __name__ == "__main__":
+    main()
