@@ -1,0 +1,144 @@
+"""Where a model's master weights and gradients live, as flat tensors: `Shards`, and its replicated form.
+
+A `Shards` hides one parallel layout from the engine. Its masters are this rank's part of the parameters in full
+precision (fp32; float64 for a float64 module); forward passes read them after `refresh`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+
+from ofmu_ray.engines.protocol import Vector
+from ofmu_ray.errors import UserError
+
+
+class Shards(ABC):
+    """One layout of master weights and gradients."""
+
+    masters: Vector
+    """Flat master weights of this rank; their storage never moves."""
+    sharded: bool
+    """Whether ranks hold different elements (else every rank holds all of them)."""
+    world_size: int
+    forward_module: torch.nn.Module
+    """What a loss calls."""
+    layout: dict[str, object]
+    """What has to agree for a saved state to fit."""
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Bring the masters into the weights that forward passes read. Collective when sharded."""
+
+    @abstractmethod
+    def clear_gradients(self) -> None:
+        """Forget every gradient of earlier passes."""
+
+    @abstractmethod
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backward pass of one micro-batch's loss; its gradient adds to those since `clear_gradients`."""
+
+    @abstractmethod
+    def gradient_sums(self, scale: float) -> Vector:
+        """Scale times the gradient summed over ranks and micro-batches since `clear_gradients`, in new tensors."""
+
+    @abstractmethod
+    def gathered(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[object]:
+        """Within the context the parameters are whole (for reading)."""
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+
+def trainable_parameters(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """(name, parameter) of what trains; a tied parameter stands once, under its first name."""
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    if not named:
+        raise UserError("the model has no trainable parameter: every one is frozen; loosen model.freeze")
+    return named
+
+
+class FlatShards(Shards):
+    """Every rank holds the whole model: one contiguous buffer of weights and one of gradients.
+
+    Parameters and their gradients are views of the buffers, so a displacement, a dot product or an optimiser step
+    is one kernel over the whole model. With more than one rank this is plain data parallelism (ZeRO stage 0): one
+    all-reduce of the gradient buffer per batch.
+    """
+
+    sharded = False
+
+    def __init__(self, module: torch.nn.Module, *, bf16_weights: bool = False, world_size: int = 1) -> None:
+        self.forward_module = module
+        self.world_size = world_size
+        parameters = [parameter for _, parameter in trainable_parameters(module)]
+        devices = {parameter.device for parameter in parameters}
+        if len(devices) > 1:
+            raise UserError(f"the model is spread over {sorted(map(str, devices))}: move it to one device")
+        exact = all(parameter.dtype == torch.float64 for parameter in parameters)
+        full = torch.float64 if exact else torch.float32
+        master = torch.cat([parameter.detach().reshape(-1).to(full) for parameter in parameters])
+        weights = master
+        if world_size > 1:
+            dist.broadcast(master, src=0)
+        dtype = torch.bfloat16 if bf16_weights else full
+        if bf16_weights:
+            weights = master.to(dtype)
+        for parameter in module.parameters():  # the frozen ones too; buffers (rotary frequencies) keep their precision
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        self.masters = [master]
+        self._weights = weights
+        self._parameters = parameters
+        self._sizes = [parameter.numel() for parameter in parameters]
+        self._gradients = torch.zeros_like(weights)
+        self._accumulated = torch.zeros_like(master) if bf16_weights else self._gradients
+        self._bind_views()
+        self.layout = {"layout": "replicated", "numel": master.numel(), "dtype": str(full)}
+
+    def _bind_views(self) -> None:
+        weights, gradients = self._weights.split(self._sizes), self._gradients.split(self._sizes)
+        for parameter, weight, gradient in zip(self._parameters, weights, gradients, strict=True):
+            parameter.data = weight.view(parameter.shape)
+            parameter.grad = gradient.view(parameter.shape)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        if self._weights is not self.masters[0]:
+            self._weights.copy_(self.masters[0])
+
+    @torch.no_grad()
+    def clear_gradients(self) -> None:
+        self._accumulated.zero_()
+        self._gradients.zero_()
+        offset = self._gradients.data_ptr()
+        for parameter, size in zip(self._parameters, self._sizes, strict=True):
+            # someone's module.zero_grad() (set_to_none) breaks the view: bind again
+            if parameter.grad is None or parameter.grad.data_ptr() != offset:
+                self._bind_views()
+                break
+            offset += size * self._gradients.element_size()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self._accumulated is not self._gradients:  # bf16 weights: micro-batches add up in fp32
+            self._accumulated.add_(self._gradients)
+            self._gradients.zero_()
+
+    @torch.no_grad()
+    def gradient_sums(self, scale: float) -> Vector:
+        return [self._accumulated * scale] if self.world_size == 1 else [self.all_reduce(self._accumulated * scale)]
+
+    def gathered(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def flatten(self, tensors: Sequence[torch.Tensor]) -> Vector:
+        """Per-parameter tensors, in `trainable_parameters` order, as a vector."""
+        return [torch.cat([tensor.detach().reshape(-1).to(self.masters[0].dtype) for tensor in tensors])]

@@ -1,0 +1,327 @@
+"""What every engine shares: passes over a batch, displacement, linear algebra, optimiser steps and state.
+
+The layout of the weights (one buffer, or DeepSpeed's ZeRO partitions) is a `Shards`; this module never asks which.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+from ofmu_ray.config import OptimizerConfig
+from ofmu_ray.engines.language import causal_lm_loss
+from ofmu_ray.engines.models import disable_dropout, exported_weights
+from ofmu_ray.engines.optimizers import LoopOptimizer
+from ofmu_ray.engines.protocol import Batch, Kind, Loop, Loss, PassAccount, Vector
+from ofmu_ray.engines.shards import Shards, trainable_parameters
+from ofmu_ray.errors import UserError
+
+T = TypeVar("T")
+
+_DOT_CHUNK = 1 << 22  # elements; bounds the float64 copies of a dot product to 64 MB
+_FLOPS_PER_TOKEN = 6  # and parameter: 2 forward, 4 backward
+
+
+class VectorEngine:
+    """One model whose trainable parameters are a vector, and one optimiser per loop.
+
+    Dropout is switched off: a finite difference needs the same function twice. Buffers (running statistics) do not
+    change in passes inside `displaced`.
+    """
+
+    offers_exact: bool = False
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        shards: Shards,
+        *,
+        loss_fn: Loss | None,
+        inner: OptimizerConfig | None,
+        outer: OptimizerConfig | None,
+        precision: str,
+        offload: str,
+    ) -> None:
+        disable_dropout(module)
+        self.module = module
+        self.precision = precision
+        self.loss_fn: Loss = loss_fn or causal_lm_loss
+        self.account = PassAccount()
+        self.shards = shards
+        named = trainable_parameters(module)
+        self.trainable_names = [name for name, _ in named]
+        self._trainable = [parameter for _, parameter in named]
+        self.numel = sum(_numel(parameter) for parameter in self._trainable)
+        """Trainable parameters of the whole model."""
+        self._numel_all = sum(_numel(parameter) for parameter in module.parameters())
+        moved = offload == "optimizer"
+        self._optimizers: dict[Loop, LoopOptimizer] = {
+            "inner": LoopOptimizer(shards.masters, inner or OptimizerConfig(), offload=moved),
+            "outer": LoopOptimizer(shards.masters, outer or OptimizerConfig(), offload=moved),
+        }
+        self._displacements: list[tuple[Vector, float]] = []
+        self._saved: Vector | None = None
+        self._buffers = _BufferKeeper(module)
+        self._gradients_checked = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the masters live and batches belong."""
+        return self.shards.masters[0].device
+
+    # ------------------------------------------------------------------------------------------------ passes
+
+    def gradient(
+        self, batch: Any, loss: Loss | None = None, *, kind: Kind = "forget", differenced: bool = False
+    ) -> tuple[Vector, float]:
+        """Gradient and value of the mean loss over the global batch; see `protocol.Engine.gradient`.
+
+        Every rank passes the same number of micro-batches. `differenced`: the pass enters a finite difference, so
+        bf16_autocast runs it in fp32 (as it does every pass inside `displaced`).
+
+        Raises UserError when no token of the global batch has a loss, and on the first pass when a trainable
+        parameter gets no gradient.
+        """
+        loss = loss or self.loss_fn
+        shards = self.shards
+        shards.clear_gradients()
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, count, tokens
+        with self._every_gradient_arrives():
+            for micro in micro_batches(batch):
+                with self._autocast(not differenced and not self._displacements):
+                    value, count = sum_and_count(loss(shards.forward_module, micro))
+                shards.backward(value)
+                sums += batch_sums(value, count, micro, self.device)
+        loss_sum, total = self._account_pass(shards.all_reduce(sums), kind)
+        return shards.gradient_sums(1.0 / total), loss_sum / total
+
+    def _account_pass(self, sums: torch.Tensor, kind: Kind) -> tuple[float, float]:
+        loss_sum, total, tokens = sums.tolist()
+        if not total:
+            raise UserError(
+                "no token of this batch has a loss: every label is masked (are there rows without an answer?)"
+            )
+        self.account.gradient_passes[kind] = self.account.gradient_passes.get(kind, 0) + 1
+        self.account.tokens += int(tokens)
+        self.account.flops += _FLOPS_PER_TOKEN * self._numel_all * tokens
+        return loss_sum, total
+
+    def evaluate(self, batch: Any, fn: Callable[[torch.nn.Module, Any], T]) -> list[T]:
+        """`fn(module, micro_batch)` for each micro-batch, without gradients and in evaluation mode.
+
+        Collective when the weights are sharded (ZeRO-3): every rank passes the same number of micro-batches.
+        """
+        training = self.module.training
+        self.module.eval()
+        try:
+            with torch.no_grad(), self._autocast(True):
+                return [fn(self.shards.forward_module, micro) for micro in micro_batches(batch)]
+        finally:
+            self.module.train(training)
+
+    @contextmanager
+    def _autocast(self, wanted: bool) -> Iterator[None]:
+        enabled = wanted and self.precision == "bf16_autocast"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
+            yield
+
+    @contextmanager
+    def _every_gradient_arrives(self) -> Iterator[None]:
+        """On the first pass, watch that each trainable parameter gets a gradient on some rank."""
+        if self._gradients_checked:
+            yield
+            return
+        seen = torch.zeros(len(self._trainable), device=self.device)
+        hooks = [
+            parameter.register_hook(  # type: ignore[no-untyped-call]
+                lambda _, index=index: seen[index].fill_(1) and None
+            )
+            for index, parameter in enumerate(self._trainable)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        flags = self.shards.all_reduce(seen).tolist()
+        missing = [name for name, flag in zip(self.trainable_names, flags, strict=True) if not flag]
+        if missing:
+            shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            raise UserError(
+                f"{len(missing)} trainable parameter(s) got no gradient from the first batch: {shown}. The loss does "
+                "not depend on them; freeze them (model.freeze) or train others"
+            )
+        self._gradients_checked = True
+
+    # ------------------------------------------------------------------------------- parameters as a vector
+
+    @contextmanager
+    def displaced(self, vector: Vector, step: float) -> Iterator[None]:
+        """Within the context the parameters are theta + step * vector; afterwards theta again, to the bit. Nests.
+
+        One copy of theta is kept and serves every displacement until a step or a load changes theta.
+        """
+        masters = self.shards.masters
+        if self._saved is None:
+            self._saved = [master.clone() for master in masters]
+        statistics = self._buffers.snapshot()
+        self._displacements.append((vector, float(step)))
+        try:
+            self._move(masters if len(self._displacements) > 1 else self._saved, vector, step)
+            self.shards.refresh()
+            yield
+        finally:
+            self._displacements.pop()
+            # not "minus the step": rounding would leave a trace; the outer displacements are replayed on the copy
+            base = self._saved
+            for outer_vector, outer_step in self._displacements:
+                self._move(base, outer_vector, outer_step)
+                base = masters
+            if not self._displacements:
+                for master, saved in zip(masters, self._saved, strict=True):
+                    master.copy_(saved)
+            self.shards.refresh()
+            self._buffers.restore(statistics)
+
+    @torch.no_grad()
+    def _move(self, base: Vector, vector: Vector, step: float) -> None:
+        for master, start, direction in zip(self.shards.masters, base, vector, strict=True):
+            torch.add(start, direction, alpha=step, out=master)
+
+    def apply(self, vector: Vector, loop: Loop) -> float:
+        """One step of the loop's optimiser down `vector`; returns the vector's norm before clipping.
+
+        A vector whose norm is not finite changes nothing: the caller sees it in the returned norm.
+        """
+        if self._displacements:
+            raise AssertionError("apply() inside displaced(): the step would be lost on leaving it")
+        norm = math.sqrt(self.dot((vector, vector))[0])
+        if math.isfinite(norm):
+            self._saved = None
+            self._optimizers[loop].step(vector, norm)
+            self.shards.refresh()
+            self.account.updates += 1
+        return norm
+
+    @torch.no_grad()
+    def dot(self, *pairs: tuple[Vector, Vector]) -> list[float]:
+        """Inner products over all ranks, float64, one all-reduce for all pairs."""
+        sums = torch.stack([_local_dot(a, b) for a, b in pairs])
+        if self.shards.sharded:
+            self.shards.all_reduce(sums)
+        return [float(value) for value in sums.tolist()]
+
+    def parameters_norm(self) -> float:
+        """|theta| of the trainable parameters."""
+        return math.sqrt(self.dot((self.shards.masters, self.shards.masters))[0])
+
+    def set_learning_rate(self, loop: Loop, lr: float) -> None:
+        """Learning rate of the loop's next steps."""
+        self._optimizers[loop].lr = lr
+
+    # ------------------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part of everything that changes, as copies in host memory, for torch.save."""
+        return {
+            "layout": dict(self.shards.layout),
+            "masters": [master.detach().to("cpu", copy=True) for master in self.shards.masters],
+            "optimizers": {loop: optimizer.state_dict() for loop, optimizer in self._optimizers.items()},
+            "buffers": self._buffers.state(),
+            "account": self.account.state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict` of the same rank, to the bit. Collective. UserError if the layout differs."""
+        if self._displacements:
+            raise AssertionError("load_state_dict() inside displaced()")
+        found, own = state["layout"], self.shards.layout
+        if found != own:
+            raise UserError(
+                f"the checkpoint was written by {_describe(found)}, this run is {_describe(own)}: "
+                "resume with the same training.workers, training.zero_stage and model"
+            )
+        self._saved = None
+        with torch.no_grad():
+            for master, saved in zip(self.shards.masters, state["masters"], strict=True):
+                master.copy_(saved)
+        for loop, optimizer in self._optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][loop])
+        self._buffers.load(state["buffers"])
+        self.account.load(state["account"])
+        self.shards.refresh()
+
+    def full_weights(self) -> dict[str, torch.Tensor] | None:
+        """The whole model's state dict on rank 0 (host memory, LoRA merged into the base); None on other ranks.
+
+        Collective: sharded parameters are gathered one at a time.
+        """
+        return exported_weights(self.module, self.shards.gathered, keep=self._rank() == 0)
+
+    def _rank(self) -> int:
+        return torch.distributed.get_rank() if self.shards.world_size > 1 else 0
+
+
+class _BufferKeeper:
+    """Copies of a module's buffers, renewed only when one has changed (most never do)."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._buffers = [buffer for buffer in module.buffers() if buffer.numel()]
+        self._copies: list[tuple[int, torch.Tensor]] = [(-1, buffer) for buffer in self._buffers]
+
+    def snapshot(self) -> list[tuple[int, torch.Tensor]]:
+        for index, buffer in enumerate(self._buffers):
+            if self._copies[index][0] != buffer._version:
+                self._copies[index] = (buffer._version, buffer.detach().clone())
+        return list(self._copies)
+
+    @torch.no_grad()
+    def restore(self, snapshot: Sequence[tuple[int, torch.Tensor]]) -> None:
+        for index, (buffer, (version, copy)) in enumerate(zip(self._buffers, snapshot, strict=True)):
+            if buffer._version != version:
+                buffer.copy_(copy)
+                self._copies[index] = (buffer._version, copy)
+
+    def state(self) -> list[torch.Tensor]:
+        return [buffer.detach().to("cpu", copy=True) for buffer in self._buffers]
+
+    @torch.no_grad()
+    def load(self, state: Sequence[torch.Tensor]) -> None:
+        for buffer, saved in zip(self._buffers, state, strict=True):
+            buffer.copy_(saved)
+
+
+def _numel(parameter: torch.Tensor) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))  # a ZeRO-3 parameter at rest is empty
+
+
+def micro_batches(batch: Any) -> Sequence[Any]:
+    return batch.micro if isinstance(batch, Batch) else [batch]
+
+
+def sum_and_count(result: torch.Tensor | tuple[torch.Tensor, torch.Tensor | int]) -> tuple[torch.Tensor, Any]:
+    return result if isinstance(result, tuple) else (result, 1)
+
+
+def batch_sums(value: torch.Tensor, count: Any, micro: Any, device: torch.device) -> torch.Tensor:
+    mask = micro.get("attention_mask") if isinstance(micro, Mapping) else None
+    tokens = count if mask is None else mask.sum()
+    parts = (torch.as_tensor(part, dtype=torch.float64, device=device) for part in (value.detach(), count, tokens))
+    return torch.stack(list(parts))
+
+
+def _local_dot(a: Vector, b: Vector) -> torch.Tensor:
+    total = torch.zeros((), dtype=torch.float64, device=a[0].device)
+    for x, y in zip(a, b, strict=True):
+        for x_part, y_part in zip(torch.split(x, _DOT_CHUNK), torch.split(y, _DOT_CHUNK), strict=True):
+            wide = x_part.double()
+            total += torch.dot(wide, wide if x_part is y_part else y_part.double())
+    return total
+
+
+def _describe(layout: Mapping[str, object]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in layout.items())
