@@ -67,12 +67,13 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay per step, times lr."""
 
-    def __post_init__(self) -> None:
-        _positive("optimizer", self, "lr", "clip", "eps")
-        _not_negative("optimizer", self, "weight_decay")
+    def check(self, section: str) -> None:
+        """Ranges; the owner calls it, because only the owner knows the option's full name."""
+        _positive(section, self, "lr", "clip", "eps")
+        _not_negative(section, self, "weight_decay")
         for name in ("momentum", "beta1", "beta2"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"optimizer.{name}", value, "at least 0 and less than 1")
+            _require(0 <= value < 1, f"{section}.{name}", value, "at least 0 and less than 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,8 @@ class OFMUConfig:
     def __post_init__(self) -> None:
         _not_negative("ofmu", self, "beta", "rho")
         _positive("ofmu", self, "inner_steps", "outer_steps", "rho_growth", "relative_step", "decorrelate_every")
+        self.inner.check("ofmu.inner")
+        self.outer.check("ofmu.outer")
         if self.relative_step is not None:
             _require(self.relative_step <= 0.1, "ofmu.relative_step", self.relative_step, "at most 0.1")
 
@@ -154,6 +157,7 @@ class FinetuneConfig:
     """Course of the learning rate after the warm-up, down to a tenth of lr at the last round."""
 
     def __post_init__(self) -> None:
+        self.optimizer.check("finetune.optimizer")
         _require(0 <= self.warmup_fraction < 1, "finetune.warmup_fraction", self.warmup_fraction, "in [0, 1)")
 
 
@@ -240,8 +244,10 @@ class SourceConfig:
     limit: int | None = None
     """Use the first n rows only; null: all."""
 
-    def __post_init__(self) -> None:
-        _positive("data", self, "limit")
+    def check(self, section: str) -> None:
+        """Ranges; the owner calls it, because only the owner knows the option's full name."""
+        _positive(section, self, "limit")
+        _require(bool(self.path), f"{section}.path", self.path, "a file, folder, glob, URI or hub name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,6 +290,10 @@ class DataConfig:
     duplicates: Literal["error", "drop", "allow"] = "allow"
     """Rows that stand twice in one source; allow keeps and reports them."""
 
+    def __post_init__(self) -> None:
+        self.forget.check("data.forget")
+        self.retain.check("data.retain")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainDataConfig:
@@ -297,6 +307,9 @@ class TrainDataConfig:
     """How a row becomes tokens."""
     duplicates: Literal["error", "drop", "allow"] = "allow"
     """Rows that stand twice; allow keeps and reports them."""
+
+    def __post_init__(self) -> None:
+        self.train.check("data.train")
 
 
 # ------------------------------------------------------------------------------------------------------- the run
@@ -446,7 +459,7 @@ class UnlearnConfig:
     name: str | None = None
     """Run name; the same name resumes. null: derived from the configuration's hash."""
     storage: str = "runs"
-    """Folder or URI of runs, checkpoints and caches."""
+    """Folder of runs, checkpoints and caches; on a cluster, one that all nodes share."""
     seed: int = 0
     """Seed of the batch order."""
     method: Literal["ofmu"] = "ofmu"
@@ -493,7 +506,7 @@ class TrainConfig:
     name: str | None = None
     """Run name; the same name resumes. null: derived from the configuration's hash."""
     storage: str = "runs"
-    """Folder or URI of runs, checkpoints and caches."""
+    """Folder of runs, checkpoints and caches; on a cluster, one that all nodes share."""
     seed: int = 0
     """Seed of the initial weights and of the batch order."""
     model: ModelConfig | None = None
@@ -514,7 +527,7 @@ class TrainConfig:
     """MLflow."""
 
     def __post_init__(self) -> None:
-        _positive("", self, "epochs")
+        _require(self.epochs > 0, "epochs", self.epochs, "greater than 0")
 
 
 # ------------------------------------------------------------------------------------------------ values and hashes

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from ofmu_ray.algorithm.similarity import Similarity
-from ofmu_ray.algorithm.space import Kind, ParameterSpace, Vector, combine, scale_
+from ofmu_ray.algorithm.space import Kind, ParameterSpace, Vector, combine
 
 # A displacement so small that it cannot be told from rounding has no usable difference.
 TINY = 1e-30

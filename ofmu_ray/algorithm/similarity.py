@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar, cast
+from typing import Literal, TypeVar
 
 import torch
 
@@ -74,8 +74,8 @@ def similarity_gradient(
         The cosine (0-dim, in the gradients' dtype), u and w shaped as the gradients.
     """
     single = isinstance(g_f, torch.Tensor)
-    f = [cast(torch.Tensor, g_f)] if single else list(cast(Sequence[torch.Tensor], g_f))
-    r = [cast(torch.Tensor, g_r)] if single else list(cast(Sequence[torch.Tensor], g_r))
+    f = _listed(g_f)
+    r = _listed(g_r)
 
     def dot(x: list[torch.Tensor], y: list[torch.Tensor]) -> float:
         return sum(float(torch.dot(a.reshape(-1).double(), b.reshape(-1).double())) for a, b in zip(x, y, strict=True))
@@ -84,6 +84,8 @@ def similarity_gradient(
     u = [k.u_f * a + k.u_r * b for a, b in zip(f, r, strict=True)]
     w = [k.w_f * a + k.w_r * b for a, b in zip(f, r, strict=True)]
     cosine = torch.tensor(k.cosine, dtype=f[0].dtype, device=f[0].device)
-    if single:
-        return cosine, cast(Gradient, u[0]), cast(Gradient, w[0])
-    return cosine, cast(Gradient, u), cast(Gradient, w)
+    return (cosine, u[0], w[0]) if single else (cosine, u, w)  # type: ignore[return-value]
+
+
+def _listed(g: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [g] if isinstance(g, torch.Tensor) else list(g)

@@ -68,13 +68,6 @@ def add_(x: Vector, y: Vector, alpha: float = 1.0) -> Vector:
     return x
 
 
-def scale_(x: Vector, a: float) -> Vector:
-    """x *= a; returns x."""
-    for xi in x:
-        xi.mul_(a)
-    return x
-
-
 def scaled(x: Vector, a: float) -> Vector:
     """a x, as a new vector."""
     return [torch.mul(xi, a) for xi in x]

@@ -1,0 +1,41 @@
+"""What the driver tells the workers: one picklable value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ofmu_ray.config import FinetuneConfig, ModelConfig, OFMUConfig, StopConfig, TrainingConfig
+from ofmu_ray.methods.protocol import Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerJob:
+    """Everything a worker needs; paths are on storage that every node sees."""
+
+    kind: Literal["unlearn", "train"]
+    run_dir: str
+    """Folder of the run; the exported model goes to <run_dir>/model."""
+    plan_dir: str
+    """The batch plan (ofmu_ray.data.plan)."""
+    config_hash: str
+    """Stands in every checkpoint: a checkpoint of another configuration is refused."""
+    seed: int
+    model: ModelConfig
+    method: OFMUConfig | FinetuneConfig
+    training: TrainingConfig
+    stop: StopConfig
+    utility_rows: str | None
+    """Parquet of tokenised retain rows on which the utility floor is watched; None: no floor."""
+    tracking: Any = None
+    """ofmu_ray.tracking.RunHandle; None: no tracking."""
+
+    def build_method(self) -> Method:
+        """The method, with its options."""
+        if isinstance(self.method, FinetuneConfig):
+            from ofmu_ray.methods.finetune import Finetune
+
+            return Finetune(self.method, self.training.rounds)
+        from ofmu_ray.methods.ofmu import OFMU
+
+        return OFMU(self.method)

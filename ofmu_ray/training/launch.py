@@ -1,0 +1,175 @@
+"""The driver's side: Ray started or joined, TorchTrainer set up, progress shown."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from ofmu_ray.errors import UserError
+from ofmu_ray.training.job import WorkerJob
+
+# Ray Data's readers need a fraction of a CPU beside the workers; without it they wait for ever (and silently).
+READER_SHARE = 0.1
+WORKER_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore",
+    "DS_LOG_LEVEL": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+def connect(cpus_needed: float, gpus_needed: float = 0.0) -> None:
+    """Join the cluster of RAY_ADDRESS or of the submitted job; otherwise start Ray on this machine.
+
+    Raises:
+        UserError: the workers ask for more CPUs or GPUs than there are.
+    """
+    # read by Ray Train when it is imported: how often the controller looks at its workers, and their output
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    if not ray.is_initialized():
+        local = "RAY_ADDRESS" not in os.environ and "RAY_JOB_ID" not in os.environ
+        if local and cpus_needed > (os.cpu_count() or 1):
+            raise _too_many("CPUs", cpus_needed, os.cpu_count() or 1)
+        environment = {"env_vars": WORKER_ENVIRONMENT}
+        ray.init(
+            include_dashboard=False if local else None,
+            log_to_driver=False,
+            logging_level="ERROR",
+            runtime_env=environment,
+        )
+    resources = ray.cluster_resources()
+    if cpus_needed > resources.get("CPU", 0):
+        raise _too_many("CPUs", cpus_needed, resources.get("CPU", 0))
+    if gpus_needed > resources.get("GPU", 0):
+        raise _too_many("GPUs", gpus_needed, resources.get("GPU", 0))
+
+
+def _too_many(what: str, needed: float, found: float) -> UserError:
+    option = f"training.{what.lower()}_per_worker"
+    return UserError(
+        f"training.workers x {option} = {needed:g} {what}, but there are {found:g}: lower --training.workers or "
+        f"--{option}, or join a larger cluster (RAY_ADDRESS)"
+    )
+
+
+@ray.remote(num_cpus=0)
+class Progress:
+    """Where rank 0 says how far it is, for the driver's display."""
+
+    def __init__(self) -> None:
+        self.now: tuple[int, dict[str, float]] = (0, {})
+
+    def update(self, done: int, figures: dict[str, float]) -> None:
+        self.now = (done, figures)
+
+    def read(self) -> tuple[int, dict[str, float]]:
+        return self.now
+
+
+class ProgressBar:
+    """Shows the rounds on the driver while `fit` blocks; nothing when stderr is not a terminal."""
+
+    def __init__(self, actor: Any, rounds: int, title: str):
+        self.actor, self.rounds, self.title = actor, rounds, title
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._show, daemon=True)
+
+    def __enter__(self) -> ProgressBar:
+        if sys.stderr.isatty():
+            self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        if self.thread.is_alive():
+            self.thread.join(timeout=5)
+
+    def _show(self) -> None:
+        from tqdm import tqdm
+
+        with tqdm(total=self.rounds, desc=self.title, unit="round") as bar:
+            while not self.stop.wait(0.5):
+                self._refresh(bar)
+            self._refresh(bar)
+
+    def _refresh(self, bar: Any) -> None:
+        try:
+            done, figures = ray.get(self.actor.read.remote(), timeout=5)
+        except Exception:  # the display must never end a run
+            return
+        bar.n = done
+        shown = {k.removesuffix("_loss"): f"{v:.3f}" for k, v in figures.items() if k.endswith("loss")}
+        bar.set_postfix(shown)
+
+
+def fit(job: WorkerJob, title: str) -> dict[str, Any]:
+    """Run the workers to the end (resuming what the run's folder holds) and return <run>/training.json.
+
+    Raises:
+        UserError: a worker found a user's mistake.
+        RuntimeError: the workers failed more than training.max_failures times.
+    """
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from ofmu_ray.data.stream import PlanDataConfig
+    from ofmu_ray.training.worker import worker_loop
+
+    training = job.training
+    gpu = training.gpus_per_worker > 0
+    resources = {"CPU": max(READER_SHARE, training.cpus_per_worker - READER_SHARE)}
+    if gpu:
+        resources["GPU"] = training.gpus_per_worker
+    threads = str(max(1, int(training.cpus_per_worker)))
+    progress = Progress.remote()  # type: ignore[attr-defined]
+    data = PlanDataConfig(job.plan_dir)
+    trainer = TorchTrainer(
+        worker_loop,
+        train_loop_config={"job": job, "progress": progress},
+        scaling_config=ScalingConfig(num_workers=training.workers, use_gpu=gpu, resources_per_worker=resources),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        datasets=data.datasets(),
+        dataset_config=data,
+        run_config=RunConfig(
+            name="train",
+            storage_path=str(Path(job.run_dir)),
+            checkpoint_config=CheckpointConfig(num_to_keep=training.keep_checkpoints),
+            failure_config=FailureConfig(max_failures=training.max_failures),
+            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | {"OMP_NUM_THREADS": threads}},
+        ),
+    )
+    with ProgressBar(progress, training.rounds, title):
+        try:
+            trainer.fit()
+        except Exception as error:
+            mistake = user_error_within(error)
+            if mistake is not None:
+                raise mistake from None
+            raise
+    summary: dict[str, Any] = json.loads((Path(job.run_dir) / "training.json").read_text())
+    return summary
+
+
+def user_error_within(error: BaseException | None) -> UserError | None:
+    """The user's mistake inside an error that Ray wrapped, if there is one."""
+    seen: set[int] = set()
+    queue = [error]
+    while queue:
+        current = queue.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, UserError):
+            return current
+        queue += [current.__cause__, current.__context__, getattr(current, "cause", None)]
+        queue += list(getattr(current, "worker_failures", {}).values())
+    return None

@@ -1,0 +1,208 @@
+"""The loop of one Ray Train worker."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ofmu_ray.data.plan import read_plan
+from ofmu_ray.data.stream import rounds
+from ofmu_ray.engines import DeepSpeedEngine, TorchEngine
+from ofmu_ray.engines.models import load_causal_lm
+from ofmu_ray.engines.protocol import Engine
+from ofmu_ray.methods.protocol import Method
+from ofmu_ray.training import checkpoint
+from ofmu_ray.training.checkpoint import LoopState
+from ofmu_ray.training.export import export_model
+from ofmu_ray.training.job import WorkerJob
+from ofmu_ray.training.utility import UtilityProbe
+
+
+def worker_loop(config: dict[str, Any]) -> None:
+    """Build or resume, run the rounds, export. `config` holds the `WorkerJob` and the progress actor."""
+    import ray.train
+
+    job: WorkerJob = config["job"]
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(max(1, int(job.training.cpus_per_worker)))
+    torch.manual_seed(job.seed)
+
+    module, tokenizer = load_causal_lm(job.model)
+    engine = build_engine(job, module)
+    method = job.build_method()
+    probe = UtilityProbe(job.utility_rows, rank, world, tokenizer.pad_token_id) if job.utility_rows else None
+
+    resumed = ray.train.get_checkpoint()
+    if resumed is not None:
+        state = checkpoint.restore(resumed, engine, method, rank, job.config_hash)
+    else:
+        state = LoopState(config_hash=job.config_hash)
+        if probe is not None:
+            state.utility_start = state.utility = probe.measure(engine)
+        checkpoint.save(state, engine, method, rank)  # so that there always is a last good model
+
+    loop = _Loop(job, engine, method, probe, state, rank, config.get("progress"))
+    if state.status == "running":
+        micro = job.training.micro_batch_size or job.training.batch_size // world
+        shard = ray.train.get_dataset_shard("plan")
+        plan = read_plan(job.plan_dir)
+        for batches in rounds(
+            shard, plan, start_round=state.round, micro_batch_size=micro, pad_id=tokenizer.pad_token_id
+        ):
+            if not loop.round(batches):
+                loop.back_to_last_good()
+                break
+        else:
+            loop.finish()
+    export_model(job, engine, module, tokenizer, loop.state, rank)
+    loop.close()
+
+
+def build_engine(job: WorkerJob, module: torch.nn.Module) -> Engine:
+    """The engine that training.engine names, on this worker's device."""
+    from ray.train.torch import get_device
+
+    from ofmu_ray.config import OFMUConfig
+
+    method, training = job.method, job.training
+    inner = method.inner if isinstance(method, OFMUConfig) else method.optimizer
+    outer = method.outer if isinstance(method, OFMUConfig) else method.optimizer
+    module = module.to(get_device())
+    precision, offload = job.model.precision, training.offload
+    if training.engine == "torch":
+        return TorchEngine(module, inner=inner, outer=outer, precision=precision, offload=offload)
+    return DeepSpeedEngine(
+        module,
+        inner=inner,
+        outer=outer,
+        zero_stage=training.zero_stage,
+        precision=precision,
+        offload=offload,
+        micro_batch_size=training.micro_batch_size or training.batch_size // training.workers,
+    )
+
+
+class _Loop:
+    """One round after the other, with what surrounds it: checks, checkpoints, series, progress."""
+
+    def __init__(
+        self,
+        job: WorkerJob,
+        engine: Engine,
+        method: Method,
+        probe: UtilityProbe | None,
+        state: LoopState,
+        rank: int,
+        progress: Any,
+    ):
+        self.job, self.engine, self.method, self.probe = job, engine, method, probe
+        self.state, self.rank, self.progress = state, rank, progress
+        self.logger = None
+        if rank == 0 and job.tracking is not None:
+            from ofmu_ray.tracking import RoundLogger
+
+            self.logger = RoundLogger(job.tracking)
+
+    def round(self, batches: dict[str, list[Any]]) -> bool:
+        """Run one round; False: stop, the weights are not to be kept."""
+        state, training = self.state, self.job.training
+        started, tokens = time.perf_counter(), self.engine.account.tokens
+        retain = batches["retain"] if "retain" in batches else batches["train"]
+        figures = self.method.round(self.engine, iter(batches.get("forget", [])), iter(retain))
+        seconds = time.perf_counter() - started
+        state.round += 1
+        state.train_seconds += seconds
+        state.peak_memory_bytes = max(state.peak_memory_bytes, peak_memory_bytes())
+
+        passes = self.engine.account.gradient_passes
+        figures |= {"forget_passes": passes["forget"], "retain_passes": passes["retain"]}
+        figures["tokens_per_second"] = (self.engine.account.tokens - tokens) / seconds
+        good = self._finite(figures) and self._useful(figures)
+        self._log(figures)
+        last = state.round == training.rounds
+        due = state.round % training.checkpoint_every == 0 or self._check_due()
+        if good and due and not last:
+            checkpoint.save(state, self.engine, self.method, self.rank)
+        return good
+
+    def _check_due(self) -> bool:
+        stop, at = self.job.stop, self.state.round
+        return self.probe is not None and (at % stop.check_every == 0 or at == self.job.training.rounds)
+
+    def _finite(self, figures: dict[str, float]) -> bool:
+        # the weights' norm shows what the losses, which were measured before the last step, cannot
+        bad = [name for name, value in figures.items() if not math.isfinite(value)]
+        if not bad and math.isfinite(self.engine.parameters_norm()):
+            return True
+        what = ", ".join(bad) if bad else "the weights' norm"
+        self.state.status = "non_finite"
+        self.state.message = f"not finite in round {self.state.round}: {what}; lower the learning rates"
+        return False
+
+    def _useful(self, figures: dict[str, float]) -> bool:
+        if not self._check_due() or self.probe is None:
+            return True
+        state, floor = self.state, self.job.stop.utility_floor
+        state.utility = figures["utility"] = self.probe.measure(self.engine)
+        assert state.utility_start is not None
+        assert floor is not None
+        if state.utility >= floor * state.utility_start:
+            return True
+        state.status = "utility_floor"
+        state.message = (
+            f"utility floor reached in round {state.round}: mean answer probability on the watched retain rows is "
+            f"{state.utility:.4f}, below {floor:g} x {state.utility_start:.4f}"
+        )
+        return False
+
+    def _log(self, figures: dict[str, float]) -> None:
+        self.state.series.append({"round": self.state.round, **figures})
+        if self.rank != 0:
+            return
+        if self.logger is not None:
+            self.logger.log(self.state.round, figures)
+        if self.progress is not None:
+            self.progress.update.remote(self.state.round, figures)
+
+    def back_to_last_good(self) -> None:
+        """Weights and cursor of the last checkpoint; the stop's reason, the series and the cost stay."""
+        import ray.train
+
+        good = ray.train.get_all_reported_checkpoints()[-1].checkpoint
+        stopped, account = self.state, self.engine.account.state()
+        self.state = checkpoint.restore(good, self.engine, self.method, self.rank, self.job.config_hash)
+        self.engine.account.load(account)
+        self.state.status = stopped.status
+        self.state.message = f"{stopped.message}; the model is that of round {self.state.round}"
+        self.state.series, self.state.train_seconds = stopped.series, stopped.train_seconds
+        self._save_end()
+
+    def finish(self) -> None:
+        self.state.status = "finished"
+        self._save_end()
+
+    def _save_end(self) -> None:
+        state = self.state
+        if dist.is_initialized():
+            peak = torch.tensor(float(state.peak_memory_bytes), dtype=torch.float64)
+            peak = peak.to(next(iter(self.engine.parameters())).device)
+            dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+            state.peak_memory_bytes = int(peak)
+        checkpoint.save(state, self.engine, self.method, self.rank)
+
+    def close(self) -> None:
+        if self.logger is not None:
+            self.logger.close()
+
+
+def peak_memory_bytes() -> int:
+    """Highest memory of this process: allocated on the CUDA device, else the resident set."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,45 @@
+"""The console command `ofmu`: one subcommand per pipeline."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+# Two processes with two spinning threads each on two cores run ten times slower than with one thread each. Set
+# before torch is imported anywhere; a value of the user's own stays.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+COMMANDS = {
+    "unlearn": "make a model forget a set of rows and keep the rest",
+    "train": "fit a target or a retrained model on a data set",
+    "metrics": "figures from evaluation logs of other programs",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; the exit status is 0 on success, 2 on a user's mistake and 1 on a failure."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: ofmu COMMAND [--config FILE] [--section.option VALUE ...]\n")
+        print("\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items()))
+        print("\nofmu COMMAND --help shows a command's options; --print_config the whole configuration as YAML.")
+        return 0 if words else 2
+    if words[0] == "--version":
+        from ofmu_ray import __version__
+
+        print(__version__)
+        return 0
+    if words[0] not in COMMANDS:
+        from ofmu_ray.config import close_match
+
+        hint = close_match(words[0], COMMANDS)
+        print(f"ofmu: error: unknown command {words[0]!r}.{hint} Commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    status: int = importlib.import_module(f"pipelines.{words[0]}").main(words[1:])
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""`ofmu metrics tofu`: figures from evaluation logs in the TOFU release's format, as JSON on standard output."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import NoReturn
+
+from ofmu_ray.errors import UserError
+from pipelines.parse import fail
+
+PROG = "ofmu metrics"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the figures of a log; status 2 with one message for a file that is not such a log."""
+    parser = _Parser(prog=PROG, description=__doc__)
+    parser.add_argument("format", choices=["tofu"], help="format of the log")
+    parser.add_argument("--log", required=True, help="evaluation log (JSON) of the model to judge")
+    parser.add_argument("--retrained-log", help="log of the retrained model; without it forget quality is null")
+    try:
+        options = parser.parse_args(arguments)
+        from ofmu_ray.evaluation.tofu_log import load_log, tofu_metrics
+
+        retrained = load_log(options.retrained_log) if options.retrained_log else None
+        figures = tofu_metrics(load_log(options.log), retrained)
+    except UserError as error:
+        return fail(error, PROG)
+    print(json.dumps(figures, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""From a command line to a checked configuration: jsonargparse over the dataclasses of ofmu_ray.config."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from ofmu_ray.config import PRESETS, close_match
+from ofmu_ray.errors import UserError
+
+Config = TypeVar("Config")
+
+
+def parser_for(config_class: type[Any], prog: str) -> ArgumentParser:
+    """A parser whose options are the fields of `config_class`, nested ones with dots."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=prog, description=config_class.__doc__, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file; later files and options override earlier ones.")
+    parser.add_class_arguments(config_class)
+    return parser
+
+
+def parse(config_class: type[Config], arguments: Sequence[str], prog: str) -> Config:
+    """The configuration of a command line; `--print_config` and `--help` print and exit with 0.
+
+    A preset (`ofmu.preset`) changes the defaults, so that options given in a file or on the line still override it.
+
+    Raises:
+        UserError: unknown option (with the closest known one), wrong type, value out of range, missing file.
+    """
+    parser = parser_for(config_class, prog)
+    known = [option.removeprefix("--") for option in parser._option_string_actions if option.startswith("--")]
+    try:
+        # print_config would print the defaults of the wrong preset, so the preset is looked for without it
+        plain = [word for word in arguments if not word.startswith("--print_config") and word not in ("-h", "--help")]
+        preset = _preset(parser.parse_args(plain))
+        if preset is not None:
+            parser.set_defaults({f"ofmu.{name}": value for name, value in PRESETS[preset].items()})
+        namespace = parser.parse_args(list(arguments))
+        built = vars(parser.instantiate(namespace))
+    except argparse.ArgumentError as error:
+        raise UserError(_explained(str(error), known)) from None
+    except ValueError as error:
+        # an optional section (model.lora) is a union for jsonargparse, which folds the section's own message in
+        if isinstance(error, UserError) or not (own := re.search(r"- (\S+ = .*: must be .*)", str(error))):
+            raise
+        raise UserError(own[1]) from None
+    built.pop("config", None)
+    built.pop("__path__", None)
+    return config_class(**built)
+
+
+def _preset(namespace: Any) -> Any:
+    ofmu = getattr(namespace, "ofmu", None)
+    return getattr(ofmu, "preset", None)
+
+
+def _explained(message: str, known: list[str]) -> str:
+    """jsonargparse's message on one line, with the closest known option for a misspelt one."""
+    message = " ".join(message.split())
+    if match := re.search(r"unrecognized arguments: (\S+)", message, re.IGNORECASE):
+        word = match[1].removeprefix("--").split("=")[0]
+        return f"unknown option --{word}.{_close(word, known)} All options: --help"
+    if match := re.search(r"[Gg]roup '(.+?)' does not accept option '(.+?)'", message):
+        word = f"{match[1]}.{match[2]}"
+        return f"unknown option {word} in the configuration.{_close(word, known)} All options: --help"
+    if match := re.search(r"does not accept (?:nested )?(?:key|option)s? '(.+?)'", message):
+        return f"unknown option {match[1]} in the configuration.{_close(match[1], known)} All options: --help"
+    return message
+
+
+def _close(word: str, known: list[str]) -> str:
+    """Also finds the right option under another section or without its section."""
+    tail = word.rsplit(".", 1)[-1]
+    same_tail = [name for name in known if name.rsplit(".", 1)[-1] == tail]
+    return f" Did you mean {same_tail[0]}?" if same_tail else close_match(word, known)
+
+
+def fail(error: UserError, prog: str) -> int:
+    """Print a user's mistake the way every command does; the exit status."""
+    print(f"{prog}: error: {error}", file=sys.stderr)
+    return 2
