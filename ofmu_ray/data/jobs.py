@@ -1,0 +1,76 @@
+"""Ray Data runs of this room: quiet, ordered, with user mistakes raised as what they are."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import ray.data
+from ray.data.context import DataContext, ShuffleStrategy
+from ray.exceptions import RayError
+from tqdm import tqdm
+
+from ofmu_ray.errors import UserError
+
+TASK_CPUS = 0.25
+"""CPUs a data task asks for: less than one, so that a machine whose cores are taken by workers is not a dead end."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Ray Data without its progress bars and log lines, and with the shuffle that small data likes.
+
+    Pull-based sort took 0.2 s on two cores where the default took 4 s and hash shuffle 1.5 s (it starts actors,
+    which ask for CPUs of their own); it streams through the object store, so it also holds for large data.
+    """
+    context = DataContext.get_current()
+    before = context.enable_progress_bars, context.shuffle_strategy, context.execution_options.preserve_order
+    logger = logging.getLogger("ray.data")
+    level = logger.level
+    context.enable_progress_bars = False
+    context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
+    context.execution_options.preserve_order = True
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        context.enable_progress_bars, context.shuffle_strategy, context.execution_options.preserve_order = before
+        logger.setLevel(level)
+
+
+def run_tasks(task: Callable[[Any, Any], Any], items: Sequence[Any], shared: Any, label: str) -> list[Any]:
+    """`task(item, shared)` for every item on the cluster, results in the order of the items.
+
+    Items and results travel pickled, so they may be any picklable object; `shared` goes to the object store once. A
+    UserError of a task is raised here as itself. One progress bar (items) when stderr is a terminal.
+    """
+    reference = ray.put(shared)
+
+    def call(row: dict[str, Any]) -> dict[str, bytes]:
+        return {"result": pickle.dumps(task(pickle.loads(row["item"]), ray.get(reference)))}
+
+    rows = [{"item": pickle.dumps(item)} for item in items]
+    with quiet(), user_errors():
+        data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(call, num_cpus=TASK_CPUS)
+        bar = tqdm(data.iter_rows(), total=len(rows), desc=label, disable=not sys.stderr.isatty())
+        return [pickle.loads(row["result"]) for row in bar]
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Raise the UserError inside a Ray error as itself."""
+    try:
+        yield
+    except RayError as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            inner = getattr(cause, "cause", None)
+            if isinstance(cause, UserError) or isinstance(inner, UserError):
+                raise UserError(str(cause if isinstance(cause, UserError) and inner is None else inner)) from None
+            cause = cause.__cause__ or (inner if isinstance(inner, BaseException) else None)
+        raise

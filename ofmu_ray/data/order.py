@@ -1,0 +1,84 @@
+"""Which row stands in which slot of which batch: pure numpy, decided by the seed alone.
+
+A stream is an endless row of epochs; each epoch is a permutation of the rows, so that every row comes exactly once
+per epoch. Within an epoch, windows of `WINDOW_BATCHES` batches are sorted by length, cut into batches and the
+batches shuffled: rows of like length meet (less padding) while the order stays random from batch to batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+
+WINDOW_BATCHES = 16
+
+
+def batch_order(lengths: np.ndarray, batches: int, batch_size: int, *, seed: int, stream: str) -> np.ndarray:
+    """int64 [batches, batch_size]: index of the row in each slot.
+
+    Positions k*n to (k+1)*n of the flattened result are a permutation of the n rows. A batch holds a row twice only
+    if the stream has fewer rows than a batch, and then as evenly as possible. More batches extend the sequence
+    without changing its beginning; the number of workers does not enter.
+    """
+    need = batches * batch_size
+    order = np.empty(need, dtype=np.int64)
+    at = 0
+    for epoch in _epochs(lengths, batch_size, seed, stream):
+        take = min(len(epoch), need - at)
+        order[at : at + take] = epoch[:take]
+        at += take
+        if at == need:
+            return order.reshape(batches, batch_size)
+    raise AssertionError("epochs are endless")
+
+
+def lane_slots(lengths: np.ndarray, workers: int) -> np.ndarray:
+    """int64 [batches, batch_size], slots of each batch lane by lane: columns w*share to (w+1)*share are lane w's.
+
+    `lengths` is int [batches, batch_size]. Slots are dealt from the longest down in snake order (0, 1, 1, 0, 0, 1,
+    ...), so that lanes get equal numbers of rows and nearly equal numbers of tokens.
+    """
+    batch_size = lengths.shape[1]
+    longest_first = np.argsort(-lengths.astype(np.int64), axis=1, kind="stable")
+    dealt = np.arange(batch_size).reshape(-1, workers)
+    dealt[1::2] = dealt[1::2, ::-1]
+    return longest_first[:, dealt.T.ravel()]
+
+
+def _epochs(lengths: np.ndarray, batch_size: int, seed: int, stream: str) -> Iterator[np.ndarray]:
+    rows = len(lengths)
+    open_batch = np.empty(0, dtype=np.int64)  # rows of the batch that the last epoch left unfinished
+    for epoch in itertools.count():
+        rng = np.random.default_rng(_entropy(seed, stream, epoch))
+        shuffled = rng.permutation(rows)
+        head, rest = _complete(open_batch, shuffled, -len(open_batch) % batch_size)
+        full = len(rest) // batch_size * batch_size
+        yield np.concatenate([head, *_windows(rest[:full], lengths, batch_size, rng), rest[full:]])
+        unfinished = np.concatenate([open_batch, head])
+        open_batch = rest[full:] if len(rest) else unfinished[len(unfinished) // batch_size * batch_size :]
+
+
+def _complete(open_batch: np.ndarray, shuffled: np.ndarray, missing: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that fill up an unfinished batch, preferring rows it does not hold yet, and the other rows."""
+    held = np.bincount(open_batch, minlength=len(shuffled))
+    chosen = np.argsort(held[shuffled], kind="stable")[:missing]
+    rest = np.ones(len(shuffled), dtype=bool)
+    rest[chosen] = False
+    return shuffled[chosen], shuffled[rest]
+
+
+def _windows(
+    shuffled: np.ndarray, lengths: np.ndarray, batch_size: int, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    window = WINDOW_BATCHES * batch_size
+    for start in range(0, len(shuffled), window):
+        rows = shuffled[start : start + window]
+        batches = rows[np.argsort(lengths[rows], kind="stable")].reshape(-1, batch_size)
+        yield batches[rng.permutation(len(batches))].ravel()
+
+
+def _entropy(seed: int, stream: str, epoch: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{stream}/{epoch}".encode()).digest()[:16], "big")

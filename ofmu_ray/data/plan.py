@@ -1,0 +1,223 @@
+"""The batch sequence is a data set: every batch of a run, written once, in the order each worker reads it.
+
+`<folder>/lane=0000/rounds=000000-000063.parquet` holds one worker's rows of 64 rounds, ordered by round, stream,
+batch and slot. All lanes hold the same numbers of rows, so workers are in lockstep by construction; a run resumes
+by opening the file of its next round.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ofmu_ray.data import store
+from ofmu_ray.data.order import batch_order, lane_slots
+from ofmu_ray.data.prepare import TokenisedStream
+from ofmu_ray.errors import UserError
+
+MARKER = "plan.json"
+VERSION = 1
+"""Of the layout below; part of the plan's hash."""
+
+SCHEMA = pa.schema(
+    [
+        ("position", pa.int64()),  # rank of the row in its lane, over all rounds
+        ("row_id", pa.string()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("prompt_tokens", pa.int32()),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What `plan.json` says."""
+
+    folder: str
+    streams: list[str]
+    """Order of the streams within a round."""
+    rounds: int
+    batches_per_round: dict[str, int]
+    batch_size: int
+    """Rows of one batch over all workers."""
+    workers: int
+    rounds_per_file: int
+    seed: int
+    rows: dict[str, int]
+    """Rows of each stream."""
+    epochs: dict[str, float]
+    """How often the plan goes through each stream."""
+    fingerprint: str
+    """Digest of the data and of everything above; independent of where the plan lies."""
+
+    @property
+    def share(self) -> int:
+        """Rows of one batch on one worker."""
+        return self.batch_size // self.workers
+
+    @property
+    def rows_per_round(self) -> int:
+        """Rows of one round on one worker."""
+        return self.share * sum(self.batches_per_round.values())
+
+    @property
+    def files(self) -> int:
+        """Files of one lane."""
+        return -(-self.rounds // self.rounds_per_file)
+
+    def file(self, lane: int, number: int) -> str:
+        """Path of a lane's file."""
+        first = number * self.rounds_per_file
+        last = min(first + self.rounds_per_file, self.rounds) - 1
+        return store.join(self.folder, f"lane={lane:04d}", f"rounds={first:06d}-{last:06d}.parquet")
+
+    @classmethod
+    def load(cls, folder: str) -> Plan:
+        """Read a plan; raises UserError when there is none."""
+        path = store.join(folder, MARKER)
+        if not store.has(path):
+            raise UserError(f"{store.shown(path)}: no plan is there")
+        return cls(folder=folder, **json.loads(store.read_text(path)))
+
+
+def write_plan(
+    streams: Mapping[str, TokenisedStream],
+    folder: str,
+    *,
+    batches_per_round: Mapping[str, int],
+    rounds: int,
+    batch_size: int,
+    workers: int,
+    seed: int,
+    rounds_per_file: int = 64,
+) -> Plan:
+    """Decide every batch and write it with Ray Data, or return the plan that stands there already.
+
+    The content of a global batch depends on data and seed, never on `workers`. Ray must be up unless the plan is
+    there. Raises AssertionError when `batch_size` does not divide over `workers` (the configuration refuses it).
+    """
+    assert batch_size % workers == 0, f"batch of {batch_size} rows over {workers} workers"
+    numbers = {"rounds": rounds, "batch_size": batch_size, "workers": workers, "seed": seed}
+    numbers["rounds_per_file"] = rounds_per_file
+    counts = {name: batches_per_round[name] for name in streams}
+    content = [VERSION, numbers, counts, {name: stream.fingerprint for name, stream in streams.items()}]
+    plan = Plan(
+        folder=folder,
+        streams=list(streams),
+        batches_per_round=counts,
+        rows={name: len(stream.rows) for name, stream in streams.items()},
+        epochs={name: rounds * counts[name] * batch_size / len(stream.rows) for name, stream in streams.items()},
+        fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
+        **numbers,
+    )
+    if store.has(store.join(folder, MARKER)) and Plan.load(folder).fingerprint == plan.fingerprint:
+        return plan
+    store.remove(folder)
+    with store.published(folder, MARKER) as partial_folder:
+        _write_lanes(plan, streams, partial_folder)
+        text = {key: value for key, value in asdict(plan).items() if key != "folder"}
+        store.write_text(store.join(partial_folder, MARKER), json.dumps(text, indent=1))
+    return plan
+
+
+# --------------------------------------------------------------------------------------------------- places of rows
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the rows of one stream go, sorted by row."""
+
+    row: np.ndarray
+    """int64 [places], index of the row over all parts of the stream."""
+    lane: np.ndarray
+    """int32 [places]."""
+    position: np.ndarray
+    """int64 [places], rank in the lane over all rounds."""
+
+
+def places(stream: TokenisedStream, plan: Plan) -> Places:
+    """Every place of every row of a stream."""
+    per_round = plan.batches_per_round[stream.name]
+    order = batch_order(
+        stream.lengths, plan.rounds * per_round, plan.batch_size, seed=plan.seed, stream=stream.name
+    )  # [batches, batch_size]
+    slots = lane_slots(stream.lengths[order], plan.workers)
+    dealt = np.take_along_axis(order, slots, axis=1).reshape(plan.rounds, per_round, plan.workers, plan.share)
+    before = sum(plan.batches_per_round[name] for name in plan.streams[: plan.streams.index(stream.name)])
+    start = np.arange(plan.rounds)[:, None, None, None] * plan.rows_per_round + before * plan.share
+    batch = np.arange(per_round)[None, :, None, None] * plan.share
+    position = np.broadcast_to(start + batch + np.arange(plan.share), dealt.shape)
+    lane = np.broadcast_to(np.arange(plan.workers, dtype=np.int32)[None, None, :, None], dealt.shape)
+    rows = stream.rows[dealt.ravel()]
+    by_row = np.argsort(rows, kind="stable")
+    return Places(rows[by_row], lane.ravel()[by_row], position.ravel()[by_row])
+
+
+def _write_lanes(plan: Plan, streams: Mapping[str, TokenisedStream], folder: str) -> None:
+    """One Ray Data job: repeat each row once per place, group by file, write each group."""
+    import ray.data
+
+    from ofmu_ray.data.jobs import TASK_CPUS, quiet, user_errors
+
+    items = [item for stream in streams.values() for item in _explosions(stream, plan)]
+    chunk_rows = plan.rounds_per_file * plan.rows_per_round
+    target = Plan(**{**asdict(plan), "folder": folder})
+    groups = plan.workers * plan.files
+    with quiet(), user_errors():
+        exploded = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            partial(_explode, chunk_rows=chunk_rows, files=plan.files),
+            batch_size=1,
+            batch_format="numpy",
+            num_cpus=TASK_CPUS,
+        )
+        written = (
+            exploded.groupby("group", num_partitions=min(groups, 4 * len(items), 200))
+            .map_groups(partial(_write_group, plan=target), batch_format="pyarrow", num_cpus=TASK_CPUS)
+            .take_all()
+        )
+    rows = sum(int(row["rows"]) for row in written)
+    assert len(written) == groups, f"{len(written)} of {groups} files written"
+    assert rows == plan.workers * plan.rounds * plan.rows_per_round, f"{rows} rows written"
+
+
+def _explosions(stream: TokenisedStream, plan: Plan) -> list[dict[str, Any]]:
+    """One item per part of the stream: its file and the places of its rows."""
+    import ray
+
+    found = places(stream, plan)
+    items, first = [], 0
+    for name, rows in stream.parts:
+        low, high = np.searchsorted(found.row, [first, first + rows])
+        if high > low:
+            piece = Places(found.row[low:high] - first, found.lane[low:high], found.position[low:high])
+            items.append({"path": store.join(stream.folder, name), "places": ray.put(piece)})
+        first += rows
+    return items
+
+
+def _explode(batch: dict[str, np.ndarray], *, chunk_rows: int, files: int) -> pa.Table:
+    import ray
+
+    found: Places = ray.get(batch["places"][0])
+    filesystem, path = store.locate(str(batch["path"][0]))
+    table = pq.read_table(path, columns=["row_id", "input_ids", "prompt_tokens"], filesystem=filesystem)
+    table = table.take(pa.array(found.row))
+    table = table.append_column("position", pa.array(found.position))
+    return table.append_column("group", pa.array(found.lane.astype(np.int64) * files + found.position // chunk_rows))
+
+
+def _write_group(table: pa.Table, *, plan: Plan) -> pa.Table:
+    lane, number = divmod(table["group"][0].as_py(), plan.files)
+    filesystem, path = store.locate(plan.file(lane, number))
+    filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+    ordered = table.select(SCHEMA.names).sort_by("position").cast(SCHEMA)
+    pq.write_table(ordered, path, filesystem=filesystem, row_group_size=4096)
+    return pa.table({"rows": [table.num_rows]})

@@ -1,0 +1,214 @@
+"""Sources -> checks -> tokens: what a run needs before it can plan its batches."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ofmu_ray.config import FormatConfig, SourceConfig
+from ofmu_ray.data import checks, sources, store
+from ofmu_ray.data.checks import DataReport, OverlapReport, Policy, Problems, StreamReport
+from ofmu_ray.data.template import Template
+from ofmu_ray.data.tokenise import Columns, Part, PartJob, load_columns, load_row_ids, tokenise
+from ofmu_ray.errors import UserError
+
+MARKER = "stream.json"
+_CODE = ("sources.py", "checks.py", "template.py", "tokenise.py")
+
+
+@dataclass(frozen=True)
+class TokenisedStream:
+    """One source as tokens on disk, and which of its rows the run uses."""
+
+    name: str
+    folder: str
+    """Folder of the Parquet parts."""
+    parts: tuple[tuple[str, int], ...]
+    """(file name, rows) of each part, in order."""
+    rows: np.ndarray
+    """int64 [used rows], indices over all parts; duplicates and overlaps that were dropped are missing."""
+    lengths: np.ndarray
+    """int32 [used rows], tokens of each."""
+    fingerprint: str
+    """Digest of content, format and used rows."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tokenised streams by name, what is known about them, and the layout they share."""
+
+    streams: dict[str, TokenisedStream]
+    report: DataReport
+    template: Template
+
+    def discard(self, *names: str) -> None:
+        """Delete the tokens of these streams: personal data that need not outlive the run."""
+        for name in names:
+            store.remove(self.streams[name].folder)
+
+
+def prepare_streams(
+    sources: Mapping[str, SourceConfig],
+    root: str | None,
+    fmt: FormatConfig,
+    tokenizer: Any,
+    storage: str,
+    *,
+    overlap: Policy = "error",
+    duplicates: Policy = "allow",
+) -> Prepared:
+    """Check and tokenise every source (option `data.<name>`), or take the result of an earlier run.
+
+    Tokens go to `<storage>/cache/data/<hash of content, tokenizer, format and this code>/`. Ray must be up unless
+    everything is there already. Overlap is that of the streams `forget` and `retain`, if both are given.
+
+    Raises UserError with all problems of all sources in one message.
+    """
+    template = Template(tokenizer, fmt)
+    pieces = {name: _fragments(name, source, root) for name, source in sources.items()}
+    keys = {name: _key(name, found, template) for name, found in pieces.items()}
+    folders = {name: store.join(storage, "cache", "data", key) for name, key in keys.items()}
+    with ExitStack() as stack:
+        places = dict(folders)
+        todo = [name for name, folder in folders.items() if not store.has(store.join(folder, MARKER))]
+        for name in todo:
+            places[name] = stack.enter_context(store.published(folders[name], MARKER))
+        problems = _tokenise({name: pieces[name] for name in todo}, places, template)
+        parts = {name: _parts(place) for name, place in places.items()}
+        columns = {name: load_columns(places[name], [n for n, _ in found]) for name, found in parts.items()}
+        shown = {name: store.shown(str(source.path)) for name, source in sources.items()}
+        judged = _Judged(shown, places, parts, columns, overlap, duplicates)
+        judged.refuse(problems)
+        report = DataReport(
+            streams={name: judged.report(name) for name in sources},
+            overlap=judged.overlap,
+            tokenizer_sha256=template.fingerprint(),
+        )
+    streams = {name: _stream(name, folders[name], keys[name], judged) for name in sources}
+    return Prepared(streams, report, template)
+
+
+def _fragments(name: str, source: SourceConfig, root: str | None) -> list[sources.Fragment]:
+    return sources.fragments(source, root, stream=name, option=f"data.{name}")
+
+
+def _key(name: str, pieces: list[sources.Fragment], template: Template) -> str:
+    code = [importlib.resources.files("ofmu_ray.data").joinpath(file).read_text() for file in _CODE]
+    text = json.dumps([name, sources.fingerprint(pieces), template.fingerprint(), code])
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _tokenise(
+    todo: Mapping[str, list[sources.Fragment]], places: Mapping[str, str], template: Template
+) -> dict[str, Problems]:
+    """Write the parts and the marker of each stream; problems by stream."""
+    if not todo:
+        return {}
+    from ofmu_ray.data.jobs import run_tasks
+
+    items = [
+        PartJob(piece, store.join(places[name], f"part-{index:06d}.parquet"))
+        for name, pieces in todo.items()
+        for index, piece in enumerate(pieces)
+    ]
+    done: list[Part] = run_tasks(tokenise, items, template, "tokenising")
+    problems: dict[str, Problems] = {}
+    for name in todo:
+        mine = [part for part in done if part.stream == name]
+        problems[name] = Problems()
+        for part in mine:
+            problems[name].merge(part.problems)
+        problems[name].empty = not sum(part.seen for part in mine)
+        content = {"parts": [[part.name, part.rows] for part in mine]}
+        store.write_text(store.join(places[name], MARKER), json.dumps(content))
+    return problems
+
+
+def _parts(folder: str) -> list[tuple[str, int]]:
+    content = json.loads(store.read_text(store.join(folder, MARKER)))
+    return [(str(name), int(rows)) for name, rows in content["parts"]]
+
+
+def _stream(name: str, folder: str, key: str, judged: _Judged) -> TokenisedStream:
+    rows = np.flatnonzero(judged.used[name])
+    used = hashlib.sha256(rows.tobytes()).hexdigest()
+    fingerprint = hashlib.sha256(f"{key}{used}".encode()).hexdigest()
+    lengths = judged.columns[name].lengths[rows]
+    return TokenisedStream(name, folder, tuple(judged.parts[name]), rows, lengths, fingerprint)
+
+
+class _Judged:
+    """Duplicates and overlap of tokenised streams, and the rows that are left."""
+
+    def __init__(
+        self,
+        shown: dict[str, str],
+        places: dict[str, str],
+        parts: dict[str, list[tuple[str, int]]],
+        columns: dict[str, Columns],
+        overlap: Policy,
+        duplicates: Policy,
+    ) -> None:
+        self.shown, self.places, self.parts, self.columns = shown, places, parts, columns
+        self.policies = overlap, duplicates
+        self.repeats = {name: checks.repeats(c.exact, c.normalised) for name, c in columns.items()}
+        self.used = {name: np.ones(len(c.lengths), dtype=bool) for name, c in columns.items()}
+        self.overlap: OverlapReport | None = None
+        if duplicates == "drop":
+            for name, again in self.repeats.items():
+                self.used[name] &= ~again.normalised
+        if {"forget", "retain"} <= set(columns):
+            forget, retain = columns["forget"], columns["retain"]
+            shared = np.isin(retain.normalised, forget.normalised)
+            exact = int(np.isin(retain.exact, forget.exact).sum())
+            some = self._ids("retain", np.flatnonzero(shared)[: checks.SHOWN])
+            self.overlap = OverlapReport(exact=exact, normalised=int(shared.sum()), row_ids=some)
+            if overlap == "drop":
+                self.used["retain"] &= ~shared
+
+    def refuse(self, problems: dict[str, Problems]) -> None:
+        """Raise one UserError for everything that is wrong."""
+        overlap, duplicates = self.policies
+        extra = []
+        if duplicates == "error":
+            for name, again in self.repeats.items():
+                if count := int(again.normalised.sum()):
+                    ids = self._ids(name, np.flatnonzero(again.normalised)[: checks.SHOWN])
+                    extra.append(checks.duplicate_line(f"data.{name}", ids, count))
+        if overlap == "error" and self.overlap and self.overlap.normalised:
+            extra.append(checks.overlap_line(self.overlap))
+        checks.refuse({f"data.{name}": (self.shown[name], found) for name, found in problems.items()}, extra)
+        for name, used in self.used.items():
+            if not used.any():
+                raise UserError(f"data.{name}: no row is left after dropping duplicates and overlap")
+
+    def report(self, name: str) -> StreamReport:
+        found, used, again = self.columns[name], self.used[name], self.repeats[name]
+        dropped = np.flatnonzero(~used)
+        lengths = found.lengths[used].astype(np.int64)
+        return StreamReport(
+            source=self.shown[name],
+            rows=len(used),
+            used_rows=int(used.sum()),
+            tokens=int(lengths.sum()),
+            label_tokens=int((lengths - found.prompt_tokens[used]).sum()),
+            truncated_rows=int((found.cut[used] > 0).sum()),
+            longest=int(lengths.max()),
+            exact_duplicates=int(again.exact.sum()),
+            normalised_duplicates=int(again.normalised.sum()),
+            dropped=len(dropped),
+            dropped_ids=self._ids(name, dropped[:1000]),
+            sha256=hashlib.sha256(found.normalised.tobytes()).hexdigest(),
+        )
+
+    def _ids(self, name: str, rows: np.ndarray) -> list[str]:
+        if not len(rows):
+            return []
+        return load_row_ids(self.places[name], [part for part, _ in self.parts[name]], rows)

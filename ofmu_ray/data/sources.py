@@ -1,0 +1,262 @@
+"""Sources become fragments: pieces of a data set that one task reads on its own.
+
+A JSON Lines file is one fragment, a Parquet file one per row group, a hub data set one per slice. Fragments know
+where their first row stands, so that row ids do not depend on who reads what.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs as pafs
+
+from ofmu_ray.config import SourceConfig
+from ofmu_ray.data import store
+from ofmu_ray.errors import UserError
+
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+PARQUET_SUFFIXES = (".parquet", ".pq")
+HUB_SLICE_ROWS = 20_000
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A row that could not be read; never holds its text."""
+
+    kind: str
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """One task's worth of rows of a source."""
+
+    stream: str
+    kind: Literal["json", "parquet", "table"]
+    path: str
+    """Local path or URI of the file; for a hub data set its name."""
+    file: int | None = None
+    """Number of the file in its source (from 1); None when the source is one file."""
+    first_row: int = 1
+    """Number of the fragment's first row in its file (from 1)."""
+    row_group: int | None = None
+    rows: int | None = None
+    """Read at most this many rows."""
+    table: pa.Table | None = None
+    identity: str = ""
+    """What the content hash covers: the bytes' sha256, or size and modification time on an object store."""
+
+    def row_id(self, row: int) -> str:
+        """Stable name of a row that carries none of its text."""
+        return f"{self.stream}-{row}" if self.file is None else f"{self.stream}-{self.file}-{row}"
+
+    @property
+    def name(self) -> str:
+        return store.shown(self.path)
+
+
+def fragments(source: SourceConfig, root: str | None, *, stream: str, option: str) -> list[Fragment]:
+    """All fragments of a source, in a stable order. `option` names the source in errors (e.g. data.forget).
+
+    Raises UserError: no path, nothing there, a suffix that is not known, no connection to the hub.
+    """
+    if not source.path:
+        raise UserError(f"{option}.path is not set: give a file, folder, glob, URI or hub data set")
+    if _is_hub(source, root):
+        found = _hub_fragments(source, stream, option)
+    else:
+        paths = _expand(store.under(root, _builtin(source.path)), option)
+        numbers: list[int | None] = [None] if len(paths) == 1 else list(range(1, len(paths) + 1))
+        pairs = zip(paths, numbers, strict=True)
+        found = [piece for path, number in pairs for piece in _file_fragments(path, number, source, stream, option)]
+    if not found:
+        raise UserError(f"{option}.path = {store.shown(source.path)}: no rows")
+    return found if source.limit is None else list(_limited(found, source.limit))
+
+
+def read(fragment: Fragment, columns: list[str] | None = None) -> Iterator[tuple[int, dict[str, Any] | Broken]]:
+    """(row number from 1, row) of each row; a row that cannot be read comes as `Broken`."""
+    rows = _read_json(fragment) if fragment.kind == "json" else _read_table(fragment, columns)
+    return rows if fragment.rows is None else itertools.islice(rows, fragment.rows)
+
+
+def fingerprint(pieces: list[Fragment]) -> str:
+    """Hex digest of what the fragments hold, where rows are numbered from and how many are read."""
+    content = [[f.kind, f.file, f.first_row, f.row_group, f.rows, f.identity] for f in pieces]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------ finding
+
+
+def _builtin(path: str) -> str:
+    if not path.startswith("builtin:"):
+        return path
+    from ofmu_ray.assets import resolve_builtin
+
+    return str(resolve_builtin(path))
+
+
+def _is_hub(source: SourceConfig, root: str | None) -> bool:
+    path = source.path or ""
+    if source.format != "auto":
+        return source.format == "hub"
+    plain = not (store.is_uri(path) or path.startswith(("builtin:", ".", "~")) or os.path.isabs(path) or "*" in path)
+    known = path.endswith((*JSON_SUFFIXES, *PARQUET_SUFFIXES))
+    return plain and not known and root is None and path.count("/") == 1 and not os.path.exists(path)
+
+
+def _expand(path: str, option: str) -> list[str]:
+    """Files of a file, folder or glob, sorted by path."""
+    filesystem, inside = store.locate(path, f"{option}.path")
+    try:
+        if any(mark in inside for mark in "*["):
+            base = inside[: min(inside.find(mark) for mark in "*[" if mark in inside)].rpartition("/")[0]
+            found = [p for p in _walk(filesystem, base) if fnmatch.fnmatch(p, inside)]
+        elif filesystem.get_file_info(inside).type == pafs.FileType.Directory:
+            found = [p for p in _walk(filesystem, inside) if p.endswith((*JSON_SUFFIXES, *PARQUET_SUFFIXES))]
+        else:
+            found = [inside] if filesystem.get_file_info(inside).type == pafs.FileType.File else []
+    except OSError as error:
+        raise UserError(f"{option}.path = {store.shown(path)}: cannot be read ({type(error).__name__})") from None
+    if not found:
+        raise UserError(
+            f"{option}.path = {store.shown(path)}: no file is there; give a JSON Lines or Parquet file, a folder or "
+            "glob of them, an s3:// or gs:// URI, or a hub data set with --" + option + ".format hub"
+        )
+    return [_full(path, inside, p) for p in sorted(found)]
+
+
+def _walk(filesystem: pafs.FileSystem, folder: str) -> list[str]:
+    found = filesystem.get_file_info(pafs.FileSelector(folder, recursive=True, allow_not_found=True))
+    return [info.path for info in found if info.type == pafs.FileType.File and not _hidden(info.path)]
+
+
+def _hidden(path: str) -> bool:
+    return path.rpartition("/")[2].startswith((".", "_"))
+
+
+def _full(original: str, inside: str, path: str) -> str:
+    """`path` inside the file system of the URI `original` (whose own path is `inside`), as a URI of its own."""
+    if not store.is_uri(original):
+        return path
+    stem, mark, query = original.partition("?")
+    head = stem[: len(stem.rstrip("/")) - len(inside.rstrip("/"))]
+    return head + path + mark + query
+
+
+def _file_fragments(
+    path: str, number: int | None, source: SourceConfig, stream: str, option: str
+) -> Iterator[Fragment]:
+    plain = store.shown(path)
+    kind = source.format
+    if kind == "auto":
+        kind = "parquet" if plain.endswith(PARQUET_SUFFIXES) else "json" if plain.endswith(JSON_SUFFIXES) else "auto"
+    if kind == "auto":
+        raise UserError(f"{option}.path = {plain}: unknown suffix; say --{option}.format json or parquet")
+    identity = _identity(path)
+    if kind == "json":
+        yield Fragment(stream, "json", path, number, identity=identity)
+        return
+    filesystem, inside = store.locate(path, f"{option}.path")
+    try:
+        groups = pq.ParquetFile(inside, filesystem=filesystem).metadata
+    except (pa.ArrowInvalid, OSError):
+        raise UserError(f"{option}.path = {plain}: not a Parquet file; say --{option}.format json if it is") from None
+    first = 1
+    for group in range(groups.num_row_groups):
+        yield Fragment(stream, "parquet", path, number, first, group, identity=identity)
+        first += groups.row_group(group).num_rows
+
+
+def _identity(path: str) -> str:
+    filesystem, inside = store.locate(path)
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        with open(inside, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    info = filesystem.get_file_info(inside)  # reading a whole object store twice would cost more than it is worth
+    return f"{store.shown(path)}:{info.size}:{info.mtime_ns}"
+
+
+def _hub_fragments(source: SourceConfig, stream: str, option: str) -> list[Fragment]:
+    import datasets
+
+    name = str(source.path)
+    datasets.disable_progress_bars()
+    try:
+        table = datasets.load_dataset(name, source.hub_config, split=source.hub_split)
+    except Exception as error:  # the hub client raises many types: network, names, configurations, splits
+        raise UserError(
+            f"{option}.path = {name}: neither a file or folder here nor a hub data set that can be loaded "
+            f"({type(error).__name__}) with {option}.hub_config = {source.hub_config}, "
+            f"{option}.hub_split = {source.hub_split}; check the names, the network or the offline cache"
+        ) from None
+    whole = table.with_format("arrow")[:]
+    starts = range(0, max(whole.num_rows, 1), HUB_SLICE_ROWS)
+    slices = [whole.slice(start, HUB_SLICE_ROWS) for start in starts]
+    identity = str(table._fingerprint)
+    return [
+        Fragment(stream, "table", name, None, start + 1, table=part, identity=identity)
+        for start, part in zip(starts, slices, strict=True)
+    ]
+
+
+def _limited(pieces: list[Fragment], limit: int) -> Iterator[Fragment]:
+    """The fragments that hold the first `limit` rows."""
+    left = limit
+    for piece in pieces:
+        if left <= 0:
+            return
+        count = sum(1 for _ in read(replace(piece, rows=left), columns=[]))
+        yield replace(piece, rows=count)
+        left -= count
+
+
+# ------------------------------------------------------------------------------------------------------ reading
+
+
+def _read_json(fragment: Fragment) -> Iterator[tuple[int, dict[str, Any] | Broken]]:
+    filesystem, path = store.locate(fragment.path)
+    with filesystem.open_input_stream(path, buffer_size=1 << 20) as file:
+        for number, line in enumerate(_lines(file), start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except (json.JSONDecodeError, UnicodeDecodeError):
+                yield number, Broken("not JSON (one object per line is expected)")
+                continue
+            yield number, row if isinstance(row, dict) else Broken("not a JSON object (one per line is expected)")
+
+
+def _lines(file: Any) -> Iterator[bytes]:
+    """Lines of an Arrow stream; the last one may lack its newline."""
+    rest = b""
+    while chunk := file.read(1 << 20):
+        *whole, rest = (rest + chunk).split(b"\n")
+        yield from whole
+    if rest:
+        yield rest
+
+
+def _read_table(fragment: Fragment, columns: list[str] | None) -> Iterator[tuple[int, dict[str, Any] | Broken]]:
+    table = fragment.table
+    if table is None:
+        filesystem, path = store.locate(fragment.path)
+        file = pq.ParquetFile(path, filesystem=filesystem)
+        # when a wanted column is missing, the names of the others tell the user what the file has instead
+        complete = bool(columns) and set(columns or ()) <= set(file.schema_arrow.names)
+        table = file.read_row_group(fragment.row_group, columns=columns if complete else None)
+    number = fragment.first_row
+    for batch in table.to_batches(max_chunksize=1024):
+        for row in batch.to_pylist():
+            yield number, row
+            number += 1

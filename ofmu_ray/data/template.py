@@ -1,0 +1,152 @@
+"""(question, answer) -> token ids: the one place where a row's layout is decided, for training and evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+from ofmu_ray.config import FormatConfig
+from ofmu_ray.errors import UserError
+
+_QUESTION, _ANSWER = "qzquestionzq", "qzanswerzq"  # stand-ins that no tokenizer's template changes
+
+
+class Encoded(NamedTuple):
+    """One row as tokens."""
+
+    input_ids: list[int]
+    """BOS (if the tokenizer has one), prompt, answer, EOS."""
+    prompt_tokens: int
+    """Leading tokens without a loss; at least one token after them belongs to the answer, or the row is only prompt."""
+    cut: int
+    """Tokens lost to max_length."""
+
+    @property
+    def only_prompt(self) -> bool:
+        """Whether no token of the answer is left (EOS does not count)."""
+        return len(self.input_ids) < self.prompt_tokens + 2
+
+
+class Template:
+    """Layout of a row: chat template of the tokenizer, or `prompt_template` + one space + answer.
+
+    `encode(q, a)[0][:prompt_tokens] == encode_prompt(q)` always holds: what generation starts from is to the token
+    what training conditioned on. Spaces at the end of the prompt belong to the answer, because most vocabularies
+    join a space with the word that follows; when prompt and answer would still share a token, they are encoded apart.
+    Exactly one BOS leads if the tokenizer has one. EOS is always the last label: a row cut on the right keeps it.
+
+    Raises UserError: the tokenizer has no EOS, or no chat template (template: chat), or its chat template refuses
+    the system prompt.
+    """
+
+    def __init__(self, tokenizer: Any, config: FormatConfig) -> None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                "model.tokenizer: the tokenizer has no EOS token, so answers could not learn to end; "
+                "set eos_token in its tokenizer_config.json"
+            )
+        self.tokenizer = tokenizer
+        self.config = config
+        self.bos: int | None = tokenizer.bos_token_id
+        self.eos: int = tokenizer.eos_token_id
+        self.pad: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.before, self.between = self._chat() if self._uses_chat() else self._qa()
+
+    def encode(self, question: str, answer: str) -> tuple[list[int], int]:
+        """Token ids of the row and the number of its prompt tokens."""
+        row = self.encode_rows([question], [answer])[0]
+        return row.input_ids, row.prompt_tokens
+
+    def encode_prompt(self, question: str) -> list[int]:
+        """Token ids that a generation starts from; not cut."""
+        return self._with_bos(self._tokens([self._prompt(question).rstrip(" ")])[0])
+
+    def encode_rows(self, questions: Sequence[str], answers: Sequence[str]) -> list[Encoded]:
+        """All rows at once (a fast tokenizer spreads them over threads)."""
+        if not questions:
+            return []
+        prompts = [self._prompt(question) for question in questions]
+        heads = [prompt.rstrip(" ") for prompt in prompts]
+        tails = [p[len(h) :] + a.strip() for p, h, a in zip(prompts, heads, answers, strict=True)]
+        head_ids = self._tokens(heads)
+        whole_ids = self._tokens([h + t for h, t in zip(heads, tails, strict=True)])
+        rows = []
+        for head, tail, whole in zip(head_ids, tails, whole_ids, strict=True):
+            if whole[: len(head)] == head and len(whole) > len(head):
+                answer_ids = whole[len(head) :]
+            else:  # a token spans the boundary
+                answer_ids = self._tokens([tail])[0]
+            rows.append(self._row(self._with_bos(head), answer_ids))
+        return rows
+
+    def fingerprint(self) -> str:
+        """Hex digest of all that decides how text becomes tokens."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        vocabulary = backend.to_str() if backend else json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        layout = [self.before, self.between, self.bos, self.eos, self.pad, asdict(self.config)]
+        return hashlib.sha256(json.dumps([vocabulary, layout]).encode()).hexdigest()
+
+    def _row(self, prompt: list[int], answer: list[int]) -> Encoded:
+        room = self.config.max_length - 1  # EOS
+        whole = prompt + answer
+        return Encoded([*whole[:room], self.eos], min(len(prompt), room), max(len(whole) - room, 0))
+
+    def _prompt(self, question: str) -> str:
+        return f"{self.before}{question.strip()}{self.between}"
+
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        if self.bos is None:
+            return ids
+        start = 0
+        while start < len(ids) and ids[start] == self.bos:  # many chat templates spell BOS out
+            start += 1
+        return [self.bos, *ids[start:]]
+
+    def _uses_chat(self) -> bool:
+        has = getattr(self.tokenizer, "chat_template", None) is not None
+        if self.config.template == "chat" and not has:
+            raise UserError(
+                "data.format.template = chat: the tokenizer has no chat template; use --data.format.template qa"
+            )
+        return has and self.config.template != "qa"
+
+    def _qa(self) -> tuple[str, str]:
+        before, _, after = self.config.prompt_template.partition("{question}")
+        return before, after + " "
+
+    def _chat(self) -> tuple[str, str]:
+        """Text before the question and between question and answer, found by rendering the template once."""
+        system = self.config.system_prompt
+        turns = [{"role": "system", "content": system}] if system else []
+        turns.append({"role": "user", "content": _QUESTION})
+        try:
+            prompt = self._render(turns, generate=True)
+            whole = self._render([*turns, {"role": "assistant", "content": _ANSWER}], generate=False)
+        except Exception as error:  # templates raise what they like (jinja2, TypeError)
+            hint = "try without --data.format.system_prompt, or " if system else ""
+            raise UserError(
+                f"data.format.template = {self.config.template}: the tokenizer's chat template fails "
+                f"({type(error).__name__}); {hint}use --data.format.template qa"
+            ) from None
+        if prompt.count(_QUESTION) != 1:
+            raise UserError(
+                "data.format.template: the tokenizer's chat template does not show the user's message exactly once; "
+                "use --data.format.template qa"
+            )
+        before, _, after = prompt.partition(_QUESTION)
+        # The finished conversation tells whether a space stands before the answer ("[/INST] Paris"); templates whose
+        # finished form differs otherwise (a block of thoughts) are followed in their generation form.
+        spoken = whole.partition(_QUESTION)[2].partition(_ANSWER)[0]
+        natural = _ANSWER in whole and spoken.rstrip(" ") == after.rstrip(" ")
+        return before, spoken if natural else after
+
+    def _render(self, turns: list[dict[str, str]], *, generate: bool) -> str:
+        text: str = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate)
+        return text
