@@ -1,0 +1,141 @@
+"""Reach a tracking server or database within seconds, or say which option to change.
+
+MLflow by itself tries an unreachable server for minutes and a database that it cannot open for two. Everything here
+goes through `MlflowClient`: the fluent API (`mlflow.set_experiment`) exports MLFLOW_EXPERIMENT_ID to the environment,
+which Ray workers inherit and which beats every experiment name given later.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from ofmu_ray.errors import UserError
+from ofmu_ray.storage import is_uri, local_path
+
+PATIENCE_SECONDS = 5
+_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+_SQLITE_MAGIC = b"SQLite format 3\0"
+
+
+def resolve_uri(uri: str | None, storage: str) -> str:
+    """The tracking URI with an absolute sqlite path, as workers with another working directory need it.
+
+    Raises:
+        UserError: MLflow no longer keeps runs there, or the default cannot be used with this storage.
+    """
+    if uri is None:
+        if is_uri(storage):
+            raise UserError(
+                f"tracking.uri = null keeps MLflow's database under storage = {storage!r}, but SQLite needs a local "
+                "disk: give a tracking server with --tracking.uri http://HOST:PORT"
+            )
+        return f"sqlite:///{local_path(storage) / 'mlflow.db'}"
+    if uri.startswith("sqlite:///"):
+        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+    scheme = _scheme(uri)
+    if scheme in _PORTS or scheme == "databricks":
+        return uri
+    raise UserError(
+        f"tracking.uri = {without_password(uri)!r}: use null, sqlite:///FILE, http(s)://HOST:PORT or a database such "
+        "as postgresql://HOST/NAME (MLflow no longer supports folders of files)"
+    )
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of a SQLite tracking URI."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def without_password(uri: str) -> str:
+    """The URI as it may be shown."""
+    parts = urlsplit(uri)
+    if parts.password is None:
+        return uri
+    return urlunsplit(parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":***@")))
+
+
+def check_reachable(uri: str) -> None:
+    """Open the database file, or a connection to the server's port, before MLflow tries for minutes.
+
+    Raises:
+        UserError: naming tracking.uri and what went wrong.
+    """
+    file = sqlite_file(uri)
+    if file is not None:
+        _check_sqlite(file)
+        return
+    parts = urlsplit(uri)
+    if parts.hostname is None:  # databricks: the SDK finds the host in its own configuration
+        return
+    try:
+        port = parts.port or _PORTS[_scheme(uri)]
+        socket.create_connection((parts.hostname, port), timeout=PATIENCE_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise unreachable(uri, error) from None
+
+
+def unreachable(uri: str, error: object) -> UserError:
+    """The error for a tracking server that does not answer."""
+    return UserError(
+        f"tracking.uri = {without_password(uri)!r}: MLflow is not reachable ({error}): start it, correct the address, "
+        "or leave tracking.uri null for a local database"
+    )
+
+
+def client(uri: str) -> Any:
+    """An `MlflowClient` of this URI; MLflow's and its migrations' log lines below warnings are silenced."""
+    from mlflow import MlflowClient
+
+    for name in ("alembic", "mlflow.store", "mlflow.system_metrics", "mlflow.tracking"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+@contextmanager
+def impatient(retries: int = 0, timeout_seconds: int = PATIENCE_SECONDS) -> Iterator[None]:
+    """Few retries and a short timeout for MLflow's HTTP calls in this block.
+
+    MLflow offers these settings as environment variables only; they are read at every request and restored here.
+    """
+    settings = {
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries),
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_seconds),
+        "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _scheme(uri: str) -> str:
+    """postgresql+psycopg2://... -> postgresql; a word without a scheme (databricks) -> itself."""
+    return uri.partition(":")[0].partition("+")[0].lower()
+
+
+def _check_sqlite(file: Path) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("ab+") as stream:  # creates it: a folder or file that cannot be written fails here
+            stream.seek(0)
+            head = stream.read(len(_SQLITE_MAGIC))
+    except OSError as error:
+        raise UserError(
+            f"tracking.uri = 'sqlite:///{file}': cannot be written ({error.strerror}): "
+            "choose another file with --tracking.uri or another --storage"
+        ) from None
+    if head not in (b"", _SQLITE_MAGIC):
+        raise UserError(f"tracking.uri = 'sqlite:///{file}': not a SQLite database: choose another file")

@@ -1,0 +1,258 @@
+"""The MLflow run of a run: started or found again by the driver, finished by it, written to by rank 0 in between."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ofmu_ray.config import TrackingConfig, flatten
+from ofmu_ray.errors import UserError
+from ofmu_ray.storage import is_uri, join, local_path
+from ofmu_ray.tracking import connection
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+RUN_NAME_TAG = "ofmu.run_name"
+LONGEST_VALUE = 6000  # MLflow's limit of a parameter's value, in characters
+PARAMETERS_PER_CALL = 100  # MLflow's limit
+ARTIFACT_SUFFIXES = frozenset({".html", ".json", ".md", ".yaml"})
+_WHERE_NOT_WHAT = ("name", "storage", "tracking", "report")  # may differ between a run and its resumption
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunHandle:
+    """What a worker needs to write to the run; plain strings, so it travels in a train loop's config."""
+
+    run_id: str
+    uri: str
+    experiment_id: str
+
+
+def start(
+    config: TrackingConfig,
+    storage: str,
+    run_name: str,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str] | None = None,
+    *,
+    resume: bool = True,
+) -> RunHandle:
+    """Create the run with its parameters, or find the run of this name and set it running again.
+
+    Called once, by the driver, before any worker starts: concurrent first use of a fresh SQLite file fails, so the
+    database and the experiment are made here, under a lock that other drivers on this machine respect.
+
+    Args:
+        params: the whole configuration, nested or flat; values are logged as JSON (strings as they are), cut to
+            6000 characters.
+        tags: more tags, e.g. the code version; they are overwritten on resumption.
+        resume: take up the latest run of this name if its parameters agree (where the run is stored and how it is
+            reported may differ); False: always a new run.
+
+    Raises:
+        UserError: MLflow is not reachable within seconds, or the experiment was deleted.
+    """
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    uri = connection.resolve_uri(config.uri, storage)
+    connection.check_reachable(uri)
+    values = {name: _text(value) for name, value in flatten(dict(params)).items()}
+    own_tags = {**(tags or {}), RUN_NAME_TAG: run_name}
+    try:
+        with connection.impatient(), _lock(uri):
+            client = connection.client(uri)  # makes the tables of a fresh database
+            experiment_id = _experiment(client, config.experiment, uri, storage)
+        run = _find(client, experiment_id, run_name, values) if resume else None
+        if run is None:
+            run = client.create_run(experiment_id, run_name=run_name, tags=own_tags)
+        else:
+            client.update_run(run.info.run_id, status="RUNNING")
+            for key, value in own_tags.items():
+                client.set_tag(run.info.run_id, key, value)
+        _log_params(client, run, values)
+    except (MlflowException, SQLAlchemyError) as error:
+        raise connection.unreachable(uri, _first_line(error)) from None
+    return RunHandle(run.info.run_id, uri, experiment_id)
+
+
+def finish(
+    handle: RunHandle,
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    cost: Mapping[str, Any] | None = None,
+    artifacts: Iterable[str | Path] = (),
+    status: Status = "FINISHED",
+) -> bool:
+    """Log the final figures and files, and close the run.
+
+    Args:
+        metrics: ``{"before": {name: {"value", "low", "high", ...}}, "after": ..., "retrained": ... | None}`` becomes
+            ``after/forget_quality``, ``after/forget_quality_low`` and so on; absent figures are left out.
+        cost: nested numbers, logged as ``cost/gradient_passes/forget`` and so on.
+        artifacts: pages and JSON files; evaluation rows hold text and are refused.
+
+    Returns:
+        False when MLflow could not be reached any more: everything is in the run's folder, so the run does not fail
+        for it; a warning says so.
+
+    Raises:
+        AssertionError: an artifact that is neither a page nor JSON.
+    """
+    files = [Path(path) for path in artifacts]
+    for file in files:
+        assert file.suffix in ARTIFACT_SUFFIXES, f"{file.name} is not a page or JSON file, so it may hold text of rows"
+    figures = {**_figures(metrics or {}), **_numbers(cost or {}, "cost/")}
+    client = connection.client(handle.uri)
+    try:
+        with connection.impatient(retries=2, timeout_seconds=30):
+            _log_figures(client, handle.run_id, figures)
+            for file in files:
+                client.log_artifact(handle.run_id, str(file))
+            client.set_terminated(handle.run_id, status=status)
+    except Exception as error:  # MLflow's stores raise their own, sqlalchemy's and requests' errors
+        _log.warning("MLflow run %s was not closed (%s); its results are complete in the run's folder.",
+                     handle.run_id, _first_line(error))  # fmt: skip
+        return False
+    return True
+
+
+@contextmanager
+def system_metrics(handle: RunHandle, *, enabled: bool = True, interval_seconds: float = 5.0) -> Iterator[None]:
+    """Log CPU, memory, disk, network and GPU use of this machine as ``system/...`` while the block runs."""
+    if not enabled:
+        yield
+        return
+    connection.client(handle.uri)  # silences MLflow's start and stop lines
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(
+        handle.run_id, sampling_interval=interval_seconds, resume_logging=True, tracking_uri=handle.uri
+    )
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
+
+
+def open_command(handle: RunHandle) -> str:
+    """How to look at the run: a command that serves a local database, or the run's address on a server."""
+    page = f"#/experiments/{handle.experiment_id}/runs/{handle.run_id}"
+    if handle.uri.startswith(("http://", "https://")):
+        return f"{connection.without_password(handle.uri).rstrip('/')}/{page}"
+    shown = connection.without_password(handle.uri)
+    return f"mlflow ui --backend-store-uri {shown}  # then open http://127.0.0.1:5000/{page}"
+
+
+# ------------------------------------------------------------------------------------------------------- creation
+
+
+@contextmanager
+def _lock(uri: str) -> Iterator[None]:
+    """One driver at a time makes the tables of a SQLite database."""
+    file = connection.sqlite_file(uri)
+    if file is None:
+        yield
+        return
+    from filelock import FileLock
+
+    with FileLock(f"{file}.lock"):
+        yield
+
+
+def _experiment(client: Any, name: str, uri: str, storage: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        # A server decides itself; a database would put artifacts under the working directory.
+        on_server = uri.startswith(("http", "databricks"))
+        try:
+            return str(client.create_experiment(name, None if on_server else _artifact_location(storage)))
+        except MlflowException:
+            experiment = client.get_experiment_by_name(name)  # another driver was first
+            if experiment is None:
+                raise
+    if experiment.lifecycle_stage == "deleted":
+        raise UserError(
+            f"tracking.experiment = {name!r} was deleted in MLflow: choose another name, or restore it with "
+            f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
+        )
+    return str(experiment.experiment_id)
+
+
+def _artifact_location(storage: str) -> str:
+    return join(storage, "mlartifacts") if is_uri(storage) else (local_path(storage) / "mlartifacts").as_uri()
+
+
+def _find(client: Any, experiment_id: str, run_name: str, values: Mapping[str, str]) -> Any | None:
+    """The latest run of this name, if it has the same parameters as far as they determine the run."""
+    quote = '"' if "'" in run_name else "'"  # MLflow's filters know no escape
+    query = f"tags.`{RUN_NAME_TAG}` = {quote}{run_name}{quote}"
+    found = client.search_runs([experiment_id], query, max_results=1, order_by=["attributes.start_time DESC"])
+    if not found:
+        return None
+    logged = found[0].data.params
+    differing = [
+        name
+        for name, value in values.items()
+        if name.partition(".")[0] not in _WHERE_NOT_WHAT and logged.get(name, value) != value
+    ]
+    return None if differing else found[0]
+
+
+def _log_params(client: Any, run: Any, values: Mapping[str, str]) -> None:
+    """Log what is not there yet; MLflow refuses to change a parameter."""
+    from mlflow.entities import Param
+
+    missing = [Param(name, value) for name, value in values.items() if name not in run.data.params]
+    for begin in range(0, len(missing), PARAMETERS_PER_CALL):
+        client.log_batch(run.info.run_id, params=missing[begin : begin + PARAMETERS_PER_CALL])
+
+
+def _text(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 1] + "…"
+
+
+def _first_line(error: object) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+# -------------------------------------------------------------------------------------------------- final figures
+
+
+def _figures(metrics: Mapping[str, Any]) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    for model, named in metrics.items():
+        for name, figure in (named or {}).items():
+            if isinstance(figure, Mapping) and figure.get("value") is not None:
+                figures[f"{model}/{name}"] = float(figure["value"])
+                bounds = {side: figure.get(side) for side in ("low", "high")}
+                figures |= {f"{model}/{name}_{side}": float(x) for side, x in bounds.items() if x is not None}
+    return figures
+
+
+def _numbers(nested: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    flat = flatten(dict(nested))
+    return {
+        prefix + name.replace(".", "/"): float(value)
+        for name, value in flat.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+
+
+def _log_figures(client: Any, run_id: str, figures: Mapping[str, float]) -> None:
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    client.log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in figures.items()])

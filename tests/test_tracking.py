@@ -1,0 +1,294 @@
+"""MLflow: runs found again, series without duplicates, and an unreachable server reported at once."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from ofmu_ray.config import TrackingConfig, UnlearnConfig, to_dict
+from ofmu_ray.errors import UserError
+from ofmu_ray.tracking import RoundLogger, RunHandle, finish, open_command, start, system_metrics
+
+CONFIG = TrackingConfig()
+METRICS = {
+    "before": {"forget_quality": {"value": 0.001, "low": None, "high": None, "n": 48}},
+    "after": {
+        "forget_quality": {"value": 0.42, "low": 0.1, "high": 0.9, "n": 48},
+        "model_utility": {"value": None, "reason": "evaluation.sets.world_facts is null"},
+    },
+    "retrained": None,
+}
+COST = {"gradient_passes": {"forget": 70, "retain": 30}, "seconds": {"training": 12.5}, "updates": 60}
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One storage (and one database: creating it takes seconds) for the module; tests use their own run names."""
+    return str(tmp_path_factory.mktemp("storage"))
+
+
+def _client(handle: RunHandle) -> MlflowClient:
+    return MlflowClient(tracking_uri=handle.uri)
+
+
+def _steps(handle: RunHandle, name: str) -> list[int]:
+    return sorted(metric.step for metric in _client(handle).get_metric_history(handle.run_id, name))
+
+
+def test_default_database_and_artifacts_lie_under_storage(
+    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    handle = start(CONFIG, storage, "paths", {})
+    assert handle.uri == f"sqlite:///{storage}/mlflow.db"
+    page = tmp_path / "report.html"
+    page.write_text("<html></html>")
+    assert finish(handle, artifacts=[page])
+    assert list((Path(storage) / "mlartifacts").rglob("report.html"))
+    assert list(tmp_path.iterdir()) == [page]
+    assert "MLFLOW_EXPERIMENT_ID" not in os.environ
+
+
+def test_the_whole_configuration_is_logged_as_parameters(storage: str) -> None:
+    config = to_dict(UnlearnConfig(seed=7))
+    handle = start(CONFIG, storage, "parameters", config, {"version": "1"})
+    run = _client(handle).get_run(handle.run_id)
+    assert run.data.params["seed"] == "7"
+    assert run.data.params["ofmu.inner.lr"] == "1e-05"
+    assert run.data.params["ofmu.decorrelate_every"] == "null"
+    assert len(run.data.params) > 60
+    assert run.data.tags["ofmu.run_name"] == "parameters"
+    assert run.data.tags["version"] == "1"
+
+
+def test_long_values_and_many_parameters_fit_mlflow(storage: str) -> None:
+    handle = start(CONFIG, storage, "limits", {"long": "x" * 7000, **{f"p{i}": i for i in range(250)}})
+    params = _client(handle).get_run(handle.run_id).data.params
+    assert len(params) == 251
+    assert len(params["long"]) == 6000
+
+
+def test_resumption_finds_the_run_and_replayed_rounds_stand_once(storage: str) -> None:
+    name = "it's resumed"
+    first = start(CONFIG, storage, name, {"seed": 0, "storage": "a"})
+    with RoundLogger(first) as logger:
+        for step in range(8):
+            logger.log(step, {"loss/forget": float(step), "rho": 0.1})
+        logger.log(8, {"loss/forget": 8.0})  # killed between two series of one round
+    assert finish(first, status="KILLED")
+    second = start(CONFIG, storage, name, {"seed": 0, "storage": "b"})
+    assert second == first
+    assert _client(second).get_run(second.run_id).info.status == "RUNNING"
+    with RoundLogger(second) as logger:
+        for step in range(5, 12):
+            logger.log(step, {"loss/forget": float(step), "rho": 0.1})
+            logger.log(step, {"rho": 0.2})
+    assert _steps(second, "loss/forget") == list(range(12))
+    assert _steps(second, "rho") == list(range(12))
+    assert finish(second)
+    assert _client(second).get_run(second.run_id).info.status == "FINISHED"
+
+
+def test_another_configuration_or_a_fresh_start_is_another_run(storage: str) -> None:
+    first = start(CONFIG, storage, "same name", {"seed": 0})
+    assert start(CONFIG, storage, "same name", {"seed": 1}).run_id != first.run_id
+    assert start(CONFIG, storage, "same name", {"seed": 1}, resume=False).run_id != first.run_id
+
+
+def test_series_are_buffered_and_flushed_by_count(storage: str) -> None:
+    handle = start(CONFIG, storage, "buffer", {})
+    logger = RoundLogger(handle, flush_rounds=3, flush_seconds=3600)
+    logger.log(0, {"a": 1.0})
+    logger.log(1, {"a": 1.0})
+    assert _steps(handle, "a") == []
+    logger.log(2, {"a": 1.0})
+    assert _steps(handle, "a") == [0, 1, 2]
+    logger.log(3, {"a": float("nan")})
+    logger.close()
+    assert _steps(handle, "a") == [0, 1, 2, 3]
+
+
+def test_more_points_than_one_call_takes(storage: str) -> None:
+    handle = start(CONFIG, storage, "many", {})
+    with RoundLogger(handle, flush_rounds=10_000, flush_seconds=3600) as logger:
+        for step in range(300):
+            logger.log(step, {f"s{i}": 1.0 for i in range(8)})
+    assert _steps(handle, "s7") == list(range(300))
+
+
+def test_final_figures_and_cost(storage: str) -> None:
+    handle = start(CONFIG, storage, "figures", {})
+    assert finish(handle, metrics=METRICS, cost=COST)
+    assert _client(handle).get_run(handle.run_id).data.metrics == {
+        "before/forget_quality": 0.001,
+        "after/forget_quality": 0.42,
+        "after/forget_quality_low": 0.1,
+        "after/forget_quality_high": 0.9,
+        "cost/gradient_passes/forget": 70,
+        "cost/gradient_passes/retain": 30,
+        "cost/seconds/training": 12.5,
+        "cost/updates": 60,
+    }
+
+
+def test_evaluation_rows_are_refused_as_artifacts(storage: str, tmp_path: Path) -> None:
+    handle = start(CONFIG, storage, "rows", {})
+    rows = tmp_path / "rows.parquet"
+    rows.write_bytes(b"PAR1")
+    with pytest.raises(AssertionError, match=r"rows\.parquet"):
+        finish(handle, artifacts=[rows])
+    assert _client(handle).list_artifacts(handle.run_id) == []
+
+
+def test_system_metrics_of_the_driver(storage: str) -> None:
+    handle = start(CONFIG, storage, "system", {})
+    name = "system/system_memory_usage_percentage"
+    with system_metrics(handle, interval_seconds=0.1):
+        for _ in range(100):
+            if name in _client(handle).get_run(handle.run_id).data.metrics:
+                break
+            time.sleep(0.1)
+    assert name in _client(handle).get_run(handle.run_id).data.metrics
+
+
+def test_training_outlives_its_tracking(tmp_path: Path, storage: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A server that goes away costs a warning; the points wait and are delivered when it is back."""
+    handle = start(CONFIG, storage, "outage", {})
+    database = Path(storage) / "mlflow.db"
+    logger = RoundLogger(handle, flush_rounds=1, flush_seconds=3600)
+    working, logger._client = logger._client, MlflowClient(tracking_uri=f"http://127.0.0.1:{_free_port()}")
+    logger.log(0, {"a": 1.0})
+    logger.log(1, {"a": 1.0})
+    assert [record.message for record in caplog.records if "series" in record.message] == [
+        "MLflow does not take the series (MlflowException); trying again."
+    ]
+    logger._client = working
+    logger.close()
+    assert database.is_file()
+    assert _steps(handle, "a") == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("file:///somewhere", "no longer supports folders"),
+        ("runs/mlruns", "no longer supports folders"),
+        ("http://127.0.0.1:{port}", "not reachable"),
+        ("postgresql://user:secret@127.0.0.1:{port}/mlflow", "not reachable"),
+        ("http://127.0.0.1:nonsense", "not reachable"),
+        ("sqlite:///{tmp}/text.db", "not a SQLite database"),
+        ("sqlite:///{tmp}/text.db/below.db", "cannot be written"),
+    ],
+)
+def test_a_wrong_tracking_uri_is_the_users_to_correct(tmp_path: Path, uri: str, words: str) -> None:
+    (tmp_path / "text.db").write_text("this is not a database")
+    uri = uri.format(port=_free_port(), tmp=tmp_path)
+    with pytest.raises(UserError, match=words) as caught:
+        start(TrackingConfig(uri=uri), str(tmp_path), "wrong", {})
+    assert "tracking.uri" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_remote_storage_needs_a_server() -> None:
+    with pytest.raises(UserError, match=r"tracking\.uri = null"):
+        start(CONFIG, "s3://bucket/runs", "remote", {})
+
+
+def test_a_deleted_experiment_is_named(storage: str) -> None:
+    config = TrackingConfig(experiment="gone")
+    handle = start(config, storage, "deleted", {})
+    _client(handle).delete_experiment(handle.experiment_id)
+    with pytest.raises(UserError, match=r"tracking\.experiment = 'gone' was deleted"):
+        start(config, storage, "deleted", {})
+
+
+def test_a_worker_without_the_database_is_told_to_use_a_server(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="need a tracking server"):
+        RoundLogger(RunHandle("0" * 32, f"sqlite:///{tmp_path}/mlflow.db", "1"))
+    assert not list(tmp_path.iterdir())
+
+
+def _start_in_a_process(storage: str, name: str) -> str:
+    return start(TrackingConfig(), storage, name, {}).experiment_id
+
+
+@pytest.mark.slow
+def test_drivers_that_meet_a_fresh_storage_at_once(tmp_path: Path) -> None:
+    with ProcessPoolExecutor(3, mp_context=get_context("spawn")) as pool:
+        ids = list(pool.map(_start_in_a_process, [str(tmp_path)] * 3, ["a", "b", "c"]))
+    assert len(set(ids)) == 1
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    port = _free_port()
+    command = [
+        *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+        *("--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", str(tmp_path / "files")),
+    ]
+    log = (tmp_path / "server.log").open("w")
+    process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=tmp_path)
+    uri = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(120):
+            assert process.poll() is None, (tmp_path / "server.log").read_text()
+            if _healthy(uri):
+                break
+            time.sleep(0.5)
+        yield uri
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)  # the group that this fixture started: server, worker, job runner
+        process.wait(timeout=30)
+        log.close()
+
+
+def _healthy(uri: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{uri}/health", timeout=1) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+def test_a_real_server(server: str, tmp_path: Path) -> None:
+    config = TrackingConfig(uri=server)
+    handle = start(config, "s3://bucket/runs", "served", {"seed": 0})
+    with RoundLogger(handle) as logger:
+        for step in range(5):
+            logger.log(step, {"loss": 1.0 / (1 + step)})
+    file = tmp_path / "metrics.json"
+    file.write_text(json.dumps(METRICS))
+    assert finish(handle, metrics=METRICS, cost=COST, artifacts=[file], status="FAILED")
+    again = start(config, "s3://bucket/runs", "served", {"seed": 0})
+    assert again == handle
+    assert _steps(handle, "loss") == [0, 1, 2, 3, 4]
+    assert (tmp_path / "files").is_dir()
+    downloaded: Any = _client(handle).download_artifacts(handle.run_id, "metrics.json", str(tmp_path))
+    assert json.loads(Path(downloaded).read_text()) == METRICS
+    assert open_command(handle) == f"{server}/#/experiments/{handle.experiment_id}/runs/{handle.run_id}"
+
+
+def test_the_command_that_opens_a_local_run(storage: str) -> None:
+    handle = start(CONFIG, storage, "open", {})
+    command = open_command(handle)
+    assert command.startswith(f"mlflow ui --backend-store-uri sqlite:///{storage}/mlflow.db")
+    assert command.endswith(f"#/experiments/{handle.experiment_id}/runs/{handle.run_id}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
