@@ -2,38 +2,194 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
+from ofmu_ray.assets import resolve_builtin
+from ofmu_ray.config import LoraConfig, ModelConfig
+from ofmu_ray.errors import UserError
+
 Gathered = Callable[[Sequence[torch.nn.Parameter]], AbstractContextManager[object]]
+
+# where implementations keep an attention layer's dropout probability as a plain number
+_DROPOUT_NUMBERS = ("attention_dropout", "attn_dropout", "hidden_dropout", "dropout", "dropout_p", "activation_dropout")
+
+
+def load_causal_lm(config: ModelConfig) -> tuple[torch.nn.Module, Any]:
+    """The model and its tokenizer, ready for an engine: dropout off, frozen parts frozen, adapters added.
+
+    The weights are fp32, or bf16 for precision bf16. Raises UserError, naming model.path and the cause, when
+    something does not load, when an expression of model.freeze matches nothing, and when nothing is left to train.
+    """
+    module = _load_module(config)
+    tokenizer = load_tokenizer(config)
+    if config.lora is not None:
+        module = add_lora(module, config.lora)
+    freeze_matching(module, config.freeze)
+    disable_dropout(module)
+    if config.gradient_checkpointing:
+        _enable_checkpointing(module, config)
+    module.train()  # transformers checkpoints activations in training mode only
+    return module, tokenizer
+
+
+def _load_module(config: ModelConfig) -> torch.nn.Module:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        module: torch.nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
+            resolve_builtin(config.path),
+            dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+            attn_implementation=config.attention,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+        )
+    except UserError:
+        raise
+    except Exception as error:  # a broken directory shows as any of OSError, KeyError, ValueError, SafetensorError
+        raise UserError(
+            f"model.path = {config.path!r} does not load: {_one_line(error)}. It must be a Hugging Face model directory "
+            "or hub name of a causal language model with safetensors weights"
+        ) from error
+    return module
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The tokenizer of model.tokenizer, or the model's own; padding on the right, with a pad token."""
+    import transformers
+
+    path = config.tokenizer or config.path
+    option = "model.tokenizer" if config.tokenizer else "model.path"
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            resolve_builtin(path), trust_remote_code=config.trust_remote_code
+        )
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{option} = {path!r} has no tokenizer that loads: {_one_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{option} = {path!r}: its tokenizer has no end-of-sequence token; add eos_token to it")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def add_lora(module: torch.nn.Module, lora: LoraConfig) -> torch.nn.Module:
+    """The model with low-rank adapters (fp32 when the weights are); only they train."""
+    import peft
+
+    try:
+        wrapped: torch.nn.Module = peft.get_peft_model(
+            module,  # type: ignore[arg-type]
+            peft.LoraConfig(
+                r=lora.rank,
+                lora_alpha=lora.alpha,
+                lora_dropout=0.0,
+                target_modules=lora.target_modules or "all-linear",
+                task_type="CAUSAL_LM",
+            ),
+            autocast_adapter_dtype=False,
+        )
+    except ValueError as error:
+        raise UserError(f"model.lora.target_modules = {lora.target_modules!r}: {_one_line(error)}") from error
+    return wrapped
+
+
+def freeze_matching(module: torch.nn.Module, expressions: Sequence[str]) -> None:
+    """Stop the training of every parameter whose name matches one of the regular expressions (re.search)."""
+    names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    for expression in expressions:
+        try:
+            pattern = re.compile(expression)
+        except re.error as error:
+            raise UserError(f"model.freeze: {expression!r} is no regular expression: {error}") from error
+        if not any(pattern.search(name) for name in names):
+            raise UserError(f"model.freeze: {expression!r} matches no parameter; names look like {names[0]!r}")
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if pattern.search(name):
+                parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise UserError(f"model.freeze = {list(expressions)!r} freezes every parameter: nothing is left to train")
 
 
 def disable_dropout(module: torch.nn.Module) -> None:
-    """Set every dropout probability to 0, also those that attention layers keep as a number."""
+    """Set every dropout probability to 0, also those that attention layers keep as a plain number."""
     for part in module.modules():
         if isinstance(part, torch.nn.modules.dropout._DropoutNd):
             part.p = 0.0
-        for name in ("attention_dropout", "attn_dropout", "hidden_dropout", "dropout"):
+        for name in _DROPOUT_NUMBERS:
             if isinstance(getattr(part, name, None), float):
                 setattr(part, name, 0.0)
+
+
+def _enable_checkpointing(module: Any, config: ModelConfig) -> None:
+    if not getattr(module, "supports_gradient_checkpointing", True):
+        raise UserError(f"model.gradient_checkpointing: {config.path!r} does not support it; set it to false")
+    if config.lora is not None:
+        module.enable_input_require_grads()
+    module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+# ------------------------------------------------------------------------------------------------------- export
 
 
 def exported_weights(module: torch.nn.Module, gathered: Gathered, *, keep: bool) -> dict[str, torch.Tensor] | None:
     """State dict in host memory, parameter by parameter through `gathered`; None unless `keep`.
 
-    Tied parameters stay one tensor under their several names.
+    LoRA adapters are merged into the weights that they adapt, under the base model's names. Tied parameters stay one
+    tensor under their several names. Collective when `gathered` is.
     """
     weights: dict[str, torch.Tensor] = {}
     copies: dict[int, torch.Tensor] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
+    layers = _lora_layers(module)
+    for name, parameter in _state_parameters(module):
+        layer = layers.get(name)
         if id(parameter) not in copies:
-            with gathered([parameter]):
-                copies[id(parameter)] = parameter.detach().to("cpu", copy=True) if keep else torch.empty(0)
-        weights[name] = copies[id(parameter)]
+            with gathered([parameter] if layer is None else list(layer.parameters())):
+                value = parameter if layer is None else _merged(layer)
+                copies[id(parameter)] = value.detach().to("cpu", copy=True) if keep else torch.empty(0)
+        weights[_base_name(name)] = copies[id(parameter)]
     persistent = set(module.state_dict(keep_vars=True))
     for name, buffer in module.named_buffers():
         if name in persistent:
-            weights[name] = buffer.detach().to("cpu", copy=True)
+            weights[_base_name(name)] = buffer.detach().to("cpu", copy=True)
     return weights if keep else None
+
+
+def _state_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if ".lora_" not in name:
+            yield name, parameter
+
+
+def _lora_layers(module: torch.nn.Module) -> dict[str, Any]:
+    """Name of an adapted weight -> the peft layer that adapts it."""
+    return {
+        f"{name}.base_layer.weight": part
+        for name, part in module.named_modules()
+        if hasattr(part, "get_delta_weight") and hasattr(part, "base_layer")
+    }
+
+
+def _merged(layer: Any) -> torch.Tensor:
+    base: torch.Tensor = layer.base_layer.weight.detach()
+    merged = base.float()
+    for adapter in layer.active_adapters:
+        merged = merged + layer.get_delta_weight(adapter).detach().float()
+    return merged.to(base.dtype)
+
+
+def _base_name(name: str) -> str:
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")

@@ -84,16 +84,14 @@ class FlatShards(Shards):
             raise UserError(f"the model is spread over {sorted(map(str, devices))}: move it to one device")
         exact = all(parameter.dtype == torch.float64 for parameter in parameters)
         full = torch.float64 if exact else torch.float32
-        master = torch.cat([parameter.detach().reshape(-1).to(full) for parameter in parameters])
-        weights = master
-        if world_size > 1:
-            dist.broadcast(master, src=0)
         dtype = torch.bfloat16 if bf16_weights else full
-        if bf16_weights:
-            weights = master.to(dtype)
         for parameter in module.parameters():  # the frozen ones too; buffers (rotary frequencies) keep their precision
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
+        weights = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
+        if world_size > 1:
+            dist.broadcast(weights, src=0)
+        master = weights.float() if bf16_weights else weights
         self.masters = [master]
         self._weights = weights
         self._parameters = parameters
@@ -142,3 +140,8 @@ class FlatShards(Shards):
     def flatten(self, tensors: Sequence[torch.Tensor]) -> Vector:
         """Per-parameter tensors, in `trainable_parameters` order, as a vector."""
         return [torch.cat([tensor.detach().reshape(-1).to(self.masters[0].dtype) for tensor in tensors])]
+
+    def unflatten(self, vector: Vector) -> list[torch.Tensor]:
+        """The inverse of `flatten`, as views."""
+        parts = torch.split(vector[0], self._sizes)
+        return [part.view(parameter.shape) for part, parameter in zip(parts, self._parameters, strict=True)]

@@ -73,3 +73,7 @@ class TorchEngine(VectorEngine):
     def as_vector(self, tensors: Sequence[torch.Tensor]) -> Vector:
         """Per-parameter tensors, in the order of `parameters`, as a vector."""
         return self.shards.flatten(tensors)
+
+    def as_tensors(self, vector: Vector) -> list[torch.Tensor]:
+        """The inverse of `as_vector`: views of the vector in the parameters' shapes."""
+        return self.shards.unflatten(vector)

@@ -1,0 +1,158 @@
+"""The engine of many workers: DeepSpeed ZeRO on an initialised torch.distributed process group."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from ofmu_ray.config import OptimizerConfig, Precision
+from ofmu_ray.engines.protocol import Kind, Loss, Vector
+from ofmu_ray.engines.shards import FlatShards, Shards, trainable_parameters
+from ofmu_ray.engines.vector_engine import VectorEngine
+from ofmu_ray.errors import UserError
+
+_PERSISTENT_BELOW = 10_000  # elements: at stage 3 norms and biases stay whole, as gathering them costs more than they do
+
+
+class DeepSpeedEngine(VectorEngine):
+    """ZeRO stages 0 to 3 over the ranks of the default process group (gloo on CPU, NCCL on CUDA).
+
+    Stage 0 is plain data parallelism (one flat buffer, one all-reduce), stages 1 to 3 are DeepSpeed's partitions. At
+    stages 1 to 3 no rank holds a whole gradient vector or fp32 vector. Precision, `offload` and `loss_fn` are as in
+    `TorchEngine`; a loss calls the module it is given (DeepSpeed's wrapper), whose attributes are the model's.
+
+    Raises UserError without a process group, and when a verb needs double backward.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        loss_fn: Loss | None = None,
+        *,
+        inner: OptimizerConfig | None = None,
+        outer: OptimizerConfig | None = None,
+        zero_stage: Literal[0, 1, 2, 3] = 2,
+        precision: Precision = "fp32",
+        offload: str = "none",
+        micro_batch_size: int = 1,
+    ) -> None:
+        if not dist.is_initialized():
+            raise UserError("the DeepSpeed engine needs torch.distributed: start it in Ray Train, or use engine torch")
+        self.zero_stage = zero_stage
+        self._autocast_forward = False
+        if zero_stage == 0:
+            shards: Shards = FlatShards(
+                module.to(_device()), bf16_weights=precision == "bf16", world_size=dist.get_world_size()
+            )
+        else:
+            shards = self._zero_shards(module, zero_stage, precision, micro_batch_size)
+            if precision == "bf16_autocast":
+                self._autocast_inside(module)
+        super().__init__(
+            module, shards, loss_fn=loss_fn, inner=inner, outer=outer, precision=precision, offload=offload
+        )
+
+    def _zero_shards(self, module: torch.nn.Module, stage: int, precision: str, micro_batch_size: int) -> Shards:
+        device = _device()
+        # what DeepSpeed's launcher would set; without it DeepSpeed guesses the device from the machine
+        os.environ.setdefault("DS_ACCELERATOR", device.type)
+        os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+        import deepspeed
+        from deepspeed.ops import __compatible_ops__
+
+        from ofmu_ray.engines.zero_shards import ZeroOneTwoShards, ZeroThreeShards
+
+        warnings.filterwarnings("ignore", "torch.distributed.*is deprecated", FutureWarning)  # DeepSpeed's own calls
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        __compatible_ops__["deepspeed_shm_comm"] = False  # else DeepSpeed compiles a C++ op at its first start on a CPU
+        parameters = [parameter for _, parameter in trainable_parameters(module)]
+        if precision != "bf16":
+            module.float()
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            # never stepped: it only tells DeepSpeed what to partition
+            optimizer=torch.optim.SGD(parameters, lr=0.0),
+            config=deepspeed_config(stage, precision, micro_batch_size),
+        )
+        return ZeroThreeShards(engine, stage) if stage == 3 else ZeroOneTwoShards(engine, stage)
+
+    def _autocast_inside(self, module: torch.nn.Module) -> None:
+        # DeepSpeed's forward switches an outer autocast off, so the model's own forward switches it on
+        forward = module.forward
+
+        @functools.wraps(forward)
+        def forward_in_autocast(*args: Any, **kwargs: Any) -> Any:
+            with torch.autocast(_device().type, torch.bfloat16, enabled=self._autocast_forward):
+                return forward(*args, **kwargs)
+
+        module.forward = forward_in_autocast  # type: ignore[method-assign]
+
+    @contextmanager
+    def _autocast(self, wanted: bool) -> Iterator[None]:
+        if self.zero_stage == 0:
+            with super()._autocast(wanted):
+                yield
+            return
+        self._autocast_forward = wanted and self.precision == "bf16_autocast"
+        try:
+            yield
+        finally:
+            self._autocast_forward = False
+
+    def graph_gradient(
+        self, batch: Any, loss: Loss | None = None, *, kind: Kind = "forget"
+    ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+        """Not on sharded models: raises UserError."""
+        raise _no_double_backward()
+
+    def parameters(self) -> Sequence[torch.Tensor]:
+        """Not on sharded models: raises UserError."""
+        raise _no_double_backward()
+
+    def as_vector(self, tensors: Sequence[torch.Tensor]) -> Vector:
+        """Not on sharded models: raises UserError."""
+        raise _no_double_backward()
+
+    def as_tensors(self, vector: Vector) -> Sequence[torch.Tensor]:
+        """Not on sharded models: raises UserError."""
+        raise _no_double_backward()
+
+    def close(self) -> None:
+        """Free DeepSpeed's buffers and hooks; the engine is unusable afterwards."""
+        if self.zero_stage:
+            self.shards.forward_module.destroy()  # type: ignore[operator]
+
+
+def deepspeed_config(stage: int, precision: str, micro_batch_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration: partitions and gradients only, no optimiser, clipping or autocast of its own."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": _PERSISTENT_BELOW},
+        "bf16": {"enabled": precision == "bf16"},
+        "communication_data_type": "fp32",
+    }
+    if precision == "bf16" and stage > 1:  # at stage 1 this would select another optimiser with whole fp32 gradients
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def _no_double_backward() -> UserError:
+    return UserError(
+        "ofmu.curvature = exact needs double backward, which DeepSpeed does not offer: "
+        "use --training.engine torch, or --ofmu.curvature finite_difference"
+    )
