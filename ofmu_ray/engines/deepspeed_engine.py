@@ -19,7 +19,9 @@ from ofmu_ray.engines.shards import FlatShards, Shards, trainable_parameters
 from ofmu_ray.engines.vector_engine import VectorEngine
 from ofmu_ray.errors import UserError
 
-_PERSISTENT_BELOW = 10_000  # elements: at stage 3 norms and biases stay whole, as gathering them costs more than they do
+_PERSISTENT_BELOW = (
+    10_000  # elements: at stage 3 norms and biases stay whole, as gathering them costs more than they do
+)
 
 
 class DeepSpeedEngine(VectorEngine):

@@ -53,8 +53,8 @@ def _load_module(config: ModelConfig) -> torch.nn.Module:
         raise
     except Exception as error:  # a broken directory shows as any of OSError, KeyError, ValueError, SafetensorError
         raise UserError(
-            f"model.path = {config.path!r} does not load: {_one_line(error)}. It must be a Hugging Face model directory "
-            "or hub name of a causal language model with safetensors weights"
+            f"model.path = {config.path!r} does not load: {_one_line(error)}. It must be a Hugging Face model "
+            "directory or hub name of a causal language model with safetensors weights"
         ) from error
     return module
 

@@ -102,7 +102,7 @@ class FlatShards(Shards):
         self.layout = {"layout": "replicated", "numel": master.numel(), "dtype": str(full)}
 
     def _bind_views(self) -> None:
-        weights, gradients = self._weights.split(self._sizes), self._gradients.split(self._sizes)
+        weights, gradients = (torch.split(flat, self._sizes) for flat in (self._weights, self._gradients))
         for parameter, weight, gradient in zip(self._parameters, weights, gradients, strict=True):
             parameter.data = weight.view(parameter.shape)
             parameter.grad = gradient.view(parameter.shape)

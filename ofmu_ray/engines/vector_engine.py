@@ -65,7 +65,8 @@ class VectorEngine:
         }
         self._displacements: list[tuple[Vector, float]] = []
         self._saved: Vector | None = None
-        self._buffers = _BufferKeeper(module)
+        # masks (bool) never change; running statistics do, and batch norm does not even bump their version counter
+        self._buffers = [buffer for buffer in module.buffers() if buffer.dtype != torch.bool]
         self._gradients_checked = False
 
     @property
@@ -168,7 +169,7 @@ class VectorEngine:
         masters = self.shards.masters
         if self._saved is None:
             self._saved = [master.clone() for master in masters]
-        statistics = self._buffers.snapshot()
+        statistics = [buffer.clone() for buffer in self._buffers]
         self._displacements.append((vector, float(step)))
         try:
             self._move(masters if len(self._displacements) > 1 else self._saved, vector, step)
@@ -185,12 +186,17 @@ class VectorEngine:
                 for master, saved in zip(masters, self._saved, strict=True):
                     master.copy_(saved)
             self.shards.refresh()
-            self._buffers.restore(statistics)
+            self._restore_buffers(statistics)
 
     @torch.no_grad()
     def _move(self, base: Vector, vector: Vector, step: float) -> None:
         for master, start, direction in zip(self.shards.masters, base, vector, strict=True):
             torch.add(start, direction, alpha=step, out=master)
+
+    @torch.no_grad()
+    def _restore_buffers(self, saved: Sequence[torch.Tensor]) -> None:
+        for buffer, value in zip(self._buffers, saved, strict=True):
+            buffer.copy_(value)
 
     def apply(self, vector: Vector, loop: Loop) -> float:
         """One step of the loop's optimiser down `vector`; returns the vector's norm before clipping.
@@ -231,7 +237,7 @@ class VectorEngine:
             "layout": dict(self.shards.layout),
             "masters": [master.detach().to("cpu", copy=True) for master in self.shards.masters],
             "optimizers": {loop: optimizer.state_dict() for loop, optimizer in self._optimizers.items()},
-            "buffers": self._buffers.state(),
+            "buffers": [buffer.detach().to("cpu", copy=True) for buffer in self._buffers],
             "account": self.account.state(),
         }
 
@@ -251,7 +257,7 @@ class VectorEngine:
                 master.copy_(saved)
         for loop, optimizer in self._optimizers.items():
             optimizer.load_state_dict(state["optimizers"][loop])
-        self._buffers.load(state["buffers"])
+        self._restore_buffers(state["buffers"])
         self.account.load(state["account"])
         self.shards.refresh()
 
@@ -264,35 +270,6 @@ class VectorEngine:
 
     def _rank(self) -> int:
         return torch.distributed.get_rank() if self.shards.world_size > 1 else 0
-
-
-class _BufferKeeper:
-    """Copies of a module's buffers, renewed only when one has changed (most never do)."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self._buffers = [buffer for buffer in module.buffers() if buffer.numel()]
-        self._copies: list[tuple[int, torch.Tensor]] = [(-1, buffer) for buffer in self._buffers]
-
-    def snapshot(self) -> list[tuple[int, torch.Tensor]]:
-        for index, buffer in enumerate(self._buffers):
-            if self._copies[index][0] != buffer._version:
-                self._copies[index] = (buffer._version, buffer.detach().clone())
-        return list(self._copies)
-
-    @torch.no_grad()
-    def restore(self, snapshot: Sequence[tuple[int, torch.Tensor]]) -> None:
-        for index, (buffer, (version, copy)) in enumerate(zip(self._buffers, snapshot, strict=True)):
-            if buffer._version != version:
-                buffer.copy_(copy)
-                self._copies[index] = (buffer._version, copy)
-
-    def state(self) -> list[torch.Tensor]:
-        return [buffer.detach().to("cpu", copy=True) for buffer in self._buffers]
-
-    @torch.no_grad()
-    def load(self, state: Sequence[torch.Tensor]) -> None:
-        for buffer, saved in zip(self._buffers, state, strict=True):
-            buffer.copy_(saved)
 
 
 def _numel(parameter: torch.Tensor) -> int:

@@ -1,0 +1,194 @@
+"""What two gloo ranks (or one) measure on a DeepSpeed engine, against the single-process engine on the whole batch.
+
+Started by torch.multiprocessing; rank 0 writes {case: {quantity: number}} for the tests to judge.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+import traceback
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from engine_models import freeze, tiny_model, token_batch
+
+from ofmu_ray.config import LoraConfig, OptimizerConfig
+
+INNER = OptimizerConfig(name="sgd", lr=0.05, clip=1.0, momentum=0.5)
+OUTER = OptimizerConfig(name="adamw", lr=1e-3, clip=None, weight_decay=0.01, eps=1e-4)
+LENGTHS = [[9, 12, 7, 10], [5, 30, 28, 16]]  # rows by rank: the ranks' token counts differ
+
+
+@dataclass(frozen=True)
+class Case:
+    stage: int
+    model: str = "llama"
+    precision: str = "fp32"
+    variant: str = "plain"
+    offload: str = "none"
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.variant}-{self.precision}-zero{self.stage}-{self.offload}"
+
+
+def build_module(case: Case) -> torch.nn.Module:
+    from ofmu_ray.engines.models import add_lora
+
+    module: Any = tiny_model(case.model, tie=case.variant == "tied")
+    if case.variant == "frozen":
+        freeze(module, r"layers\.0\.|embed")
+    if case.variant == "lora":
+        torch.manual_seed(1)
+        module = add_lora(module, LoraConfig(rank=2))
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                if "lora_B" in name:  # zero at first, which would hide half of the gradient
+                    parameter.normal_(std=0.1)
+        module.enable_input_require_grads()
+    if case.variant in ("checkpointed", "lora"):
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return module.train()
+
+
+def rank_main(rank: int, world: int, port: int, cases: list[Case], out: str) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, world, rank == 0, timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60))
+    os.environ["LOCAL_RANK"] = str(rank)
+    measured: dict[str, dict[str, Any]] = {}
+    for case in cases:
+        try:
+            measured[str(case)] = measure(case, rank, world)
+        except Exception:  # the other rank may now wait in a collective: say why before it times out
+            measured[str(case)] = {"error": traceback.format_exc()}
+            torch.save(measured, f"{out}.rank{rank}")
+            raise
+    if rank == 0:
+        torch.save(measured, out)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure(case: Case, rank: int, world: int) -> dict[str, Any]:
+    from ofmu_ray.engines import Batch, DeepSpeedEngine, TorchEngine
+
+    options: dict[str, Any] = {"inner": INNER, "outer": OUTER, "precision": case.precision, "offload": case.offload}
+    engine = DeepSpeedEngine(build_module(case), zero_stage=case.stage, **options)
+    reference = TorchEngine(build_module(case), **options)
+    mine = token_batch(LENGTHS[rank], seed=rank)
+    whole = Batch([token_batch(LENGTHS[r], seed=r) for r in range(world)])
+    halves = Batch([{k: v[i : i + 2] for k, v in mine.items()} for i in (0, 2)])
+
+    found: dict[str, Any] = {}
+    g, value = engine.gradient(mine)
+    h, expected = reference.gradient(whole)
+    found["loss"] = abs(value - expected) / expected
+    found["gradient"] = difference(engine, g, reference, h)
+    found["norm"] = abs(engine.parameters_norm() - reference.parameters_norm()) / reference.parameters_norm()
+    found["dot"] = abs(engine.dot((g, g))[0] / reference.dot((h, h))[0] - 1)
+    found["shard"] = sum(t.numel() for t in g) / engine.numel
+    found["account"] = engine.account == reference.account
+    found["names"] = engine.trainable_names == reference.trainable_names
+
+    g_parts, value_parts = engine.gradient(halves)
+    found["accumulated"] = norm_of_difference(engine, g_parts, g)
+    found["accumulated_loss"] = abs(value_parts - value) / value
+
+    found.update(displacements(engine, reference, mine, whole, g, h))
+    found["weights"] = trajectories(engine, reference, mine, whole)
+    found["resumed"] = resumed(engine, mine)
+    engine.close()
+    return found
+
+
+def displacements(engine: Any, reference: Any, mine: Any, whole: Any, g: Any, h: Any) -> dict[str, Any]:
+    start = [m.clone() for m in engine.shards.masters]
+    with engine.displaced(g, 0.1), reference.displaced(h, 0.1):
+        moved, value = engine.gradient(mine)
+        expected, value_expected = reference.gradient(whole)
+        with engine.displaced(moved, -0.2), reference.displaced(expected, -0.2):
+            nested, expected_nested = engine.gradient(mine)[1], reference.gradient(whole)[1]
+        back = engine.gradient(mine)[0]
+    again, _ = engine.gradient(mine)
+    return {
+        "displaced": abs(value - value_expected) / value_expected,
+        "nested": abs(nested - expected_nested) / expected_nested,
+        "restored_nested": all_ranks(all(map(torch.equal, moved, back))),
+        "restored": all_ranks(all(map(torch.equal, start, engine.shards.masters))),
+        "gradient_again": all_ranks(all(map(torch.equal, g, again))),
+    }
+
+
+def trajectories(engine: Any, reference: Any, mine: Any, whole: Any) -> float:
+    """Relative difference of the change of the weights over two inner and two outer steps."""
+    before = reference.full_weights()
+    for loop in ("inner", "outer", "inner", "outer"):
+        engine.apply(engine.gradient(mine)[0], loop)
+        reference.apply(reference.gradient(whole)[0], loop)
+    weights, expected = engine.full_weights(), reference.full_weights()
+    if weights is None:
+        return math.nan
+    assert set(weights) == set(expected)
+    off = sum(float((weights[n].double() - expected[n].double()).square().sum()) for n in expected)
+    moved = sum(float((before[n].double() - expected[n].double()).square().sum()) for n in expected)
+    return math.sqrt(off / moved)
+
+
+def resumed(engine: Any, mine: Any) -> bool:
+    """Whether steps after loading a saved state repeat those after saving it, to the bit, on every rank."""
+
+    def steps() -> list[torch.Tensor]:
+        for loop in ("inner", "outer"):
+            engine.apply(engine.gradient(mine)[0], loop)
+        return [m.clone() for m in engine.shards.masters]
+
+    saved = engine.state_dict()
+    first = steps()
+    engine.load_state_dict(saved)
+    return all_ranks(all(map(torch.equal, first, steps())))
+
+
+def difference(engine: Any, g: Any, reference: Any, h: Any) -> float:
+    """Relative difference of two engines' vectors, read off the weights of a displacement far beyond the weights."""
+    if engine.precision == "bf16":
+        far = 1.0e3  # weights are rounded to 2^-9: a coarse comparison
+    else:
+        far = 1.0e4
+    with engine.displaced(g, far), reference.displaced(h, far):
+        a, b = engine.full_weights(), reference.full_weights()
+    if a is None:
+        return math.nan
+    off = sum(float((a[n].double() - b[n].double()).square().sum()) for n in b)
+    size = sum(float(b[n].double().square().sum()) for n in b)
+    return math.sqrt(off / size)
+
+
+def norm_of_difference(engine: Any, a: Any, b: Any) -> float:
+    d = [x - y for x, y in zip(a, b, strict=True)]
+    dd, bb = engine.dot((d, d), (b, b))
+    return math.sqrt(dd / bb)
+
+
+def all_ranks(flag: bool) -> bool:
+    total = torch.tensor(float(flag))
+    dist.all_reduce(total, op=dist.ReduceOp.MIN)
+    return bool(total)
+
+
+def run_ranks(world: int, cases: list[Case], folder: Path) -> dict[str, dict[str, Any]]:
+    """Measure the cases on `world` processes."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    out = folder / f"measured{world}.pt"
+    torch.multiprocessing.spawn(rank_main, (world, port, cases, str(out)), nprocs=world)
+    return torch.load(out)  # type: ignore[no-any-return]

@@ -1,0 +1,76 @@
+"""ZeRO stages 0 to 3 on gloo ranks against the single-process engine on the concatenated batch (uneven tokens)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from engine_ranks import Case, run_ranks
+
+from ofmu_ray.engines.zero_shards import check_contract
+
+pytestmark = pytest.mark.slow
+
+TWO_RANKS = [
+    *(Case(stage, model) for model in ("llama", "neox", "qwen2") for stage in (0, 1, 2, 3)),
+    *(Case(stage, precision=p) for p in ("bf16", "bf16_autocast") for stage in (0, 1, 2, 3)),
+    *(Case(stage, variant=v) for v in ("tied", "frozen", "lora", "checkpointed") for stage in (0, 2, 3)),
+    Case(2, offload="optimizer"),
+]
+ONE_RANK = [Case(stage) for stage in (0, 1, 2, 3)]
+
+# Relative tolerances. fp32: summation order. bf16: the ranks' bf16 gradients are summed and rounded in another order
+# (2^-9 = 2e-3 per element), and the weights that are compared are rounded to bf16 themselves.
+TOLERANCES: dict[str, dict[str, float]] = {
+    "fp32": {"loss": 1e-6, "gradient": 1e-5, "dot": 1e-5, "displaced": 1e-5, "nested": 1e-5, "weights": 1e-4},
+    "bf16": {"loss": 1e-6, "gradient": 1e-2, "dot": 1e-3, "displaced": 1e-3, "nested": 1e-3, "weights": 5e-2},
+    "bf16_autocast": {"loss": 1e-6, "gradient": 5e-3, "dot": 1e-3, "displaced": 1e-3, "nested": 1e-3, "weights": 1e-2},
+}
+ACCUMULATED = {"fp32": 1e-5, "bf16": 3e-2, "bf16_autocast": 3e-2}  # other shapes, other kernels' rounding
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return run_ranks(2, TWO_RANKS, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return run_ranks(1, ONE_RANK, tmp_path_factory.mktemp("one"))
+
+
+def judge(case: Case, found: dict[str, Any], world: int) -> None:
+    for name, tolerance in TOLERANCES[case.precision].items():
+        assert found[name] <= tolerance, f"{name}: {found[name]:.2e} > {tolerance:.0e}"
+    assert found["norm"] < 1e-6
+    assert found["accumulated"] < ACCUMULATED[case.precision]
+    assert found["account"]
+    assert found["names"]
+    assert found["restored"]
+    assert found["restored_nested"]
+    assert found["gradient_again"]
+    assert found["resumed"]
+    whole = 1.0 if case.stage == 0 else 1.0 / world
+    assert found["shard"] == pytest.approx(whole, rel=0.01)  # alignment padding
+
+
+@pytest.mark.parametrize("case", TWO_RANKS, ids=str)
+def test_two_ranks_equal_one_process(case: Case, two_ranks: dict[str, dict[str, Any]]) -> None:
+    judge(case, two_ranks[str(case)], world=2)
+
+
+@pytest.mark.parametrize("case", ONE_RANK, ids=str)
+def test_one_rank_equals_one_process(case: Case, one_rank: dict[str, dict[str, Any]]) -> None:
+    judge(case, one_rank[str(case)], world=1)
+
+
+def test_the_contract_names_what_deepspeed_lacks() -> None:
+    class DeepSpeedZeroOptimizer:
+        single_partition_of_fp32_groups = ()
+        averaged_gradients: dict[int, torch.Tensor] = {}  # noqa: RUF012
+
+    with pytest.raises(AssertionError, match="all_grad_tensors, micro_step_id, bit16_groups, update_lp_params"):
+        check_contract(DeepSpeedZeroOptimizer())
+    with pytest.raises(AssertionError, match="wrapped the optimiser in object"):
+        check_contract(object())
