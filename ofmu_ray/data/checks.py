@@ -68,12 +68,13 @@ class Problems:
         return [f"{_times(n, 'row')}: {kind} ({_some(self.places[kind], n)})" for kind, n in self.counts.items()]
 
 
-def cell(row: Mapping[str, Any], column: str, option: str, problems: Problems, place: str) -> str | None:
-    """The text in a column, or None after noting what is wrong with it."""
+def cell(row: Mapping[str, Any], column: str, option: str | None, problems: Problems, place: str) -> str | None:
+    """The text in a column, or None after noting what is wrong with it; `option` names the column, if one does."""
     if column not in row:
         problems.columns = problems.columns or sorted(map(str, row))
         close = close_match(column, problems.columns)
-        problems.add(f"no column {column!r}, only {', '.join(problems.columns)}.{close} Set --{option}", place)
+        remedy = f".{close} Set --{option}" if option else ""
+        problems.add(f"no column {column!r}, only {', '.join(problems.columns)}{remedy}", place)
     elif row[column] is None:
         problems.add(f"null in column {column!r}", place)
     elif not isinstance(row[column], str):
@@ -148,7 +149,8 @@ class DataReport:
     """Of forget and retain; None when the run has no such pair."""
     tokenizer_sha256: str
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists, numbers and strings."""
         return asdict(self)
 
 

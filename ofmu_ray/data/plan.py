@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 from ofmu_ray.data import store
 from ofmu_ray.data.order import batch_order, lane_slots
 from ofmu_ray.data.prepare import TokenisedStream
-from ofmu_ray.errors import UserError
 
 MARKER = "plan.json"
 VERSION = 1
@@ -79,13 +78,12 @@ class Plan:
         last = min(first + self.rounds_per_file, self.rounds) - 1
         return store.join(self.folder, f"lane={lane:04d}", f"rounds={first:06d}-{last:06d}.parquet")
 
-    @classmethod
-    def load(cls, folder: str) -> Plan:
-        """Read a plan; raises UserError when there is none."""
-        path = store.join(folder, MARKER)
-        if not store.has(path):
-            raise UserError(f"{store.shown(path)}: no plan is there")
-        return cls(folder=folder, **json.loads(store.read_text(path)))
+
+def read_plan(folder: str) -> Plan:
+    """The plan that `write_plan` left in a folder. Raises AssertionError when there is none."""
+    path = store.join(folder, MARKER)
+    assert store.has(path), f"no plan at {store.shown(path)}"
+    return Plan(folder=folder, **json.loads(store.read_text(path)))
 
 
 def write_plan(
@@ -118,7 +116,7 @@ def write_plan(
         fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
         **numbers,
     )
-    if store.has(store.join(folder, MARKER)) and Plan.load(folder).fingerprint == plan.fingerprint:
+    if store.has(store.join(folder, MARKER)) and read_plan(folder).fingerprint == plan.fingerprint:
         return plan
     store.remove(folder)
     with store.published(folder, MARKER) as partial_folder:

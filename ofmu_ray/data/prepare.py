@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from ofmu_ray.config import FormatConfig, SourceConfig
 from ofmu_ray.data import checks, sources, store
 from ofmu_ray.data.checks import DataReport, OverlapReport, Policy, Problems, StreamReport
 from ofmu_ray.data.template import Template
-from ofmu_ray.data.tokenise import Columns, Part, PartJob, load_columns, load_row_ids, tokenise
+from ofmu_ray.data.tokenise import Columns, Part, PartJob, load_columns, take_rows, tokenise
 from ofmu_ray.errors import UserError
 
 MARKER = "stream.json"
@@ -52,6 +53,17 @@ class Prepared:
         """Delete the tokens of these streams: personal data that need not outlive the run."""
         for name in names:
             store.remove(self.streams[name].folder)
+
+
+def write_sample(stream: TokenisedStream, count: int, path: str) -> str:
+    """Write `count` used rows, evenly spread, to a Parquet file (row_id, input_ids, prompt_tokens); returns `path`."""
+    at = np.unique(np.linspace(0, len(stream.rows) - 1, min(count, len(stream.rows))).round().astype(np.int64))
+    names = ["row_id", "input_ids", "prompt_tokens"]
+    table = take_rows(stream.folder, [part for part, _ in stream.parts], stream.rows[at], names)
+    filesystem, inside = store.locate(path)
+    filesystem.create_dir(inside.rpartition("/")[0], recursive=True)
+    pq.write_table(table, inside, filesystem=filesystem)
+    return path
 
 
 def prepare_streams(
@@ -211,4 +223,6 @@ class _Judged:
     def _ids(self, name: str, rows: np.ndarray) -> list[str]:
         if not len(rows):
             return []
-        return load_row_ids(self.places[name], [part for part, _ in self.parts[name]], rows)
+        table = take_rows(self.places[name], [part for part, _ in self.parts[name]], rows, ["row_id"])
+        ids: list[str] = table["row_id"].to_pylist()
+        return ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +21,8 @@ def is_uri(path: str) -> bool:
 
 
 def shown(path: str) -> str:
-    """`path` as messages may show it: without the query of a URI, which can hold credentials."""
-    return path.split("?", 1)[0] if is_uri(path) else path
+    """`path` as messages may show it: without the parts of a URI that can hold credentials."""
+    return re.sub(r"://[^/@]*@", "://", path.split("?", 1)[0]) if is_uri(path) else path
 
 
 def join(base: str, *names: str) -> str:

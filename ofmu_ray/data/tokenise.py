@@ -129,11 +129,15 @@ def load_columns(folder: str, parts: list[str]) -> Columns:
     return Columns(*numbers, *(_digest_array(table[name]) for name in names[3:]))
 
 
-def load_row_ids(folder: str, parts: list[str], rows: np.ndarray) -> list[str]:
-    """Ids of the rows with these indices."""
-    table = pa.concat_tables([_read(folder, part, ["row_id"]) for part in parts])
-    ids: list[str] = table["row_id"].take(pa.array(rows)).to_pylist()
-    return ids
+def take_rows(folder: str, parts: list[str], rows: np.ndarray, columns: list[str]) -> pa.Table:
+    """Columns of the rows with these ascending indices over all parts; one part in memory at a time."""
+    found, first = [], 0
+    for part in parts:
+        table = _read(folder, part, columns)
+        low, high = np.searchsorted(rows, [first, first + table.num_rows])
+        found.append(table.take(pa.array(rows[low:high] - first)))
+        first += table.num_rows
+    return pa.concat_tables(found)
 
 
 def _read(folder: str, part: str, columns: list[str]) -> pa.Table:

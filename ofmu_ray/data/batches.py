@@ -1,0 +1,98 @@
+"""Rows of a plan -> micro-batches of tensors. No Ray: the same code serves the stream, tests and probes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from ofmu_ray.data import store
+from ofmu_ray.data.plan import Plan
+from ofmu_ray.engines.protocol import Batch
+
+IGNORE = -100
+"""Label of tokens without a loss (torch's cross_entropy default)."""
+
+RoundBatches = dict[str, list[Batch]]
+"""Batches of one round by stream name."""
+
+
+def local_rounds(
+    plan: Plan, lane: int, *, start_round: int = 0, micro_batch_size: int | None = None, pad_id: int
+) -> Iterator[RoundBatches]:
+    """The batches of `stream.rounds` by plain pyarrow in this process: the reference, and a way to do without Ray."""
+    tables = (
+        table.slice(at, plan.rows_per_round)
+        for path in lane_files(plan, lane, start_round)
+        for table in [read_file(path)]
+        for at in range(0, table.num_rows, plan.rows_per_round)
+    )
+    yield from assemble(tables, plan, start_round=start_round, micro_batch_size=micro_batch_size, pad_id=pad_id)
+
+
+def lane_files(plan: Plan, lane: int, start_round: int = 0) -> list[str]:
+    """Files of a lane from the one that holds `start_round` (the last one when the plan ends before it)."""
+    first = min(start_round, plan.rounds - 1) // plan.rounds_per_file
+    return [plan.file(lane, number) for number in range(first, plan.files)]
+
+
+def read_file(path: str) -> pa.Table:
+    """One file of a lane."""
+    filesystem, inside = store.locate(path)
+    return pq.read_table(inside, filesystem=filesystem, partitioning=None)
+
+
+def assemble(
+    tables: Iterable[pa.Table], plan: Plan, *, start_round: int, micro_batch_size: int | None, pad_id: int
+) -> Iterator[RoundBatches]:
+    """Batches of each table, which holds one round of one lane; rounds before `start_round` are skipped.
+
+    Raises AssertionError when a round is missing, incomplete or out of order.
+    """
+    expected = None
+    for table in tables:
+        number, offset = divmod(table["position"][0].as_py(), plan.rows_per_round)
+        assert offset == 0, f"round {number} begins inside a batch"
+        assert table.num_rows == plan.rows_per_round, f"round {number}: {table.num_rows} rows"
+        assert expected in (None, number), f"round {number} follows {expected}"
+        assert expected is not None or number <= start_round, f"the shard begins after round {start_round}"
+        expected = number + 1
+        if number >= start_round:
+            yield _round(table, plan, micro_batch_size or plan.share, pad_id)
+    assert expected == plan.rounds, f"the shard ends before round {plan.rounds}"
+
+
+def collate(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
+    """Rows with `input_ids` and `prompt_tokens` as LongTensors [rows, longest], padded on the right.
+
+    Keys: input_ids, attention_mask, labels (-100 on prompt and padding; as transformers, not shifted).
+    """
+    shape = len(rows), max(len(row["input_ids"]) for row in rows)
+    batch = {
+        "input_ids": torch.full(shape, pad_id),
+        "attention_mask": torch.zeros(shape, dtype=torch.long),
+        "labels": torch.full(shape, IGNORE),
+    }
+    for index, row in enumerate(rows):
+        tokens, prompt = torch.as_tensor(row["input_ids"], dtype=torch.long), int(row["prompt_tokens"])
+        batch["input_ids"][index, : len(tokens)] = tokens
+        batch["attention_mask"][index, : len(tokens)] = 1
+        batch["labels"][index, prompt : len(tokens)] = tokens[prompt:]
+    return batch
+
+
+def _round(table: pa.Table, plan: Plan, micro_batch_size: int, pad_id: int) -> RoundBatches:
+    batches: RoundBatches = {}
+    at = 0
+    for name in plan.streams:
+        batches[name] = []
+        for _ in range(plan.batches_per_round[name]):
+            rows = table.slice(at, plan.share).to_pylist()
+            pieces = [rows[start : start + micro_batch_size] for start in range(0, len(rows), micro_batch_size)]
+            micro = [collate(piece, pad_id) for piece in pieces]
+            batches[name].append(Batch(micro=micro, row_ids=[row["row_id"] for row in rows]))
+            at += plan.share
+    return batches
