@@ -1,0 +1,124 @@
+"""Units of work spread over a pool of Ray actors, or done here when Ray is not running."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ofmu_ray.data.template import Template
+from ofmu_ray.errors import UserError
+from ofmu_ray.evaluation.scorer import Result, Scorer, Unit
+
+_MOST_ACTORS = 8
+_ACTOR_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How every process comes by the same model. The folder has to be readable on every node."""
+
+    model_dir: str
+    tokenizer: Any
+    template: Template
+    max_new_tokens: int
+    trust_remote_code: bool = False
+
+    def scorer(self, device: str) -> Scorer:
+        """Loads the weights: fp32 on a CPU, as stored on a GPU.
+
+        Raises UserError when the folder holds no causal language model in safetensors.
+        """
+        from transformers import AutoModelForCausalLM
+
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                self.model_dir,
+                dtype="auto" if device == "cuda" else "float32",
+                use_safetensors=True,
+                trust_remote_code=self.trust_remote_code,
+            )
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"cannot load a causal language model from {self.model_dir}: {reason}") from None
+        return Scorer(model.to(device).eval(), self.tokenizer, self.template, max_new_tokens=self.max_new_tokens)
+
+
+class EvaluationActor:
+    """One process with the model in memory."""
+
+    def __init__(self, loading: Loading, device: str, threads: int) -> None:
+        import torch
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        torch.set_num_threads(threads)
+        self.loading, self.device = loading, device
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        return self.loading.scorer(self.device)  # at the first unit: an error then names itself, not a dead actor
+
+    def run(self, number: int, unit: Unit) -> tuple[int, Result]:
+        return number, self.scorer.run(unit)
+
+
+def device_kind() -> str:
+    """cuda when the evaluation will run on GPUs (the cluster's, or this process's without Ray), otherwise cpu."""
+    ray = _running_ray()
+    if ray is not None:
+        return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run_units(units: Sequence[Unit], loading: Loading, actors: int | None) -> Iterator[tuple[int, Result]]:
+    """(number of the unit, result) in the order of completion; every unit exactly once.
+
+    `actors`: None takes one per free CPU or GPU (at most 8). Without a running Ray the work is done in this process.
+    """
+    ray = _running_ray()
+    if ray is None:
+        scorer = loading.scorer(device_kind())
+        for number, unit in enumerate(units):
+            yield number, scorer.run(unit)
+        return
+    from ray.util import ActorPool
+
+    pool = _start(ray, loading, actors, len(units))
+    try:
+        jobs = list(enumerate(units))
+        yield from ActorPool(pool).map_unordered(lambda actor, job: actor.run.remote(*job), jobs)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
+    finally:
+        for actor in pool:
+            ray.kill(actor)
+
+
+def _start(ray: Any, loading: Loading, actors: int | None, units: int) -> list[Any]:
+    """One CPU (one thread) or one GPU each. An actor beyond the free resources would wait for ever: it is not started,
+    and when nothing is free a single actor shares a CPU with whatever runs there."""
+    device = device_kind()
+    resource = "GPU" if device == "cuda" else "CPU"
+    free = int(ray.available_resources().get(resource, 0))
+    count = max(1, min(free, units, actors or _MOST_ACTORS))
+    share = 1 if free else 0
+    remote = ray.remote(EvaluationActor).options(
+        num_cpus=share if resource == "CPU" else 0,
+        num_gpus=share if resource == "GPU" else 0,
+        scheduling_strategy="SPREAD",
+        runtime_env={"env_vars": _ACTOR_ENVIRONMENT},
+    )
+    shared = ray.put(loading)
+    return [remote.remote(shared, device, 1) for _ in range(count)]
+
+
+def _running_ray() -> Any | None:
+    ray = sys.modules.get("ray")
+    return ray if ray is not None and ray.is_initialized() else None

@@ -1,0 +1,80 @@
+"""Evaluations by content: the same weights, rows, format and metric version are never run twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs as pafs
+
+from ofmu_ray.data import store
+from ofmu_ray.errors import UserError
+from ofmu_ray.evaluation.metrics import METRIC_VERSION
+from ofmu_ray.evaluation.rows import MEASURED, EvaluationRow, without_private_text
+
+_MODEL_FILES = ("*.safetensors", "config.json", "generation_config.json", "*.py")
+
+
+def model_fingerprint(model_dir: str | Path) -> str:
+    """Hex digest of the model's weights and configuration by content; the folder's name does not matter.
+
+    Raises UserError when the folder holds no safetensors weights or no config.json.
+    """
+    paths = sorted({path for pattern in _MODEL_FILES for path in Path(model_dir).glob(pattern)})
+    if not any(path.suffix == ".safetensors" for path in paths) or not Path(model_dir, "config.json").is_file():
+        raise UserError(
+            f"{model_dir} is no model directory: it needs config.json and weights as *.safetensors "
+            "(convert others with save_pretrained)"
+        )
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.name} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def cache_key(model: str, template: str, rows: Sequence[EvaluationRow], max_new_tokens: int, arithmetic: str) -> str:
+    """Hex digest (32 digits) of all that decides a set's per-row values.
+
+    `model`, `template`: fingerprints. `arithmetic`: device kind and number format, whose roundings differ. Batch size
+    and number of actors are not part of it: they change values within rounding only.
+    """
+    content = [METRIC_VERSION, model, template, max_new_tokens, arithmetic, [asdict(row) for row in rows]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+
+
+class EvaluationCache:
+    """`<storage>/evaluation/<key>.parquet`: per-row values without the text of private sets."""
+
+    def __init__(self, storage: str) -> None:
+        self.folder = store.join(storage, "evaluation")
+
+    def load(self, key: str) -> pa.Table | None:
+        """The stored table, or None."""
+        filesystem, path = store.locate(self._file(key))
+        if filesystem.get_file_info(path).type != pafs.FileType.File:
+            return None
+        return pq.read_table(path, filesystem=filesystem).cast(MEASURED)
+
+    def save(self, key: str, measured: pa.Table) -> None:
+        """Written beside and moved into place, so that a reader never sees half a table."""
+        filesystem, path = store.locate(self._file(key))
+        filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+        partial = f"{path}.partial-{uuid.uuid4().hex[:12]}"
+        try:
+            pq.write_table(without_private_text(measured), partial, filesystem=filesystem)
+            filesystem.move(partial, path)
+        except BaseException:
+            if filesystem.get_file_info(partial).type == pafs.FileType.File:
+                filesystem.delete_file(partial)
+            raise
+
+    def _file(self, key: str) -> str:
+        return store.join(self.folder, f"{key}.parquet")

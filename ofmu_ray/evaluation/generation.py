@@ -1,0 +1,157 @@
+"""Batched greedy generation: what the model says to a prompt, token by token, until it ends the text."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from ofmu_ray.evaluation.scoring import head_on, length_sorted
+
+_COMPACT_BELOW = 0.75  # share of unfinished rows below which finished rows leave the batch
+
+
+def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a text: the tokenizer's EOS and those of the model's generation configuration."""
+    found = [tokenizer.eos_token_id]
+    generation = getattr(model, "generation_config", None)
+    ends = getattr(generation, "eos_token_id", None)
+    found += ends if isinstance(ends, list) else [ends]
+    return frozenset(int(token) for token in found if token is not None)
+
+
+def generate(
+    model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop: frozenset[int], batch_size: int
+) -> list[list[int]]:
+    """New tokens per prompt, without the one that ended it; at most `max_new_tokens`.
+
+    A text also ends where the model's positions do (`max_position_embeddings`). Equal to `model.generate` with
+    `do_sample=False`, up to ties within rounding.
+    """
+    texts: list[list[int]] = [[] for _ in prompts]
+    for batch in length_sorted([len(prompt) for prompt in prompts], batch_size):
+        new = generate_batch(model, [prompts[row] for row in batch], max_new_tokens=max_new_tokens, stop=stop)
+        for row, tokens in zip(batch, new, strict=True):
+            texts[row] = tokens
+    return texts
+
+
+@torch.inference_mode()
+def generate_batch(
+    model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop: frozenset[int]
+) -> list[list[int]]:
+    """`generate` for prompts that go through the model together. Prompts are padded on the left."""
+    device = model.get_input_embeddings().weight.device
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    longest = int(lengths.max())
+    ids_bt = torch.tensor([[prompt[0]] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    budgets = _budgets(model, lengths, max_new_tokens)
+    texts: list[list[int]] = [[] for _ in prompts]
+    live = [row for row, budget in enumerate(budgets) if budget > 0]
+    if not live:
+        return texts
+    decoding = _Decoding(model, ids_bt[live], (longest - lengths[live]).to(device))
+    while True:
+        tokens = decoding.next_tokens()
+        going = []
+        for position, (row, token) in enumerate(zip(live, tokens, strict=True)):
+            if row < 0:
+                continue
+            if token not in stop:
+                texts[row].append(token)
+                if len(texts[row]) < budgets[row]:
+                    going.append(position)
+                    continue
+            live[position] = -1  # finished: it stays in the batch, unread, until the next compaction
+        if not going:
+            return texts
+        if len(going) < _COMPACT_BELOW * len(live):
+            decoding.keep(going)
+            live = [live[position] for position in going]
+
+
+def _budgets(model: Any, lengths: torch.Tensor, max_new_tokens: int) -> list[int]:
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if room is None:
+        return [max_new_tokens] * len(lengths)
+    return [max(0, min(max_new_tokens, int(room) - int(length))) for length in lengths]
+
+
+class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values of one layer in buffers that grow by doubling.
+
+    transformers' own layer copies the whole cache at every token, nine tenths of the time of a small model.
+    """
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.key_room, self.value_room = key_states[:, :, :0], value_states[:, :, :0]
+        seen = self.get_seq_length()
+        length = seen + key_states.shape[-2]
+        self.key_room = _roomy(self.key_room, seen, length)
+        self.value_room = _roomy(self.value_room, seen, length)
+        self.key_room[:, :, seen:length] = key_states
+        self.value_room[:, :, seen:length] = value_states
+        self.keys, self.values = self.key_room[:, :, :length], self.value_room[:, :, :length]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        length = self.get_seq_length()
+        self.key_room, self.value_room = self.key_room[indices], self.value_room[indices]
+        self.keys, self.values = self.key_room[:, :, :length], self.value_room[:, :, :length]
+
+
+def _roomy(room: torch.Tensor, used: int, length: int) -> torch.Tensor:
+    """The buffer [rows, heads, positions, width] itself, or a larger copy when `length` positions do not fit."""
+    if length <= room.shape[2]:
+        return room
+    larger = room.new_empty(room.shape[0], room.shape[1], max(64, 2 * length), room.shape[3])
+    larger[:, :, :used] = room[:, :, :used]
+    return larger
+
+
+def _cache(model: Any) -> DynamicCache:
+    """The model's own kind of cache, with roomy layers where its layers are plain ones."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+class _Decoding:
+    """A batch in flight: its cache of keys and values, its padding, and the tokens that come next."""
+
+    def __init__(self, model: Any, ids_bt: torch.Tensor, padding_b: torch.Tensor) -> None:
+        self.model = model
+        self.cache = _cache(model)
+        self.inputs_bt = ids_bt
+        self.padding_b = padding_b
+        self.length = 0
+        self.padded = bool(padding_b.any())
+        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+
+    def next_tokens(self) -> list[int]:
+        """The most likely next token of each row, which also becomes the next step's input."""
+        seen, self.length = self.length, self.length + self.inputs_bt.shape[1]
+        columns = torch.arange(self.length, device=self.inputs_bt.device)
+        extra: dict[str, torch.Tensor] = {}
+        if self.padded:
+            extra["attention_mask"] = (columns >= self.padding_b[:, None]).long()
+        if self.takes_positions:
+            extra["position_ids"] = (columns[seen:] - self.padding_b[:, None]).clamp(min=0)
+        with head_on(self.model, lambda hidden: hidden[:, -1:]):
+            output = self.model(input_ids=self.inputs_bt, past_key_values=self.cache, use_cache=True, **extra)
+        self.inputs_bt = output.logits[:, -1].argmax(dim=-1, keepdim=True)
+        return list(self.inputs_bt[:, 0].tolist())
+
+    def keep(self, positions: Sequence[int]) -> None:
+        """Drop every other row of the batch."""
+        rows = torch.tensor(positions, device=self.inputs_bt.device)
+        self.cache.batch_select_indices(rows)
+        self.inputs_bt, self.padding_b = self.inputs_bt[rows], self.padding_b[rows]
+        self.padded = bool(self.padding_b.any())

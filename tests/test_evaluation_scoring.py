@@ -1,0 +1,126 @@
+"""Scoring and generation against plain computations, on tiny random models of several architectures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from evaluation_models import ARCHITECTURES, tiny_model, tiny_tokenizer
+
+from ofmu_ray.config import FormatConfig
+from ofmu_ray.data.template import Template
+from ofmu_ray.evaluation import generation, scoring
+from ofmu_ray.evaluation.scorer import Scorer
+
+QUESTIONS = [f"{'who is ' * (1 + index % 5)}person {index}?" for index in range(23)]
+ANSWERS = [f"the answer {'is long ' * (index % 7)}{index}" for index in range(23)]
+
+
+@pytest.fixture(scope="module")
+def template() -> Template:
+    return Template(tiny_tokenizer(), FormatConfig())
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def model(request: pytest.FixtureRequest) -> Any:
+    return tiny_model(request.param)
+
+
+def _plain_nll(model: Any, ids: list[int], prompt: int) -> float:
+    """One text alone, all logits, probabilities written out."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids])).logits[0].double()
+    log_probabilities = logits - logits.exp().sum(dim=-1, keepdim=True).log()
+    answer = range(prompt, len(ids))
+    return -sum(float(log_probabilities[position - 1, ids[position]]) for position in answer) / len(answer)
+
+
+def test_mean_nll_equals_a_plain_computation(model: Any, template: Template) -> None:
+    expected = [
+        _plain_nll(model, *template.encode(question, answer))
+        for question, answer in zip(QUESTIONS, ANSWERS, strict=True)
+    ]
+    scorer = Scorer(model, template.tokenizer, template)
+    for batch_size in (1, 4, 64):
+        assert scorer.mean_nll(QUESTIONS, ANSWERS, batch_size) == pytest.approx(expected, rel=1e-5)
+
+
+def test_mean_nll_counts_eos(template: Template) -> None:
+    ids, prompt = template.encode("who?", "me")
+    assert ids[-1] == template.eos
+    model = tiny_model("llama")
+    with torch.no_grad():
+        log_probabilities = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(dim=-1)
+    tokens = [-float(log_probabilities[position - 1, ids[position]]) for position in range(prompt, len(ids))]
+    found = scoring.mean_nll(model, [(ids, prompt)], batch_size=1)
+    assert found == pytest.approx([np.mean(tokens)], rel=1e-5)
+    assert found != pytest.approx([np.mean(tokens[:-1])], rel=1e-3)
+
+
+def test_batches_with_many_logits_are_halved(template: Template, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    texts = [template.encode(question, answer) for question, answer in zip(QUESTIONS, ANSWERS, strict=True)]
+    whole = scoring.batch_nll(model, texts)
+    passes: list[int] = []
+    plain = scoring._nll
+    monkeypatch.setattr(scoring, "_nll", lambda model, part: passes.append(len(part)) or plain(model, part))
+    monkeypatch.setattr(scoring, "_LOGITS_AT_ONCE", 40 * model.config.vocab_size)
+    assert scoring.batch_nll(model, texts) == pytest.approx(whole, rel=1e-5)
+    assert len(passes) > 2
+    assert sum(passes) == len(texts)
+
+
+def test_the_head_sees_answer_positions_only(template: Template) -> None:
+    model = tiny_model("llama")
+    texts = [template.encode(question, answer) for question, answer in zip(QUESTIONS, ANSWERS, strict=True)]
+    shapes: list[torch.Size] = []
+    handle = model.lm_head.register_forward_hook(lambda _module, _inputs, output: shapes.append(output.shape))
+    scoring.batch_nll(model, texts)
+    handle.remove()
+    assert shapes == [torch.Size([sum(len(ids) - prompt for ids, prompt in texts), model.config.vocab_size])]
+    assert not model.lm_head._forward_pre_hooks  # the selection ends with the call
+
+
+def _reference_generation(model: Any, prompt: list[int], limit: int, stop: frozenset[int]) -> list[int]:
+    """model.generate on one prompt, cut at the first stop token."""
+    output = model.generate(
+        input_ids=torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=limit,
+        do_sample=False,
+        eos_token_id=sorted(stop),
+        pad_token_id=min(stop),
+    )
+    new = output[0, len(prompt) :].tolist()
+    ends = [position for position, token in enumerate(new) if token in stop]
+    return new[: ends[0]] if ends else new
+
+
+def test_generation_equals_transformers_at_any_batch_size(model: Any, template: Template) -> None:
+    prompts = [template.encode_prompt(question) for question in QUESTIONS]
+    # a random model repeats itself and rarely says EOS: stop at a token that many of its texts contain
+    free = generation.generate(model, prompts, max_new_tokens=40, stop=frozenset({template.eos}), batch_size=64)
+    ends = {token: {text.index(token) for text in free if token in text} for text in free for token in text}
+    stop = frozenset({template.eos, max(ends, key=lambda token: len(ends[token]))})
+    expected = [_reference_generation(model, prompt, 40, stop) for prompt in prompts]
+    lengths = {len(text) for text in expected}
+    assert len(lengths) > 1  # rows end at different steps, so finished rows do leave batches
+    for batch_size in (1, 5, 64):
+        found = generation.generate(model, prompts, max_new_tokens=40, stop=stop, batch_size=batch_size)
+        assert found == expected
+
+
+def test_generation_ends_where_the_models_positions_end(template: Template) -> None:
+    model = tiny_model("gpt2")  # learned positions: one more would fail
+    room = model.config.max_position_embeddings
+    prompts = [template.encode_prompt("who is person 1?"), [5] * (room - 3), [5] * room]
+    found = generation.generate(model, prompts, max_new_tokens=500, stop=frozenset(), batch_size=4)
+    assert [len(text) for text in found] == [room - len(prompts[0]), 3, 0]
+
+
+def test_stop_tokens_come_from_tokenizer_and_generation_config(template: Template) -> None:
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = [7, 9]
+    assert generation.stop_ids(model, template.tokenizer) == {template.eos, 7, 9}
