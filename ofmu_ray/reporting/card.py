@@ -1,0 +1,84 @@
+"""The model card (README.md) of an exported model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ofmu_ray.reporting import figures
+from ofmu_ray.storage import atomic_write
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def write_model_card(
+    folder: str | Path,
+    *,
+    name: str,
+    config: Mapping[str, Any],
+    metrics: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    config_hash: str | None = None,
+    rounds: int | None = None,
+) -> None:
+    """Write `folder`/README.md: where the model comes from, its method and options, data digests and figures.
+
+    It names rows by count and digest only; no text of any row is in it. Metrics may be absent (the card can be
+    written at export and once more after the evaluation).
+
+    Args:
+        config: the whole configuration, nested.
+        metrics: ``before``, ``after``, ``retrained`` as in metrics.json.
+        data: the data report.
+        rounds: rounds done.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("ofmu_ray", "reporting"),
+        autoescape=False,  # Markdown; the values are options and numbers
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    method = str(config.get("method") or "finetune")
+    rows = figures.metric_table(metrics or {})
+    text = environment.get_template("card.md.j2").render(
+        name=name,
+        front=_front_matter(config, method),
+        method=method,
+        base=(config.get("model") or {}).get("path"),
+        options=_yaml({method: config[method]} if method in config else {}),
+        seed=config.get("seed"),
+        training=config.get("training") or {},
+        precision=(config.get("model") or {}).get("precision"),
+        rounds=rounds,
+        config_hash=config_hash,
+        streams=dict((data or {}).get("streams") or {}),
+        rows=rows,
+        models=[model for model in figures.MODELS if (metrics or {}).get(model)],
+    )
+    atomic_write(Path(folder) / "README.md", text)
+
+
+def _front_matter(config: Mapping[str, Any], method: str) -> str:
+    unlearned = method != "finetune"
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["ofmu-ray", *(["machine-unlearning", method] if unlearned else [])],
+    }
+    base = str((config.get("model") or {}).get("path") or "")
+    # the hub refuses a card whose base_model is not a hub name
+    if _HUB_NAME.fullmatch(base) and not Path(base).exists():
+        front |= {"base_model": base, "base_model_relation": "finetune"}
+    return _yaml(front)
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    import yaml
+
+    return str(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)) if values else ""

@@ -1,0 +1,117 @@
+"""Words, directions and number formats of the figures, shared by the page and the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+UP, DOWN, MATCH = "↑ better", "↓ better", "match retrained"
+MODELS = ("before", "after", "retrained")
+_SETS = {
+    "forget": "Forget",
+    "retain": "Retain",
+    "real_authors": "Real authors",
+    "world_facts": "World facts",
+}
+_METRICS = {"probability": "probability", "rouge": "ROUGE-L recall", "truth_ratio": "truth ratio"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model's figure in the table."""
+
+    text: str
+    interval: str = ""
+    reason: str = ""
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """One metric over the models."""
+
+    name: str
+    label: str
+    direction: str
+    cells: dict[str, Cell]
+    rows: int | None
+
+
+def label(name: str) -> str:
+    """forget_truth_ratio -> Forget truth ratio."""
+    if name == "ks_statistic":
+        return "KS distance to retrained"
+    for prefix, words in _SETS.items():
+        if name.startswith(f"{prefix}_") and name.removeprefix(f"{prefix}_") in _METRICS:
+            return f"{words} {_METRICS[name.removeprefix(f'{prefix}_')]}"
+    return name.replace("_", " ").capitalize()
+
+
+def direction(name: str) -> str:
+    """Which way is better. What forget rows score should be what a model scores that never saw them."""
+    if name == "forget_quality" or not name.startswith(("forget_", "ks_")):
+        return UP
+    return DOWN if name == "ks_statistic" else MATCH
+
+
+def metric_table(metrics: Mapping[str, Any]) -> list[MetricRow]:
+    """The before/after/retrained table from metrics.json, in its order, absent figures with their reason."""
+    names = list(dict.fromkeys(name for model in MODELS for name in (metrics.get(model) or {})))
+    rows = []
+    for name in names:
+        figures = {model: (metrics.get(model) or {}).get(name) for model in MODELS}
+        counts = [figure["n"] for figure in figures.values() if figure and figure.get("n") is not None]
+        cells = {model: cell(figure) for model, figure in figures.items()}
+        rows.append(MetricRow(name, label(name), direction(name), cells, max(counts, default=None)))
+    return rows
+
+
+def cell(figure: Mapping[str, Any] | None) -> Cell:
+    """Text of one figure with its 95 % interval; a dash with the reason when it is absent."""
+    if figure is None:
+        return Cell("–")
+    if figure.get("value") is None:
+        return Cell("–", reason=str(figure.get("reason") or ""))
+    value, low, high = (figure.get(key) for key in ("value", "low", "high"))
+    interval = "" if low is None or high is None else f"{number(low)} – {number(high)}"
+    return Cell(number(value), interval, "", value, low, high)
+
+
+def number(value: float | None) -> str:
+    """Three decimals; small and large numbers with an exponent (p-values span many orders)."""
+    if value is None:
+        return "–"
+    if value == 0 or 1e-3 <= abs(value) < 1e4:
+        return f"{value:.3f}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def quantity(value: float, unit: str = "") -> str:
+    """1234567 -> 1.23 M: counts with a decimal prefix."""
+    for step, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= step:
+            return f"{value / step:.3g} {prefix}{unit}"
+    return f"{value:g} {unit}".rstrip()
+
+
+def byte_size(value: float) -> str:
+    """Bytes with a binary prefix."""
+    for step, prefix in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if value >= step:
+            return f"{value / step:.3g} {prefix}"
+    return f"{value:g} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 12.3 s, 4 min 05 s or 2 h 03 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"

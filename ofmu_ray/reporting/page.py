@@ -1,0 +1,197 @@
+"""The page of a run: one HTML file that needs nothing else, for a screen, a phone and paper."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ofmu_ray.reporting import figures, plots, samples
+from ofmu_ray.storage import PathLike, atomic_write
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportData:
+    """All that a page shows, as plain values; what is empty or None is left out of the page."""
+
+    title: str
+    """The run's name."""
+    config: Mapping[str, Any]
+    """The whole configuration, nested."""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """``before``, ``after``, ``retrained`` as in metrics.json."""
+    run: Mapping[str, Any] = field(default_factory=dict)
+    """``status``, ``message``, ``config_hash``, ``started``, ``rounds`` ... shown in the header as they are."""
+    cost: Mapping[str, Any] = field(default_factory=dict)
+    """``cost`` as in metrics.json."""
+    series: Sequence[Mapping[str, float]] = ()
+    """One mapping per round, with ``round``."""
+    tables: Mapping[str, Any] = field(default_factory=dict)
+    """Model (before, after, retrained) -> per-row values, a pyarrow table; None values are skipped."""
+    texts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Row id -> (question, answer); those of forget rows are shown only with `reveal_text`."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """The data report: ``streams``, ``overlap``, ``tokenizer_sha256``."""
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    """See build_manifest."""
+    command: str | Sequence[str] = ()
+    """How to run it again."""
+    open_command: str | None = None
+    """How to open the run in MLflow."""
+    samples: int = 5
+    """Generations shown per set."""
+    reveal_text: bool = False
+    """Show the text of forget rows (personal data)."""
+
+
+def write_report(path: PathLike, data: ReportData) -> None:
+    """Write the page; it appears whole or not at all. Forget rows stand in it by id unless `reveal_text`."""
+    atomic_write(path, render(data))
+
+
+def render(data: ReportData) -> str:
+    """The page as HTML."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("ofmu_ray", "reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": figures.number,
+        "quantity": figures.quantity,
+        "bytes": figures.byte_size,
+        "duration": figures.duration,
+        "label": figures.label,
+    }
+    return environment.get_template("report.html.j2").render(_context(data))
+
+
+def _context(data: ReportData) -> dict[str, Any]:
+    tables = {model: table for model, table in data.tables.items() if table is not None}
+    ratios = {model: _forget_ratios(table) for model, table in tables.items()}
+    ratios = {model: values for model, values in ratios.items() if len(values)}
+    tests = _tests(ratios)
+    return {
+        "data": data,
+        "header": _header(data),
+        "headline": _headline(data.metrics),
+        "metric_rows": figures.metric_table(data.metrics),
+        "models": [model for model in figures.MODELS if data.metrics.get(model)],
+        "truth_ratio_svg": plots.truth_ratio_svg(ratios, tests.get("after")) if ratios else None,
+        "tests": tests,
+        "series": plots.series_svgs(data.series),
+        "samples": samples.sample_rows(tables, data.texts, data.samples, reveal=data.reveal_text),
+        "is_private": samples.is_private,
+        "degeneration": samples.degeneration(tables),
+        "phases": _phases(data.cost),
+        "streams": dict(data.data.get("streams") or {}),
+        "config_yaml": _yaml(data.config),
+        "command": data.command if isinstance(data.command, str) else shlex.join(data.command),
+        "hashes": _hashes(data),
+    }
+
+
+def _header(data: ReportData) -> list[tuple[str, str]]:
+    """(label, value) under the title."""
+    config, manifest = data.config, data.manifest
+    model = config.get("model") or {}
+    training = config.get("training") or {}
+    method = str(config.get("method") or "finetune")
+    preset = (config.get(method) or {}).get("preset")
+    workers = training.get("workers")
+    engine = " ".join(
+        str(part)
+        for part in (
+            training.get("engine"),
+            f"ZeRO-{training['zero_stage']}" if training.get("engine") == "deepspeed" else None,
+            f"× {workers} workers" if workers and workers > 1 else None,
+        )
+        if part is not None
+    )
+    code = manifest.get("code") or {}
+    version = " ".join(
+        part
+        for part in (
+            str(code.get("version") or ""),
+            f"({code['commit'][:10]}{', modified' if code.get('modified') else ''})" if code.get("commit") else "",
+        )
+        if part
+    )
+    pairs = {
+        "method": f"{method} ({preset})" if preset else method,
+        "model": model.get("path"),
+        "precision": model.get("precision"),
+        "engine": engine,
+        "seed": config.get("seed"),
+        "date": manifest.get("created"),
+        "code": version,
+        **{name.replace("_", " "): value for name, value in data.run.items() if name not in ("status", "message")},
+    }
+    return [(name, str(value)) for name, value in pairs.items() if value not in (None, "")]
+
+
+def _headline(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The two figures that the field reports first, before and after."""
+    rows = []
+    for name, words in (
+        ("forget_quality", "p-value of the KS test against the retrained model"),
+        ("model_utility", "harmonic mean of nine scores on what is to stay"),
+    ):
+        cells = {model: figures.cell((metrics.get(model) or {}).get(name)) for model in figures.MODELS}
+        if any(cell.value is not None for cell in cells.values()):
+            rows.append({"label": figures.label(name), "words": words, "cells": cells})
+    return rows
+
+
+def _forget_ratios(table: Any) -> NDArray[np.float64]:
+    """Finite truth ratios of the forget rows, in the table's order."""
+    if not {"set", "truth_ratio"} <= set(table.column_names):
+        return np.empty(0)
+    pairs = zip(table["set"].to_pylist(), table["truth_ratio"].to_pylist(), strict=True)
+    values = np.array([ratio for name, ratio in pairs if name == "forget" and ratio is not None], dtype=np.float64)
+    return values[np.isfinite(values)]
+
+
+def _tests(ratios: Mapping[str, NDArray[np.float64]]) -> dict[str, plots.KolmogorovSmirnov]:
+    if "retrained" not in ratios:
+        return {}
+    return {
+        model: plots.kolmogorov_smirnov(values, ratios["retrained"])
+        for model, values in ratios.items()
+        if model != "retrained"
+    }
+
+
+def _phases(cost: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """(phase, seconds, share of the longest in percent)."""
+    seconds = cost.get("seconds") or {}
+    longest = max(seconds.values(), default=0.0) or 1.0
+    return [(name, value, 100 * value / longest) for name, value in seconds.items()]
+
+
+def _yaml(config: Mapping[str, Any]) -> str:
+    import yaml
+
+    return str(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=100))
+
+
+def _hashes(data: ReportData) -> list[tuple[str, str]]:
+    """(what, digest) of the manifest and the data report."""
+    manifest = data.manifest
+    found: list[tuple[str, Any]] = [
+        ("configuration", manifest.get("config_hash")),
+        ("tokenizer", data.data.get("tokenizer_sha256")),
+    ]
+    for name, stream in (data.data.get("streams") or {}).items():
+        found.append((f"{name} rows", stream.get("sha256")))
+    for role, files in (manifest.get("models") or {}).items():
+        found += [(f"{role}: {file}", digest) for file, digest in (files or {}).items()]
+    return [(what, str(digest)) for what, digest in found if digest]

@@ -1,0 +1,207 @@
+"""Plots of the page as inline SVG whose colours are CSS variables, so that they follow light and dark mode."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Stand-ins that matplotlib writes into the SVG and the CSS variable that replaces each.
+_INK, _FAINT, _GRID = "#010101", "#020202", "#030303"
+_COLOURS = ("#010a01", "#010a02", "#010a03", "#010a04")
+_VARIABLES = {
+    _INK: "var(--ink)",
+    _FAINT: "var(--faint)",
+    _GRID: "var(--line)",
+    **{colour: f"var(--series-{index + 1})" for index, colour in enumerate(_COLOURS)},
+}
+MODEL_COLOURS = {"before": _COLOURS[1], "after": _COLOURS[0], "retrained": _COLOURS[2]}
+_DASHES = ("-", "--", ":", "-.")  # so that lines can be told apart without colour
+
+
+@dataclass(frozen=True)
+class SeriesPlot:
+    """One panel of per-round series."""
+
+    title: str
+    names: dict[str, str]
+    """Series -> its label in the legend."""
+    log: bool = False
+    """Logarithmic axis, where all values are positive."""
+
+
+SERIES_PLOTS = (
+    SeriesPlot("Loss (nats per token)", {"loss": "train", "forget_loss": "forget", "retain_loss": "retain"}),
+    SeriesPlot("Cosine of the gradients", {"gradient_cosine": "cos(g_f, g_r)"}),
+    SeriesPlot(
+        "Gradient norms",
+        {
+            "gradient_norm": "gradient",
+            "phi_gradient_norm": "|∇Φ|",
+            "inner_gradient_norm": "inner steps, mean",
+            "outer_gradient_norm": "outer step",
+            "penalty_norm": "penalty",
+        },
+        log=True,
+    ),
+    SeriesPlot("Penalty weight ρ", {"rho": "ρ"}),
+    SeriesPlot("Learning rates", {"lr": "lr", "inner_lr": "inner", "outer_lr": "outer"}),
+    SeriesPlot("Gradient passes, cumulative", {"forget_passes": "forget", "retain_passes": "retain"}),
+    SeriesPlot("Tokens per second", {"tokens_per_second": "tokens/s"}),
+    SeriesPlot("Utility (watched retain rows)", {"utility": "mean answer probability"}),
+)
+
+
+def series_svgs(series: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
+    """(title, SVG) of every panel that has values; series without a panel of their own get one each."""
+    present = list(dict.fromkeys(name for row in series for name in row if name != "round"))
+    known = {name for plot in SERIES_PLOTS for name in plot.names}
+    plots = [*SERIES_PLOTS, *(SeriesPlot(name, {name: name}) for name in present if name not in known)]
+    panels = []
+    for plot in plots:
+        lines = {text: _line(series, name) for name, text in plot.names.items() if name in present}
+        lines = {text: line for text, line in lines.items() if len(line[0])}
+        if lines:
+            panels.append((plot.title, _series_svg(plot, lines)))
+    return panels
+
+
+Line = tuple[list[float], list[float]]
+
+
+def _line(series: Sequence[Mapping[str, float]], name: str) -> Line:
+    """(rounds, values) of a series, without what is missing or not finite."""
+    points = [
+        (row.get("round", index + 1), row[name])
+        for index, row in enumerate(series)
+        if row.get(name) is not None and math.isfinite(row[name])
+    ]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _series_svg(plot: SeriesPlot, lines: Mapping[str, Line]) -> str:
+    figure, axes = _axes(4.2, 2.5)
+    for index, (text, (rounds, values)) in enumerate(lines.items()):
+        marker = "o" if len(rounds) <= 40 else ""
+        axes.plot(
+            rounds, values, color=_COLOURS[index % len(_COLOURS)], linestyle=_DASHES[index % len(_DASHES)],
+            label=text, linewidth=1.5, marker=marker, markersize=2.5,
+        )  # fmt: skip
+    if plot.log and all(value > 0 for _, values in lines.values() for value in values):
+        axes.set_yscale("log")
+    axes.set_xlabel("round")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if len(lines) > 1:
+        _legend(axes)
+    return _svg(figure, plot.title)
+
+
+@dataclass(frozen=True)
+class KolmogorovSmirnov:
+    """Two-sample KS test between the truth ratios of a model and of the retrained model on the forget rows."""
+
+    p_value: float
+    distance: float
+    """Largest vertical distance between the two distribution functions."""
+    location: float
+    """Truth ratio at which it lies."""
+    low: float
+    """The lower of the two distribution functions there."""
+    rows: int
+
+
+def kolmogorov_smirnov(ratios: NDArray[np.float64], retrained: NDArray[np.float64]) -> KolmogorovSmirnov:
+    """The test and where its distance lies (the smallest ratio that attains it)."""
+    from ofmu_ray.evaluation.metrics import forget_quality
+
+    p_value, distance = forget_quality(ratios, retrained)
+    points = np.sort(np.concatenate([ratios, retrained]))
+    one, two = _ecdf(ratios, points), _ecdf(retrained, points)
+    at = int(np.argmax(np.abs(one - two)))
+    low = float(min(one[at], two[at]))
+    return KolmogorovSmirnov(p_value, distance, float(points[at]), low, len(ratios))
+
+
+def truth_ratio_svg(ratios: Mapping[str, NDArray[np.float64]], marked: KolmogorovSmirnov | None) -> str:
+    """Distribution functions of the forget rows' truth ratios by model; `marked`: where after and retrained differ."""
+    figure, axes = _axes(7.6, 3.4)
+    for index, (model, values) in enumerate(ratios.items()):
+        ordered = np.sort(values)
+        heights = np.arange(1, len(ordered) + 1) / len(ordered)
+        axes.step(
+            np.concatenate([ordered[:1], ordered]), np.concatenate([[0.0], heights]), where="post",
+            color=MODEL_COLOURS.get(model, _FAINT), linestyle=_DASHES[index % len(_DASHES)], label=model, linewidth=1.8,
+        )  # fmt: skip
+    if marked is not None:
+        top = marked.low + marked.distance
+        axes.plot([marked.location] * 2, [marked.low, top], color=_INK, linewidth=2.2)
+        axes.annotate(
+            f"D = {marked.distance:.3f}", (marked.location, marked.low + marked.distance / 2),
+            xytext=(6, 0), textcoords="offset points", color=_INK, fontsize=9, va="center",
+        )  # fmt: skip
+    every = np.concatenate(list(ratios.values()))
+    if every.min() > 0 and every.max() / every.min() > 20:
+        axes.set_xscale("log")
+    axes.axvline(1.0, color=_FAINT, linewidth=0.8, linestyle=":")
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("truth ratio of a forget row: P(wrong) / P(right); below 1 the right answer is preferred")
+    axes.set_ylabel("share of rows")
+    _legend(axes)
+    return _svg(figure, "Truth ratios of the forget rows")
+
+
+def _ecdf(values: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.searchsorted(np.sort(values), points, side="right") / len(values)
+
+
+# --------------------------------------------------------------------------------------------------- matplotlib
+
+
+def _axes(width: float, height: float) -> tuple[Any, Any]:
+    """A figure of its own (no pyplot, no global state, no display) with the page's colours, sizes in inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0)
+    axes.grid(color=_GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(_FAINT)
+    axes.tick_params(colors=_FAINT, labelcolor=_INK, labelsize=8.5, which="both")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set_color(_INK)
+        axis.label.set_fontsize(9)
+        axis.get_offset_text().set_color(_INK)
+        axis.get_offset_text().set_fontsize(8.5)
+    return figure, axes
+
+
+def _legend(axes: Any) -> None:
+    axes.legend(frameon=False, fontsize=8.5, labelcolor=_INK, handlelength=2.4)
+
+
+def _svg(figure: Any, title: str) -> str:
+    """The figure as an <svg> element that scales with the page; the same figure gives the same text."""
+    import matplotlib
+
+    stream = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    svg = stream.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg)
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, variable)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)

@@ -1,0 +1,104 @@
+"""Generations before and after, row by row, and how many of them are degenerate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one model generated for a row."""
+
+    rouge: float | None
+    tokens: int | None
+    text: str | None
+    """None: not kept, or not to be shown."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row's generations by model; the texts are None unless they may be shown."""
+
+    row_id: str
+    question: str | None
+    answer: str | None
+    generations: dict[str, Generation]
+
+
+@dataclass(frozen=True)
+class Degeneration:
+    """Generations of one model on one set: shares in [0, 1]; None: not measured."""
+
+    set: str
+    model: str
+    rows: int
+    empty: float | None
+    repetition: float | None
+    tokens: float | None
+    """Mean length (tokens)."""
+
+
+def is_private(set_name: str) -> bool:
+    """Whether the set's text is personal data: the forget rows, and probes of them (forget_...)."""
+    return set_name.split("_")[0] == "forget"
+
+
+def sample_rows(
+    tables: Mapping[str, Any], texts: Mapping[str, tuple[str, str]], count: int, *, reveal: bool
+) -> dict[str, list[Sample]]:
+    """The first `count` rows of every set (first, so that nobody picked them), with what each model generated.
+
+    Args:
+        tables: model -> per-row values (pyarrow; columns row_id, set and, where measured, rouge_l_recall,
+            generated_tokens, generated).
+        texts: row id -> (question, answer), for sets whose text may be shown.
+        reveal: show the text of forget rows as well.
+    """
+    by_model = {model: _by_set(table) for model, table in tables.items()}
+    names = list(dict.fromkeys(name for sets in by_model.values() for name in sets))
+    samples: dict[str, list[Sample]] = {}
+    for name in names:
+        shown = reveal or not is_private(name)
+        ids = list(dict.fromkeys(row_id for sets in by_model.values() for row_id in sets.get(name, {})))[:count]
+        samples[name] = []
+        for row_id in ids:
+            question, answer = texts.get(row_id, (None, None)) if shown else (None, None)
+            rows = {model: sets[name][row_id] for model, sets in by_model.items() if row_id in sets.get(name, {})}
+            generations = {model: _generation(row, shown) for model, row in rows.items()}
+            samples[name].append(Sample(row_id, question, answer, generations))
+    return {name: rows for name, rows in samples.items() if rows}
+
+
+def degeneration(tables: Mapping[str, Any]) -> list[Degeneration]:
+    """Empty and repetitive generations by set and model, so that breakage is not taken for forgetting."""
+    found = []
+    for model, table in tables.items():
+        for name, rows in _by_set(table).items():
+            values = list(rows.values())
+            empty, repeated, tokens = (_mean(values, c) for c in ("generated_empty", "repetition", "generated_tokens"))
+            if any(value is not None for value in (empty, repeated, tokens)):
+                found.append(Degeneration(name, model, len(values), empty, repeated, tokens))
+    order = list(dict.fromkeys(row.set for row in found))
+    return sorted(found, key=lambda row: order.index(row.set))
+
+
+def _by_set(table: Any) -> dict[str, dict[str, Row]]:
+    """set -> row id -> row, in the table's order."""
+    sets: dict[str, dict[str, Row]] = {}
+    for row in table.to_pylist():
+        sets.setdefault(row["set"], {})[row["row_id"]] = row
+    return sets
+
+
+def _generation(row: Row, shown: bool) -> Generation:
+    rouge = row.get("rouge_l_recall", row.get("rouge"))
+    return Generation(rouge, row.get("generated_tokens"), row.get("generated") if shown else None)
+
+
+def _mean(rows: list[Row], column: str) -> float | None:
+    values = [float(row[column]) for row in rows if row.get(column) is not None]
+    return sum(values) / len(values) if values else None
