@@ -14,8 +14,6 @@ import ray
 from ofmu_ray.errors import UserError
 from ofmu_ray.training.job import WorkerJob
 
-# Ray Data's readers need a fraction of a CPU beside the workers; without it they wait for ever (and silently).
-READER_SHARE = 0.1
 WORKER_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "TOKENIZERS_PARALLELISM": "false",
@@ -121,24 +119,20 @@ def fit(job: WorkerJob, title: str) -> dict[str, Any]:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from ofmu_ray.data.stream import PlanDataConfig
     from ofmu_ray.training.worker import worker_loop
 
     training = job.training
     gpu = training.gpus_per_worker > 0
-    resources = {"CPU": max(READER_SHARE, training.cpus_per_worker - READER_SHARE)}
+    resources = {"CPU": training.cpus_per_worker}
     if gpu:
         resources["GPU"] = training.gpus_per_worker
     threads = str(max(1, int(training.cpus_per_worker)))
     progress = Progress.remote()  # type: ignore[attr-defined]
-    data = PlanDataConfig(job.plan_dir)
     trainer = TorchTrainer(
         worker_loop,
         train_loop_config={"job": job, "progress": progress},
         scaling_config=ScalingConfig(num_workers=training.workers, use_gpu=gpu, resources_per_worker=resources),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-        datasets=data.datasets(),
-        dataset_config=data,
         run_config=RunConfig(
             name="train",
             storage_path=str(Path(job.run_dir)),

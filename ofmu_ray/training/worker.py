@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ofmu_ray.data.plan import read_plan
-from ofmu_ray.data.stream import rounds
-from ofmu_ray.engines import DeepSpeedEngine, TorchEngine
+from ofmu_ray.data.stream import lane_iterator, rounds
 from ofmu_ray.engines.models import load_causal_lm
 from ofmu_ray.engines.protocol import Engine
 from ofmu_ray.methods.protocol import Method
@@ -50,8 +49,8 @@ def worker_loop(config: dict[str, Any]) -> None:
     loop = _Loop(job, engine, method, probe, state, rank, config.get("progress"))
     if state.status == "running":
         micro = job.training.micro_batch_size or job.training.batch_size // world
-        shard = ray.train.get_dataset_shard("plan")
         plan = read_plan(job.plan_dir)
+        shard = lane_iterator(plan, rank, state.round)
         for batches in rounds(
             shard, plan, start_round=state.round, micro_batch_size=micro, pad_id=tokenizer.pad_token_id
         ):
@@ -76,7 +75,11 @@ def build_engine(job: WorkerJob, module: torch.nn.Module) -> Engine:
     module = module.to(get_device())
     precision, offload = job.model.precision, training.offload
     if training.engine == "torch":
+        from ofmu_ray.engines import TorchEngine
+
         return TorchEngine(module, inner=inner, outer=outer, precision=precision, offload=offload)
+    from ofmu_ray.engines import DeepSpeedEngine
+
     return DeepSpeedEngine(
         module,
         inner=inner,

@@ -1,0 +1,98 @@
+"""What can be found out before any worker starts: the machine, the storage, the models."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ofmu_ray.assets import resolve_builtin
+from ofmu_ray.config import DataConfig, ModelConfig, TrainingConfig
+from ofmu_ray.errors import UserError
+
+
+def prepare_storage(storage: str) -> Path:
+    """The storage folder, absolute and writable."""
+    if "://" in storage:
+        raise UserError(
+            f"storage = {storage!r}: runs need a folder that all nodes share (NFS, EFS, Filestore, Lustre); "
+            "data may lie at s3:// and gs:// URIs, runs may not"
+        )
+    path = Path(storage).expanduser().absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".writable.{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"storage = {storage!r}: not writable ({error.strerror}); choose another folder with --storage"
+        ) from None
+    return path
+
+
+def check_machine(training: TrainingConfig) -> None:
+    """More workers than CPUs, GPUs that are not there: said before Ray is started, where Ray would run here."""
+    if "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ:
+        return  # the cluster's resources are counted once it is joined (ofmu_ray.training.launch.connect)
+    needed, found = training.workers * training.cpus_per_worker, os.cpu_count() or 1
+    if needed > found:
+        raise UserError(
+            f"training.workers x training.cpus_per_worker = {training.workers} x {training.cpus_per_worker:g} = "
+            f"{needed:g} CPUs, but this machine has {found}: lower one of them, or join a cluster (RAY_ADDRESS)"
+        )
+
+
+def check_sources(data: DataConfig) -> None:
+    """Forget and retain sources exist; what their rows hold is checked when they are tokenised."""
+    from ofmu_ray.data import sources
+
+    sources.fragments(data.forget, data.root, stream="forget", option="data.forget")
+    sources.fragments(data.retain, data.root, stream="retain", option="data.retain")
+
+
+def check_model(config: ModelConfig, option: str = "model.path") -> Any:
+    """Load configuration and tokenizer and look into the weights' headers; returns the tokenizer.
+
+    Raises:
+        UserError: no such folder, no weights, unreadable weights, no tokenizer, or a tokenizer without EOS.
+    """
+    from ofmu_ray.engines.models import load_tokenizer
+
+    path = resolve_builtin(config.path)
+    if Path(path).is_dir():
+        _check_weights(Path(path), option, config.trust_remote_code)
+    elif path.startswith((".", "/", "~")) or config.path.startswith("builtin:"):
+        raise UserError(f"{option} = {config.path!r}: no such folder")
+    _check_config(path, option, config)
+    tokenizer = load_tokenizer(config)
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{option} = {config.path!r}: its tokenizer has no end-of-sequence token, which answers must end with; "
+            "set eos_token in tokenizer_config.json or name another tokenizer with --model.tokenizer"
+        )
+    return tokenizer
+
+
+def _check_config(path: str, option: str, config: ModelConfig) -> None:
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and its own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{option} = {config.path!r}: the model does not load: {reason}") from None
+
+
+def _check_weights(folder: Path, option: str, trusted: bool) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files and not trusted:
+        raise UserError(f"{option} = {str(folder)!r}: no *.safetensors there; convert the weights with save_pretrained")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as weights:
+                weights.keys()
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{option}: {file} is not a readable safetensors file ({error})") from None

@@ -1,0 +1,168 @@
+"""What a run leaves in its folder: metrics.json, rows.parquet, manifest.json, report.html and the model's card."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ofmu_ray.assets import resolve_builtin
+from ofmu_ray.storage import atomic_write
+from pipelines.terminal import metrics_table, say
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run, before it is written down."""
+
+    training: dict[str, Any]
+    """training.json: status, series, seconds, account."""
+    metrics: dict[str, Any]
+    """before, after, retrained."""
+    tables: dict[str, Any]
+    """Per-row values (pyarrow Tables) by model."""
+    texts: dict[str, tuple[str, str]]
+    """Row id -> (question, answer), for the samples of the report."""
+    data: dict[str, Any]
+    """The data report."""
+    seconds: dict[str, float]
+    """Wall-clock seconds by phase."""
+    plan: str
+    """Fingerprint of the batch sequence."""
+    discard: Callable[[], None]
+    """Deletes the forget rows' tokens from the cache."""
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """metrics.json of a finished run; None when there is none."""
+    path = folder / "metrics.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def write(
+    folder: Path, outcome: Outcome, config: dict[str, Any], config_hash: str, command: list[str], mlflow: str
+) -> list[Path]:
+    """Write everything, metrics.json last (it marks the run as finished); returns what MLflow keeps as artifacts."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from ofmu_ray.reporting import ReportData, build_manifest, write_model_card, write_report
+
+    training = outcome.training
+    summary = {
+        **outcome.metrics,
+        "cost": _cost(outcome),
+        "run": {
+            "name": folder.name,
+            "method": config["method"],
+            "status": training["status"],
+            "message": training["message"],
+            "rounds": training["round"],
+            "seed": config["seed"],
+            "config_hash": config_hash,
+            "model": str(folder / "model"),
+            "report": str(folder / "report.html"),
+            "mlflow": mlflow,
+        },
+    }
+    manifest = build_manifest(
+        name=folder.name,
+        config=config,
+        config_hash=config_hash,
+        seed=config["seed"],
+        data=outcome.data,
+        models={role: path and resolve_builtin(path) for role, path in _models(folder, config).items()},
+        command=shlex.join(command),
+        extra={"plan_sha256": outcome.plan},
+    )
+    atomic_write(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    tables = {label: table for label, table in outcome.tables.items() if table is not None}
+    if tables:
+        rows = pa.concat_tables(
+            [table.append_column("model", pa.array([label] * len(table))) for label, table in tables.items()]
+        )
+        # the text of forget rows is not in these tables unless report.reveal_text asked for it
+        beside = folder / ".rows.parquet"
+        pq.write_table(rows, beside)
+        beside.replace(folder / "rows.parquet")
+    write_report(
+        folder / "report.html",
+        ReportData(
+            title=folder.name,
+            config=config,
+            metrics=outcome.metrics,
+            run=summary["run"],
+            cost=summary["cost"],
+            series=training["series"],
+            tables=tables,
+            texts=outcome.texts,
+            data=outcome.data,
+            manifest=manifest,
+            command=command,
+            open_command=mlflow,
+            samples=config["report"]["samples"],
+            reveal_text=config["report"]["reveal_text"],
+        ),
+    )
+    write_model_card(
+        folder / "model",
+        name=folder.name,
+        config=config,
+        metrics=outcome.metrics,
+        data=outcome.data,
+        config_hash=config_hash,
+        rounds=training["round"],
+    )
+    atomic_write(folder / "metrics.json", json.dumps(_json(summary), indent=2) + "\n")
+    return [folder / name for name in ("report.html", "manifest.json", "metrics.json")]
+
+
+def _models(folder: Path, config: dict[str, Any]) -> dict[str, str | None]:
+    return {
+        "target": config["model"]["path"],
+        "retrained": config["evaluation"]["retrained"],
+        "unlearned": str(folder / "model"),
+    }
+
+
+def _cost(outcome: Outcome) -> dict[str, Any]:
+    training = outcome.training
+    account = training["account"]
+    return {
+        "gradient_passes": account["gradient_passes"],
+        "tokens": account["tokens"],
+        "flops": account["flops"],
+        "updates": account["updates"],
+        "seconds": {**outcome.seconds, "rounds": training["train_seconds"]},
+        "peak_memory_bytes": training["peak_memory_bytes"],
+    }
+
+
+def _json(value: Any) -> Any:
+    """NaN and infinity, which JSON does not have, as null."""
+    if isinstance(value, dict):
+        return {key: _json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def show(folder: Path, summary: dict[str, Any]) -> None:
+    """Print figures and paths: the figures on stdout, the rest as progress."""
+    if summary.get("before"):
+        print(metrics_table(summary))
+    cost = summary["cost"]
+    passes = cost["gradient_passes"]
+    print(
+        f"\ncost    {passes['forget']} forget + {passes['retain']} retain passes, {cost['updates']} updates, "
+        f"{cost['tokens']} tokens, {cost['flops']:.2e} FLOPs, {cost['seconds']['rounds']:.1f} s in rounds, "
+        f"{sum(s for name, s in cost['seconds'].items() if name != 'rounds'):.1f} s in all"
+    )
+    run = summary["run"]
+    print(f"model   {run['model']}\nreport  {run['report']}\nmlflow  {run['mlflow']}")
+    if run["message"]:
+        say(f"stopped {run['message']}")

@@ -1,0 +1,127 @@
+"""`ofmu train`: fit a target or a retrained model on a data set, on the same Ray path as unlearning."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ofmu_ray.config import ModelConfig, StopConfig, TrainConfig, config_hash, to_dict
+from ofmu_ray.errors import UserError
+from ofmu_ray.storage import atomic_write
+from pipelines.parse import fail, parse
+from pipelines.preflight import check_machine, check_model, prepare_storage
+from pipelines.terminal import say
+
+PROG = "ofmu train"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; exit status 0, 2 for a user's mistake, 1 when the fit did not end well."""
+    try:
+        config = parse(TrainConfig, sys.argv[1:] if arguments is None else arguments, PROG)
+        return train(config)
+    except UserError as error:
+        return fail(error, PROG)
+
+
+def train(config: TrainConfig) -> int:
+    """Fit, export to <storage>/<name>/model and print where it is. A finished run of this name is not repeated."""
+    storage = prepare_storage(config.storage)
+    check_machine(config.training)
+    digest = config_hash(config)
+    run = storage / (config.name or f"train-{digest[:8]}")
+    if (run / "training.json").exists() and (run / "model").is_dir():
+        say(f"{run.name} is finished; model: {run / 'model'}")
+        return 0
+    model = config.model or _initial_model(config, run)
+    tokenizer = check_model(model)
+    summary = _fit(config, model, tokenizer, storage, run, digest)
+    say(f"model   {run / 'model'}")
+    return 0 if summary["status"] == "finished" else 1
+
+
+def _fit(
+    config: TrainConfig, model: ModelConfig, tokenizer: Any, storage: Path, run: Path, digest: str
+) -> dict[str, Any]:
+    from ofmu_ray import tracking
+    from ofmu_ray.data.plan import write_plan
+    from ofmu_ray.data.prepare import prepare_streams
+    from ofmu_ray.training.job import WorkerJob
+    from ofmu_ray.training.launch import connect, fit
+
+    handle = tracking.start(config.tracking, str(storage), run.name, to_dict(config), {"ofmu.kind": "train"})
+    training = config.training
+    connect(training.workers * training.cpus_per_worker, training.workers * training.gpus_per_worker)
+    prepared = prepare_streams(
+        {"train": config.data.train},
+        config.data.root,
+        config.data.format,
+        tokenizer,
+        str(storage),
+        duplicates=config.data.duplicates,
+    )
+    rows = len(prepared.streams["train"].rows)
+    rounds = max(1, math.ceil(config.epochs * rows / training.batch_size))
+    training = replace(training, rounds=rounds)
+    plan = write_plan(
+        prepared.streams,
+        str(run / "plan"),
+        batches_per_round={"train": 1},
+        rounds=rounds,
+        batch_size=training.batch_size,
+        workers=training.workers,
+        seed=config.seed,
+    )
+    say(f"data    {rows} rows, {rounds} steps of {training.batch_size} rows")
+    job = WorkerJob(
+        kind="train",
+        run_dir=str(run),
+        plan_dir=plan.folder,
+        config_hash=config_hash(config, plan.fingerprint),
+        seed=config.seed,
+        model=model,
+        method=config.finetune,
+        training=training,
+        stop=StopConfig(),
+        utility_rows=None,
+        tracking=handle,
+    )
+    started = time.perf_counter()
+    status: Any = "FAILED"
+    summary: dict[str, Any] = {}
+    try:
+        with tracking.system_metrics(handle, enabled=config.tracking.system_metrics):
+            summary = fit(job, "train")
+        status = "FINISHED" if summary["status"] == "finished" else "FAILED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        cost = {name: value for name, value in summary.items() if name in ("train_seconds", "peak_memory_bytes")}
+        tracking.finish(handle, cost=cost | summary.get("account", {}), status=status)
+    manifest = {"config": to_dict(config), "config_hash": digest, "data": prepared.report.to_json()}
+    atomic_write(run / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    last = summary["series"][-1]["loss"] if summary["series"] else math.nan
+    say(f"fit     loss {last:.4f} after {rounds} steps, {time.perf_counter() - started:.0f} s; {summary['status']}")
+    if summary["message"]:
+        say(summary["message"])
+    return summary
+
+
+def _initial_model(config: TrainConfig, run: Path) -> ModelConfig:
+    """A Llama from the scratch options with seeded random weights, saved beside the run's model."""
+    folder = run / "initial"
+    if not (folder / "config.json").exists():
+        from ofmu_ray.training.scratch import write_initial_model
+
+        write_initial_model(folder, config)
+    return ModelConfig(path=str(folder))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

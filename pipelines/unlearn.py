@@ -1,0 +1,196 @@
+"""`ofmu unlearn`: the main job, from configuration to an unlearned model, its metrics, its cost and a report."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ofmu_ray.config import ModelConfig, UnlearnConfig, config_hash, to_dict
+from ofmu_ray.errors import UserError
+from pipelines import results
+from pipelines.evaluation import Evaluator
+from pipelines.parse import fail, parse
+from pipelines.preflight import check_machine, check_model, check_sources, prepare_storage
+from pipelines.terminal import say
+
+PROG = "ofmu unlearn"
+WATCHED = "watched.parquet"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; exit status 0, 2 for a user's mistake, 1 when the run stopped before its end."""
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        config = parse(UnlearnConfig, words, PROG)
+        return unlearn(config, command=[PROG, *words])
+    except UserError as error:
+        return fail(error, PROG)
+
+
+@dataclass
+class Run:
+    """One run while it is worked on."""
+
+    config: UnlearnConfig
+    storage: Path
+    folder: Path
+    command: list[str]
+    evaluator: Evaluator
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall-clock seconds by phase."""
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase of the run."""
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def unlearn(config: UnlearnConfig, command: list[str]) -> int:
+    """Run to the end, or take up what a killed run of the same name left; a finished run is shown, not repeated."""
+    storage = prepare_storage(config.storage)
+    check_machine(config.training)
+    digest = config_hash(config)
+    folder = storage / (config.name or f"{config.method}-{config.ofmu.preset}-{digest[:8]}")
+    finished = results.read(folder)
+    if finished is not None:
+        if finished["run"]["config_hash"] != digest:
+            raise UserError(
+                f"name = {folder.name!r}: a finished run with other options has this name; choose another --name"
+            )
+        say(f"{folder.name} is finished already; --name NEW runs it again\n")
+        results.show(folder, finished)
+        return 0 if finished["run"]["status"] == "finished" else 1
+
+    tokenizer = check_model(config.model)
+    if config.evaluation.enabled and config.evaluation.retrained:
+        check_model(ModelConfig(path=config.evaluation.retrained), "evaluation.retrained")
+    check_sources(config.data)
+    evaluator = Evaluator(config, storage)
+    folder.mkdir(parents=True, exist_ok=True)
+    run = Run(config, storage, folder, command, evaluator)
+    return _run(run, tokenizer, digest)
+
+
+def _run(run: Run, tokenizer: Any, digest: str) -> int:
+    from ofmu_ray import tracking
+    from ofmu_ray.training.launch import connect
+
+    config, training = run.config, run.config.training
+    tags = {"ofmu.kind": "unlearn", "ofmu.method": config.method, "ofmu.config_hash": digest}
+    handle = tracking.start(config.tracking, str(run.storage), run.folder.name, to_dict(config), tags)
+    status: Any = "FAILED"
+    outcome: results.Outcome | None = None
+    try:
+        with tracking.system_metrics(handle, enabled=config.tracking.system_metrics):
+            with run.phase("start"):
+                say(f"run     {run.folder}")
+                connect(training.workers * training.cpus_per_worker, training.workers * training.gpus_per_worker)
+            outcome = _work(run, tokenizer, digest, handle)
+        status = "FINISHED" if outcome.training["status"] == "finished" else "FAILED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        if outcome is None:
+            tracking.finish(handle, status=status)
+    files = results.write(run.folder, outcome, to_dict(config), digest, run.command, tracking.open_command(handle))
+    summary = results.read(run.folder)
+    assert summary is not None
+    tracking.finish(handle, metrics=outcome.metrics, cost=summary["cost"], artifacts=files, status=status)
+    outcome.discard()
+    _remove_traces(run)
+    results.show(run.folder, summary)
+    return 0 if status == "FINISHED" else 1
+
+
+def _work(run: Run, tokenizer: Any, digest: str, handle: Any) -> results.Outcome:
+    """Data, evaluation before, the two loops, evaluation after."""
+    from ofmu_ray.data.plan import write_plan
+    from ofmu_ray.data.prepare import prepare_streams, write_sample
+    from ofmu_ray.training.job import WorkerJob
+    from ofmu_ray.training.launch import fit
+
+    config, training, evaluator = run.config, run.config.training, run.evaluator
+    with run.phase("data"):
+        prepared = prepare_streams(
+            {"forget": config.data.forget, "retain": config.data.retain},
+            config.data.root,
+            config.data.format,
+            tokenizer,
+            str(run.storage),
+            overlap=config.data.overlap,
+            duplicates=config.data.duplicates,
+        )
+        watched = None
+        if config.stop.utility_floor is not None:
+            watched = write_sample(prepared.streams["retain"], config.stop.sample, str(run.folder / WATCHED))
+        job = WorkerJob(
+            kind="unlearn",
+            run_dir=str(run.folder),
+            plan_dir=str(run.folder / "plan"),
+            config_hash=config_hash(config, *(s.fingerprint for s in prepared.streams.values())),
+            seed=config.seed,
+            model=config.model,
+            method=config.ofmu,
+            training=training,
+            stop=config.stop,
+            utility_rows=watched,
+            tracking=handle,
+        )
+        plan = write_plan(
+            prepared.streams,
+            job.plan_dir,
+            batches_per_round=job.build_method().batches_per_round(),
+            rounds=training.rounds,
+            batch_size=training.batch_size,
+            workers=training.workers,
+            seed=config.seed,
+        )
+    say(f"data    {_data_line(prepared, plan)}")
+    with run.phase("evaluation"):
+        before = evaluator.table(config.model.path, "before")
+        retrained = evaluator.table(config.evaluation.retrained, "retrained")
+    with run.phase("training"):
+        summary = fit(job, "unlearn")
+    say(f"train   {summary['round']} rounds, {summary['train_seconds']:.1f} s; {summary['status']}")
+    if summary["message"]:
+        say(f"stop    {summary['message']}")
+    with run.phase("evaluation"):
+        after = evaluator.table(str(run.folder / "model"), "after")
+        metrics = evaluator.metrics(before=before, after=after, retrained=retrained)
+    return results.Outcome(
+        training=summary,
+        metrics=metrics,
+        tables={"before": before, "after": after, "retrained": retrained},
+        texts=evaluator.texts(),
+        data=prepared.report.to_json(),
+        seconds=run.seconds,
+        plan=plan.fingerprint,
+        discard=lambda: prepared.discard("forget"),
+    )
+
+
+def _data_line(prepared: Any, plan: Any) -> str:
+    streams = ", ".join(f"{name} {plan.rows[name]} rows ({plan.epochs[name]:.1f} epochs)" for name in plan.streams)
+    return f"{streams}; {plan.rounds} rounds of " + " + ".join(
+        f"{count} {name}" for name, count in plan.batches_per_round.items()
+    )
+
+
+def _remove_traces(run: Run) -> None:
+    """Batch plan, tokens and probe rows hold text, checkpoints the weights before: none of them outlives the run."""
+    for name in ("plan", "train"):
+        shutil.rmtree(run.folder / name, ignore_errors=True)
+    (run.folder / WATCHED).unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

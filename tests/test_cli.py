@@ -1,0 +1,149 @@
+"""The command line: every user's mistake exits 2 with one message, before any worker starts."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ofmu_ray.config import OFMUConfig, TrainConfig, UnlearnConfig, config_hash, to_dict
+from ofmu_ray.errors import UserError
+from pipelines import cli
+from pipelines.parse import parse
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGET = ROOT / "ofmu_ray/assets/people/target"
+
+
+def test_import_costs_neither_torch_nor_ray():
+    code = (
+        "import sys, time; t = time.perf_counter(); import ofmu_ray, ofmu_ray.config; s = time.perf_counter() - t; "
+        "print(sorted(m for m in ('torch', 'ray', 'deepspeed', 'mlflow', 'transformers') if m in sys.modules), s)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert out.stdout.startswith("[] ")
+
+
+def test_print_config_can_be_fed_back(tmp_path, capsys):
+    words = ["unlearn", "--ofmu.preset", "full", "--ofmu.beta", "0.7", "--model.lora.rank", "4", "--print_config"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    path = tmp_path / "printed.yaml"
+    path.write_text(text)
+    expected = parse(UnlearnConfig, words[1:-1], "x")
+    assert parse(UnlearnConfig, ["--config", str(path)], "x") == expected
+    assert expected.ofmu == OFMUConfig.from_preset("full", beta=0.7)
+    assert yaml.safe_load(text)["ofmu"]["penalty_curvature"] == "full"
+
+
+def test_presets_yield_to_explicit_options(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("ofmu: {preset: full, decorrelate_every: 3}\n")
+    config = parse(UnlearnConfig, ["--config", str(path), "--ofmu.difference", "central"], "x").ofmu
+    assert (config.penalty_curvature, config.decorrelate_every, config.difference) == ("full", 3, "central")
+    assert not config.reuse_retain_gradient
+
+
+def test_hash_ignores_where_a_run_is_stored_and_nothing_else():
+    base = UnlearnConfig()
+    assert config_hash(base) == config_hash(UnlearnConfig(name="other", storage="elsewhere"))
+    assert config_hash(base) != config_hash(UnlearnConfig(seed=1))
+    assert config_hash(base) != config_hash(base, "other data")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "pipelines/configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configs_parse(path):
+    kind = TrainConfig if "finetune" in yaml.safe_load(path.read_text()) else UnlearnConfig
+    assert to_dict(parse(kind, ["--config", str(path)], "x"))
+
+
+MISTAKES = {
+    "unknown command": (["unlearm"], "Did you mean unlearn?"),
+    "misspelt option": (["--ofmu.betta", "1"], "unknown option --ofmu.betta. Did you mean ofmu.beta?"),
+    "option without its section": (["--rho", "1"], "Did you mean ofmu.rho?"),
+    "wrong type": (["--ofmu.inner_steps", "many"], "ofmu.inner_steps"),
+    "out of range": (["--ofmu.beta", "-1"], "ofmu.beta = -1.0: must be 0 or more"),
+    "learning rate of one loop": (["--ofmu.inner.lr", "0"], "ofmu.inner.lr = 0.0: must be greater than 0"),
+    "rank of an adapter": (["--model.lora.rank", "0"], "model.lora.rank = 0: must be greater than 0"),
+    "missing config": (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    "missing forget file": (["--data.forget.path", "nowhere.jsonl"], "data.forget"),
+    "missing evaluation file": (["--evaluation.sets.retain", "nowhere.jsonl"], "evaluation.sets.retain"),
+    "model that is not there": (["--model.path", "./nowhere"], "model.path = './nowhere': no such folder"),
+    "retrained model that is not there": (["--evaluation.retrained", "./nowhere"], "evaluation.retrained"),
+    "more workers than CPUs": (["--training.workers", "4096", "--training.batch_size", "4096"], "CPUs"),
+    "batch that does not divide": (["--training.workers", "2", "--training.batch_size", "7"], "does not divide"),
+    "micro-batch that does not divide": (["--training.micro_batch_size", "3"], "training.micro_batch_size = 3"),
+    "torch engine on two workers": (["--training.engine", "torch", "--training.workers", "2"], "training.engine"),
+    "exact curvature on DeepSpeed": (["--ofmu.curvature", "exact"], "--training.engine torch"),
+    "MLflow not reachable": (["--tracking.uri", "http://127.0.0.1:9"], "tracking.uri"),
+    "runs in object storage": (["--storage", "s3://bucket/runs"], "storage"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_exit_2_with_one_message(mistake, tmp_path, capsys, monkeypatch):
+    import ray
+
+    words, message = MISTAKES[mistake]
+    monkeypatch.chdir(tmp_path)
+    storage = [] if "--storage" in words else ["--storage", str(tmp_path / "runs")]
+    status = cli.main(words if mistake == "unknown command" else ["unlearn", *words, *storage])
+    printed = capsys.readouterr()
+    assert status == 2
+    assert message in printed.err
+    assert "Traceback" not in printed.err
+    assert not ray.is_initialized()
+
+
+def test_storage_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.main(["unlearn", "--storage", str(tmp_path / "file" / "runs")]) == 2
+    assert "not writable" in capsys.readouterr().err
+
+
+def test_models_that_do_not_load(tmp_path, capsys):
+    broken = shutil.copytree(TARGET, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"not a model")
+    assert cli.main(["unlearn", "--storage", str(tmp_path), "--model.path", str(broken)]) == 2
+    assert "not a readable safetensors file" in capsys.readouterr().err
+    (broken / "model.safetensors").unlink()
+    assert cli.main(["unlearn", "--storage", str(tmp_path), "--model.path", str(broken)]) == 2
+    assert "no *.safetensors" in capsys.readouterr().err
+
+
+def test_tokenizer_without_eos(tmp_path, capsys):
+    folder = shutil.copytree(TARGET, tmp_path / "no_eos")
+    for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
+        if path.exists():
+            content = json.loads(path.read_text())
+            content.pop("eos_token", None)
+            path.write_text(json.dumps(content))
+    assert cli.main(["unlearn", "--storage", str(tmp_path), "--model.path", str(folder)]) == 2
+    assert "no end-of-sequence token" in capsys.readouterr().err
+
+
+def test_metrics_command_equals_the_golden_numbers(shared_dir, capsys):
+    logs = shared_dir / "golden/tofu_eval_logs"
+    words = ["metrics", "tofu", "--log", str(logs / "llama2-7b_full.json")]
+    assert cli.main([*words, "--retrained-log", str(logs / "llama2-7b_retain90.json")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    expected = json.loads((shared_dir / "golden/tofu_expected.json").read_text())["full_vs_retain90"]
+    names = {"Forget Quality": "forget_quality", "KS statistic": "ks_statistic", "Model Utility": "model_utility"}
+    for theirs, value in expected.items():
+        kind, _, part = theirs.replace("Truth Ratio", "TruthRatio").partition(" ")
+        section = part.lower().replace("real world", "world_facts").replace(" ", "_")
+        quantity = {"ROUGE": "rouge", "Prob.": "probability", "TruthRatio": "truth_ratio"}.get(kind)
+        ours = names.get(theirs) or f"{section}_{quantity}"
+        assert found[ours] == pytest.approx(value, abs=1e-6), ours
+    assert cli.main(["metrics", "tofu", "--log", str(ROOT / "pyproject.toml")]) == 2
+    assert cli.main(["metrics", "tofu"]) == 2
+
+
+def test_configurations_refuse_what_cannot_run_together():
+    with pytest.raises(UserError, match="attention"):
+        parse(UnlearnConfig, ["--ofmu.curvature", "exact", "--training.engine", "torch"], "x")
