@@ -68,7 +68,7 @@ def make_data(**changes: Any) -> ReportData:
         "title": "ofmu-lite-3f9a1c2e",
         "config": config,
         "metrics": figures,
-        "run": {"status": "finished", "message": "", "rounds": 60},
+        "run": {"status": "finished", "message": "", "rounds": 60, "model": "runs/x/model", "mlflow": "mlflow ui"},
         "cost": {
             "gradient_passes": {"forget": 420, "retain": 180}, "tokens": 412_345, "flops": 1.31e12, "updates": 360,
             "seconds": {"start": 5.1, "data": 9.7, "evaluation": 21.4, "training": 75.2},
@@ -192,6 +192,15 @@ def test_plots_are_valid_and_follow_the_pages_colours(page: str) -> None:
         ET.fromstring(drawing)
         assert "var(--" in drawing
         assert not re.search(r"#0[1-3]0[1-3a]0[1-4]", drawing)
+
+
+def test_the_header_names_the_model_that_was_changed(page: str) -> None:
+    facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
+    assert facts["model"] == "builtin:people/target"
+    assert facts["method"] == "ofmu (lite)"
+    assert facts["engine"] == "deepspeed ZeRO-2"
+    assert facts["rounds"] == "60"
+    assert "mlflow" not in facts
 
 
 def test_absent_figures_say_why(page: str) -> None:

@@ -25,7 +25,7 @@ class ReportData:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     """``before``, ``after``, ``retrained`` as in metrics.json."""
     run: Mapping[str, Any] = field(default_factory=dict)
-    """``status``, ``message``, ``config_hash``, ``started``, ``rounds`` ... shown in the header as they are."""
+    """``run`` as in metrics.json; of it the page shows ``status``, ``message`` and ``rounds``."""
     cost: Mapping[str, Any] = field(default_factory=dict)
     """``cost`` as in metrics.json."""
     series: Sequence[Mapping[str, float]] = ()
@@ -85,9 +85,9 @@ def _context(data: ReportData) -> dict[str, Any]:
         "headline": _headline(data.metrics),
         "metric_rows": figures.metric_table(data.metrics),
         "models": [model for model in figures.MODELS if data.metrics.get(model)],
-        "truth_ratio_svg": plots.truth_ratio_svg(ratios, tests.get("after")) if ratios else None,
+        "truth_ratios": plots.truth_ratio_panel(ratios, tests.get("after")) if ratios else None,
         "tests": tests,
-        "series": plots.series_svgs(data.series),
+        "panels": plots.series_panels(data.series),
         "samples": samples.sample_rows(tables, data.texts, data.samples, reveal=data.reveal_text),
         "is_private": samples.is_private,
         "degeneration": samples.degeneration(tables),
@@ -131,9 +131,9 @@ def _header(data: ReportData) -> list[tuple[str, str]]:
         "precision": model.get("precision"),
         "engine": engine,
         "seed": config.get("seed"),
-        "date": manifest.get("created"),
+        "date (UTC)": str(manifest.get("created") or "")[:16].replace("T", " "),
         "code": version,
-        **{name.replace("_", " "): value for name, value in data.run.items() if name not in ("status", "message")},
+        "rounds": data.run.get("rounds"),
     }
     return [(name, str(value)) for name, value in pairs.items() if value not in (None, "")]
 
@@ -174,7 +174,8 @@ def _phases(cost: Mapping[str, Any]) -> list[tuple[str, float, float]]:
     """(phase, seconds, share of the longest in percent)."""
     seconds = cost.get("seconds") or {}
     longest = max(seconds.values(), default=0.0) or 1.0
-    return [(name, value, 100 * value / longest) for name, value in seconds.items()]
+    words = {"rounds": "training, in rounds alone"}
+    return [(words.get(name, name), value, 100 * value / longest) for name, value in seconds.items()]
 
 
 def _yaml(config: Mapping[str, Any]) -> str:

@@ -13,16 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Stand-ins that matplotlib writes into the SVG and the CSS variable that replaces each.
-_INK, _FAINT, _GRID = "#010101", "#020202", "#030303"
+_INK, _FAINT, _GRID, _PAPER = "#010101", "#020202", "#030303", "#010303"
 _COLOURS = ("#010a01", "#010a02", "#010a03", "#010a04")
 _VARIABLES = {
     _INK: "var(--ink)",
     _FAINT: "var(--faint)",
     _GRID: "var(--line)",
+    _PAPER: "var(--paper)",
     **{colour: f"var(--series-{index + 1})" for index, colour in enumerate(_COLOURS)},
 }
 MODEL_COLOURS = {"before": _COLOURS[1], "after": _COLOURS[0], "retrained": _COLOURS[2]}
 _DASHES = ("-", "--", ":", "-.")  # so that lines can be told apart without colour
+_LEGEND_DASHES = ("", "5 2.5", "1.5 2.5", "6 2 1.5 2")  # the same as stroke-dasharray
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,29 @@ class SeriesPlot:
     """Series -> its label in the legend."""
     log: bool = False
     """Logarithmic axis, where all values are positive."""
+    from_zero: bool = False
+    """The axis starts at 0."""
+
+
+@dataclass(frozen=True)
+class LegendEntry:
+    """One line of a panel; the page draws the legend itself, so that it wraps on a phone."""
+
+    label: str
+    colour: str
+    """CSS colour."""
+    dashes: str
+    """SVG stroke-dasharray; empty: solid."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A plot as the page shows it."""
+
+    title: str
+    svg: str
+    legend: list[LegendEntry]
+    """Empty for a single line."""
 
 
 SERIES_PLOTS = (
@@ -50,16 +75,16 @@ SERIES_PLOTS = (
         },
         log=True,
     ),
-    SeriesPlot("Penalty weight ρ", {"rho": "ρ"}),
-    SeriesPlot("Learning rates", {"lr": "lr", "inner_lr": "inner", "outer_lr": "outer"}),
-    SeriesPlot("Gradient passes, cumulative", {"forget_passes": "forget", "retain_passes": "retain"}),
-    SeriesPlot("Tokens per second", {"tokens_per_second": "tokens/s"}),
+    SeriesPlot("Penalty weight ρ", {"rho": "ρ"}, from_zero=True),
+    SeriesPlot("Learning rates", {"lr": "lr", "inner_lr": "inner", "outer_lr": "outer"}, from_zero=True),
+    SeriesPlot("Gradient passes, cumulative", {"forget_passes": "forget", "retain_passes": "retain"}, from_zero=True),
+    SeriesPlot("Tokens per second", {"tokens_per_second": "tokens/s"}, from_zero=True),
     SeriesPlot("Utility (watched retain rows)", {"utility": "mean answer probability"}),
 )
 
 
-def series_svgs(series: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
-    """(title, SVG) of every panel that has values; series without a panel of their own get one each."""
+def series_panels(series: Sequence[Mapping[str, float]]) -> list[Panel]:
+    """Every panel that has values; series without a panel of their own get one each."""
     present = list(dict.fromkeys(name for row in series for name in row if name != "round"))
     known = {name for plot in SERIES_PLOTS for name in plot.names}
     plots = [*SERIES_PLOTS, *(SeriesPlot(name, {name: name}) for name in present if name not in known)]
@@ -68,7 +93,7 @@ def series_svgs(series: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
         lines = {text: _line(series, name) for name, text in plot.names.items() if name in present}
         lines = {text: line for text, line in lines.items() if len(line[0])}
         if lines:
-            panels.append((plot.title, _series_svg(plot, lines)))
+            panels.append(_series_panel(plot, lines))
     return panels
 
 
@@ -85,21 +110,22 @@ def _line(series: Sequence[Mapping[str, float]], name: str) -> Line:
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _series_svg(plot: SeriesPlot, lines: Mapping[str, Line]) -> str:
+def _series_panel(plot: SeriesPlot, lines: Mapping[str, Line]) -> Panel:
     figure, axes = _axes(4.2, 2.5)
-    for index, (text, (rounds, values)) in enumerate(lines.items()):
+    for index, (rounds, values) in enumerate(lines.values()):
         marker = "o" if len(rounds) <= 40 else ""
         axes.plot(
             rounds, values, color=_COLOURS[index % len(_COLOURS)], linestyle=_DASHES[index % len(_DASHES)],
-            label=text, linewidth=1.5, marker=marker, markersize=2.5,
+            linewidth=1.5, marker=marker, markersize=2.5,
         )  # fmt: skip
     if plot.log and all(value > 0 for _, values in lines.values() for value in values):
         axes.set_yscale("log")
+    if plot.from_zero:
+        axes.set_ylim(0, 1.05 * max(max(values) for _, values in lines.values()) or 1.0)
     axes.set_xlabel("round")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    if len(lines) > 1:
-        _legend(axes)
-    return _svg(figure, plot.title)
+    colours = [_COLOURS[index % len(_COLOURS)] for index in range(len(lines))]
+    return Panel(plot.title, _svg(figure, plot.title), _legend(list(lines), colours) if len(lines) > 1 else [])
 
 
 @dataclass(frozen=True)
@@ -128,32 +154,39 @@ def kolmogorov_smirnov(ratios: NDArray[np.float64], retrained: NDArray[np.float6
     return KolmogorovSmirnov(p_value, distance, float(points[at]), low, len(ratios))
 
 
-def truth_ratio_svg(ratios: Mapping[str, NDArray[np.float64]], marked: KolmogorovSmirnov | None) -> str:
+def truth_ratio_panel(ratios: Mapping[str, NDArray[np.float64]], marked: KolmogorovSmirnov | None) -> Panel:
     """Distribution functions of the forget rows' truth ratios by model; `marked`: where after and retrained differ."""
-    figure, axes = _axes(7.6, 3.4)
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    figure, axes = _axes(5.4, 3.0)
     for index, (model, values) in enumerate(ratios.items()):
         ordered = np.sort(values)
         heights = np.arange(1, len(ordered) + 1) / len(ordered)
         axes.step(
             np.concatenate([ordered[:1], ordered]), np.concatenate([[0.0], heights]), where="post",
-            color=MODEL_COLOURS.get(model, _FAINT), linestyle=_DASHES[index % len(_DASHES)], label=model, linewidth=1.8,
+            color=MODEL_COLOURS.get(model, _FAINT), linestyle=_DASHES[index % len(_DASHES)], linewidth=1.8,
         )  # fmt: skip
     if marked is not None:
         top = marked.low + marked.distance
         axes.plot([marked.location] * 2, [marked.low, top], color=_INK, linewidth=2.2)
         axes.annotate(
             f"D = {marked.distance:.3f}", (marked.location, marked.low + marked.distance / 2),
-            xytext=(6, 0), textcoords="offset points", color=_INK, fontsize=9, va="center",
+            xytext=(7, 0), textcoords="offset points", color=_INK, fontsize=9, va="center",
+            bbox={"facecolor": _PAPER, "edgecolor": "none", "pad": 1.5},
         )  # fmt: skip
     every = np.concatenate(list(ratios.values()))
     if every.min() > 0 and every.max() / every.min() > 20:
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     axes.axvline(1.0, color=_FAINT, linewidth=0.8, linestyle=":")
     axes.set_ylim(0, 1.02)
-    axes.set_xlabel("truth ratio of a forget row: P(wrong) / P(right); below 1 the right answer is preferred")
+    axes.set_xlabel("truth ratio of a forget row, P(wrong) / P(right)")
     axes.set_ylabel("share of rows")
-    _legend(axes)
-    return _svg(figure, "Truth ratios of the forget rows")
+    title = "Truth ratios of the forget rows"
+    colours = [MODEL_COLOURS.get(model, _FAINT) for model in ratios]
+    return Panel(title, _svg(figure, title), _legend(list(ratios), colours))
 
 
 def _ecdf(values: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -185,8 +218,11 @@ def _axes(width: float, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _legend(axes: Any) -> None:
-    axes.legend(frameon=False, fontsize=8.5, labelcolor=_INK, handlelength=2.4)
+def _legend(labels: Sequence[str], colours: Sequence[str]) -> list[LegendEntry]:
+    return [
+        LegendEntry(text, _VARIABLES[colour], _LEGEND_DASHES[index % len(_LEGEND_DASHES)])
+        for index, (text, colour) in enumerate(zip(labels, colours, strict=True))
+    ]
 
 
 def _svg(figure: Any, title: str) -> str:
