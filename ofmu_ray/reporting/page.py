@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ofmu_ray.evaluation.rows import is_private
 from ofmu_ray.reporting import figures, plots, samples
 from ofmu_ray.storage import PathLike, atomic_write
 
@@ -89,7 +90,7 @@ def _context(data: ReportData) -> dict[str, Any]:
         "tests": tests,
         "panels": plots.series_panels(data.series),
         "samples": samples.sample_rows(tables, data.texts, data.samples, reveal=data.reveal_text),
-        "is_private": samples.is_private,
+        "is_private": is_private,
         "degeneration": samples.degeneration(tables),
         "phases": _phases(data.cost),
         "streams": dict(data.data.get("streams") or {}),

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ofmu_ray.evaluation.rows import is_private
+
 Row = dict[str, Any]
 
 
@@ -40,11 +42,6 @@ class Degeneration:
     repetition: float | None
     tokens: float | None
     """Mean length (tokens)."""
-
-
-def is_private(set_name: str) -> bool:
-    """Whether the set's text is personal data: the forget rows, and probes of them (forget_...)."""
-    return set_name.split("_")[0] == "forget"
 
 
 def sample_rows(
