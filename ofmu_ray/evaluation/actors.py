@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from ofmu_ray.data.template import Template
 from ofmu_ray.errors import UserError
-from ofmu_ray.evaluation.scorer import Result, Scorer, Unit
+from ofmu_ray.evaluation.scorer import GenerateUnit, Result, Scorer, ScoreUnit, Unit
 
 _MOST_ACTORS = 8
+_SMALL_FLOPS = 5e11  # about ten seconds of one core: starting actors would take longer
+_SETTLE_SECONDS = 3.0  # what processes that have just ended held is free again within this
 _ACTOR_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @dataclass(frozen=True)
 class Loading:
-    """How every process comes by the same model. The folder has to be readable on every node."""
+    """How every process comes by the same model. A folder has to be readable on every node."""
 
-    model_dir: str
+    model: str
+    weights_bytes: int
     tokenizer: Any
     template: Template
     max_new_tokens: int
@@ -34,16 +39,31 @@ class Loading:
         from transformers import AutoModelForCausalLM
 
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                self.model_dir,
-                dtype="auto" if device == "cuda" else "float32",
-                use_safetensors=True,
-                trust_remote_code=self.trust_remote_code,
-            )
+            with _quiet_loading():
+                model = AutoModelForCausalLM.from_pretrained(
+                    self.model,
+                    dtype="auto" if device == "cuda" else "float32",
+                    use_safetensors=True,
+                    trust_remote_code=self.trust_remote_code,
+                )
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"cannot load a causal language model from {self.model_dir}: {reason}") from None
+            raise UserError(f"cannot load a causal language model from {self.model}: {reason}") from None
         return Scorer(model.to(device).eval(), self.tokenizer, self.template, max_new_tokens=self.max_new_tokens)
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """transformers draws a bar per model it loads; the evaluation has its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 class EvaluationActor:
@@ -51,9 +71,7 @@ class EvaluationActor:
 
     def __init__(self, loading: Loading, device: str, threads: int) -> None:
         import torch
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
         torch.set_num_threads(threads)
         self.loading, self.device = loading, device
 
@@ -78,10 +96,12 @@ def device_kind() -> str:
 def run_units(units: Sequence[Unit], loading: Loading, actors: int | None) -> Iterator[tuple[int, Result]]:
     """(number of the unit, result) in the order of completion; every unit exactly once.
 
-    `actors`: None takes one per free CPU or GPU (at most 8). Without a running Ray the work is done in this process.
+    `actors`: None takes one per free CPU or GPU (at most 8), and none for a small job on CPUs. Without actors, or
+    without a running Ray, the work is done in this process.
     """
     ray = _running_ray()
-    if ray is None:
+    small = actors is None and device_kind() == "cpu" and _flops(units, loading) < _SMALL_FLOPS
+    if ray is None or small:
         scorer = loading.scorer(device_kind())
         for number, unit in enumerate(units):
             yield number, scorer.run(unit)
@@ -101,13 +121,24 @@ def run_units(units: Sequence[Unit], loading: Loading, actors: int | None) -> It
             ray.kill(actor)
 
 
+def _flops(units: Sequence[Unit], loading: Loading) -> float:
+    """Two operations per weight and token, every generation at its longest."""
+    weights = loading.weights_bytes / 4  # as if fp32: at most a factor 2 too few
+    scored = sum(len(ids) for unit in units if isinstance(unit, ScoreUnit) for ids, _ in unit.texts)
+    prompts = [prompt for unit in units if isinstance(unit, GenerateUnit) for prompt in unit.prompts]
+    return 2 * weights * (scored + sum(len(prompt) + loading.max_new_tokens for prompt in prompts))
+
+
 def _start(ray: Any, loading: Loading, actors: int | None, units: int) -> list[Any]:
     """One CPU (one thread) or one GPU each. An actor beyond the free resources would wait for ever: it is not started,
     and when nothing is free a single actor shares a CPU with whatever runs there."""
     device = device_kind()
     resource = "GPU" if device == "cuda" else "CPU"
-    free = int(ray.available_resources().get(resource, 0))
-    count = max(1, min(free, units, actors or _MOST_ACTORS))
+    wanted = min(int(ray.cluster_resources().get(resource, 0)), units, actors or _MOST_ACTORS)
+    deadline = time.monotonic() + _SETTLE_SECONDS
+    while (free := int(ray.available_resources().get(resource, 0))) < wanted and time.monotonic() < deadline:
+        time.sleep(0.1)
+    count = max(1, min(free, wanted))
     share = 1 if free else 0
     remote = ray.remote(EvaluationActor).options(
         num_cpus=share if resource == "CPU" else 0,

@@ -21,17 +21,32 @@ from ofmu_ray.evaluation.rows import MEASURED, EvaluationRow, without_private_te
 _MODEL_FILES = ("*.safetensors", "config.json", "generation_config.json", "*.py")
 
 
-def model_fingerprint(model_dir: str | Path) -> str:
-    """Hex digest of the model's weights and configuration by content; the folder's name does not matter.
+def weights_folder(model: str) -> Path:
+    """The model's folder on this machine; a hub name is downloaded into the hub's own cache.
 
-    Raises UserError when the folder holds no safetensors weights or no config.json.
+    Raises UserError when there is neither, or when it holds no safetensors weights or no config.json.
     """
-    paths = sorted({path for pattern in _MODEL_FILES for path in Path(model_dir).glob(pattern)})
-    if not any(path.suffix == ".safetensors" for path in paths) or not Path(model_dir, "config.json").is_file():
+    folder = Path(model)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(model, allow_patterns=list(_MODEL_FILES)))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{model} is neither a model directory nor a model the hub serves ({type(error).__name__})"
+            ) from None
+    if not any(folder.glob("*.safetensors")) or not (folder / "config.json").is_file():
         raise UserError(
-            f"{model_dir} is no model directory: it needs config.json and weights as *.safetensors "
+            f"{model} is no model directory: it needs config.json and weights as *.safetensors "
             "(convert others with save_pretrained)"
         )
+    return folder
+
+
+def model_fingerprint(folder: Path) -> str:
+    """Hex digest of the model's weights and configuration by content; the folder's name does not matter."""
+    paths = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:

@@ -13,7 +13,7 @@ from ofmu_ray.config import EvaluationConfig, FormatConfig
 from ofmu_ray.data.template import Template
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.actors import Loading, device_kind, run_units
-from ofmu_ray.evaluation.cache import EvaluationCache, cache_key, model_fingerprint
+from ofmu_ray.evaluation.cache import EvaluationCache, cache_key, model_fingerprint, weights_folder
 from ofmu_ray.evaluation.rows import EvaluationRow, evaluation_rows, is_private, with_row_metrics, without_private_text
 from ofmu_ray.evaluation.scorer import Result, Unit, assemble, plan
 from ofmu_ray.evaluation.summary import summarise
@@ -35,6 +35,7 @@ def evaluate_model(
 ) -> pa.Table:
     """Per-row values of a model on each set, for `summarise`, the report and `rows.parquet`.
 
+    `model_dir`, `tokenizer_dir`: folders that every node can read, or hub names.
     `sets`: name -> rows in TOFU's layout, of which the first `config.max_rows` count; rows are named `<set>-<index>`.
     `storage_cache_dir`: local path or URI; a set that stands in its cache is not run again. `label` stands beside the
     progress bar. Columns: `rows.MEASURED`, `probability`, `truth_ratio`. `generated` is null for forget rows unless
@@ -44,8 +45,16 @@ def evaluate_model(
     """
     rows = {name: evaluation_rows(name, found[: config.max_rows], fmt) for name, found in sets.items()}
     tokenizer = _tokenizer(str(tokenizer_dir), trust_remote_code)
-    loading = Loading(str(model_dir), tokenizer, Template(tokenizer, fmt), config.max_new_tokens, trust_remote_code)
-    keys = _keys(rows, loading)
+    weights = weights_folder(str(model_dir))
+    loading = Loading(
+        model=str(model_dir),
+        weights_bytes=sum(path.stat().st_size for path in weights.glob("*.safetensors")),
+        tokenizer=tokenizer,
+        template=Template(tokenizer, fmt),
+        max_new_tokens=config.max_new_tokens,
+        trust_remote_code=trust_remote_code,
+    )
+    keys = _keys(rows, model_fingerprint(weights), loading)
     cache = EvaluationCache(str(storage_cache_dir))
     tables: dict[str, pa.Table] = {}
     for name, key in keys.items():
@@ -60,9 +69,8 @@ def evaluate_model(
     return table if reveal_text else without_private_text(table)
 
 
-def _keys(rows: Mapping[str, Sequence[EvaluationRow]], loading: Loading) -> dict[str, str]:
+def _keys(rows: Mapping[str, Sequence[EvaluationRow]], model: str, loading: Loading) -> dict[str, str]:
     arithmetic = "cuda/stored" if device_kind() == "cuda" else "cpu/fp32"
-    model = model_fingerprint(loading.model_dir)
     template = loading.template.fingerprint()
     return {name: cache_key(model, template, of, loading.max_new_tokens, arithmetic) for name, of in rows.items()}
 
