@@ -157,10 +157,7 @@ def resumed(engine: Any, mine: Any) -> bool:
 
 def difference(engine: Any, g: Any, reference: Any, h: Any) -> float:
     """Relative difference of two engines' vectors, read off the weights of a displacement far beyond the weights."""
-    if engine.precision == "bf16":
-        far = 1.0e3  # weights are rounded to 2^-9: a coarse comparison
-    else:
-        far = 1.0e4
+    far = 1.0e3 if engine.precision == "bf16" else 1.0e4  # bf16 rounds the weights to 2^-9: a coarse comparison
     with engine.displaced(g, far), reference.displaced(h, far):
         a, b = engine.full_weights(), reference.full_weights()
     if a is None:

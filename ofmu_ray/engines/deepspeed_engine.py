@@ -27,9 +27,12 @@ _PERSISTENT_BELOW = (
 class DeepSpeedEngine(VectorEngine):
     """ZeRO stages 0 to 3 over the ranks of the default process group (gloo on CPU, NCCL on CUDA).
 
-    Stage 0 is plain data parallelism (one flat buffer, one all-reduce), stages 1 to 3 are DeepSpeed's partitions. At
-    stages 1 to 3 no rank holds a whole gradient vector or fp32 vector. Precision, `offload` and `loss_fn` are as in
-    `TorchEngine`; a loss calls the module it is given (DeepSpeed's wrapper), whose attributes are the model's.
+    Stage 0 is plain data parallelism (one flat buffer, one all-reduce); stages 1 to 3 are DeepSpeed's partitions, where
+    no rank ever holds a whole gradient or fp32 vector. Stages 1 and 2 coincide here: what tells them apart is that
+    stage 1 keeps whole gradients until the optimiser's step, and here every pass ends in a sharded vector.
+
+    Precision, `offload` and `loss_fn` are as in `TorchEngine`; a loss calls the module that it is given (DeepSpeed's
+    wrapper), whose attributes are the model's.
 
     Raises UserError without a process group, and when a verb needs double backward.
     """
@@ -135,18 +138,17 @@ class DeepSpeedEngine(VectorEngine):
 
 def deepspeed_config(stage: int, precision: str, micro_batch_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration: partitions and gradients only, no optimiser, clipping or autocast of its own."""
-    config: dict[str, Any] = {
+    return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": _PERSISTENT_BELOW},
+        # stage 1 differs from 2 in that whole gradients stay on every rank; ours are always reduced to shards at once
+        "zero_optimization": {"stage": max(stage, 2), "stage3_param_persistence_threshold": _PERSISTENT_BELOW},
         "bf16": {"enabled": precision == "bf16"},
         "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
     }
-    if precision == "bf16" and stage > 1:  # at stage 1 this would select another optimiser with whole fp32 gradients
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-    return config
 
 
 def _device() -> torch.device:

@@ -73,6 +73,8 @@ def load_tokenizer(config: ModelConfig) -> Any:
         raise
     except Exception as error:
         raise UserError(f"{option} = {path!r} has no tokenizer that loads: {_one_line(error)}") from error
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes an empty one of a bare config
+        raise UserError(f"{option} = {path!r} has no tokenizer files: name a directory that has, with model.tokenizer")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{option} = {path!r}: its tokenizer has no end-of-sequence token; add eos_token to it")
     if tokenizer.pad_token_id is None:

@@ -124,11 +124,7 @@ class ZeroShards(Shards):
 
 
 class ZeroOneTwoShards(ZeroShards):
-    """Stages 1 and 2: whole low-precision weights, one partition of fp32 masters and of the gradient per rank.
-
-    At stage 1 DeepSpeed itself holds a whole gradient, in the weights' precision, until the end of a backward pass;
-    every vector is a shard.
-    """
+    """Stages 1 and 2: whole low-precision weights, one partition of fp32 masters and of the gradient per rank."""
 
     def _partitions(self) -> list[torch.Tensor]:
         return list(self._optimizer.single_partition_of_fp32_groups)
