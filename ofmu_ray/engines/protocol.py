@@ -66,6 +66,10 @@ class Engine(ParameterSpace, Protocol):
     account: PassAccount
     precision: str
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live and batches belong."""
+
     def gradient(
         self, batch: Any, loss: Loss | None = None, *, kind: Kind = "forget", differenced: bool = False
     ) -> tuple[Vector, float]:

@@ -35,7 +35,7 @@ class UtilityProbe:
         weights = torch.tensor(self.weights, dtype=torch.float64)
         total = torch.stack([((-values).exp() * weights).sum(), weights.sum()])
         if dist.is_initialized() and dist.get_world_size() > 1:
-            total = total.to(next(iter(engine.parameters())).device)
+            total = total.to(engine.device)
             dist.all_reduce(total)
         return float(total[0] / total[1])
 

@@ -194,7 +194,7 @@ class _Loop:
         state = self.state
         if dist.is_initialized():
             peak = torch.tensor(float(state.peak_memory_bytes), dtype=torch.float64)
-            peak = peak.to(next(iter(self.engine.parameters())).device)
+            peak = peak.to(self.engine.device)
             dist.all_reduce(peak, op=dist.ReduceOp.MAX)
             state.peak_memory_bytes = int(peak)
         checkpoint.save(state, self.engine, self.method, self.rank)
