@@ -152,8 +152,12 @@ def test_any_number_of_actors_gives_the_same_rows(
     ]
     assert started == [1, 2]
     assert tables[0] == tables[1]  # to the bit: the batches are the same
-    monkeypatch.setattr(actors, "_running_ray", lambda: None)
     _assert_same(_evaluate(model_dir, tmp_path / "here"), tables[0], rel=1e-5)
+    assert started == [1, 2]  # left to itself, so small a job starts no actors
+    damaged = _saved(tmp_path / "damaged", seed=0)
+    (damaged / "config.json").write_text('{"model_type": "no_such_model"}')
+    with pytest.raises(UserError, match="cannot load a causal language model"):  # raised in the actor
+        _evaluate(damaged, tmp_path, EvaluationConfig(actors=1))
 
 
 # -------------------------------------------------------------------------------------------- cache and private text

@@ -6,6 +6,8 @@ import itertools
 import json
 import math
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -278,6 +280,14 @@ def test_damaged_logs_are_refused_with_the_missing_part(logs: dict[str, dict], t
         tofu_log.load_log(_written(tmp_path, "[]"))
     with pytest.raises(UserError, match="cannot read the log"):
         tofu_log.load_log(tmp_path / "absent.json")
+
+
+def test_metrics_need_no_torch_and_no_ray() -> None:
+    code = (
+        "import sys, ofmu_ray.evaluation.tofu_log, ofmu_ray.evaluation.summary; "
+        "sys.exit(bool({'torch', 'ray', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def _written(folder: Path, text: str) -> Path:
