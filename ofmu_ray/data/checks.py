@@ -36,7 +36,7 @@ def normalise(text: str) -> str:
 
 
 def _digest(question: str, answer: str) -> bytes:
-    return hashlib.blake2b(f"{question}\x00{answer}".encode(errors="surrogatepass"), digest_size=16).digest()
+    return hashlib.blake2b(f"{question}\x00{answer}".encode(), digest_size=16).digest()
 
 
 @dataclass
@@ -81,9 +81,19 @@ def cell(row: Mapping[str, Any], column: str, option: str | None, problems: Prob
         problems.add(f"{type(row[column]).__name__} instead of text in column {column!r}", place)
     elif not row[column].strip():
         problems.add(f"empty text in column {column!r}", place)
+    elif not _encodable(row[column]):
+        problems.add(f"half of a surrogate pair in column {column!r}", place)
     else:
         return str(row[column])
     return None
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can spell what UTF-8 and tokenizers cannot take
+        return False
+    return True
 
 
 def pair(row: Mapping[str, Any], fmt: FormatConfig, problems: Problems, place: str) -> tuple[str, str] | None:

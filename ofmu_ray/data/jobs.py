@@ -1,4 +1,4 @@
-"""Ray Data runs of this room: quiet, ordered, with user mistakes raised as what they are."""
+"""Ray Data runs of this room: quiet and ordered."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ from typing import Any
 import ray
 import ray.data
 from ray.data.context import DataContext, ShuffleStrategy
-from ray.exceptions import RayError
 from tqdm import tqdm
-
-from ofmu_ray.errors import UserError
 
 TASK_CPUS = 0.25
 """CPUs a data task asks for: less than one, so that a machine whose cores are taken by workers is not a dead end."""
@@ -46,8 +43,8 @@ def quiet() -> Iterator[None]:
 def run_tasks(task: Callable[[Any, Any], Any], items: Sequence[Any], shared: Any, label: str) -> list[Any]:
     """`task(item, shared)` for every item on the cluster, results in the order of the items.
 
-    Items and results travel pickled, so they may be any picklable object; `shared` goes to the object store once. A
-    UserError of a task is raised here as itself. One progress bar (items) when stderr is a terminal.
+    Items and results travel pickled, so they may be any picklable object; `shared` goes to the object store once.
+    One progress bar (items) when stderr is a terminal.
     """
     reference = ray.put(shared)
 
@@ -55,22 +52,7 @@ def run_tasks(task: Callable[[Any, Any], Any], items: Sequence[Any], shared: Any
         return {"result": pickle.dumps(task(pickle.loads(row["item"]), ray.get(reference)))}
 
     rows = [{"item": pickle.dumps(item)} for item in items]
-    with quiet(), user_errors():
+    with quiet():
         data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(call, num_cpus=TASK_CPUS)
         bar = tqdm(data.iter_rows(), total=len(rows), desc=label, disable=not sys.stderr.isatty())
         return [pickle.loads(row["result"]) for row in bar]
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Raise the UserError inside a Ray error as itself."""
-    try:
-        yield
-    except RayError as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            inner = getattr(cause, "cause", None)
-            if isinstance(cause, UserError) or isinstance(inner, UserError):
-                raise UserError(str(cause if isinstance(cause, UserError) and inner is None else inner)) from None
-            cause = cause.__cause__ or (inner if isinstance(inner, BaseException) else None)
-        raise

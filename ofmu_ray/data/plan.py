@@ -81,6 +81,7 @@ class Plan:
 
 def read_plan(folder: str) -> Plan:
     """The plan that `write_plan` left in a folder. Raises AssertionError when there is none."""
+    folder = store.absolute(folder)
     path = store.join(folder, MARKER)
     assert store.has(path), f"no plan at {store.shown(path)}"
     return Plan(folder=folder, **json.loads(store.read_text(path)))
@@ -102,6 +103,7 @@ def write_plan(
     The content of a global batch depends on data and seed, never on `workers`. Ray must be up unless the plan is
     there. Raises AssertionError when `batch_size` does not divide over `workers` (the configuration refuses it).
     """
+    folder = store.absolute(folder)
     assert batch_size % workers == 0, f"batch of {batch_size} rows over {workers} workers"
     numbers = {"rounds": rounds, "batch_size": batch_size, "workers": workers, "seed": seed}
     numbers["rounds_per_file"] = rounds_per_file
@@ -163,13 +165,13 @@ def _write_lanes(plan: Plan, streams: Mapping[str, TokenisedStream], folder: str
     """One Ray Data job: repeat each row once per place, group by file, write each group."""
     import ray.data
 
-    from ofmu_ray.data.jobs import TASK_CPUS, quiet, user_errors
+    from ofmu_ray.data.jobs import TASK_CPUS, quiet
 
     items = [item for stream in streams.values() for item in _explosions(stream, plan)]
     chunk_rows = plan.rounds_per_file * plan.rows_per_round
     target = Plan(**{**asdict(plan), "folder": folder})
     groups = plan.workers * plan.files
-    with quiet(), user_errors():
+    with quiet():
         exploded = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             partial(_explode, chunk_rows=chunk_rows, files=plan.files),
             batch_size=1,

@@ -86,7 +86,7 @@ def prepare_streams(
     template = Template(tokenizer, fmt)
     pieces = {name: _fragments(name, source, root) for name, source in sources.items()}
     keys = {name: _key(name, found, template) for name, found in pieces.items()}
-    folders = {name: store.join(storage, "cache", "data", key) for name, key in keys.items()}
+    folders = {name: store.join(store.absolute(storage), "cache", "data", key) for name, key in keys.items()}
     with ExitStack() as stack:
         places = dict(folders)
         todo = [name for name, folder in folders.items() if not store.has(store.join(folder, MARKER))]

@@ -231,7 +231,7 @@ def _read_json(fragment: Fragment) -> Iterator[tuple[int, dict[str, Any] | Broke
                 continue
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError):
+            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
                 yield number, Broken("not JSON (one object per line is expected)")
                 continue
             yield number, row if isinstance(row, dict) else Broken("not a JSON object (one per line is expected)")

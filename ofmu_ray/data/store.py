@@ -33,6 +33,11 @@ def join(base: str, *names: str) -> str:
     return "/".join([stem.rstrip("/"), *names]) + mark + query
 
 
+def absolute(path: str) -> str:
+    """`path` so that it means the same in another process; URIs stay."""
+    return path if is_uri(path) else os.path.abspath(os.path.expanduser(path))
+
+
 def under(root: str | None, path: str) -> str:
     """A data path as the user wrote it, seen from `data.root`; URIs, absolute and builtin: paths stand alone."""
     if root is None or is_uri(path) or os.path.isabs(path) or path.startswith("builtin:"):
