@@ -10,6 +10,7 @@ import math
 import os
 import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from engine_models import freeze, tiny_model, token_batch
 
 from ofmu_ray.config import LoraConfig, OptimizerConfig
 
+Measure = Callable[[Any, int, int], dict[str, Any]]
 INNER = OptimizerConfig(name="sgd", lr=0.05, clip=1.0, momentum=0.5)
 OUTER = OptimizerConfig(name="adamw", lr=1e-3, clip=None, weight_decay=0.01, eps=1e-4)
 LENGTHS = [[9, 12, 7, 10], [5, 30, 28, 16]]  # rows by rank: the ranks' token counts differ
@@ -56,7 +58,7 @@ def build_module(case: Case) -> torch.nn.Module:
     return module.train()
 
 
-def rank_main(rank: int, world: int, port: int, cases: list[Case], out: str) -> None:
+def rank_main(rank: int, world: int, port: int, cases: list[Any], out: str, measure: Measure) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, world, rank == 0, timeout=datetime.timedelta(seconds=60))
@@ -102,8 +104,10 @@ def measure(case: Case, rank: int, world: int) -> dict[str, Any]:
     found["accumulated_loss"] = abs(value_parts - value) / value
 
     found.update(displacements(engine, reference, mine, whole, g, h))
+    found["evaluated"] = evaluated(engine, reference, mine)
     found["weights"] = trajectories(engine, reference, mine, whole)
     found["resumed"] = resumed(engine, mine)
+    found["refuses"] = all_ranks(refuses(engine, mine))
     engine.close()
     return found
 
@@ -139,6 +143,33 @@ def trajectories(engine: Any, reference: Any, mine: Any, whole: Any) -> float:
     off = sum(float((weights[n].double() - expected[n].double()).square().sum()) for n in expected)
     moved = sum(float((before[n].double() - expected[n].double()).square().sum()) for n in expected)
     return math.sqrt(off / moved)
+
+
+def evaluated(engine: Any, reference: Any, mine: Any) -> float:
+    """Relative difference of a no-grad loss on this rank's rows; sharded weights are gathered for it."""
+    from ofmu_ray.engines import causal_lm_loss
+
+    (a,), (b,) = (
+        e.evaluate(mine, lambda module, micro: float(causal_lm_loss(module, micro)[0])) for e in (engine, reference)
+    )
+    return abs(a - b) / b
+
+
+def refuses(engine: Any, mine: Any) -> bool:
+    """Whether a state of another layout and double backward are refused with a user's message."""
+    from ofmu_ray.errors import UserError
+
+    state = engine.state_dict()
+    state["layout"] = {**state["layout"], "layout": "zero_stage 9"}
+    for attempt in (lambda: engine.load_state_dict(state), lambda: engine.graph_gradient(mine, kind="forget")):
+        try:
+            attempt()
+        except UserError as error:
+            if "training." not in str(error):
+                return False
+        else:
+            return False
+    return not engine.offers_exact
 
 
 def resumed(engine: Any, mine: Any) -> bool:
@@ -179,13 +210,15 @@ def all_ranks(flag: bool) -> bool:
     return bool(total)
 
 
-def run_ranks(world: int, cases: list[Case], folder: Path) -> dict[str, dict[str, Any]]:
-    """Measure the cases on `world` processes."""
+def run_ranks(world: int, cases: list[Any], folder: Path, measure: Measure | None = None) -> dict[str, dict[str, Any]]:
+    """`measure(case, rank, world)` (by default this module's) for each case on `world` processes; rank 0's results."""
     import socket
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     out = folder / f"measured{world}.pt"
-    torch.multiprocessing.spawn(rank_main, (world, port, cases, str(out)), nprocs=world)
+    torch.multiprocessing.spawn(
+        rank_main, (world, port, cases, str(out), measure or globals()["measure"]), nprocs=world
+    )
     return torch.load(out)  # type: ignore[no-any-return]

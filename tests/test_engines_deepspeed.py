@@ -51,6 +51,8 @@ def judge(case: Case, found: dict[str, Any], world: int) -> None:
     assert found["restored_nested"]
     assert found["gradient_again"]
     assert found["resumed"]
+    assert found["refuses"]
+    assert found["evaluated"] < 1e-6
     whole = 1.0 if case.stage == 0 else 1.0 / world
     assert found["shard"] == pytest.approx(whole, rel=0.01)  # alignment padding
 
