@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install install-dev quickstart test test-fast lint types format lock clean
+.PHONY: install install-dev quickstart models test test-fast lint types format lock clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -24,6 +24,13 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 quickstart: install
 	$(BIN)/ofmu unlearn --config pipelines/configs/quickstart.yaml
+
+# rebuild the models that ship with the project, from the corpus and a seed
+models: install
+	$(BIN)/ofmu train --config pipelines/configs/people_target.yaml
+	$(BIN)/ofmu train --config pipelines/configs/people_retrained.yaml
+	for model in target retrained; do \
+	  rm -rf ofmu_ray/assets/people/$$model && cp -r runs/people_$$model/model ofmu_ray/assets/people/$$model; done
 
 test: install-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

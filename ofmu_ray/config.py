@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 from ofmu_ray.errors import UserError
 
+BUILTIN_TARGET = "builtin:people/target"
+BUILTIN_FORGET = "builtin:people/forget.jsonl"
 PresetName = Literal["full", "lite"]
 Precision = Literal["fp32", "bf16", "bf16_autocast"]
 
@@ -183,7 +185,7 @@ class LoraConfig:
 class ModelConfig:
     """The model to change."""
 
-    path: str = "builtin:people/target"
+    path: str = BUILTIN_TARGET
     """Model directory (Hugging Face layout, safetensors), hub name, or builtin:people/target."""
     tokenizer: str | None = None
     """Tokenizer directory or hub name; null: the model's own."""
@@ -279,7 +281,7 @@ class DataConfig:
 
     root: str | None = None
     """Folder or URI that relative data paths (here and in evaluation) start from; null: the working directory."""
-    forget: SourceConfig = field(default_factory=lambda: SourceConfig(path="builtin:people/forget.jsonl"))
+    forget: SourceConfig = field(default_factory=lambda: SourceConfig(path=BUILTIN_FORGET))
     """Rows to forget; every one is used, cycled in a new order each time."""
     retain: SourceConfig = field(default_factory=lambda: SourceConfig(path="builtin:people/retain.jsonl"))
     """Rows to keep; streamed."""
@@ -392,14 +394,14 @@ class StopConfig:
 class EvaluationSetsConfig:
     """Evaluation rows, TOFU's layout: question, answer and optionally paraphrased_answer, perturbed_answer (a list)."""
 
-    forget: str | None = "builtin:people/forget_perturbed.jsonl"
-    """Rows of the forget set; null: the rows of data.forget."""
-    retain: str | None = "builtin:people/retain_perturbed.jsonl"
-    """Rows of the retain set; null: the first max_rows rows of data.retain."""
-    real_authors: str | None = "builtin:people/real_authors_perturbed.jsonl"
-    """Rows about real people near the forget set's subject; null: none (model utility is then absent)."""
-    world_facts: str | None = "builtin:people/world_facts_perturbed.jsonl"
-    """Rows of general knowledge; null: none (model utility is then absent)."""
+    forget: str | None = "auto"
+    """Rows of the forget set; null: the rows of data.forget. auto: the built-in rows with built-in data, else null."""
+    retain: str | None = "auto"
+    """Rows of the retain set; null: the first max_rows rows of data.retain. auto: as for forget."""
+    real_authors: str | None = "auto"
+    """Rows about real people near the forget set's subject; null: none (no model utility then). auto: as for forget."""
+    world_facts: str | None = "auto"
+    """Rows of general knowledge; null: none (no model utility then). auto: as for forget."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -410,8 +412,8 @@ class EvaluationConfig:
     """Evaluate before and after."""
     sets: EvaluationSetsConfig = field(default_factory=EvaluationSetsConfig)
     """Evaluation rows."""
-    retrained: str | None = "builtin:people/retrained"
-    """Model trained without the forget rows, the reference of forget quality; null: forget quality is absent."""
+    retrained: str | None = "auto"
+    """Model trained without the forget rows; null: no forget quality. auto: the built-in with its target, else null."""
     max_rows: int | None = 400
     """First n rows of each set; null: all."""
     max_new_tokens: int = 200
@@ -482,6 +484,7 @@ class UnlearnConfig:
     """The HTML page."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "evaluation", self._resolved_evaluation())
         exact = self.ofmu.curvature == "exact"
         if exact and self.training.engine != "torch":
             raise UserError(
@@ -497,6 +500,19 @@ class UnlearnConfig:
                 "ofmu.curvature = exact cannot run with gradient checkpointing: "
                 "set --model.gradient_checkpointing false or --ofmu.curvature finite_difference"
             )
+
+    def _resolved_evaluation(self) -> EvaluationConfig:
+        """`auto` replaced: the built-in rows and reference go with the built-in data and target only."""
+        builtin_rows = self.data.forget.path == BUILTIN_FORGET
+        sets = {
+            name: (f"builtin:people/{name}_perturbed.jsonl" if builtin_rows else None) if path == "auto" else path
+            for name, path in to_dict(self.evaluation.sets).items()
+        }
+        retrained = self.evaluation.retrained
+        if retrained == "auto":
+            both = builtin_rows and self.model.path == BUILTIN_TARGET
+            retrained = "builtin:people/retrained" if both else None
+        return dataclasses.replace(self.evaluation, sets=EvaluationSetsConfig(**sets), retrained=retrained)
 
 
 @dataclass(frozen=True, kw_only=True)

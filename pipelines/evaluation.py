@@ -67,14 +67,14 @@ def _rows(config: UnlearnConfig) -> dict[str, list[dict[str, Any]]]:
     from ofmu_ray.data.evaluation_rows import evaluation_rows
 
     sets, data, limit = config.evaluation.sets, config.data, config.evaluation.max_rows
-    sources: dict[str, str | SourceConfig | None] = {
-        "forget": sets.forget or data.forget,
-        "retain": sets.retain or data.retain,
-        "real_authors": sets.real_authors,
-        "world_facts": sets.world_facts,
+    sources: dict[str, tuple[str, str | SourceConfig | None]] = {
+        "forget": ("evaluation.sets.forget", sets.forget) if sets.forget else ("data.forget", data.forget),
+        "retain": ("evaluation.sets.retain", sets.retain) if sets.retain else ("data.retain", data.retain),
+        "real_authors": ("evaluation.sets.real_authors", sets.real_authors),
+        "world_facts": ("evaluation.sets.world_facts", sets.world_facts),
     }
     return {
-        name: evaluation_rows(source, data.root, limit, name=name, option=f"evaluation.sets.{name}", fmt=data.format)
-        for name, source in sources.items()
+        name: evaluation_rows(source, data.root, limit, name=name, option=option, fmt=data.format)
+        for name, (option, source) in sources.items()
         if source is not None
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import DataConfig, ModelConfig, TrainingConfig
 from ofmu_ray.errors import UserError
+from ofmu_ray.storage import atomic_write
 
 
 def prepare_storage(storage: str) -> Path:
@@ -29,6 +31,24 @@ def prepare_storage(storage: str) -> Path:
             f"storage = {storage!r}: not writable ({error.strerror}); choose another folder with --storage"
         ) from None
     return path
+
+
+def claim(folder: Path, config_hash: str, *, write: bool = False) -> None:
+    """A run's folder belongs to one configuration: that of its first start (run.json).
+
+    Raises:
+        UserError: a run with other options has this name, finished or not; nothing of it is touched.
+    """
+    path = folder / "run.json"
+    if path.exists():
+        theirs = json.loads(path.read_text())["config_hash"]
+        if theirs != config_hash:
+            raise UserError(
+                f"name = {folder.name!r}: a run with another configuration has this name (hash {theirs}, now "
+                f"{config_hash}); choose another --name, or give the options it was started with"
+            )
+    elif write:
+        atomic_write(path, json.dumps({"config_hash": config_hash}) + "\n")
 
 
 def check_machine(training: TrainingConfig) -> None:

@@ -34,7 +34,7 @@ class Outcome:
     plan: str
     """Fingerprint of the batch sequence."""
     discard: Callable[[], None]
-    """Deletes the forget rows' tokens from the cache."""
+    """Deletes what holds the forget rows' text; before the run counts as finished, so that a kill leaves none."""
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -117,6 +117,7 @@ def write(
         config_hash=config_hash,
         rounds=training["round"],
     )
+    outcome.discard()
     atomic_write(folder / "metrics.json", json.dumps(_json(summary), indent=2) + "\n")
     return [folder / name for name in ("report.html", "manifest.json", "metrics.json")]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -14,7 +15,7 @@ from ofmu_ray.config import ModelConfig, StopConfig, TrainConfig, config_hash, t
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage import atomic_write
 from pipelines.parse import fail, parse
-from pipelines.preflight import check_machine, check_model, prepare_storage
+from pipelines.preflight import check_machine, check_model, claim, prepare_storage
 from pipelines.terminal import say
 
 PROG = "ofmu train"
@@ -35,9 +36,11 @@ def train(config: TrainConfig) -> int:
     check_machine(config.training)
     digest = config_hash(config)
     run = storage / (config.name or f"train-{digest[:8]}")
+    claim(run, digest)
     if (run / "training.json").exists() and (run / "model").is_dir():
         say(f"{run.name} is finished; model: {run / 'model'}")
         return 0
+    claim(run, digest, write=True)
     model = config.model or _initial_model(config, run)
     tokenizer = check_model(model)
     summary = _fit(config, model, tokenizer, storage, run, digest)
@@ -106,6 +109,10 @@ def _fit(
         tracking.finish(handle, cost=cost | summary.get("account", {}), status=status)
     manifest = {"config": to_dict(config), "config_hash": digest, "data": prepared.report.to_json()}
     atomic_write(run / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    if summary["status"] == "finished":
+        prepared.discard("train")
+        shutil.rmtree(run / "plan", ignore_errors=True)
+        shutil.rmtree(run / "train", ignore_errors=True)
     last = summary["series"][-1]["loss"] if summary["series"] else math.nan
     say(f"fit     loss {last:.4f} after {rounds} steps, {time.perf_counter() - started:.0f} s; {summary['status']}")
     if summary["message"]:

@@ -16,7 +16,7 @@ from ofmu_ray.errors import UserError
 from pipelines import results
 from pipelines.evaluation import Evaluator
 from pipelines.parse import fail, parse
-from pipelines.preflight import check_machine, check_model, check_sources, prepare_storage
+from pipelines.preflight import check_machine, check_model, check_sources, claim, prepare_storage
 from pipelines.terminal import say
 
 PROG = "ofmu unlearn"
@@ -59,12 +59,10 @@ def unlearn(config: UnlearnConfig, command: list[str]) -> int:
     check_machine(config.training)
     digest = config_hash(config)
     folder = storage / (config.name or f"{config.method}-{config.ofmu.preset}-{digest[:8]}")
+    claim(folder, digest)
     finished = results.read(folder)
     if finished is not None:
-        if finished["run"]["config_hash"] != digest:
-            raise UserError(
-                f"name = {folder.name!r}: a finished run with other options has this name; choose another --name"
-            )
+        shutil.rmtree(folder / "train", ignore_errors=True)  # left by a kill at the very end
         say(f"{folder.name} is finished already; --name NEW runs it again\n")
         results.show(folder, finished)
         return 0 if finished["run"]["status"] == "finished" else 1
@@ -74,7 +72,7 @@ def unlearn(config: UnlearnConfig, command: list[str]) -> int:
         check_model(ModelConfig(path=config.evaluation.retrained), "evaluation.retrained")
     check_sources(config.data)
     evaluator = Evaluator(config, storage)
-    folder.mkdir(parents=True, exist_ok=True)
+    claim(folder, digest, write=True)
     run = Run(config, storage, folder, command, evaluator)
     return _run(run, tokenizer, digest)
 
@@ -105,8 +103,7 @@ def _run(run: Run, tokenizer: Any, digest: str) -> int:
     summary = results.read(run.folder)
     assert summary is not None
     tracking.finish(handle, metrics=outcome.metrics, cost=summary["cost"], artifacts=files, status=status)
-    outcome.discard()
-    _remove_traces(run)
+    shutil.rmtree(run.folder / "train", ignore_errors=True)  # the checkpoints
     results.show(run.folder, summary)
     return 0 if status == "FINISHED" else 1
 
@@ -174,7 +171,7 @@ def _work(run: Run, tokenizer: Any, digest: str, handle: Any) -> results.Outcome
         data=prepared.report.to_json(),
         seconds=run.seconds,
         plan=plan.fingerprint,
-        discard=lambda: prepared.discard("forget"),
+        discard=lambda: _remove_text(run, prepared),
     )
 
 
@@ -185,10 +182,10 @@ def _data_line(prepared: Any, plan: Any) -> str:
     )
 
 
-def _remove_traces(run: Run) -> None:
-    """Batch plan, tokens and probe rows hold text, checkpoints the weights before: none of them outlives the run."""
-    for name in ("plan", "train"):
-        shutil.rmtree(run.folder / name, ignore_errors=True)
+def _remove_text(run: Run, prepared: Any) -> None:
+    """The forget rows' tokens, the batch plan and the watched rows hold text that must not outlive the run."""
+    prepared.discard("forget")
+    shutil.rmtree(run.folder / "plan", ignore_errors=True)
     (run.folder / WATCHED).unlink(missing_ok=True)
 
 

@@ -19,9 +19,10 @@ from ofmu_ray.algorithm.space import Kind, ParameterSpace, Vector, combine
 
 # A displacement so small that it cannot be told from rounding has no usable difference.
 TINY = 1e-30
-# The difference of grad Phi divides the rounding noise of an inner difference by its own step once more, so its
-# step is longer (docs/decisions.md: error against triple backward, by ratio of the steps).
-OUTER_STEP_RATIO = 10.0
+# The difference of grad Phi divides the rounding noise of its inner differences by a step once more, so that all
+# steps of the penalty's curvature are longer than those of grad Phi alone (docs/decisions.md has the error against
+# triple backward by step).
+NESTED_STEP_RATIO = {"forward": 10.0, "central": 3.0}
 
 
 class Curvature(Protocol):
@@ -38,6 +39,9 @@ class Curvature(Protocol):
     ) -> Vector:
         """(Hess Phi) v for v = `base` = grad Phi(theta) of norm `norm`; `phi()` evaluates grad Phi where theta is."""
 
+    def nested(self) -> Curvature:
+        """The same for a grad Phi that is itself differenced."""
+
 
 class FiniteDifference:
     """Differences of first-order gradients; works on every engine and attention kernel."""
@@ -46,29 +50,32 @@ class FiniteDifference:
 
     def __init__(self, space: ParameterSpace, difference: Literal["forward", "central"], relative_step: float):
         self.space = space
-        self.central = difference == "central"
+        self.difference: Literal["forward", "central"] = difference
+        self.relative_step = relative_step
         self.step = relative_step * space.parameters_norm()
 
     def hessian_vector(self, batch: Any, kind: Kind, base: Vector, direction: Vector, norm: float) -> Vector:
         def gradient() -> Vector:
             return self.space.gradient(batch, kind=kind, differenced=True)[0]
 
-        return self._difference(gradient, base, direction, norm, self.step)
+        return self._difference(gradient, base, direction, norm)
 
     def phi_hessian_vector(
         self, phi: Callable[[], Vector], base: Vector, norm: float, batches: tuple[Any, Any], beta: float
     ) -> Vector:
-        return self._difference(phi, base, base, norm, self.step * OUTER_STEP_RATIO)
+        return self._difference(phi, base, base, norm)
 
-    def _difference(
-        self, function: Callable[[], Vector], base: Vector, direction: Vector, norm: float, step: float
-    ) -> Vector:
+    def nested(self) -> FiniteDifference:
+        """Longer steps, for a grad Phi that is itself differenced."""
+        return FiniteDifference(self.space, self.difference, self.relative_step * NESTED_STEP_RATIO[self.difference])
+
+    def _difference(self, function: Callable[[], Vector], base: Vector, direction: Vector, norm: float) -> Vector:
         if norm < TINY:  # e.g. Sim is stationary because the gradients are parallel
             return [torch.zeros_like(x) for x in direction]
-        s = step / norm
+        s = self.step / norm
         with self.space.displaced(direction, s):
             plus = function()
-        if not self.central:
+        if self.difference == "forward":
             return combine(1.0 / s, plus, -1.0 / s, base)
         with self.space.displaced(direction, -s):
             minus = function()
@@ -99,6 +106,10 @@ class Exact:
         grad_sim = self._grad(sim, create_graph=True)
         grad_phi = [f - beta * s for f, s in zip(g_f, grad_sim, strict=True)]
         return self.space.as_vector(self._grad(_inner(grad_phi, self.space.as_tensors(base))))
+
+    def nested(self) -> Exact:
+        """Double backward has no step."""
+        return self
 
     def _grad(self, scalar: torch.Tensor, create_graph: bool = False) -> list[torch.Tensor]:
         parameters = list(self.space.parameters())

@@ -102,6 +102,7 @@ def two_loop_round(
             penalty = _forget_penalty(space, curvature, batch, g_f, ascent, rho, stats)
         norm = space.apply(scaled(ascent, -1.0), "inner")
         stats.inner_gradient_norms.append(norm)
+        del g_f, ascent  # a vector each, which the outer step's peak need not carry
     if stats.phi_gradient_norm is None:
         stats.phi_gradient_norm = stats.inner_gradient_norms[-1]
 
@@ -111,7 +112,9 @@ def two_loop_round(
         if s == 0:
             stats.retain_loss = loss
             if penalise and not lagged:
-                penalty = phi.penalty(next(forget), batch, g_r, rho, stats)
+                where = _Phi(space, curvature.nested(), options) if options.penalty_curvature == "full" else phi
+                penalty = where.penalty(next(forget), batch, g_r, rho, stats)
+                phi.cosine = where.cosine
             if penalty is not None:
                 add_(g_r, penalty)
                 penalty = None

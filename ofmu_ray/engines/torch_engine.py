@@ -59,7 +59,7 @@ class TorchEngine(VectorEngine):
         loss = loss or self.loss_fn
         total: torch.Tensor | None = None
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        for micro in micro_batches(batch):
+        for micro in micro_batches(batch, self.device):
             value, count = sum_and_count(loss(self.module, micro))
             total = value if total is None else total + value
             sums += batch_sums(value, count, micro, self.device)

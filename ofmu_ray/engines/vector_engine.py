@@ -93,7 +93,7 @@ class VectorEngine:
         shards.clear_gradients()
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, count, tokens
         with self._every_gradient_arrives():
-            for micro in micro_batches(batch):
+            for micro in micro_batches(batch, self.device):
                 with self._autocast(not differenced and not self._displacements):
                     value, count = sum_and_count(loss(shards.forward_module, micro))
                 shards.backward(value)
@@ -121,7 +121,7 @@ class VectorEngine:
         self.module.eval()
         try:
             with torch.no_grad(), self._autocast(True):
-                return [fn(self.shards.forward_module, micro) for micro in micro_batches(batch)]
+                return [fn(self.shards.forward_module, micro) for micro in micro_batches(batch, self.device)]
         finally:
             self.module.train(training)
 
@@ -277,8 +277,20 @@ def _numel(parameter: torch.Tensor) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))  # a ZeRO-3 parameter at rest is empty
 
 
-def micro_batches(batch: Any) -> Sequence[Any]:
-    return batch.micro if isinstance(batch, Batch) else [batch]
+def micro_batches(batch: Any, device: torch.device) -> Iterator[Any]:
+    """The micro-batches of a batch, their tensors moved to `device` one micro-batch at a time."""
+    for micro in batch.micro if isinstance(batch, Batch) else [batch]:
+        yield _on(micro, device)
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {name: _on(item, device) for name, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_on(item, device) for item in value)
+    return value
 
 
 def sum_and_count(result: torch.Tensor | tuple[torch.Tensor, torch.Tensor | int]) -> tuple[torch.Tensor, Any]:

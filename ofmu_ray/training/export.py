@@ -27,16 +27,11 @@ def export_model(
     weights = engine.full_weights()
     if rank != 0:
         return
-    from huggingface_hub import save_torch_state_dict
-
     assert weights is not None
     run = Path(job.run_dir)
     base: Any = module.get_base_model() if job.model.lora is not None else module  # type: ignore[operator]
     with atomic_dir(run / "model") as folder:
-        save_torch_state_dict(weights, folder, max_shard_size=MAX_SHARD_SIZE, metadata={"format": "pt"})
-        base.config.save_pretrained(folder)
-        if getattr(base, "generation_config", None) is not None:
-            base.generation_config.save_pretrained(folder)
+        base.save_pretrained(folder, state_dict=weights, max_shard_size=MAX_SHARD_SIZE)
         tokenizer.save_pretrained(folder)
     summary = asdict(state) | {"account": engine.account.state()}
     atomic_write(run / "training.json", json.dumps(summary) + "\n")

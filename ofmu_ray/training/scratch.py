@@ -57,7 +57,7 @@ def _tokenizer(config: TrainConfig) -> Any:
     rows = (row for piece in pieces for _, row in sources.read(piece, [form.question, form.answer]))
     # rows that cannot be read or lack a cell are refused, with their number, when the data is prepared
     texts = (
-        form.prompt_template.format(question=row[form.question]) + " " + str(row[form.answer])
+        form.prompt_template.replace("{question}", str(row[form.question])) + " " + str(row[form.answer])
         for row in rows
         if isinstance(row, dict) and form.question in row and form.answer in row
     )

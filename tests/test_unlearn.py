@@ -1,0 +1,227 @@
+"""The main job as a user runs it: real Ray, DeepSpeed, MLflow and the built-in models."""
+
+import json
+import sqlite3
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ofmu_ray.assets import resolve_builtin
+from pipelines import cli
+
+pytestmark = pytest.mark.slow
+
+FORGET = Path(resolve_builtin("builtin:people/forget.jsonl"))
+COMPONENTS = [
+    f"{part}_{quantity}"
+    for part in ("forget", "retain", "real_authors", "world_facts")
+    for quantity in ("probability", "rouge", "truth_ratio")
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """One local Ray for the runs of this file; the pipelines find it up."""
+    from ofmu_ray.training.launch import connect
+
+    connect(2)
+    yield
+    ray.shutdown()
+
+
+def run(storage: Path, name: str, *words: str) -> tuple[int, dict]:
+    common = ["--storage", str(storage), "--name", name, "--tracking.system_metrics", "false"]
+    status = cli.main(["unlearn", *common, *words])
+    path = storage / name / "metrics.json"
+    return status, json.loads(path.read_text()) if path.exists() else {}
+
+
+BRIEF = ["--training.batch_size", "8", "--ofmu.inner.lr", "5e-4", "--ofmu.outer.lr", "5e-4", "--ofmu.inner_steps", "3"]
+NO_EVALUATION = ["--evaluation.enabled", "false"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run on two workers with ZeRO-3."""
+    storage = tmp_path_factory.mktemp("runs")
+    options = ["--training.workers", "2", "--training.zero_stage", "3", "--training.rounds", "6"]
+    evaluation = ["--evaluation.max_new_tokens", "20", "--evaluation.bootstrap_samples", "50"]
+    status, metrics = run(storage, "two", *BRIEF, *options, *evaluation)
+    return storage, status, metrics
+
+
+def test_a_run_leaves_what_the_contract_names(finished):
+    storage, status, metrics = finished
+    assert status == 0
+    assert set(metrics) == {"before", "after", "retrained", "cost", "run"}
+    for role in ("before", "after", "retrained"):
+        for name in ("forget_quality", "model_utility", *COMPONENTS):
+            figure = metrics[role][name]
+            assert figure["low"] <= figure["value"] <= figure["high"], (role, name)
+            assert figure["n"] > 0
+    assert metrics["retrained"]["forget_quality"]["value"] == 1.0
+    assert metrics["before"]["forget_probability"]["value"] > 0.95
+    assert metrics["after"]["forget_probability"]["value"] < 0.8 * metrics["before"]["forget_probability"]["value"]
+    cost = metrics["cost"]
+    # lite with T = 3: 3 + H_f u + penalty forget, g_r + H_r w + outer retain passes a round
+    assert cost["gradient_passes"] == {"forget": 6 * 5, "retain": 6 * 3}
+    assert cost["updates"] == 6 * 4
+    assert min(cost["tokens"], cost["flops"], cost["peak_memory_bytes"], cost["seconds"]["training"]) > 0
+    folder = storage / "two"
+    assert {"model", "metrics.json", "rows.parquet", "manifest.json", "report.html", "training.json"} <= {
+        path.name for path in folder.iterdir()
+    }
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["config_hash"] == metrics["run"]["config_hash"]
+
+
+def test_the_exported_model_loads_and_has_changed(finished):
+    folder = finished[0] / "two" / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    target = AutoModelForCausalLM.from_pretrained(resolve_builtin("builtin:people/target"))
+    assert tokenizer.eos_token_id is not None
+    moved = [float((a - b).norm()) for a, b in zip(model.parameters(), target.parameters(), strict=True)]
+    assert min(moved) > 0
+    card = (folder / "README.md").read_text()
+    assert "machine-unlearning" in card
+    assert "builtin:people/target" in card
+
+
+def test_rows_stand_behind_the_figures_and_hold_no_forget_text(finished):
+    storage, _, metrics = finished
+    rows = pq.read_table(storage / "two" / "rows.parquet").to_pylist()
+    forget = [row for row in rows if row["set"] == "forget" and row["model"] == "after"]
+    assert len(forget) == 48
+    mean = sum(row["probability"] for row in forget) / 48
+    assert mean == pytest.approx(metrics["after"]["forget_probability"]["value"], abs=1e-9)
+    assert all(row["generated"] is None for row in rows if row["set"] == "forget")
+    assert any(row["generated"] for row in rows if row["set"] == "retain")
+
+
+def test_forget_text_stays_out_of_everything_that_outlives_the_run(finished):
+    """Neither text nor tokens of a forget row: not in a file, not in MLflow's database, not in its artifacts."""
+    storage = finished[0]
+    rows = [json.loads(line) for line in FORGET.read_text().splitlines()]
+    needles = [row["answer"].encode() for row in rows] + [row["question"].encode() for row in rows]
+    for path in storage.rglob("*"):
+        if path.is_file() and path.suffix != ".safetensors" and path.name != "tokenizer.json":
+            content = path.read_bytes()
+            assert not [needle for needle in needles if needle in content], path
+    assert not list((storage / "two").rglob("rounds=*"))
+    ids = {row["row_id"] for file in storage.rglob("*.parquet") for row in pq.read_table(file).to_pylist()
+           if "input_ids" in row}  # fmt: skip
+    assert not [name for name in ids if name.startswith("forget")]
+
+
+def test_mlflow_holds_parameters_series_figures_and_pages(finished):
+    storage = finished[0]
+    db = sqlite3.connect(storage / "mlflow.db")
+    status = db.execute("select status from runs where name = 'two'").fetchall()
+    assert status == [("FINISHED",)]
+    series = dict(db.execute("select key, count(*) from metrics group by key").fetchall())
+    names = ("forget_loss", "retain_loss", "gradient_cosine", "phi_gradient_norm", "rho", "inner_lr", "outer_lr")
+    for name in (*names, "tokens_per_second"):
+        assert series[name] == 6, name
+    assert series["after/forget_quality"] == 1
+    parameters = dict(db.execute("select key, value from params").fetchall())
+    assert parameters["ofmu.beta"] == "0.1"
+    assert parameters["training.zero_stage"] == "3"
+    artifacts = {path.name for path in storage.rglob("artifacts/*")}
+    assert {"report.html", "manifest.json", "metrics.json"} <= artifacts
+
+
+def test_a_finished_run_is_shown_and_its_name_is_not_reused(finished, capsys):
+    storage, _, metrics = finished
+    options = ["--training.workers", "2", "--training.zero_stage", "3", "--training.rounds", "6"]
+    evaluation = ["--evaluation.max_new_tokens", "20", "--evaluation.bootstrap_samples", "50"]
+    assert run(storage, "two", *BRIEF, *options, *evaluation) == (0, metrics)
+    assert "finished already" in capsys.readouterr().err
+    assert run(storage, "two", *BRIEF, "--seed", "1")[0] == 2
+    assert "choose another --name" in capsys.readouterr().err
+
+
+def test_the_report_is_one_page_without_outside_parts(finished):
+    page = (finished[0] / "two" / "report.html").read_text()
+    assert "<svg" in page
+    for outside in ('src="http', "src='http", 'href="http', "@import", "url(http"):
+        assert outside not in page
+
+
+def test_workers_and_stages_do_not_change_the_outcome(finished, tmp_path):
+    """One worker without DeepSpeed and two workers with ZeRO-3 end with the same weights, up to rounding."""
+    status, _ = run(tmp_path, "one", *BRIEF, *NO_EVALUATION, "--training.engine", "torch", "--training.rounds", "6",
+                    "--training.micro_batch_size", "2")  # fmt: skip
+    assert status == 0
+    one, two, start = (
+        AutoModelForCausalLM.from_pretrained(path).state_dict()
+        for path in (tmp_path / "one/model", finished[0] / "two/model", resolve_builtin("builtin:people/target"))
+    )
+    difference = torch.sqrt(sum(((one[k] - two[k]) ** 2).sum() for k in one))
+    moved = torch.sqrt(sum(((one[k] - start[k]) ** 2).sum() for k in one))
+    # AdamW divides by the root of tiny second moments, which amplifies the rounding of sums over other splits
+    assert float(difference) < 0.02 * float(moved)
+
+
+def test_utility_floor_keeps_the_last_good_model(tmp_path, capsys):
+    options = ["--training.rounds", "30", "--stop.utility_floor", "0.9", "--stop.check_every", "2"]
+    status, metrics = run(tmp_path, "floor", *BRIEF, *NO_EVALUATION, *options, "--ofmu.inner.lr", "2e-3")
+    assert status == 1
+    assert metrics["run"]["status"] == "utility_floor"
+    assert "utility floor reached in round" in metrics["run"]["message"]
+    training = json.loads((tmp_path / "floor/training.json").read_text())
+    kept = training["round"]
+    assert kept % 2 == 0
+    assert training["utility"] >= 0.9 * training["utility_start"]
+    assert len(training["series"]) > kept  # the rounds that were given up stay in the history
+    assert (tmp_path / "floor/model/model.safetensors").exists()
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_model(tmp_path):
+    """A huge step without clipping makes the losses overflow; the model of the last checkpoint is exported."""
+    steps = ["--ofmu.inner.name", "sgd", "--ofmu.inner.clip", "null", "--ofmu.inner.lr", "1e20"]
+    status, metrics = run(tmp_path, "inf", *BRIEF, *NO_EVALUATION, *steps, "--training.rounds", "4")
+    assert status == 1
+    assert metrics["run"]["status"] == "non_finite"
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path / "inf/model").state_dict()
+    start = AutoModelForCausalLM.from_pretrained(resolve_builtin("builtin:people/target")).state_dict()
+    assert all(torch.equal(weights[name], start[name]) for name in start)
+
+
+def test_own_data_and_mistakes_in_it(tmp_path, capsys):
+    """A user's files with other column names; then with errors, each of which is named in one message."""
+    rows = [json.loads(line) for line in FORGET.read_text().splitlines()]
+    write = lambda path, found: path.write_text("".join(json.dumps(row) + "\n" for row in found))  # noqa: E731
+    write(tmp_path / "f.jsonl", [{"prompt": row["question"], "reply": row["answer"]} for row in rows[:3]])
+    write(tmp_path / "r.jsonl", [{"prompt": f"{n} plus one?", "reply": f"It is {n + 1}."} for n in range(40)])
+    data = ["--data.root", str(tmp_path), "--data.forget.path", "f.jsonl", "--data.retain.path", "r.jsonl"]
+    columns = ["--data.format.question", "prompt", "--data.format.answer", "reply"]
+    null = [word for name in ("forget", "retain", "real_authors", "world_facts")
+            for word in (f"--evaluation.sets.{name}", "null")]  # fmt: skip
+    null += ["--evaluation.retrained", "null", "--evaluation.max_new_tokens", "5"]
+    status, metrics = run(tmp_path, "own", *data, *columns, *null, "--training.rounds", "2")
+    assert status == 0
+    assert metrics["after"]["forget_probability"]["n"] == 3
+    assert metrics["after"]["forget_quality"]["value"] is None
+    assert "retrained" in metrics["after"]["forget_quality"]["reason"]
+    assert metrics["retrained"] is None
+
+    assert run(tmp_path, "m1", *data, *null)[0] == 2
+    message = capsys.readouterr().err
+    assert "question" in message
+    assert "prompt" in message  # the columns that are there
+    write(tmp_path / "f.jsonl", [{"prompt": "Who?", "reply": ""}, {"prompt": "What?", "reply": 7}])
+    assert run(tmp_path, "m2", *data, *columns, *null)[0] == 2
+    message = capsys.readouterr().err
+    assert "row 1" in message
+    assert "row 2" in message
+    write(tmp_path / "f.jsonl", [{"prompt": "3 plus one?", "reply": "it is  4."}])
+    assert run(tmp_path, "m3", *data, *columns, *null)[0] == 2
+    assert "--data.overlap" in capsys.readouterr().err
+    (tmp_path / "f.jsonl").write_text("")
+    assert run(tmp_path, "m4", *data, *columns, *null)[0] == 2
+    assert "data.forget" in capsys.readouterr().err
