@@ -10,17 +10,17 @@ from typing import Any
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import DataConfig, ModelConfig, TrainingConfig
 from ofmu_ray.errors import UserError
-from ofmu_ray.storage import atomic_write
+from ofmu_ray.storage import atomic_write, is_uri, local_path
 
 
 def prepare_storage(storage: str) -> Path:
     """The storage folder, absolute and writable."""
-    if "://" in storage:
+    if is_uri(storage):
         raise UserError(
             f"storage = {storage!r}: runs need a folder that all nodes share (NFS, EFS, Filestore, Lustre); "
             "data may lie at s3:// and gs:// URIs, runs may not"
         )
-    path = Path(storage).expanduser().absolute()
+    path = local_path(storage)
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".writable.{os.getpid()}"

@@ -1,4 +1,4 @@
-"""Fragments, stores and evaluation rows: what needs no Ray."""
+"""Fragments and evaluation rows: what needs no Ray."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ofmu_ray.config import SourceConfig
-from ofmu_ray.data import sources, store
+from ofmu_ray.data import sources
 from ofmu_ray.data.evaluation_rows import evaluation_rows
 from ofmu_ray.errors import UserError
 
@@ -85,28 +85,6 @@ def test_mistakes_name_option_and_remedy(
     (tmp_path / "x.csv").write_text("question,answer\n")
     with pytest.raises(UserError, match=said):
         sources.fragments(source, None, stream="forget", option="data.forget")
-
-
-def test_credentials_of_a_uri_are_never_shown() -> None:
-    assert store.shown("s3://key:secret@bucket/a.jsonl?access_key=k") == "s3://bucket/a.jsonl"
-    assert store.join("s3://k:s@bucket/a?scheme=http", "b", "c") == "s3://k:s@bucket/a/b/c?scheme=http"
-
-
-def test_published_leaves_nothing_half_written(tmp_path: Path) -> None:
-    target = str(tmp_path / "runs" / "x")
-
-    def fail() -> None:
-        with store.published(target, "done.json") as folder:
-            store.write_text(store.join(folder, "part"), "half")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fail()
-    assert list((tmp_path / "runs").iterdir()) == []
-    for _ in range(2):  # the second one finds the first in place
-        with store.published(target, "done.json") as folder:
-            store.write_text(store.join(folder, "done.json"), "{}")
-    assert [p.name for p in (tmp_path / "runs").rglob("*")] == ["x", "done.json"]
 
 
 def test_evaluation_rows(tmp_path: Path) -> None:

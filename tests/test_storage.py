@@ -1,19 +1,28 @@
-"""Files and folders appear whole or not at all."""
+"""Files and folders appear whole or not at all, on a disk and at a URI."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pyarrow.fs import FileSelector
 
 from ofmu_ray import storage
+
+
+def test_import_costs_neither_torch_nor_pyarrow() -> None:
+    code = "import sys, ofmu_ray.storage; print([name for name in ('torch', 'pyarrow') if name in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout == "[]\n"
 
 
 def test_write_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None:
     target = tmp_path / "new" / "file.json"
     storage.atomic_write(target, "one")
     storage.atomic_write(str(target), b"two")
-    assert storage.read_bytes(f"file://{target}") == b"two"
+    assert storage.read_text(f"file://{target}") == "two"
     assert os.listdir(target.parent) == ["file.json"]
     assert target.stat().st_mode & 0o777 == 0o666 & ~storage._umask()
 
@@ -57,8 +66,41 @@ def test_join_and_locality() -> None:
     assert storage.join("runs", "a") == "runs/a"
     assert storage.is_uri("gs://bucket")
     assert not storage.is_uri("file:///tmp")
-    with pytest.raises(ValueError, match="not a local path"):
-        storage.local_path("s3://bucket/a")
+    for local_only in (storage.local_path, lambda path: storage.atomic_write(path, ""), _fail_half_way):
+        with pytest.raises(ValueError, match="not a local path"):
+            local_only("s3://bucket/a")
+
+
+def test_one_place_however_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    place = tmp_path / "a b%"
+    for path in ("a b%", "~/a b%", "x/../a b%", str(place), place, place.as_uri()):
+        assert storage.local_path(path) == place
+        assert storage.absolute(path) == str(place) == storage.locate(path)[1]
+    assert storage.absolute("s3://bucket/a") == "s3://bucket/a"
+
+
+def test_credentials_of_a_uri_are_never_shown() -> None:
+    assert storage.without_credentials("s3://key:secret@bucket/a.jsonl?access_key=k") == "s3://bucket/a.jsonl"
+    assert storage.join("s3://k:s@bucket/a?scheme=http", "b", "c") == "s3://k:s@bucket/a/b/c?scheme=http"
+
+
+def test_published_leaves_nothing_half_written(tmp_path: Path) -> None:
+    target = str(tmp_path / "runs" / "x")
+
+    def fail() -> None:
+        with storage.published(target, "done.json") as folder:
+            storage.write_text(storage.join(folder, "part"), "half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert list((tmp_path / "runs").iterdir()) == []
+    for _ in range(2):  # the second one finds the first in place
+        with storage.published(target, "done.json") as folder:
+            storage.write_text(storage.join(folder, "done.json"), "{}")
+    assert [p.name for p in (tmp_path / "runs").rglob("*")] == ["x", "done.json"]
 
 
 @pytest.fixture
@@ -80,16 +122,26 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_an_object_store(bucket: str) -> None:
-    assert not storage.exists(f"{bucket}/run/metrics.json")
-    storage.atomic_write(f"{bucket}/run/metrics.json", "{}")
-    assert storage.read_bytes(f"{bucket}/run/metrics.json") == b"{}"
-    with storage.atomic_dir(f"{bucket}/run/model") as folder:
-        (folder / "sub").mkdir()
-        (folder / "sub" / "weights").write_bytes(b"123")
-    assert storage.read_bytes(f"{bucket}/run/model/sub/weights") == b"123"
+    run = f"{bucket}/run"
+    assert not storage.is_file(f"{run}/model/done.json")
+    with storage.published(f"{run}/model", "done.json") as folder:
+        storage.write_text(storage.join(folder, "sub", "weights"), "123")
+        storage.write_text(storage.join(folder, "done.json"), "{}")
+    assert storage.read_text(f"{run}/model/done.json") == "{}"
+    assert storage.read_text(f"{run}/model/sub/weights") == "123"
     with pytest.raises(RuntimeError):
-        _fail_half_way(f"{bucket}/run/broken")
-    assert not storage.exists(f"{bucket}/run/broken/weights")
+        _publish_half(f"{run}/broken")
+    assert not storage.is_file(f"{run}/broken/weights")
+    filesystem, path = storage.locate(run)
+    assert [info.base_name for info in filesystem.get_file_info(FileSelector(path))] == ["model"]
+    storage.remove_folder(f"{run}/model")
+    assert not storage.is_file(f"{run}/model/done.json")
+
+
+def _publish_half(path: str) -> None:
+    with storage.published(path, "done.json") as folder:
+        storage.write_text(storage.join(folder, "weights"), "half")
+        raise RuntimeError
 
 
 def _fail_half_way(path: str) -> None:

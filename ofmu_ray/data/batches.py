@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from ofmu_ray.data import store
 from ofmu_ray.data.plan import Plan
 from ofmu_ray.engines.protocol import Batch
+from ofmu_ray.storage import locate
 
 IGNORE = -100
 """Label of tokens without a loss (torch's cross_entropy default)."""
@@ -41,7 +41,7 @@ def lane_files(plan: Plan, lane: int, start_round: int = 0) -> list[str]:
 
 def read_file(path: str) -> pa.Table:
     """One file of a lane."""
-    filesystem, inside = store.locate(path)
+    filesystem, inside = locate(path)
     return pq.read_table(inside, filesystem=filesystem, partitioning=None)
 
 

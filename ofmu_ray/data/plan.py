@@ -18,9 +18,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ofmu_ray.data import store
 from ofmu_ray.data.order import batch_order, lane_slots
 from ofmu_ray.data.prepare import TokenisedStream
+from ofmu_ray.storage import (
+    absolute,
+    is_file,
+    join,
+    locate,
+    published,
+    read_text,
+    remove_folder,
+    without_credentials,
+    write_text,
+)
 
 MARKER = "plan.json"
 VERSION = 1
@@ -76,15 +86,15 @@ class Plan:
         """Path of a lane's file."""
         first = number * self.rounds_per_file
         last = min(first + self.rounds_per_file, self.rounds) - 1
-        return store.join(self.folder, f"lane={lane:04d}", f"rounds={first:06d}-{last:06d}.parquet")
+        return join(self.folder, f"lane={lane:04d}", f"rounds={first:06d}-{last:06d}.parquet")
 
 
 def read_plan(folder: str) -> Plan:
     """The plan that `write_plan` left in a folder. Raises AssertionError when there is none."""
-    folder = store.absolute(folder)
-    path = store.join(folder, MARKER)
-    assert store.has(path), f"no plan at {store.shown(path)}"
-    return Plan(folder=folder, **json.loads(store.read_text(path)))
+    folder = absolute(folder)
+    path = join(folder, MARKER)
+    assert is_file(path), f"no plan at {without_credentials(path)}"
+    return Plan(folder=folder, **json.loads(read_text(path)))
 
 
 def write_plan(
@@ -103,7 +113,7 @@ def write_plan(
     The content of a global batch depends on data and seed, never on `workers`. Ray must be up unless the plan is
     there. Raises AssertionError when `batch_size` does not divide over `workers` (the configuration refuses it).
     """
-    folder = store.absolute(folder)
+    folder = absolute(folder)
     assert batch_size % workers == 0, f"batch of {batch_size} rows over {workers} workers"
     numbers = {"rounds": rounds, "batch_size": batch_size, "workers": workers, "seed": seed}
     numbers["rounds_per_file"] = rounds_per_file
@@ -118,13 +128,13 @@ def write_plan(
         fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
         **numbers,
     )
-    if store.has(store.join(folder, MARKER)) and read_plan(folder).fingerprint == plan.fingerprint:
+    if is_file(join(folder, MARKER)) and read_plan(folder).fingerprint == plan.fingerprint:
         return plan
-    store.remove(folder)
-    with store.published(folder, MARKER) as partial_folder:
+    remove_folder(folder)
+    with published(folder, MARKER) as partial_folder:
         _write_lanes(plan, streams, partial_folder)
         text = {key: value for key, value in asdict(plan).items() if key != "folder"}
-        store.write_text(store.join(partial_folder, MARKER), json.dumps(text, indent=1))
+        write_text(join(partial_folder, MARKER), json.dumps(text, indent=1))
     return plan
 
 
@@ -198,7 +208,7 @@ def _explosions(stream: TokenisedStream, plan: Plan) -> list[dict[str, Any]]:
         low, high = np.searchsorted(found.row, [first, first + rows])
         if high > low:
             piece = Places(found.row[low:high] - first, found.lane[low:high], found.position[low:high])
-            items.append({"path": store.join(stream.folder, name), "places": ray.put(piece)})
+            items.append({"path": join(stream.folder, name), "places": ray.put(piece)})
         first += rows
     return items
 
@@ -207,7 +217,7 @@ def _explode(batch: dict[str, np.ndarray], *, chunk_rows: int, files: int) -> pa
     import ray
 
     found: Places = ray.get(batch["places"][0])
-    filesystem, path = store.locate(str(batch["path"][0]))
+    filesystem, path = locate(str(batch["path"][0]))
     table = pq.read_table(path, columns=["row_id", "input_ids", "prompt_tokens"], filesystem=filesystem)
     table = table.take(pa.array(found.row))
     table = table.append_column("position", pa.array(found.position))
@@ -216,7 +226,7 @@ def _explode(batch: dict[str, np.ndarray], *, chunk_rows: int, files: int) -> pa
 
 def _write_group(table: pa.Table, *, plan: Plan) -> pa.Table:
     lane, number = divmod(table["group"][0].as_py(), plan.files)
-    filesystem, path = store.locate(plan.file(lane, number))
+    filesystem, path = locate(plan.file(lane, number))
     filesystem.create_dir(path.rpartition("/")[0], recursive=True)
     ordered = table.select(SCHEMA.names).sort_by("position").cast(SCHEMA)
     pq.write_table(ordered, path, filesystem=filesystem, row_group_size=4096)

@@ -14,11 +14,22 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from ofmu_ray.config import FormatConfig, SourceConfig
-from ofmu_ray.data import checks, sources, store
+from ofmu_ray.data import checks, sources
 from ofmu_ray.data.checks import DataReport, OverlapReport, Policy, Problems, StreamReport
 from ofmu_ray.data.template import Template
 from ofmu_ray.data.tokenise import Columns, Part, PartJob, load_columns, take_rows, tokenise
 from ofmu_ray.errors import UserError
+from ofmu_ray.storage import (
+    absolute,
+    is_file,
+    join,
+    locate,
+    published,
+    read_text,
+    remove_folder,
+    without_credentials,
+    write_text,
+)
 
 MARKER = "stream.json"
 _CODE = ("sources.py", "checks.py", "template.py", "tokenise.py")
@@ -52,7 +63,7 @@ class Prepared:
     def discard(self, *names: str) -> None:
         """Delete the tokens of these streams: personal data that need not outlive the run."""
         for name in names:
-            store.remove(self.streams[name].folder)
+            remove_folder(self.streams[name].folder)
 
 
 def write_sample(stream: TokenisedStream, count: int, path: str) -> str:
@@ -60,7 +71,7 @@ def write_sample(stream: TokenisedStream, count: int, path: str) -> str:
     at = np.unique(np.linspace(0, len(stream.rows) - 1, min(count, len(stream.rows))).round().astype(np.int64))
     names = ["row_id", "input_ids", "prompt_tokens"]
     table = take_rows(stream.folder, [part for part, _ in stream.parts], stream.rows[at], names)
-    filesystem, inside = store.locate(path)
+    filesystem, inside = locate(path)
     filesystem.create_dir(inside.rpartition("/")[0], recursive=True)
     pq.write_table(table, inside, filesystem=filesystem)
     return path
@@ -86,16 +97,16 @@ def prepare_streams(
     template = Template(tokenizer, fmt)
     pieces = {name: _fragments(name, source, root) for name, source in sources.items()}
     keys = {name: _key(name, found, template) for name, found in pieces.items()}
-    folders = {name: store.join(store.absolute(storage), "cache", "data", key) for name, key in keys.items()}
+    folders = {name: join(absolute(storage), "cache", "data", key) for name, key in keys.items()}
     with ExitStack() as stack:
         places = dict(folders)
-        todo = [name for name, folder in folders.items() if not store.has(store.join(folder, MARKER))]
+        todo = [name for name, folder in folders.items() if not is_file(join(folder, MARKER))]
         for name in todo:
-            places[name] = stack.enter_context(store.published(folders[name], MARKER))
+            places[name] = stack.enter_context(published(folders[name], MARKER))
         problems = _tokenise({name: pieces[name] for name in todo}, places, template)
         parts = {name: _parts(place) for name, place in places.items()}
         columns = {name: load_columns(places[name], [n for n, _ in found]) for name, found in parts.items()}
-        shown = {name: store.shown(str(source.path)) for name, source in sources.items()}
+        shown = {name: without_credentials(str(source.path)) for name, source in sources.items()}
         judged = _Judged(shown, places, parts, columns, overlap, duplicates)
         judged.refuse(problems)
         report = DataReport(
@@ -126,7 +137,7 @@ def _tokenise(
     from ofmu_ray.data.jobs import run_tasks
 
     items = [
-        PartJob(piece, store.join(places[name], f"part-{index:06d}.parquet"))
+        PartJob(piece, join(places[name], f"part-{index:06d}.parquet"))
         for name, pieces in todo.items()
         for index, piece in enumerate(pieces)
     ]
@@ -139,12 +150,12 @@ def _tokenise(
             problems[name].merge(part.problems)
         problems[name].empty = not sum(part.seen for part in mine)
         content = {"parts": [[part.name, part.rows] for part in mine]}
-        store.write_text(store.join(places[name], MARKER), json.dumps(content))
+        write_text(join(places[name], MARKER), json.dumps(content))
     return problems
 
 
 def _parts(folder: str) -> list[tuple[str, int]]:
-    content = json.loads(store.read_text(store.join(folder, MARKER)))
+    content = json.loads(read_text(join(folder, MARKER)))
     return [(str(name), int(rows)) for name, rows in content["parts"]]
 
 

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from ofmu_ray.config import SourceConfig
-from ofmu_ray.data import store
 from ofmu_ray.errors import UserError
+from ofmu_ray.storage import is_uri, join, locate, without_credentials
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 PARQUET_SUFFIXES = (".parquet", ".pq")
@@ -60,7 +60,7 @@ class Fragment:
 
     @property
     def name(self) -> str:
-        return store.shown(self.path)
+        return without_credentials(self.path)
 
 
 def fragments(source: SourceConfig, root: str | None, *, stream: str, option: str) -> list[Fragment]:
@@ -73,12 +73,12 @@ def fragments(source: SourceConfig, root: str | None, *, stream: str, option: st
     if _is_hub(source, root):
         found = _hub_fragments(source, stream, option)
     else:
-        paths = _expand(store.under(root, _builtin(source.path)), option)
+        paths = _expand(_under(root, _builtin(source.path)), option)
         numbers: list[int | None] = [None] if len(paths) == 1 else list(range(1, len(paths) + 1))
         pairs = zip(paths, numbers, strict=True)
         found = [piece for path, number in pairs for piece in _file_fragments(path, number, source, stream, option)]
     if not found:
-        raise UserError(f"{option}.path = {store.shown(source.path)}: no rows")
+        raise UserError(f"{option}.path = {without_credentials(source.path)}: no rows")
     return found if source.limit is None else list(_limited(found, source.limit))
 
 
@@ -105,18 +105,25 @@ def _builtin(path: str) -> str:
     return str(resolve_builtin(path))
 
 
+def _under(root: str | None, path: str) -> str:
+    """A data path as the user wrote it, seen from `data.root`; URIs and absolute paths stand alone."""
+    if root is None or "://" in path or os.path.isabs(path):
+        return path
+    return join(root, path)
+
+
 def _is_hub(source: SourceConfig, root: str | None) -> bool:
     path = source.path or ""
     if source.format != "auto":
         return source.format == "hub"
-    plain = not (store.is_uri(path) or path.startswith(("builtin:", ".", "~")) or os.path.isabs(path) or "*" in path)
+    plain = not (is_uri(path) or path.startswith(("builtin:", ".", "~")) or os.path.isabs(path) or "*" in path)
     known = path.endswith((*JSON_SUFFIXES, *PARQUET_SUFFIXES))
     return plain and not known and root is None and path.count("/") == 1 and not os.path.exists(path)
 
 
 def _expand(path: str, option: str) -> list[str]:
     """Files of a file, folder or glob, sorted by path."""
-    filesystem, inside = store.locate(path, f"{option}.path")
+    filesystem, inside = locate(path, f"{option}.path")
     try:
         if any(mark in inside for mark in "*["):
             base = inside[: min(inside.find(mark) for mark in "*[" if mark in inside)].rpartition("/")[0]
@@ -126,11 +133,12 @@ def _expand(path: str, option: str) -> list[str]:
         else:
             found = [inside] if filesystem.get_file_info(inside).type == pafs.FileType.File else []
     except OSError as error:
-        raise UserError(f"{option}.path = {store.shown(path)}: cannot be read ({type(error).__name__})") from None
+        shown = without_credentials(path)
+        raise UserError(f"{option}.path = {shown}: cannot be read ({type(error).__name__})") from None
     if not found:
         raise UserError(
-            f"{option}.path = {store.shown(path)}: no file is there; give a JSON Lines or Parquet file, a folder or "
-            "glob of them, an s3:// or gs:// URI, or a hub data set with --" + option + ".format hub"
+            f"{option}.path = {without_credentials(path)}: no file is there; give a JSON Lines or Parquet file, "
+            "a folder or glob of them, an s3:// or gs:// URI, or a hub data set with --" + option + ".format hub"
         )
     return [_full(path, inside, p) for p in sorted(found)]
 
@@ -146,7 +154,7 @@ def _hidden(path: str) -> bool:
 
 def _full(original: str, inside: str, path: str) -> str:
     """`path` inside the file system of the URI `original` (whose own path is `inside`), as a URI of its own."""
-    if not store.is_uri(original):
+    if not is_uri(original):
         return path
     stem, mark, query = original.partition("?")
     head = stem[: len(stem.rstrip("/")) - len(inside.rstrip("/"))]
@@ -156,7 +164,7 @@ def _full(original: str, inside: str, path: str) -> str:
 def _file_fragments(
     path: str, number: int | None, source: SourceConfig, stream: str, option: str
 ) -> Iterator[Fragment]:
-    plain = store.shown(path)
+    plain = without_credentials(path)
     kind = source.format
     if kind == "auto":
         kind = "parquet" if plain.endswith(PARQUET_SUFFIXES) else "json" if plain.endswith(JSON_SUFFIXES) else "auto"
@@ -166,7 +174,7 @@ def _file_fragments(
     if kind == "json":
         yield Fragment(stream, "json", path, number, identity=identity)
         return
-    filesystem, inside = store.locate(path, f"{option}.path")
+    filesystem, inside = locate(path, f"{option}.path")
     try:
         groups = pq.ParquetFile(inside, filesystem=filesystem).metadata
     except (pa.ArrowInvalid, OSError):
@@ -178,12 +186,12 @@ def _file_fragments(
 
 
 def _identity(path: str) -> str:
-    filesystem, inside = store.locate(path)
+    filesystem, inside = locate(path)
     if isinstance(filesystem, pafs.LocalFileSystem):
         with open(inside, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     info = filesystem.get_file_info(inside)  # reading a whole object store twice would cost more than it is worth
-    return f"{store.shown(path)}:{info.size}:{info.mtime_ns}"
+    return f"{without_credentials(path)}:{info.size}:{info.mtime_ns}"
 
 
 def _hub_fragments(source: SourceConfig, stream: str, option: str) -> list[Fragment]:
@@ -224,7 +232,7 @@ def _limited(pieces: list[Fragment], limit: int) -> Iterator[Fragment]:
 
 
 def _read_json(fragment: Fragment) -> Iterator[tuple[int, dict[str, Any] | Broken]]:
-    filesystem, path = store.locate(fragment.path)
+    filesystem, path = locate(fragment.path)
     with filesystem.open_input_stream(path, buffer_size=1 << 20) as file:
         for number, line in enumerate(_lines(file), start=1):
             if not line.strip():
@@ -250,7 +258,7 @@ def _lines(file: Any) -> Iterator[bytes]:
 def _read_table(fragment: Fragment, columns: list[str] | None) -> Iterator[tuple[int, dict[str, Any] | Broken]]:
     table = fragment.table
     if table is None:
-        filesystem, path = store.locate(fragment.path)
+        filesystem, path = locate(fragment.path)
         file = pq.ParquetFile(path, filesystem=filesystem)
         # when a wanted column is missing, the names of the others tell the user what the file has instead
         complete = bool(columns) and set(columns or ()) <= set(file.schema_arrow.names)

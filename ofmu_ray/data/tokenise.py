@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ofmu_ray.data import store
 from ofmu_ray.data.checks import Problems, digests, pair
 from ofmu_ray.data.sources import Broken, Fragment, read
 from ofmu_ray.data.template import Template
+from ofmu_ray.storage import join, locate
 
 BATCH_ROWS = 1024
 
@@ -54,7 +54,7 @@ class Part:
 def tokenise(job: PartJob, template: Template) -> Part:
     """Read, check, tokenise and write one fragment; memory holds one batch of rows at a time."""
     part = Part(job.fragment.stream, job.target.partition("?")[0].rpartition("/")[2])
-    filesystem, path = store.locate(job.target)
+    filesystem, path = locate(job.target)
     columns = [template.config.question, template.config.answer]
     rows = read(job.fragment, columns)
     with pq.ParquetWriter(path, SCHEMA, filesystem=filesystem) as writer:
@@ -141,7 +141,7 @@ def take_rows(folder: str, parts: list[str], rows: np.ndarray, columns: list[str
 
 
 def _read(folder: str, part: str, columns: list[str]) -> pa.Table:
-    filesystem, path = store.locate(store.join(folder, part))
+    filesystem, path = locate(join(folder, part))
     return pq.read_table(path, columns=columns, filesystem=filesystem)
 
 

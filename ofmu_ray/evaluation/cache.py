@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import uuid
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import fs as pafs
 
-from ofmu_ray.data import store
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.metrics import METRIC_VERSION
 from ofmu_ray.evaluation.rows import MEASURED, EvaluationRow, without_private_text
+from ofmu_ray.storage import atomic_write
 
 _MODEL_FILES = ("*.safetensors", "config.json", "generation_config.json", "*.py")
 
@@ -66,30 +64,21 @@ def cache_key(model: str, template: str, rows: Sequence[EvaluationRow], max_new_
 
 
 class EvaluationCache:
-    """`<storage>/evaluation/<key>.parquet`: per-row values without the text of private sets."""
+    """`<cache folder>/evaluation/<key>.parquet`: per-row values without the text of private sets."""
 
-    def __init__(self, storage: str) -> None:
-        self.folder = store.join(storage, "evaluation")
+    def __init__(self, cache_folder: Path) -> None:
+        self.folder = cache_folder / "evaluation"
 
     def load(self, key: str) -> pa.Table | None:
         """The stored table, or None."""
-        filesystem, path = store.locate(self._file(key))
-        if filesystem.get_file_info(path).type != pafs.FileType.File:
-            return None
-        return pq.read_table(path, filesystem=filesystem).cast(MEASURED)
+        path = self._file(key)
+        return pq.read_table(path).cast(MEASURED) if path.is_file() else None
 
     def save(self, key: str, measured: pa.Table) -> None:
-        """Written beside and moved into place, so that a reader never sees half a table."""
-        filesystem, path = store.locate(self._file(key))
-        filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-        partial = f"{path}.partial-{uuid.uuid4().hex[:12]}"
-        try:
-            pq.write_table(without_private_text(measured), partial, filesystem=filesystem)
-            filesystem.move(partial, path)
-        except BaseException:
-            if filesystem.get_file_info(partial).type == pafs.FileType.File:
-                filesystem.delete_file(partial)
-            raise
+        """Keep a table, without private text; a reader never sees half of it."""
+        content = pa.BufferOutputStream()
+        pq.write_table(without_private_text(measured), content)
+        atomic_write(self._file(key), content.getvalue().to_pybytes())
 
-    def _file(self, key: str) -> str:
-        return store.join(self.folder, f"{key}.parquet")
+    def _file(self, key: str) -> Path:
+        return self.folder / f"{key}.parquet"

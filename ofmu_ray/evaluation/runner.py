@@ -37,7 +37,7 @@ def evaluate_model(
 
     `model_dir`, `tokenizer_dir`: folders that every node can read, or hub names.
     `sets`: name -> rows in TOFU's layout, of which the first `config.max_rows` count; rows are named `<set>-<index>`.
-    `storage_cache_dir`: local path or URI; a set that stands in its cache is not run again. `label` stands beside the
+    `storage_cache_dir`: local path; a set that stands in its cache is not run again. `label` stands beside the
     progress bar. Columns: `rows.MEASURED`, `probability`, `truth_ratio`. `generated` is null for forget rows unless
     `reveal_text`, which runs them anew, because the cache never holds their text.
 
@@ -55,7 +55,7 @@ def evaluate_model(
         trust_remote_code=trust_remote_code,
     )
     keys = _keys(rows, model_fingerprint(weights), loading)
-    cache = EvaluationCache(str(storage_cache_dir))
+    cache = EvaluationCache(Path(storage_cache_dir))
     tables: dict[str, pa.Table] = {}
     for name, key in keys.items():
         found = None if reveal_text and is_private(name) else cache.load(key)
