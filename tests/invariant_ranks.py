@@ -1,0 +1,213 @@
+"""Ten OFMU rounds on one engine, alone or as a rank of a gloo group: what tests/test_invariants.py compares.
+
+Batches come about as in a run: global batches by `batch_order`, dealt to the ranks by `lane_slots`, cut into
+micro-batches, collated. What differs from a run is that rows come from a generator and not from Parquet.
+"""
+
+from __future__ import annotations
+
+import zlib
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from engine_models import VOCABULARY, tiny_model
+from engine_ranks import all_ranks
+
+from ofmu_ray.config import OFMUConfig, OptimizerConfig
+from ofmu_ray.data.batches import collate
+from ofmu_ray.data.order import batch_order, lane_slots
+from ofmu_ray.engines import Batch
+from ofmu_ray.methods import OFMU
+
+ROUNDS = 10
+BATCH = 4
+"""Rows of a global batch."""
+ROWS = {"forget": 10, "retain": 17}
+SHORT = {"full": {"inner_steps": 2}, "lite": {"inner_steps": 3}}
+"""Fewer inner steps than a run takes: 8 + 8 and 5 + 3 passes a round."""
+OPTIMIZERS = {
+    "sgd": OptimizerConfig(name="sgd", lr=0.05, clip=1.0),
+    "adamw": OptimizerConfig(name="adamw", lr=2e-3, clip=1.0, eps=1e-3),
+}
+FAR = 1e4
+"""Displacement that drowns the weights' rounding when a sharded vector is read off the whole weights."""
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str = "llama"
+    stage: int | None = None
+    """None: TorchEngine."""
+    preset: Literal["full", "lite"] = "lite"
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    micro: int | None = None
+    """Rows of a micro-batch; None: the rank's whole share."""
+    resume: bool = False
+    """Also continue from the state after half of the rounds, in a fresh engine."""
+    curvature: Literal["finite_difference", "exact"] = "finite_difference"
+    relative_step: float | None = 1e-3
+    """Longer than the default: its truncation error is the same everywhere, and rounding hardly enters."""
+    rounds: int = ROUNDS
+
+    def __str__(self) -> str:
+        engine = "torch" if self.stage is None else f"zero{self.stage}"
+        micro = f"-micro{self.micro}" if self.micro else ""
+        return f"{self.model}-{engine}-{self.preset}-{self.optimizer}{micro}{'-resume' if self.resume else ''}"
+
+    @property
+    def reference(self) -> Case:
+        """The same trajectory on one process with whole batches."""
+        return Case(self.model, None, self.preset, self.optimizer)
+
+
+def config(case: Case) -> OFMUConfig:
+    optimizer = OPTIMIZERS[case.optimizer]
+    return OFMUConfig.from_preset(
+        case.preset,
+        **SHORT[case.preset],
+        beta=1.0,
+        rho=0.02,
+        curvature=case.curvature,
+        relative_step=case.relative_step,
+        inner=optimizer,
+        outer=optimizer,
+    )
+
+
+def seeded_model(kind: str, seed: int = 0) -> torch.nn.Module:
+    """The tiny model with matrices from numpy's generator by parameter name: the same under any release of torch."""
+    module = tiny_model(kind)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.dim() == 2:
+                rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+                parameter.copy_(torch.from_numpy(rng.normal(scale=0.1, size=tuple(parameter.shape))))
+    return module.train()
+
+
+def rows(stream: str) -> list[dict[str, Any]]:
+    """Random rows of 5 to 24 tokens; prompts of any length, so that equal tokens are unequal labels."""
+    rng = np.random.default_rng(zlib.crc32(stream.encode()))
+    lengths = rng.integers(5, 25, size=ROWS[stream])
+    ids = [rng.integers(1, VOCABULARY, size=n).tolist() for n in lengths]
+    return [{"input_ids": tokens, "prompt_tokens": int(rng.integers(1, len(tokens) - 1))} for tokens in ids]
+
+
+def lane(stream: str, per_round: int, rounds: int, world: int, rank: int, micro: int | None) -> list[list[Batch]]:
+    """This rank's batches of each round."""
+    table = rows(stream)
+    lengths = np.array([len(row["input_ids"]) for row in table])
+    order = batch_order(lengths, rounds * per_round, BATCH, seed=3, stream=stream)
+    share = BATCH // world
+    mine = np.take_along_axis(order, lane_slots(lengths[order], world), axis=1)[:, rank * share : (rank + 1) * share]
+    batches = []
+    for slots in mine:
+        pieces = [slots[start : start + (micro or share)] for start in range(0, share, micro or share)]
+        batches.append(Batch([collate([table[i] for i in piece], pad_id=0) for piece in pieces]))
+    return [batches[at : at + per_round] for at in range(0, len(batches), per_round)]
+
+
+class Watched:
+    """An engine whose vectors are looked at on their way in and out."""
+
+    def __init__(self, engine: Any):
+        self.engine = engine
+        self.first: dict[str, torch.Tensor] | None = None
+        """What the first step of the first inner loop goes down: - grad Phi, whole, on rank 0."""
+        self.applied = 0
+        self.largest = 0
+        """Elements of the largest vector on this rank."""
+        self.left_behind = 0
+        """Most elements of parameters' gradients that were there when a vector was."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def gradient(self, *args: Any, **kwargs: Any) -> tuple[list[torch.Tensor], float]:
+        vector, value = self.engine.gradient(*args, **kwargs)
+        self._see(vector)
+        grads = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        self.left_behind = max(self.left_behind, sum(grad.numel() for grad in grads))
+        return vector, value
+
+    def displaced(self, vector: list[torch.Tensor], step: float) -> AbstractContextManager[None]:
+        self._see(vector)
+        return self.engine.displaced(vector, step)  # type: ignore[no-any-return]
+
+    def apply(self, vector: list[torch.Tensor], *args: Any, **kwargs: Any) -> float:
+        self._see(vector)
+        if not self.applied:
+            self.first = self._whole(vector)
+        self.applied += 1
+        return self.engine.apply(vector, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def _see(self, vector: list[torch.Tensor]) -> None:
+        self.largest = max(self.largest, sum(shard.numel() for shard in vector))
+
+    def _whole(self, vector: list[torch.Tensor]) -> dict[str, torch.Tensor] | None:
+        before = self.engine.full_weights()
+        with self.engine.displaced(vector, FAR):
+            after = self.engine.full_weights()
+        return None if after is None else {name: (after[name] - before[name]) / FAR for name in after}
+
+
+def trajectory(case: Case, rank: int, world: int) -> dict[str, Any]:
+    """Run the case's rounds. Whole vectors are there on rank 0 only."""
+    method = OFMU(config(case))
+    counts = method.batches_per_round()
+    forget, retain = (lane(s, counts[s], case.rounds, world, rank, case.micro) for s in ("forget", "retain"))
+    engine = Watched(build_engine(case))
+    start = engine.full_weights()
+    figures, saved = [], None
+    for number in range(case.rounds):
+        if case.resume and number == case.rounds // 2:
+            saved = engine.state_dict(), method.state_dict()
+        figures.append(method.round(engine, iter(forget[number]), iter(retain[number])))
+    found = {
+        "start": start,
+        "phi": engine.first,
+        "weights": engine.full_weights(),
+        "figures": figures,
+        "account": engine.account.state(),
+        "largest": engine.largest / engine.numel,
+        "left_behind": engine.left_behind,
+        "labels": [int((micro["labels"] >= 0).sum()) for batch in forget[0] for micro in batch.micro],
+    }
+    if saved is not None:
+        same = continues(case, saved, engine, forget, retain)
+        found["resumed"] = all_ranks(same) if dist.is_initialized() else same
+    close(engine)
+    return found
+
+
+def continues(case: Case, saved: tuple[Any, Any], engine: Any, forget: Any, retain: Any) -> bool:
+    """Whether a fresh engine ends with the weights of `engine`, to the bit, after the second half of the rounds."""
+    fresh, method = build_engine(case, seed=1), OFMU(config(case))
+    fresh.load_state_dict(saved[0])
+    method.load_state_dict(saved[1])
+    for number in range(case.rounds // 2, case.rounds):
+        method.round(fresh, iter(forget[number]), iter(retain[number]))
+    same = all(map(torch.equal, engine.shards.masters, fresh.shards.masters))
+    same &= fresh.account == engine.account
+    close(fresh)
+    return same
+
+
+def build_engine(case: Case, seed: int = 0) -> Any:
+    from ofmu_ray.engines import DeepSpeedEngine, TorchEngine, deepspeed_engine
+
+    optimizer = OPTIMIZERS[case.optimizer]
+    module = seeded_model(case.model, seed)
+    if case.stage is None:
+        return TorchEngine(module, inner=optimizer, outer=optimizer)
+    deepspeed_engine._PERSISTENT_BELOW = 100  # else stage 3 would keep every matrix of so small a model whole
+    return DeepSpeedEngine(module, inner=optimizer, outer=optimizer, zero_stage=case.stage)  # type: ignore[arg-type]
+
+
+def close(engine: Any) -> None:
+    if hasattr(engine, "close"):
+        engine.close()
