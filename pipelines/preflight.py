@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,15 @@ def check_model(config: ModelConfig, option: str = "model.path") -> Any:
             "set eos_token in tokenizer_config.json or name another tokenizer with --model.tokenizer"
         )
     return tokenizer
+
+
+def placed(config: ModelConfig) -> ModelConfig:
+    """The same model for a worker, whose working directory is another: local folders as absolute paths."""
+
+    def absolute(path: str | None) -> str | None:
+        return str(Path(path).absolute()) if path is not None and Path(path).is_dir() else path
+
+    return replace(config, path=absolute(config.path) or config.path, tokenizer=absolute(config.tokenizer))
 
 
 def _check_config(path: str, option: str, config: ModelConfig) -> None:

@@ -15,7 +15,7 @@ from ofmu_ray.config import ModelConfig, StopConfig, TrainConfig, config_hash, t
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage import atomic_write
 from pipelines.parse import fail, parse
-from pipelines.preflight import check_machine, check_model, claim, prepare_storage
+from pipelines.preflight import check_machine, check_model, claim, placed, prepare_storage
 from pipelines.terminal import say
 
 PROG = "ofmu train"
@@ -87,7 +87,7 @@ def _fit(
         plan_dir=plan.folder,
         config_hash=config_hash(config, plan.fingerprint),
         seed=config.seed,
-        model=model,
+        model=placed(model),
         method=config.finetune,
         training=training,
         stop=StopConfig(),

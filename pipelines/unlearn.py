@@ -16,7 +16,7 @@ from ofmu_ray.errors import UserError
 from pipelines import results
 from pipelines.evaluation import Evaluator
 from pipelines.parse import fail, parse
-from pipelines.preflight import check_machine, check_model, check_sources, claim, prepare_storage
+from pipelines.preflight import check_machine, check_model, check_sources, claim, placed, prepare_storage
 from pipelines.terminal import say
 
 PROG = "ofmu unlearn"
@@ -135,7 +135,7 @@ def _work(run: Run, tokenizer: Any, digest: str, handle: Any) -> results.Outcome
             plan_dir=str(run.folder / "plan"),
             config_hash=config_hash(config, *(s.fingerprint for s in prepared.streams.values())),
             seed=config.seed,
-            model=config.model,
+            model=placed(config.model),
             method=config.ofmu,
             training=training,
             stop=config.stop,

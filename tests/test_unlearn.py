@@ -1,6 +1,7 @@
 """The main job as a user runs it: real Ray, DeepSpeed, MLflow and the built-in models."""
 
 import json
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -199,18 +200,19 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_model(tmp_path):
     assert all(torch.equal(weights[name], start[name]) for name in start)
 
 
-def test_own_data_and_mistakes_in_it(tmp_path, capsys):
-    """A user's files with other column names; then with errors, each of which is named in one message."""
+def test_own_data_and_mistakes_in_it(tmp_path, capsys, monkeypatch):
+    """A user's model by a relative path and files with other column names; then with errors, each named at once."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(resolve_builtin("builtin:people/target"), "my-model")
     rows = [json.loads(line) for line in FORGET.read_text().splitlines()]
     write = lambda path, found: path.write_text("".join(json.dumps(row) + "\n" for row in found))  # noqa: E731
     write(tmp_path / "f.jsonl", [{"prompt": row["question"], "reply": row["answer"]} for row in rows[:3]])
     write(tmp_path / "r.jsonl", [{"prompt": f"{n} plus one?", "reply": f"It is {n + 1}."} for n in range(40)])
     data = ["--data.root", str(tmp_path), "--data.forget.path", "f.jsonl", "--data.retain.path", "r.jsonl"]
     columns = ["--data.format.question", "prompt", "--data.format.answer", "reply"]
-    null = [word for name in ("forget", "retain", "real_authors", "world_facts")
-            for word in (f"--evaluation.sets.{name}", "null")]  # fmt: skip
-    null += ["--evaluation.retrained", "null", "--evaluation.max_new_tokens", "5"]
-    status, metrics = run(tmp_path, "own", *data, *columns, *null, "--training.rounds", "2")
+    null = ["--evaluation.max_new_tokens", "5"]  # evaluation.sets and retrained follow the data: null
+    brief = ["--training.rounds", "2", "--model.path", "my-model"]
+    status, metrics = run(tmp_path, "own", *data, *columns, *null, *brief)
     assert status == 0
     assert metrics["after"]["forget_probability"]["n"] == 3
     assert metrics["after"]["forget_quality"]["value"] is None
