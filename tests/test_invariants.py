@@ -1,8 +1,8 @@
 """Ten OFMU rounds are the same on every engine: {1, 2 workers} x {accumulation} x {ZeRO 0 to 3} x {resume} x presets.
 
 Each case follows the trajectory of one process with whole batches, on a Llama, a GPT-NeoX and a Qwen2 of 25 thousand
-parameters. Not the full product: every stage meets every model, preset, optimiser and number of workers, and both
-sides of accumulation and resumption.
+parameters. Not the full product: every stage meets every model, preset and number of workers, and both sides of
+accumulation and resumption.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from invariant_ranks import ROUNDS, Case, trajectory
 STAGES = (0, 1, 2, 3)
 TWO_RANKS = [
     *(Case("llama", stage, "full", micro=1) for stage in STAGES),
-    *(Case("llama", stage, "lite", "adamw") for stage in STAGES),
+    *(Case("llama", stage, "lite", "adamw") for stage in (0, 2, 3)),
     *(Case("neox", stage, "lite", resume=True) for stage in STAGES),
     *(Case("qwen2", stage, "lite", micro=1) for stage in STAGES),
 ]

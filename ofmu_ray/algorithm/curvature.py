@@ -76,10 +76,10 @@ class FiniteDifference:
         with self.space.displaced(direction, s):
             plus = function()
         if self.difference == "forward":
-            return combine(1.0 / s, plus, -1.0 / s, base)
+            return combine(1.0 / s, plus, -1.0 / s, base, out=plus)
         with self.space.displaced(direction, -s):
             minus = function()
-        return combine(0.5 / s, plus, -0.5 / s, minus)
+        return combine(0.5 / s, plus, -0.5 / s, minus, out=plus)
 
 
 class Exact:

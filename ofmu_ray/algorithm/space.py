@@ -35,7 +35,10 @@ class ParameterSpace(Protocol):
         """Within the context the parameters are theta + step * vector; afterwards theta again, to the bit. Nests."""
 
     def apply(self, vector: Vector, loop: Loop) -> float:
-        """One step of the loop's optimiser *down* `vector`; returns the vector's norm before clipping."""
+        """One step of the loop's optimiser *down* `vector`; returns the vector's norm before clipping.
+
+        Uses `vector` up: what it holds afterwards means nothing.
+        """
 
     def dot(self, *pairs: tuple[Vector, Vector]) -> list[float]:
         """Inner products over all ranks in float64, one all-reduce for all pairs."""
@@ -56,9 +59,17 @@ class ParameterSpace(Protocol):
         """The inverse of `as_vector`."""
 
 
-def combine(a: float, x: Vector, b: float, y: Vector) -> Vector:
-    """a x + b y, as a new vector."""
-    return [torch.mul(xi, a).add_(yi, alpha=b) for xi, yi in zip(x, y, strict=True)]
+# A fresh vector costs several times the arithmetic on it where the system hands out memory page by page (a CPU):
+# hence a place for `combine` to write to, and the verbs in place.
+
+
+def combine(a: float, x: Vector, b: float, y: Vector, out: Vector | None = None) -> Vector:
+    """a x + b y, in `out` (which may be x, and must not be y) or as a new vector."""
+    if out is None:
+        return [torch.mul(xi, a).add_(yi, alpha=b) for xi, yi in zip(x, y, strict=True)]
+    for xi, yi, oi in zip(x, y, out, strict=True):
+        torch.mul(xi, a, out=oi).add_(yi, alpha=b)
+    return out
 
 
 def add_(x: Vector, y: Vector, alpha: float = 1.0) -> Vector:
@@ -68,6 +79,8 @@ def add_(x: Vector, y: Vector, alpha: float = 1.0) -> Vector:
     return x
 
 
-def scaled(x: Vector, a: float) -> Vector:
-    """a x, as a new vector."""
-    return [torch.mul(xi, a) for xi in x]
+def scale_(x: Vector, a: float) -> Vector:
+    """x *= a; returns x."""
+    for xi in x:
+        xi.mul_(a)
+    return x

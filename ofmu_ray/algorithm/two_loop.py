@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 
 from ofmu_ray.algorithm.curvature import Curvature, Exact, FiniteDifference
 from ofmu_ray.algorithm.similarity import Similarity, SimilarityCoefficients, similarity_coefficients
-from ofmu_ray.algorithm.space import ParameterSpace, Vector, add_, combine, scaled
+from ofmu_ray.algorithm.space import ParameterSpace, Vector, add_, combine, scale_
 
 
 class Options(Protocol):
@@ -96,11 +96,11 @@ def two_loop_round(
         g_f, stats.forget_loss = space.gradient(batch, kind="forget", differenced=curvature.differenced)
         if phi.stale(t):
             phi.refresh(batch, g_f, lambda: next(retain))
-        ascent = phi.gradient(g_f)
+        ascent = phi.gradient(g_f, keep=last and lagged)
         if last and lagged:
             # at the last inner iterate g_f is already there, so the difference costs one pass and not two
             penalty = _forget_penalty(space, curvature, batch, g_f, ascent, rho, stats)
-        norm = space.apply(scaled(ascent, -1.0), "inner")
+        norm = space.apply(scale_(ascent, -1.0), "inner")
         stats.inner_gradient_norms.append(norm)
         del g_f, ascent  # a vector each, which the outer step's peak need not carry
     if stats.phi_gradient_norm is None:
@@ -112,9 +112,9 @@ def two_loop_round(
         if s == 0:
             stats.retain_loss = loss
             if penalise and not lagged:
-                where = _Phi(space, curvature.nested(), options) if options.penalty_curvature == "full" else phi
-                penalty = where.penalty(next(forget), batch, g_r, rho, stats)
-                phi.cosine = where.cosine
+                if options.penalty_curvature == "full":
+                    phi = phi.nested()
+                penalty = phi.penalty(next(forget), batch, g_r, rho, stats)
             if penalty is not None:
                 add_(g_r, penalty)
                 penalty = None
@@ -154,14 +154,25 @@ class _Phi:
         self._sim: Vector | None = None
         self._g_r: Vector | None = None
         self._retain_half: Vector | None = None
+        self._direction: Vector | None = None  # room for u and w, which are combinations of g_f and g_r
+
+    def nested(self) -> _Phi:
+        """grad Phi anew, for a difference of itself: takes over the room and holds nothing else."""
+        other = _Phi(self.space, self.curvature.nested(), self.options)
+        other._direction = self._direction
+        return other
 
     def stale(self, step: int) -> bool:
         return self.options.beta > 0 and step in _refresh_steps(self.options)
 
-    def gradient(self, g_f: Vector) -> Vector:
+    def gradient(self, g_f: Vector, *, keep: bool = False) -> Vector:
+        """grad Phi, in the place of g_f unless that is to be kept."""
         if self._sim is None:
             return g_f
-        return combine(1.0, g_f, -self.options.beta, self._sim)
+        if not keep:
+            return add_(g_f, self._sim, -self.options.beta)
+        room, self._direction = self._direction, None  # u and w are done with
+        return combine(1.0, g_f, -self.options.beta, self._sim, out=room)
 
     def refresh(self, forget_batch: Any, g_f: Vector, retain_batch: Callable[[], Any]) -> None:
         """grad Sim = H_f u + H_r w at theta, reusing the retain half of an earlier refresh if that is wanted."""
@@ -184,10 +195,10 @@ class _Phi:
         if options.beta > 0 and (options.penalty_curvature == "full" or not self._holds_sim()):
             self._sim = None
             self._sim, _ = self._similarity_gradient(forget_batch, retain_batch, g_f, g_r)
-        v = self.gradient(g_f)
         if options.penalty_curvature == "forget" or options.beta == 0:
+            v = self.gradient(g_f, keep=True)
             return _forget_penalty(space, self.curvature, forget_batch, g_f, v, rho, stats)
-        del g_f
+        v = self.gradient(g_f)
 
         def phi_gradient() -> Vector:
             f, _ = space.gradient(forget_batch, kind="forget", differenced=True)
@@ -211,7 +222,7 @@ class _Phi:
         return k
 
     def _forget_half(self, batch: Any, g_f: Vector, g_r: Vector, k: SimilarityCoefficients) -> Vector:
-        u = combine(k.u_f, g_f, k.u_r, g_r)
+        self._direction = u = combine(k.u_f, g_f, k.u_r, g_r, out=self._direction)
         return self.curvature.hessian_vector(batch, "forget", g_f, u, k.u_norm)
 
     def _similarity_gradient(
@@ -220,7 +231,7 @@ class _Phi:
         """(grad Sim, its retain half H_r w)."""
         k = self._coefficients(g_f, g_r)
         forget_half = self._forget_half(forget_batch, g_f, g_r, k)
-        w = combine(k.w_f, g_f, k.w_r, g_r)
+        self._direction = w = combine(k.w_f, g_f, k.w_r, g_r, out=self._direction)
         retain_half = self.curvature.hessian_vector(retain_batch, "retain", g_r, w, k.w_norm)
         return add_(forget_half, retain_half), retain_half
 
@@ -237,4 +248,4 @@ def _forget_penalty(
 def _scaled_penalty(space: ParameterSpace, curved: Vector, norm: float, rho: float, stats: RoundStats) -> Vector:
     stats.phi_gradient_norm = norm
     stats.penalty_norm = 2.0 * rho * math.sqrt(space.dot((curved, curved))[0])
-    return scaled(curved, 2.0 * rho)
+    return scale_(curved, 2.0 * rho)

@@ -43,10 +43,10 @@ class LoopOptimizer:
 
     @torch.no_grad()
     def step(self, vector: Vector, norm: float) -> None:
-        """One step down `vector`, whose norm over all ranks is `norm`; `vector` itself is left as it is."""
+        """One step down `vector`, whose norm over all ranks is `norm`; clipping scales `vector` itself."""
         clip = self.config.clip
         if clip is not None and norm > clip:
-            vector = list(torch._foreach_mul(vector, clip / (norm + _CLIP_EPSILON)))
+            torch._foreach_mul_(vector, clip / (norm + _CLIP_EPSILON))
         if self.config.name == "sgd" and self.config.weight_decay:
             torch._foreach_mul_(self._parameters, 1 - self.lr * self.config.weight_decay)
         self._move_moments(to_parameters=True)

@@ -115,7 +115,8 @@ class FlatShards(Shards):
     @torch.no_grad()
     def clear_gradients(self) -> None:
         self._accumulated.zero_()
-        self._gradients.zero_()
+        if self._gradients is not self._accumulated:
+            self._gradients.zero_()
         offset = self._gradients.data_ptr()
         for parameter, size in zip(self._parameters, self._sizes, strict=True):
             # someone's module.zero_grad() (set_to_none) breaks the view: bind again

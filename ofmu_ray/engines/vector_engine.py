@@ -23,7 +23,7 @@ from ofmu_ray.errors import UserError
 T = TypeVar("T")
 
 # elements that a dot product widens to float64 at a time: what stays in a CPU's cache; on a GPU, few launches
-_DOT_CHUNK = {False: 1 << 16, True: 1 << 24}
+_DOT_CHUNK = {False: 1 << 15, True: 1 << 24}
 _FLOPS_PER_TOKEN = 6  # and parameter: 2 forward, 4 backward
 
 
@@ -66,6 +66,7 @@ class VectorEngine:
         }
         self._displacements: list[tuple[Vector, float]] = []
         self._saved: Vector | None = None
+        self._saved_is_current = False
         # masks (bool) never change; running statistics do, and batch norm does not even bump their version counter
         self._buffers = [buffer for buffer in module.buffers() if buffer.dtype != torch.bool]
         self._gradients_checked = False
@@ -165,11 +166,14 @@ class VectorEngine:
     def displaced(self, vector: Vector, step: float) -> Iterator[None]:
         """Within the context the parameters are theta + step * vector; afterwards theta again, to the bit. Nests.
 
-        One copy of theta is kept and serves every displacement until a step or a load changes theta.
+        One copy of theta serves every displacement until a step or a load changes theta; its memory is kept.
         """
         masters = self.shards.masters
         if self._saved is None:
             self._saved = [master.clone() for master in masters]
+        elif not self._saved_is_current:
+            torch._foreach_copy_(self._saved, masters)
+        self._saved_is_current = True
         statistics = [buffer.clone() for buffer in self._buffers]
         self._displacements.append((vector, float(step)))
         try:
@@ -200,7 +204,7 @@ class VectorEngine:
             buffer.copy_(value)
 
     def apply(self, vector: Vector, loop: Loop) -> float:
-        """One step of the loop's optimiser down `vector`; returns the vector's norm before clipping.
+        """One step of the loop's optimiser down `vector`, which is used up; returns its norm before clipping.
 
         A vector whose norm is not finite changes nothing: the caller sees it in the returned norm.
         """
@@ -208,7 +212,7 @@ class VectorEngine:
             raise AssertionError("apply() inside displaced(): the step would be lost on leaving it")
         norm = math.sqrt(self.dot((vector, vector))[0])
         if math.isfinite(norm):
-            self._saved = None
+            self._saved_is_current = False
             self._optimizers[loop].step(vector, norm)
             self.shards.refresh()
             self.account.updates += 1
@@ -252,7 +256,7 @@ class VectorEngine:
                 f"the checkpoint was written by {_describe(found)}, this run is {_describe(own)}: "
                 "resume with the same training.workers, training.zero_stage and model"
             )
-        self._saved = None
+        self._saved_is_current = False
         with torch.no_grad():
             for master, saved in zip(self.shards.masters, state["masters"], strict=True):
                 master.copy_(saved)
