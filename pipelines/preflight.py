@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ofmu_ray.assets import resolve_builtin
-from ofmu_ray.config import DataConfig, ModelConfig, TrainingConfig
+from ofmu_ray.config import DataConfig, ModelConfig, TrainingConfig, to_dict
 from ofmu_ray.errors import UserError
-from ofmu_ray.storage import atomic_write, is_uri, local_path
+from ofmu_ray.storage import atomic_write, is_uri, local_path, without_credentials
 
 
 def prepare_storage(storage: str) -> Path:
@@ -32,6 +32,20 @@ def prepare_storage(storage: str) -> Path:
             f"storage = {storage!r}: not writable ({error.strerror}); choose another folder with --storage"
         ) from None
     return path
+
+
+def public(config: Any) -> dict[str, Any]:
+    """A configuration as MLflow, manifest, report and model card may hold it: URIs without user, password and query."""
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cleaned(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [cleaned(item) for item in value]
+        return without_credentials(value) if isinstance(value, str) and is_uri(value) else value
+
+    content: dict[str, Any] = cleaned(to_dict(config))
+    return content
 
 
 def claim(folder: Path, config_hash: str, *, write: bool = False) -> None:

@@ -47,9 +47,6 @@ def write(
     folder: Path, outcome: Outcome, config: dict[str, Any], config_hash: str, command: list[str], mlflow: str
 ) -> list[Path]:
     """Write everything, metrics.json last (it marks the run as finished); returns what MLflow keeps as artifacts."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     from ofmu_ray.reporting import ReportData, build_manifest, write_model_card, write_report
 
     training = outcome.training
@@ -82,13 +79,7 @@ def write(
     atomic_write(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     tables = {label: table for label, table in outcome.tables.items() if table is not None}
     if tables:
-        rows = pa.concat_tables(
-            [table.append_column("model", pa.array([label] * len(table))) for label, table in tables.items()]
-        )
-        # the text of forget rows is not in these tables unless report.reveal_text asked for it
-        beside = folder / ".rows.parquet"
-        pq.write_table(rows, beside)
-        beside.replace(folder / "rows.parquet")
+        _write_rows(folder / "rows.parquet", tables)
     write_report(
         folder / "report.html",
         ReportData(
@@ -120,6 +111,17 @@ def write(
     outcome.discard()
     atomic_write(folder / "metrics.json", json.dumps(_json(summary), indent=2) + "\n")
     return [folder / name for name in ("report.html", "manifest.json", "metrics.json")]
+
+
+def _write_rows(path: Path, tables: dict[str, Any]) -> None:
+    """Per-row values of all models; forget rows' text is not in them unless report.reveal_text asked for it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    named = [table.append_column("model", pa.array([label] * len(table))) for label, table in tables.items()]
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.concat_tables(named), buffer)
+    atomic_write(path, buffer.getvalue().to_pybytes())
 
 
 def _models(folder: Path, config: dict[str, Any]) -> dict[str, str | None]:

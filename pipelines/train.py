@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ofmu_ray.config import ModelConfig, StopConfig, TrainConfig, config_hash, to_dict
+from ofmu_ray.config import ModelConfig, StopConfig, TrainConfig, config_hash
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage import atomic_write
 from pipelines.parse import fail, parse
-from pipelines.preflight import check_machine, check_model, claim, placed, prepare_storage
+from pipelines.preflight import check_machine, check_model, claim, placed, prepare_storage, public
 from pipelines.terminal import say
 
 PROG = "ofmu train"
@@ -57,7 +57,7 @@ def _fit(
     from ofmu_ray.training.job import WorkerJob
     from ofmu_ray.training.launch import connect, fit
 
-    handle = tracking.start(config.tracking, str(storage), run.name, to_dict(config), {"ofmu.kind": "train"})
+    handle = tracking.start(config.tracking, str(storage), run.name, public(config), {"ofmu.kind": "train"})
     training = config.training
     connect(training.workers * training.cpus_per_worker, training.workers * training.gpus_per_worker)
     prepared = prepare_streams(
@@ -107,7 +107,7 @@ def _fit(
     finally:
         cost = {name: value for name, value in summary.items() if name in ("train_seconds", "peak_memory_bytes")}
         tracking.finish(handle, cost=cost | summary.get("account", {}), status=status)
-    manifest = {"config": to_dict(config), "config_hash": digest, "data": prepared.report.to_json()}
+    manifest = {"config": public(config), "config_hash": digest, "data": prepared.report.to_json()}
     atomic_write(run / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     if summary["status"] == "finished":
         prepared.discard("train")

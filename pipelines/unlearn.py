@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ofmu_ray.config import ModelConfig, UnlearnConfig, config_hash, to_dict
+from ofmu_ray.config import ModelConfig, UnlearnConfig, config_hash
 from ofmu_ray.errors import UserError
 from pipelines import results
 from pipelines.evaluation import Evaluator
 from pipelines.parse import fail, parse
-from pipelines.preflight import check_machine, check_model, check_sources, claim, placed, prepare_storage
+from pipelines.preflight import check_machine, check_model, check_sources, claim, placed, prepare_storage, public
 from pipelines.terminal import say
 
 PROG = "ofmu unlearn"
@@ -83,7 +83,7 @@ def _run(run: Run, tokenizer: Any, digest: str) -> int:
 
     config, training = run.config, run.config.training
     tags = {"ofmu.kind": "unlearn", "ofmu.method": config.method, "ofmu.config_hash": digest}
-    handle = tracking.start(config.tracking, str(run.storage), run.folder.name, to_dict(config), tags)
+    handle = tracking.start(config.tracking, str(run.storage), run.folder.name, public(config), tags)
     status: Any = "FAILED"
     outcome: results.Outcome | None = None
     try:
@@ -99,7 +99,7 @@ def _run(run: Run, tokenizer: Any, digest: str) -> int:
     finally:
         if outcome is None:
             tracking.finish(handle, status=status)
-    files = results.write(run.folder, outcome, to_dict(config), digest, run.command, tracking.open_command(handle))
+    files = results.write(run.folder, outcome, public(config), digest, run.command, tracking.open_command(handle))
     summary = results.read(run.folder)
     assert summary is not None
     tracking.finish(handle, metrics=outcome.metrics, cost=summary["cost"], artifacts=files, status=status)

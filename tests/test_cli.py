@@ -147,3 +147,13 @@ def test_metrics_command_equals_the_golden_numbers(shared_dir, capsys):
 def test_configurations_refuse_what_cannot_run_together():
     with pytest.raises(UserError, match="attention"):
         parse(UnlearnConfig, ["--ofmu.curvature", "exact", "--training.engine", "torch"], "x")
+
+
+def test_what_is_written_down_holds_no_credentials():
+    from pipelines.preflight import public
+
+    words = ["--tracking.uri", "http://me:secret@host:5000", "--data.forget.path", "s3://key:secret@b/f.jsonl?secret=1"]
+    written = public(parse(UnlearnConfig, words, "x"))
+    assert "secret" not in json.dumps(written)
+    assert written["tracking"]["uri"] == "http://host:5000"
+    assert written["data"]["forget"]["path"] == "s3://b/f.jsonl"
