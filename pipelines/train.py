@@ -82,7 +82,6 @@ def _fit(
     )
     say(f"data    {rows} rows, {rounds} steps of {training.batch_size} rows")
     job = WorkerJob(
-        kind="train",
         run_dir=str(run),
         plan_dir=plan.folder,
         config_hash=config_hash(config, plan.fingerprint),

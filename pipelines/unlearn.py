@@ -130,7 +130,6 @@ def _work(run: Run, tokenizer: Any, digest: str, handle: Any) -> results.Outcome
         if config.stop.utility_floor is not None:
             watched = write_sample(prepared.streams["retain"], config.stop.sample, str(run.folder / WATCHED))
         job = WorkerJob(
-            kind="unlearn",
             run_dir=str(run.folder),
             plan_dir=str(run.folder / "plan"),
             config_hash=config_hash(config, *(s.fingerprint for s in prepared.streams.values())),

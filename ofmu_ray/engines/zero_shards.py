@@ -11,6 +11,7 @@ differs by stage), and sums are fp32 in every precision.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -80,19 +81,21 @@ class ZeroShards(Shards):
             "shards": [master.numel() for master in self.masters],
         }
 
+    @abstractmethod
     def _partitions(self) -> list[torch.Tensor]:
-        raise NotImplementedError
+        """This rank's fp32 master partitions."""
 
+    @abstractmethod
     def _padding_slices(self) -> list[tuple[int, int, int]]:
         """(master, start, end) of elements that belong to no parameter."""
-        raise NotImplementedError
 
     def _slots(self) -> list[list[torch.Tensor]]:
         """The averaged gradient of the last backward pass: per master, its pieces in order."""
         return [list(self._optimizer.averaged_gradients[index]) for index in range(len(self.masters))]
 
+    @abstractmethod
     def _clear_deepspeed(self) -> None:
-        raise NotImplementedError
+        """Forget the gradients of earlier backward passes."""
 
     def clear_gradients(self) -> None:
         self._clear_deepspeed()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from ofmu_ray.config import FinetuneConfig, ModelConfig, OFMUConfig, StopConfig, TrainingConfig
 from ofmu_ray.methods.protocol import Method
@@ -13,7 +13,6 @@ from ofmu_ray.methods.protocol import Method
 class WorkerJob:
     """Everything a worker needs; paths are on storage that every node sees."""
 
-    kind: Literal["unlearn", "train"]
     run_dir: str
     """Folder of the run; the exported model goes to <run_dir>/model."""
     plan_dir: str
