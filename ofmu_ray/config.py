@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ofmu_ray.errors import UserError
+from ofmu_ray.storage import without_credentials
 
 BUILTIN_TARGET = "builtin:people/target"
 BUILTIN_FORGET = "builtin:people/forget.jsonl"
@@ -235,8 +236,9 @@ class ScratchConfig:
 class SourceConfig:
     """Where rows come from."""
 
-    path: str | None = None
-    """File, folder, glob or URI (local, s3://, gs://) of JSON Lines or Parquet; builtin:people/NAME; or a hub name."""
+    path: str | list[str] | None = None
+    """File, folder, glob or URI (local, s3://, gs://) of JSON Lines or Parquet, or a list of those;
+    builtin:people/NAME; or a hub name."""
     format: Literal["auto", "json", "parquet", "hub"] = "auto"
     """auto: by suffix (.json and .jsonl are JSON Lines)."""
     hub_config: str | None = None
@@ -246,10 +248,21 @@ class SourceConfig:
     limit: int | None = None
     """Use the first n rows only; null: all."""
 
+    @property
+    def paths(self) -> list[str]:
+        """`path` as a list."""
+        return list(self.path) if isinstance(self.path, list) else [self.path] if self.path else []
+
+    @property
+    def shown(self) -> str:
+        """`path` for messages and reports: without user, password and query."""
+        return ", ".join(without_credentials(path) for path in self.paths)
+
     def check(self, section: str) -> None:
         """Ranges; the owner calls it, because only the owner knows the option's full name."""
         _positive(section, self, "limit")
-        _require(bool(self.path), f"{section}.path", self.path, "a file, folder, glob, URI or hub name")
+        given = bool(self.paths) and all(self.paths)
+        _require(given, f"{section}.path", self.path, "a file, folder, glob, URI or hub name")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ from ofmu_ray.config import FormatConfig, SourceConfig
 from ofmu_ray.data import checks, sources
 from ofmu_ray.data.checks import Problems
 from ofmu_ray.data.sources import Broken
-from ofmu_ray.storage import without_credentials
 
 PARAPHRASED, PERTURBED = "paraphrased_answer", "perturbed_answer"
 
@@ -49,7 +48,7 @@ def evaluation_rows(
     for (place, cells), out in zip(raw, rows, strict=True):
         _fill(out, cells, fmt, extras, problems, place)
     problems.empty = not raw and not problems.counts
-    checks.refuse({option: (without_credentials(str(config.path)), problems)})
+    checks.refuse({option: (config.shown, problems)})
     return rows
 
 

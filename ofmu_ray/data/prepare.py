@@ -106,7 +106,7 @@ def prepare_streams(
         problems = _tokenise({name: pieces[name] for name in todo}, places, template)
         parts = {name: _parts(place) for name, place in places.items()}
         columns = {name: load_columns(places[name], [n for n, _ in found]) for name, found in parts.items()}
-        shown = {name: without_credentials(str(source.path)) for name, source in sources.items()}
+        shown = {name: source.shown for name, source in sources.items()}
         judged = _Judged(shown, places, parts, columns, overlap, duplicates)
         judged.refuse(problems)
         report = DataReport(

@@ -68,17 +68,17 @@ def fragments(source: SourceConfig, root: str | None, *, stream: str, option: st
 
     Raises UserError: no path, nothing there, a suffix that is not known, no connection to the hub.
     """
-    if not source.path:
+    if not source.paths:
         raise UserError(f"{option}.path is not set: give a file, folder, glob, URI or hub data set")
     if _is_hub(source, root):
         found = _hub_fragments(source, stream, option)
     else:
-        paths = _expand(_under(root, _builtin(source.path)), option)
+        paths = [file for path in source.paths for file in _expand(_under(root, _builtin(path)), option)]
         numbers: list[int | None] = [None] if len(paths) == 1 else list(range(1, len(paths) + 1))
         pairs = zip(paths, numbers, strict=True)
         found = [piece for path, number in pairs for piece in _file_fragments(path, number, source, stream, option)]
     if not found:
-        raise UserError(f"{option}.path = {without_credentials(source.path)}: no rows")
+        raise UserError(f"{option}.path = {source.shown}: no rows")
     return found if source.limit is None else list(_limited(found, source.limit))
 
 
@@ -114,6 +114,8 @@ def _under(root: str | None, path: str) -> str:
 
 def _is_hub(source: SourceConfig, root: str | None) -> bool:
     path = source.path or ""
+    if isinstance(path, list):
+        return False
     if source.format != "auto":
         return source.format == "hub"
     plain = not (is_uri(path) or path.startswith(("builtin:", ".", "~")) or os.path.isabs(path) or "*" in path)
