@@ -58,7 +58,7 @@ def unlearn(config: UnlearnConfig, command: list[str]) -> int:
     storage = prepare_storage(config.storage)
     check_machine(config.training)
     digest = config_hash(config)
-    folder = storage / (config.name or f"{config.method}-{config.ofmu.preset}-{digest[:8]}")
+    folder = storage / (config.name or f"{config.method}-{digest[:8]}")
     claim(folder, digest)
     finished = results.read(folder)
     if finished is not None:
@@ -135,7 +135,7 @@ def _work(run: Run, tokenizer: Any, digest: str, handle: Any) -> results.Outcome
             config_hash=config_hash(config, *(s.fingerprint for s in prepared.streams.values())),
             seed=config.seed,
             model=placed(config.model),
-            method=config.ofmu,
+            method=config.method_options,
             training=training,
             stop=config.stop,
             utility_rows=watched,

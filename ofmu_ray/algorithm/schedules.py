@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, Protocol
 
 FLOOR = 0.1
 
+Decay = Literal["constant", "linear", "cosine"]
 
-def warmup_then(decay: Literal["constant", "linear", "cosine"], step: int, steps: int, warmup: int) -> float:
+
+class Rate(Protocol):
+    """A learning rate and its course; ofmu_ray.config.OptimizerConfig declares and explains them."""
+
+    @property
+    def lr(self) -> float: ...
+    @property
+    def warmup_fraction(self) -> float: ...
+    @property
+    def decay(self) -> Decay: ...
+
+
+def learning_rate(rate: Rate, done: int, rounds: int | None) -> float:
+    """Learning rate of the round after `done` rounds of `rounds` (None: not known, so no course: `lr`)."""
+    if rounds is None:
+        return rate.lr
+    return rate.lr * warmup_then(rate.decay, done, rounds, math.ceil(rate.warmup_fraction * rounds))
+
+
+def warmup_then(decay: Decay, step: int, steps: int, warmup: int) -> float:
     """Factor on the learning rate at `step` (0-based) of `steps`.
 
     Rises linearly over the first `warmup` steps, then stays or falls to `FLOOR` at the last step.

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ofmu_ray.data.order import batch_order, lane_slots
@@ -35,6 +36,9 @@ from ofmu_ray.storage import (
 MARKER = "plan.json"
 VERSION = 1
 """Of the layout below; part of the plan's hash."""
+
+SMALL_ROWS = 100_000
+"""A plan of at most this many rows is written by this process: a Ray Data job would take longer to start."""
 
 SCHEMA = pa.schema(
     [
@@ -78,6 +82,11 @@ class Plan:
         return self.share * sum(self.batches_per_round.values())
 
     @property
+    def total_rows(self) -> int:
+        """Rows that the plan's files hold."""
+        return self.rounds * self.rows_per_round * self.workers
+
+    @property
     def files(self) -> int:
         """Files of one lane."""
         return -(-self.rounds // self.rounds_per_file)
@@ -110,8 +119,9 @@ def write_plan(
 ) -> Plan:
     """Decide every batch and write it with Ray Data, or return the plan that stands there already.
 
-    The content of a global batch depends on data and seed, never on `workers`. Ray must be up unless the plan is
-    there. Raises AssertionError when `batch_size` does not divide over `workers` (the configuration refuses it).
+    The content of a global batch depends on data and seed, never on `workers`. Ray must be up for a plan of more than
+    `SMALL_ROWS` rows. Raises AssertionError when `batch_size` does not divide over `workers` (which the configuration
+    refuses).
     """
     folder = absolute(folder)
     assert batch_size % workers == 0, f"batch of {batch_size} rows over {workers} workers"
@@ -132,7 +142,8 @@ def write_plan(
         return plan
     remove_folder(folder)
     with published(folder, MARKER) as partial_folder:
-        _write_lanes(plan, streams, partial_folder)
+        write = _write_lanes_here if plan.total_rows <= SMALL_ROWS else _write_lanes
+        write(plan, streams, partial_folder)
         text = {key: value for key, value in asdict(plan).items() if key != "folder"}
         write_text(join(partial_folder, MARKER), json.dumps(text, indent=1))
     return plan
@@ -171,13 +182,24 @@ def places(stream: TokenisedStream, plan: Plan) -> Places:
     return Places(rows[by_row], lane.ravel()[by_row], position.ravel()[by_row])
 
 
+def _write_lanes_here(plan: Plan, streams: Mapping[str, TokenisedStream], folder: str) -> None:
+    """The files of `_write_lanes` without Ray."""
+    chunk_rows = plan.rounds_per_file * plan.rows_per_round
+    target = Plan(**{**asdict(plan), "folder": folder})
+    pieces = [_spread(item["path"], item["places"], chunk_rows, plan.files) for item in _explosions(streams, plan)]
+    table = pa.concat_tables(pieces)
+    for group in range(plan.workers * plan.files):
+        _write_group(table.filter(pc.equal(table["group"], group)), plan=target)
+
+
 def _write_lanes(plan: Plan, streams: Mapping[str, TokenisedStream], folder: str) -> None:
     """One Ray Data job: repeat each row once per place, group by file, write each group."""
+    import ray
     import ray.data
 
     from ofmu_ray.data.jobs import TASK_CPUS, quiet
 
-    items = [item for stream in streams.values() for item in _explosions(stream, plan)]
+    items = [item | {"places": ray.put(item["places"])} for item in _explosions(streams, plan)]
     chunk_rows = plan.rounds_per_file * plan.rows_per_round
     target = Plan(**{**asdict(plan), "folder": folder})
     groups = plan.workers * plan.files
@@ -198,26 +220,29 @@ def _write_lanes(plan: Plan, streams: Mapping[str, TokenisedStream], folder: str
     assert rows == plan.workers * plan.rounds * plan.rows_per_round, f"{rows} rows written"
 
 
-def _explosions(stream: TokenisedStream, plan: Plan) -> list[dict[str, Any]]:
-    """One item per part of the stream: its file and the places of its rows."""
-    import ray
-
-    found = places(stream, plan)
-    items, first = [], 0
-    for name, rows in stream.parts:
-        low, high = np.searchsorted(found.row, [first, first + rows])
-        if high > low:
-            piece = Places(found.row[low:high] - first, found.lane[low:high], found.position[low:high])
-            items.append({"path": join(stream.folder, name), "places": ray.put(piece)})
-        first += rows
+def _explosions(streams: Mapping[str, TokenisedStream], plan: Plan) -> list[dict[str, Any]]:
+    """One item per part of each stream: its file and the places of its rows."""
+    items = []
+    for stream in streams.values():
+        found, first = places(stream, plan), 0
+        for name, rows in stream.parts:
+            low, high = np.searchsorted(found.row, [first, first + rows])
+            if high > low:
+                piece = Places(found.row[low:high] - first, found.lane[low:high], found.position[low:high])
+                items.append({"path": join(stream.folder, name), "places": piece})
+            first += rows
     return items
 
 
 def _explode(batch: dict[str, np.ndarray], *, chunk_rows: int, files: int) -> pa.Table:
     import ray
 
-    found: Places = ray.get(batch["places"][0])
-    filesystem, path = locate(str(batch["path"][0]))
+    return _spread(str(batch["path"][0]), ray.get(batch["places"][0]), chunk_rows, files)
+
+
+def _spread(part: str, found: Places, chunk_rows: int, files: int) -> pa.Table:
+    """The rows of one part, each as often as it has places, with their `position` and the number of their file."""
+    filesystem, path = locate(part)
     table = pq.read_table(path, columns=["row_id", "input_ids", "prompt_tokens"], filesystem=filesystem)
     table = table.take(pa.array(found.row))
     table = table.append_column("position", pa.array(found.position))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from ofmu_ray.algorithm.schedules import warmup_then
+import torch
+
+from ofmu_ray.algorithm.schedules import learning_rate
 from ofmu_ray.config import FinetuneConfig
 from ofmu_ray.engines.protocol import Engine
-from ofmu_ray.methods.protocol import Batches, drawn
+from ofmu_ray.methods.protocol import Batches, Need, drawn
 
 
 class Finetune:
@@ -17,23 +18,31 @@ class Finetune:
 
     name = "finetune"
 
-    def __init__(self, config: FinetuneConfig, rounds: int):
+    def __init__(self, config: FinetuneConfig, rounds: int | None = None):
         self.config, self.rounds = config, rounds
         self.rounds_done = 0
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return ()
+
+    def freeze(self, module: torch.nn.Module) -> None:
+        """Nothing: all weights are trained."""
+
+    def start(self, engine: Engine) -> None:
+        """Nothing to keep of the untouched weights."""
 
     def batches_per_round(self) -> dict[str, int]:
         return {"train": 1}
 
     def round(self, engine: Engine, forget_batches: Batches, retain_batches: Batches) -> dict[str, float]:
         """One step on the next batch of `retain_batches`; `forget_batches` is not touched."""
-        config = self.config
-        warmup = math.ceil(config.warmup_fraction * self.rounds)
-        factor = warmup_then(config.decay, self.rounds_done, self.rounds, warmup)
-        engine.set_learning_rate("outer", config.optimizer.lr * factor)
+        lr = learning_rate(self.config.optimizer, self.rounds_done, self.rounds)
+        engine.set_learning_rate("outer", lr)
         gradient, loss = engine.gradient(next(drawn(retain_batches, "train")), kind="retain")
         norm = engine.apply(gradient, "outer")
         self.rounds_done += 1
-        return {"loss": loss, "gradient_norm": norm, "lr": config.optimizer.lr * factor}
+        return {"loss": loss, "gradient_norm": norm, "lr": lr}
 
     def state_dict(self) -> dict[str, Any]:
         return {"rounds_done": self.rounds_done}

@@ -6,11 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
+from ofmu_ray.algorithm.schedules import learning_rate
 from ofmu_ray.algorithm.two_loop import batches_per_round, two_loop_round
 from ofmu_ray.config import OFMUConfig
 from ofmu_ray.engines.protocol import DEFAULT_RELATIVE_STEP, Engine
 from ofmu_ray.errors import UserError
-from ofmu_ray.methods.protocol import Batches, drawn
+from ofmu_ray.methods.protocol import Batches, Need, drawn
 
 
 class OFMU:
@@ -21,9 +24,19 @@ class OFMU:
 
     name = "ofmu"
 
-    def __init__(self, config: OFMUConfig | None = None):
-        self.config = config or OFMUConfig()
+    def __init__(self, config: OFMUConfig | None = None, rounds: int | None = None):
+        self.config, self.rounds = config or OFMUConfig(), rounds
         self.rounds_done = 0
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return ()
+
+    def freeze(self, module: torch.nn.Module) -> None:
+        """Nothing: all weights are trained."""
+
+    def start(self, engine: Engine) -> None:
+        """Nothing to keep of the untouched weights."""
 
     @property
     def rho(self) -> float:
@@ -49,6 +62,10 @@ class OFMU:
             )
         step = config.relative_step or DEFAULT_RELATIVE_STEP[engine.precision, config.difference]
         rho = self.rho
+        inner_lr = learning_rate(config.inner, self.rounds_done, self.rounds)
+        outer_lr = learning_rate(config.outer, self.rounds_done, self.rounds)
+        engine.set_learning_rate("inner", inner_lr)
+        engine.set_learning_rate("outer", outer_lr)
         stats = two_loop_round(
             engine,
             drawn(forget_batches, "forget"),
@@ -61,7 +78,7 @@ class OFMU:
         figures = dataclasses.asdict(stats)
         norms = figures.pop("inner_gradient_norms")
         figures["inner_gradient_norm"] = sum(norms) / len(norms)
-        figures.update(rho=rho, inner_lr=config.inner.lr, outer_lr=config.outer.lr)
+        figures.update(rho=rho, inner_lr=inner_lr, outer_lr=outer_lr)
         return {name: float(value) for name, value in figures.items() if value is not None}
 
     def state_dict(self) -> dict[str, Any]:

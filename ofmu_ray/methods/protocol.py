@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import cycle
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+import torch
 
 from ofmu_ray.engines.protocol import Engine
 from ofmu_ray.errors import UserError
@@ -12,10 +15,37 @@ from ofmu_ray.errors import UserError
 Batches = Iterable[Any]
 
 
+Quantity = Literal["nll", "logits", "activations", "refusal", "refusal_nll"]
+
+
+@dataclass(frozen=True)
+class Need:
+    """Something about each row of a stream that is computed once, before the first round, and stored by row id.
+
+    The collated micro-batches of the stream then hold it (ofmu_ray.data.sidecar says under which names). nll: sum of
+    the answer's token losses under the untouched model; logits: its log-probabilities of every next token at the
+    answer's tokens; activations: its output of a layer there; refusal: a refusal to the row's question, as tokens;
+    refusal_nll: the sum of the refusal's token losses under the untouched model.
+    """
+
+    stream: str
+    quantity: Quantity
+
+
 class Method(Protocol):
     """One file in this folder each."""
 
     name: str
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """What has to be known about rows beforehand; () for most methods."""
+
+    def freeze(self, module: torch.nn.Module) -> None:
+        """Switch off what this method does not train (requires_grad), before the engine is built."""
+
+    def start(self, engine: Engine) -> None:
+        """Once, on the untouched weights and before a checkpoint is restored. Collective."""
 
     def batches_per_round(self) -> dict[str, int]:
         """Global batches that a round draws from each stream; the batch plan is laid out for exactly these."""

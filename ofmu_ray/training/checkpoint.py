@@ -18,6 +18,7 @@ import torch
 from ofmu_ray.engines.protocol import Engine
 from ofmu_ray.errors import UserError
 from ofmu_ray.methods.protocol import Method
+from ofmu_ray.training.session import Session
 
 
 @dataclass
@@ -43,13 +44,11 @@ class LoopState:
     """Per-round figures, oldest first; kept in series.jsonl."""
 
 
-def save(state: LoopState, engine: Engine, method: Method, rank: int) -> None:
-    """Report a checkpoint to Ray Train. Collective; returns when this rank's files are in storage."""
-    import ray.train
-
+def save(state: LoopState, engine: Engine, method: Method, session: Session) -> None:
+    """Report a checkpoint to the session. Collective; returns when this rank's files are in storage."""
     folder = Path(tempfile.mkdtemp(prefix="ofmu_checkpoint_"))
-    torch.save(engine.state_dict(), folder / f"rank_{rank:05d}.pt")
-    if rank == 0:
+    torch.save(engine.state_dict(), folder / f"rank_{session.rank:05d}.pt")
+    if session.rank == 0:
         readable = asdict(state)
         series = readable.pop("series")
         readable["method"] = method.state_dict()
@@ -58,32 +57,25 @@ def save(state: LoopState, engine: Engine, method: Method, rank: int) -> None:
         (folder / "series.jsonl").write_text("".join(json.dumps(row) + "\n" for row in series))
     # the end of a stopped run stands at an earlier round, whose checkpoint must not be written over
     suffix = "" if state.status == "running" else f"_{state.status}"
-    ray.train.report(
-        {"round": state.round},
-        checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
-        checkpoint_dir_name=f"round_{state.round:06d}{suffix}",
-        checkpoint_upload_mode=ray.train.CheckpointUploadMode.SYNC,
-        delete_local_checkpoint_after_upload=True,
-    )
+    session.report(folder, f"round_{state.round:06d}{suffix}", state.round)
 
 
-def restore(checkpoint: Any, engine: Engine, method: Method, rank: int, config_hash: str) -> LoopState:
-    """Weights, optimisers, method and loop state from a Ray Train checkpoint.
+def restore(folder: Path, engine: Engine, method: Method, rank: int, config_hash: str) -> LoopState:
+    """Weights, optimisers, method and loop state from a checkpoint's folder.
 
     Raises:
         UserError: the checkpoint belongs to another configuration, or to other workers or another ZeRO stage.
     """
-    with checkpoint.as_directory() as folder:
-        state, extra = read_state(Path(folder))
-        if state.config_hash != config_hash:
-            raise UserError(
-                f"the run's checkpoint was made with another configuration (hash {state.config_hash}, now "
-                f"{config_hash}): choose another --name, or restore the earlier options"
-            )
-        shard = Path(folder) / f"rank_{rank:05d}.pt"
-        if not shard.exists():
-            raise UserError(f"the run's checkpoint has no shard for rank {rank}: resume with the same training.workers")
-        engine.load_state_dict(torch.load(shard, map_location="cpu", weights_only=False))
+    state, extra = read_state(folder)
+    if state.config_hash != config_hash:
+        raise UserError(
+            f"the run's checkpoint was made with another configuration (hash {state.config_hash}, now "
+            f"{config_hash}): choose another --name, or restore the earlier options"
+        )
+    shard = folder / f"rank_{rank:05d}.pt"
+    if not shard.exists():
+        raise UserError(f"the run's checkpoint has no shard for rank {rank}: resume with the same training.workers")
+    engine.load_state_dict(torch.load(shard, map_location="cpu", weights_only=False))
     method.load_state_dict(extra["method"])
     engine.account.load(extra["account"])
     return state

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from ofmu_ray.config import FinetuneConfig, ModelConfig, OFMUConfig, StopConfig, TrainingConfig
+from ofmu_ray.config import MethodConfig, ModelConfig, StopConfig, TrainingConfig
+from ofmu_ray.methods import build_method
 from ofmu_ray.methods.protocol import Method
 
 
@@ -21,7 +23,7 @@ class WorkerJob:
     """Stands in every checkpoint: a checkpoint of another configuration is refused."""
     seed: int
     model: ModelConfig
-    method: OFMUConfig | FinetuneConfig
+    method: MethodConfig
     training: TrainingConfig
     stop: StopConfig
     utility_rows: str | None
@@ -29,12 +31,9 @@ class WorkerJob:
     tracking: Any = None
     """ofmu_ray.tracking.RunHandle; None: no tracking."""
 
+    sidecars: Mapping[str, str] = field(default_factory=dict)
+    """Stream -> folder of what was computed about its rows beforehand (ofmu_ray.data.sidecar)."""
+
     def build_method(self) -> Method:
         """The method, with its options."""
-        if isinstance(self.method, FinetuneConfig):
-            from ofmu_ray.methods.finetune import Finetune
-
-            return Finetune(self.method, self.training.rounds)
-        from ofmu_ray.methods.ofmu import OFMU
-
-        return OFMU(self.method)
+        return build_method(self.method, self.training.rounds)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import resource
 import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from ofmu_ray.data.batches import local_rounds
 from ofmu_ray.data.plan import read_plan
 from ofmu_ray.data.stream import lane_iterator, rounds
 from ofmu_ray.engines.models import load_causal_lm
@@ -19,60 +21,87 @@ from ofmu_ray.training import checkpoint
 from ofmu_ray.training.checkpoint import LoopState
 from ofmu_ray.training.export import export_model
 from ofmu_ray.training.job import WorkerJob
+from ofmu_ray.training.session import LocalSession, RaySession, Session
 from ofmu_ray.training.utility import UtilityProbe
 
 
 def worker_loop(config: dict[str, Any]) -> None:
-    """Build or resume, run the rounds, export. `config` holds the `WorkerJob` and the progress actor."""
-    import ray.train
-
+    """The function that Ray Train runs. `config` holds the `WorkerJob` and the progress actor."""
     job: WorkerJob = config["job"]
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
+    session = RaySession()
     torch.set_num_threads(max(1, int(job.training.cpus_per_worker)))
-    torch.manual_seed(job.seed)
-
-    module, tokenizer = load_causal_lm(job.model)
-    engine = build_engine(job, module)
-    method = job.build_method()
-    probe = UtilityProbe(job.utility_rows, rank, world, tokenizer.pad_token_id) if job.utility_rows else None
-
-    resumed = ray.train.get_checkpoint()
-    if resumed is not None:
-        state = checkpoint.restore(resumed, engine, method, rank, job.config_hash)
-    else:
-        state = LoopState(config_hash=job.config_hash)
-        if probe is not None:
-            state.utility_start = state.utility = probe.measure(engine)
-        checkpoint.save(state, engine, method, rank)  # so that there always is a last good model
-
-    loop = _Loop(job, engine, method, probe, state, rank, config.get("progress"))
-    if state.status == "running":
-        micro = job.training.micro_batch_size or job.training.batch_size // world
-        plan = read_plan(job.plan_dir)
-        shard = lane_iterator(plan, rank, state.round)
-        for batches in rounds(
-            shard, plan, start_round=state.round, micro_batch_size=micro, pad_id=tokenizer.pad_token_id
-        ):
-            if not loop.round(batches):
-                loop.back_to_last_good()
-                break
-        else:
-            loop.finish()
-    export_model(job, engine, module, tokenizer, loop.state, rank)
-    loop.close()
+    worker = Worker(job, session, config.get("progress"))
+    plan = read_plan(job.plan_dir)
+    worker.run(
+        lambda start, options: rounds(lane_iterator(plan, session.rank, start), plan, start_round=start, **options)
+    )
+    export_model(job, worker.engine, worker.module, worker.tokenizer, worker.state, session.rank)
 
 
-def build_engine(job: WorkerJob, module: torch.nn.Module) -> Engine:
-    """The engine that training.engine names, on this worker's device."""
-    from ray.train.torch import get_device
+def run_local(job: WorkerJob) -> Worker:
+    """The same loop in this process, with the only worker of the run: for many short runs, each on one core.
 
-    from ofmu_ray.config import OFMUConfig
+    Nothing is exported: the returned worker holds the model in memory. Raises AssertionError for more workers.
+    """
+    assert job.training.workers == 1, "run_local is for one worker"
+    worker = Worker(job, LocalSession(job.run_dir, job.training.keep_checkpoints))
+    plan = read_plan(job.plan_dir)
+    worker.run(lambda start, options: local_rounds(plan, 0, start_round=start, **options))
+    return worker
 
-    method, training = job.method, job.training
-    inner = method.inner if isinstance(method, OFMUConfig) else method.optimizer
-    outer = method.outer if isinstance(method, OFMUConfig) else method.optimizer
-    module = module.to(get_device())
+
+class Worker:
+    """A worker with its model: resumes what the session holds, or begins."""
+
+    def __init__(self, job: WorkerJob, session: Session, progress: Any = None):
+        torch.manual_seed(job.seed)
+        self.job, self.session = job, session
+        self.module, self.tokenizer = load_causal_lm(job.model)
+        self.method = job.build_method()
+        self.method.freeze(self.module)
+        self.engine = build_engine(job, self.module, session.device)
+        self.method.start(self.engine)
+        rank, world = session.rank, session.world
+        rows, pad_id = job.utility_rows, self.tokenizer.pad_token_id
+        self.probe = UtilityProbe(rows, rank, world, pad_id) if rows else None
+        self.progress = progress
+        self.state = self._begin()
+
+    def _begin(self) -> LoopState:
+        resumed = self.session.resumed()
+        if resumed is not None:
+            with resumed as folder:
+                return checkpoint.restore(folder, self.engine, self.method, self.session.rank, self.job.config_hash)
+        state = LoopState(config_hash=self.job.config_hash)
+        if self.probe is not None:
+            state.utility_start = state.utility = self.probe.measure(self.engine)
+        checkpoint.save(state, self.engine, self.method, self.session)  # so that there always is a last good model
+        return state
+
+    def run(self, source: Callable[[int, dict[str, Any]], Iterable[dict[str, list[Any]]]]) -> None:
+        """Run the rounds that are left. `source(first round, options of collation)` gives their batches."""
+        training = self.job.training
+        loop = _Loop(self.job, self.engine, self.method, self.probe, self.state, self.session, self.progress)
+        if self.state.status == "running":
+            options = {
+                "micro_batch_size": training.micro_batch_size or training.batch_size // self.session.world,
+                "pad_id": self.tokenizer.pad_token_id,
+            }
+            for batches in source(self.state.round, options):
+                if not loop.round(batches):
+                    loop.back_to_last_good()
+                    break
+            else:
+                loop.finish()
+        self.state = loop.state
+        loop.close()
+
+
+def build_engine(job: WorkerJob, module: torch.nn.Module, device: torch.device) -> Engine:
+    """The engine that training.engine names, on a device."""
+    training = job.training
+    inner, outer = job.method.optimizers
+    module = module.to(device)
     precision, offload = job.model.precision, training.offload
     if training.engine == "torch":
         from ofmu_ray.engines import TorchEngine
@@ -101,13 +130,13 @@ class _Loop:
         method: Method,
         probe: UtilityProbe | None,
         state: LoopState,
-        rank: int,
+        session: Session,
         progress: Any,
     ):
         self.job, self.engine, self.method, self.probe = job, engine, method, probe
-        self.state, self.rank, self.progress = state, rank, progress
+        self.state, self.session, self.progress = state, session, progress
         self.logger = None
-        if rank == 0 and job.tracking is not None:
+        if session.rank == 0 and job.tracking is not None:
             from ofmu_ray.tracking import RoundLogger
 
             self.logger = RoundLogger(job.tracking)
@@ -131,7 +160,7 @@ class _Loop:
         last = state.round == training.rounds
         due = state.round % training.checkpoint_every == 0 or self._check_due()
         if good and due and not last:
-            checkpoint.save(state, self.engine, self.method, self.rank)
+            checkpoint.save(state, self.engine, self.method, self.session)
         return good
 
     def _check_due(self) -> bool:
@@ -166,7 +195,7 @@ class _Loop:
 
     def _log(self, figures: dict[str, float]) -> None:
         self.state.series.append({"round": self.state.round, **figures})
-        if self.rank != 0:
+        if self.session.rank != 0:
             return
         if self.logger is not None:
             self.logger.log(self.state.round, figures)
@@ -175,11 +204,9 @@ class _Loop:
 
     def back_to_last_good(self) -> None:
         """Weights and cursor of the last checkpoint; the stop's reason, the series and the cost stay."""
-        import ray.train
-
-        good = ray.train.get_all_reported_checkpoints()[-1].checkpoint
         stopped, account = self.state, self.engine.account.state()
-        self.state = checkpoint.restore(good, self.engine, self.method, self.rank, self.job.config_hash)
+        with self.session.last_good() as folder:
+            self.state = checkpoint.restore(folder, self.engine, self.method, self.session.rank, self.job.config_hash)
         self.engine.account.load(account)
         self.state.status = stopped.status
         self.state.message = f"{stopped.message}; the model is that of round {self.state.round}"
@@ -197,7 +224,7 @@ class _Loop:
             peak = peak.to(self.engine.device)
             dist.all_reduce(peak, op=dist.ReduceOp.MAX)
             state.peak_memory_bytes = int(peak)
-        checkpoint.save(state, self.engine, self.method, self.rank)
+        checkpoint.save(state, self.engine, self.method, self.session)
 
     def close(self) -> None:
         if self.logger is not None:

@@ -1,0 +1,122 @@
+"""Every option of the project, declared once, as frozen dataclasses.
+
+jsonargparse turns them into the YAML schema, the ``--section.option`` overrides and the help text. A value's type
+and range are checked when it is built; what depends on files or on the machine is checked in ``pipelines/``
+before any worker starts. Nothing here imports torch or Ray.
+"""
+
+from ofmu_ray.config.baselines import (
+    BLURConfig,
+    CEUConfig,
+    DPOConfig,
+    GradDiffConfig,
+    GradientAscentConfig,
+    IDKConfig,
+    NPOConfig,
+    OneLoopConfig,
+    PDUConfig,
+    RetainFinetuneConfig,
+    RMUConfig,
+    SatImpConfig,
+    SimNPOConfig,
+    TaskArithmeticConfig,
+    UNDIALConfig,
+    WeightedConfig,
+    WGAConfig,
+)
+from ofmu_ray.config.data import (
+    BUILTIN_FORGET,
+    DataConfig,
+    FormatConfig,
+    SourceConfig,
+    TrainDataConfig,
+)
+from ofmu_ray.config.evaluation import (
+    EvaluationConfig,
+    EvaluationSetsConfig,
+)
+from ofmu_ray.config.methods import (
+    METHODS,
+    PRESETS,
+    FinetuneConfig,
+    MethodConfig,
+    MethodName,
+    OFMUConfig,
+    PresetName,
+)
+from ofmu_ray.config.models import (
+    BUILTIN_TARGET,
+    LoraConfig,
+    ModelConfig,
+    Precision,
+    ScratchConfig,
+)
+from ofmu_ray.config.optimizers import (
+    OptimizerConfig,
+)
+from ofmu_ray.config.runs import (
+    ReportConfig,
+    TrackingConfig,
+    TrainConfig,
+    UnlearnConfig,
+)
+from ofmu_ray.config.training import (
+    StopConfig,
+    TrainingConfig,
+)
+from ofmu_ray.config.values import (
+    close_match,
+    config_hash,
+    flatten,
+    to_dict,
+)
+
+__all__ = [
+    "BUILTIN_FORGET",
+    "BUILTIN_TARGET",
+    "METHODS",
+    "PRESETS",
+    "BLURConfig",
+    "CEUConfig",
+    "DPOConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "EvaluationSetsConfig",
+    "FinetuneConfig",
+    "FormatConfig",
+    "GradDiffConfig",
+    "GradientAscentConfig",
+    "IDKConfig",
+    "LoraConfig",
+    "MethodConfig",
+    "MethodName",
+    "ModelConfig",
+    "NPOConfig",
+    "OFMUConfig",
+    "OneLoopConfig",
+    "OptimizerConfig",
+    "PDUConfig",
+    "Precision",
+    "PresetName",
+    "RMUConfig",
+    "ReportConfig",
+    "RetainFinetuneConfig",
+    "SatImpConfig",
+    "ScratchConfig",
+    "SimNPOConfig",
+    "SourceConfig",
+    "StopConfig",
+    "TaskArithmeticConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "TrainDataConfig",
+    "TrainingConfig",
+    "UNDIALConfig",
+    "UnlearnConfig",
+    "WGAConfig",
+    "WeightedConfig",
+    "close_match",
+    "config_hash",
+    "flatten",
+    "to_dict",
+]

@@ -1,0 +1,252 @@
+"""Options of the methods OFMU is compared with: one update a round, from a forget and a retain batch.
+
+Defaults are those of OpenUnlearning (locuslab/open-unlearning, December 2025) unless a field says otherwise; the
+learning rates are for models of 1 B parameters and more, small models need larger ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ofmu_ray.config.optimizers import OptimizerConfig
+from ofmu_ray.config.ranges import not_negative, positive, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneLoopConfig:
+    """What these methods share."""
+
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5, weight_decay=0.01))
+    """The optimiser."""
+
+    @property
+    def optimizers(self) -> tuple[OptimizerConfig, OptimizerConfig]:
+        """Of the inner and of the outer loop (only the outer one is stepped)."""
+        return self.optimizer, self.optimizer
+
+    def check(self, section: str) -> None:
+        """Ranges; UnlearnConfig calls it with the section's name."""
+        self.optimizer.check(f"{section}.optimizer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedConfig(OneLoopConfig):
+    """forget_weight * forget loss + retain_weight * retain loss."""
+
+    forget_weight: float = 1.0
+    """gamma, weight of the forget loss."""
+    retain_weight: float = 1.0
+    """alpha, weight of the retain loss; 0: no retain pass at all."""
+    retain_loss: Literal["nll", "kl"] = "nll"
+    """nll: mean token NLL of retain answers; kl: KL(untouched model || model) at the tokens of retain answers."""
+
+    def check(self, section: str) -> None:
+        """Ranges; UnlearnConfig calls it with the section's name."""
+        super().check(section)
+        not_negative(section, self, "forget_weight", "retain_weight")
+        require(self.forget_weight + self.retain_weight > 0, f"{section}.forget_weight", 0, "more, or retain_weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientAscentConfig(OneLoopConfig):
+    """Gradient ascent on the forget loss (Jang et al. 2023, arXiv 2210.01504); retain rows are not used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradDiffConfig(WeightedConfig):
+    """Gradient difference (Liu et al. 2022, arXiv 2203.12817): ascent on forget, descent on retain rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NPOConfig(WeightedConfig):
+    """Negative preference optimisation (Zhang et al. 2024, arXiv 2404.05868)."""
+
+    beta: float = 0.1
+    """Inverse temperature; towards 0 it becomes gradient ascent."""
+
+    def check(self, section: str) -> None:
+        """Ranges; UnlearnConfig calls it with the section's name."""
+        super().check(section)
+        positive(section, self, "beta")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimNPOConfig(WeightedConfig):
+    """NPO without a reference model, on length-normalised losses (Fan et al. 2024, arXiv 2410.07163)."""
+
+    forget_weight: float = 0.125
+    """gamma, weight of the forget loss."""
+    beta: float = 4.5
+    """Inverse temperature."""
+    delta: float = 0.0
+    """Margin, subtracted from the mean token NLL."""
+
+    def check(self, section: str) -> None:
+        """Ranges; UnlearnConfig calls it with the section's name."""
+        super().check(section)
+        positive(section, self, "beta")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMUConfig(OneLoopConfig):
+    """Representation misdirection (Li et al. 2024, arXiv 2403.03218): a layer towards a random vector."""
+
+    forget_weight: float = 1.0
+    """gamma, weight of the forget loss."""
+    retain_weight: float = 1.0
+    """alpha, weight of the distance to the untouched model's activations on retain answers."""
+    layer: int | None = None
+    """Layer whose output is steered, from 0; null: 7 (OpenUnlearning), or the middle layer of a model with fewer."""
+    steering: float = 2.0
+    """c, norm of the random target vector."""
+    train_layers: int | None = None
+    """Train the last n layers up to `layer` only (the authors use 3); null: all weights up to it (OpenUnlearning)."""
+    reduction: Literal["row_mean", "peer_broadcast"] = "row_mean"
+    """row_mean: mean over rows of each row's mean over tokens; peer_broadcast: as OpenUnlearning computes it."""
+
+    def check(self, section: str) -> None:
+        """Ranges; UnlearnConfig calls it with the section's name."""
+        super().check(section)
+        not_negative(section, self, "forget_weight", "retain_weight", "layer")
+        positive(section, self, "steering", "train_layers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IDKConfig(WeightedConfig):
+    """Descent on refusals as answers to forget questions (TOFU's IDK baseline, Maini et al. 2024, arXiv 2401.06121)."""
+
+    refusals: str | None = None
+    """JSON Lines with a column `answer`, one refusal a row; null: the built-in list."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(WeightedConfig):
+    """Direct preference optimisation of refusals over forget answers (TOFU's DPO baseline)."""
+
+    beta: float = 0.1
+    """Inverse temperature."""
+    refusals: str | None = None
+    """JSON Lines with a column `answer`, one refusal a row; null: the built-in list."""
+
+    def check(self, section: str) -> None:
+        """Ranges; UnlearnConfig calls it with the section's name."""
+        super().check(section)
+        positive(section, self, "beta")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNDIALConfig(WeightedConfig):
+    """Self-distillation from adjusted logits (Dong et al. 2024, arXiv 2402.10052)."""
+
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-4, weight_decay=0.01))
+    """The optimiser."""
+    retain_weight: float = 0.0
+    """alpha, weight of the retain loss; 0: no retain pass at all."""
+    beta: float = 10.0
+    """What is subtracted from the untouched model's logit of each answer token."""
+
+    def check(self, section: str) -> None:
+        """Ranges; UnlearnConfig calls it with the section's name."""
+        super().check(section)
+        positive(section, self, "beta")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WGAConfig(WeightedConfig):
+    """Weighted gradient ascent (Wang et al. 2025, arXiv 2502.19301): token losses times p^beta."""
+
+    beta: float = 1.0
+    """Exponent of the token's probability in its (detached) weight."""
+
+    def check(self, section: str) -> None:
+        """Ranges; UnlearnConfig calls it with the section's name."""
+        super().check(section)
+        not_negative(section, self, "beta")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SatImpConfig(WeightedConfig):
+    """Saturation and importance weights (Yang et al. 2025, arXiv 2505.11953): token losses times p^b1 (1 - p)^b2."""
+
+    forget_weight: float = 0.1
+    """gamma, weight of the forget loss."""
+    beta1: float = 5.0
+    """Exponent of p (saturation)."""
+    beta2: float = 1.0
+    """Exponent of 1 - p (importance)."""
+
+    def check(self, section: str) -> None:
+        """Ranges; UnlearnConfig calls it with the section's name."""
+        super().check(section)
+        not_negative(section, self, "beta1", "beta2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CEUConfig(OneLoopConfig):
+    """Cross-entropy unlearning (CE-U): distillation from the model's own distribution without the true token."""
+
+    skip_tokens: int = 1
+    """Leading answer tokens without a loss."""
+
+    def check(self, section: str) -> None:
+        """Ranges; UnlearnConfig calls it with the section's name."""
+        super().check(section)
+        not_negative(section, self, "skip_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PDUConfig(OneLoopConfig):
+    """Primal-dual unlearning: flat logits on forget answers, subject to a bound on the retain loss."""
+
+    forget_weight: float = 1.0
+    """gamma, weight of the forget loss."""
+    dual_start: float = 1.0
+    """lambda_0, first weight of the retain constraint (the authors advise 50 to 100)."""
+    dual_rate: float = 1.0
+    """eta, step of the dual variable per round."""
+    retain_bound: float | None = None
+    """epsilon, largest accepted retain loss (nats per token); null: 1.1 times that of the first retain batch."""
+    warmup_rounds: int = 0
+    """Rounds before the dual variable starts to move."""
+
+    def check(self, section: str) -> None:
+        """Ranges; UnlearnConfig calls it with the section's name."""
+        super().check(section)
+        not_negative(section, self, "forget_weight", "dual_start", "dual_rate", "warmup_rounds")
+        positive(section, self, "retain_bound")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskArithmeticConfig(OneLoopConfig):
+    """The negated task vector (Ilharco et al. 2023, arXiv 2212.04089): away from a fit to the forget rows."""
+
+    scale: float = 1.0
+    """How far to go: the weights are theta_0 - scale (theta_fit - theta_0)."""
+
+    def check(self, section: str) -> None:
+        """Ranges; UnlearnConfig calls it with the section's name."""
+        super().check(section)
+        positive(section, self, "scale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetainFinetuneConfig(OneLoopConfig):
+    """Fine-tuning on retain rows only: what forgetting costs nothing to get."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BLURConfig(OneLoopConfig):
+    """BLUR (Reisizadeh et al. 2025, arXiv 2506.08164): bi-level, forget loss first, retain gradient where it agrees."""
+
+    forget_loss: Literal["npo", "nll"] = "npo"
+    """Lower-level objective: NPO (BLUR-NPO) or the negated NLL."""
+    npo_beta: float = 0.1
+    """Inverse temperature of the NPO loss."""
+    barrier: float = 0.1
+    """How much descent of the forget loss is asked for, relative to the squared norm of its gradient."""
+
+    def check(self, section: str) -> None:
+        """Ranges; UnlearnConfig calls it with the section's name."""
+        super().check(section)
+        positive(section, self, "npo_beta", "barrier")

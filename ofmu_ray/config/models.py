@@ -1,0 +1,76 @@
+"""Options of models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ofmu_ray.config.ranges import positive, require
+
+BUILTIN_TARGET = "builtin:people/target"
+Precision = Literal["fp32", "bf16", "bf16_autocast"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (peft); merged into the weights on export."""
+
+    rank: int = 8
+    """Rank of the update matrices."""
+    alpha: float = 16.0
+    """Scaling; the update is multiplied by alpha / rank."""
+    target_modules: list[str] | None = None
+    """Names of the modules to adapt; null: all linear layers but the output head."""
+
+    def __post_init__(self) -> None:
+        positive("model.lora", self, "rank", "alpha")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model to change."""
+
+    path: str = BUILTIN_TARGET
+    """Model directory (Hugging Face layout, safetensors), hub name, or builtin:people/target."""
+    tokenizer: str | None = None
+    """Tokenizer directory or hub name; null: the model's own."""
+    precision: Precision = "fp32"
+    """fp32; bf16 (bf16 weights, fp32 master copy); bf16_autocast (fp32 weights, bf16 passes, fp32 differences)."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention implementation; exact curvature needs eager."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass (less memory, about a third more time)."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters only; null: train the weights."""
+    freeze: list[str] = field(default_factory=list)
+    """Regular expressions; parameters whose name matches one stay fixed."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScratchConfig:
+    """A small Llama from scratch (`ofmu train`)."""
+
+    hidden_size: int = 128
+    """Width."""
+    intermediate_size: int = 344
+    """Width of the feed-forward layers."""
+    layers: int = 4
+    """Number of layers."""
+    heads: int = 4
+    """Number of attention heads."""
+    kv_heads: int = 4
+    """Number of key/value heads."""
+    vocab_size: int = 4096
+    """Size of the byte-pair vocabulary that is learned from the training rows (model.tokenizer: null)."""
+    max_length: int = 512
+    """Longest sequence (tokens)."""
+    tie_embeddings: bool = True
+    """Share the input and output embeddings."""
+
+    def __post_init__(self) -> None:
+        names = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "vocab_size", "max_length")
+        positive("scratch", self, *names)
+        require(self.hidden_size % self.heads == 0, "scratch.heads", self.heads, "a divisor of scratch.hidden_size")
+        require(self.heads % self.kv_heads == 0, "scratch.kv_heads", self.kv_heads, "a divisor of scratch.heads")

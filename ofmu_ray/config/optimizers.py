@@ -1,0 +1,43 @@
+"""Options of an optimiser."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ofmu_ray.config.ranges import not_negative, positive, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimiser of one loop."""
+
+    name: Literal["sgd", "adamw"] = "adamw"
+    """Update rule, elementwise on the rank's shard of the fp32 weights (torch.optim)."""
+    lr: float = 1e-5
+    """Learning rate (per step)."""
+    clip: float | None = 1.0
+    """Largest global gradient norm; null: no clipping."""
+    momentum: float = 0.0
+    """Momentum of sgd (0 to 1)."""
+    beta1: float = 0.9
+    """First-moment decay of adamw."""
+    beta2: float = 0.999
+    """Second-moment decay of adamw."""
+    eps: float = 1e-8
+    """Denominator floor of adamw."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay per step, times lr."""
+    warmup_fraction: float = 0.0
+    """Fraction of the rounds over which the learning rate rises linearly from 0 (0 to 1)."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after the warm-up, down to a tenth of lr at the last round."""
+
+    def check(self, section: str) -> None:
+        """Ranges; the owner calls it, because only the owner knows the option's full name."""
+        positive(section, self, "lr", "clip", "eps")
+        not_negative(section, self, "weight_decay")
+        require(0 <= self.warmup_fraction < 1, f"{section}.warmup_fraction", self.warmup_fraction, "in [0, 1)")
+        for name in ("momentum", "beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"{section}.{name}", value, "at least 0 and less than 1")

@@ -1,0 +1,182 @@
+"""One configuration per command."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from ofmu_ray.config import baselines
+from ofmu_ray.config.data import BUILTIN_FORGET, DataConfig, TrainDataConfig
+from ofmu_ray.config.evaluation import EvaluationConfig, EvaluationSetsConfig
+from ofmu_ray.config.methods import METHODS, FinetuneConfig, MethodConfig, MethodName, OFMUConfig
+from ofmu_ray.config.models import BUILTIN_TARGET, ModelConfig, ScratchConfig
+from ofmu_ray.config.ranges import not_negative, require
+from ofmu_ray.config.training import StopConfig, TrainingConfig
+from ofmu_ray.config.values import to_dict
+from ofmu_ray.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """MLflow."""
+
+    uri: str | None = None
+    """Tracking URI; null: sqlite:///STORAGE/mlflow.db."""
+    experiment: str = "ofmu"
+    """Experiment name."""
+    system_metrics: bool = True
+    """Log CPU, memory and GPU use of the driver's machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """The HTML page of a run."""
+
+    samples: int = 5
+    """Generations shown per set."""
+    reveal_text: bool = False
+    """Show the text of forget rows (personal data); otherwise they appear by id."""
+
+    def __post_init__(self) -> None:
+        not_negative("report", self, "samples")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnlearnConfig:
+    """`ofmu unlearn`: make a model forget."""
+
+    name: str | None = None
+    """Run name; the same name resumes. null: derived from the configuration's hash."""
+    storage: str = "runs"
+    """Folder of runs, checkpoints and caches; on a cluster, one that all nodes share."""
+    seed: int = 0
+    """Seed of the batch order."""
+    method: MethodName = "ofmu"
+    """Unlearning method; the section of its name holds its options, the sections of the others are not read."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model to change."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Forget and retain rows."""
+    ofmu: OFMUConfig = field(default_factory=OFMUConfig)
+    """Options of method ofmu."""
+    gradient_ascent: baselines.GradientAscentConfig = field(default_factory=baselines.GradientAscentConfig)
+    """Options of method gradient_ascent."""
+    grad_diff: baselines.GradDiffConfig = field(default_factory=baselines.GradDiffConfig)
+    """Options of method grad_diff."""
+    npo: baselines.NPOConfig = field(default_factory=baselines.NPOConfig)
+    """Options of method npo."""
+    simnpo: baselines.SimNPOConfig = field(default_factory=baselines.SimNPOConfig)
+    """Options of method simnpo."""
+    rmu: baselines.RMUConfig = field(default_factory=baselines.RMUConfig)
+    """Options of method rmu."""
+    idk: baselines.IDKConfig = field(default_factory=baselines.IDKConfig)
+    """Options of method idk."""
+    dpo: baselines.DPOConfig = field(default_factory=baselines.DPOConfig)
+    """Options of method dpo."""
+    undial: baselines.UNDIALConfig = field(default_factory=baselines.UNDIALConfig)
+    """Options of method undial."""
+    wga: baselines.WGAConfig = field(default_factory=baselines.WGAConfig)
+    """Options of method wga."""
+    satimp: baselines.SatImpConfig = field(default_factory=baselines.SatImpConfig)
+    """Options of method satimp."""
+    ceu: baselines.CEUConfig = field(default_factory=baselines.CEUConfig)
+    """Options of method ceu."""
+    pdu: baselines.PDUConfig = field(default_factory=baselines.PDUConfig)
+    """Options of method pdu."""
+    task_arithmetic: baselines.TaskArithmeticConfig = field(default_factory=baselines.TaskArithmeticConfig)
+    """Options of method task_arithmetic."""
+    retain_finetune: baselines.RetainFinetuneConfig = field(default_factory=baselines.RetainFinetuneConfig)
+    """Options of method retain_finetune."""
+    blur: baselines.BLURConfig = field(default_factory=baselines.BLURConfig)
+    """Options of method blur."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """How the loop runs."""
+    stop: StopConfig = field(default_factory=StopConfig)
+    """When to stop early."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Metrics at the end."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """MLflow."""
+    report: ReportConfig = field(default_factory=ReportConfig)
+    """The HTML page."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "evaluation", self._resolved_evaluation())
+        for name in METHODS:
+            section = getattr(self, name)
+            if isinstance(section, baselines.OneLoopConfig):
+                section.check(name)
+        if self.method == "ofmu":
+            self._check_curvature()
+
+    @property
+    def method_options(self) -> MethodConfig:
+        """The section of the chosen method."""
+        options: MethodConfig = getattr(self, self.method)
+        return options
+
+    @property
+    def unused_sections(self) -> frozenset[str]:
+        """Sections that do not count: those of the methods that were not chosen."""
+        return frozenset(METHODS) - {self.method}
+
+    def _check_curvature(self) -> None:
+        exact = self.ofmu.curvature == "exact"
+        if exact and self.training.engine != "torch":
+            raise UserError(
+                "ofmu.curvature = exact needs double backward, which DeepSpeed does not offer on sharded models: "
+                "use --training.engine torch (one worker) or --ofmu.curvature finite_difference"
+            )
+        if exact and self.model.attention != "eager":
+            raise UserError(
+                "ofmu.curvature = exact: fused attention has no double backward; add --model.attention eager"
+            )
+        if exact and self.model.gradient_checkpointing:
+            raise UserError(
+                "ofmu.curvature = exact cannot run with gradient checkpointing: "
+                "set --model.gradient_checkpointing false or --ofmu.curvature finite_difference"
+            )
+
+    def _resolved_evaluation(self) -> EvaluationConfig:
+        """`auto` replaced: the built-in rows and reference go with the built-in data and target only."""
+        builtin_rows = self.data.forget.path == BUILTIN_FORGET
+        sets = {
+            name: (f"builtin:people/{name}_perturbed.jsonl" if builtin_rows else None) if path == "auto" else path
+            for name, path in to_dict(self.evaluation.sets).items()
+        }
+        retrained = self.evaluation.retrained
+        if retrained == "auto":
+            both = builtin_rows and self.model.path == BUILTIN_TARGET
+            retrained = "builtin:people/retrained" if both else None
+        return dataclasses.replace(self.evaluation, sets=EvaluationSetsConfig(**sets), retrained=retrained)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """`ofmu train`: fit a target or a retrained model."""
+
+    name: str | None = None
+    """Run name; the same name resumes. null: derived from the configuration's hash."""
+    storage: str = "runs"
+    """Folder of runs, checkpoints and caches; on a cluster, one that all nodes share."""
+    seed: int = 0
+    """Seed of the initial weights and of the batch order."""
+    model: ModelConfig | None = None
+    """Start from this model; null: from scratch."""
+    scratch: ScratchConfig = field(default_factory=ScratchConfig)
+    """Shape of a model from scratch (when model is null)."""
+    tokenizer: str | None = None
+    """Tokenizer directory or hub name of a model from scratch; null: learned from the rows."""
+    data: TrainDataConfig = field(default_factory=TrainDataConfig)
+    """Rows to fit."""
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    """Optimiser and schedule."""
+    epochs: float = 10.0
+    """Passes over the rows; sets the number of rounds (training.rounds is ignored)."""
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(batch_size=16, checkpoint_every=200))
+    """How the loop runs."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """MLflow."""
+
+    def __post_init__(self) -> None:
+        require(self.epochs > 0, "epochs", self.epochs, "greater than 0")

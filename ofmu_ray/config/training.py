@@ -1,0 +1,82 @@
+"""Options of the training loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ofmu_ray.config.ranges import not_negative, positive, require
+from ofmu_ray.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How the loop runs on Ray Train."""
+
+    engine: Literal["torch", "deepspeed"] = "deepspeed"
+    """deepspeed (ZeRO, any number of workers) or torch (one worker; offers exact curvature)."""
+    workers: int = 1
+    """Ray Train workers (processes)."""
+    cpus_per_worker: float = 1.0
+    """CPU cores of one worker (also its number of compute threads)."""
+    gpus_per_worker: float = 0.0
+    """GPUs of one worker; 0: CPU with gloo, otherwise CUDA with NCCL."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage: what is sharded over the workers."""
+    offload: Literal["none", "optimizer"] = "none"
+    """optimizer: keep the optimisers' moments in host memory between steps."""
+    rounds: int = 20
+    """Rounds of the method (for OFMU: K outer iterations)."""
+    batch_size: int = 8
+    """Rows of one batch, over all workers; the gradient accumulation follows from it."""
+    micro_batch_size: int | None = None
+    """Rows of one forward pass on one worker; null: the worker's whole share of a batch."""
+    checkpoint_every: int = 10
+    """Rounds between checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept."""
+    max_failures: int = 3
+    """Worker failures after which a run gives up."""
+
+    def __post_init__(self) -> None:
+        names = ("workers", "cpus_per_worker", "rounds", "batch_size", "micro_batch_size", "checkpoint_every")
+        positive("training", self, *names, "keep_checkpoints")
+        not_negative("training", self, "gpus_per_worker", "max_failures")
+        if self.batch_size % self.workers:
+            raise UserError(
+                f"training.batch_size = {self.batch_size} does not divide over training.workers = {self.workers}: "
+                "make the batch a multiple of the workers"
+            )
+        share = self.batch_size // self.workers
+        if self.micro_batch_size and share % self.micro_batch_size:
+            raise UserError(
+                f"training.micro_batch_size = {self.micro_batch_size} does not divide a worker's share of the batch "
+                f"({self.batch_size} / {self.workers} = {share} rows): choose a divisor of {share}"
+            )
+        if self.engine == "torch" and self.workers > 1:
+            raise UserError(
+                f"training.engine = torch runs in one process, but training.workers = {self.workers}: "
+                "use --training.engine deepspeed or --training.workers 1"
+            )
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per batch and worker."""
+        return self.batch_size // self.workers // (self.micro_batch_size or self.batch_size // self.workers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopConfig:
+    """When to stop before the last round; the last good weights are kept."""
+
+    utility_floor: float | None = None
+    """Stop when the mean answer probability on a fixed sample of retain rows falls below this fraction of its start."""
+    check_every: int = 5
+    """Rounds between checks of the floor."""
+    sample: int = 64
+    """Retain rows in the check."""
+
+    def __post_init__(self) -> None:
+        positive("stop", self, "check_every", "sample")
+        if self.utility_floor is not None:
+            require(0 < self.utility_floor <= 1, "stop.utility_floor", self.utility_floor, "in (0, 1]")

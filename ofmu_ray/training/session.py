@@ -1,0 +1,111 @@
+"""Where a worker's loop runs: inside Ray Train, or alone in this process."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ofmu_ray.storage import atomic_dir
+
+
+class Session(Protocol):
+    """Rank, number of workers, and the run's checkpoints."""
+
+    rank: int
+    world: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where this worker's model belongs."""
+
+    def report(self, folder: Path, name: str, done: int) -> None:
+        """Keep this rank's checkpoint files, which are moved away, as checkpoint `name`. Collective."""
+
+    def resumed(self) -> AbstractContextManager[Path] | None:
+        """Folder of the checkpoint to go on from; None at a first start."""
+
+    def last_good(self) -> AbstractContextManager[Path]:
+        """Folder of the newest checkpoint."""
+
+
+class RaySession:
+    """A worker of Ray Train."""
+
+    def __init__(self) -> None:
+        import ray.train
+
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+
+    @property
+    def device(self) -> torch.device:
+        from ray.train.torch import get_device
+
+        found: torch.device = get_device()
+        return found
+
+    def report(self, folder: Path, name: str, done: int) -> None:
+        import ray.train
+
+        ray.train.report(
+            {"round": done},
+            checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.SYNC,
+            delete_local_checkpoint_after_upload=True,
+        )
+
+    def resumed(self) -> AbstractContextManager[Path] | None:
+        import ray.train
+
+        found = ray.train.get_checkpoint()
+        return None if found is None else _as_path(found)
+
+    def last_good(self) -> AbstractContextManager[Path]:
+        import ray.train
+
+        return _as_path(ray.train.get_all_reported_checkpoints()[-1].checkpoint)
+
+
+@contextmanager
+def _as_path(checkpoint: Any) -> Iterator[Path]:
+    with checkpoint.as_directory() as folder:
+        yield Path(folder)
+
+
+class LocalSession:
+    """The only worker of a run, in this process; checkpoints are folders of `<run>/train`."""
+
+    rank, world = 0, 1
+
+    def __init__(self, run_dir: str, keep: int) -> None:
+        self.folder, self.keep = Path(run_dir) / "train", keep
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def report(self, folder: Path, name: str, done: int) -> None:
+        numbers = [int(path.name[:6]) for path in self._checkpoints()]
+        place = self.folder / f"{max(numbers, default=-1) + 1:06d}_{name}"
+        with atomic_dir(place) as beside:
+            shutil.copytree(folder, beside, dirs_exist_ok=True)
+        shutil.rmtree(folder)
+        for old in self._checkpoints()[: -self.keep]:
+            shutil.rmtree(old)
+
+    def resumed(self) -> AbstractContextManager[Path] | None:
+        return self.last_good() if self._checkpoints() else None
+
+    @contextmanager
+    def last_good(self) -> Iterator[Path]:
+        yield self._checkpoints()[-1]
+
+    def _checkpoints(self) -> list[Path]:
+        """Oldest first; what a kill left half-written has another name."""
+        return sorted(path for path in self.folder.glob("*") if path.is_dir() and path.name[:6].isdigit())
