@@ -27,7 +27,6 @@ from ofmu_ray.storage import (
     published,
     read_text,
     remove_folder,
-    without_credentials,
     write_text,
 )
 
