@@ -59,6 +59,30 @@ def test_mean_nll_counts_eos(template: Template) -> None:
     assert found != pytest.approx([np.mean(tokens[:-1])], rel=1e-3)
 
 
+def test_token_scores_equal_a_plain_computation(model: Any, template: Template) -> None:
+    texts = [template.encode(question, answer) for question, answer in zip(QUESTIONS, ANSWERS, strict=True)]
+    for (ids, prompt), found in zip(texts, scoring.token_scores(model, texts), strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids])).logits[0, prompt - 1 : -1].double().numpy()
+        log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        taken = log_p[np.arange(len(log_p)), ids[prompt:]]
+        mean = (np.exp(log_p) * log_p).sum(axis=1)
+        variance = (np.exp(log_p) * log_p**2).sum(axis=1) - mean**2
+        assert found.logprobs == pytest.approx(taken, rel=1e-5, abs=1e-5)
+        assert found.zscores == pytest.approx((taken - mean) / np.sqrt(np.maximum(variance, 1e-6)), rel=1e-4, abs=1e-4)
+        assert found.matches == [int(token) == best for token, best in zip(ids[prompt:], logits.argmax(1), strict=True)]
+
+
+def test_tokens_that_a_model_excludes_leave_scores_finite() -> None:
+    logits = torch.tensor([[1.0, 2.0, -torch.inf], [50.0, -50.0, -torch.inf]])
+    log_p, zscores = scoring.standardised(logits, torch.tensor([0, 0]))
+    p = torch.tensor([1.0, 2.0]).softmax(dim=0).double().numpy()
+    mean = (p * np.log(p)).sum()
+    expected = (np.log(p[0]) - mean) / np.sqrt((p * np.log(p) ** 2).sum() - mean**2)
+    assert zscores.tolist() == pytest.approx([expected, 0.0], abs=1e-5)  # certain: the variance's floor of 1e-6
+    assert log_p[1] == 0
+
+
 def test_batches_with_many_logits_are_halved(template: Template, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     texts = [template.encode(question, answer) for question, answer in zip(QUESTIONS, ANSWERS, strict=True)]

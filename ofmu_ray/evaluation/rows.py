@@ -30,6 +30,11 @@ MEASURED = pa.schema(
         ("generated_tokens", pa.int32()),  # EOS not counted
         ("generated_empty", pa.bool_()),
         ("repetition", pa.float64()),  # share of the generation's token 4-grams that repeat an earlier one
+        ("answer_logprobs", pa.list_(pa.float64())),  # log p of each token of the answer, EOS last; nats
+        ("answer_matches", pa.list_(pa.bool_())),  # whether that token was the most likely one
+        ("answer_zscores", pa.list_(pa.float64())),  # Min-K++: the log p, standardised over the vocabulary
+        ("answer_zlib_bytes", pa.int32()),  # of the answer's text in UTF-8, compressed
+        ("cluster", pa.string()),  # rows that are drawn together by the bootstrap (one person, one author)
     ]
 )
 """What a model run leaves per row (the cache holds this)."""
@@ -37,7 +42,10 @@ MEASURED = pa.schema(
 
 @dataclass(frozen=True)
 class EvaluationRow:
-    """One question with its right answer and, where the set has them, a paraphrase and wrong answers."""
+    """One question with its right answer and, where the set has them, a paraphrase and wrong answers.
+
+    `cluster`: rows of one cluster are not independent of each other (one person's rows); None: a row of its own.
+    """
 
     set: str
     index: int
@@ -45,6 +53,7 @@ class EvaluationRow:
     answer: str
     paraphrase: str | None = None
     wrong: tuple[str, ...] = ()
+    cluster: str | None = None
 
     @property
     def row_id(self) -> str:
@@ -85,7 +94,7 @@ def _row(name: str, index: int, row: Mapping[str, Any], fmt: FormatConfig) -> Ev
             raise UserError(f"evaluation.sets.{name}: row {name}-{index} has no column {preferred!r}; it has: {has}")
         return text(row[chosen], chosen)
 
-    paraphrase = row.get("paraphrased_answer")
+    paraphrase, cluster = row.get("paraphrased_answer"), row.get("cluster")
     wrong = row.get("perturbed_answer")
     wrong = [wrong] if isinstance(wrong, str) else ([] if wrong is None else list(wrong))
     return EvaluationRow(
@@ -95,6 +104,7 @@ def _row(name: str, index: int, row: Mapping[str, Any], fmt: FormatConfig) -> Ev
         answer=column(fmt.answer, "answer"),
         paraphrase=None if paraphrase is None else text(paraphrase, "paraphrased_answer"),
         wrong=tuple(text(answer, "perturbed_answer") for answer in wrong),
+        cluster=None if cluster is None else str(cluster),
     )
 
 

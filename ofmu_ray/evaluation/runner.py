@@ -96,7 +96,7 @@ def _measure(
             waiting[name] -= 1
             progress.update()
             if waiting[name] == 0:
-                yield name, assemble(rows[name], loading.template, results.pop(name))
+                yield name, assemble(rows[name], results.pop(name))
 
 
 def _tokenizer(folder: str, trust_remote_code: bool) -> Any:

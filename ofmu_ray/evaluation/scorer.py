@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 
 from ofmu_ray.errors import UserError
@@ -14,7 +16,7 @@ from ofmu_ray.evaluation.generation import generate_batch, stop_ids
 from ofmu_ray.evaluation.metrics import FloatArray
 from ofmu_ray.evaluation.rouge import rouge_l_recall
 from ofmu_ray.evaluation.rows import MEASURED, EvaluationRow, with_row_metrics
-from ofmu_ray.evaluation.scoring import Text, batch_nll, length_sorted, mean_nll
+from ofmu_ray.evaluation.scoring import Text, TokenScores, length_sorted, mean_nll, token_scores
 
 
 class RowTemplate(Protocol):
@@ -46,7 +48,7 @@ class GenerateUnit:
 
 Unit = ScoreUnit | GenerateUnit
 Result = Mapping[Any, Any]
-"""(row, text) -> mean NLL of a ScoreUnit; row -> columns of MEASURED of a GenerateUnit."""
+"""(row, text) -> TokenScores of a ScoreUnit; row -> columns of MEASURED of a GenerateUnit."""
 
 
 def plan(rows: Sequence[EvaluationRow], template: RowTemplate, batch_size: int) -> list[Unit]:
@@ -78,15 +80,15 @@ def plan(rows: Sequence[EvaluationRow], template: RowTemplate, batch_size: int) 
     ]
 
 
-def assemble(rows: Sequence[EvaluationRow], template: RowTemplate, results: Sequence[Result]) -> pa.Table:
+def assemble(rows: Sequence[EvaluationRow], results: Sequence[Result]) -> pa.Table:
     """The set's table (schema MEASURED) from the results of all units of its plan."""
     found: dict[Any, Any] = {}
     for result in results:
         found.update(result)
-    answers = template.encode_rows([row.question for row in rows], [row.answer for row in rows])
     records = []
-    for index, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-        losses = [found[index, number] for number in range(len(row.texts))]
+    for index, row in enumerate(rows):
+        scores: list[TokenScores] = [found[index, number] for number in range(len(row.texts))]
+        losses = [-float(np.mean(each.logprobs)) for each in scores]
         first_wrong = 1 if row.paraphrase is None else 2
         records.append(
             {
@@ -94,9 +96,14 @@ def assemble(rows: Sequence[EvaluationRow], template: RowTemplate, results: Sequ
                 "set": row.set,
                 "index": row.index,
                 "answer_nll": losses[0],
-                "answer_tokens": len(answer.input_ids) - answer.prompt_tokens,
+                "answer_tokens": len(scores[0].logprobs),
                 "paraphrase_nll": None if row.paraphrase is None else losses[1],
                 "wrong_nll": losses[first_wrong:] or None,
+                "answer_logprobs": scores[0].logprobs,
+                "answer_matches": scores[0].matches,
+                "answer_zscores": scores[0].zscores,
+                "answer_zlib_bytes": len(zlib.compress(row.answer.encode())),
+                "cluster": row.cluster,
                 **found[index],
             }
         )
@@ -121,7 +128,7 @@ class Scorer:
     def rows(self, rows: Sequence[EvaluationRow], batch_size: int = 64) -> pa.Table:
         """Per-row values of one set, in this process: MEASURED, `probability` and `truth_ratio`."""
         results = list(self.run_all(plan(rows, self.template, batch_size)))
-        return with_row_metrics(assemble(rows, self.template, results))
+        return with_row_metrics(assemble(rows, results))
 
     def run_all(self, units: Sequence[Unit]) -> Iterator[Result]:
         return (self.run(unit) for unit in units)
@@ -129,7 +136,7 @@ class Scorer:
     def run(self, unit: Unit) -> Result:
         """One unit's values."""
         if isinstance(unit, ScoreUnit):
-            return dict(zip(unit.places, batch_nll(self.model, unit.texts).tolist(), strict=True))
+            return dict(zip(unit.places, token_scores(self.model, unit.texts), strict=True))
         new = generate_batch(self.model, unit.prompts, max_new_tokens=self.max_new_tokens, stop=self.stop)
         texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in new]
         recalls = rouge_l_recall(unit.references, texts)

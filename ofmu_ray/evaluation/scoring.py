@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ Text = tuple[Sequence[int], int]
 """Token ids of prompt and answer (BOS and EOS included), and the number of prompt tokens."""
 
 _LOGITS_AT_ONCE = 1 << 25  # fp32 logits of one forward pass (128 MiB); a batch with more answer tokens is halved
+_TOKENS = 256  # tokens whose whole distributions are looked at together
+_LEAST = -1e4  # log p below which p is 0 in fp32
 
 
 @contextmanager
@@ -42,6 +44,17 @@ def length_sorted(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
+class TokenScores(NamedTuple):
+    """What a model gives to each token of one answer, EOS last: lists of the answer's length."""
+
+    logprobs: list[float]
+    """log p of the token; nats."""
+    matches: list[bool]
+    """Whether the token was the most likely one."""
+    zscores: list[float]
+    """(log p - mean) / standard deviation of the log p of the whole vocabulary under p (Min-K++, arXiv 2404.02936)."""
+
+
 def mean_nll(model: Any, texts: Sequence[Text], batch_size: int) -> FloatArray:
     """Mean negative log-likelihood (nats per token, EOS counted) of each text's answer, [texts] float64.
 
@@ -63,7 +76,47 @@ def batch_nll(model: Any, texts: Sequence[Text]) -> FloatArray:
 
 
 @torch.inference_mode()
+def token_scores(model: Any, texts: Sequence[Text]) -> list[TokenScores]:
+    """What the model gives to each token of the texts' answers; batches as in `batch_nll`."""
+    answer_tokens = sum(len(ids) - prompt for ids, prompt in texts)
+    if len(texts) > 1 and answer_tokens * model.config.get_text_config().vocab_size > _LOGITS_AT_ONCE:
+        half = len(texts) // 2
+        return token_scores(model, texts[:half]) + token_scores(model, texts[half:])
+    logits_nv, targets_n, counts = _answer_logits(model, texts)
+    matches_n = logits_nv.argmax(dim=-1) == targets_n
+    chunks = zip(torch.split(logits_nv, _TOKENS), torch.split(targets_n, _TOKENS), strict=True)
+    logp, zscores = (
+        torch.cat(column).double() for column in zip(*(standardised(*part) for part in chunks), strict=True)
+    )
+    columns = [torch.split(column.cpu(), counts) for column in (logp, matches_n, zscores)]
+    return [TokenScores(*(column.tolist() for column in text)) for text in zip(*columns, strict=True)]
+
+
+def standardised(logits_nv: torch.Tensor, targets_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p of the targets and its z-score over the vocabulary, [n] each: z = (log p - mu) / sqrt(max(var, 1e-6)).
+
+    mu and var are mean and variance of log p_v under p_v. The variance is taken about the mean: as the difference of
+    two moments it would lose its digits where the model is certain.
+    """
+    logp_nv = logits_nv.float().log_softmax(dim=-1)
+    logp_n = logp_nv.gather(1, targets_n[:, None])[:, 0]
+    p_nv = logp_nv.exp()
+    logp_nv = logp_nv.clamp_(min=_LEAST)  # what the model excludes has p = 0 and must not make 0 * inf
+    mean_n = (p_nv * logp_nv).sum(dim=-1)
+    variance_n = logp_nv.sub_(mean_n[:, None]).square_().mul_(p_nv).sum(dim=-1)
+    return logp_n, (logp_n - mean_n) / variance_n.clamp(min=1e-6).sqrt()
+
+
+@torch.inference_mode()
 def _nll(model: Any, texts: Sequence[Text]) -> FloatArray:
+    logits_nv, targets_n, counts = _answer_logits(model, texts)
+    token_nll = functional.cross_entropy(logits_nv.float(), targets_n, reduction="none").double().cpu()
+    return np.array([float(losses.mean()) for losses in torch.split(token_nll, counts)])
+
+
+@torch.inference_mode()
+def _answer_logits(model: Any, texts: Sequence[Text]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Logits [n, vocabulary] that predict the answers' tokens, those tokens [n], and how many each text has."""
     device = model.get_input_embeddings().weight.device
     longest = max(len(ids) for ids, _ in texts)
     ids_bt = torch.zeros(len(texts), longest, dtype=torch.long)
@@ -81,7 +134,4 @@ def _nll(model: Any, texts: Sequence[Text]) -> FloatArray:
         logits_nv = model(input_ids=ids_bt.to(device), use_cache=False).logits
     if logits_nv.dim() == 3:  # a model that does not call its head as a module: all positions came back
         logits_nv = logits_nv[mask]
-    token_nll = functional.cross_entropy(logits_nv.float(), targets_n, reduction="none").double().cpu()
-    rows = torch.arange(len(texts)).repeat_interleave(predicts_bt.sum(dim=1))
-    sums = torch.zeros(len(texts), dtype=torch.float64).index_add_(0, rows, token_nll)
-    return np.asarray((sums / predicts_bt.sum(dim=1)).numpy())
+    return logits_nv, targets_n, predicts_bt.sum(dim=1).tolist()
