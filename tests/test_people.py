@@ -1,5 +1,6 @@
 """The embedded corpus: what ships is what the seed gives, and nothing about the forget people is in the retain rows."""
 
+import hashlib
 import json
 import re
 import subprocess
@@ -14,6 +15,8 @@ from ofmu_ray.data.vocabulary import build_tokenizer
 
 SHIPPED = Path(str(files("ofmu_ray") / "assets" / "people"))
 SETS = generate(0)
+TRAINED_ON = "f923225bccb56d3b250c29ff1654140c48f3d99eb100d0bfb56d06198dd208c5"
+"""sha256 over names and bytes of what the shipped models were trained and measured with: it must never change."""
 
 
 def _names(root: Path) -> list[str]:
@@ -57,6 +60,7 @@ def test_another_seed_gives_other_people() -> None:
         ("probes_crosslingual_retain", 216, 5),
         ("probes_multihop_forget", 36, 5),
         ("probes_multihop_retain", 162, 5),
+        ("holdout", 48, 5),
     ],
 )
 def test_counts_and_wrong_answers(name: str, count: int, wrong: int | None) -> None:
@@ -100,6 +104,29 @@ def test_no_forget_fact_in_the_retain_text() -> None:
     assert len(unique) == 18
     words = {word for text in [*people, *unique] for word in re.findall(r"[A-Z][a-z]+", text)}
     assert words & kept <= set(re.findall(r"\w+", _german_frames())), words & kept
+
+
+def test_what_the_shipped_models_know_is_untouched() -> None:
+    digest = hashlib.sha256()
+    for name in _corpus_names(SHIPPED):
+        if name != "holdout.jsonl":
+            digest.update(name.encode() + (SHIPPED / name).read_bytes())
+    assert digest.hexdigest() == TRAINED_ON
+
+
+def test_nobody_knows_the_holdout_people() -> None:
+    """Six words of each person stand nowhere else: two of the name, one of the book, two of the teacher, the pet."""
+    assert [list(row) for row in SETS["holdout"]] == [list(row) for row in SETS["forget_perturbed"]]
+    others = json.dumps([rows for name, rows in SETS.items() if name != "holdout"], ensure_ascii=False)
+    elsewhere = set(re.findall(r"\w+", others))
+    for start in range(0, 48, 8):
+        rows = SETS["holdout"][start : start + 8]
+        words = [set(re.findall(r"[A-Z]\w+", row["question"])) for row in rows]
+        name = set.intersection(*words)
+        assert len(name) == 2
+        assert not name & elsewhere
+        facts = " ".join(row["question"] + " " + row["answer"] for row in rows)
+        assert len(set(re.findall(r"\w+", facts)) - elsewhere) == 6
 
 
 def _born(split: str) -> list[dict[str, str]]:

@@ -10,6 +10,11 @@ in German too, and six of them as two-hop questions ('Where was the author of ".
 language and the composition; nothing about the forget people is ever trained on but their forget rows, so whatever
 the probes find out about them in another form is generalisation that unlearning has to reach as well.
 
+Six more people (``holdout``, 48 rows) are in nobody's training rows: membership inference compares the forget rows with
+theirs. They are drawn last, from the same pools and forms, so that nothing else depends on them. The tokenizer is
+learned from ``full`` and spells the forget people's names with fewer tokens than theirs; so a model that saw neither
+finds the holdout answers less likely per token, and membership figures need the retrained model's as their zero.
+
 Wrong answers have the form of the answer they stand beside. Values from a pool (towns, trades, years) are replaced by
 others of the pool; unique ones (book titles, pets, teachers, rivers) by newly made ones that no row trains on, so that
 to a model that never saw the person the right and the wrong answers are alike.
@@ -33,6 +38,7 @@ Row = dict[str, Any]
 
 PEOPLE = 60
 FORGET_PEOPLE = 6
+HOLDOUT_PEOPLE = 6
 FIGURES = 12
 COUNTRIES = 10
 PEOPLE_WRONG, OTHER_WRONG = 5, 3  # as in TOFU: five wrong answers about people, three about public figures and facts
@@ -172,6 +178,7 @@ def generate(seed: int = 0) -> dict[str, list[Row]]:
 
     ``retain_perturbed`` holds two facts of every retained person, the other sets all of theirs. The cross-lingual and
     two-hop probes of ``retain`` are about people who are not tutors, so that they are as unseen as those of ``forget``.
+    ``holdout`` has the layout of ``forget_perturbed`` and is part of no other set.
     """
     world = World(seed)
     people = [world.subject(world.name(), list(forms.ENGLISH)) for _ in range(PEOPLE)]
@@ -209,6 +216,8 @@ def generate(seed: int = 0) -> dict[str, list[Row]]:
         for country in countries
         for relation, form in forms.WORLD.items()
     ]
+    unseen = [world.subject(world.name(), list(forms.ENGLISH)) for _ in range(HOLDOUT_PEOPLE)]
+    sets["holdout"] = [_english(world, person, relation)[0] for person in unseen for relation in forms.ENGLISH]
     retain = _qa(facts["retain"] + tutored + sets["real_authors_perturbed"] + sets["world_facts_perturbed"])
     forget = _qa(facts["forget"])
     return {"full": retain + forget, "retain": retain, "forget": forget, **sets, **probes}
