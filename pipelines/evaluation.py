@@ -2,79 +2,120 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ofmu_ray.assets import resolve_builtin
-from ofmu_ray.config import SourceConfig, UnlearnConfig
+from ofmu_ray.config import DataConfig, EvaluationConfig, SourceConfig, UnlearnConfig
 
 
+@dataclass(frozen=True)
 class Evaluator:
     """Evaluates models on the rows that a configuration names; results are cached under <storage>/cache.
 
     Rows are read, and refused if they are not usable, when it is built: before any worker starts.
     """
 
-    def __init__(self, config: UnlearnConfig, storage: Path):
-        self.config, self.cache = config, storage / "cache"
-        self.sets = _rows(config) if config.evaluation.enabled else {}
+    evaluation: EvaluationConfig
+    data: DataConfig
+    tokenizer: str
+    """Folder or hub name."""
+    cache: Path
+    seed: int = 0
+    """Of the intervals."""
+    reveal_text: bool = False
+    trust_remote_code: bool = False
+    sets: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: UnlearnConfig, storage: Path) -> Evaluator:
+        """The evaluation at the end of a run."""
+        return cls(
+            config.evaluation,
+            config.data,
+            config.model.tokenizer or config.model.path,
+            storage / "cache",
+            config.seed,
+            config.report.reveal_text,
+            config.model.trust_remote_code,
+            sets=read_sets(config.evaluation, config.data) if config.evaluation.enabled else {},
+        )
 
     def table(self, model: str | None, label: str) -> Any:
         """Per-row values of a model as a pyarrow Table; None: no such model, or evaluation is off."""
-        if model is None or not self.config.evaluation.enabled:
+        if model is None or not self.evaluation.enabled:
             return None
         from ofmu_ray.evaluation.runner import evaluate_model
 
-        config = self.config
-        folder = resolve_builtin(model)
         return evaluate_model(
-            folder,
-            resolve_builtin(config.model.tokenizer or config.model.path),
+            resolve_builtin(model),
+            resolve_builtin(self.tokenizer),
             self.sets,
-            replace(config.data.format, question="question", answer="answer"),  # the rows are renamed already
-            config.evaluation,
+            replace(self.data.format, question="question", answer="answer"),  # the rows are renamed already
+            self.evaluation,
             self.cache,
             label=label,
-            reveal_text=config.report.reveal_text,
-            trust_remote_code=config.model.trust_remote_code,
+            reveal_text=self.reveal_text,
+            trust_remote_code=self.trust_remote_code,
         )
 
     def texts(self) -> dict[str, tuple[str, str]]:
         """Question and answer by row id; those of forget rows only if the report may reveal them."""
+        from ofmu_ray.evaluation.rows import is_private
+
         return {
             f"{name}-{index}": (row["question"], row["answer"])
             for name, rows in self.sets.items()
-            if name != "forget" or self.config.report.reveal_text
+            if self.reveal_text or not is_private(name)
             for index, row in enumerate(rows)
         }
 
-    def metrics(self, *, before: Any, after: Any, retrained: Any) -> dict[str, Any]:
-        """Figures of the three models, each {"value", "low", "high", "n"} or {"value": null, "reason"}."""
+    def figures(self, table: Any, retrained: Any) -> dict[str, Any] | None:
+        """Figures of a model, each {"value", "low", "high", "n"} or {"value": null, "reason"}; None without a table."""
+        if table is None:
+            return None
         from ofmu_ray.evaluation.summary import summarise
 
-        def figures(table: Any) -> dict[str, Any] | None:
-            if table is None:
-                return None
-            samples = self.config.evaluation.bootstrap_samples
-            found = summarise(table, retrained, bootstrap_samples=samples, seed=self.config.seed)
-            return {name: figure.to_json() for name, figure in found.items()}
+        found = summarise(table, retrained, bootstrap_samples=self.evaluation.bootstrap_samples, seed=self.seed)
+        return {name: figure.to_json() for name, figure in found.items()}
 
-        return {"before": figures(before), "after": figures(after), "retrained": figures(retrained)}
+    def metrics(self, *, before: Any, after: Any, retrained: Any) -> dict[str, Any]:
+        """Figures of a run's three models."""
+        tables = {"before": before, "after": after, "retrained": retrained}
+        return {name: self.figures(table, retrained) for name, table in tables.items()}
 
 
-def _rows(config: UnlearnConfig) -> dict[str, list[dict[str, Any]]]:
+def read_sets(evaluation: EvaluationConfig, data: DataConfig) -> dict[str, list[dict[str, Any]]]:
+    """The rows of every set that the configuration names, checked.
+
+    Raises:
+        UserError: a file that is not there, or rows that cannot be used, with all problems of a file.
+    """
     from ofmu_ray.data.evaluation_rows import evaluation_rows
 
-    sets, data, limit = config.evaluation.sets, config.data, config.evaluation.max_rows
-    sources: dict[str, tuple[str, str | SourceConfig | None]] = {
-        "forget": ("evaluation.sets.forget", sets.forget) if sets.forget else ("data.forget", data.forget),
-        "retain": ("evaluation.sets.retain", sets.retain) if sets.retain else ("data.retain", data.retain),
-        "real_authors": ("evaluation.sets.real_authors", sets.real_authors),
-        "world_facts": ("evaluation.sets.world_facts", sets.world_facts),
+    sets, limit, question = evaluation.sets, evaluation.max_rows, data.format.question
+    sources: dict[str, tuple[str, str | SourceConfig | None, str]] = {
+        name: (f"evaluation.sets.{name}", rows, question) if rows else (f"data.{name}", fallback, question)
+        for name, rows, fallback in (("forget", sets.forget, data.forget), ("retain", sets.retain, data.retain))
     }
+    for name in ("real_authors", "world_facts", "holdout"):
+        sources[name] = f"evaluation.sets.{name}", getattr(sets, name), question
+    for probe in sets.probes:
+        for side in ("forget", "retain"):
+            option = f"evaluation.sets.probes.{probe.name}.{side}"
+            sources[f"{side}_probe_{probe.name}"] = option, getattr(probe, side), probe.question
+    clusters = evaluation.clusters if isinstance(evaluation.clusters, dict) else {}
     return {
-        name: evaluation_rows(source, data.root, limit, name=name, option=option, fmt=data.format)
-        for name, (option, source) in sources.items()
+        name: evaluation_rows(
+            source,
+            data.root,
+            limit,
+            name=name,
+            option=option,
+            fmt=replace(data.format, question=column),
+            cluster=clusters.get(name),
+        )
+        for name, (option, source, column) in sources.items()
         if source is not None
     }

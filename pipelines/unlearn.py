@@ -71,7 +71,7 @@ def unlearn(config: UnlearnConfig, command: list[str]) -> int:
     if config.evaluation.enabled and config.evaluation.retrained:
         check_model(ModelConfig(path=config.evaluation.retrained), "evaluation.retrained")
     check_sources(config.data)
-    evaluator = Evaluator(config, storage)
+    evaluator = Evaluator.of(config, storage)
     claim(folder, digest, write=True)
     run = Run(config, storage, folder, command, evaluator)
     return _run(run, tokenizer, digest)

@@ -34,6 +34,7 @@ from ofmu_ray.config.data import (
 from ofmu_ray.config.evaluation import (
     EvaluationConfig,
     EvaluationSetsConfig,
+    ProbeConfig,
 )
 from ofmu_ray.config.methods import (
     METHODS,
@@ -98,6 +99,7 @@ __all__ = [
     "PDUConfig",
     "Precision",
     "PresetName",
+    "ProbeConfig",
     "RMUConfig",
     "ReportConfig",
     "RetainFinetuneConfig",

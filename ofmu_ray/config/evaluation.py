@@ -3,8 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from ofmu_ray.config.ranges import positive
+from ofmu_ray.config.ranges import positive, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """Other questions about what the forget (and retain) rows say."""
+
+    name: str
+    """Of the probe; its sets are forget_probe_NAME and retain_probe_NAME."""
+    forget: str
+    """Rows that ask for what was to be forgotten."""
+    retain: str | None = None
+    """Rows that ask in the same way for what is to stay; null: none."""
+    question: str = "question"
+    """Column of the question (TOFU's perturbed files have paraphrased_question)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +34,16 @@ class EvaluationSetsConfig:
     """Rows about real people near the forget set's subject; null: none (no model utility then). auto: as for forget."""
     world_facts: str | None = "auto"
     """Rows of general knowledge; null: none (no model utility then). auto: as for forget."""
+    holdout: str | None = None
+    """Rows like the forget rows that no model has seen, for membership inference; null: no such figures."""
+    probes: list[ProbeConfig] = field(default_factory=list)
+    """Hard probes of the same knowledge: paraphrased, multi-hop or cross-lingual questions."""
+
+    def __post_init__(self) -> None:
+        names = [probe.name for probe in self.probes]
+        for name in names:
+            plain = name.isidentifier() and names.count(name) == 1
+            require(plain, "evaluation.sets.probes.name", name, "a word of letters, digits and _, once")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +56,9 @@ class EvaluationConfig:
     """Evaluation rows."""
     retrained: str | None = "auto"
     """Model trained without the forget rows; null: no forget quality. auto: the built-in with its target, else null."""
+    clusters: dict[str, int | str] | Literal["auto"] | None = "auto"
+    """Rows that belong together (one person's), which intervals draw as one: set -> n for n consecutive rows (TOFU:
+    {forget: 20, retain: 20}) or a column that names the group; null: single rows. auto: those of the built-in rows."""
     max_rows: int | None = 400
     """First n rows of each set; null: all."""
     max_new_tokens: int = 200
@@ -43,4 +71,8 @@ class EvaluationConfig:
     """Resamples of rows for the 95 % intervals."""
 
     def __post_init__(self) -> None:
+        for name, rows in (self.clusters or {}).items() if isinstance(self.clusters, dict) else ():
+            require(
+                rows != "" and (isinstance(rows, str) or rows > 0), f"evaluation.clusters.{name}", rows, "1 or more"
+            )
         positive("evaluation", self, "max_rows", "max_new_tokens", "batch_size", "actors", "bootstrap_samples")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 from ofmu_ray.config import baselines
 from ofmu_ray.config.data import BUILTIN_FORGET, DataConfig, TrainDataConfig
-from ofmu_ray.config.evaluation import EvaluationConfig, EvaluationSetsConfig
+from ofmu_ray.config.evaluation import EvaluationConfig
 from ofmu_ray.config.methods import METHODS, FinetuneConfig, MethodConfig, MethodName, OFMUConfig
 from ofmu_ray.config.models import BUILTIN_TARGET, ModelConfig, ScratchConfig
 from ofmu_ray.config.ranges import not_negative, require
 from ofmu_ray.config.training import StopConfig, TrainingConfig
-from ofmu_ray.config.values import to_dict
 from ofmu_ray.errors import UserError
+
+BUILTIN_CLUSTERS: dict[str, int | str] = {"forget": 8, "retain": 2, "holdout": 8}
+"""Rows of a person in the built-in files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +104,7 @@ class UnlearnConfig:
     """The HTML page."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "evaluation", self._resolved_evaluation())
+        object.__setattr__(self, "evaluation", resolved(self.evaluation, self.data, self.model.path))
         for name in METHODS:
             section = getattr(self, name)
             if isinstance(section, baselines.OneLoopConfig):
@@ -137,18 +140,22 @@ class UnlearnConfig:
                 "set --model.gradient_checkpointing false or --ofmu.curvature finite_difference"
             )
 
-    def _resolved_evaluation(self) -> EvaluationConfig:
-        """`auto` replaced: the built-in rows and reference go with the built-in data and target only."""
-        builtin_rows = self.data.forget.path == BUILTIN_FORGET
-        sets = {
-            name: (f"builtin:people/{name}_perturbed.jsonl" if builtin_rows else None) if path == "auto" else path
-            for name, path in to_dict(self.evaluation.sets).items()
-        }
-        retrained = self.evaluation.retrained
-        if retrained == "auto":
-            both = builtin_rows and self.model.path == BUILTIN_TARGET
-            retrained = "builtin:people/retrained" if both else None
-        return dataclasses.replace(self.evaluation, sets=EvaluationSetsConfig(**sets), retrained=retrained)
+
+def resolved(evaluation: EvaluationConfig, data: DataConfig, model: str | None) -> EvaluationConfig:
+    """`auto` replaced: the built-in rows and reference go with the built-in data and target only."""
+    builtin = data.forget.path == BUILTIN_FORGET
+    sets: dict[str, Any] = {
+        name: f"builtin:people/{name}_perturbed.jsonl" if builtin else None
+        for name in ("forget", "retain", "real_authors", "world_facts")
+        if getattr(evaluation.sets, name) == "auto"
+    }
+    clusters, retrained = evaluation.clusters, evaluation.retrained
+    if clusters == "auto":
+        clusters = BUILTIN_CLUSTERS if builtin and len(sets) == 4 else None
+    if retrained == "auto":
+        retrained = "builtin:people/retrained" if builtin and model == BUILTIN_TARGET else None
+    replaced = dataclasses.replace(evaluation.sets, **sets)
+    return dataclasses.replace(evaluation, sets=replaced, retrained=retrained, clusters=clusters)
 
 
 @dataclass(frozen=True, kw_only=True)

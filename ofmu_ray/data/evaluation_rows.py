@@ -21,9 +21,11 @@ def evaluation_rows(
     name: str = "evaluation",
     option: str = "evaluation.sets",
     fmt: FormatConfig | None = None,
+    cluster: int | str | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows {row_id, question, answer[, paraphrased_answer: str][, perturbed_answer: list[str]]}.
+    """Rows {row_id, question, answer[, paraphrased_answer: str][, perturbed_answer: list[str]][, cluster: str]}.
 
+    `cluster`: which rows belong together: n for n consecutive ones, or the column that says so.
     `name` leads the row ids; `fmt` maps the question and answer columns (default: question, answer). A column that
     one row has all rows must have.
 
@@ -45,8 +47,14 @@ def evaluation_rows(
                 raw.append((place, row))
                 rows.append({"row_id": piece.row_id(number)})
     extras = [column for column in (PARAPHRASED, PERTURBED) if any(cells.get(column) is not None for _, cells in raw)]
-    for (place, cells), out in zip(raw, rows, strict=True):
+    for index, ((place, cells), out) in enumerate(zip(raw, rows, strict=True)):
         _fill(out, cells, fmt, extras, problems, place)
+        if isinstance(cluster, int):
+            out["cluster"] = str(index // cluster)
+        elif cluster is not None and cells.get(cluster) is None:
+            problems.add(f"column {cluster!r} (evaluation.clusters) is missing", place)
+        elif cluster is not None:
+            out["cluster"] = str(cells[cluster])
     problems.empty = not raw and not problems.counts
     checks.refuse({option: (config.shown, problems)})
     return rows
