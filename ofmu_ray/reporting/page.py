@@ -56,6 +56,11 @@ def write_report(path: PathLike, data: ReportData) -> None:
 
 def render(data: ReportData) -> str:
     """The page as HTML."""
+    return str(page_environment().get_template("report.html.j2").render(_context(data)))
+
+
+def page_environment() -> Any:
+    """jinja2 with this folder's templates and the formats of figures as filters; everything is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -72,7 +77,7 @@ def render(data: ReportData) -> str:
         "duration": figures.duration,
         "label": figures.label,
     }
-    return environment.get_template("report.html.j2").render(_context(data))
+    return environment
 
 
 def _context(data: ReportData) -> dict[str, Any]:
@@ -94,7 +99,7 @@ def _context(data: ReportData) -> dict[str, Any]:
         "degeneration": samples.degeneration(tables),
         "phases": _phases(data.cost),
         "streams": dict(data.data.get("streams") or {}),
-        "config_yaml": _yaml(data.config),
+        "config_yaml": yaml_text(data.config),
         "command": data.command if isinstance(data.command, str) else shlex.join(data.command),
         "hashes": _hashes(data),
     }
@@ -179,7 +184,8 @@ def _phases(cost: Mapping[str, Any]) -> list[tuple[str, float, float]]:
     return [(words.get(name, name), value, 100 * value / longest) for name, value in seconds.items()]
 
 
-def _yaml(config: Mapping[str, Any]) -> str:
+def yaml_text(config: Mapping[str, Any]) -> str:
+    """A configuration as YAML."""
     import yaml
 
     return str(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=100))
