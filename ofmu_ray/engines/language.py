@@ -1,9 +1,9 @@
-"""The causal language model's loss on a micro-batch of token ids."""
+"""The causal language model's forward pass and loss on a micro-batch of token ids."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -12,15 +12,38 @@ IGNORED = -100
 """Label of a position without a loss (prompt and padding)."""
 
 
-def causal_lm_loss(module: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of the token negative log-likelihoods (nats) and the number of labelled tokens.
+class Answers(NamedTuple):
+    """What a model predicts at the labelled tokens of a micro-batch, row after row."""
 
-    `batch`: input_ids, attention_mask, labels, each int64 [rows, positions]; labels are -100 where there is no loss.
-    Labelled positions are selected before the upcast, so that fp32 logits exist for the answer's tokens only.
+    logits_tv: torch.Tensor
+    """[tokens, vocabulary], at least fp32: what the position before each labelled token says."""
+    labels_t: torch.Tensor
+    """int64 [tokens]."""
+    rows_t: torch.Tensor
+    """int64 [tokens], row of each token."""
+    rows: int
+
+
+def answers(
+    module: torch.nn.Module, batch: Mapping[str, Any], labels: torch.Tensor | None = None, prefix: str = ""
+) -> Answers:
+    """Run the model and select its predictions of the labelled tokens.
+
+    `batch`: input_ids, attention_mask, labels (each under `prefix` + its name), each int64 [rows, positions]; labels
+    are -100 where there is no loss (`labels`, if given, in place of the batch's). Labelled positions are selected
+    before the upcast, so that fp32 logits exist for the answer's tokens only.
     """
-    output = module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    labels = batch["labels"][:, 1:]
+    ids, mask = batch[f"{prefix}input_ids"], batch[f"{prefix}attention_mask"]
+    output = module(input_ids=ids, attention_mask=mask, use_cache=False)
+    labels = (batch[f"{prefix}labels"] if labels is None else labels)[:, 1:]
     labelled = labels != IGNORED
     logits_tv = output.logits[:, :-1][labelled]
     wide = logits_tv.float() if logits_tv.dtype in (torch.bfloat16, torch.float16) else logits_tv
-    return functional.cross_entropy(wide, labels[labelled], reduction="sum"), labelled.sum()
+    return Answers(wide, labels[labelled], labelled.nonzero()[:, 0], len(labels))
+
+
+def causal_lm_loss(module: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of the token negative log-likelihoods (nats) and the number of labelled tokens; `batch` as in `answers`."""
+    logits_tv, labels_t, _, _ = answers(module, batch)
+    total = functional.cross_entropy(logits_tv, labels_t, reduction="sum")
+    return total, labels_t.new_tensor(len(labels_t))

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from ofmu_ray.config import GradientAscentConfig
+from ofmu_ray import config
+from ofmu_ray.methods.ceu import CEU
+from ofmu_ray.methods.grad_diff import GradDiff
 from ofmu_ray.methods.gradient_ascent import GradientAscent
 from ofmu_ray.methods.one_loop import OneLoop
+from ofmu_ray.methods.retain_finetune import RetainFinetune
+from ofmu_ray.methods.satimp import SatImp
+from ofmu_ray.methods.simnpo import SimNPO
+from ofmu_ray.methods.wga import WGA
 
 BASELINES: dict[type, type[OneLoop[Any]]] = {
-    GradientAscentConfig: GradientAscent,
+    config.GradientAscentConfig: GradientAscent,
+    config.GradDiffConfig: GradDiff,
+    config.SimNPOConfig: SimNPO,
+    config.WGAConfig: WGA,
+    config.SatImpConfig: SatImp,
+    config.CEUConfig: CEU,
+    config.RetainFinetuneConfig: RetainFinetune,
 }
 """Options -> method."""

@@ -7,9 +7,16 @@ from typing import Any
 
 import torch
 
+from ofmu_ray.algorithm.losses import LossParts
 from ofmu_ray.config import GradientAscentConfig
 from ofmu_ray.engines.language import causal_lm_loss
-from ofmu_ray.methods.one_loop import LossParts, OneLoop
+from ofmu_ray.methods.one_loop import OneLoop
+
+
+def negated_nll(module: torch.nn.Module, micro: Mapping[str, Any]) -> LossParts:
+    """- NLL of the answers' tokens, mean over tokens."""
+    total, count = causal_lm_loss(module, micro)
+    return -total, count
 
 
 class GradientAscent(OneLoop[GradientAscentConfig]):
@@ -18,5 +25,4 @@ class GradientAscent(OneLoop[GradientAscentConfig]):
     name = "gradient_ascent"
 
     def forget_loss(self, module: torch.nn.Module, micro: Mapping[str, Any]) -> LossParts:
-        total, count = causal_lm_loss(module, micro)
-        return -total, count
+        return negated_nll(module, micro)

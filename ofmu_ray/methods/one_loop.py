@@ -7,22 +7,25 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from ofmu_ray.algorithm.losses import LossParts, kl_from_reference
 from ofmu_ray.algorithm.schedules import learning_rate
 from ofmu_ray.algorithm.space import Vector, add_, scale_
-from ofmu_ray.config import OneLoopConfig
-from ofmu_ray.engines.language import causal_lm_loss
+from ofmu_ray.config import OneLoopConfig, WeightedConfig
+from ofmu_ray.engines.language import answers, causal_lm_loss
 from ofmu_ray.engines.protocol import Engine
 from ofmu_ray.methods.protocol import Batches, Need, drawn
 
+__all__ = ["LossParts", "OneLoop", "Weighted"]
+
 C = TypeVar("C", bound=OneLoopConfig)
-LossParts = tuple[torch.Tensor, torch.Tensor | int]
-"""Sum of a micro-batch's losses and how many they are (rows or tokens): the engine divides by the global count."""
+W = TypeVar("W", bound=WeightedConfig)
 
 
 class OneLoop(Generic[C]):
     """theta <- step down (forget_weight grad L_f + retain_weight grad L_r); a weight of 0 saves the pass.
 
-    A method overrides `forget_loss` (and `retain_loss`); the steps are those of the engine's outer optimiser.
+    A method overrides `forget_loss` (and `retain_loss`, or `direction`); the steps are those of the engine's outer
+    optimiser.
     """
 
     name: str
@@ -54,24 +57,30 @@ class OneLoop(Generic[C]):
         """Loss on retain rows that is minimised: token-mean NLL."""
         return causal_lm_loss(module, micro)
 
+    def direction(
+        self, engine: Engine, forget: Vector | None, retain: Vector | None, figures: dict[str, float]
+    ) -> Vector:
+        """What the step goes down, from both gradients, which it may use up; may add to the round's `figures`."""
+        total = None if forget is None else scale_(forget, self.forget_weight)
+        if retain is not None:
+            total = scale_(retain, self.retain_weight) if total is None else add_(total, retain, self.retain_weight)
+        assert total is not None
+        return total
+
     def round(self, engine: Engine, forget_batches: Batches, retain_batches: Batches) -> dict[str, float]:
         """One update; draws `batches_per_round()` batches."""
         lr = learning_rate(self.config.optimizer, self.rounds_done, self.rounds)
         engine.set_learning_rate("outer", lr)
         figures: dict[str, float] = {"lr": lr}
-        direction: Vector | None = None
-        if self.forget_weight > 0:
+        forget = retain = None
+        counts = self.batches_per_round()
+        if counts["forget"]:
             batch = next(drawn(forget_batches, "forget"))
-            direction, figures["forget_loss"] = engine.gradient(batch, self.forget_loss, kind="forget")
-            scale_(direction, self.forget_weight)
-        if self.retain_weight > 0:
+            forget, figures["forget_loss"] = engine.gradient(batch, self.forget_loss, kind="forget")
+        if counts["retain"]:
             batch = next(drawn(retain_batches, "retain"))
-            g_r, figures["retain_loss"] = engine.gradient(batch, self.retain_loss, kind="retain")
-            direction = (
-                scale_(g_r, self.retain_weight) if direction is None else add_(direction, g_r, self.retain_weight)
-            )
-        assert direction is not None
-        figures["gradient_norm"] = engine.apply(direction, "outer")
+            retain, figures["retain_loss"] = engine.gradient(batch, self.retain_loss, kind="retain")
+        figures["gradient_norm"] = engine.apply(self.direction(engine, forget, retain, figures), "outer")
         self.rounds_done += 1
         return figures
 
@@ -80,3 +89,25 @@ class OneLoop(Generic[C]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.rounds_done = int(state["rounds_done"])
+
+
+class Weighted(OneLoop[W]):
+    """A one-loop method whose weights and retain loss are options.
+
+    retain_loss kl: KL(untouched model || model) at the tokens of retain answers, mean over tokens. (OpenUnlearning
+    takes it at every position, prompts and padding included, so that its value depends on how rows are batched.)
+    """
+
+    def __init__(self, config: W, rounds: int | None = None):
+        super().__init__(config, rounds)
+        self.forget_weight, self.retain_weight = config.forget_weight, config.retain_weight
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        kl = self.retain_weight > 0 and self.config.retain_loss == "kl"
+        return (Need("retain", "logits"),) if kl else ()
+
+    def retain_loss(self, module: torch.nn.Module, micro: Mapping[str, Any]) -> LossParts:
+        if self.config.retain_loss == "nll":
+            return causal_lm_loss(module, micro)
+        return kl_from_reference(answers(module, micro).logits_tv, micro["reference_logprobs"])

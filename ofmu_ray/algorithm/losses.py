@@ -1,0 +1,79 @@
+"""Losses of the unlearning methods as pure functions: log-probabilities in, sum and count out.
+
+Suffixes name the axes: `_tv` [labelled tokens, vocabulary], `_t` [labelled tokens], `_r` [rows]. Each loss returns
+(sum, count), so that whoever adds up micro-batches and workers divides by the global count: a mean over tokens or over
+rows that no split of the batch changes. All losses are minimised; nats throughout.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+LossParts = tuple[torch.Tensor, torch.Tensor | int]
+"""Sum of a micro-batch's losses and how many they are (rows or tokens)."""
+
+
+def token_nll(logits_tv: torch.Tensor, labels_t: torch.Tensor) -> torch.Tensor:
+    """-log p of each labelled token, [labelled tokens]."""
+    return functional.cross_entropy(logits_tv, labels_t, reduction="none")
+
+
+def row_sums(values_t: torch.Tensor, rows_t: torch.Tensor, rows: int) -> torch.Tensor:
+    """Sum of the tokens' values in each of `rows` rows; `rows_t` says which row a token is of."""
+    return values_t.new_zeros(rows).index_add(0, rows_t, values_t)
+
+
+def weighted_ascent(
+    nll_t: torch.Tensor, *, saturation: float = 0.0, importance: float = 0.0
+) -> tuple[torch.Tensor, int]:
+    """- p^saturation (1 - p)^importance nll, p = exp(-nll), the weight without gradient; mean over tokens.
+
+    saturation 1: WGA, weighted gradient ascent (Wang et al. 2025, arXiv 2502.19301). Both: SatImp (Yang et al. 2025,
+    arXiv 2505.11953). Neither: gradient ascent.
+    """
+    p_t = torch.exp(-nll_t.detach())
+    weight_t = p_t**saturation * (1 - p_t) ** importance
+    return -(weight_t * nll_t).sum(), len(nll_t)
+
+
+def negative_preference(nll_r: torch.Tensor, reference_nll_r: torch.Tensor, *, beta: float) -> tuple[torch.Tensor, int]:
+    """-(2 / beta) log sigmoid(beta (nll - reference nll)), sequence sums; mean over rows.
+
+    NPO (Zhang et al. 2024, arXiv 2404.05868). Towards beta = 0: gradient ascent, up to a constant.
+    """
+    return -2 / beta * functional.logsigmoid(beta * (nll_r - reference_nll_r)).sum(), len(nll_r)
+
+
+def simple_negative_preference(
+    nll_r: torch.Tensor, tokens_r: torch.Tensor, *, beta: float, delta: float
+) -> tuple[torch.Tensor, int]:
+    """-(2 / beta) log sigmoid(beta (nll / tokens - delta)); mean over rows.
+
+    SimNPO (Fan et al. 2024, arXiv 2410.07163): NPO without a reference model, on length-normalised losses.
+    """
+    return -2 / beta * functional.logsigmoid(beta * (nll_r / tokens_r - delta)).sum(), len(nll_r)
+
+
+def distilled_without_truth(logits_tv: torch.Tensor, labels_t: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Cross-entropy to the model's own distribution without the true token (fixed); mean over tokens.
+
+    CE-U (Yang 2025, arXiv 2503.01224): the target is softmax of the detached logits, the true one at -infinity.
+    """
+    target_tv = logits_tv.detach().scatter(1, labels_t[:, None], -torch.inf).softmax(1)
+    return functional.cross_entropy(logits_tv, target_tv, reduction="sum"), len(labels_t)
+
+
+def logit_margin(logits_tv: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """(largest logit - mean logit)^2; mean over tokens. 0 for a uniform distribution.
+
+    The forget loss of PDU (Entesari et al. 2025, arXiv 2506.05314).
+    """
+    return (logits_tv.amax(1) - logits_tv.mean(1)).square().sum(), len(logits_tv)
+
+
+def kl_from_reference(logits_tv: torch.Tensor, reference_logprobs_tv: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """KL(reference || model) of the next-token distributions; mean over tokens."""
+    reference_tv = reference_logprobs_tv.to(logits_tv.dtype)
+    logprobs_tv = logits_tv.log_softmax(1)
+    return functional.kl_div(logprobs_tv, reference_tv, reduction="sum", log_target=True), len(logits_tv)

@@ -1,0 +1,22 @@
+"""Gradient difference (Liu et al. 2022, arXiv 2203.12817)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ofmu_ray.algorithm.losses import LossParts
+from ofmu_ray.config import GradDiffConfig
+from ofmu_ray.methods.gradient_ascent import negated_nll
+from ofmu_ray.methods.one_loop import Weighted
+
+
+class GradDiff(Weighted[GradDiffConfig]):
+    """Minimises -gamma L_f + alpha R: ascent on forget answers, descent on retain answers (R: NLL or KL)."""
+
+    name = "grad_diff"
+
+    def forget_loss(self, module: torch.nn.Module, micro: Mapping[str, Any]) -> LossParts:
+        return negated_nll(module, micro)

@@ -1,0 +1,14 @@
+"""Fine-tuning on retain rows only: the control that forgets nothing on purpose."""
+
+from __future__ import annotations
+
+from ofmu_ray.config import RetainFinetuneConfig
+from ofmu_ray.methods.one_loop import OneLoop
+
+
+class RetainFinetune(OneLoop[RetainFinetuneConfig]):
+    """Minimises L_r, the token-mean NLL of retain answers; forget rows are not used."""
+
+    name = "retain_finetune"
+    forget_weight = 0.0
+    retain_weight = 1.0
