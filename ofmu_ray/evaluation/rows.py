@@ -30,6 +30,7 @@ MEASURED = pa.schema(
         ("generated_tokens", pa.int32()),  # EOS not counted
         ("generated_empty", pa.bool_()),
         ("repetition", pa.float64()),  # share of the generation's token 4-grams that repeat an earlier one
+        ("generated_entropy", pa.float64()),  # n-gram entropy of the generation's tokens; bits
         ("answer_logprobs", pa.list_(pa.float64())),  # log p of each token of the answer, EOS last; nats
         ("answer_matches", pa.list_(pa.bool_())),  # whether that token was the most likely one
         ("answer_zscores", pa.list_(pa.float64())),  # Min-K++: the log p, standardised over the vocabulary
@@ -66,8 +67,8 @@ class EvaluationRow:
 
 
 def is_private(set_name: str) -> bool:
-    """Whether the set's texts are personal data: forget rows, and probes of them (`forget_...`)."""
-    return set_name.split("_")[0] == "forget"
+    """Whether the set's texts are personal data: forget rows, and probes of them (`forget_...`, `..._forget`)."""
+    return "forget" in set_name.split("_")
 
 
 def evaluation_rows(name: str, rows: Sequence[Mapping[str, Any]], fmt: FormatConfig) -> list[EvaluationRow]:

@@ -14,7 +14,25 @@ _SETS = {
     "real_authors": "Real authors",
     "world_facts": "World facts",
 }
-_METRICS = {"probability": "probability", "rouge": "ROUGE-L recall", "truth_ratio": "truth ratio"}
+_METRICS = {
+    "probability": "probability",
+    "rouge": "ROUGE-L recall",
+    "truth_ratio": "truth ratio",
+    "empty": "empty generations",
+    "repetition": "repetition of 4-grams",
+    "length": "generated tokens",
+    "ngram_entropy": "n-gram entropy (bits)",
+}
+_DEGENERATION = ("_empty", "_repetition", "_length", "_ngram_entropy")
+_ATTACKS = {
+    "loss": "loss",
+    "zlib": "ZLib",
+    "min_k": "Min-K",
+    "min_k_plus": "Min-K++",
+    "reference": "reference",
+    "gradient_norm": "gradient norm",
+}
+_RATES = {"auc": "AUC", "tpr": "TPR at 1 % FPR"}
 
 
 @dataclass(frozen=True)
@@ -44,6 +62,11 @@ def label(name: str) -> str:
     """forget_truth_ratio -> Forget truth ratio."""
     if name == "ks_statistic":
         return "KS distance to retrained"
+    if name == "privleak":
+        return "PrivLeak"
+    if name.startswith("mia_"):
+        attack, _, rate = name.removeprefix("mia_").rpartition("_")
+        return f"Membership {_ATTACKS.get(attack, attack)} {_RATES.get(rate, rate)}"
     for prefix, words in _SETS.items():
         if name.startswith(f"{prefix}_") and name.removeprefix(f"{prefix}_") in _METRICS:
             return f"{words} {_METRICS[name.removeprefix(f'{prefix}_')]}"
@@ -52,9 +75,11 @@ def label(name: str) -> str:
 
 def direction(name: str) -> str:
     """Which way is better. What forget rows score should be what a model scores that never saw them."""
-    if name == "forget_quality" or not name.startswith(("forget_", "ks_")):
+    if name.endswith(("ks_statistic", "_variance")):
+        return DOWN
+    if name.endswith("forget_quality"):
         return UP
-    return DOWN if name == "ks_statistic" else MATCH
+    return MATCH if name.startswith(("forget_", "mia_", "privleak")) or name.endswith(_DEGENERATION) else UP
 
 
 def metric_table(metrics: Mapping[str, Any]) -> list[MetricRow]:
