@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,13 +13,11 @@ import pyarrow as pa
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation import metrics
 from ofmu_ray.evaluation.degeneration import ngram_entropy
-from ofmu_ray.evaluation.generation import budgets, finish_batch, generate_batch, stop_ids
+from ofmu_ray.evaluation.generation import generate_batch, stop_ids
 from ofmu_ray.evaluation.metrics import FloatArray
 from ofmu_ray.evaluation.rouge import rouge_l_recall
-from ofmu_ray.evaluation.row_pass import row_values
 from ofmu_ray.evaluation.rows import MEASURED, EvaluationRow, with_row_metrics
 from ofmu_ray.evaluation.scoring import Text, TokenScores, length_sorted, mean_nll, token_scores
-from ofmu_ray.evaluation.tree import takes_trees, tree_of
 
 
 class RowTemplate(Protocol):
@@ -32,25 +29,27 @@ class RowTemplate(Protocol):
 
 
 @dataclass(frozen=True)
-class Unit:
-    """Rows of one set that go through the model together."""
+class ScoreUnit:
+    """Texts of one set that go through the model together; `places` are (row, number of the text in the row)."""
+
+    set: str
+    places: Sequence[tuple[int, int]]
+    texts: Sequence[Text]
+
+
+@dataclass(frozen=True)
+class GenerateUnit:
+    """Prompts of one set that are answered together, and the right answers to compare with."""
 
     set: str
     rows: Sequence[int]
-    texts: Sequence[Sequence[Text]]
-    """Per row, the texts to score: right answer, paraphrase (if any), wrong answers, all after the same prompt."""
-    paraphrased: Sequence[bool]
-    """Per row, whether its second text is a paraphrase."""
+    prompts: Sequence[Sequence[int]]
     references: Sequence[str]
-    """The right answers that generations are compared with."""
-
-    @property
-    def prompts(self) -> list[Sequence[int]]:
-        return [texts[0][0][: texts[0][1]] for texts in self.texts]
 
 
-Result = Mapping[int, Mapping[str, Any]]
-"""Row -> columns of MEASURED."""
+Unit = ScoreUnit | GenerateUnit
+Result = Mapping[Any, Any]
+"""(row, text) -> TokenScores of a ScoreUnit; row -> columns of MEASURED of a GenerateUnit."""
 
 
 def plan(rows: Sequence[EvaluationRow], template: RowTemplate, batch_size: int) -> list[Unit]:
@@ -60,58 +59,56 @@ def plan(rows: Sequence[EvaluationRow], template: RowTemplate, batch_size: int) 
     naming the row, when a text leaves no answer token within data.format.max_length.
     """
     name = rows[0].set
-    places = [index for index, row in enumerate(rows) for _ in row.texts]
+    prompts = [template.encode_prompt(row.question) for row in rows]
+    places = [(index, number) for index, row in enumerate(rows) for number in range(len(row.texts))]
     encoded = template.encode_rows(
-        [rows[index].question for index in places], [text for row in rows for text in row.texts]
+        [rows[index].question for index, _ in places], [rows[index].texts[number] for index, number in places]
     )
-    texts: list[list[Text]] = [[] for _ in rows]
-    for index, text in zip(places, encoded, strict=True):
+    for (index, _), text in zip(places, encoded, strict=True):
         if text.only_prompt:
             raise UserError(
                 f"evaluation.sets.{name}: row {rows[index].row_id} has no answer token left within "
                 "data.format.max_length; raise it"
             )
-        texts[index].append((text.input_ids, text.prompt_tokens))
-    return [
-        Unit(
-            name,
-            batch,
-            [texts[row] for row in batch],
-            [rows[row].paraphrase is not None for row in batch],
-            [rows[row].answer for row in batch],
-        )
-        for batch in length_sorted([each[0][1] for each in texts], batch_size)
+    texts = [(text.input_ids, text.prompt_tokens) for text in encoded]
+    units: list[Unit] = [
+        GenerateUnit(name, batch, [prompts[row] for row in batch], [rows[row].answer for row in batch])
+        for batch in length_sorted([len(prompt) for prompt in prompts], batch_size)
+    ]
+    return units + [
+        ScoreUnit(name, [places[position] for position in batch], [texts[position] for position in batch])
+        for batch in length_sorted([len(ids) for ids, _ in texts], batch_size)
     ]
 
 
 def assemble(rows: Sequence[EvaluationRow], results: Sequence[Result]) -> pa.Table:
     """The set's table (schema MEASURED) from the results of all units of its plan."""
-    found = {index: columns for result in results for index, columns in result.items()}
-    records = [
-        {
-            "row_id": row.row_id,
-            "set": row.set,
-            "index": row.index,
-            "answer_zlib_bytes": len(zlib.compress(row.answer.encode())),
-            "cluster": row.cluster,
-            **found[index],
-        }
-        for index, row in enumerate(rows)
-    ]
+    found: dict[Any, Any] = {}
+    for result in results:
+        found.update(result)
+    records = []
+    for index, row in enumerate(rows):
+        scores: list[TokenScores] = [found[index, number] for number in range(len(row.texts))]
+        losses = [-float(np.mean(each.logprobs)) for each in scores]
+        first_wrong = 1 if row.paraphrase is None else 2
+        records.append(
+            {
+                "row_id": row.row_id,
+                "set": row.set,
+                "index": row.index,
+                "answer_nll": losses[0],
+                "answer_tokens": len(scores[0].logprobs),
+                "paraphrase_nll": None if row.paraphrase is None else losses[1],
+                "wrong_nll": losses[first_wrong:] or None,
+                "answer_logprobs": scores[0].logprobs,
+                "answer_matches": scores[0].matches,
+                "answer_zscores": scores[0].zscores,
+                "answer_zlib_bytes": len(zlib.compress(row.answer.encode())),
+                "cluster": row.cluster,
+                **found[index],
+            }
+        )
     return pa.Table.from_pylist(records, schema=MEASURED)
-
-
-def _columns(answer: TokenScores, other_nll: Sequence[float], paraphrased: bool) -> dict[str, Any]:
-    """The columns of MEASURED that teacher-forced passes give."""
-    return {
-        "answer_nll": -float(np.mean(answer.logprobs)),
-        "answer_tokens": len(answer.logprobs),
-        "paraphrase_nll": other_nll[0] if paraphrased else None,
-        "wrong_nll": list(other_nll[1:] if paraphrased else other_nll) or None,
-        "answer_logprobs": answer.logprobs,
-        "answer_matches": answer.matches,
-        "answer_zscores": answer.zscores,
-    }
 
 
 class Scorer:
@@ -137,19 +134,15 @@ class Scorer:
     def run_all(self, units: Sequence[Unit]) -> Iterator[Result]:
         return (self.run(unit) for unit in units)
 
-    @cached_property
-    def shares_prompts(self) -> bool:
-        """Whether a row's texts go through the model in one pass (see `tree.takes_trees`), or one by one."""
-        return takes_trees(self.model)
-
     def run(self, unit: Unit) -> Result:
         """One unit's values."""
-        scores, new = self._shared(unit) if self.shares_prompts else self._plain(unit)
+        if isinstance(unit, ScoreUnit):
+            return dict(zip(unit.places, token_scores(self.model, unit.texts), strict=True))
+        new = generate_batch(self.model, unit.prompts, max_new_tokens=self.max_new_tokens, stop=self.stop)
         texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in new]
         recalls = rouge_l_recall(unit.references, texts)
         return {
             row: {
-                **columns,
                 "rouge_l_recall": recall,
                 "generated": text.strip(),
                 "generated_tokens": len(tokens),
@@ -157,23 +150,5 @@ class Scorer:
                 "repetition": metrics.repetition(tokens),
                 "generated_entropy": ngram_entropy(tokens),
             }
-            for row, columns, text, tokens, recall in zip(unit.rows, scores, texts, new, recalls, strict=True)
+            for row, text, tokens, recall in zip(unit.rows, texts, new, recalls, strict=True)
         }
-
-    def _shared(self, unit: Unit) -> tuple[list[dict[str, Any]], list[list[int]]]:
-        left = budgets(self.model, [len(prompt) for prompt in unit.prompts], self.max_new_tokens)
-        values = list(row_values(self.model, [tree_of(texts) for texts in unit.texts], left, self.stop))
-        new = finish_batch(self.model, [each.begun for each in values], left, stop=self.stop)
-        return [
-            _columns(each.answer, each.other_nll, paraphrased)
-            for each, paraphrased in zip(values, unit.paraphrased, strict=True)
-        ], new
-
-    def _plain(self, unit: Unit) -> tuple[list[dict[str, Any]], list[list[int]]]:
-        new = generate_batch(self.model, unit.prompts, max_new_tokens=self.max_new_tokens, stop=self.stop)
-        others = iter(mean_nll(self.model, [text for texts in unit.texts for text in texts[1:]], len(unit.rows)))
-        answers = token_scores(self.model, [texts[0] for texts in unit.texts])
-        return [
-            _columns(answer, [float(next(others)) for _ in texts[1:]], paraphrased)
-            for answer, texts, paraphrased in zip(answers, unit.texts, unit.paraphrased, strict=True)
-        ], new
