@@ -184,10 +184,10 @@ class SatImpConfig(WeightedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CEUConfig(OneLoopConfig):
-    """Cross-entropy unlearning (CE-U): distillation from the model's own distribution without the true token."""
+    """CE-U (Yang 2025, arXiv 2503.01224): distillation from the model's own distribution without the true token."""
 
     skip_tokens: int = 1
-    """Leading answer tokens without a loss."""
+    """Leading answer tokens without a loss (a footnote of the paper)."""
 
     def check(self, section: str) -> None:
         """Ranges; UnlearnConfig calls it with the section's name."""
@@ -197,30 +197,36 @@ class CEUConfig(OneLoopConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PDUConfig(OneLoopConfig):
-    """Primal-dual unlearning: flat logits on forget answers, subject to a bound on the retain loss."""
+    """Primal-dual unlearning (Entesari et al. 2025, arXiv 2506.05314): flat logits on forget answers, bounded R."""
 
     forget_weight: float = 1.0
     """gamma, weight of the forget loss."""
     dual_start: float = 1.0
-    """lambda_0, first weight of the retain constraint (the authors advise 50 to 100)."""
+    """lambda_0, first weight of the retain constraint (OpenUnlearning's notes advise 50 to 100)."""
     dual_rate: float = 1.0
     """eta, step of the dual variable per round."""
     retain_bound: float | None = None
-    """epsilon, largest accepted retain loss (nats per token); null: 1.1 times that of the first retain batch."""
+    """epsilon, largest accepted retain loss (nats per token); null: (1 + tolerance) times the first batch's."""
+    tolerance: float = 0.1
+    """With retain_bound null, how much the retain loss may rise, relative to where it starts."""
     warmup_rounds: int = 0
     """Rounds before the dual variable starts to move."""
+    positions: Literal["answer", "peer_unshifted"] = "answer"
+    """answer: where answer tokens are predicted; peer_unshifted: one place later (OpenUnlearning's unshifted mask)."""
 
     def check(self, section: str) -> None:
         """Ranges; UnlearnConfig calls it with the section's name."""
         super().check(section)
-        not_negative(section, self, "forget_weight", "dual_start", "dual_rate", "warmup_rounds")
-        positive(section, self, "retain_bound")
+        positive(section, self, "forget_weight", "retain_bound")
+        not_negative(section, self, "dual_start", "dual_rate", "tolerance", "warmup_rounds")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskArithmeticConfig(OneLoopConfig):
     """The negated task vector (Ilharco et al. 2023, arXiv 2212.04089): away from a fit to the forget rows."""
 
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
+    """The optimiser of the fit (no weight decay: it would pull the unlearned weights, not the fitted ones)."""
     scale: float = 1.0
     """How far to go: the weights are theta_0 - scale (theta_fit - theta_0)."""
 
@@ -228,6 +234,8 @@ class TaskArithmeticConfig(OneLoopConfig):
         """Ranges; UnlearnConfig calls it with the section's name."""
         super().check(section)
         positive(section, self, "scale")
+        decay = self.optimizer.weight_decay
+        require(decay == 0, f"{section}.optimizer.weight_decay", decay, "0 (it would not act on the fitted weights)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,16 +245,16 @@ class RetainFinetuneConfig(OneLoopConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class BLURConfig(OneLoopConfig):
-    """BLUR (Reisizadeh et al. 2025, arXiv 2506.08164): bi-level, forget loss first, retain gradient where it agrees."""
+    """BLUR (Reisizadeh et al. 2025, arXiv 2506.08164): bi-level, forgetting first; the retain gradient is projected."""
 
     forget_loss: Literal["npo", "nll"] = "npo"
     """Lower-level objective: NPO (BLUR-NPO) or the negated NLL."""
     npo_beta: float = 0.1
     """Inverse temperature of the NPO loss."""
-    barrier: float = 0.1
-    """How much descent of the forget loss is asked for, relative to the squared norm of its gradient."""
+    forget_weight: float = 1.0
+    """gamma, weight of the forget gradient beside the projected retain gradient (the authors' MUSE runs: 1)."""
 
     def check(self, section: str) -> None:
         """Ranges; UnlearnConfig calls it with the section's name."""
         super().check(section)
-        positive(section, self, "npo_beta", "barrier")
+        positive(section, self, "npo_beta", "forget_weight")

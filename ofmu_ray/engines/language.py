@@ -24,22 +24,31 @@ class Answers(NamedTuple):
     rows: int
 
 
+def logits_at(
+    module: torch.nn.Module, batch: Mapping[str, Any], positions: torch.Tensor, prefix: str = ""
+) -> torch.Tensor:
+    """Run the model and select logits, [selected, vocabulary], at least fp32.
+
+    `batch`: input_ids and attention_mask (each under `prefix` + its name), int64 [rows, positions]; `positions`: bool
+    of the same shape. Selection comes before the upcast, so that fp32 logits exist for the selected positions only.
+    """
+    ids, mask = batch[f"{prefix}input_ids"], batch[f"{prefix}attention_mask"]
+    logits_tv: torch.Tensor = module(input_ids=ids, attention_mask=mask, use_cache=False).logits[positions]
+    return logits_tv.float() if logits_tv.dtype in (torch.bfloat16, torch.float16) else logits_tv
+
+
 def answers(
     module: torch.nn.Module, batch: Mapping[str, Any], labels: torch.Tensor | None = None, prefix: str = ""
 ) -> Answers:
     """Run the model and select its predictions of the labelled tokens.
 
-    `batch`: input_ids, attention_mask, labels (each under `prefix` + its name), each int64 [rows, positions]; labels
-    are -100 where there is no loss (`labels`, if given, in place of the batch's). Labelled positions are selected
-    before the upcast, so that fp32 logits exist for the answer's tokens only.
+    `batch` as in `logits_at`, with labels (`labels`, if given, in their place): int64 [rows, positions], -100 where
+    there is no loss.
     """
-    ids, mask = batch[f"{prefix}input_ids"], batch[f"{prefix}attention_mask"]
-    output = module(input_ids=ids, attention_mask=mask, use_cache=False)
     labels = (batch[f"{prefix}labels"] if labels is None else labels)[:, 1:]
     labelled = labels != IGNORED
-    logits_tv = output.logits[:, :-1][labelled]
-    wide = logits_tv.float() if logits_tv.dtype in (torch.bfloat16, torch.float16) else logits_tv
-    return Answers(wide, labels[labelled], labelled.nonzero()[:, 0], len(labels))
+    logits_tv = logits_at(module, batch, functional.pad(labelled, (0, 1)), prefix)
+    return Answers(logits_tv, labels[labelled], labelled.nonzero()[:, 0], len(labels))
 
 
 def causal_lm_loss(module: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -81,6 +81,9 @@ class Engine(ParameterSpace, Protocol):
     def evaluate(self, batch: Any, fn: Callable[[torch.nn.Module, Any], Any]) -> list[Any]:
         """fn(module, micro-batch) for each micro-batch of this rank, without gradients. Collective at ZeRO-3."""
 
+    def weights(self) -> Vector:
+        """A copy of theta (masters, this rank's share)."""
+
     def set_learning_rate(self, loop: Loop, lr: float) -> None:
         """Learning rate of the loop's next steps."""
 

@@ -230,6 +230,10 @@ class VectorEngine:
         """|theta| of the trainable parameters."""
         return math.sqrt(self.dot((self.shards.masters, self.shards.masters))[0])
 
+    def weights(self) -> Vector:
+        """A copy of theta (masters, this rank's share)."""
+        return [master.clone() for master in self.shards.masters]
+
     def set_learning_rate(self, loop: Loop, lr: float) -> None:
         """Learning rate of the loop's next steps."""
         self._optimizers[loop].lr = lr

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from ofmu_ray import config
+from ofmu_ray.methods.blur import BLUR
 from ofmu_ray.methods.ceu import CEU
 from ofmu_ray.methods.grad_diff import GradDiff
 from ofmu_ray.methods.gradient_ascent import GradientAscent
 from ofmu_ray.methods.one_loop import OneLoop
+from ofmu_ray.methods.pdu import PDU
 from ofmu_ray.methods.retain_finetune import RetainFinetune
 from ofmu_ray.methods.satimp import SatImp
 from ofmu_ray.methods.simnpo import SimNPO
+from ofmu_ray.methods.task_arithmetic import TaskArithmetic
 from ofmu_ray.methods.wga import WGA
 
 BASELINES: dict[type, type[OneLoop[Any]]] = {
@@ -21,6 +24,9 @@ BASELINES: dict[type, type[OneLoop[Any]]] = {
     config.WGAConfig: WGA,
     config.SatImpConfig: SatImp,
     config.CEUConfig: CEU,
+    config.PDUConfig: PDU,
+    config.TaskArithmeticConfig: TaskArithmetic,
     config.RetainFinetuneConfig: RetainFinetune,
+    config.BLURConfig: BLUR,
 }
 """Options -> method."""
