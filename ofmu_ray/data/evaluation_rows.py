@@ -25,7 +25,8 @@ def evaluation_rows(
 ) -> list[dict[str, Any]]:
     """Rows {row_id, question, answer[, paraphrased_answer: str][, perturbed_answer: list[str]][, cluster: str]}.
 
-    `cluster`: which rows belong together: n for n consecutive ones, or the column that says so.
+    `cluster`: which rows belong together: n for n consecutive ones, or the column that says so. The rows get numbers in
+    the order of appearance, not the column's content, which may name a person.
     `name` leads the row ids; `fmt` maps the question and answer columns (default: question, answer). A column that
     one row has all rows must have.
 
@@ -47,6 +48,7 @@ def evaluation_rows(
                 raw.append((place, row))
                 rows.append({"row_id": piece.row_id(number)})
     extras = [column for column in (PARAPHRASED, PERTURBED) if any(cells.get(column) is not None for _, cells in raw)]
+    groups: dict[str, int] = {}
     for index, ((place, cells), out) in enumerate(zip(raw, rows, strict=True)):
         _fill(out, cells, fmt, extras, problems, place)
         if isinstance(cluster, int):
@@ -54,7 +56,7 @@ def evaluation_rows(
         elif cluster is not None and cells.get(cluster) is None:
             problems.add(f"column {cluster!r} (evaluation.clusters) is missing", place)
         elif cluster is not None:
-            out["cluster"] = str(cells[cluster])
+            out["cluster"] = str(groups.setdefault(str(cells[cluster]), len(groups)))
     problems.empty = not raw and not problems.counts
     checks.refuse({option: (config.shown, problems)})
     return rows

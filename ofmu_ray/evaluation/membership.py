@@ -1,7 +1,8 @@
 """Membership inference: can one tell from a model's losses which answers it was trained on?
 
 Members are the forget rows, non-members the holdout rows. A score is oriented so that higher means less likely a
-member. Scores from token values leave the end-of-text token out; those from the mean loss `nll` count it.
+member. Scores from token values leave the end-of-text token out; those from the mean loss `nll` count it (which is
+itself the score of the attack LOSS). The score of GradNorm takes a model: `gradient_norm.py`.
 """
 
 from __future__ import annotations
@@ -41,15 +42,6 @@ def min_k(tokens: Sequence[float], share: float = MIN_K) -> float:
     if not len(tokens):
         return math.nan
     return -float(np.mean(np.sort(np.asarray(tokens, dtype=np.float64))[: max(1, int(share * len(tokens)))]))
-
-
-def gradient_norm(norms: ArrayLike) -> FloatArray:
-    """Mean over parameter tensors of the norms of a row's loss gradient. [rows, tensors] -> [rows].
-
-    As in OpenUnlearning; it is not the norm of the whole gradient. The loss is the mean over the answer's tokens
-    without the end-of-text token.
-    """
-    return np.asarray(np.mean(np.asarray(norms, dtype=np.float64), axis=-1))
 
 
 # ------------------------------------------------------------------------------------------------ how well they tell
