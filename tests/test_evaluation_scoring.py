@@ -61,7 +61,7 @@ def test_mean_nll_counts_eos(template: Template) -> None:
 
 def test_token_scores_equal_a_plain_computation(model: Any, template: Template) -> None:
     texts = [template.encode(question, answer) for question, answer in zip(QUESTIONS, ANSWERS, strict=True)]
-    for (ids, prompt), found in zip(texts, scoring.token_scores(model, texts), strict=True):
+    for (ids, prompt), found in zip(texts, scoring.token_scores(model, texts, batch_size=8), strict=True):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids])).logits[0, prompt - 1 : -1].double().numpy()
         log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
@@ -75,12 +75,13 @@ def test_token_scores_equal_a_plain_computation(model: Any, template: Template) 
 
 def test_tokens_that_a_model_excludes_leave_scores_finite() -> None:
     logits = torch.tensor([[1.0, 2.0, -torch.inf], [50.0, -50.0, -torch.inf]])
-    log_p, zscores = scoring.standardised(logits, torch.tensor([0, 0]))
+    log_p, matches, zscores = scoring.standardised(logits, torch.tensor([0, 0]))
     p = torch.tensor([1.0, 2.0]).softmax(dim=0).double().numpy()
     mean = (p * np.log(p)).sum()
     expected = (np.log(p[0]) - mean) / np.sqrt((p * np.log(p) ** 2).sum() - mean**2)
     assert zscores.tolist() == pytest.approx([expected, 0.0], abs=1e-5)  # certain: the variance's floor of 1e-6
     assert log_p[1] == 0
+    assert matches.tolist() == [False, True]
 
 
 def test_batches_with_many_logits_are_halved(template: Template, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +91,7 @@ def test_batches_with_many_logits_are_halved(template: Template, monkeypatch: py
     passes: list[int] = []
     plain = scoring._nll
     monkeypatch.setattr(scoring, "_nll", lambda model, part: passes.append(len(part)) or plain(model, part))
-    monkeypatch.setattr(scoring, "_LOGITS_AT_ONCE", 40 * model.config.vocab_size)
+    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 40 * model.config.vocab_size)
     assert scoring.batch_nll(model, texts) == pytest.approx(whole, rel=1e-5)
     assert len(passes) > 2
     assert sum(passes) == len(texts)

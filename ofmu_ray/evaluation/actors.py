@@ -12,7 +12,7 @@ from typing import Any
 
 from ofmu_ray.data.template import Template
 from ofmu_ray.errors import UserError
-from ofmu_ray.evaluation.scorer import GenerateUnit, Result, Scorer, ScoreUnit, Unit
+from ofmu_ray.evaluation.scorer import Result, Scorer, Unit
 
 _MOST_ACTORS = 8
 _SMALL_FLOPS = 5e11  # about ten seconds of one core: starting actors would take longer
@@ -124,9 +124,9 @@ def run_units(units: Sequence[Unit], loading: Loading, actors: int | None) -> It
 def _flops(units: Sequence[Unit], loading: Loading) -> float:
     """Two operations per weight and token, every generation at its longest."""
     weights = loading.weights_bytes / 4  # as if fp32: at most a factor 2 too few
-    scored = sum(len(ids) for unit in units if isinstance(unit, ScoreUnit) for ids, _ in unit.texts)
-    prompts = [prompt for unit in units if isinstance(unit, GenerateUnit) for prompt in unit.prompts]
-    return 2 * weights * (scored + sum(len(prompt) + loading.max_new_tokens for prompt in prompts))
+    texts = [text for unit in units for row in unit.texts for text in row]
+    scored = sum(len(ids) for ids, _ in texts)
+    return 2 * weights * (scored + loading.max_new_tokens * sum(len(unit.rows) for unit in units))
 
 
 def _start(ray: Any, loading: Loading, actors: int | None, units: int) -> list[Any]:

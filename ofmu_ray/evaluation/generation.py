@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -45,39 +45,91 @@ def generate_batch(
 ) -> list[list[int]]:
     """`generate` for prompts that go through the model together. Prompts are padded on the left."""
     device = model.get_input_embeddings().weight.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    longest = int(lengths.max())
-    ids_bt = torch.tensor([[prompt[0]] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    budgets = _budgets(model, lengths, max_new_tokens)
+    left = budgets(model, [len(prompt) for prompt in prompts], max_new_tokens)
     texts: list[list[int]] = [[] for _ in prompts]
-    live = [row for row, budget in enumerate(budgets) if budget > 0]
-    if not live:
-        return texts
-    decoding = _Decoding(model, ids_bt[live], (longest - lengths[live]).to(device))
+    live = [row for row, budget in enumerate(left) if budget > 0]
+    if live:
+        longest = max(len(prompts[row]) for row in live)
+        padding = [longest - len(prompts[row]) for row in live]
+        ids = [[prompts[row][0]] * pad + list(prompts[row]) for row, pad in zip(live, padding, strict=True)]
+        decoding = _Decoding(model, _cache(model), torch.tensor(ids, device=device), padding)
+        while live:
+            live = _run(decoding, live, texts, left, stop)
+    return texts
+
+
+States = Sequence[tuple[torch.Tensor, torch.Tensor]]
+"""Per layer, one text's keys and values [heads, length, width]."""
+
+
+class Begun(NamedTuple):
+    """A generation whose first tokens are known."""
+
+    tokens: list[int]
+    """New tokens so far."""
+    states: States | None
+    """Of the prompt and all of `tokens` but the last; None: ended."""
+
+
+@torch.inference_mode()
+def finish(
+    model: Any, begun: Iterable[Begun], left: Sequence[int], *, stop: frozenset[int], slots: int
+) -> list[list[int]]:
+    """All new tokens of generations that were begun elsewhere, `slots` of them at a time.
+
+    `left`: most new tokens of each, `tokens` included. `begun` is read as slots become free, so that the batch stays
+    full until the last generations: a step on few rows costs hardly less than one on many.
+    """
+    texts: list[list[int]] = []
+    live: list[int] = []
+    decoding = _Decoding(model, _cache(model))
+    waiting = iter(begun)
     while True:
-        tokens = decoding.next_tokens()
-        going = []
-        for position, (row, token) in enumerate(zip(live, tokens, strict=True)):
-            if row < 0:
-                continue
-            if token not in stop:
-                texts[row].append(token)
-                if len(texts[row]) < budgets[row]:
-                    going.append(position)
-                    continue
-            live[position] = -1  # finished: it stays in the batch, unread, until the next compaction
-        if not going:
+        joining: dict[int, States] = {}
+        for each in waiting:
+            if each.states is not None:
+                joining[len(texts)] = each.states
+            texts.append(list(each.tokens))
+            if len(live) + len(joining) == slots:
+                break
+        if joining:
+            decoding.join(list(joining.values()), [texts[row][-1] for row in joining])
+            live += joining
+        if not live:
             return texts
-        if len(going) < _COMPACT_BELOW * len(live):
-            decoding.keep(going)
-            live = [live[position] for position in going]
+        live = _run(decoding, live, texts, left, stop)
 
 
-def _budgets(model: Any, lengths: torch.Tensor, max_new_tokens: int) -> list[int]:
+def _run(
+    decoding: _Decoding, live: list[int], texts: list[list[int]], left: Sequence[int], stop: frozenset[int]
+) -> list[int]:
+    """Append to the texts of `live` (the batch's rows in order) until many have ended; which have not.
+
+    A text that has ended or used up what it may stays in the batch, unread, until the others are kept.
+    """
+    rows = len(live)
+    going = list(range(rows))
+    while going and len(going) >= _COMPACT_BELOW * rows:
+        tokens = decoding.next_tokens()
+        going = [at for at in going if _append(texts[live[at]], tokens[at], left[live[at]], stop)]
+    decoding.keep(going)
+    return [live[at] for at in going]
+
+
+def _append(text: list[int], token: int, most: int, stop: frozenset[int]) -> bool:
+    """Whether the text goes on after this token."""
+    if token in stop:
+        return False
+    text.append(token)
+    return len(text) < most
+
+
+def budgets(model: Any, lengths: Sequence[int], max_new_tokens: int) -> list[int]:
+    """Most new tokens after prompts of these lengths: where the model's positions end, texts end."""
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if room is None:
         return [max_new_tokens] * len(lengths)
-    return [max(0, min(max_new_tokens, int(room) - int(length))) for length in lengths]
+    return [max(0, min(max_new_tokens, int(room) - length)) for length in lengths]
 
 
 class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
@@ -101,6 +153,15 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
         self.keys, self.values = self.key_room[:, :, :length], self.value_room[:, :, :length]
         return self.keys, self.values
 
+    def join(self, states: Sequence[tuple[torch.Tensor, torch.Tensor]], longest: int) -> None:
+        """Add rows [heads, length, width]; every row ends at column `longest`, what stands before its first is void."""
+        if not self.is_initialized:
+            self.lazy_initialization(*states[0])
+            self.keys, self.values = (part.new_zeros(0, part.shape[0], 0, part.shape[2]) for part in states[0])
+        self.key_room = _joined(self.keys, [keys for keys, _ in states], longest)
+        self.value_room = _joined(self.values, [values for _, values in states], longest)
+        self.keys, self.values = self.key_room[:, :, :longest], self.value_room[:, :, :longest]
+
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         length = self.get_seq_length()
         self.key_room, self.value_room = self.key_room[indices], self.value_room[indices]
@@ -111,9 +172,24 @@ def _roomy(room: torch.Tensor, used: int, length: int) -> torch.Tensor:
     """The buffer [rows, heads, positions, width] itself, or a larger copy when `length` positions do not fit."""
     if length <= room.shape[2]:
         return room
-    larger = room.new_empty(room.shape[0], room.shape[1], max(64, 2 * length), room.shape[3])
+    larger = room.new_empty(room.shape[0], room.shape[1], _room_for(length), room.shape[3])
     larger[:, :, :used] = room[:, :, :used]
     return larger
+
+
+def _room_for(length: int) -> int:
+    return max(64, 2 * length)
+
+
+def _joined(old: torch.Tensor, new: Sequence[torch.Tensor], longest: int) -> torch.Tensor:
+    """A buffer with the old rows and the new ones, all of which end at column `longest`."""
+    rows, heads, length, width = old.shape
+    room = old.new_zeros(rows + len(new), heads, _room_for(longest), width)
+    kept = min(length, longest)
+    room[:rows, :, longest - kept : longest] = old[:, :, length - kept :]
+    for row, states in enumerate(new, rows):
+        room[row, :, longest - states.shape[1] : longest] = states
+    return room
 
 
 def _cache(model: Any) -> DynamicCache:
@@ -126,13 +202,16 @@ def _cache(model: Any) -> DynamicCache:
 class _Decoding:
     """A batch in flight: its cache of keys and values, its padding, and the tokens that come next."""
 
-    def __init__(self, model: Any, ids_bt: torch.Tensor, padding_b: torch.Tensor) -> None:
+    def __init__(
+        self, model: Any, cache: DynamicCache, ids_bt: torch.Tensor | None = None, padding: Sequence[int] = ()
+    ) -> None:
+        device = model.get_input_embeddings().weight.device
         self.model = model
-        self.cache = _cache(model)
-        self.inputs_bt = ids_bt
-        self.padding_b = padding_b
+        self.cache = cache
+        self.inputs_bt = torch.empty(0, 1, dtype=torch.long, device=device) if ids_bt is None else ids_bt
+        self.padding_b = torch.tensor(padding, dtype=torch.long, device=device)
         self.length = 0
-        self.padded = bool(padding_b.any())
+        self.padded = any(padding)
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     def next_tokens(self) -> list[int]:
@@ -151,7 +230,19 @@ class _Decoding:
 
     def keep(self, positions: Sequence[int]) -> None:
         """Drop every other row of the batch."""
-        rows = torch.tensor(positions, device=self.inputs_bt.device)
+        rows = torch.tensor(positions, dtype=torch.long, device=self.inputs_bt.device)
         self.cache.batch_select_indices(rows)
         self.inputs_bt, self.padding_b = self.inputs_bt[rows], self.padding_b[rows]
+        self.padded = bool(self.padding_b.any())
+
+    def join(self, states: Sequence[States], tokens: Sequence[int]) -> None:
+        """Add rows whose next input is `tokens`. Columns that no row needs any more are dropped."""
+        device = self.inputs_bt.device
+        new_b = torch.tensor([each[0][0].shape[1] for each in states], device=device)
+        lengths_b = torch.cat([self.length - self.padding_b, new_b])
+        self.length = int(lengths_b.max())
+        for number, layer in enumerate(self.cache.layers):
+            layer.join([each[number] for each in states], self.length)
+        self.padding_b = self.length - lengths_b
+        self.inputs_bt = torch.cat([self.inputs_bt, torch.tensor(tokens, device=device)[:, None]])
         self.padded = bool(self.padding_b.any())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,11 +14,15 @@ import pyarrow as pa
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation import metrics
 from ofmu_ray.evaluation.degeneration import ngram_entropy
-from ofmu_ray.evaluation.generation import generate_batch, stop_ids
+from ofmu_ray.evaluation.generation import Begun, budgets, finish, generate, stop_ids
 from ofmu_ray.evaluation.metrics import FloatArray
 from ofmu_ray.evaluation.rouge import rouge_l_recall
+from ofmu_ray.evaluation.row_pass import row_values
 from ofmu_ray.evaluation.rows import MEASURED, EvaluationRow, with_row_metrics
 from ofmu_ray.evaluation.scoring import Text, TokenScores, length_sorted, mean_nll, token_scores
+from ofmu_ray.evaluation.tree import takes_trees, tree_of
+
+_UNIT_BATCHES = 4  # batches of a unit: generations fill each other's gaps within it, and actors share out whole units
 
 
 class RowTemplate(Protocol):
@@ -29,27 +34,27 @@ class RowTemplate(Protocol):
 
 
 @dataclass(frozen=True)
-class ScoreUnit:
-    """Texts of one set that go through the model together; `places` are (row, number of the text in the row)."""
-
-    set: str
-    places: Sequence[tuple[int, int]]
-    texts: Sequence[Text]
-
-
-@dataclass(frozen=True)
-class GenerateUnit:
-    """Prompts of one set that are answered together, and the right answers to compare with."""
+class Unit:
+    """Rows of one set that go through the model together."""
 
     set: str
     rows: Sequence[int]
-    prompts: Sequence[Sequence[int]]
+    texts: Sequence[Sequence[Text]]
+    """Per row, the texts to score: right answer, paraphrase (if any), wrong answers, all after the same prompt."""
+    paraphrased: Sequence[bool]
+    """Per row, whether its second text is a paraphrase."""
     references: Sequence[str]
+    """The right answers that generations are compared with."""
+    slots: int
+    """Generations at a time."""
+
+    @property
+    def prompts(self) -> list[Sequence[int]]:
+        return [texts[0][0][: texts[0][1]] for texts in self.texts]
 
 
-Unit = ScoreUnit | GenerateUnit
-Result = Mapping[Any, Any]
-"""(row, text) -> TokenScores of a ScoreUnit; row -> columns of MEASURED of a GenerateUnit."""
+Result = Mapping[int, Mapping[str, Any]]
+"""Row -> columns of MEASURED."""
 
 
 def plan(rows: Sequence[EvaluationRow], template: RowTemplate, batch_size: int) -> list[Unit]:
@@ -59,56 +64,59 @@ def plan(rows: Sequence[EvaluationRow], template: RowTemplate, batch_size: int) 
     naming the row, when a text leaves no answer token within data.format.max_length.
     """
     name = rows[0].set
-    prompts = [template.encode_prompt(row.question) for row in rows]
-    places = [(index, number) for index, row in enumerate(rows) for number in range(len(row.texts))]
+    places = [index for index, row in enumerate(rows) for _ in row.texts]
     encoded = template.encode_rows(
-        [rows[index].question for index, _ in places], [rows[index].texts[number] for index, number in places]
+        [rows[index].question for index in places], [text for row in rows for text in row.texts]
     )
-    for (index, _), text in zip(places, encoded, strict=True):
+    texts: list[list[Text]] = [[] for _ in rows]
+    for index, text in zip(places, encoded, strict=True):
         if text.only_prompt:
             raise UserError(
                 f"evaluation.sets.{name}: row {rows[index].row_id} has no answer token left within "
                 "data.format.max_length; raise it"
             )
-    texts = [(text.input_ids, text.prompt_tokens) for text in encoded]
-    units: list[Unit] = [
-        GenerateUnit(name, batch, [prompts[row] for row in batch], [rows[row].answer for row in batch])
-        for batch in length_sorted([len(prompt) for prompt in prompts], batch_size)
-    ]
-    return units + [
-        ScoreUnit(name, [places[position] for position in batch], [texts[position] for position in batch])
-        for batch in length_sorted([len(ids) for ids, _ in texts], batch_size)
+        texts[index].append((text.input_ids, text.prompt_tokens))
+    return [
+        Unit(
+            name,
+            batch,
+            [texts[row] for row in batch],
+            [rows[row].paraphrase is not None for row in batch],
+            [rows[row].answer for row in batch],
+            slots=batch_size,
+        )
+        for batch in length_sorted([each[0][1] for each in texts], _UNIT_BATCHES * batch_size)
     ]
 
 
 def assemble(rows: Sequence[EvaluationRow], results: Sequence[Result]) -> pa.Table:
     """The set's table (schema MEASURED) from the results of all units of its plan."""
-    found: dict[Any, Any] = {}
-    for result in results:
-        found.update(result)
-    records = []
-    for index, row in enumerate(rows):
-        scores: list[TokenScores] = [found[index, number] for number in range(len(row.texts))]
-        losses = [-float(np.mean(each.logprobs)) for each in scores]
-        first_wrong = 1 if row.paraphrase is None else 2
-        records.append(
-            {
-                "row_id": row.row_id,
-                "set": row.set,
-                "index": row.index,
-                "answer_nll": losses[0],
-                "answer_tokens": len(scores[0].logprobs),
-                "paraphrase_nll": None if row.paraphrase is None else losses[1],
-                "wrong_nll": losses[first_wrong:] or None,
-                "answer_logprobs": scores[0].logprobs,
-                "answer_matches": scores[0].matches,
-                "answer_zscores": scores[0].zscores,
-                "answer_zlib_bytes": len(zlib.compress(row.answer.encode())),
-                "cluster": row.cluster,
-                **found[index],
-            }
-        )
+    found = {index: columns for result in results for index, columns in result.items()}
+    records = [
+        {
+            "row_id": row.row_id,
+            "set": row.set,
+            "index": row.index,
+            "answer_zlib_bytes": len(zlib.compress(row.answer.encode())),
+            "cluster": row.cluster,
+            **found[index],
+        }
+        for index, row in enumerate(rows)
+    ]
     return pa.Table.from_pylist(records, schema=MEASURED)
+
+
+def _columns(answer: TokenScores, other_nll: Sequence[float], paraphrased: bool) -> dict[str, Any]:
+    """The columns of MEASURED that teacher-forced passes give."""
+    return {
+        "answer_nll": -float(np.mean(answer.logprobs)),
+        "answer_tokens": len(answer.logprobs),
+        "paraphrase_nll": other_nll[0] if paraphrased else None,
+        "wrong_nll": list(other_nll[1:] if paraphrased else other_nll) or None,
+        "answer_logprobs": answer.logprobs,
+        "answer_matches": answer.matches,
+        "answer_zscores": answer.zscores,
+    }
 
 
 class Scorer:
@@ -134,15 +142,19 @@ class Scorer:
     def run_all(self, units: Sequence[Unit]) -> Iterator[Result]:
         return (self.run(unit) for unit in units)
 
+    @cached_property
+    def shares_prompts(self) -> bool:
+        """Whether a row's texts go through the model in one pass (see `tree.takes_trees`), or one by one."""
+        return takes_trees(self.model)
+
     def run(self, unit: Unit) -> Result:
         """One unit's values."""
-        if isinstance(unit, ScoreUnit):
-            return dict(zip(unit.places, token_scores(self.model, unit.texts), strict=True))
-        new = generate_batch(self.model, unit.prompts, max_new_tokens=self.max_new_tokens, stop=self.stop)
+        scores, new = self._shared(unit) if self.shares_prompts else self._plain(unit)
         texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in new]
         recalls = rouge_l_recall(unit.references, texts)
         return {
             row: {
+                **columns,
                 "rouge_l_recall": recall,
                 "generated": text.strip(),
                 "generated_tokens": len(tokens),
@@ -150,5 +162,28 @@ class Scorer:
                 "repetition": metrics.repetition(tokens),
                 "generated_entropy": ngram_entropy(tokens),
             }
-            for row, text, tokens, recall in zip(unit.rows, texts, new, recalls, strict=True)
+            for row, columns, text, tokens, recall in zip(unit.rows, scores, texts, new, recalls, strict=True)
         }
+
+    def _shared(self, unit: Unit) -> tuple[list[dict[str, Any]], list[list[int]]]:
+        left = budgets(self.model, [len(prompt) for prompt in unit.prompts], self.max_new_tokens)
+        columns: list[dict[str, Any]] = []
+
+        def begun() -> Iterator[Begun]:
+            passes = row_values(self.model, [tree_of(texts) for texts in unit.texts], left, self.stop)
+            for values, paraphrased in zip(passes, unit.paraphrased, strict=True):
+                columns.append(_columns(values.answer, values.other_nll, paraphrased))
+                yield values.begun
+
+        return columns, finish(self.model, begun(), left, stop=self.stop, slots=unit.slots)
+
+    def _plain(self, unit: Unit) -> tuple[list[dict[str, Any]], list[list[int]]]:
+        new = generate(
+            self.model, unit.prompts, max_new_tokens=self.max_new_tokens, stop=self.stop, batch_size=unit.slots
+        )
+        others = iter(mean_nll(self.model, [text for texts in unit.texts for text in texts[1:]], unit.slots))
+        answers = token_scores(self.model, [texts[0] for texts in unit.texts], unit.slots)
+        return [
+            _columns(answer, [float(next(others)) for _ in texts[1:]], paraphrased)
+            for answer, texts, paraphrased in zip(answers, unit.texts, unit.paraphrased, strict=True)
+        ], new

@@ -15,8 +15,8 @@ from ofmu_ray.evaluation.metrics import FloatArray
 Text = tuple[Sequence[int], int]
 """Token ids of prompt and answer (BOS and EOS included), and the number of prompt tokens."""
 
-_LOGITS_AT_ONCE = 1 << 25  # fp32 logits of one forward pass (128 MiB); a batch with more answer tokens is halved
-_TOKENS = 256  # tokens whose whole distributions are looked at together
+LOGITS_AT_ONCE = 1 << 25  # fp32 logits of one forward pass (128 MiB); a batch with more answer tokens is halved
+_CHUNK = 1 << 20  # fp32 numbers of the whole distributions that are looked at together: they stay in the cache
 _LEAST = -1e4  # log p below which p is 0 in fp32
 
 
@@ -68,50 +68,64 @@ def mean_nll(model: Any, texts: Sequence[Text], batch_size: int) -> FloatArray:
 
 def batch_nll(model: Any, texts: Sequence[Text]) -> FloatArray:
     """`mean_nll` of texts that go through the model together (in halves when their logits would be large)."""
-    answer_tokens = sum(len(ids) - prompt for ids, prompt in texts)
-    if len(texts) > 1 and answer_tokens * model.config.get_text_config().vocab_size > _LOGITS_AT_ONCE:
+    if _too_large(model, texts):
         half = len(texts) // 2
         return np.concatenate([batch_nll(model, texts[:half]), batch_nll(model, texts[half:])])
     return _nll(model, texts)
 
 
+def token_scores(model: Any, texts: Sequence[Text], batch_size: int) -> list[TokenScores]:
+    """What the model gives to each token of the texts' answers; batches as in `mean_nll`."""
+    found: dict[int, TokenScores] = {}
+    for batch in length_sorted([len(ids) for ids, _ in texts], batch_size):
+        found.update(zip(batch, _token_scores(model, [texts[position] for position in batch]), strict=True))
+    return [found[position] for position in range(len(texts))]
+
+
 @torch.inference_mode()
-def token_scores(model: Any, texts: Sequence[Text]) -> list[TokenScores]:
-    """What the model gives to each token of the texts' answers; batches as in `batch_nll`."""
-    answer_tokens = sum(len(ids) - prompt for ids, prompt in texts)
-    if len(texts) > 1 and answer_tokens * model.config.get_text_config().vocab_size > _LOGITS_AT_ONCE:
+def _token_scores(model: Any, texts: Sequence[Text]) -> list[TokenScores]:
+    if _too_large(model, texts):
         half = len(texts) // 2
-        return token_scores(model, texts[:half]) + token_scores(model, texts[half:])
-    logits_nv, targets_n, counts = _answer_logits(model, texts)
-    matches_n = logits_nv.argmax(dim=-1) == targets_n
-    chunks = zip(torch.split(logits_nv, _TOKENS), torch.split(targets_n, _TOKENS), strict=True)
-    logp, zscores = (
-        torch.cat(column).double() for column in zip(*(standardised(*part) for part in chunks), strict=True)
-    )
-    columns = [torch.split(column.cpu(), counts) for column in (logp, matches_n, zscores)]
-    return [TokenScores(*(column.tolist() for column in text)) for text in zip(*columns, strict=True)]
+        return _token_scores(model, texts[:half]) + _token_scores(model, texts[half:])
+    return scores_of(*_answer_logits(model, texts))
 
 
-def standardised(logits_nv: torch.Tensor, targets_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """log p of the targets and its z-score over the vocabulary, [n] each: z = (log p - mu) / sqrt(max(var, 1e-6)).
+def _too_large(model: Any, texts: Sequence[Text]) -> bool:
+    answer_tokens = sum(len(ids) - prompt for ids, prompt in texts)
+    return len(texts) > 1 and answer_tokens * model.config.get_text_config().vocab_size > LOGITS_AT_ONCE
+
+
+def scores_of(logits_nv: torch.Tensor, targets_n: torch.Tensor, counts: Sequence[int]) -> list[TokenScores]:
+    """Scores of texts from the logits that predict their tokens, one text after another; `counts`: their tokens."""
+    step = max(1, _CHUNK // logits_nv.shape[1])
+    chunks = zip(torch.split(logits_nv, step), torch.split(targets_n, step), strict=True)
+    columns = zip(*(standardised(logits, targets) for logits, targets in chunks), strict=True)
+    texts = (torch.split(torch.cat(column).cpu(), list(counts)) for column in columns)
+    return [TokenScores(*(column.tolist() for column in text)) for text in zip(*texts, strict=True)]
+
+
+def standardised(logits_nv: torch.Tensor, targets_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The fields of TokenScores, [n] each: z = (log p - mu) / sqrt(max(var, 1e-6)).
 
     mu and var are mean and variance of log p_v under p_v. The variance is taken about the mean: as the difference of
     two moments it would lose its digits where the model is certain.
     """
     logp_nv = logits_nv.float().log_softmax(dim=-1)
     logp_n = logp_nv.gather(1, targets_n[:, None])[:, 0]
+    matches_n = logits_nv.argmax(dim=-1) == targets_n
     p_nv = logp_nv.exp()
     logp_nv = logp_nv.clamp_(min=_LEAST)  # what the model excludes has p = 0 and must not make 0 * inf
     mean_n = (p_nv * logp_nv).sum(dim=-1)
     variance_n = logp_nv.sub_(mean_n[:, None]).square_().mul_(p_nv).sum(dim=-1)
-    return logp_n, (logp_n - mean_n) / variance_n.clamp(min=1e-6).sqrt()
+    zscores_n = (logp_n - mean_n) / variance_n.clamp(min=1e-6).sqrt()
+    return logp_n.double(), matches_n, zscores_n.double()
 
 
 @torch.inference_mode()
 def _nll(model: Any, texts: Sequence[Text]) -> FloatArray:
     logits_nv, targets_n, counts = _answer_logits(model, texts)
-    token_nll = functional.cross_entropy(logits_nv.float(), targets_n, reduction="none").double().cpu()
-    return np.array([float(losses.mean()) for losses in torch.split(token_nll, counts)])
+    nll_n = functional.cross_entropy(logits_nv.float(), targets_n, reduction="none").double().cpu()
+    return np.array([float(losses.mean()) for losses in torch.split(nll_n, counts)])
 
 
 @torch.inference_mode()

@@ -1,0 +1,123 @@
+"""What one pass over a row's tree gives: the scores of all its texts, and the beginning of its generation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers.cache_utils import DynamicCache
+
+from ofmu_ray.evaluation.generation import Begun
+from ofmu_ray.evaluation.scoring import LOGITS_AT_ONCE, TokenScores, scores_of
+from ofmu_ray.evaluation.tree import Tree, tree_logits
+
+_NODES = {"cpu": 2048, "cuda": 16384}  # nodes of one pass: the activations of 2048 stay in a processor's cache
+
+
+class RowValues(NamedTuple):
+    """A row's values from one teacher-forced pass."""
+
+    answer: TokenScores
+    """Of the first text, the right answer."""
+    other_nll: list[float]
+    """Mean token loss of every other text (nats, EOS counted)."""
+    begun: Begun
+    """The greedy generation, as far as it stays on the row's own texts."""
+
+
+def row_values(model: Any, trees: Sequence[Tree], budgets: Sequence[int], stop: frozenset[int]) -> Iterator[RowValues]:
+    """Values of every tree's row, in order. `budgets`: most new tokens of each generation."""
+    vocabulary = model.config.get_text_config().vocab_size
+    nodes = _NODES["cuda" if model.get_input_embeddings().weight.is_cuda else "cpu"]
+    start = 0
+    for end in _ends(trees, nodes, LOGITS_AT_ONCE // vocabulary):
+        yield from _pass(model, trees[start:end], budgets[start:end], stop)
+        start = end
+
+
+def _ends(trees: Sequence[Tree], nodes: int, predictors: int) -> Iterator[int]:
+    """Where each pass ends: at most so many nodes and predictors, at least one tree."""
+    used = predicting = 0
+    for number, tree in enumerate(trees):
+        size, predicts = len(tree.tokens), len(tree.tokens) - tree.prompt + 1
+        if used and (used + size > nodes or predicting + predicts > predictors):
+            yield number
+            used = predicting = 0
+        used, predicting = used + size, predicting + predicts
+    yield len(trees)
+
+
+@torch.inference_mode()
+def _pass(model: Any, trees: Sequence[Tree], budgets: Sequence[int], stop: frozenset[int]) -> list[RowValues]:
+    logits_nv, cache = tree_logits(model, trees)
+    first = np.cumsum([0] + [len(tree.tokens) - tree.prompt + 1 for tree in trees])  # each tree's first predictor
+    texts = [
+        (tree, first[row] - tree.prompt + 1, text) for row, tree in enumerate(trees) for text in range(len(tree.paths))
+    ]
+    places_n, targets_n, counts = _places([each for each in texts if each[2] == 0], logits_nv.device)
+    answers = scores_of(logits_nv[places_n], targets_n, counts)
+    normaliser_n, best_n = _normalised(logits_nv)
+    others = [each for each in texts if each[2] > 0]
+    losses = iter(_nll(logits_nv, normaliser_n, others))
+    best = best_n.tolist()
+    values, offset = [], 0
+    for row, tree in enumerate(trees):
+        begun = _begin(tree, best[first[row] : first[row + 1]], budgets[row], stop, cache, offset)
+        values.append(RowValues(answers[row], [next(losses) for _ in tree.paths[1:]], begun))
+        offset += len(tree.tokens)
+    return values
+
+
+_Texts = Sequence[tuple[Tree, int, int]]
+"""(tree, what to add to its nodes to get places in the logits, number of the text)."""
+
+
+def _places(texts: _Texts, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Place in the logits [n] and token [n] of every token of the texts' answers, and how many each text has."""
+    places = [node + shift for tree, shift, text in texts for node in tree.predictors(text)]
+    targets = [token for tree, _, text in texts for token in tree.answers[text]]
+    counts = [len(tree.answers[text]) for tree, _, text in texts]
+    return torch.tensor(places, device=device), torch.tensor(targets, device=device), counts
+
+
+def _normalised(logits_nv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """log of the sum of exponentials [n], and the most likely token [n]."""
+    chunks = torch.split(logits_nv, 256)
+    sums = torch.cat([chunk.float().logsumexp(dim=-1) for chunk in chunks])
+    return sums, torch.cat([chunk.argmax(dim=-1) for chunk in chunks])
+
+
+def _nll(logits_nv: torch.Tensor, normaliser_n: torch.Tensor, texts: _Texts) -> list[float]:
+    if not texts:
+        return []
+    places_n, targets_n, counts = _places(texts, logits_nv.device)
+    nll_n = (normaliser_n[places_n] - logits_nv[places_n, targets_n].float()).double().cpu().numpy()
+    starts = np.cumsum([0, *counts[:-1]])
+    return [float(value) for value in np.add.reduceat(nll_n, starts) / counts]
+
+
+def _begin(
+    tree: Tree, best: Sequence[int], budget: int, stop: frozenset[int], cache: DynamicCache, offset: int
+) -> Begun:
+    """Follow the most likely tokens from the prompt's end for as long as they are nodes of the tree."""
+    node, nodes = tree.prompt - 1, list(range(tree.prompt))
+    tokens: list[int] = []
+    while len(tokens) < budget:
+        token = best[node - tree.prompt + 1]
+        if token in stop:
+            return Begun(tokens, None)
+        tokens.append(token)
+        child = tree.children.get((node, token))
+        if child is None:
+            break
+        node = child
+        nodes.append(node)
+    if len(tokens) >= budget:
+        return Begun(tokens, None)
+    places = torch.tensor(nodes, device=cache.layers[0].keys.device) + offset
+    return Begun(
+        tokens,
+        [(each.keys[0].index_select(1, places), each.values[0].index_select(1, places)) for each in cache.layers],
+    )
