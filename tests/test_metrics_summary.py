@@ -18,6 +18,7 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation import intervals, membership, memorisation, metrics
 from ofmu_ray.evaluation.rows import MEASURED, with_row_metrics
 from ofmu_ray.evaluation.summary import FIGURES, MEMBERSHIP_FIGURES, summarise
+from ofmu_ray.reporting.figures import DOWN, MATCH, UP, direction, label
 
 # ------------------------------------------------------------------------------------------------- by clusters
 
@@ -253,6 +254,18 @@ def test_membership_figures() -> None:
     assert "other forget or holdout rows" in str(summarise(table, other, bootstrap_samples=5)["privleak"].reason)
     norms = table.append_column("answer_gradient_norm", table["answer_nll"])
     assert summarise(norms, bootstrap_samples=5)["mia_gradient_norm_auc"].value == alone["mia_loss_auc"].value
+
+
+def test_reports_know_the_direction_of_every_figure() -> None:
+    figures = summarise(_table(0, SIZES | PROBES), bootstrap_samples=5)
+    up = {"model_utility", "retain_extraction_strength", "other_words_utility", "german_utility"}
+    up |= {name for name in figures if name.endswith("forget_quality")}
+    up |= {name for name in FIGURES[3:15] if not name.startswith("forget_")}
+    down = {name for name in figures if name.endswith(("ks_statistic", "_variance"))}
+    for name in figures:
+        assert direction(name) == (UP if name in up else DOWN if name in down else MATCH), name
+    assert label("mia_min_k_plus_tpr") == "Membership Min-K++ TPR at 1 % FPR"
+    assert label("retain_length") == "Retain generated tokens"
 
 
 def test_only_sets_with_rows_are_listed() -> None:
