@@ -76,7 +76,7 @@ def mean_figure(values: FloatArray, *, samples: int, seed: int, name: str, clust
     def mean(weights: FloatArray) -> FloatArray:
         return np.asarray(weights @ values / weights.sum(axis=1))
 
-    return _estimates(mean, [values.mean()], [(len(values), clusters)], samples, seed, name)[0].figure()
+    return resampled_estimates(mean, [values.mean()], [(len(values), clusters)], samples, seed, name)[0].figure()
 
 
 def utility_estimate(
@@ -103,7 +103,7 @@ def utility_estimate(
 
     value = metrics.model_utility(np.concatenate([np.nanmean(values, axis=0) for values in stacked]))
     rows = [(len(values), (clusters or {}).get(part)) for part, values in zip(sets, stacked, strict=True)]
-    return _estimates(utility, [float(value)], rows, samples, seed, name)[0]
+    return resampled_estimates(utility, [float(value)], rows, samples, seed, name)[0]
 
 
 def utility_figure(sets: Mapping[str, Sequence[FloatArray]], *, samples: int, seed: int, name: str) -> Figure:
@@ -127,7 +127,7 @@ def forget_quality_estimates(
         return np.stack([[known[key] for key in keys], statistics])
 
     values = metrics.forget_quality(ratio, retrained_ratio)
-    return _estimates(quality, values, [(len(ratio), clusters)], samples, seed, name)
+    return resampled_estimates(quality, values, [(len(ratio), clusters)], samples, seed, name)
 
 
 def forget_quality_figures(
@@ -157,7 +157,7 @@ def attack_figures(
 
     values = membership.attack_auc(forget, holdout), membership.tpr_at_fpr(forget, holdout)
     rows = list(zip((len(forget), len(holdout)), clusters, strict=True))
-    auc, rate = _estimates(attack, values, rows, samples, seed, name)
+    auc, rate = resampled_estimates(attack, values, rows, samples, seed, name)
     return auc.figure(), rate.figure()
 
 
@@ -182,7 +182,7 @@ def privleak_figure(
 
     rows = list(zip((len(model[0]), len(model[1])), clusters, strict=True))
     value = float(membership.privleak(auc, reference))
-    return _estimates(leak, [value], rows, samples, seed, name)[0].figure()
+    return resampled_estimates(leak, [value], rows, samples, seed, name)[0].figure()
 
 
 def variance_figure(estimates: Sequence[Estimate]) -> Figure:
@@ -215,7 +215,7 @@ def over_seeds(values: Sequence[float]) -> Figure:
 # -------------------------------------------------------------------------------------------------------- resamples
 
 
-def _estimates(
+def resampled_estimates(
     statistic: Callable[..., FloatArray],
     values: Sequence[float],
     sets: Sequence[tuple[int, Clusters]],
