@@ -1,0 +1,132 @@
+"""Rounds of a baseline on one engine, alone or as a rank of a gloo group: what tests/test_methods.py compares."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from engine_ranks import all_ranks
+from invariant_ranks import close, lane, seeded_model
+
+from ofmu_ray import config
+from ofmu_ray.engines import Batch
+from ofmu_ray.engines.language import answers
+from ofmu_ray.methods import build_method
+
+ROUNDS = 3
+ADAMW = config.OptimizerConfig(name="adamw", lr=2e-3, clip=1.0, eps=1e-3, weight_decay=0.05)
+UNDECAYED = replace(ADAMW, weight_decay=0.0)
+MOMENTUM = config.OptimizerConfig(name="sgd", lr=0.05, clip=1.0, momentum=0.5, decay="linear")
+OPTIONS: dict[str, config.OneLoopConfig] = {
+    "gradient_ascent": config.GradientAscentConfig(optimizer=ADAMW),
+    "grad_diff": config.GradDiffConfig(optimizer=ADAMW, forget_weight=0.5, retain_weight=2.0),
+    "grad_diff-kl": config.GradDiffConfig(optimizer=ADAMW, retain_loss="kl"),
+    "grad_diff-no_retain": config.GradDiffConfig(optimizer=MOMENTUM, retain_weight=0.0, retain_loss="kl"),
+    "simnpo": config.SimNPOConfig(optimizer=ADAMW, delta=0.3),
+    "wga": config.WGAConfig(optimizer=ADAMW, beta=0.7),
+    "satimp": config.SatImpConfig(optimizer=MOMENTUM, forget_weight=1.0, beta1=0.5),
+    "ceu": config.CEUConfig(optimizer=ADAMW),
+    "pdu": config.PDUConfig(optimizer=ADAMW, tolerance=0.0, warmup_rounds=1, dual_rate=5.0),
+    "pdu-peer": config.PDUConfig(optimizer=ADAMW, retain_bound=4.0, positions="peer_unshifted"),
+    "task_arithmetic": config.TaskArithmeticConfig(optimizer=UNDECAYED, scale=0.7),
+    "task_arithmetic-sgd": config.TaskArithmeticConfig(optimizer=MOMENTUM, scale=2.0),
+    "retain_finetune": config.RetainFinetuneConfig(optimizer=ADAMW),
+    "blur": config.BLURConfig(optimizer=ADAMW),
+    "blur-nll": config.BLURConfig(optimizer=ADAMW, forget_loss="nll", forget_weight=0.3),
+}
+"""Variant -> options: small models need larger learning rates than the defaults'."""
+
+
+@dataclass(frozen=True)
+class Case:
+    variant: str
+    stage: int | None = None
+    """None: TorchEngine."""
+    micro: int | None = None
+    """Rows of a micro-batch; None: the rank's whole share."""
+    resume: bool = False
+    """Also continue from the state after the first round, in a fresh engine."""
+
+    def __str__(self) -> str:
+        engine = "torch" if self.stage is None else f"zero{self.stage}"
+        return f"{self.variant}-{engine}{f'-micro{self.micro}' if self.micro else ''}{'-resume' if self.resume else ''}"
+
+
+def batches(
+    variant: str, world: int, rank: int, micro: int | None, dtype: torch.dtype = torch.float32
+) -> list[dict[str, list[Batch]]]:
+    """Each round's batches of this rank, with what the untouched model says about their rows."""
+    counts = build_method(OPTIONS[variant]).batches_per_round()
+    untouched = seeded_model("llama").to(dtype)
+    lanes = {s: lane(s, counts[s], ROUNDS, world, rank, micro) if counts[s] else [[]] * ROUNDS for s in counts}
+    return [{s: [known(batch, untouched) for batch in lanes[s][at]] for s in lanes} for at in range(ROUNDS)]
+
+
+def known(batch: Batch, untouched: torch.nn.Module) -> Batch:
+    """The batch with the columns that the sidecar adds."""
+    return Batch([{**micro, **reference(untouched, micro)} for micro in batch.micro])
+
+
+@torch.no_grad()
+def reference(untouched: torch.nn.Module, micro: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    logits_tv, labels_t, rows_t, rows = answers(untouched, micro)
+    logprobs_tv = logits_tv.log_softmax(1)
+    nll_t = -logprobs_tv[torch.arange(len(labels_t)), labels_t]
+    nll_r = torch.stack([nll_t[rows_t == row].sum() for row in range(rows)])
+    return {"reference_nll": nll_r, "reference_logprobs": logprobs_tv}
+
+
+def build_engine(case: Case, module: torch.nn.Module) -> Any:
+    from ofmu_ray.engines import DeepSpeedEngine, TorchEngine, deepspeed_engine
+
+    optimizer = OPTIONS[case.variant].optimizer
+    if case.stage is None:
+        return TorchEngine(module, inner=optimizer, outer=optimizer)
+    deepspeed_engine._PERSISTENT_BELOW = 100  # else stage 3 would keep every matrix of so small a model whole
+    return DeepSpeedEngine(module, inner=optimizer, outer=optimizer, zero_stage=case.stage)  # type: ignore[arg-type]
+
+
+def started(case: Case) -> tuple[Any, Any]:
+    """Engine and method on the untouched model."""
+    engine, method = build_engine(case, seeded_model("llama")), build_method(OPTIONS[case.variant], ROUNDS)
+    method.start(engine)
+    return engine, method
+
+
+def run(method: Any, engine: Any, rounds: list[dict[str, list[Batch]]]) -> Iterator[dict[str, float]]:
+    for streams in rounds:
+        yield method.round(engine, iter(streams["forget"]), iter(streams["retain"]))
+
+
+def trajectory(case: Case, rank: int, world: int) -> dict[str, Any]:
+    """Run the case's rounds. Whole weights are there on rank 0 only."""
+    rounds = batches(case.variant, world, rank, case.micro)
+    engine, method = started(case)
+    start = engine.full_weights()
+    figures = list(run(method, engine, rounds[:1]))
+    saved = copy.deepcopy((engine.state_dict(), method.state_dict()))
+    figures += run(method, engine, rounds[1:])
+    found = {
+        "start": start,
+        "weights": engine.full_weights(),
+        "figures": figures,
+        "account": engine.account.state(),
+        "states": [method.state_dict()],
+    }
+    if case.resume:
+        again, method = started(case)
+        again.load_state_dict(saved[0])
+        method.load_state_dict(saved[1])
+        list(run(method, again, rounds[1:]))
+        same = all(map(torch.equal, engine.shards.masters, again.shards.masters))
+        found["resumed"] = all_ranks(same) if dist.is_initialized() else same
+        close(again)
+    if dist.is_initialized():
+        found["states"] = [None] * world
+        dist.all_gather_object(found["states"], method.state_dict())
+    close(engine)
+    return found

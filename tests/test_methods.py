@@ -1,0 +1,227 @@
+"""The baselines' rounds: against plain PyTorch loops, and the same on every engine.
+
+The losses themselves: tests/test_losses.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import loss_formulas
+import pytest
+import torch
+from engine_ranks import run_ranks
+from invariant_ranks import seeded_model
+from method_ranks import OPTIONS, ROUNDS, Case, batches, run, trajectory
+
+from ofmu_ray import config
+from ofmu_ray.config import UnlearnConfig
+from ofmu_ray.engines import TorchEngine
+from ofmu_ray.errors import UserError
+from ofmu_ray.methods import build_method
+
+WEIGHTS = 2e-4
+"""Of the distance from the start to the end: other orders of fp32 sums; measured at most 2e-5."""
+PLAIN = 1e-6
+"""The same, in float64 (in which Llama's norms and softmax stay fp32) against the plain loop; measured at most 2e-7."""
+FIGURES = 1e-3
+"""Of each figure of each round."""
+
+ALONE = [Case(variant, micro=1, resume=True) for variant in OPTIONS]
+TWO_RANKS = [
+    *(Case(variant, 0, micro=1) for variant in OPTIONS),
+    *(Case(variant, 3, micro=1, resume=variant in ("task_arithmetic", "pdu")) for variant in OPTIONS),
+    *(Case(variant, 1, micro=1) for variant in ("grad_diff-kl", "pdu", "simnpo")),
+    *(Case(variant, 2, resume=True) for variant in ("task_arithmetic", "blur", "ceu")),
+]
+
+
+# ------------------------------------------------------------------------------------------------- plain PyTorch loops
+
+
+class Plain:
+    """A method as one would write it down: one process, whole batches, float64, torch.optim."""
+
+    def __init__(self, variant: str):
+        self.name, self.options = variant.partition("-")[0], OPTIONS[variant]
+        self.module = seeded_model("llama").double()
+        self.parameters = list(self.module.parameters())
+        self.start = [p.detach().clone() for p in self.parameters]
+        rule = self.options.optimizer
+        if rule.name == "adamw":
+            settings = {"lr": rule.lr, "eps": rule.eps, "weight_decay": rule.weight_decay}
+            self.optimizer: Any = torch.optim.AdamW(self.parameters, **settings)
+        else:
+            self.optimizer = torch.optim.SGD(self.parameters, lr=rule.lr, momentum=rule.momentum)
+        self.dual, self.bound = getattr(self.options, "dual_start", 0.0), getattr(self.options, "retain_bound", None)
+
+    def gradient(self, formula: Any, batch: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        (micro,) = batch.micro
+        logits = self.module(input_ids=micro["input_ids"], attention_mask=micro["attention_mask"]).logits
+        loss = formula(logits, micro, self.options)
+        return loss, list(torch.autograd.grad(loss, self.parameters))
+
+    def round(self, number: int, forget: Any, retain: Any) -> None:
+        options: Any = self.options
+        if self.name == "task_arithmetic":
+            _, total = self.gradient(loss_formulas.nll, forget)
+        elif self.name == "retain_finetune":
+            _, total = self.gradient(loss_formulas.nll, retain)
+        else:
+            _, forget_part = self.gradient(loss_formulas.FORGET[self.name], forget)
+            total = [getattr(options, "forget_weight", 1.0) * g for g in forget_part]
+        if isinstance(options, config.WeightedConfig) and options.retain_weight:
+            formula = loss_formulas.kl if options.retain_loss == "kl" else loss_formulas.nll
+            _, part = self.gradient(formula, retain)
+            total = [t + options.retain_weight * g for t, g in zip(total, part, strict=True)]
+        if self.name == "blur":
+            _, part = self.gradient(loss_formulas.nll, retain)
+            f, g = (torch.cat([tensor.ravel() for tensor in tensors]) for tensors in (forget_part, part))
+            along = f @ g / (f @ f)
+            total = [t + g - along * f for t, g, f in zip(total, part, forget_part, strict=True)]
+        if self.name == "pdu":
+            loss, part = self.gradient(loss_formulas.nll, retain)
+            self.bound = self.bound or (1 + options.tolerance) * float(loss)
+            total = [t + self.dual * g for t, g in zip(total, part, strict=True)]
+            if number >= options.warmup_rounds:
+                self.dual = max(0.0, self.dual + options.dual_rate * (float(loss) - self.bound))
+        for parameter, gradient in zip(self.parameters, total, strict=True):
+            parameter.grad = gradient
+        torch.nn.utils.clip_grad_norm_(self.parameters, options.optimizer.clip)
+        for group in self.optimizer.param_groups:  # linear: down to a tenth at the last of the rounds
+            course = 1 - 0.9 * number / (ROUNDS - 1) if options.optimizer.decay == "linear" else 1.0
+            group["lr"] = options.optimizer.lr * course
+        self.optimizer.step()
+
+    def weights(self) -> list[torch.Tensor]:
+        if self.name != "task_arithmetic":
+            return [p.detach() for p in self.parameters]
+        scale = self.options.scale  # type: ignore[attr-defined]
+        return [start - scale * (p.detach() - start) for start, p in zip(self.start, self.parameters, strict=True)]
+
+
+@pytest.mark.parametrize("variant", OPTIONS)
+def test_rounds_are_the_plain_loop(variant: str) -> None:
+    module = seeded_model("llama").double()
+    optimizer = OPTIONS[variant].optimizer
+    engine, method = TorchEngine(module, inner=optimizer, outer=optimizer), build_method(OPTIONS[variant], ROUNDS)
+    method.start(engine)
+    plain = Plain(variant)
+    rounds = batches(variant, 1, 0, None, torch.float64)
+    for number, streams in enumerate(rounds):
+        forget, retain = (next(iter(streams[name]), None) for name in ("forget", "retain"))
+        plain.round(number, forget, retain)
+        list(run(method, engine, [streams]))
+        moved = math.dist(flat(plain.weights()), flat(plain.start))
+        assert math.dist(flat(module.parameters()), flat(plain.weights())) < PLAIN * moved, f"round {number}"
+    if variant == "pdu":
+        assert method.state_dict()["dual"] == pytest.approx(plain.dual)
+        assert plain.dual not in (0.0, 1.0), "the dual variable never moved"
+
+
+def flat(tensors: Any) -> list[float]:
+    return torch.cat([tensor.detach().double().ravel() for tensor in tensors]).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------- the same anywhere
+
+
+@functools.cache
+def whole(variant: str) -> dict[str, Any]:
+    return trajectory(Case(variant), 0, 1)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return run_ranks(2, TWO_RANKS, tmp_path_factory.mktemp("methods"), trajectory)
+
+
+def judge(case: Case, found: Mapping[str, Any]) -> None:
+    expected = whole(case.variant)
+    off, moved = (
+        math.dist(flat(found["weights"].values()), flat(expected["weights"].values())),
+        math.dist(flat(expected["start"].values()), flat(expected["weights"].values())),
+    )
+    assert off <= WEIGHTS * moved
+    for number, (figures, like) in enumerate(zip(found["figures"], expected["figures"], strict=True)):
+        close = {name: pytest.approx(value, rel=FIGURES, abs=FIGURES) for name, value in like.items()}
+        assert figures == close, f"round {number}"
+    assert found["account"] == expected["account"]
+    assert all(state == found["states"][0] for state in found["states"]), "ranks disagree"
+    assert found.get("resumed", True), "a resumed run ends with other weights"
+
+
+@pytest.mark.parametrize("case", ALONE, ids=str)
+def test_micro_batches_and_resumption(case: Case) -> None:
+    judge(case, trajectory(case, 0, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", TWO_RANKS, ids=str)
+def test_two_ranks(case: Case, two_ranks: dict[str, dict[str, Any]]) -> None:
+    judge(case, two_ranks[str(case)])
+
+
+def test_passes() -> None:
+    """A weight of 0, and a method without a stream, costs no pass."""
+    passes = {variant: whole(variant)["account"]["gradient_passes"] for variant in OPTIONS}
+    forget_only = {"gradient_ascent", "grad_diff-no_retain", "ceu", "task_arithmetic", "task_arithmetic-sgd"}
+    for variant, found in passes.items():
+        assert found == {
+            "forget": ROUNDS * (variant != "retain_finetune"),
+            "retain": ROUNDS * (variant not in forget_only),
+        }
+
+
+# ------------------------------------------------------------------------------------------------ one method at a time
+
+
+def test_needs() -> None:
+    needs = {variant: [(n.stream, n.quantity) for n in build_method(o).needs] for variant, o in OPTIONS.items()}
+    assert {variant: found for variant, found in needs.items() if found} == {
+        "grad_diff-kl": [("retain", "logits")],
+        "blur": [("forget", "nll")],
+    }
+
+
+def test_blur_forgets_at_the_same_rate_whatever_the_retain_gradient() -> None:
+    """<direction, g_f> = gamma |g_f|^2, also against a retain gradient that points the other way."""
+    method: Any = build_method(config.BLURConfig(forget_weight=0.3))
+    engine = TorchEngine(seeded_model("llama"))
+    torch.manual_seed(0)
+    forget = [torch.randn_like(master) for master in engine.weights()]
+    for retain in ([torch.randn_like(f) for f in forget], [-5 * f for f in forget]):
+        direction = method.direction(engine, forget, copy.deepcopy(retain), {})
+        along, square = engine.dot((direction, forget), (forget, forget))
+        assert along == pytest.approx(0.3 * square, rel=1e-4)
+
+
+def test_pdu_bound_and_dual_survive_a_checkpoint() -> None:
+    method = build_method(config.PDUConfig(tolerance=0.5, dual_rate=2.0, dual_start=1.0))
+    engine = TorchEngine(seeded_model("llama"))
+    vector = engine.weights()
+    for loss, excess in ((2.0, -1.0), (4.0, 1.0)):  # the first batch's 2.0 gives the bound 3.0
+        figures = {"retain_loss": loss}
+        method.direction(engine, copy.deepcopy(vector), copy.deepcopy(vector), figures)  # type: ignore[attr-defined]
+        assert figures["retain_excess"] == excess
+    assert method.state_dict() == {"rounds_done": 0, "dual": 2.0, "bound": 3.0}  # 1 -> max(0, -1) = 0 -> 2
+    other = build_method(config.PDUConfig())
+    other.load_state_dict(method.state_dict())
+    assert other.state_dict() == method.state_dict()
+
+
+def test_task_arithmetic_takes_no_weight_decay() -> None:
+    optimizer = config.OptimizerConfig(weight_decay=0.01)
+    with pytest.raises(UserError, match=r"task_arithmetic\.optimizer\.weight_decay"):
+        UnlearnConfig(task_arithmetic=config.TaskArithmeticConfig(optimizer=optimizer))
+
+
+def test_ceu_without_any_token_says_so() -> None:
+    options = config.CEUConfig(skip_tokens=1000)
+    engine, method = TorchEngine(seeded_model("llama")), build_method(options)
+    with pytest.raises(UserError, match="no token"):
+        list(run(method, engine, batches("ceu", 1, 0, None)[:1]))
