@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ofmu_ray.assets import resolve_builtin
-from ofmu_ray.config import DataConfig, EvaluationConfig, SourceConfig, UnlearnConfig
+from ofmu_ray.config import DataConfig, EvaluationConfig, FormatConfig, SourceConfig, UnlearnConfig
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,28 @@ class Evaluator:
             resolve_builtin(model),
             resolve_builtin(self.tokenizer),
             self.sets,
-            replace(self.data.format, question="question", answer="answer"),  # the rows are renamed already
+            self.row_format,
             self.evaluation,
             self.cache,
             label=label,
             reveal_text=self.reveal_text,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    @property
+    def row_format(self) -> FormatConfig:
+        """How the rows of `sets` become tokens: their columns are renamed already."""
+        return replace(self.data.format, question="question", answer="answer")
+
+    def loading(self, model: str) -> Any:
+        """How a process comes by a model (ofmu_ray.evaluation.actors.Loading)."""
+        from ofmu_ray.evaluation.runner import loading_of
+
+        return loading_of(
+            resolve_builtin(model),
+            resolve_builtin(self.tokenizer),
+            self.row_format,
+            max_new_tokens=self.evaluation.max_new_tokens,
             trust_remote_code=self.trust_remote_code,
         )
 
@@ -101,10 +118,10 @@ def read_sets(evaluation: EvaluationConfig, data: DataConfig) -> dict[str, list[
     }
     for name in ("real_authors", "world_facts", "holdout"):
         sources[name] = f"evaluation.sets.{name}", getattr(sets, name), question
-    for probe in sets.probes:
+    for probe in sets.probes if isinstance(sets.probes, list) else ():
         for side in ("forget", "retain"):
             option = f"evaluation.sets.probes.{probe.name}.{side}"
-            sources[f"{side}_probe_{probe.name}"] = option, getattr(probe, side), probe.question
+            sources[f"{probe.name}_{side}"] = option, getattr(probe, side), probe.question
     clusters = evaluation.clusters if isinstance(evaluation.clusters, dict) else {}
     return {
         name: evaluation_rows(

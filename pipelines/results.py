@@ -79,7 +79,7 @@ def write(
     atomic_write(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     tables = {label: table for label, table in outcome.tables.items() if table is not None}
     if tables:
-        _write_rows(folder / "rows.parquet", tables)
+        write_rows(folder / "rows.parquet", tables)
     write_report(
         folder / "report.html",
         ReportData(
@@ -113,7 +113,7 @@ def write(
     return [folder / name for name in ("report.html", "manifest.json", "metrics.json")]
 
 
-def _write_rows(path: Path, tables: dict[str, Any]) -> None:
+def write_rows(path: Path, tables: dict[str, Any]) -> None:
     """Per-row values of all models; forget rows' text is not in them unless report.reveal_text asked for it."""
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 SHOWN = (
@@ -21,9 +22,9 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def metrics_table(metrics: dict[str, Any]) -> str:
-    """Before, after and retrained, one metric a line, with 95 % intervals."""
-    columns = [name for name in ("before", "after", "retrained") if metrics.get(name)]
+def metrics_table(metrics: dict[str, Any], models: Sequence[str] = ("before", "after", "retrained")) -> str:
+    """The models side by side, one metric a line, with 95 % intervals."""
+    columns = [name for name in models if metrics.get(name)]
     lines = [f"{'':22}" + "".join(f"{name:>26}" for name in columns)]
     for key, title, direction in SHOWN:
         arrow = "^" if direction == "up" else "~"

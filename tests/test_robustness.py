@@ -21,7 +21,7 @@ from ofmu_ray.config import FormatConfig
 from ofmu_ray.data.template import Template
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.robustness import curves, prefix, quantisation, relearning
-from ofmu_ray.evaluation.robustness.options import PrefixOptions, QuantiseOptions, RelearnOptions
+from ofmu_ray.config.robustness import PrefixOptions, QuantiseOptions, RelearnOptions
 from ofmu_ray.evaluation.rows import EvaluationRow, evaluation_rows
 from ofmu_ray.evaluation.scorer import Scorer
 
@@ -325,5 +325,5 @@ def test_attacks_refuse_what_the_rows_do_not_allow(target: Any, template: Templa
 
 
 def test_options_need_no_torch() -> None:
-    code = "import sys, ofmu_ray.evaluation.robustness.options; sys.exit('torch' in sys.modules)"
+    code = "import sys, ofmu_ray.config.robustness; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

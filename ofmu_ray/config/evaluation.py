@@ -13,7 +13,7 @@ class ProbeConfig:
     """Other questions about what the forget (and retain) rows say."""
 
     name: str
-    """Of the probe; its sets are forget_probe_NAME and retain_probe_NAME."""
+    """Of the probe; its sets are NAME_forget and NAME_retain."""
     forget: str
     """Rows that ask for what was to be forgotten."""
     retain: str | None = None
@@ -34,13 +34,14 @@ class EvaluationSetsConfig:
     """Rows about real people near the forget set's subject; null: none (no model utility then). auto: as for forget."""
     world_facts: str | None = "auto"
     """Rows of general knowledge; null: none (no model utility then). auto: as for forget."""
-    holdout: str | None = None
-    """Rows like the forget rows that no model has seen, for membership inference; null: no such figures."""
-    probes: list[ProbeConfig] = field(default_factory=list)
-    """Hard probes of the same knowledge: paraphrased, multi-hop or cross-lingual questions."""
+    holdout: str | None = "auto"
+    """Rows like the forget rows that no model has seen, for membership inference; null: no such figures. auto: the
+    built-in rows for `ofmu evaluate` with built-in data, else null."""
+    probes: list[ProbeConfig] | Literal["auto"] = "auto"
+    """Hard probes of the same knowledge: paraphrased, multi-hop or cross-lingual questions. auto: as for holdout."""
 
     def __post_init__(self) -> None:
-        names = [probe.name for probe in self.probes]
+        names = [probe.name for probe in self.probes] if isinstance(self.probes, list) else []
         for name in names:
             plain = name.isidentifier() and names.count(name) == 1
             require(plain, "evaluation.sets.probes.name", name, "a word of letters, digits and _, once")

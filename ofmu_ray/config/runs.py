@@ -8,15 +8,33 @@ from typing import Any
 
 from ofmu_ray.config import baselines
 from ofmu_ray.config.data import BUILTIN_FORGET, DataConfig, TrainDataConfig
-from ofmu_ray.config.evaluation import EvaluationConfig
+from ofmu_ray.config.evaluation import EvaluationConfig, ProbeConfig
 from ofmu_ray.config.methods import METHODS, FinetuneConfig, MethodConfig, MethodName, OFMUConfig
 from ofmu_ray.config.models import BUILTIN_TARGET, ModelConfig, ScratchConfig
 from ofmu_ray.config.ranges import not_negative, require
 from ofmu_ray.config.training import StopConfig, TrainingConfig
 from ofmu_ray.errors import UserError
 
-BUILTIN_CLUSTERS: dict[str, int | str] = {"forget": 8, "retain": 2, "holdout": 8}
+BUILTIN_CLUSTERS: dict[str, int | str] = {
+    "forget": 8,
+    "retain": 2,
+    "holdout": 8,
+    "paraphrase_forget": 8,
+    "paraphrase_retain": 2,
+    "multihop_forget": 6,
+    "multihop_retain": 6,
+    "crosslingual_forget": 8,
+    "crosslingual_retain": 8,
+}
 """Rows of a person in the built-in files."""
+BUILTIN_PROBES = [
+    ProbeConfig(
+        name=name,
+        forget=f"builtin:people/probes_{name}_forget.jsonl",
+        retain=f"builtin:people/probes_{name}_retain.jsonl",
+    )
+    for name in ("paraphrase", "multihop", "crosslingual")
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +159,13 @@ class UnlearnConfig:
             )
 
 
-def resolved(evaluation: EvaluationConfig, data: DataConfig, model: str | None) -> EvaluationConfig:
-    """`auto` replaced: the built-in rows and reference go with the built-in data and target only."""
+def resolved(
+    evaluation: EvaluationConfig, data: DataConfig, model: str | None, *, everything: bool = False
+) -> EvaluationConfig:
+    """`auto` replaced: the built-in rows and reference go with the built-in data and target only.
+
+    `everything`: the holdout rows and the probes too, which a run's own evaluation leaves out for time.
+    """
     builtin = data.forget.path == BUILTIN_FORGET
     sets: dict[str, Any] = {
         name: f"builtin:people/{name}_perturbed.jsonl" if builtin else None
@@ -152,6 +175,10 @@ def resolved(evaluation: EvaluationConfig, data: DataConfig, model: str | None) 
     clusters, retrained = evaluation.clusters, evaluation.retrained
     if clusters == "auto":
         clusters = BUILTIN_CLUSTERS if builtin and len(sets) == 4 else None
+    if evaluation.sets.holdout == "auto":
+        sets["holdout"] = "builtin:people/holdout.jsonl" if builtin and everything else None
+    if evaluation.sets.probes == "auto":
+        sets["probes"] = BUILTIN_PROBES if builtin and everything else []
     if retrained == "auto":
         retrained = "builtin:people/retrained" if builtin and model == BUILTIN_TARGET else None
     replaced = dataclasses.replace(evaluation.sets, **sets)

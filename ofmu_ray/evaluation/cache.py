@@ -63,22 +63,33 @@ def cache_key(model: str, template: str, rows: Sequence[EvaluationRow], max_new_
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
-class EvaluationCache:
-    """`<cache folder>/evaluation/<key>.parquet`: per-row values without the text of private sets."""
+class TableCache:
+    """`<cache folder>/<kind>/<key>.parquet`: tables without private text."""
 
-    def __init__(self, cache_folder: Path) -> None:
-        self.folder = cache_folder / "evaluation"
+    def __init__(self, cache_folder: Path, kind: str) -> None:
+        self.folder = cache_folder / kind
 
     def load(self, key: str) -> pa.Table | None:
         """The stored table, or None."""
-        path = self._file(key)
-        return pq.read_table(path).cast(MEASURED) if path.is_file() else None
+        path = self.folder / f"{key}.parquet"
+        return pq.read_table(path) if path.is_file() else None
 
-    def save(self, key: str, measured: pa.Table) -> None:
-        """Keep a table, without private text; a reader never sees half of it."""
+    def save(self, key: str, table: pa.Table) -> None:
+        """Keep a table; a reader never sees half of it."""
         content = pa.BufferOutputStream()
-        pq.write_table(without_private_text(measured), content)
-        atomic_write(self._file(key), content.getvalue().to_pybytes())
+        pq.write_table(table, content)
+        atomic_write(self.folder / f"{key}.parquet", content.getvalue().to_pybytes())
 
-    def _file(self, key: str) -> Path:
-        return self.folder / f"{key}.parquet"
+
+class EvaluationCache(TableCache):
+    """Per-row values of sets, without the text of private ones."""
+
+    def __init__(self, cache_folder: Path) -> None:
+        super().__init__(cache_folder, "evaluation")
+
+    def load(self, key: str) -> pa.Table | None:
+        found = super().load(key)
+        return None if found is None else found.cast(MEASURED)
+
+    def save(self, key: str, table: pa.Table) -> None:
+        super().save(key, without_private_text(table))

@@ -44,17 +44,14 @@ def evaluate_model(
     Raises UserError for rows that cannot be evaluated and for folders without a model or a tokenizer.
     """
     rows = {name: evaluation_rows(name, found[: config.max_rows], fmt) for name, found in sets.items()}
-    tokenizer = _tokenizer(str(tokenizer_dir), trust_remote_code)
-    weights = weights_folder(str(model_dir))
-    loading = Loading(
-        model=str(model_dir),
-        weights_bytes=sum(path.stat().st_size for path in weights.glob("*.safetensors")),
-        tokenizer=tokenizer,
-        template=Template(tokenizer, fmt),
+    loading = loading_of(
+        model_dir,
+        tokenizer_dir,
+        fmt,
         max_new_tokens=config.max_new_tokens,
         trust_remote_code=trust_remote_code,
     )
-    keys = _keys(rows, model_fingerprint(weights), loading)
+    keys = _keys(rows, model_fingerprint(weights_folder(str(model_dir))), loading)
     cache = EvaluationCache(Path(storage_cache_dir))
     tables: dict[str, pa.Table] = {}
     for name, key in keys.items():
@@ -67,6 +64,27 @@ def evaluate_model(
         tables[name] = measured
     table = with_row_metrics(pa.concat_tables(tables[name] for name in rows))
     return table if reveal_text else without_private_text(table)
+
+
+def loading_of(
+    model_dir: str | Path,
+    tokenizer_dir: str | Path,
+    fmt: FormatConfig,
+    *,
+    max_new_tokens: int,
+    trust_remote_code: bool = False,
+) -> Loading:
+    """How every process comes by this model. UserError for folders without a model or a tokenizer."""
+    tokenizer = _tokenizer(str(tokenizer_dir), trust_remote_code)
+    weights = weights_folder(str(model_dir))
+    return Loading(
+        model=str(model_dir),
+        weights_bytes=sum(path.stat().st_size for path in weights.glob("*.safetensors")),
+        tokenizer=tokenizer,
+        template=Template(tokenizer, fmt),
+        max_new_tokens=max_new_tokens,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def _keys(rows: Mapping[str, Sequence[EvaluationRow]], model: str, loading: Loading) -> dict[str, str]:

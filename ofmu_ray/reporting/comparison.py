@@ -56,10 +56,9 @@ def render_comparison(data: ComparisonData) -> str:
         for name in names
     ]
     reasons = [cell.reason for row in rows for cell in row["cells"].values() if cell.reason]  # type: ignore[attr-defined]
-    return (
-        page_environment()
-        .get_template("comparison.html.j2")
-        .render(
+    template = page_environment().get_template("comparison.html.j2")
+    return str(
+        template.render(
             data=data,
             rows=rows,
             reasons=list(dict.fromkeys(reasons)),

@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ofmu_ray.config.robustness import QUESTION, PrefixOptions
 from ofmu_ray.data.template import Template
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.generation import generate, stop_ids
 from ofmu_ray.evaluation.metrics import FloatArray
-from ofmu_ray.evaluation.robustness.options import QUESTION, PrefixOptions
 from ofmu_ray.evaluation.robustness.texts import answer_texts, measured
 from ofmu_ray.evaluation.rouge import rouge_l_recall
 from ofmu_ray.evaluation.rows import EvaluationRow
@@ -99,20 +99,20 @@ def attacks(
     yield Attack(PLAIN, "data.format.max_length", plain)
     for number, prefix in enumerate(options.prefixes, start=1):
         asked = [replace(row, question=prefix.replace(QUESTION, row.question)) for row in rows]
-        yield Attack(f"prefix_{number}", "evaluation.prefix.prefixes", answer_texts(asked, template))
+        yield Attack(f"prefix_{number}", "checks.prefix.prefixes", answer_texts(asked, template))
     if options.shots:
         context = _context(template, shots, options)
         bos = int(template.bos is not None)
         texts: list[Text] = [([*context, *ids[bos:]], len(context) + prompt - bos) for ids, prompt in plain]
-        yield Attack(FEW_SHOT, "evaluation.prefix.shots", texts)
+        yield Attack(FEW_SHOT, "checks.prefix.shots", texts)
     if options.hint_tokens:
-        yield Attack(HINT, "evaluation.prefix.hint_tokens", [_with_hint(text, options.hint_tokens) for text in plain])
+        yield Attack(HINT, "checks.prefix.hint_tokens", [_with_hint(text, options.hint_tokens) for text in plain])
 
 
 def _context(template: Template, shots: Sequence[EvaluationRow], options: PrefixOptions) -> list[int]:
     """The drawn rows one after the other as the model was trained on them, one BOS in front."""
     if options.shots > len(shots):
-        raise UserError(f"evaluation.prefix.shots = {options.shots}: there are {len(shots)} retain rows; lower it")
+        raise UserError(f"checks.prefix.shots = {options.shots}: there are {len(shots)} retain rows; lower it")
     drawn = np.random.default_rng(options.seed).permutation(len(shots))[: options.shots]
     bos = [] if template.bos is None else [template.bos]
     texts = answer_texts([shots[index] for index in drawn], template)

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import pyarrow as pa
 import torch
 
+from ofmu_ray.config.robustness import QuantiseOptions
 from ofmu_ray.errors import UserError
-from ofmu_ray.evaluation.robustness.options import QuantiseOptions
 from ofmu_ray.evaluation.robustness.texts import answer_texts, measured
 from ofmu_ray.evaluation.rows import EvaluationRow
 from ofmu_ray.evaluation.scorer import RowTemplate
@@ -59,7 +59,7 @@ def quantised(model: Any, bits: int, *, group_size: int | None = None, head: boo
     """
     found = _linear_weights(model, head)
     if not found:
-        raise UserError("evaluation.quantise: the model has no linear layer to round; leave this check out")
+        raise UserError("checks.quantise: the model has no linear layer to round; leave this check out")
     given = [(weight, weight.data) for weight, _ in found]
     try:
         for weight, transposed in found:
@@ -104,7 +104,7 @@ def load_bitsandbytes(folder: str | Path, scheme: BitsAndBytes, *, trust_remote_
     """
     reason = bitsandbytes_missing()
     if reason is not None:
-        raise UserError(f"evaluation.quantise: {scheme} is not available: {reason}")
+        raise UserError(f"checks.quantise: {scheme} is not available: {reason}")
     return _load_bitsandbytes(folder, scheme, "cuda", trust_remote_code)
 
 

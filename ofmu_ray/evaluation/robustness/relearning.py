@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 
 from ofmu_ray.config import OptimizerConfig
+from ofmu_ray.config.robustness import RelearnOptions
 from ofmu_ray.data.batches import collate
 from ofmu_ray.data.order import batch_order
 from ofmu_ray.data.template import Template
 from ofmu_ray.engines import Batch, TorchEngine
 from ofmu_ray.errors import UserError
-from ofmu_ray.evaluation.robustness.options import RelearnOptions
 from ofmu_ray.evaluation.robustness.texts import answer_texts, measured
 from ofmu_ray.evaluation.rows import EvaluationRow
 from ofmu_ray.evaluation.scoring import Text, mean_nll
@@ -70,7 +70,7 @@ def attacked_groups(
     available = source[options.on]
     if options.rows >= len(available):
         raise UserError(
-            f"evaluation.relearn.rows = {options.rows}: there are {len(available)} {options.on} rows, and one at least "
+            f"checks.relearn.rows = {options.rows}: there are {len(available)} {options.on} rows, and one at least "
             "has to stay out of the attack; lower it"
         )
     drawn = set(np.random.default_rng(options.seed).permutation(len(available))[: options.rows].tolist())

@@ -43,7 +43,7 @@ class RelearnOptions:
     """Decides the attacked rows and their order."""
 
     def __post_init__(self) -> None:
-        section = "evaluation.relearn"
+        section = "checks.relearn"
         require(self.on in ("forget", "retain"), f"{section}.on", self.on, "forget or retain")
         positive(section, self, "rows", "lr", "batch_size", "micro_batch_size")
         not_negative(section, self, "weight_decay", "seed")
@@ -63,7 +63,7 @@ class QuantiseOptions:
     """Round the output head too (and with tied weights the input embedding, which is the same tensor)."""
 
     def __post_init__(self) -> None:
-        section = "evaluation.quantise"
+        section = "checks.quantise"
         widths = all(isinstance(width, int) and 2 <= width <= 8 for width in self.bits)
         distinct = len(set(self.bits)) == len(self.bits)
         require(bool(self.bits) and widths and distinct, f"{section}.bits", self.bits, "different widths from 2 to 8")
@@ -90,7 +90,7 @@ class PrefixOptions:
     """Decides the rows of `shots`."""
 
     def __post_init__(self) -> None:
-        section = "evaluation.prefix"
+        section = "checks.prefix"
         for prefix in self.prefixes:
             require(QUESTION in prefix, f"{section}.prefixes", prefix, "texts that contain {question}")
         distinct = len(set(self.prefixes)) == len(self.prefixes)

@@ -1,0 +1,93 @@
+"""Options of `ofmu evaluate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ofmu_ray.config.data import DataConfig
+from ofmu_ray.config.evaluation import EvaluationConfig
+from ofmu_ray.config.models import BUILTIN_TARGET
+from ofmu_ray.config.ranges import require
+from ofmu_ray.config.robustness import PrefixOptions, QuantiseOptions, RelearnOptions
+from ofmu_ray.config.runs import ReportConfig, TrackingConfig, resolved
+from ofmu_ray.errors import UserError
+
+RETRAINED = "retrained"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceConfig:
+    """Multiple-choice questions, as WMDP and MMLU have them: question, choices (a list), answer (an index)."""
+
+    name: str
+    """Of the questions, in the report."""
+    path: str
+    """File, folder, glob or URI of JSON Lines or Parquet, or a hub name (cais/wmdp)."""
+    hub_config: str | None = None
+    """Configuration of a hub data set (wmdp-bio)."""
+    hub_split: str = "test"
+    """Split of a hub data set."""
+    scoring: Literal["letters", "cloze"] = "letters"
+    """letters: likelihood of A, B, ... after the listed choices; cloze: mean log-likelihood of each choice's text."""
+    limit: int | None = None
+    """Use the first n rows only; null: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChecksConfig:
+    """Further measurements; each costs passes of its own."""
+
+    relearn: RelearnOptions | None = None
+    """Relearning attack; null: none. {}: with its defaults."""
+    quantise: QuantiseOptions | None = None
+    """Rounded weights; null: none."""
+    prefix: PrefixOptions | None = None
+    """Other ways to ask; null: none."""
+    choice: list[ChoiceConfig] = field(default_factory=list)
+    """Multiple-choice questions."""
+    alignment: bool = False
+    """Embedding alignment with the retrained model, layer by layer."""
+    gradient_norm: bool = False
+    """The GradNorm attack among the membership figures (needs evaluation.sets.holdout): a backward pass per row."""
+    lm_eval: list[str] = field(default_factory=list)
+    """Tasks of lm-evaluation-harness (extra lm-eval)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """`ofmu evaluate`: any number of models side by side, on the same rows, by the same code as a run's end."""
+
+    name: str | None = None
+    """Name of the evaluation; null: derived from the configuration's hash."""
+    storage: str = "runs"
+    """Folder of results and caches."""
+    seed: int = 0
+    """Seed of the intervals' resamples."""
+    models: dict[str, str] = field(default_factory=lambda: {"target": BUILTIN_TARGET})
+    """Label -> model directory (Hugging Face layout, safetensors) or hub name. The label `retrained` is taken."""
+    tokenizer: str | None = None
+    """Tokenizer directory or hub name; null: the first model's."""
+    trust_remote_code: bool = False
+    """Run code that comes with the models."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Where rows come from that evaluation.sets does not name, and how a row becomes tokens."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Sets of rows, the retrained model, generation, intervals."""
+    checks: ChecksConfig = field(default_factory=ChecksConfig)
+    """Further measurements."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """MLflow."""
+    report: ReportConfig = field(default_factory=ReportConfig)
+    """The HTML page."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.models) and all(self.models.values()), "models", self.models, "a mapping of label to folder")
+        if RETRAINED in self.models:
+            raise UserError(f"models.{RETRAINED}: give the retrained model as evaluation.retrained")
+        first = next(iter(self.models.values()))
+        object.__setattr__(self, "evaluation", resolved(self.evaluation, self.data, first, everything=True))
+        if self.checks.alignment and self.evaluation.retrained is None:
+            raise UserError("checks.alignment needs a retrained model: set evaluation.retrained")
+        if self.checks.gradient_norm and self.evaluation.sets.holdout is None:
+            raise UserError("checks.gradient_norm needs rows that no model has seen: set evaluation.sets.holdout")
