@@ -7,19 +7,20 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 # Stand-ins that matplotlib writes into the SVG and the CSS variable that replaces each.
-_INK, _FAINT, _GRID, _PAPER = "#010101", "#020202", "#030303", "#010303"
+INK, FAINT, GRID, PAPER = "#010101", "#020202", "#030303", "#010303"
 _COLOURS = ("#010a01", "#010a02", "#010a03", "#010a04")
 _VARIABLES = {
-    _INK: "var(--ink)",
-    _FAINT: "var(--faint)",
-    _GRID: "var(--line)",
-    _PAPER: "var(--paper)",
+    INK: "var(--ink)",
+    FAINT: "var(--faint)",
+    GRID: "var(--line)",
+    PAPER: "var(--paper)",
     **{colour: f"var(--series-{index + 1})" for index, colour in enumerate(_COLOURS)},
 }
 MODEL_COLOURS = {"before": _COLOURS[1], "after": _COLOURS[0], "retrained": _COLOURS[2]}
@@ -111,7 +112,7 @@ def _line(series: Sequence[Mapping[str, float]], name: str) -> Line:
 
 
 def _series_panel(plot: SeriesPlot, lines: Mapping[str, Line]) -> Panel:
-    figure, axes = _axes(4.2, 2.5)
+    figure, axes = new_axes(4.2, 2.5)
     for index, (rounds, values) in enumerate(lines.values()):
         marker = "o" if len(rounds) <= 40 else ""
         axes.plot(
@@ -125,7 +126,7 @@ def _series_panel(plot: SeriesPlot, lines: Mapping[str, Line]) -> Panel:
     axes.set_xlabel("round")
     axes.xaxis.get_major_locator().set_params(integer=True)
     colours = [_COLOURS[index % len(_COLOURS)] for index in range(len(lines))]
-    return Panel(plot.title, _svg(figure, plot.title), _legend(list(lines), colours) if len(lines) > 1 else [])
+    return Panel(plot.title, inline_svg(figure, plot.title), _legend(list(lines), colours) if len(lines) > 1 else [])
 
 
 @dataclass(frozen=True)
@@ -158,21 +159,21 @@ def truth_ratio_panel(ratios: Mapping[str, NDArray[np.float64]], marked: Kolmogo
     """Distribution functions of the forget rows' truth ratios by model; `marked`: where after and retrained differ."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    figure, axes = _axes(5.4, 3.0)
+    figure, axes = new_axes(5.4, 3.0)
     for index, (model, values) in enumerate(ratios.items()):
         ordered = np.sort(values)
         heights = np.arange(1, len(ordered) + 1) / len(ordered)
         axes.step(
             np.concatenate([ordered[:1], ordered]), np.concatenate([[0.0], heights]), where="post",
-            color=MODEL_COLOURS.get(model, _FAINT), linestyle=_DASHES[index % len(_DASHES)], linewidth=1.8,
+            color=MODEL_COLOURS.get(model, FAINT), linestyle=_DASHES[index % len(_DASHES)], linewidth=1.8,
         )  # fmt: skip
     if marked is not None:
         top = marked.low + marked.distance
-        axes.plot([marked.location] * 2, [marked.low, top], color=_INK, linewidth=2.2)
+        axes.plot([marked.location] * 2, [marked.low, top], color=INK, linewidth=2.2)
         axes.annotate(
             f"D = {marked.distance:.3f}", (marked.location, marked.low + marked.distance / 2),
-            xytext=(7, 0), textcoords="offset points", color=_INK, fontsize=9, va="center",
-            bbox={"facecolor": _PAPER, "edgecolor": "none", "pad": 1.5},
+            xytext=(7, 0), textcoords="offset points", color=INK, fontsize=9, va="center",
+            bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1.5},
         )  # fmt: skip
     every = np.concatenate(list(ratios.values()))
     if every.min() > 0 and every.max() / every.min() > 20:
@@ -180,13 +181,13 @@ def truth_ratio_panel(ratios: Mapping[str, NDArray[np.float64]], marked: Kolmogo
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.axvline(1.0, color=_FAINT, linewidth=0.8, linestyle=":")
+    axes.axvline(1.0, color=FAINT, linewidth=0.8, linestyle=":")
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("truth ratio of a forget row, P(wrong) / P(right)")
     axes.set_ylabel("share of rows")
     title = "Truth ratios of the forget rows"
-    colours = [MODEL_COLOURS.get(model, _FAINT) for model in ratios]
-    return Panel(title, _svg(figure, title), _legend(list(ratios), colours))
+    colours = [MODEL_COLOURS.get(model, FAINT) for model in ratios]
+    return Panel(title, inline_svg(figure, title), _legend(list(ratios), colours))
 
 
 def _ecdf(values: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -196,7 +197,7 @@ def _ecdf(values: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[n
 # --------------------------------------------------------------------------------------------------- matplotlib
 
 
-def _axes(width: float, height: float) -> tuple[Any, Any]:
+def new_axes(width: float, height: float) -> tuple[Any, Any]:
     """A figure of its own (no pyplot, no global state, no display) with the page's colours, sizes in inches."""
     from matplotlib.figure import Figure
 
@@ -204,16 +205,16 @@ def _axes(width: float, height: float) -> tuple[Any, Any]:
     figure.patch.set_alpha(0)
     axes = figure.add_subplot()
     axes.patch.set_alpha(0)
-    axes.grid(color=_GRID, linewidth=0.7)
+    axes.grid(color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(_FAINT)
-    axes.tick_params(colors=_FAINT, labelcolor=_INK, labelsize=8.5, which="both")
+        spine.set_color(FAINT)
+    axes.tick_params(colors=FAINT, labelcolor=INK, labelsize=8.5, which="both")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.label.set_color(_INK)
+        axis.label.set_color(INK)
         axis.label.set_fontsize(9)
-        axis.get_offset_text().set_color(_INK)
+        axis.get_offset_text().set_color(INK)
         axis.get_offset_text().set_fontsize(8.5)
     return figure, axes
 
@@ -225,8 +226,12 @@ def _legend(labels: Sequence[str], colours: Sequence[str]) -> list[LegendEntry]:
     ]
 
 
-def _svg(figure: Any, title: str) -> str:
-    """The figure as an <svg> element that scales with the page; the same figure gives the same text."""
+def inline_svg(figure: Any, title: str, colours: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The figure as an <svg> element that scales with the page; the same figure gives the same text.
+
+    `title`: its name for those who do not see it, as it stands in an attribute. `colours`: further stand-ins and what
+    replaces each.
+    """
     import matplotlib
 
     stream = io.StringIO()
@@ -238,6 +243,6 @@ def _svg(figure: Any, title: str) -> str:
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
-    for colour, variable in _VARIABLES.items():
+    for colour, variable in {**_VARIABLES, **colours}.items():
         svg = svg.replace(colour, variable)
     return svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
