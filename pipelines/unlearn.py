@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pipelines.terminal import say
 
 PROG = "ofmu unlearn"
 WATCHED = "watched.parquet"
+SIDECARS = "sidecars"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -151,6 +152,8 @@ def _work(run: Run, tokenizer: Any, digest: str, handle: Any) -> results.Outcome
             seed=config.seed,
         )
     say(f"data    {_data_line(prepared, plan)}")
+    with run.phase("reference"):
+        job = replace(job, sidecars=_references(run, job, prepared, plan))
     with run.phase("evaluation"):
         before = evaluator.table(config.model.path, "before")
         retrained = evaluator.table(config.evaluation.retrained, "retrained")
@@ -174,6 +177,24 @@ def _work(run: Run, tokenizer: Any, digest: str, handle: Any) -> results.Outcome
     )
 
 
+def _references(run: Run, job: Any, prepared: Any, plan: Any) -> dict[str, str]:
+    """What the method needs to know about rows under the untouched model: sidecars by stream."""
+    from ofmu_ray.training.reference import write_references
+
+    return write_references(
+        job.build_method().needs,
+        prepared,
+        plan,
+        job.model,
+        folder=str(run.folder / SIDECARS),
+        cache=str(run.storage / "cache"),
+        refusals_path=getattr(run.config.method_options, "refusals", None),
+        root=run.config.data.root,
+        seed=run.config.seed,
+        method=run.config.method,
+    )
+
+
 def _data_line(prepared: Any, plan: Any) -> str:
     streams = ", ".join(f"{name} {plan.rows[name]} rows ({plan.epochs[name]:.1f} epochs)" for name in plan.streams)
     return f"{streams}; {plan.rounds} rounds of " + " + ".join(
@@ -182,9 +203,10 @@ def _data_line(prepared: Any, plan: Any) -> str:
 
 
 def _remove_text(run: Run, prepared: Any) -> None:
-    """The forget rows' tokens, the batch plan and the watched rows hold text that must not outlive the run."""
+    """The forget rows' tokens, the batch plan, sidecars and watched rows hold text that must not outlive the run."""
     prepared.discard("forget")
-    shutil.rmtree(run.folder / "plan", ignore_errors=True)
+    for name in ("plan", SIDECARS):
+        shutil.rmtree(run.folder / name, ignore_errors=True)
     (run.folder / WATCHED).unlink(missing_ok=True)
 
 

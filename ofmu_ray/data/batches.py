@@ -10,7 +10,9 @@ import pyarrow.parquet as pq
 import torch
 
 from ofmu_ray.data.plan import Plan
+from ofmu_ray.data.sidecar import Sidecar, open_sidecars
 from ofmu_ray.engines.protocol import Batch
+from ofmu_ray.methods.protocol import REFUSAL
 from ofmu_ray.storage import locate
 
 IGNORE = -100
@@ -21,7 +23,13 @@ RoundBatches = dict[str, list[Batch]]
 
 
 def local_rounds(
-    plan: Plan, lane: int, *, start_round: int = 0, micro_batch_size: int | None = None, pad_id: int
+    plan: Plan,
+    lane: int,
+    *,
+    start_round: int = 0,
+    micro_batch_size: int | None = None,
+    pad_id: int,
+    sidecars: Mapping[str, str] | None = None,
 ) -> Iterator[RoundBatches]:
     """The batches of `stream.rounds` by plain pyarrow in this process: the reference, and a way to do without Ray."""
     tables = (
@@ -30,7 +38,8 @@ def local_rounds(
         for table in [read_file(path)]
         for at in range(0, table.num_rows, plan.rows_per_round)
     )
-    yield from assemble(tables, plan, start_round=start_round, micro_batch_size=micro_batch_size, pad_id=pad_id)
+    options: dict[str, Any] = {"micro_batch_size": micro_batch_size, "pad_id": pad_id, "sidecars": sidecars}
+    yield from assemble(tables, plan, start_round=start_round, **options)
 
 
 def lane_files(plan: Plan, lane: int, start_round: int = 0) -> list[str]:
@@ -46,13 +55,22 @@ def read_file(path: str) -> pa.Table:
 
 
 def assemble(
-    tables: Iterable[pa.Table], plan: Plan, *, start_round: int, micro_batch_size: int | None, pad_id: int
+    tables: Iterable[pa.Table],
+    plan: Plan,
+    *,
+    start_round: int,
+    micro_batch_size: int | None,
+    pad_id: int,
+    sidecars: Mapping[str, str] | None = None,
 ) -> Iterator[RoundBatches]:
     """Batches of each table, which holds one round of one lane; rounds before `start_round` are skipped.
+
+    `sidecars`: stream -> folder of what is known about its rows, which is added to its micro-batches.
 
     Raises AssertionError when a round is missing, incomplete or out of order.
     """
     expected = None
+    opened = open_sidecars(sidecars)
     for table in tables:
         number, offset = divmod(table["position"][0].as_py(), plan.rows_per_round)
         assert offset == 0, f"round {number} begins inside a batch"
@@ -61,7 +79,7 @@ def assemble(
         assert expected is not None or number <= start_round, f"the shard begins after round {start_round}"
         expected = number + 1
         if number >= start_round:
-            yield _round(table, plan, micro_batch_size or plan.share, pad_id)
+            yield _round(table, plan, micro_batch_size or plan.share, pad_id, opened)
     assert expected == plan.rounds, f"the shard ends before round {plan.rounds}"
 
 
@@ -84,7 +102,9 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.T
     return batch
 
 
-def _round(table: pa.Table, plan: Plan, micro_batch_size: int, pad_id: int) -> RoundBatches:
+def _round(
+    table: pa.Table, plan: Plan, micro_batch_size: int, pad_id: int, sidecars: Mapping[str, Sidecar]
+) -> RoundBatches:
     batches: RoundBatches = {}
     at = 0
     for name in plan.streams:
@@ -92,7 +112,17 @@ def _round(table: pa.Table, plan: Plan, micro_batch_size: int, pad_id: int) -> R
         for _ in range(plan.batches_per_round[name]):
             rows = table.slice(at, plan.share).to_pylist()
             pieces = [rows[start : start + micro_batch_size] for start in range(0, len(rows), micro_batch_size)]
-            micro = [collate(piece, pad_id) for piece in pieces]
+            micro = [_collate_with(sidecars.get(name), piece, pad_id) for piece in pieces]
             batches[name].append(Batch(micro=micro, row_ids=[row["row_id"] for row in rows]))
             at += plan.share
     return batches
+
+
+def _collate_with(sidecar: Sidecar | None, rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
+    batch = collate(rows, pad_id)
+    if sidecar is not None:
+        row_ids = [row["row_id"] for row in rows]
+        batch |= sidecar.values(row_ids)
+        if refusals := sidecar.refusals(row_ids):
+            batch |= {REFUSAL + name: tensor for name, tensor in collate(refusals, pad_id).items()}
+    return batch

@@ -7,7 +7,8 @@ that a restarted worker finds in its checkpoint; and their equal split drops the
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,16 +35,24 @@ def lane_iterator(plan: Plan, lane: int, start_round: int = 0) -> DataIterator:
 
 
 def rounds(
-    shard: DataIterator, plan: Plan, *, start_round: int = 0, micro_batch_size: int | None = None, pad_id: int
+    shard: DataIterator,
+    plan: Plan,
+    *,
+    start_round: int = 0,
+    micro_batch_size: int | None = None,
+    pad_id: int,
+    sidecars: Mapping[str, str] | None = None,
 ) -> Iterator[RoundBatches]:
     """This worker's batches, {stream: [Batch, ...]} for each round from `start_round` on.
 
     `shard` may begin earlier than `start_round` but not later. Every lane yields the same number of rounds with the
-    same numbers of batches and micro-batches. Micro-batches are those of `batches.collate`.
+    same numbers of batches and micro-batches. Micro-batches are those of `batches.collate`, with what the folders of
+    `sidecars` (by stream) know about their rows.
     """
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # else each worker tells of every execution
     tables = shard.iter_batches(batch_size=plan.rows_per_round, batch_format="pyarrow", prefetch_batches=2)
-    yield from assemble(tables, plan, start_round=start_round, micro_batch_size=micro_batch_size, pad_id=pad_id)
+    options: dict[str, Any] = {"micro_batch_size": micro_batch_size, "pad_id": pad_id, "sidecars": sidecars}
+    yield from assemble(tables, plan, start_round=start_round, **options)
 
 
 def _read(batch: dict[str, np.ndarray]) -> pa.Table:

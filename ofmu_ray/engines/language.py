@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -27,13 +29,16 @@ class Answers(NamedTuple):
 def logits_at(
     module: torch.nn.Module, batch: Mapping[str, Any], positions: torch.Tensor, prefix: str = ""
 ) -> torch.Tensor:
-    """Run the model and select logits, [selected, vocabulary], at least fp32.
+    """Run the model with its output head at some positions only: logits [selected, vocabulary], at least fp32.
 
     `batch`: input_ids and attention_mask (each under `prefix` + its name), int64 [rows, positions]; `positions`: bool
-    of the same shape. Selection comes before the upcast, so that fp32 logits exist for the selected positions only.
+    of the same shape. The head's cost, and the size of logits and of their gradient, follow the selection.
     """
     ids, mask = batch[f"{prefix}input_ids"], batch[f"{prefix}attention_mask"]
-    logits_tv: torch.Tensor = module(input_ids=ids, attention_mask=mask, use_cache=False).logits[positions]
+    options = {"logits_to_keep": positions} if _selects(_model_type(module)) else {}
+    logits_tv: torch.Tensor = module(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
+    if logits_tv.dim() == 3:
+        logits_tv = logits_tv[positions]
     return logits_tv.float() if logits_tv.dtype in (torch.bfloat16, torch.float16) else logits_tv
 
 
@@ -56,3 +61,14 @@ def causal_lm_loss(module: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[t
     logits_tv, labels_t, _, _ = answers(module, batch)
     total = functional.cross_entropy(logits_tv, labels_t, reduction="sum")
     return total, labels_t.new_tensor(len(labels_t))
+
+
+def _model_type(module: Any) -> type:
+    inner = getattr(module, "module", module)  # DeepSpeed's wrapper
+    return type(inner.get_base_model() if hasattr(inner, "get_base_model") else inner)  # peft's
+
+
+@functools.cache
+def _selects(model: type) -> bool:
+    """Whether models of this class take the positions that their head is to run at, as most of transformers' do."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters  # type: ignore[attr-defined]

@@ -71,11 +71,18 @@ class Engine(ParameterSpace, Protocol):
         """Where the weights live and batches belong."""
 
     def gradient(
-        self, batch: Any, loss: Loss | None = None, *, kind: Kind = "forget", differenced: bool = False
+        self,
+        batch: Any,
+        loss: Loss | None = None,
+        *,
+        kind: Kind = "forget",
+        differenced: bool = False,
+        work: float = 1.0,
     ) -> tuple[Vector, float]:
         """As in `ParameterSpace`; the mean is over all tokens of the global batch when the loss gives (sum, count).
 
-        `batch` is a `Batch`, or one micro-batch as the loss takes it; `loss` defaults to the engine's own.
+        `batch` is a `Batch`, or one micro-batch as the loss takes it; `loss` defaults to the engine's own. `work`:
+        share of the model's operations that the loss runs, for the account of FLOPs.
         """
 
     def evaluate(self, batch: Any, fn: Callable[[torch.nn.Module, Any], Any]) -> list[Any]:

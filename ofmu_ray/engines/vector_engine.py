@@ -79,7 +79,13 @@ class VectorEngine:
     # ------------------------------------------------------------------------------------------------ passes
 
     def gradient(
-        self, batch: Any, loss: Loss | None = None, *, kind: Kind = "forget", differenced: bool = False
+        self,
+        batch: Any,
+        loss: Loss | None = None,
+        *,
+        kind: Kind = "forget",
+        differenced: bool = False,
+        work: float = 1.0,
     ) -> tuple[Vector, float]:
         """Gradient and value of the mean loss over the global batch; see `protocol.Engine.gradient`.
 
@@ -99,10 +105,10 @@ class VectorEngine:
                     value, count = sum_and_count(loss(shards.forward_module, micro))
                 shards.backward(value)
                 sums += batch_sums(value, count, micro, self.device)
-        loss_sum, total = self._account_pass(shards.all_reduce(sums), kind)
+        loss_sum, total = self._account_pass(shards.all_reduce(sums), kind, work)
         return shards.gradient_sums(1.0 / total), loss_sum / total
 
-    def _account_pass(self, sums: torch.Tensor, kind: Kind) -> tuple[float, float]:
+    def _account_pass(self, sums: torch.Tensor, kind: Kind, work: float = 1.0) -> tuple[float, float]:
         loss_sum, total, tokens = sums.tolist()
         if not total:
             raise UserError(
@@ -110,7 +116,7 @@ class VectorEngine:
             )
         self.account.gradient_passes[kind] = self.account.gradient_passes.get(kind, 0) + 1
         self.account.tokens += int(tokens)
-        self.account.flops += _FLOPS_PER_TOKEN * self._numel_all * tokens
+        self.account.flops += _FLOPS_PER_TOKEN * self._numel_all * tokens * work
         return loss_sum, total
 
     def evaluate(self, batch: Any, fn: Callable[[torch.nn.Module, Any], T]) -> list[T]:
@@ -306,8 +312,11 @@ def sum_and_count(result: torch.Tensor | tuple[torch.Tensor, torch.Tensor | int]
 
 
 def batch_sums(value: torch.Tensor, count: Any, micro: Any, device: torch.device) -> torch.Tensor:
-    mask = micro.get("attention_mask") if isinstance(micro, Mapping) else None
-    tokens = count if mask is None else mask.sum()
+    """float64 [loss, count, tokens]; tokens are those of every attention mask in the micro-batch (a method whose loss
+    runs only one of several texts hands the engine only that), or the count where there is none."""
+    items = micro.items() if isinstance(micro, Mapping) else ()
+    masks = [mask for name, mask in items if name.endswith("attention_mask")]
+    tokens = sum(mask.sum() for mask in masks) if masks else count
     parts = (torch.as_tensor(part, dtype=torch.float64, device=device) for part in (value.detach(), count, tokens))
     return torch.stack(list(parts))
 

@@ -31,6 +31,8 @@ class OneLoop(Generic[C]):
     name: str
     forget_weight: float = 1.0
     retain_weight: float = 0.0
+    work: float = 1.0
+    """Share of the model's operations that the losses run."""
 
     def __init__(self, config: C, rounds: int | None = None):
         self.config, self.rounds = config, rounds
@@ -48,6 +50,14 @@ class OneLoop(Generic[C]):
 
     def batches_per_round(self) -> dict[str, int]:
         return {"forget": int(self.forget_weight > 0), "retain": int(self.retain_weight > 0)}
+
+    def forget_batch(self, batch: Any) -> Any:
+        """A forget batch as its loss sees it: what the loss does not run is left out, or the account counts it."""
+        return batch
+
+    def retain_batch(self, batch: Any) -> Any:
+        """A retain batch as its loss sees it."""
+        return batch
 
     def forget_loss(self, module: torch.nn.Module, micro: Mapping[str, Any]) -> LossParts:
         """Loss on forget rows that is minimised."""
@@ -75,11 +85,11 @@ class OneLoop(Generic[C]):
         forget = retain = None
         counts = self.batches_per_round()
         if counts["forget"]:
-            batch = next(drawn(forget_batches, "forget"))
-            forget, figures["forget_loss"] = engine.gradient(batch, self.forget_loss, kind="forget")
+            batch = self.forget_batch(next(drawn(forget_batches, "forget")))
+            forget, figures["forget_loss"] = engine.gradient(batch, self.forget_loss, kind="forget", work=self.work)
         if counts["retain"]:
-            batch = next(drawn(retain_batches, "retain"))
-            retain, figures["retain_loss"] = engine.gradient(batch, self.retain_loss, kind="retain")
+            batch = self.retain_batch(next(drawn(retain_batches, "retain")))
+            retain, figures["retain_loss"] = engine.gradient(batch, self.retain_loss, kind="retain", work=self.work)
         figures["gradient_norm"] = engine.apply(self.direction(engine, forget, retain, figures), "outer")
         self.rounds_done += 1
         return figures

@@ -17,6 +17,9 @@ Batches = Iterable[Any]
 
 Quantity = Literal["nll", "logits", "activations", "refusal", "refusal_nll"]
 
+REFUSAL = "refusal_"
+"""Prefix of the names of a refusal's tokens in a micro-batch."""
+
 
 @dataclass(frozen=True)
 class Need:
@@ -24,12 +27,13 @@ class Need:
 
     The collated micro-batches of the stream then hold it (ofmu_ray.data.sidecar says under which names). nll: sum of
     the answer's token losses under the untouched model; logits: its log-probabilities of every next token at the
-    answer's tokens; activations: its output of a layer there; refusal: a refusal to the row's question, as tokens;
-    refusal_nll: the sum of the refusal's token losses under the untouched model.
+    answer's tokens; activations: what its layer `layer` puts out there (None: engines.layers.chosen_layer); refusal: a
+    refusal to the row's question, as tokens; refusal_nll: the sum of the refusal's token losses under that model.
     """
 
     stream: str
     quantity: Quantity
+    layer: int | None = None
 
 
 class Method(Protocol):

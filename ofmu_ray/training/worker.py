@@ -86,6 +86,7 @@ class Worker:
             options = {
                 "micro_batch_size": training.micro_batch_size or training.batch_size // self.session.world,
                 "pad_id": self.tokenizer.pad_token_id,
+                "sidecars": self.job.sidecars,
             }
             for batches in source(self.state.round, options):
                 if not loop.round(batches):

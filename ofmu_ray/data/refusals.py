@@ -1,0 +1,67 @@
+"""Refusals as answers to forget questions: which one a row gets, and its tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from ofmu_ray.config import SourceConfig
+from ofmu_ray.data import checks, sources
+from ofmu_ray.data.checks import Problems
+from ofmu_ray.data.sidecar import write_rows
+from ofmu_ray.data.sources import Broken
+from ofmu_ray.data.template import Template
+
+BUILTIN = "builtin:refusals.jsonl"
+
+
+def read_refusals(path: str | None, root: str | None, option: str) -> list[str]:
+    """The refusals of a file with a column `answer` (None: the built-in ones).
+
+    Raises UserError with every problem of the file; `option` names it.
+    """
+    source = SourceConfig(path=path or BUILTIN)
+    problems, found = Problems(), []
+    for piece in sources.fragments(source, root, stream="refusals", option=option):
+        for number, row in sources.read(piece, ["answer"]):
+            if isinstance(row, Broken):
+                problems.add(row.kind, f"row {number}")
+            elif (text := checks.cell(row, "answer", None, problems, f"row {number}")) is not None:
+                found.append(text)
+    problems.empty = not found and not problems.counts
+    checks.refuse({option: (source.shown, problems)})
+    return found
+
+
+def chosen(row_id: str, count: int, seed: int) -> int:
+    """Which of `count` refusals a row gets: a hash of seed and row id, so that it is the same in every round."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{row_id}".encode()).digest()[:8], "big") % count
+
+
+def refusal_rows(rows: pa.Table, texts: Sequence[str], template: Template, seed: int) -> list[dict[str, Any]]:
+    """The rows' prompts with a refusal and EOS in place of the answer: {row_id, input_ids, prompt_tokens} each.
+
+    `rows`: row_id, input_ids, prompt_tokens. The refusal's tokens do not depend on the question, because the layout
+    ends the prompt (a row's first tokens) before the answer; a row too long for max_length loses the refusal's end,
+    never EOS.
+    """
+    encoded = [template.encode("?", text) for text in texts]
+    answers = [ids[prompt:-1] for ids, prompt in encoded]
+    room = template.config.max_length - 1  # EOS
+    found = []
+    for row in rows.to_pylist():
+        prompt = row["input_ids"][: row["prompt_tokens"]]
+        answer = answers[chosen(row["row_id"], len(texts), seed)]
+        ids = [*(prompt + answer)[:room], template.eos]
+        found.append({"row_id": row["row_id"], "input_ids": ids, "prompt_tokens": len(prompt)})
+    return found
+
+
+def write_refusals(path: str, rows: Sequence[dict[str, Any]]) -> str:
+    """Write refusal rows to a Parquet file; returns `path`. They hold the questions: the file goes with the run."""
+    schema = pa.schema([("row_id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("prompt_tokens", pa.int32())])
+    write_rows(path, pa.Table.from_pylist(list(rows), schema=schema))
+    return path

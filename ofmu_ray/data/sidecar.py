@@ -1,0 +1,124 @@
+"""What is known about rows besides their tokens, stored by row id and added to micro-batches when they are collated.
+
+A table of values is a folder with `index.parquet` (row_id, entries: how many the row has), `values.npy` (all entries,
+row after row) and `table.json`. A stream's sidecar is a folder with `sidecar.json`, which names its tables and its
+refusals; the tables themselves may lie elsewhere, in the cache. Collation adds, in the rows' order:
+
+| quantity | key | shape |
+|---|---|---|
+| nll | reference_nll | [rows] |
+| logits | reference_logprobs | [answer tokens, vocabulary] |
+| activations | reference_activations | [answer tokens, width] |
+| refusal | refusal_input_ids, refusal_attention_mask, refusal_labels | int64 [rows, longest] |
+| refusal_nll | refusal_reference_nll | [rows] |
+
+Values are memory-mapped: a worker holds the index, and reads the rows that it is at. The answer's tokens include EOS.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from ofmu_ray.storage import is_file, join, local_path, locate, published, read_text, write_text
+
+MARKER = "sidecar.json"
+TABLE_MARKER = "table.json"
+KEYS = {
+    "nll": "reference_nll",
+    "logits": "reference_logprobs",
+    "activations": "reference_activations",
+    "refusal_nll": "refusal_reference_nll",
+}
+"""Quantity -> name in a micro-batch."""
+
+
+class Values:
+    """A stored table, open for reading."""
+
+    def __init__(self, folder: str) -> None:
+        index = read_rows(join(folder, "index.parquet"))
+        stops = np.cumsum(index["entries"].to_numpy())
+        starts = stops - index["entries"].to_numpy()
+        self._places = dict(zip(index["row_id"].to_pylist(), zip(starts, stops, strict=True), strict=True))
+        self._values: np.ndarray = np.load(local_path(join(folder, "values.npy")), mmap_mode="r")
+
+    def rows(self, row_ids: Sequence[str]) -> torch.Tensor:
+        """The entries of these rows, one after the other, as stored ([entries] or [entries, ...])."""
+        pieces = [self._values[slice(*self._places[row_id])] for row_id in row_ids]
+        return torch.from_numpy(np.concatenate(pieces))
+
+
+class Sidecar:
+    """What is known about the rows of one stream."""
+
+    def __init__(self, folder: str) -> None:
+        content = json.loads(read_text(join(folder, MARKER)))
+        self._tables = {KEYS[quantity]: Values(path) for quantity, path in content["tables"].items()}
+        refusals = content["refusals"]
+        self._refusals = {row["row_id"]: row for row in read_rows(refusals).to_pylist()} if refusals else {}
+
+    def values(self, row_ids: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The numbers of these rows, by their names in a micro-batch."""
+        return {key: table.rows(row_ids) for key, table in self._tables.items()}
+
+    def refusals(self, row_ids: Sequence[str]) -> list[dict[str, Any]]:
+        """The refusals to these rows, as rows (input_ids, prompt_tokens); [] when the stream has none."""
+        return [self._refusals[row_id] for row_id in row_ids] if self._refusals else []
+
+
+def open_sidecars(folders: Mapping[str, str] | None) -> dict[str, Sidecar]:
+    """Sidecars by stream, from their folders."""
+    return {stream: Sidecar(folder) for stream, folder in (folders or {}).items()}
+
+
+def write_sidecar(folder: str, tables: Mapping[str, str], refusals: str | None) -> str:
+    """Name the tables (quantity -> folder) and the refusals (a Parquet file) of a stream; returns `folder`."""
+    filesystem, inside = locate(folder)
+    filesystem.create_dir(inside, recursive=True)
+    write_text(join(folder, MARKER), json.dumps({"tables": dict(tables), "refusals": refusals}))
+    return folder
+
+
+def has_table(folder: str) -> bool:
+    """Whether a complete table lies there."""
+    return is_file(join(folder, TABLE_MARKER))
+
+
+@contextmanager
+def new_table(
+    folder: str, row_ids: Sequence[str], entries: np.ndarray, shape: Sequence[int], dtype: str, about: Mapping[str, Any]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """A table to fill: (values [sum of entries, *shape], first entry of each row); published when the block ends well.
+
+    `about` goes into `table.json`. The folder must be on a file system of this machine (runs are).
+    """
+    with published(folder, TABLE_MARKER) as partial:
+        total = int(entries.sum())
+        where = local_path(join(partial, "values.npy"))
+        values = np.lib.format.open_memmap(where, mode="w+", dtype=np.dtype(dtype), shape=(total, *shape))
+        yield values, np.cumsum(entries) - entries
+        values.flush()
+        index = pa.table({"row_id": list(row_ids), "entries": entries.astype(np.int64)})
+        write_rows(join(partial, "index.parquet"), index)
+        write_text(join(partial, TABLE_MARKER), json.dumps(dict(about)))
+
+
+def write_rows(path: str, table: pa.Table) -> None:
+    """Write a Parquet file, making its folder."""
+    filesystem, inside = locate(path)
+    filesystem.create_dir(inside.rpartition("/")[0], recursive=True)
+    pq.write_table(table, inside, filesystem=filesystem)
+
+
+def read_rows(path: str) -> pa.Table:
+    """Read a Parquet file."""
+    filesystem, inside = locate(path)
+    return pq.read_table(inside, filesystem=filesystem, partitioning=None)
