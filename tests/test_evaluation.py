@@ -18,9 +18,10 @@ from ofmu_ray.config import EvaluationConfig, FormatConfig
 from ofmu_ray.data.template import Template
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation import actors
+from ofmu_ray.evaluation.cache import model_fingerprint
 from ofmu_ray.evaluation.rouge import rouge_l_recall
 from ofmu_ray.evaluation.rows import evaluation_rows, without_private_text
-from ofmu_ray.evaluation.runner import evaluate_model, summarise
+from ofmu_ray.evaluation.runner import evaluate_live, evaluate_model, summarise
 from ofmu_ray.evaluation.scorer import Scorer
 from ofmu_ray.evaluation.summary import FIGURES
 
@@ -121,6 +122,26 @@ def test_the_live_model_gives_the_same_rows(model_dir: Path, tmp_path: Path) -> 
     rows = evaluation_rows("retain", SETS["retain"], FormatConfig())
     table = _evaluate(model_dir, tmp_path, sets={"retain": SETS["retain"]})
     _assert_same(scorer.rows(rows, batch_size=CONFIG.batch_size), table)
+
+
+def test_a_module_in_memory_is_evaluated_as_its_export(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tiny_model("llama").train()
+
+    def live(**options: Any) -> pa.Table:
+        return evaluate_live(module, tiny_tokenizer(), SETS, FormatConfig(), CONFIG, label="test", **options)
+
+    expected = _evaluate(model_dir, tmp_path / "exported", reveal_text=True)
+    _assert_same(live(reveal_text=True), expected)
+    assert module.training
+    assert module.config._attn_implementation == "sdpa"  # as it was before the trees
+    kept = {"storage_cache_dir": tmp_path / "exported", "fingerprint": model_fingerprint(model_dir)}
+    ran = _count_units(monkeypatch)
+    assert live(**kept) == without_private_text(expected)  # the folder's values serve the module
+    assert ran == []
+    live(**{**kept, "fingerprint": "other weights"})
+    assert set(ran) == set(SETS)
 
 
 def test_batch_size_changes_nothing_but_rounding(model_dir: Path, tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.actors import Loading, device_kind, run_units
 from ofmu_ray.evaluation.cache import EvaluationCache, cache_key, model_fingerprint, weights_folder
 from ofmu_ray.evaluation.rows import EvaluationRow, evaluation_rows, is_private, with_row_metrics, without_private_text
-from ofmu_ray.evaluation.scorer import Result, Unit, assemble, plan
+from ofmu_ray.evaluation.scorer import Result, Scorer, Unit, assemble, plan
 from ofmu_ray.evaluation.summary import summarise
 
-__all__ = ["evaluate_model", "summarise"]
+__all__ = ["evaluate_live", "evaluate_model", "summarise"]
 
 
 def evaluate_model(
@@ -51,19 +52,53 @@ def evaluate_model(
         max_new_tokens=config.max_new_tokens,
         trust_remote_code=trust_remote_code,
     )
-    keys = _keys(rows, model_fingerprint(weights_folder(str(model_dir))), loading)
-    cache = EvaluationCache(Path(storage_cache_dir))
-    tables: dict[str, pa.Table] = {}
-    for name, key in keys.items():
-        found = None if reveal_text and is_private(name) else cache.load(key)
-        if found is not None:
-            tables[name] = found
-    missing = {name: rows[name] for name in rows if name not in tables}
-    for name, measured in _measure(missing, loading, config, label):
-        cache.save(keys[name], measured)
-        tables[name] = measured
-    table = with_row_metrics(pa.concat_tables(tables[name] for name in rows))
-    return table if reveal_text else without_private_text(table)
+    arithmetic = "cuda/stored" if device_kind() == "cuda" else "cpu/fp32"
+    store = _Store(Path(storage_cache_dir), model_fingerprint(weights_folder(str(model_dir))), arithmetic)
+    return _table(
+        rows,
+        loading.template,
+        config,
+        label,
+        reveal_text,
+        store,
+        lambda units: run_units(units, loading, config.actors),
+    )
+
+
+def evaluate_live(
+    module: Any,
+    tokenizer: Any,
+    sets: Mapping[str, Sequence[Mapping[str, Any]]],
+    fmt: FormatConfig,
+    config: EvaluationConfig,
+    *,
+    label: str,
+    reveal_text: bool = False,
+    storage_cache_dir: str | Path | None = None,
+    fingerprint: str | None = None,
+) -> pa.Table:
+    """`evaluate_model` of a causal language model of transformers that is in memory, where it is and as it is.
+
+    In fp32 the table is that of the exported folder. It runs in this process and leaves the module's mode as it was.
+    `storage_cache_dir` and `fingerprint` (of the weights: `cache.model_fingerprint`, or any text that changes with
+    them): keep and reuse the values; without both nothing is kept.
+    """
+    rows = {name: evaluation_rows(name, found[: config.max_rows], fmt) for name, found in sets.items()}
+    template = Template(tokenizer, fmt)
+    store = None
+    if storage_cache_dir is not None and fingerprint is not None:
+        weight = module.get_input_embeddings().weight
+        kind = "fp32" if weight.dtype.itemsize == 4 else str(weight.dtype)
+        store = _Store(Path(storage_cache_dir), fingerprint, f"{weight.device.type}/{kind}")
+    training = module.training
+    module.eval()
+    try:
+        scorer = Scorer(module, tokenizer, template, max_new_tokens=config.max_new_tokens)
+        return _table(
+            rows, template, config, label, reveal_text, store, lambda units: enumerate(map(scorer.run, units))
+        )
+    finally:
+        module.train(training)
 
 
 def loading_of(
@@ -87,28 +122,62 @@ def loading_of(
     )
 
 
-def _keys(rows: Mapping[str, Sequence[EvaluationRow]], model: str, loading: Loading) -> dict[str, str]:
-    arithmetic = "cuda/stored" if device_kind() == "cuda" else "cpu/fp32"
-    template = loading.template.fingerprint()
-    return {name: cache_key(model, template, of, loading.max_new_tokens, arithmetic) for name, of in rows.items()}
+@dataclass(frozen=True)
+class _Store:
+    """Where the values of one model are kept."""
+
+    folder: Path
+    model: str
+    arithmetic: str
+
+
+def _table(
+    rows: Mapping[str, Sequence[EvaluationRow]],
+    template: Template,
+    config: EvaluationConfig,
+    label: str,
+    reveal_text: bool,
+    store: _Store | None,
+    run: Callable[[Sequence[Unit]], Iterable[tuple[int, Result]]],
+) -> pa.Table:
+    """All sets' values, from the store where it has them."""
+    keys: dict[str, str] = {}
+    if store is not None:
+        layout, longest = template.fingerprint(), config.max_new_tokens
+        keys = {name: cache_key(store.model, layout, of, longest, store.arithmetic) for name, of in rows.items()}
+        cache = EvaluationCache(store.folder)
+    tables: dict[str, pa.Table] = {}
+    for name, key in keys.items():
+        found = None if reveal_text and is_private(name) else cache.load(key)
+        if found is not None:
+            tables[name] = found
+    missing = {name: rows[name] for name in rows if name not in tables}
+    for name, measured in _measure(missing, template, config.batch_size, label, run):
+        if name in keys:
+            cache.save(keys[name], measured)
+        tables[name] = measured
+    table = with_row_metrics(pa.concat_tables(tables[name] for name in rows))
+    return table if reveal_text else without_private_text(table)
 
 
 def _measure(
-    rows: Mapping[str, Sequence[EvaluationRow]], loading: Loading, config: EvaluationConfig, label: str
-) -> Any:
+    rows: Mapping[str, Sequence[EvaluationRow]],
+    template: Template,
+    batch_size: int,
+    label: str,
+    run: Callable[[Sequence[Unit]], Iterable[tuple[int, Result]]],
+) -> Iterator[tuple[str, pa.Table]]:
     """(set, table) as soon as the last unit of the set is done."""
     from tqdm import tqdm
 
-    units: list[Unit] = [
-        unit for of in rows.values() for unit in plan(of, loading.template, batch_size=config.batch_size)
-    ]
+    units = [unit for of in rows.values() for unit in plan(of, template, batch_size)]
     if not units:
         return
     results: dict[str, list[Result]] = {name: [] for name in rows}
     waiting = {name: sum(unit.set == name for unit in units) for name in rows}
     progress = tqdm(total=len(units), desc=f"evaluate {label}", unit="batch", disable=not sys.stderr.isatty())
     with progress:
-        for number, result in run_units(units, loading, config.actors):
+        for number, result in run(units):
             name = units[number].set
             results[name].append(result)
             waiting[name] -= 1
