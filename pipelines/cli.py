@@ -14,6 +14,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 COMMANDS = {
     "unlearn": "make a model forget a set of rows and keep the rest",
     "train": "fit a target or a retrained model on a data set",
+    "evaluate": "compare models: metrics, probes, attacks",
+    "benchmark": "compare methods at equal compute: methods x splits x seeds",
     "metrics": "figures from evaluation logs of other programs",
 }
 

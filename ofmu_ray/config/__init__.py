@@ -24,6 +24,14 @@ from ofmu_ray.config.baselines import (
     WeightedConfig,
     WGAConfig,
 )
+from ofmu_ray.config.benchmark import (
+    LABELS,
+    AblationConfig,
+    BenchmarkConfig,
+    BudgetConfig,
+    RuleConfig,
+    TuningConfig,
+)
 from ofmu_ray.config.data import (
     BUILTIN_FORGET,
     DataConfig,
@@ -55,6 +63,9 @@ from ofmu_ray.config.models import (
 from ofmu_ray.config.optimizers import (
     OptimizerConfig,
 )
+from ofmu_ray.config.overrides import (
+    apply_overrides,
+)
 from ofmu_ray.config.runs import (
     ReportConfig,
     TrackingConfig,
@@ -75,9 +86,13 @@ from ofmu_ray.config.values import (
 __all__ = [
     "BUILTIN_FORGET",
     "BUILTIN_TARGET",
+    "LABELS",
     "METHODS",
     "PRESETS",
+    "AblationConfig",
     "BLURConfig",
+    "BenchmarkConfig",
+    "BudgetConfig",
     "CEUConfig",
     "DPOConfig",
     "DataConfig",
@@ -103,6 +118,7 @@ __all__ = [
     "RMUConfig",
     "ReportConfig",
     "RetainFinetuneConfig",
+    "RuleConfig",
     "SatImpConfig",
     "ScratchConfig",
     "SimNPOConfig",
@@ -113,10 +129,12 @@ __all__ = [
     "TrainConfig",
     "TrainDataConfig",
     "TrainingConfig",
+    "TuningConfig",
     "UNDIALConfig",
     "UnlearnConfig",
     "WGAConfig",
     "WeightedConfig",
+    "apply_overrides",
     "close_match",
     "config_hash",
     "flatten",

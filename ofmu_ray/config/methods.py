@@ -48,6 +48,9 @@ class OFMUConfig:
     """Optimiser of the inner loop (ascent on Phi)."""
     outer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
     """Optimiser of the outer loop (descent on F = L_r + rho |grad Phi|^2); its state is its own."""
+    shared_optimizer: bool = False
+    """Both loops step the inner loop's optimiser (moments, clipping, decay), each at its own learning rate: an
+    ablation of the separate states."""
 
     def __post_init__(self) -> None:
         not_negative("ofmu", self, "beta", "rho")

@@ -75,8 +75,12 @@ class StopConfig:
     """Rounds between checks of the floor."""
     sample: int = 64
     """Retain rows in the check."""
+    max_passes: int | None = None
+    """End the run before the round that would exceed this many gradient passes (forget and retain); null: no limit."""
+    max_flops: float | None = None
+    """The same in FLOPs as the run's account counts them; a round is expected to cost what the rounds before did."""
 
     def __post_init__(self) -> None:
-        positive("stop", self, "check_every", "sample")
+        positive("stop", self, "check_every", "sample", "max_passes", "max_flops")
         if self.utility_floor is not None:
             require(0 < self.utility_floor <= 1, "stop.utility_floor", self.utility_floor, "in (0, 1]")

@@ -116,11 +116,12 @@ def write_plan(
     workers: int,
     seed: int,
     rounds_per_file: int = 64,
+    here: bool = False,
 ) -> Plan:
     """Decide every batch and write it with Ray Data, or return the plan that stands there already.
 
     The content of a global batch depends on data and seed, never on `workers`. Ray must be up for a plan of more than
-    `SMALL_ROWS` rows. Raises AssertionError when `batch_size` does not divide over `workers` (which the configuration
+    `SMALL_ROWS` rows, unless it is to be written `here`, in this process. Raises AssertionError when `batch_size` does not divide over `workers` (which the configuration
     refuses).
     """
     folder = absolute(folder)
@@ -142,7 +143,7 @@ def write_plan(
         return plan
     remove_folder(folder)
     with published(folder, MARKER) as partial_folder:
-        write = _write_lanes_here if plan.total_rows <= SMALL_ROWS else _write_lanes
+        write = _write_lanes_here if here or plan.total_rows <= SMALL_ROWS else _write_lanes
         write(plan, streams, partial_folder)
         text = {key: value for key, value in asdict(plan).items() if key != "folder"}
         write_text(join(partial_folder, MARKER), json.dumps(text, indent=1))

@@ -11,7 +11,7 @@ import torch
 from ofmu_ray.algorithm.schedules import learning_rate
 from ofmu_ray.algorithm.two_loop import batches_per_round, two_loop_round
 from ofmu_ray.config import OFMUConfig
-from ofmu_ray.engines.protocol import DEFAULT_RELATIVE_STEP, Engine
+from ofmu_ray.engines.protocol import DEFAULT_RELATIVE_STEP, Engine, Loop, Vector
 from ofmu_ray.errors import UserError
 from ofmu_ray.methods.protocol import Batches, Need, drawn
 
@@ -67,7 +67,7 @@ class OFMU:
         engine.set_learning_rate("inner", inner_lr)
         engine.set_learning_rate("outer", outer_lr)
         stats = two_loop_round(
-            engine,
+            _Shared(engine, inner_lr, outer_lr) if config.shared_optimizer else engine,
             drawn(forget_batches, "forget"),
             drawn(retain_batches, "retain"),
             config,
@@ -86,3 +86,18 @@ class OFMU:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.rounds_done = int(state["rounds_done"])
+
+
+class _Shared:
+    """The engine with one optimiser for both loops, stepped at the learning rate of whichever loop asks."""
+
+    def __init__(self, engine: Engine, inner_lr: float, outer_lr: float):
+        self._engine = engine
+        self._rates: dict[Loop, float] = {"inner": inner_lr, "outer": outer_lr}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def apply(self, vector: Vector, loop: Loop) -> float:
+        self._engine.set_learning_rate("inner", self._rates[loop])
+        return self._engine.apply(vector, "inner")

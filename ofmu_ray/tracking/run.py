@@ -90,6 +90,7 @@ def finish(
     metrics: Mapping[str, Any] | None = None,
     cost: Mapping[str, Any] | None = None,
     artifacts: Iterable[str | Path] = (),
+    tables: Iterable[str | Path] = (),
     status: Status = "FINISHED",
 ) -> bool:
     """Log the final figures and files, and close the run.
@@ -99,6 +100,7 @@ def finish(
             ``after/forget_quality``, ``after/forget_quality_low`` and so on; absent figures are left out.
         cost: nested numbers, logged as ``cost/gradient_passes/forget`` and so on.
         artifacts: pages and JSON files; evaluation rows hold text and are refused.
+        tables: Parquet files from which the caller has removed every text.
 
     Returns:
         False when MLflow could not be reached any more: everything is in the run's folder, so the run does not fail
@@ -110,6 +112,7 @@ def finish(
     files = [Path(path) for path in artifacts]
     for file in files:
         assert file.suffix in ARTIFACT_SUFFIXES, f"{file.name} is not a page or JSON file, so it may hold text of rows"
+    files += map(Path, tables)
     figures = {**_figures(metrics or {}), **_numbers(cost or {}, "cost/")}
     client = connection.client(handle.uri)
     try:

@@ -89,6 +89,9 @@ class Worker:
                 "sidecars": self.job.sidecars,
             }
             for batches in source(self.state.round, options):
+                if loop.spent():
+                    loop.finish()
+                    break
                 if not loop.round(batches):
                     loop.back_to_last_good()
                     break
@@ -163,6 +166,15 @@ class _Loop:
         if good and due and not last:
             checkpoint.save(state, self.engine, self.method, self.session)
         return good
+
+    def spent(self) -> bool:
+        """Whether another round, at the mean cost of those so far, would exceed stop.max_passes or stop.max_flops."""
+        stop, account, rounds = self.job.stop, self.engine.account, self.state.round
+        if rounds == 0:
+            return False
+        passes = sum(account.gradient_passes.values())
+        pairs = ((passes, stop.max_passes), (account.flops, stop.max_flops))
+        return any(limit is not None and spent * (rounds + 1) / rounds > limit for spent, limit in pairs)
 
     def _check_due(self) -> bool:
         stop, at = self.job.stop, self.state.round

@@ -1,0 +1,129 @@
+"""Changes of a configuration by the names of its fields, as benchmarks and sweeps make them."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from ofmu_ray.config.methods import PRESETS
+from ofmu_ray.config.values import close_match, flatten, to_dict
+from ofmu_ray.errors import UserError
+
+Config = TypeVar("Config")
+
+
+def apply_overrides(config: Config, overrides: Mapping[str, Any], *, option: str = "") -> Config:
+    """The configuration with fields replaced, named with dots or nested; types and ranges are checked.
+
+    `ofmu.preset` comes before the fields that it sets, wherever it stands. `option` leads the names in errors.
+
+    Raises:
+        UserError: no such field (with the closest one), or a value of another type or out of range.
+    """
+    changes = nested(overrides)
+    section = changes.get("ofmu")
+    preset = section.get("preset") if isinstance(section, Mapping) else None
+    if preset in PRESETS:
+        config = typing.cast(Config, _replaced(config, {"ofmu": PRESETS[preset]}, "", option))
+    return typing.cast(Config, _replaced(config, changes, "", option))
+
+
+def value_at(config: Any, field: str) -> Any:
+    """The value of a dotted field. Raises UserError, with the closest one, when there is none."""
+    found = config
+    for name in field.split("."):
+        if not dataclasses.is_dataclass(found) or not hasattr(found, name):
+            raise _unknown(config, field, field)
+        found = getattr(found, name)
+    return found
+
+
+def nested(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """{'a.b': 1, 'a': {'c': 2}} -> {'a': {'b': 1, 'c': 2}}."""
+    result: dict[str, Any] = {}
+    for name, value in overrides.items():
+        head, _, tail = str(name).partition(".")
+        content = nested({tail: value}) if tail else nested(value) if isinstance(value, Mapping) else value
+        result[head] = merged(result.get(head), content)
+    return result
+
+
+def merged(first: Any, second: Any) -> Any:
+    """`second` over `first`, mapping by mapping."""
+    if not (isinstance(first, Mapping) and isinstance(second, Mapping)):
+        return second
+    return {**first, **{name: merged(first.get(name), value) for name, value in second.items()}}
+
+
+def _replaced(config: Any, changes: Mapping[str, Any], prefix: str, option: str) -> Any:
+    hints = typing.get_type_hints(type(config))
+    values = {}
+    for name, value in changes.items():
+        if name not in hints or isinstance(getattr(type(config), name, None), property):
+            raise _unknown(config, name, f"{option}{prefix}{name}")
+        held = getattr(config, name)
+        section = _section(hints[name])
+        if isinstance(value, Mapping) and section is not None:
+            start = held if dataclasses.is_dataclass(held) else section()
+            values[name] = _replaced(start, value, f"{prefix}{name}.", option)
+        else:
+            values[name] = _typed(value, hints[name], f"{option}{prefix}{name}")
+    return dataclasses.replace(config, **values)
+
+
+def _section(hint: Any) -> Any:
+    """The dataclass of a field that is one, or that is one or null."""
+    return next((kind for kind in _kinds(hint) if dataclasses.is_dataclass(kind)), None)
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """The members of a union; of another type, itself."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _typed(value: Any, hint: Any, name: str) -> Any:
+    """The value as the field's type has it: 1 for 1.0 is meant well, anything else is refused."""
+    for kind in _kinds(hint):
+        origin = typing.get_origin(kind)
+        if origin is Literal and value in typing.get_args(kind):
+            return value
+        if origin is list and isinstance(value, list):
+            return [_item(item, typing.get_args(kind)[0], name) for item in value]
+        if origin is dict and isinstance(value, dict):
+            return value
+        if origin is None and isinstance(value, kind) and not (kind in (int, float) and isinstance(value, bool)):
+            return value
+    numbers = {kind for kind in _kinds(hint) if kind in (int, float)}
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if float in numbers:
+            return float(value)
+        if int in numbers and float(value).is_integer():
+            return int(value)
+    raise UserError(f"{name} = {value!r}: must be {_shown(hint)}")
+
+
+def _item(value: Any, kind: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        known = [field.name for field in dataclasses.fields(kind)]
+        for word in value:
+            if word not in known:
+                raise UserError(f"unknown option {name}.{word}.{close_match(word, known)}")
+        return kind(**value)  # type: ignore[operator]
+    return _typed(value, kind, name)
+
+
+def _shown(hint: Any) -> str:
+    names = []
+    for kind in _kinds(hint):
+        literal = typing.get_origin(kind) is Literal
+        name = ", ".join(map(str, typing.get_args(kind))) if literal else getattr(kind, "__name__", str(kind))
+        names.append("null" if kind is type(None) else name)
+    return " or ".join(names)
+
+
+def _unknown(config: Any, word: str, name: str) -> UserError:
+    known = flatten(to_dict(config)) if "." in word else [field.name for field in dataclasses.fields(config)]
+    return UserError(f"unknown option {name}.{close_match(word, known)} `ofmu unlearn --print_config` shows all")

@@ -1,0 +1,334 @@
+"""`ofmu benchmark`: methods x splits x seeds at equal compute, tuned alike, reported on fresh seeds."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ofmu_ray.config import (
+    LABELS,
+    BenchmarkConfig,
+    ModelConfig,
+    StopConfig,
+    UnlearnConfig,
+    apply_overrides,
+    close_match,
+    flatten,
+    to_dict,
+)
+from ofmu_ray.errors import UserError
+from pipelines import benchmark_results as results
+from pipelines.evaluation import Evaluator
+from pipelines.parse import fail, parse
+from pipelines.preflight import check_machine, check_model, check_sources, prepare_storage, public
+from pipelines.terminal import say
+from pipelines.trial import PRIVATE, Pool, SplitData, Trial, cost_signature, read_result, result_path
+from tune_spaces import SPACES, Space, parse_prior
+
+PROG = "ofmu benchmark"
+COST_ROUNDS = 2
+MARGIN = 1.03
+"""Rounds planned beyond what the budget is expected to last for: the run's own account ends it (stop.max_flops)."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; exit status 0, 2 for a user's mistake, 1 when a method has no reported run."""
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        config = parse(BenchmarkConfig, words, PROG)
+        return benchmark(config, command=[PROG, *words])
+    except UserError as error:
+        return fail(error, PROG)
+
+
+def benchmark(config: BenchmarkConfig, command: list[str]) -> int:
+    """Run what is not yet written down under <storage>/<name>/trials, then write tables and report."""
+    from ofmu_ray import tracking
+    from ofmu_ray.training.launch import connect
+
+    storage = prepare_storage(config.storage)
+    training = config.base.training
+    check_machine(training)
+    spaces = {label: space_of(config, label) for label in config.methods}
+    evaluators = {split: _checked_split(config, split, storage) for split in config.splits}
+    folder = storage / config.name
+    tags = {"ofmu.kind": "benchmark"}
+    handle = tracking.start(config.base.tracking, str(storage), config.name, public(config), tags)
+    status: Any = "FAILED"
+    files: list[Path] = []
+    try:
+        with tracking.system_metrics(handle, enabled=config.base.tracking.system_metrics):
+            connect(training.workers * training.cpus_per_worker, training.workers * training.gpus_per_worker)
+            say(f"benchmark {folder}")
+            bench = Benchmark(config, storage, evaluators, spaces, handle)
+            complete = bench.run()
+        files = results.write(bench.folder, config, bench.data, bench.references, bench.done, bench.selected, command)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tables = [path for path in files if path.suffix == ".parquet"]
+        pages = [path for path in files if path.suffix in (".html", ".md", ".json")]
+        tracking.finish(handle, artifacts=pages, tables=tables, status=status)
+    bench.discard()
+    print(results.table(config, bench.done, bench.references))
+    for path in files:
+        say(f"written {path}")
+    say(f"mlflow  {tracking.open_command(handle)}")
+    return 0 if complete else 1
+
+
+def space_of(config: BenchmarkConfig, label: str) -> Space:
+    """The search space of a label: its method's, scaled, with the user's priors, without what the label fixes.
+
+    Raises:
+        UserError: a prior of a field that there is not, or of values that it does not take.
+    """
+    known = LABELS | config.labels
+    base = config.run(next(iter(config.splits)), label)
+    fixed = flatten(known[label])
+    space = SPACES[base.method].scaled(config.tuning.lr_scale).with_priors(dict.fromkeys(fixed))
+    for name in (base.method, label):
+        priors = config.tuning.spaces.get(name, {})
+        space = space.with_priors({field: parse_prior(text) if text else None for field, text in priors.items()})
+    space.check(base)
+    return space
+
+
+def _checked_split(config: BenchmarkConfig, split: str, storage: Path) -> Evaluator:
+    """Models, sources and evaluation rows of a split are there, and give the figures that the rule asks for."""
+    base = config.run(split, config.methods[0])
+    check_model(base.model)
+    check_sources(base.data)
+    evaluation, rule = base.evaluation, config.rule
+    if evaluation.retrained:
+        check_model(ModelConfig(path=evaluation.retrained), "evaluation.retrained")
+    elif "forget_quality" in (rule.objective, rule.utility):
+        raise UserError(f"{split}: forget_quality needs a model without the forget rows: name evaluation.retrained")
+    if not evaluation.enabled:
+        raise UserError(f"{split}: evaluation.enabled is false, but a benchmark compares evaluations")
+    from ofmu_ray.evaluation.summary import FIGURES
+
+    for option, figure in (("rule.objective", rule.objective), ("rule.utility", rule.utility)):
+        if figure not in FIGURES:
+            raise UserError(f"{option} = {figure!r}: no such figure.{close_match(figure, FIGURES)}")
+    return Evaluator.of(base, storage)
+
+
+class Benchmark:
+    """A benchmark while it runs: its prepared data, its finished runs, its choices."""
+
+    def __init__(
+        self,
+        config: BenchmarkConfig,
+        storage: Path,
+        evaluators: Mapping[str, Evaluator],
+        spaces: Mapping[str, Space],
+        handle: Any,
+    ) -> None:
+        self.config, self.spaces, self.handle = config, spaces, handle
+        self.storage, self.folder = storage, storage / config.name
+        self.data: dict[str, SplitData] = {}
+        self.references: dict[str, dict[str, Any]] = {}
+        """Split -> target and retrained -> per-row values."""
+        self.done: list[tuple[Trial, dict[str, Any]]] = []
+        self.selected: dict[tuple[str, str], results.Chosen] = {}
+        for split, evaluator in evaluators.items():
+            self._prepare(split, evaluator)
+        seeds, methods, splits = len(config.seeds), len(config.methods), len(config.splits)
+        self.total = splits * (methods * (config.tuning.trials + seeds) + len(config.ablation.variants) * seeds)
+        self.pool = Pool(config.base, self.data, config.concurrency)
+        self.seconds: list[float] = []
+        self.costs: dict[str, dict[str, float]] = {}
+        """Split and kind of round -> what a round costs."""
+
+    def _prepare(self, split: str, evaluator: Evaluator) -> None:
+        from ofmu_ray.data.prepare import prepare_streams
+        from ofmu_ray.engines.models import load_tokenizer
+
+        base = self.config.run(split, self.config.methods[0])
+        prepared = prepare_streams(
+            {"forget": base.data.forget, "retain": base.data.retain},
+            base.data.root,
+            base.data.format,
+            load_tokenizer(base.model),
+            str(self.storage),
+            overlap=base.data.overlap,
+            duplicates=base.data.duplicates,
+        )
+        target = evaluator.table(base.model.path, f"target {split}")
+        retrained = evaluator.table(base.evaluation.retrained, f"retrained {split}")
+        self.references[split] = {"target": target, "retrained": retrained}
+        self.data[split] = SplitData(split, str(self.folder), prepared, evaluator, retrained)
+
+    def run(self) -> bool:
+        """All phases; False: some method has no reported run."""
+        config = self.config
+        try:
+            draws = {
+                (split, label): self.spaces[label].draws(
+                    config.tuning.trials, config.tuning.seed, config.run(split, label)
+                )
+                for split in config.splits
+                for label in config.methods
+            }
+            self._execute(
+                [
+                    (label, split, "tune", number, config.tuning.seed, options)
+                    for (split, label), drawn in draws.items()
+                    for number, options in enumerate(drawn)
+                ]
+            )
+            for split in config.splits:
+                self._select(split)
+            reported = [(label, split, "report", choice) for (split, label), choice in self.selected.items()]
+            reported += [
+                (variant, split, "ablation", choice)
+                for variant in config.ablation.variants
+                for (split, label), choice in self.selected.items()
+                if label == config.ablation.of
+            ]
+            self._execute(
+                [
+                    (label, split, phase, choice.trial, seed, choice.options)
+                    for label, split, phase, choice in reported
+                    for seed in config.seeds
+                ]
+            )
+        finally:
+            self.pool.close()
+        good = {(t.split, t.method) for t, result in self.done if t.phase == "report" and "figures" in result}
+        return len(good) == len(config.splits) * len(config.methods)
+
+    # --------------------------------------------------------------------------------------------------- running
+
+    def _execute(self, wanted: Sequence[tuple[str, str, str, int, int, Mapping[str, Any]]]) -> None:
+        """Run what is not written down yet; every method's rounds follow from what one of its rounds costs."""
+        configs = [self.config.run(split, label, options) for label, split, _, _, _, options in wanted]
+        costs = self._costs([(one[0], one[1], config) for one, config in zip(wanted, configs, strict=True)])
+        trials = [self._trial(*one, config, cost) for one, config, cost in zip(wanted, configs, costs, strict=True)]
+        todo = []
+        for trial in trials:
+            found = self._known(trial)
+            if found is None:
+                todo.append(trial)
+            else:
+                self._finished(trial, found, again=False)
+        for trial, result in self.pool.run(todo):
+            self._finished(trial, result, again=True)
+
+    def _known(self, trial: Trial) -> dict[str, Any] | None:
+        found = read_result(self.folder, trial.key(self.data[trial.split]))
+        return None if found and found["status"] == "failed" and self.config.retry_failed else found
+
+    def _finished(self, trial: Trial, result: dict[str, Any], *, again: bool) -> None:
+        self.done.append((trial, result))
+        path = result_path(self.folder, trial.key(self.data[trial.split]))
+        results.log_child(self.handle, self.config, trial, result, path.with_suffix(".mlflow"), again=again)
+        if again and result.get("total_seconds"):
+            self.seconds.append(result["total_seconds"])
+        left = self.total - len(self.done)
+        mean = sum(self.seconds) / len(self.seconds) if self.seconds else 0.0
+        eta = f", about {results.duration(left * mean / self.pool.size)} left" if again and left else ""
+        known = "" if again else " (from before)"
+        say(f"[{len(self.done)}/{self.total}] {trial.name}: {results.line(self.config, result)}{known}{eta}")
+
+    def _trial(
+        self,
+        label: str,
+        split: str,
+        phase: str,
+        number: int,
+        seed: int,
+        options: Mapping[str, Any],
+        config: UnlearnConfig,
+        cost: Mapping[str, float],
+    ) -> Trial:
+        budget, tuning = self.config.budget, self.config.tuning
+        amount = budget.of(split)
+        if cost[budget.unit] > amount:
+            raise UserError(
+                f"budget: one round of {label} on {split} costs {cost[budget.unit]:.4g} {budget.unit}, more than the "
+                f"{amount:.4g} of a run: give at least {cost[budget.unit]:.4g}, or smaller batches or fewer steps"
+            )
+        rounds, limit = math.floor(amount / cost["passes"]), {}
+        if budget.unit == "flops":
+            rounds, limit = math.ceil(MARGIN * amount / cost["flops"]) + 1, {"max_flops": amount}
+        changes: dict[str, Any] = {"seed": seed, "training": {"rounds": rounds}, "stop": limit}
+        if phase == "tune" and tuning.max_new_tokens is not None:
+            changes["evaluation"] = {"max_new_tokens": tuning.max_new_tokens}
+        return Trial(
+            method=label,
+            split=split,
+            phase=phase,
+            trial=number,
+            config=apply_overrides(config, changes),
+            options=options,
+            budget_unit=budget.unit,
+            budget=amount,
+            rows=tuning.rows if phase == "tune" else None,
+        )
+
+    def _costs(self, wanted: Sequence[tuple[str, str, UnlearnConfig]]) -> list[dict[str, float]]:
+        """What a round of each is expected to cost: by the account of two rounds of it, one run per kind of round."""
+        pilots: dict[str, Trial] = {}
+        keys = []
+        for label, split, config in wanted:
+            changes = {"seed": self.config.tuning.seed, "training": {"rounds": COST_ROUNDS}}
+            config = apply_overrides(config, {**changes, "stop": to_dict(StopConfig())})
+            keys.append(f"{split} {sorted(cost_signature(config).items())}")
+            pilots.setdefault(
+                keys[-1],
+                Trial(
+                    method=label, split=split, phase="cost", trial=0, config=config, options={},
+                    budget_unit=self.config.budget.unit, budget=0.0,
+                ),
+            )  # fmt: skip
+        pilots = {key: trial for key, trial in pilots.items() if key not in self.costs}
+        found = {key: known for key, trial in pilots.items() if (known := self._known(trial)) is not None}
+        missing = {id(trial): key for key, trial in pilots.items() if key not in found}
+        for trial, result in self.pool.run([pilots[key] for key in missing.values()]):
+            found[missing[id(trial)]] = result
+        for key, result in found.items():
+            method, split = pilots[key].method, pilots[key].split
+            if result["status"] != "finished":
+                raise UserError(f"{method} on {split} does not run: {result['message']}")
+            self.costs[key] = results.round_cost(result, self.data[split])
+        return [self.costs[key] for key in keys]
+
+    # -------------------------------------------------------------------------------------------------- choosing
+
+    def _select(self, split: str) -> None:
+        """The rule's choice for each method, by figures on the sampled rows; the floor by the target's on the same."""
+        from ofmu_ray.evaluation.comparison import select
+
+        rule, config = self.config.rule, self.config
+        target = results.target_figure(self.data[split], self.references[split], config.tuning.rows, rule.utility)
+        for label in config.methods:
+            mine = [(trial, result) for trial, result in self.done if (trial.method, trial.split) == (label, split)]
+            rows = [results.trial_row(trial, result) for trial, result in mine]
+            choice = select(rows, rule.objective, rule.utility, rule.floor * target)
+            if choice is None:
+                say(f"select  {label} {split}: no trial has {rule.objective} and {rule.utility}; not reported")
+                continue
+            number = int(choice.trial["trial"])
+            options = next(dict(trial.options) for trial, _ in mine if trial.trial == number)
+            self.selected[split, label] = results.Chosen(number, options, choice.floor_missed)
+            missed = " (no trial reaches the floor)" if choice.floor_missed else ""
+            say(f"select  {label} {split}: trial {number}{missed}")
+
+    def discard(self) -> None:
+        """Delete what holds the forget rows' text, and what killed runs left."""
+        for data in self.data.values():
+            data.prepared.discard("forget")
+        for name in (PRIVATE, "work"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

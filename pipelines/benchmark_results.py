@@ -1,0 +1,250 @@
+"""What a benchmark leaves: tables of its runs and of all rows, MLflow runs, the report, and lines for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ofmu_ray.config import BenchmarkConfig
+from ofmu_ray.storage import atomic_write
+from pipelines.preflight import public
+from pipelines.trial import SplitData, Trial, result_path, spread
+
+COSTS = (
+    "forget_passes", "retain_passes", "updates", "tokens", "flops", "train_seconds", "total_seconds",
+    "peak_memory_bytes",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The tuning trial whose options the reported runs of a method on a split use."""
+
+    trial: int
+    options: Mapping[str, Any]
+    floor_missed: bool
+
+
+def round_cost(result: Mapping[str, Any], data: SplitData) -> dict[str, float]:
+    """Expected passes and FLOPs of a round, from the account of a few: their batches' lengths are corrected for.
+
+    The account's FLOPs count every text that a pass reads (a refusal beside the answer, say) and the share of the model
+    that it runs; what the measured batches cost is scaled by how long an average row is beside theirs.
+    """
+    rounds = result["rounds"]
+    passes = {"forget": result["forget_passes"], "retain": result["retain_passes"]}
+    streams = data.prepared.streams
+    expected = sum(count * streams[kind].lengths.mean() for kind, count in passes.items() if count)
+    measured = sum(count * result["mean_tokens"][kind] for kind, count in passes.items() if count)
+    return {
+        "passes": sum(passes.values()) / rounds,
+        "flops": result["flops"] / rounds * float(expected / measured),
+    }
+
+
+def target_figure(data: SplitData, tables: Mapping[str, Any], rows: int | None, name: str) -> float:
+    """A figure of the target on the rows that tuning trials are judged on."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from ofmu_ray.evaluation.summary import summarise
+
+    ids = [f"{part}-{i}" for part, found in data.evaluator.sets.items() for i in spread(len(found), rows)]
+    cut = {
+        model: None if table is None else table.filter(pc.is_in(table["row_id"], pa.array(ids)))
+        for model, table in tables.items()
+    }
+    figure = summarise(cut["target"], cut["retrained"], bootstrap_samples=1)[name]
+    return float("nan") if figure.value is None else figure.value
+
+
+def trial_row(trial: Trial, result: Mapping[str, Any], selected: bool = False) -> dict[str, Any]:
+    """One row of the trials table."""
+    row = {
+        "method": trial.method,
+        "split": trial.split,
+        "phase": trial.phase,
+        "trial": trial.trial,
+        "seed": trial.config.seed,
+        "status": result["status"],
+        "message": result.get("message", ""),
+        "selected": selected,
+        "options": json.dumps(dict(trial.options)),
+        "budget_unit": trial.budget_unit,
+        "budget": trial.budget,
+        **{name: result.get(name) for name in COSTS},
+    }
+    for name, figure in (result.get("figures") or {}).items():
+        row |= {name: figure.get("value"), f"{name}_low": figure.get("low"), f"{name}_high": figure.get("high")}
+    return row
+
+
+def write(
+    folder: Path,
+    config: BenchmarkConfig,
+    data: Mapping[str, SplitData],
+    references: Mapping[str, Mapping[str, Any]],
+    done: Sequence[tuple[Trial, dict[str, Any]]],
+    selected: Mapping[tuple[str, str], Chosen],
+    command: list[str],
+) -> list[Path]:
+    """trials.parquet, rows.parquet (no text), benchmark.json and the report; returns their paths."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from ofmu_ray.reporting.benchmark import write_benchmark_report
+
+    from ofmu_ray.evaluation.summary import summarise
+    from ofmu_ray.reporting.manifest import code_version
+
+    rows = [trial_row(trial, result, _is_chosen(trial, selected)) for trial, result in done]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    trials = pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
+    parts = [
+        _labelled(table, (model, split, "reference", None, None))
+        for split, tables in references.items()
+        for model, table in tables.items()
+        if table is not None
+    ]
+    for trial, result in done:
+        if "figures" in result:
+            found = pq.read_table(result_path(folder, trial.key(data[trial.split])).with_suffix(".parquet"))
+            parts.append(_labelled(found, (trial.method, trial.split, trial.phase, trial.trial, trial.config.seed)))
+    all_rows = pa.concat_tables(parts, promote_options="permissive")
+    figures = {
+        split: {
+            model: {name: figure.to_json() for name, figure in _figures(summarise, table, tables, config).items()}
+            for model, table in tables.items()
+            if table is not None
+        }
+        for split, tables in references.items()
+    }
+    settings = {
+        "name": config.name,
+        "command": command,
+        "config": public(config),
+        "code": code_version(),
+        "references": figures,
+        "chosen": [
+            {"split": split, "method": label, "trial": choice.trial, "options": dict(choice.options),
+             "floor_missed": choice.floor_missed}
+            for (split, label), choice in selected.items()
+        ],
+    }  # fmt: skip
+    paths = [folder / "trials.parquet", folder / "rows.parquet", folder / "benchmark.json"]
+    for path, table in zip(paths, (trials, all_rows), strict=False):
+        buffer = pa.BufferOutputStream()
+        pq.write_table(table, buffer, compression="zstd")
+        atomic_write(path, buffer.getvalue().to_pybytes())
+    atomic_write(paths[-1], json.dumps(settings, indent=1) + "\n")
+    return [*paths, *map(Path, write_benchmark_report(folder, trials, all_rows, settings))]
+
+
+def _figures(summarise: Any, table: Any, tables: Mapping[str, Any], config: BenchmarkConfig) -> Any:
+    samples = config.base.evaluation.bootstrap_samples
+    return summarise(table, tables["retrained"], bootstrap_samples=samples, seed=config.tuning.seed)
+
+
+def _is_chosen(trial: Trial, selected: Mapping[tuple[str, str], Chosen]) -> bool:
+    choice = selected.get((trial.split, trial.method))
+    return trial.phase == "tune" and choice is not None and choice.trial == trial.trial
+
+
+def _labelled(table: Any, values: tuple[str, str, str, int | None, int | None]) -> Any:
+    """A run's rows with its name in front, and without the generations."""
+    import pyarrow as pa
+
+    table = table.drop_columns(["generated"])
+    kinds = (pa.string(), pa.string(), pa.string(), pa.int32(), pa.int64())
+    for place, (name, value, kind) in enumerate(
+        zip(("method", "split", "phase", "trial", "seed"), values, kinds, strict=True)
+    ):
+        table = table.add_column(place, name, pa.array([value] * len(table), kind))
+    return table
+
+
+# ---------------------------------------------------------------------------------------------------------- MLflow
+
+
+def log_child(
+    parent: Any, config: BenchmarkConfig, trial: Trial, result: Mapping[str, Any], marker: Path, *, again: bool
+) -> None:
+    """The MLflow run of a run, under the benchmark's; once (`marker` says so), unless the run was made `again`."""
+    if marker.exists() and not again:
+        return
+    from ofmu_ray import tracking
+
+    options = {"method": trial.method, "split": trial.split, "phase": trial.phase, "trial": trial.trial}
+    options |= {"seed": trial.config.seed, "budget": trial.budget, "budget_unit": trial.budget_unit}
+    options |= dict(trial.options)
+    handle = tracking.start(
+        config.base.tracking,
+        config.storage,
+        f"{config.name}/{trial.name}",
+        options,
+        {
+            "mlflow.parentRunId": parent.run_id,
+            "ofmu.kind": "benchmark_run",
+            "ofmu.status": result["status"],
+            "ofmu.message": result.get("message", ""),
+        },
+    )
+    costs = {name: result[name] for name in COSTS if result.get(name) is not None}
+    failed = result["status"] == "failed"
+    metrics = {} if failed else {"after": result.get("figures")}
+    tracking.finish(handle, metrics=metrics, cost=costs, status="FAILED" if failed else "FINISHED")
+    atomic_write(marker, handle.run_id)
+
+
+# ---------------------------------------------------------------------------------------------------------- people
+
+
+def duration(seconds: float) -> str:
+    """31 s, 4 min, 2.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def line(config: BenchmarkConfig, result: Mapping[str, Any]) -> str:
+    """The rule's two figures of a run, or why there are none."""
+    figures = result.get("figures") or {}
+    shown = [
+        f"{name} {value:.3g}"
+        for name in (config.rule.objective, config.rule.utility)
+        if (value := (figures.get(name) or {}).get("value")) is not None
+    ]
+    status = [] if result["status"] == "finished" else [f"{result['status']}: {result.get('message', '')}"]
+    return ", ".join([*shown, *status, duration(result.get("total_seconds") or 0.0)])
+
+
+def table(
+    config: BenchmarkConfig, done: Sequence[tuple[Trial, dict[str, Any]]], references: Mapping[str, Mapping[str, Any]]
+) -> str:
+    """Mean and range over seeds of the rule's figures, a method a line, with the cost beside."""
+    rule = config.rule
+    lines = []
+    for split in references:
+        lines.append(f"\n{split:24}{rule.objective:>28}{rule.utility:>28}{config.budget.unit:>12}{'seconds':>10}")
+        for label in (*config.methods, *config.ablation.variants):
+            found = [r for t, r in done if (t.split, t.method) == (split, label) and t.phase != "tune"]
+            good = [result for result in found if "figures" in result]
+            cells = [_cell([r["figures"][name]["value"] for r in good]) for name in (rule.objective, rule.utility)]
+            costs = [r["flops"] if config.budget.unit == "flops" else r["forget_passes"] + r["retain_passes"]
+                     for r in good]  # fmt: skip
+            seconds = [r["train_seconds"] for r in good]
+            ends = f"{_mean(costs):>12.3g}{_mean(seconds):>10.1f}" if good else ""
+            lines.append(f"{label:24}{cells[0]:>28}{cells[1]:>28}{ends}")
+    lines.append(f"mean [lowest, highest] over seeds {config.seeds}")
+    return "\n".join(lines)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _cell(values: Sequence[float | None]) -> str:
+    there = [value for value in values if value is not None]
+    return f"{_mean(there):.3g} [{min(there):.2g}, {max(there):.2g}]" if there else "-"

@@ -1,0 +1,430 @@
+"""One unlearning run as a value: trained, evaluated and written down, in a warm process or through Ray Train."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ofmu_ray.config import UnlearnConfig, config_hash, flatten, to_dict
+from ofmu_ray.storage import atomic_write
+from pipelines.evaluation import Evaluator
+from pipelines.preflight import placed
+
+PRIVATE = "private"
+"""Folder of a benchmark for what would give forget rows' text away; it goes when the benchmark ends."""
+
+
+@dataclass(frozen=True)
+class SplitData:
+    """What all runs on a split share, prepared once by the driver."""
+
+    name: str
+    folder: str
+    """The benchmark's folder."""
+    prepared: Any
+    """ofmu_ray.data.prepare.Prepared: the tokenised streams."""
+    evaluator: Evaluator
+    retrained: Any
+    """Per-row values of the retrained model (pyarrow Table), or None."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A run that is to be done."""
+
+    method: str
+    split: str
+    phase: str
+    """tune, report, ablation, or cost: two rounds whose account says what a round costs."""
+    trial: int
+    config: UnlearnConfig
+    options: Mapping[str, Any]
+    """What was drawn or chosen: dotted overrides."""
+    budget_unit: str
+    budget: float
+    rows: int | None = None
+    """Rows of each set it is judged on, evenly spread; None: all."""
+
+    def key(self, data: SplitData) -> str:
+        """Digest of all that decides the result."""
+        from ofmu_ray.evaluation.metrics import METRIC_VERSION
+
+        content = [self.phase, self.budget_unit, repr(self.budget), str(self.rows), str(METRIC_VERSION)]
+        prints = [stream.fingerprint for stream in data.prepared.streams.values()]
+        return config_hash(self.config, *content, *prints)
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        number = f"seed {self.config.seed}" if self.phase != "tune" else str(self.trial)
+        return f"{self.method} {self.split} {self.phase} {number}"
+
+
+def result_path(folder: str | Path, key: str) -> Path:
+    """Where a finished run is written down; its rows lie beside it as Parquet."""
+    return Path(folder) / "trials" / f"{key}.json"
+
+
+def read_result(folder: str | Path, key: str) -> dict[str, Any] | None:
+    """What `run_trial` wrote, or None."""
+    path = result_path(folder, key)
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def run_trial(trial: Trial, data: SplitData, *, local: bool) -> dict[str, Any]:
+    """Run, evaluate, and write <folder>/trials/<key>.json whole, whatever happens; returns its content.
+
+    `local`: in this process (engine torch, one worker); otherwise through Ray Train, from the driver. An exception is
+    a result with status `failed`, so that one bad draw does not end a benchmark.
+    """
+    started = time.perf_counter()
+    key = trial.key(data)
+    result: dict[str, Any] = {
+        "method": trial.method, "split": trial.split, "phase": trial.phase, "trial": trial.trial,
+        "seed": trial.config.seed, "options": dict(trial.options), "budget_unit": trial.budget_unit,
+        "budget": trial.budget, "rounds": trial.config.training.rounds,
+    }  # fmt: skip
+    work = Path(data.folder) / "work" / key
+    try:
+        result |= _run(trial, data, work, local)
+    except Exception as error:  # out of memory, a loss that is no number, a bug in one method: all are results
+        result |= {"status": "failed", "message": reason(error)}
+        _free_device()
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    result["total_seconds"] = time.perf_counter() - started
+    atomic_write(result_path(data.folder, key), json.dumps(_finite(result), indent=1) + "\n")
+    return result
+
+
+def reason(error: BaseException) -> str:
+    """One line about an exception, without the text of rows (which no exception of this project holds)."""
+    from ofmu_ray.training.launch import user_error_within
+
+    mistake = user_error_within(error)
+    if mistake is not None:
+        return str(mistake)
+    line = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {line[:300]}"
+
+
+def _run(trial: Trial, data: SplitData, work: Path, local: bool) -> dict[str, Any]:
+    from ofmu_ray.training.worker import run_local
+
+    clock = _Clock()
+    job = _job(trial, data, work)
+    _reset_peak()
+    clock.lap("start_seconds")
+    if local:
+        worker = run_local(job)
+        summary = vars(worker.state) | {"account": worker.engine.account.state()}
+    else:
+        from ofmu_ray.training.launch import fit
+
+        summary = fit(job, trial.name)
+    clock.lap("run_seconds")
+    account = summary["account"]
+    found = {
+        "status": summary["status"],
+        "message": summary["message"],
+        "rounds": summary["round"],
+        "forget_passes": account["gradient_passes"]["forget"],
+        "retain_passes": account["gradient_passes"]["retain"],
+        "updates": account["updates"],
+        "tokens": account["tokens"],
+        "flops": account["flops"],
+        "train_seconds": summary["train_seconds"],
+        "peak_memory_bytes": summary["peak_memory_bytes"],
+    }
+    if trial.phase == "cost":
+        found["mean_tokens"] = _mean_tokens(job.plan_dir)
+    else:
+        evaluator = sampled(data.evaluator, trial)
+        table = (
+            _live_table(worker, evaluator, trial.name) if local else evaluator.table(str(work / "model"), trial.name)
+        )
+        found["figures"] = _judge(table, trial, data)
+        clock.lap("evaluation_seconds")
+    return found | clock.laps
+
+
+def _job(trial: Trial, data: SplitData, work: Path) -> Any:
+    """The worker's job, its batch plan and what the method needs to know about rows written."""
+    from ofmu_ray.data.plan import write_plan
+    from ofmu_ray.data.prepare import write_sample
+    from ofmu_ray.training.job import WorkerJob
+    from ofmu_ray.training.reference import write_references
+
+    config = trial.config
+    watched = None
+    if config.stop.utility_floor is not None and trial.phase != "cost":
+        watched = write_sample(data.prepared.streams["retain"], config.stop.sample, str(work / "watched.parquet"))
+    job = WorkerJob(
+        run_dir=str(work),
+        plan_dir=str(work / "plan"),
+        config_hash=trial.key(data),
+        seed=config.seed,
+        model=placed(config.model),
+        method=config.method_options,
+        training=config.training,
+        stop=config.stop,
+        utility_rows=watched,
+    )
+    method = job.build_method()
+    plan = write_plan(
+        data.prepared.streams,
+        job.plan_dir,
+        batches_per_round=method.batches_per_round(),
+        rounds=config.training.rounds,
+        batch_size=config.training.batch_size,
+        workers=config.training.workers,
+        seed=config.seed,
+        here=True,  # a Ray Data job could wait for ever for the CPUs that the pool holds
+    )
+    sidecars = write_references(
+        method.needs,
+        data.prepared,
+        plan,
+        job.model,
+        folder=str(work / "sidecars"),
+        cache=str(data.evaluator.cache),
+        private=str(Path(data.folder) / PRIVATE),
+        refusals_path=getattr(job.method, "refusals", None),
+        root=config.data.root,
+        seed=config.seed,
+        method=config.method,
+    )
+    return replace(job, sidecars=sidecars)
+
+
+def _mean_tokens(plan_dir: str) -> dict[str, float]:
+    """Mean tokens of the rows of each stream in a plan."""
+    from ofmu_ray.data.batches import lane_files, read_file
+    from ofmu_ray.data.plan import read_plan
+
+    plan = read_plan(plan_dir)
+    tokens: dict[str, list[int]] = {name: [] for name in plan.streams}
+    order = [name for name in plan.streams for _ in range(plan.batches_per_round[name] * plan.share)]
+    for lane in range(plan.workers):
+        for path in lane_files(plan, lane):
+            table = read_file(path)
+            for position, ids in zip(table["position"].to_pylist(), table["input_ids"].to_pylist(), strict=True):
+                tokens[order[position % plan.rows_per_round]].append(len(ids))
+    return {name: sum(found) / len(found) for name, found in tokens.items() if found}
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+
+
+def sampled(evaluator: Evaluator, trial: Trial) -> Evaluator:
+    """The evaluator of the run's own options, on its sample of rows."""
+    sets = {name: [rows[i] for i in spread(len(rows), trial.rows)] for name, rows in evaluator.sets.items()}
+    return replace(evaluator, evaluation=trial.config.evaluation, sets=sets)
+
+
+def spread(rows: int, count: int | None) -> Sequence[int]:
+    """`count` of `rows` indices, evenly spread (TOFU's rows stand author by author); None: all."""
+    if count is None or count >= rows:
+        return range(rows)
+    return [index * rows // count for index in range(count)]
+
+
+def _live_table(worker: Any, evaluator: Evaluator, label: str) -> Any:
+    """Per-row values of the model that the worker holds, as the evaluation of its export would give them."""
+    from ofmu_ray.evaluation.runner import evaluate_live
+
+    module = worker.module.get_base_model() if worker.job.model.lora is not None else worker.module
+    if worker.session.device.type == "cpu":
+        module = module.float()  # as an exported model is loaded there; the worker does not go on
+    fmt = replace(evaluator.data.format, question="question", answer="answer")  # the rows are renamed already
+    return evaluate_live(module, worker.tokenizer, evaluator.sets, fmt, evaluator.evaluation, label=label)
+
+
+def _judge(table: Any, trial: Trial, data: SplitData) -> dict[str, Any]:
+    """Figures of the run; its rows are kept beside its result, named as in the whole sets."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    from ofmu_ray.evaluation.summary import summarise
+
+    places = {name: spread(len(rows), trial.rows) for name, rows in data.evaluator.sets.items()}
+    named = list(zip(table["set"].to_pylist(), table["index"].to_pylist(), strict=True))
+    indices = [places[name][index] for name, index in named]
+    ids = [f"{name}-{index}" for (name, _), index in zip(named, indices, strict=True)]
+    for column, values in (("index", pa.array(indices, pa.int32())), ("row_id", pa.array(ids))):
+        table = table.set_column(table.schema.get_field_index(column), column, values)
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, compression="zstd")
+    atomic_write(result_path(data.folder, trial.key(data)).with_suffix(".parquet"), buffer.getvalue().to_pybytes())
+    retrained = data.retrained
+    if retrained is not None:
+        retrained = retrained.filter(pc.is_in(retrained["row_id"], pa.array(ids)))
+    config = trial.config
+    found = summarise(table, retrained, bootstrap_samples=config.evaluation.bootstrap_samples, seed=config.seed)
+    return {name: figure.to_json() for name, figure in found.items()}
+
+
+# ------------------------------------------------------------------------------------------------------- processes
+
+
+class TrialActor:
+    """A process that stays warm: imports, and what the operating system holds of models and data."""
+
+    def __init__(self, threads: int) -> None:
+        import torch
+
+        import ofmu_ray.evaluation.scorer
+        import ofmu_ray.training.worker  # noqa: F401
+
+        torch.set_num_threads(threads)
+
+    def run(self, trial: Trial, data: SplitData) -> dict[str, Any]:
+        return run_trial(trial, data, local=True)
+
+
+class Pool:
+    """Runs trials as many at a time as fit, each on one worker's share of the machine.
+
+    Engine torch with one worker: in Ray actors that stay warm. Otherwise one after the other through Ray Train.
+    """
+
+    def __init__(self, base: UnlearnConfig, data: Mapping[str, SplitData], concurrency: int | None) -> None:
+        import ray
+
+        training = base.training
+        self.data = data
+        self.local = training.engine == "torch" and training.workers == 1
+        self.cpus, self.gpus = training.cpus_per_worker, training.gpus_per_worker
+        self.shared = {name: ray.put(content) for name, content in data.items()} if self.local else {}
+        resources = ray.cluster_resources()
+        fitting = [int(resources.get("CPU", 1) // self.cpus)] if self.cpus else []
+        fitting += [int(resources.get("GPU", 0) // self.gpus)] if self.gpus else []
+        self.size = max(1, min([*fitting, concurrency or min(fitting)])) if self.local else 1
+        self.actors: list[Any] = []
+
+    def _actor(self) -> Any:
+        import ray
+
+        from ofmu_ray.training.launch import WORKER_ENVIRONMENT
+
+        threads = max(1, int(self.cpus))
+        environment = WORKER_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
+        remote = ray.remote(TrialActor).options(
+            num_cpus=self.cpus, num_gpus=self.gpus, runtime_env={"env_vars": environment}
+        )
+        return remote.remote(threads)
+
+    def run(self, trials: Sequence[Trial]) -> Iterator[tuple[Trial, dict[str, Any]]]:
+        """(trial, result) in the order of completion."""
+        if not self.local:
+            for trial in trials:
+                yield trial, run_trial(trial, self.data[trial.split], local=False)
+            return
+        import ray
+
+        waiting = list(reversed(trials))
+        running: dict[Any, tuple[Any, Trial]] = {}
+        idle = list(self.actors)
+        while waiting or running:
+            while waiting and len(running) < self.size:
+                actor = idle.pop() if idle else self._new_actor()
+                trial = waiting.pop()
+                running[actor.run.remote(trial, self.shared[trial.split])] = actor, trial
+            [done], _ = ray.wait(list(running), num_returns=1)
+            actor, trial = running.pop(done)
+            try:
+                result = ray.get(done)
+                idle.append(actor)
+            except ray.exceptions.RayActorError as error:  # killed, most likely for its memory
+                self.actors.remove(actor)
+                result = self._lost(trial, error)
+            yield trial, result
+
+    def _new_actor(self) -> Any:
+        self.actors.append(self._actor())
+        return self.actors[-1]
+
+    def _lost(self, trial: Trial, error: Exception) -> dict[str, Any]:
+        data = self.data[trial.split]
+        result = {
+            "method": trial.method, "split": trial.split, "phase": trial.phase, "trial": trial.trial,
+            "seed": trial.config.seed, "options": dict(trial.options), "budget_unit": trial.budget_unit,
+            "budget": trial.budget, "status": "failed", "message": f"its process ended: {type(error).__name__}",
+            "total_seconds": math.nan,
+        }  # fmt: skip
+        atomic_write(result_path(data.folder, trial.key(data)), json.dumps(_finite(result), indent=1) + "\n")
+        return result
+
+    def close(self) -> None:
+        """End the actors."""
+        import ray
+
+        for actor in self.actors:
+            ray.kill(actor)
+        self.actors = []
+
+
+def cost_signature(config: UnlearnConfig) -> dict[str, Any]:
+    """What decides the cost of a round: the method's options, of real numbers only whether they are 0."""
+    chosen = flatten(to_dict(config.method_options))
+    rates = ("optimizer.", "inner.", "outer.")
+    return {
+        name: bool(value) if isinstance(value, float) else value
+        for name, value in chosen.items()
+        if not name.startswith(rates)
+    } | {"method": config.method}
+
+
+class _Clock:
+    """Seconds between laps."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self.last = now - self.last, now
+
+
+def _reset_peak() -> None:
+    """Let the peak of this process's memory begin anew, so that a warm process does not report an earlier run's.
+
+    The resident set still holds the interpreter and what the allocator keeps. Where Linux does not allow it (or on
+    another system) the peak stays that of all runs of the process.
+    """
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return
+
+
+def _free_device() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity, which JSON does not have, as null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

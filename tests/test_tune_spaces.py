@@ -1,0 +1,172 @@
+"""Search spaces, and the overrides by which draws, labels and splits change a configuration."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ofmu_ray.config import METHODS, BenchmarkConfig, UnlearnConfig, apply_overrides
+from ofmu_ray.errors import UserError
+from tune_spaces import SPACES, Choice, Integers, Knob, LogUniform, Space, Uniform, parse_prior
+
+BASE = UnlearnConfig()
+
+
+def test_every_method_has_a_space_of_its_own_fields_with_sources():
+    assert set(SPACES) == set(METHODS)
+    for method, space in SPACES.items():
+        space.check(BASE)
+        for knob in space.knobs:
+            assert knob.field.split(".")[0] == method
+            assert len(knob.why) > 20
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_draws_are_reproducible_and_fit_the_configuration(method):
+    space = SPACES[method].scaled(30)
+    draws = space.draws(6, 3, BASE)
+    assert draws == space.draws(6, 3, BASE)
+    assert draws != space.draws(6, 4, BASE)
+    for draw in draws:
+        changed = apply_overrides(BASE, {"method": method, **draw})
+        assert changed != BASE
+        assert changed.method == method
+
+
+@given(st.integers(1, 30), st.integers(0, 1000))
+def test_draws_cover_each_range_once_per_part(count, seed):
+    """A Latin hypercube: of each field, one value in each of `count` parts of equal probability."""
+    space = Space((Knob("npo.beta", LogUniform(1e-3, 1e1), ""), Knob("npo.retain_weight", Uniform(0.0, 2.0), "")))
+    draws = space.draws(count, seed, BASE)
+    logs = [math.log10(draw["npo.beta"]) for draw in draws]
+    assert sorted(int((x + 3) / 4 * count - 1e-3) for x in logs) == pytest.approx(range(count), abs=1)
+    parts = np.floor(np.array([draw["npo.retain_weight"] for draw in draws]) / 2 * count + 1e-3)
+    assert np.abs(np.sort(parts) - np.arange(count)).max() <= 1
+
+
+def test_a_field_without_its_condition_is_not_drawn():
+    draws = SPACES["ofmu"].with_priors({"ofmu.rho": Choice((0.0, 1e-3))}).draws(8, 0, BASE)
+    assert {("ofmu.rho_growth" in draw, draw["ofmu.rho"] > 0) for draw in draws} == {(True, True), (False, False)}
+    fixed = SPACES["ofmu"].with_priors({"ofmu.rho": None})
+    without = apply_overrides(BASE, {"ofmu.rho": 0})
+    assert all("ofmu.rho_growth" in draw for draw in fixed.draws(3, 0, BASE))
+    assert not any("ofmu.rho_growth" in draw for draw in fixed.draws(3, 0, without))
+
+
+def test_priors_as_text_and_for_ray_tune():
+    pairs = {
+        "loguniform(1e-5, 1e-3)": LogUniform(1e-5, 1e-3),
+        "uniform(0, 2)": Uniform(0, 2),
+        "integer(1, 4)": Integers(1, 4),
+        "choice(npo, 1e-2, null)": Choice(("npo", 1e-2, None)),
+    }
+    for text, prior in pairs.items():
+        assert parse_prior(text) == prior
+        assert prior.to_ray() is not None
+    found = Space((Knob("a", Integers(1, 3), ""),)).to_ray()["a"]
+    assert {found.sample() for _ in range(60)} == {1, 2, 3} == {Integers(1, 3).at(q / 10) for q in range(10)}
+
+
+@pytest.mark.parametrize(
+    "text", ["normal(0, 1)", "uniform(1)", "uniform(2, 1)", "loguniform(0, 1)", "integer(1.5, 2)", "choice()", "1e-3"]
+)
+def test_bad_priors_are_the_users_mistake(text):
+    with pytest.raises(UserError, match="prior"):
+        parse_prior(text)
+
+
+def test_overrides_reach_sections_lists_and_optional_ones():
+    changed = apply_overrides(
+        BASE,
+        {
+            "data": {"forget.path": ["a.json", "b.json"]},
+            "data.retain.path": "c.json",
+            "model.lora": {"rank": 4},
+            "evaluation.clusters": {"forget": 20},
+            "evaluation.sets.probes": [{"name": "p", "forget": "d.json"}],
+            "npo.optimizer.lr": 1,
+            "stop.utility_floor": None,
+        },
+    )
+    assert changed.data.forget.path == ["a.json", "b.json"]
+    assert (changed.data.retain.path, changed.model.lora.rank) == ("c.json", 4)
+    assert changed.evaluation.clusters == {"forget": 20}
+    assert changed.evaluation.sets.probes[0].forget == "d.json"
+    assert isinstance(changed.npo.optimizer.lr, float)
+    assert changed.evaluation.sets.world_facts == BASE.evaluation.sets.world_facts
+    assert changed.data.format == BASE.data.format
+
+
+def test_a_preset_comes_before_the_fields_beside_it():
+    changed = apply_overrides(BASE, {"ofmu.decorrelate_every": 2, "ofmu.preset": "full"})
+    assert changed.ofmu.penalty_curvature == "full"
+    assert changed.ofmu.decorrelate_every == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"npo.betta": 1.0}, "unknown option npo.betta. Did you mean beta"),
+        ({"npoo.beta": 1.0}, "unknown option npoo. Did you mean npo"),
+        ({"npo.beta": "much"}, "npo.beta = 'much': must be float"),
+        ({"npo.beta": -1.0}, "npo.beta = -1.0: must be greater than 0"),
+        ({"ofmu.inner_steps": 2.5}, "ofmu.inner_steps = 2.5: must be int"),
+        ({"ofmu.inner_steps": True}, "must be int"),
+        ({"ofmu.preset": "ful"}, "must be full, lite"),
+        ({"npo": 3}, "npo = 3"),
+    ],
+)
+def test_wrong_overrides_name_the_option(overrides, message):
+    with pytest.raises(UserError, match=message):
+        apply_overrides(BASE, overrides)
+
+
+# --------------------------------------------------------------------------------------------- benchmark options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": ["npoo"]}, "no method 'npoo'. Did you mean npo"),
+        ({"methods": []}, "methods"),
+        ({"seeds": []}, "seeds"),
+        ({"seeds": [1, 1]}, "without repetitions"),
+        ({"seeds": [0, 1]}, "tuning.seed = 0"),
+        ({"splits": {"x": {"data.forgt.path": "y"}}}, "unknown option x: data.forgt"),
+        (
+            {"labels": {"mine": {"method": "npo", "npo.bta": 1}}, "methods": ["mine"]},
+            "mine: npo.bta. Did you mean beta",
+        ),
+        ({"ablation": {"of": "dpo", "variants": {"v": {}}}}, "ablation.of"),
+    ],
+)
+def test_mistakes_in_a_benchmark_are_found_when_it_is_read(options, message):
+    from ofmu_ray.config import AblationConfig
+
+    if "ablation" in options:
+        options = {"ablation": AblationConfig(**options["ablation"])}
+    with pytest.raises(UserError, match=message):
+        BenchmarkConfig(**options)
+
+
+def test_a_split_with_its_own_rows_leaves_the_built_in_rows():
+    """`auto` in the base was resolved to the built-in rows before the split named others."""
+    rows = {"data.forget.path": "f.json", "data.retain.path": "r.json", "evaluation.sets.forget": "p.json"}
+    config = BenchmarkConfig(splits={"own": rows, "people": {}}, methods=["npo"])
+    own, people = config.run("own", "npo"), config.run("people", "npo")
+    assert (own.evaluation.sets.forget, own.evaluation.sets.world_facts) == ("p.json", None)
+    assert own.evaluation.retrained is None
+    assert own.evaluation.clusters is None
+    assert people.evaluation == UnlearnConfig().evaluation
+
+
+def test_what_a_label_fixes_is_not_tuned():
+    from pipelines.benchmark import space_of
+
+    labels = {"one_step": {"method": "ofmu", "ofmu.preset": "full", "ofmu.inner_steps": 1}}
+    config = BenchmarkConfig(methods=["one_step"], labels=labels)
+    fields = {knob.field for knob in space_of(config, "one_step").knobs}
+    assert fields == {knob.field for knob in SPACES["ofmu"].knobs} - {"ofmu.inner_steps"}
+    assert config.run("people", "one_step", {"ofmu.beta": 0.5}).ofmu.inner_steps == 1

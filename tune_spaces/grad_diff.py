@@ -1,0 +1,10 @@
+"""Search space of GradDiff."""
+
+from tune_spaces.spaces import NEAR_ONE, Knob, LogUniform, Space, rate
+
+SPACE = Space(
+    (
+        rate("grad_diff.optimizer.lr"),
+        Knob("grad_diff.retain_weight", LogUniform(0.5, 10.0), NEAR_ONE),
+    )
+)

@@ -1,0 +1,25 @@
+"""Search space of OFMU."""
+
+from tune_spaces.spaces import Integers, Knob, LogUniform, Space, Uniform, rate
+
+SPACE = Space(
+    (
+        rate("ofmu.inner.lr"),
+        rate("ofmu.outer.lr"),
+        Knob(
+            "ofmu.inner_steps",
+            Integers(1, 6),
+            "up to the shorter end of the paper's 5 to 10 (arXiv 2509.22483), for small budgets",
+        ),
+        Knob(
+            "ofmu.outer_steps",
+            Integers(1, 8),
+            "1 in the paper; small models gained from more (docs/decisions.md)",
+        ),
+        Knob("ofmu.beta", LogUniform(0.01, 1.0), "a decade around the default 0.1; the paper asks for beta > 0"),
+        Knob("ofmu.rho", LogUniform(1e-5, 1e-2), "small: the penalty slows forgetting down (docs/decisions.md)"),
+        Knob(
+            "ofmu.rho_growth", Uniform(1.0, 1.1), "around the default; the paper asks for more than 1", given="ofmu.rho"
+        ),
+    )
+)

@@ -1,0 +1,236 @@
+"""Search spaces over fields of a configuration: priors and seeded draws.
+
+A space names the fields that `ofmu unlearn` takes (`npo.optimizer.lr`), each with a prior and the source of its range.
+`ofmu benchmark` draws from it; `to_ray` gives the same priors to Ray Tune.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from ofmu_ray.config import UnlearnConfig, apply_overrides
+from ofmu_ray.config.overrides import value_at
+from ofmu_ray.errors import UserError
+
+Overrides = dict[str, Any]
+"""Dotted field -> value."""
+
+
+class Prior(Protocol):
+    """A distribution of one field's values."""
+
+    def at(self, quantile: float) -> Any:
+        """The value at a quantile in [0, 1)."""
+
+    def to_ray(self) -> Any:
+        """The same distribution for Ray Tune."""
+
+
+@dataclass(frozen=True)
+class LogUniform:
+    """Uniform in the logarithm, from `low` to `high`."""
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        _require(0 < self.low <= self.high, self, "0 < low <= high")
+
+    def at(self, quantile: float) -> float:
+        # four digits: a value that a person can read and give again on the command line
+        return float(f"{self.low * (self.high / self.low) ** quantile:.4g}")
+
+    def to_ray(self) -> Any:
+        from ray import tune
+
+        return tune.loguniform(self.low, self.high)
+
+    def times(self, factor: float) -> LogUniform:
+        """Both ends times a factor."""
+        return LogUniform(self.low * factor, self.high * factor)
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Uniform from `low` to `high`."""
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        _require(self.low <= self.high, self, "low <= high")
+
+    def at(self, quantile: float) -> float:
+        return float(f"{self.low + (self.high - self.low) * quantile:.4g}")
+
+    def to_ray(self) -> Any:
+        from ray import tune
+
+        return tune.uniform(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Integers:
+    """Whole numbers from `low` to `high`, both included, equally likely."""
+
+    low: int
+    high: int
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.low, int) and isinstance(self.high, int)
+        _require(whole and self.low <= self.high, self, "whole numbers with low <= high")
+
+    def at(self, quantile: float) -> int:
+        return self.low + math.floor(quantile * (self.high - self.low + 1))
+
+    def to_ray(self) -> Any:
+        from ray import tune
+
+        return tune.randint(self.low, self.high + 1)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of the options, equally likely."""
+
+    options: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        _require(bool(self.options), self, "at least one option")
+
+    def at(self, quantile: float) -> Any:
+        return self.options[math.floor(quantile * len(self.options))]
+
+    def to_ray(self) -> Any:
+        from ray import tune
+
+        return tune.choice(list(self.options))
+
+
+def _require(condition: bool, prior: object, need: str) -> None:
+    if not condition:
+        raise UserError(f"prior {prior}: must have {need}")
+
+
+def parse_prior(text: str) -> Prior:
+    """`loguniform(1e-5, 1e-3)`, `uniform(0, 1)`, `integer(2, 8)` or `choice(a, 2, null)` (as YAML reads the options).
+
+    Raises:
+        UserError: anything else.
+    """
+    import yaml
+
+    match = re.fullmatch(r"\s*(\w+)\s*\((.*)\)\s*", text)
+    kinds = ("loguniform", "uniform", "integer", "choice")
+    if match is None or match[1] not in kinds:
+        raise UserError(
+            f"prior {text!r}: write loguniform(LOW, HIGH), uniform(LOW, HIGH), integer(LOW, HIGH) or choice(A, B, ...)"
+        )
+    # YAML 1.1 reads 1e-5 as text
+    options = tuple(_number(value) for value in yaml.safe_load(f"[{match[2]}]"))
+    if match[1] == "choice":
+        return Choice(options)
+    if len(options) != 2 or not all(isinstance(value, int | float) for value in options):
+        raise UserError(f"prior {text!r}: {match[1]} takes two numbers, the lowest and the highest")
+    low, high = options
+    if match[1] == "integer":
+        return Integers(low, high)
+    return LogUniform(low, high) if match[1] == "loguniform" else Uniform(low, high)
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A field that is tuned."""
+
+    field: str
+    """Dotted name in UnlearnConfig."""
+    prior: Prior
+    why: str
+    """Where the range comes from."""
+    given: str | None = None
+    """Field without which this one has no meaning: it is drawn only where that one is not 0 and not null."""
+
+
+NEAR_ONE = "from half to ten times the weight of the forget loss (OpenUnlearning: 1)"
+"""Source of the range of retain weights."""
+
+
+def rate(field: str, factor: float = 1.0) -> Knob:
+    """A learning rate, over the same range for every method (`factor` for one whose authors use another scale)."""
+    prior = LogUniform(3e-6, 1e-4).times(factor)
+    return Knob(field, prior, f"half a decade below OpenUnlearning's default of {1e-5 * factor:g} and a decade above")
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is tuned of a method."""
+
+    knobs: tuple[Knob, ...]
+
+    def draws(self, count: int, seed: int | Sequence[int], base: UnlearnConfig) -> list[Overrides]:
+        """`count` draws, the same for the same seed: a Latin hypercube, so that few draws still cover each range.
+
+        Each field's range is cut into `count` parts of equal probability, each of which is drawn from once, in an
+        order of its own. `base`: the configuration that the draws will be applied to, for `Knob.given`.
+        """
+        rng = np.random.default_rng(seed)
+        quantiles = {knob.field: (rng.permutation(count) + rng.random(count)) / count for knob in self.knobs}
+        found = []
+        for index in range(count):
+            drawn = {knob.field: knob.prior.at(float(quantiles[knob.field][index])) for knob in self.knobs}
+            found.append(
+                {
+                    knob.field: drawn[knob.field]
+                    for knob in self.knobs
+                    if knob.given is None or drawn.get(knob.given, value_at(base, knob.given))
+                }
+            )
+        return found
+
+    def scaled(self, factor: float) -> Space:
+        """Learning rates times `factor`: the spaces' ranges are for models of 1 B parameters and more."""
+        return Space(
+            tuple(
+                dataclasses.replace(knob, prior=knob.prior.times(factor))
+                if knob.field.endswith(".lr") and isinstance(knob.prior, LogUniform)
+                else knob
+                for knob in self.knobs
+            )
+        )
+
+    def with_priors(self, priors: Mapping[str, Prior | None]) -> Space:
+        """Other priors for these fields, more fields, or fewer (null)."""
+        known = {knob.field for knob in self.knobs}
+        kept = [
+            dataclasses.replace(knob, prior=prior, why="the user's") if (prior := priors.get(knob.field)) else knob
+            for knob in self.knobs
+            if priors.get(knob.field, knob.prior) is not None
+        ]
+        new = [Knob(field, prior, "the user's") for field, prior in priors.items() if prior and field not in known]
+        return Space((*kept, *new))
+
+    def check(self, base: UnlearnConfig) -> None:
+        """Every field exists and takes its prior's values. Raises UserError, with the closest field otherwise."""
+        for knob in self.knobs:
+            for quantile in (0.0, 0.5, 1.0 - 1e-9):
+                apply_overrides(base, {knob.field: knob.prior.at(quantile)})
+            if knob.given is not None:
+                value_at(base, knob.given)
+
+    def to_ray(self) -> dict[str, Any]:
+        """The priors as Ray Tune's `param_space` (conditions are the trial's to heed)."""
+        return {knob.field: knob.prior.to_ray() for knob in self.knobs}
