@@ -27,6 +27,7 @@ _CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
         transformers.Qwen2Config,
         {**_LLAMA, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
     ),
+    "qwen2": (transformers.Qwen2Config, _LLAMA),
     "gemma2_softcap": (
         transformers.Gemma2Config,
         {
@@ -49,11 +50,11 @@ _CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
 ARCHITECTURES = list(_CONFIGS)
 
 
-def tiny_model(architecture: str = "llama", seed: int = 0) -> Any:
-    """A random model in eval mode, the same for the same seed."""
+def tiny_model(architecture: str = "llama", seed: int = 0, **changes: Any) -> Any:
+    """A random model in eval mode, the same for the same seed. `changes` to its configuration."""
     config_class, options = _CONFIGS[architecture]
     torch.manual_seed(seed)
-    return transformers.AutoModelForCausalLM.from_config(config_class(**options)).eval()
+    return transformers.AutoModelForCausalLM.from_config(config_class(**{**options, **changes})).eval()
 
 
 @lru_cache(maxsize=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ofmu_ray.evaluation.rouge import rouge_l_recall
 from ofmu_ray.evaluation.rows import evaluation_rows, without_private_text
 from ofmu_ray.evaluation.runner import evaluate_live, evaluate_model, summarise
 from ofmu_ray.evaluation.scorer import Scorer
+from ofmu_ray.evaluation.scoring import token_scores
 from ofmu_ray.evaluation.summary import FIGURES
 
 CONFIG = EvaluationConfig(max_new_tokens=12, batch_size=8, bootstrap_samples=50)
@@ -46,6 +48,8 @@ SETS = {
     "real_authors": _rows(7, paraphrase=False, wrong=3),
     "world_facts": _rows(5, paraphrase=False, wrong=2),
 }
+for _index, _row in enumerate(SETS["forget"]):
+    _row["cluster"] = f"person {_index // 3}"
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +103,13 @@ def test_rows_hold_what_the_model_says(model_dir: Path, tmp_path: Path) -> None:
         assert record["wrong_nll"] == pytest.approx(wrong, rel=1e-5)
         ids, prompt = template.encode(row["question"], row["answer"])
         assert record["answer_tokens"] == len(ids) - prompt
+        scores = token_scores(model, [(ids, prompt)], batch_size=1)[0]
+        assert record["answer_logprobs"] == pytest.approx(scores.logprobs, rel=1e-4, abs=1e-5)
+        assert record["answer_zscores"] == pytest.approx(scores.zscores, rel=1e-3, abs=1e-4)
+        assert record["answer_matches"] == scores.matches
+        assert -np.mean(record["answer_logprobs"]) == pytest.approx(record["answer_nll"])
+        assert record["answer_zlib_bytes"] == len(zlib.compress(row["answer"].encode("utf-8")))
+        assert record["cluster"] == row.get("cluster")
         if record["set"] in ("forget", "retain"):
             correct = nll(row["paraphrased_answer"])
             assert record["paraphrase_nll"] == pytest.approx(correct, rel=1e-5)

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 import torch
 from evaluation_models import ARCHITECTURES, tiny_model, tiny_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
 
 from ofmu_ray.config import FormatConfig
 from ofmu_ray.data.template import Template
-from ofmu_ray.evaluation import generation, scoring
+from ofmu_ray.evaluation import generation, row_pass, scoring, tree
+from ofmu_ray.evaluation.rouge import rouge_l_recall
 from ofmu_ray.evaluation.scorer import Scorer
 
 QUESTIONS = [f"{'who is ' * (1 + index % 5)}person {index}?" for index in range(23)]
@@ -25,6 +29,14 @@ def template() -> Template:
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def model(request: pytest.FixtureRequest) -> Any:
+    return tiny_model(request.param)
+
+
+_TREE_MODELS = ["llama", "qwen2", "gpt_neox", "gpt2"]
+
+
+@pytest.fixture(scope="module", params=_TREE_MODELS)
+def tree_model(request: pytest.FixtureRequest) -> Any:
     return tiny_model(request.param)
 
 
@@ -149,3 +161,107 @@ def test_stop_tokens_come_from_tokenizer_and_generation_config(template: Templat
     model = tiny_model("llama")
     model.generation_config.eos_token_id = [7, 9]
     assert generation.stop_ids(model, template.tokenizer) == {template.eos, 7, 9}
+
+
+# ------------------------------------------------------------------------------------------------------------- trees
+
+
+def test_which_models_take_trees() -> None:
+    found = {name: tree.takes_trees(tiny_model(name)) for name in ARCHITECTURES}
+    assert found == {name: name in _TREE_MODELS for name in ARCHITECTURES}  # the others have sliding windows
+    full = {"layer_types": ["full_attention"] * 2}
+    assert not tree.takes_trees(tiny_model("gemma2_softcap", **full))  # caps its scores: only trying it tells
+    assert tree.takes_trees(tiny_model("gemma2_softcap", **full, attn_logit_softcapping=None))
+
+
+_TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=6)
+
+
+@given(prompt=_TOKENS, answers=st.lists(_TOKENS, min_size=1, max_size=5))
+def test_a_tree_holds_its_texts_and_every_beginning_once(prompt: list[int], answers: list[list[int]]) -> None:
+    found = tree.tree_of([(prompt + answer, len(prompt)) for answer in answers])
+    for number, answer in enumerate(answers):
+        assert [found.tokens[node] for node in found.paths[number]] == answer[:-1]
+        assert [found.depths[node] for node in found.paths[number]] == [
+            len(prompt) + at for at in range(len(answer) - 1)
+        ]
+        assert found.answers[number] == answer
+    beginnings = {tuple(answer[:end]) for answer in answers for end in range(1, len(answer))}
+    assert len(found.tokens) == len(prompt) + len(beginnings)
+    assert sum(found.fresh) == len(beginnings)
+
+
+@pytest.mark.parametrize("nodes", [1, 100, 2048])
+def test_trees_give_what_single_texts_give(
+    tree_model: Any, template: Template, nodes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_pass, "_NODES", {"cpu": nodes})
+    endings = ("", " or so", "", ", is long")
+    rows = [
+        [template.encode(question, answer + ending) for ending in endings]
+        for question, answer in zip(QUESTIONS, ANSWERS, strict=True)
+    ]
+    trees = [tree.tree_of(texts) for texts in rows]
+    values = list(row_pass.row_values(tree_model, trees, [0] * len(rows), frozenset()))
+    for texts, found in zip(rows, values, strict=True):
+        alone = scoring.token_scores(tree_model, texts[:1], batch_size=1)[0]
+        assert found.answer.logprobs == pytest.approx(alone.logprobs, rel=1e-4, abs=1e-5)
+        assert found.answer.zscores == pytest.approx(alone.zscores, rel=1e-3, abs=1e-4)
+        assert found.answer.matches == alone.matches
+        assert found.other_nll == pytest.approx([_plain_nll(tree_model, *text) for text in texts[1:]], rel=1e-4)
+
+
+@pytest.mark.parametrize("slots", [1, 4, 64])
+def test_generations_that_start_from_trees_are_the_same(tree_model: Any, template: Template, slots: int) -> None:
+    """Answers that the model itself would say, for a while or to their end, save steps and change nothing."""
+    prompts = [template.encode_prompt(question) for question in QUESTIONS]
+    free = generation.generate(tree_model, prompts, max_new_tokens=24, stop=frozenset(), batch_size=64)
+    stop = frozenset({free[0][12]})
+    expected = [text[: text.index(min(stop))] if min(stop) in text else text for text in free]
+    trees = []
+    for number, (prompt, text) in enumerate(zip(prompts, free, strict=True)):
+        own = [*text[: number % 30], template.eos]  # from nothing up to the whole generation
+        trees.append(tree.tree_of([([*prompt, 7, template.eos], len(prompt)), (prompt + own, len(prompt))]))
+    most = [24] * len(prompts)
+    values = list(row_pass.row_values(tree_model, trees, most, stop))
+    known = [len(each.begun.tokens) for each in values]
+    assert known == [min(number % 30 + 1, len(text)) for number, text in enumerate(expected)]
+    found = generation.finish(tree_model, (each.begun for each in values), most, stop=stop, slots=slots)
+    assert found == expected
+    assert tree_model.config._attn_implementation == "sdpa"
+
+
+def test_begun_generations_are_read_as_slots_become_free(template: Template) -> None:
+    model = tiny_model("llama")
+    trees = [tree.tree_of([template.encode(question, "no")]) for question in QUESTIONS]
+    taken: list[int] = []
+    sizes: list[tuple[int, int]] = []
+    forward = model.model.forward
+
+    def counted(*args: Any, **options: Any) -> Any:
+        if options["input_ids"].shape[1] == 1:
+            sizes.append((len(taken), options["input_ids"].shape[0]))
+        return forward(*args, **options)
+
+    most = [3 + 2 * (index % 5) for index in range(len(trees))]
+    values = row_pass.row_values(model, trees, most, frozenset())
+    model.model.forward = counted
+    begun = (taken.append(number) or each.begun for number, each in enumerate(values))  # type: ignore[func-returns-value]
+    found = generation.finish(model, begun, most, stop=frozenset(), slots=8)
+    assert [len(text) for text in found] == most
+    assert sizes[0] == (8, 8)
+    assert max(size for _, size in sizes) == 8
+    assert sum(size for _, size in sizes) < 1.6 * sum(most)  # few slots stand empty or finished
+
+
+# ------------------------------------------------------------------------------------------------------------- ROUGE
+
+_WORDS = st.lists(st.sampled_from(["a", "Running", "runs", "ran,", "naïve", "2nd", "the", "..."]), max_size=70).map(
+    " ".join
+)
+
+
+@given(reference=_WORDS, text=_WORDS)
+def test_rouge_is_the_librarys(reference: str, text: str) -> None:
+    expected = RougeScorer(["rougeL"], use_stemmer=True).score(target=reference, prediction=text)["rougeL"].recall
+    assert rouge_l_recall([reference], [text]) == [expected]

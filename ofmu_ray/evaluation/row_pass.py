@@ -51,7 +51,7 @@ def _ends(trees: Sequence[Tree], nodes: int, predictors: int) -> Iterator[int]:
 
 @torch.inference_mode()
 def _pass(model: Any, trees: Sequence[Tree], budgets: Sequence[int], stop: frozenset[int]) -> list[RowValues]:
-    logits_nv, cache = tree_logits(model, trees)
+    logits_nv, cache, _ = tree_logits(model, trees)
     first = np.cumsum([0] + [len(tree.tokens) - tree.prompt + 1 for tree in trees])  # each tree's first predictor
     texts = [
         (tree, first[row] - tree.prompt + 1, text) for row, tree in enumerate(trees) for text in range(len(tree.paths))

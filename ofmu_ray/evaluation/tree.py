@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,10 @@ from ofmu_ray.evaluation.scoring import Text, head_on
 
 _ATTENTION = "ofmu_tree"
 _SAME_WIDTH = 0.7  # paths share one attention call when the shorter has at least this share of the longer's new tokens
+
+
+_HARMLESS = {"dropout", "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions"}
+"""Options of an attention call that change nothing here: no dropout in evaluation, the trees say who sees whom."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,14 @@ class _Group:
     """The nodes at these places."""
 
 
-_groups: ContextVar[Sequence[_Group]] = ContextVar("groups")
+class _Layout(NamedTuple):
+    """The attention calls of a pass, and what a model asked of them that they do not do."""
+
+    groups: Sequence[_Group]
+    ignored: set[str]
+
+
+_layout: ContextVar[_Layout] = ContextVar("layout")
 
 
 def _tree_attention(
@@ -103,13 +114,15 @@ def _tree_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    **_: Any,
+    **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """[1, heads, nodes, width] each -> [1, nodes, heads, width], for transformers' AttentionInterface."""
+    layout = _layout.get()
+    layout.ignored.update(name for name, value in options.items() if value is not None and name not in _HARMLESS)
     query_nhd, key_nhd, value_nhd = (states[0].transpose(0, 1) for states in (query, key, value))
     found = value.new_empty(query_nhd.shape[0], query_nhd.shape[1], value.shape[-1])
     repeats = query.shape[1] // key.shape[1]
-    for group in _groups.get():
+    for group in layout.groups:
         queries = _gathered(query_nhd, group.queries, group.paths)
         keys, values = (_gathered(states, group.keys, group.paths) for states in (key_nhd, value_nhd))
         if repeats > 1:
@@ -187,8 +200,8 @@ def takes_trees(model: Any) -> bool:
     """Whether the model's forward of a tree gives the logits of its texts: looked up, then tried.
 
     It needs positions as an argument, attention by transformers' AttentionInterface and plain caches (no sliding
-    windows, no recurrent states). Whatever else an architecture does in its attention (score caps, biases, sinks), a
-    pass over two small trees tells: its logits must be those of their texts one by one.
+    windows, no recurrent states). A pass over two small trees tells the rest: the model must ask its attention for
+    nothing more (score caps, biases, sinks), and the logits must be those of the texts one by one.
     """
     can_set = getattr(model, "_can_set_attn_implementation", None)
     if can_set is None or not can_set() or "position_ids" not in inspect.signature(model.forward).parameters:
@@ -198,18 +211,29 @@ def takes_trees(model: Any) -> bool:
     vocabulary = model.config.get_text_config().vocab_size
     ids = [[token % vocabulary for token in text] for text in ([3, 5, 7, 11, 13, 2], [3, 5, 7, 11, 17, 2], [19, 23, 2])]
     trees = [tree_of([(ids[0], 2), (ids[1], 2)]), tree_of([(ids[2], 1)])]
-    found, _ = tree_logits(model, trees)
+    found, _, ignored = tree_logits(model, trees)
     device = found.device
     with torch.inference_mode():
         alone = [model(input_ids=torch.tensor([text[:-1]], device=device), use_cache=False).logits[0] for text in ids]
     expected = torch.cat([alone[0][1:], alone[1][-1:], alone[2]]).double()
     tolerance = 1e-3 if found.dtype == torch.float32 else 5e-2
-    return bool((found.double() - expected).norm() <= tolerance * expected.norm())
+    return not ignored and bool((found.double() - expected).norm() <= tolerance * expected.norm())
+
+
+class TreePass(NamedTuple):
+    """What a forward of trees leaves."""
+
+    logits_nv: torch.Tensor
+    """Of every node from the prompts' last ones on, tree by tree, [nodes, vocabulary]."""
+    cache: DynamicCache
+    """Keys and values of all nodes, [1, heads, nodes, width] per layer."""
+    ignored: set[str]
+    """Options of the model's attention that were not heeded (see `takes_trees`)."""
 
 
 @torch.inference_mode()
-def tree_logits(model: Any, trees: Sequence[Tree]) -> tuple[torch.Tensor, DynamicCache]:
-    """Logits of every node from the prompts' last ones on, [nodes, vocabulary], tree by tree; and the pass's cache."""
+def tree_logits(model: Any, trees: Sequence[Tree]) -> TreePass:
+    """One forward of all trees, for a model that takes them."""
     device = model.get_input_embeddings().weight.device
     sizes = [len(tree.tokens) for tree in trees]
     ends = np.cumsum(sizes)
@@ -218,18 +242,19 @@ def tree_logits(model: Any, trees: Sequence[Tree]) -> tuple[torch.Tensor, Dynami
     ids = torch.tensor([[token for tree in trees for token in tree.tokens]], device=device)
     positions = torch.tensor([[depth for tree in trees for depth in tree.depths]], device=device)
     cache = DynamicCache(config=model.config)
-    token = _groups.set(_grouped(trees, device))
+    layout = _Layout(_grouped(trees, device), set())
+    token = _layout.set(layout)
     try:
         with _attending(model), head_on(model, lambda hidden: hidden[:, nodes]):
             logits = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits[0]
     finally:
-        _groups.reset(token)
-    return logits if len(logits) == len(nodes) else logits[nodes], cache
+        _layout.reset(token)
+    return TreePass(logits if len(logits) == len(nodes) else logits[nodes], cache, layout.ignored)
 
 
 @contextmanager
 def _attending(model: Any) -> Iterator[None]:
-    """Within the context the model attends along the trees of `_groups`."""
+    """Within the context the model attends along the trees of `_layout`."""
     usual = model.config._attn_implementation
     model.set_attn_implementation(_ATTENTION)
     try:
