@@ -13,11 +13,16 @@ from ofmu_ray.config.optimizers import OptimizerConfig
 from ofmu_ray.config.ranges import not_negative, positive, require
 
 
+def peer_optimizer(lr: float) -> OptimizerConfig:
+    """OpenUnlearning's: AdamW, weight decay 0.01, one warm-up epoch of ten, then linear decay."""
+    return OptimizerConfig(lr=lr, weight_decay=0.01, warmup_fraction=0.1, decay="linear")
+
+
 @dataclass(frozen=True, kw_only=True)
 class OneLoopConfig:
     """What these methods share."""
 
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5, weight_decay=0.01))
+    optimizer: OptimizerConfig = field(default_factory=lambda: peer_optimizer(1e-5))
     """The optimiser."""
 
     @property
@@ -139,7 +144,7 @@ class DPOConfig(WeightedConfig):
 class UNDIALConfig(WeightedConfig):
     """Self-distillation from adjusted logits (Dong et al. 2024, arXiv 2402.10052)."""
 
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-4, weight_decay=0.01))
+    optimizer: OptimizerConfig = field(default_factory=lambda: peer_optimizer(1e-4))
     """The optimiser."""
     retain_weight: float = 0.0
     """alpha, weight of the retain loss; 0: no retain pass at all."""
