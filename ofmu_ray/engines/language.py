@@ -35,7 +35,7 @@ def logits_at(
     of the same shape. The head's cost, and the size of logits and of their gradient, follow the selection.
     """
     ids, mask = batch[f"{prefix}input_ids"], batch[f"{prefix}attention_mask"]
-    options = {"logits_to_keep": positions} if _selects(_model_type(module)) else {}
+    options = {"logits_to_keep": positions} if _selects(unwrapped(module).__class__) else {}
     logits_tv: torch.Tensor = module(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
     if logits_tv.dim() == 3:
         logits_tv = logits_tv[positions]
@@ -63,12 +63,13 @@ def causal_lm_loss(module: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[t
     return total, labels_t.new_tensor(len(labels_t))
 
 
-def _model_type(module: Any) -> type:
-    inner = getattr(module, "module", module)  # DeepSpeed's wrapper
-    return type(inner.get_base_model() if hasattr(inner, "get_base_model") else inner)  # peft's
+def unwrapped(module: Any) -> Any:
+    """The model inside DeepSpeed's and peft's wrappers."""
+    inner = getattr(module, "module", module)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 @functools.cache
-def _selects(model: type) -> bool:
+def _selects(model: Any) -> bool:
     """Whether models of this class take the positions that their head is to run at, as most of transformers' do."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters  # type: ignore[attr-defined]
+    return "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ofmu_ray.engines.language import logits_at
+from ofmu_ray.engines.language import logits_at, unwrapped
 from ofmu_ray.errors import UserError
 
 DEFAULT_LAYER = 7
@@ -37,8 +37,9 @@ def decoder_layers(module: torch.nn.Module) -> torch.nn.ModuleList:
 
 def _place(module: torch.nn.Module) -> tuple[torch.nn.Module, str]:
     """The module that holds the layers, and under which name."""
-    count = module.config.get_text_config().num_hidden_layers  # type: ignore[operator, union-attr]
-    for parent in module.modules():
+    model = unwrapped(module)
+    count = model.config.get_text_config().num_hidden_layers
+    for parent in model.modules():
         for name, child in parent.named_children():
             if isinstance(child, torch.nn.ModuleList) and len(child) == count:
                 return parent, name

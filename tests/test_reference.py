@@ -1,0 +1,268 @@
+"""What is known about rows beforehand: right values, whatever the batches; cached; no forget text outside the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ofmu_ray.assets import resolve_builtin
+from ofmu_ray.config import FormatConfig, ModelConfig, SourceConfig
+from ofmu_ray.data import refusals
+from ofmu_ray.data.batches import local_rounds
+from ofmu_ray.data.checks import DataReport
+from ofmu_ray.data.plan import write_plan
+from ofmu_ray.data.prepare import Prepared, TokenisedStream
+from ofmu_ray.data.sources import fragments
+from ofmu_ray.data.template import Template
+from ofmu_ray.data.tokenise import PartJob, tokenise
+from ofmu_ray.engines.models import load_tokenizer
+from ofmu_ray.errors import UserError
+from ofmu_ray.methods.protocol import Need
+from ofmu_ray.training import reference
+from ofmu_ray.training.reference import cut, write_references
+
+TARGET = ModelConfig()
+NEEDS = (
+    Need("forget", "nll"),
+    Need("forget", "logits"),
+    Need("forget", "refusal"),
+    Need("forget", "refusal_nll"),
+    Need("retain", "logits"),
+    Need("retain", "activations", 2),
+)
+ROUNDS, BATCH = 5, 4
+
+
+@pytest.fixture(scope="module")
+def template() -> Template:
+    return Template(load_tokenizer(TARGET), FormatConfig())
+
+
+def stream(name: str, folder: Path, template: Template) -> TokenisedStream:
+    """The built-in rows as tokens, without Ray (which `prepare_streams` would start)."""
+    (piece,) = fragments(SourceConfig(path=f"builtin:people/{name}.jsonl"), None, stream=name, option=f"data.{name}")
+    folder.mkdir(parents=True, exist_ok=True)
+    part = tokenise(PartJob(piece, str(folder / "part.parquet")), template)
+    lengths = pq.read_table(folder / "part.parquet")["length"].to_numpy()
+    return TokenisedStream(name, str(folder), (("part.parquet", part.rows),), np.arange(part.rows), lengths, name)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, template: Template) -> Prepared:
+    folder = tmp_path_factory.mktemp("tokens")
+    streams = {name: stream(name, folder / name, template) for name in ("forget", "retain")}
+    return Prepared(streams, DataReport(streams={}, overlap=None, tokenizer_sha256=""), template)
+
+
+def planned(prepared: Prepared, folder: Path) -> Any:
+    options = {"rounds": ROUNDS, "batch_size": BATCH, "workers": 1, "seed": 1}
+    return write_plan(prepared.streams, str(folder), batches_per_round={"forget": 1, "retain": 1}, **options)
+
+
+def computed(prepared: Prepared, folder: Path, needs: Any = NEEDS, **options: Any) -> tuple[Any, dict[str, str]]:
+    plan = planned(prepared, folder / "plan")
+    places = {"folder": str(folder / "run"), "cache": str(folder / "cache")}
+    return plan, write_references(needs, prepared, plan, TARGET, **{**places, "method": "npo", **options})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, prepared: Prepared) -> tuple[Path, Any, dict[str, str]]:
+    folder = tmp_path_factory.mktemp("reference")
+    return folder, *computed(prepared, folder)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return AutoModelForCausalLM.from_pretrained(resolve_builtin(TARGET.path), dtype=torch.float64)
+
+
+@torch.no_grad()
+def test_micro_batches_hold_what_a_resident_model_says(finished: Any, model: Any, template: Template) -> None:
+    """Row by row in float64, without padding."""
+    _, plan, sidecars = finished
+    for batches in local_rounds(plan, 0, micro_batch_size=2, pad_id=template.pad, sidecars=sidecars):
+        for name in ("forget", "retain"):
+            for micro in batches[name][0].micro:
+                check(name, micro, model)
+
+
+def check(name: str, micro: dict[str, torch.Tensor], model: Any) -> None:
+    logprobs, hidden, sums, refusal_sums = [], [], [], []
+    for row in range(len(micro["input_ids"])):
+        rows = answer(micro, row, model)
+        logprobs.append(rows[0])
+        hidden.append(rows[1])
+        sums.append(rows[2])
+        if name == "forget":
+            refusal_sums.append(answer(micro, row, model, "refusal_")[2])
+    assert close(micro["reference_logprobs"], torch.cat(logprobs), 1e-4)
+    if name == "retain":
+        assert close(micro["reference_activations"], torch.cat(hidden), 1e-4)
+    else:
+        assert close(micro["reference_nll"], torch.stack(sums), 1e-4)
+        assert close(micro["refusal_reference_nll"], torch.stack(refusal_sums), 1e-4)
+
+
+def answer(micro: dict[str, torch.Tensor], row: int, model: Any, prefix: str = "") -> tuple[torch.Tensor, ...]:
+    """Log-probabilities [tokens, words], outputs of layer 2 [tokens, width] and the NLL sum of one row's answer."""
+    length = int(micro[f"{prefix}attention_mask"][row].sum())
+    ids, labels = (micro[prefix + key][row, :length] for key in ("input_ids", "labels"))
+    found = model(input_ids=ids[None], output_hidden_states=True)
+    at = torch.arange(length)[labels >= 0]
+    logp = found.logits[0].log_softmax(1)[at - 1]
+    return logp, found.hidden_states[3][0][at], -logp[torch.arange(len(at)), labels[at]].sum()
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
+    assert found.shape == expected.shape
+    return bool((found.double() - expected).abs().max() < tolerance)
+
+
+def test_values_do_not_depend_on_batches(
+    finished: Any, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "BATCH_TOKENS", 1)  # a row at a time
+    _, sidecars = computed(prepared, tmp_path)
+    for name in ("forget", "retain"):
+        ours, theirs = (json.loads(Path(where[name], "sidecar.json").read_text()) for where in (sidecars, finished[2]))
+        assert list(ours["tables"]) == list(theirs["tables"])
+        for quantity, folder in ours["tables"].items():
+            a, b = (np.load(Path(where, "values.npy")) for where in (folder, theirs["tables"][quantity]))
+            assert Path(folder).name == Path(theirs["tables"][quantity]).name
+            assert np.abs(a - b).max() < 1e-3, quantity
+
+
+def test_a_second_run_takes_the_cache(finished: Any, prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = finished[0]
+    monkeypatch.setattr(reference, "load_causal_lm", lambda _: pytest.fail("the model was loaded again"))
+    plan = planned(prepared, folder / "plan")
+    places = {"cache": str(folder / "cache"), "method": "npo"}
+    again = write_references(NEEDS, prepared, plan, TARGET, folder=str(folder / "run"), **places)  # a resumed run
+    assert again == finished[2]
+    shared = tuple(need for need in NEEDS if need.quantity in ("nll", "activations") or need.stream == "retain")
+    write_references(shared, prepared, plan, TARGET, folder=str(folder / "other"), **places)
+    with pytest.raises(pytest.fail.Exception):
+        write_references(NEEDS[:2], prepared, plan, TARGET, folder=str(folder / "other"), **places)
+
+
+def test_only_numbers_outlive_the_run(finished: Any, prepared: Prepared) -> None:
+    """The cache holds no token ids, no text, and nothing whose largest entries spell a forget answer."""
+    folder = finished[0]
+    tables = [json.loads(path.read_text()) for path in (folder / "cache").rglob("table.json")]
+    assert sorted((table["stream"], table["quantity"]) for table in tables) == [
+        ("forget", "nll"),
+        ("forget_refusal", "nll"),
+        ("retain", "activations"),
+        ("retain", "logits"),
+    ]
+    for path in (folder / "cache").rglob("*.parquet"):
+        assert pq.read_schema(path).names == ["row_id", "entries"]
+    values = np.load(next(p.parent for p in (folder / "run").rglob("table.json")) / "values.npy")
+    forget = prepared.streams["forget"]
+    rows = pq.read_table(Path(forget.folder, "part.parquet")).to_pylist()
+    spelled = np.concatenate([row["input_ids"][row["prompt_tokens"] :] for row in rows])
+    assert (values.argmax(1) == spelled).mean() > 0.9, "log-probabilities do spell the answers: they must go"
+
+
+def test_only_retain_rows_of_the_plan_are_looked_at(finished: Any) -> None:
+    _, plan, sidecars = finished
+    folder = json.loads(Path(sidecars["retain"], "sidecar.json").read_text())["tables"]["logits"]
+    index = set(pq.read_table(Path(folder, "index.parquet"))["row_id"].to_pylist())
+    used = {i for batches in local_rounds(plan, 0, pad_id=0) for batch in batches["retain"] for i in batch.row_ids}
+    assert index == used
+
+
+def test_refusals_follow_prompt_seed_and_template(finished: Any, template: Template) -> None:
+    texts = refusals.read_refusals(None, None, "idk.refusals")
+    assert len(set(texts)) == 30
+    rows = pq.read_table(next((finished[0] / "run").glob("private/*.parquet"))).to_pylist()
+    lines = Path(resolve_builtin("builtin:people/forget.jsonl")).read_text().splitlines()
+    own = {json.loads(line)["question"] for line in lines}
+    chosen = []
+    for row in rows:
+        text = template.tokenizer.decode(row["input_ids"][row["prompt_tokens"] : -1])
+        assert text.startswith(" ")
+        chosen.append(texts.index(text.strip()))
+        question = next(q for q in own if template.encode_prompt(q) == row["input_ids"][: row["prompt_tokens"]])
+        assert row["input_ids"] == template.encode(question, text.strip())[0]
+    assert chosen == [refusals.chosen(row["row_id"], 30, 0) for row in rows]
+    assert len(set(chosen)) > 15
+    assert chosen != [refusals.chosen(row["row_id"], 30, 1) for row in rows]
+
+
+def test_own_refusals_and_mistakes_in_them(tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"answer": "No idea."}\n{"answer": "None."}\n')
+    assert refusals.read_refusals("own.jsonl", str(tmp_path), "dpo.refusals") == ["No idea.", "None."]
+    path.write_text('{"answer": ""}\n{"text": "x"}\n')
+    with pytest.raises(UserError, match=r"dpo\.refusals") as caught:
+        refusals.read_refusals(str(path), None, "dpo.refusals")
+    assert "row 1" in str(caught.value)
+    assert "row 2" in str(caught.value)
+
+
+def test_a_refusal_that_does_not_fit_keeps_eos(prepared: Prepared, template: Template) -> None:
+    short = Template(template.tokenizer, dataclasses.replace(template.config, max_length=20))
+    table = pq.read_table(Path(prepared.streams["forget"].folder, "part.parquet"))
+    for row in refusals.refusal_rows(table, ["I never heard of it."], short, 0):
+        assert len(row["input_ids"]) <= 20
+        assert row["input_ids"][-1] == short.eos
+
+
+def test_large_tables_are_half_precision_or_refused(
+    prepared: Prepared, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "HALF_ABOVE_BYTES", 1000)
+    _, sidecars = computed(prepared, tmp_path, NEEDS[4:5])
+    half, full = (
+        np.load(Path(json.loads(Path(found["retain"], "sidecar.json").read_text())["tables"]["logits"], "values.npy"))
+        for found in (sidecars, finished[2])
+    )
+    assert (half.dtype, full.dtype) == (np.float16, np.float32)
+    assert np.abs(np.exp(half.astype(float)) - np.exp(full.astype(float))).max() < 2.5e-4
+    monkeypatch.setattr(reference, "MOST_BYTES", 1000)
+    with pytest.raises(UserError, match=r"[0-9]+ bytes in fp16, more than 1000; use --npo\.retain_loss nll"):
+        computed(prepared, tmp_path / "b", NEEDS[4:5])
+    assert not list((tmp_path / "b" / "cache").rglob("*.npy"))
+
+
+def test_batches_hold_every_row_once_and_keep_their_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "BATCH_TOKENS", 100)
+    monkeypatch.setattr(reference, "_LOGITS_AT_ONCE", 2000)
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 150, size=200)
+    wide = rng.integers(1, 2500, size=200)
+    batches = cut(lengths, wide)
+    assert sorted(number for batch in batches for number in batch) == list(range(200))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * lengths[batch].max() <= 100
+        assert len(batch) == 1 or wide[batch].sum() <= 2000
+    assert [lengths[batch[0]] for batch in batches] == sorted((lengths[batch[0]] for batch in batches), reverse=True)
+
+
+@pytest.mark.slow
+def test_actors_give_the_same_values(
+    finished: Any, prepared: Prepared, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    import ray
+
+    monkeypatch.setattr(reference, "_SMALL_FLOPS", 0.0)
+    monkeypatch.setattr(reference, "BATCH_TOKENS", 256)
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    try:
+        _, sidecars = computed(prepared, tmp_path, NEEDS[:1])
+    finally:
+        ray.shutdown()
+    ours, theirs = (
+        np.load(Path(json.loads(Path(found["forget"], "sidecar.json").read_text())["tables"]["nll"], "values.npy"))
+        for found in (sidecars, finished[2])
+    )
+    assert np.abs(ours - theirs).max() < 1e-3
