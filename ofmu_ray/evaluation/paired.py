@@ -112,19 +112,10 @@ class Resamples:
         return means if isinstance(means, str) else _draws(means, self.sets[part].units)
 
     def score(self, name: str, table: pa.Table, retrained: pa.Table | None) -> Draws | str:
-        """The figure turned so that higher is better: 1 - KS statistic; minus the distance to the retrained model's
-        figure for the other figures of the forget rows; all others as they are."""
+        """`turned` figure of a model, so that higher is better; or why it cannot be computed."""
         draws = self.figure(name, table, retrained)
-        if isinstance(draws, str) or not is_forgetting(name):
-            return draws
-        if name in _DISTANCES:
-            return Draws(1.0 - draws.value, 1.0 - draws.resampled, draws.units)
-        if retrained is None:
-            return "there is no retrained model to match"
-        aim = self.figure(name, retrained, None)
-        if isinstance(aim, str):
-            return f"retrained model: {aim}"
-        return Draws(-abs(draws.value - aim.value), -np.abs(draws.resampled - aim.resampled), draws.units)
+        needs_aim = is_forgetting(name) and name not in _DISTANCES and retrained is not None
+        return turned(name, draws, self.figure(name, retrained, None) if needs_aim else "there is no retrained model")
 
     def _values(self, part: str, column: str, table: pa.Table) -> FloatArray | str:
         rows = _ordered(table, part)
@@ -154,10 +145,24 @@ class Resamples:
             return one
         if isinstance(two, str):
             return f"retrained model: {two}"
+        if np.isnan(one).any() or np.isnan(two).any():
+            return "some forget rows lack their truth ratio"
         weights = self.sets["forget"].weights
         levels = np.unique(np.concatenate([one, two]))
         apart = metrics.counts_up_to(one, levels, weights) - metrics.counts_up_to(two, levels, weights)
         return _draws(np.abs(apart).max(axis=1) / weights.sum(axis=1), self.sets["forget"].units)
+
+
+def turned(name: str, draws: Draws | str, retrained: Draws | str) -> Draws | str:
+    """The figure turned so that higher is better: 1 - KS statistic; minus the distance to the retrained model's figure
+    for the other figures of the forget rows; all others as they are. A reason in place of either stays a reason."""
+    if isinstance(draws, str) or not is_forgetting(name):
+        return draws
+    if name in _DISTANCES:
+        return Draws(1.0 - draws.value, 1.0 - draws.resampled, draws.units)
+    if isinstance(retrained, str):
+        return retrained
+    return Draws(-abs(draws.value - retrained.value), -np.abs(draws.resampled - retrained.resampled), draws.units)
 
 
 def _ordered(table: pa.Table, name: str) -> pa.Table:

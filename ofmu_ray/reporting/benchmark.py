@@ -1,0 +1,309 @@
+"""The report of `ofmu benchmark`: one page, the same as Markdown, and its tables as CSV."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ofmu_ray.evaluation.comparison import Trial, hypervolume, number_of, pareto_front, sensitivity
+from ofmu_ray.reporting import benchmark_runs, figures
+from ofmu_ray.reporting import benchmark_tables as tables
+from ofmu_ray.reporting.benchmark_plots import Plot, Point, cost_plot, plane, sensitivity_plot
+from ofmu_ray.reporting.benchmark_results import Benchmark, SplitResults, split_results
+from ofmu_ray.reporting.benchmark_settings import BenchmarkSettings
+from ofmu_ray.reporting.page import page_environment
+from ofmu_ray.reporting.tables import Table, cells, csv_text, markdown
+from ofmu_ray.storage import atomic_write
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands under it, in this order."""
+
+    title: str
+    notes: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    plots: Sequence[Plot] = ()
+    more: Sequence[Table] = ()
+    """Tables after the plots."""
+    panels: Sequence[Plot] = field(default_factory=tuple)
+    """Small plots, folded."""
+    level: int = 2
+
+
+def write_benchmark_report(
+    folder: str | Path,
+    trials: pa.Table | Sequence[Mapping[str, Any]],
+    rows: pa.Table | Sequence[Mapping[str, Any]],
+    settings: Mapping[str, Any],
+) -> list[Path]:
+    """Writes report.html, report.md and the tables as CSV into the folder; returns their paths.
+
+    Works with whatever there is: of a benchmark that was stopped, the runs that are done.
+
+    Args:
+        trials: one row per run: `method`, `split`, `phase` (tune, report, ablation), `trial`, `seed`, `status`,
+            `message`, `selected`, `options` (JSON text), `budget_unit`, `budget`, costs as in metrics.json's `cost`,
+            and figures as columns NAME, NAME_low, NAME_high.
+        rows: per-row values of the runs (`method`, `split`, `phase`, `seed`, `set`, `index`, `cluster` and the columns
+            of rows.parquet), with those of the target and of the retrained model under these names as `method`.
+        settings: see `BenchmarkSettings.of`.
+    """
+    benchmark = Benchmark(trials, rows, BenchmarkSettings.of(settings))
+    sections = _sections(benchmark)
+    head = _head(benchmark)
+    texts = {"report.html": _page(benchmark, head, sections), "report.md": _markdown(benchmark, head, sections)}
+    records: dict[str, list[Mapping[str, Any]]] = {"trials": list(benchmark.trials)}
+    for table in _all_tables(sections):
+        if table.name:
+            records.setdefault(table.name, []).extend(table.records)
+    texts |= {f"{name}.csv": csv_text(found) for name, found in records.items()}
+    paths = [Path(folder) / name for name in texts]
+    for path, text in zip(paths, texts.values(), strict=True):
+        atomic_write(path, text)
+    return paths
+
+
+# ------------------------------------------------------------------------------------------------------ the content
+
+
+@dataclass(frozen=True)
+class Head:
+    """What stands above the sections."""
+
+    status: str
+    finished: bool
+    facts: Mapping[str, str]
+    notes: Sequence[str]
+
+
+def _head(benchmark: Benchmark) -> Head:
+    settings, trials = benchmark.settings, benchmark.trials
+    planned = settings.planned_runs or len(trials)
+    units = {(str(trial.get("budget_unit")), number_of(trial, "budget")) for trial in trials}
+    budgets = sorted({(unit, amount) for unit, amount in units if amount is not None})
+    per_run = ", ".join(
+        f"{figures.quantity(amount)}{'' if unit == 'flops' else ' '}{_unit(unit)}" for unit, amount in budgets
+    )
+    facts = {
+        "runs": f"{len(trials)} of {planned}",
+        "methods": str(len({trial["method"] for trial in trials if trial["phase"] != "ablation"})),
+        "splits": ", ".join(benchmark.splits),
+        "seeds": ", ".join(map(str, settings.seeds)) or "–",
+        "budget of a run": per_run,
+        **settings.facts,
+    }
+    utility, objective = (figures.label(name).lower() for name in (benchmark.utility, benchmark.objective))
+    rule = (
+        f"The rule: of a method's tuning trials with at least {benchmark.floor:g} × the target's {utility}, the one "
+        f"with the best {objective}; ties go to the cheaper one. Its options run again with fresh seeds, and only"
+        " these runs are summarised and compared; all runs are in the plots, in the lists of every run and in trials.csv."
+    )
+    reading = (
+        "Intervals are 95 %: over seeds by Student's t, over rows by the bootstrap at these seeds (of whole clusters "
+        "where rows have them). Forget quality is a p-value: the geometric mean over seeds is given with every run's value, "
+        "and what is tested in its place is the KS distance that it is the p-value of."
+    )
+    done = len(trials) >= planned
+    status = "complete" if done else f"{len(trials)} of {planned} runs"
+    return Head(status, done, {name: words for name, words in facts.items() if words}, [rule, reading])
+
+
+def _unit(unit: str) -> str:
+    return "FLOP" if unit == "flops" else unit
+
+
+def _sections(benchmark: Benchmark) -> list[Section]:
+    sections: list[Section] = []
+    for split in benchmark.splits:
+        found = split_results(benchmark, split)
+        sections += [_results(benchmark, found), _plane(benchmark, found), _cost(found)]
+        sections += [_choice(benchmark, split), _ablation(benchmark, split), _published(benchmark, found)]
+    failures = benchmark_runs.failures_table(benchmark)
+    count = len(failures.rows) if failures else 0
+    notes = [] if failures else ["Every run so far finished as planned."]
+    sections.append(
+        Section("Runs that did not finish as planned" + (f": {count}" if count else ""), notes, _some(failures))
+    )
+    return [section for section in sections if section.notes or section.tables or section.plots]
+
+
+def _some(*found: Table | None) -> list[Table]:
+    return [table for table in found if table is not None and table.rows]
+
+
+def _results(benchmark: Benchmark, found: SplitResults) -> Section:
+    notes = [f"Recorded figures that differ from their rows': {words}." for words in found.mismatches]
+    if found.target_utility is None:
+        notes.append("The target's rows are not there: no run can be held against the utility floor.")
+    if not any(found.runs.values()):
+        notes.append("No reported run is done yet.")
+        return Section(found.split, notes, more=[benchmark_runs.runs_table(benchmark, found.split)])
+    if any(found.verdicts.values()):
+        notes.append(tables.LEGEND)
+    more = [tables.tests_table(benchmark, found), tables.other_figures_table(benchmark, found)]
+    return Section(
+        found.split, notes, [tables.results_table(benchmark, found)],
+        more=_some(*more, benchmark_runs.runs_table(benchmark, found.split)),
+    )  # fmt: skip
+
+
+def _plane(benchmark: Benchmark, found: SplitResults) -> Section:
+    """Every trial in the plane, each method's Pareto front, and how much of the plane it covers."""
+    split, title = found.split, f"Forgetting and utility, {found.split}"
+    scale = {phase: benchmark.target_utility(split, phase) for phase in ("tune", "report")}
+    relative = all(scale.values())
+    points = {method: _points(benchmark, split, method, scale if relative else {}) for method in found.methods}
+    points = {method: runs for method, runs in points.items() if runs}
+    if not points:
+        return Section(title, level=3)
+    references = {}
+    for model, draws in found.references.items():
+        if {"ks_statistic", benchmark.utility} <= draws.keys():
+            x = draws[benchmark.utility].value / ((found.target_utility if relative else None) or 1.0)
+            y = 1.0 - draws["ks_statistic"].value
+            references[model] = Point(x, y, f"{model}: utility {x:.3f}, 1 − KS {y:.3f}")
+    label = figures.label(benchmark.utility).lower()
+    x_label = f"{label} / the target's" if relative else label
+    floor = benchmark.floor if relative else None
+    table = _areas(split, points, floor, references.get("target"))
+    notes = [
+        "Up and to the right is better. Solid: reported runs; faint: tuning trials, which may be judged on fewer rows. "
+        "Lines: each method's Pareto front over both; hover a point for its run."
+    ]
+    return Section(title, notes, plots=[plane(title, points, references, floor, x_label)], more=[table], level=3)
+
+
+def _points(benchmark: Benchmark, split: str, method: str, scale: Mapping[str, float | None]) -> list[Point]:
+    points = []
+    for run in benchmark.runs(split, method, "tune", "report"):
+        distance, utility = number_of(run, "ks_statistic"), number_of(run, benchmark.utility)
+        if distance is not None and utility is not None:
+            x = utility / (scale.get(run["phase"]) or 1.0)
+            points.append(Point(x, 1.0 - distance, _hover(run, x), run["phase"] == "report"))
+    return points
+
+
+def _hover(run: Trial, x: float) -> str:
+    which = f"trial {run.get('trial')}" if run["phase"] == "tune" else f"seed {run.get('seed')}"
+    quality, distance = number_of(run, "forget_quality"), number_of(run, "ks_statistic")
+    logarithm = "" if not quality else f", log10 of forget quality {np.log10(quality):.2f}"
+    return f"{run['method']}, {run['phase']} {which}: utility {x:.3f}, 1 − KS {1 - (distance or 0):.3f}{logarithm}"
+
+
+def _areas(split: str, points: Mapping[str, Sequence[Point]], floor: float | None, target: Point | None) -> Table:
+    """Hypervolume of each method's front: from the origin, and above what the floor asks and the target has."""
+    corner = None if floor is None or target is None else (floor, target.y)
+    rows, records = [], []
+    for method, runs in points.items():
+        plain = [(run.x, run.y) for run in runs]
+        front = pareto_front(plain)
+        whole, useful = hypervolume(plain, (0.0, 0.0)), None if corner is None else hypervolume(plain, corner)
+        rows.append(
+            cells(
+                method,
+                str(len(runs)),
+                str(len(front)),
+                figures.number(whole),
+                "–" if useful is None else f"{useful:.4f}",
+            )
+        )
+        records.append(
+            {"split": split, "method": method, "runs": len(runs), "front": len(front), "hypervolume": whole,
+             "hypervolume_above_target": useful, "corner_utility": corner and corner[0],
+             "corner_score": corner and corner[1]}
+        )  # fmt: skip
+    above = "" if corner is None else f" and above ({corner[0]:g}, {corner[1]:.3f}), the floor and what the target has"
+    caption = (
+        f"Area that a method's front dominates, from the origin{above}. Noise and more runs can only make it larger: "
+        "compare methods with as many runs."
+    )
+    header = ["Method", "Runs", "On the front", "Hypervolume", "Above floor and target"]
+    return Table(name="hypervolume", caption=caption, header=header, rows=rows, records=records)
+
+
+def _cost(found: SplitResults) -> Section:
+    """What the reported runs took beside what they reached."""
+    title = f"Cost beside quality, {found.split}"
+    points: dict[str, list[Point]] = {}
+    for method, runs in found.runs.items():
+        for run in runs:
+            seconds, distance = number_of(run, "train_seconds"), number_of(run, "ks_statistic")
+            if seconds is not None and distance is not None:
+                words = f"{method}, seed {run.get('seed')}: {figures.duration(seconds)}, 1 − KS {1 - distance:.3f}"
+                points.setdefault(method, []).append(Point(seconds, 1.0 - distance, words))
+    # the same place in the legend and the same colour as in the plane
+    ordered = {method: points.get(method, []) for method in found.methods}
+    if not points:
+        return Section(title, level=3)
+    used = [share for runs in found.runs.values() for run in runs if (share := _share(run)) is not None]
+    notes = [f"Reported runs used {min(used):.1%} to {max(used):.1%} of the budget."] if used else []
+    return Section(title, notes, plots=[cost_plot(title, ordered, "seconds of training")], level=3)
+
+
+def _share(run: Trial) -> float | None:
+    used = number_of(run, "flops") if run.get("budget_unit") == "flops" else benchmark_runs.passes(run)
+    budget = number_of(run, "budget")
+    return None if used is None or not budget else used / budget
+
+
+def _choice(benchmark: Benchmark, split: str) -> Section:
+    """Chosen options, and how the outcome went with each option that was tuned."""
+    table, notes = benchmark_runs.selected_table(benchmark, split)
+    panels, rows, records = [], [], []
+    objective, utility = figures.label(benchmark.objective).lower(), figures.label(benchmark.utility).lower()
+    for method in benchmark.methods(split):
+        for entry in sensitivity(benchmark.runs(split, method, "tune"), benchmark.objective, benchmark.utility):
+            panels.append(sensitivity_plot(f"{method}: {entry.option}", entry, objective, utility))
+            correlations = entry.objective_correlation, entry.utility_correlation
+            words = ["–" if value is None else f"{value:+.2f}" for value in correlations]
+            rows.append(cells(method, entry.option, str(len(entry.values)), *words))
+            records.append(
+                {"split": split, "method": method, "option": entry.option, "trials": len(entry.values),
+                 f"spearman_{benchmark.objective}": correlations[0], f"spearman_{benchmark.utility}": correlations[1]}
+            )  # fmt: skip
+    caption = (
+        "Spearman's rank correlation of each tuned option with the outcome over the tuning trials. All options of a "
+        "trial are drawn together, so a correlation may be another option's, and few trials give large ones by chance."
+    )
+    header = ["Method", "Option", "Trials", f"With {objective}", f"With {utility}"]
+    found = Table(name="sensitivity", caption=caption, header=header, rows=rows, words=2, records=records)
+    return Section(f"Choice and sensitivity, {split}", notes, _some(table), more=_some(found), panels=panels, level=3)
+
+
+def _ablation(benchmark: Benchmark, split: str) -> Section:
+    return Section(f"Ablation, {split}", tables=_some(tables.ablation_table(benchmark, split)), level=3)
+
+
+def _published(benchmark: Benchmark, found: SplitResults) -> Section:
+    return Section(f"Published numbers, {found.split}", tables=_some(tables.published_table(benchmark, found)), level=3)
+
+
+# --------------------------------------------------------------------------------------------------------- rendering
+
+
+def _all_tables(sections: Iterable[Section]) -> list[Table]:
+    return [table for section in sections for table in (*section.tables, *section.more)]
+
+
+def _page(benchmark: Benchmark, head: Head, sections: Sequence[Section]) -> str:
+    template = page_environment().get_template("benchmark.html.j2")
+    return str(template.render(settings=benchmark.settings, head=head, sections=sections))
+
+
+def _markdown(benchmark: Benchmark, head: Head, sections: Sequence[Section]) -> str:
+    facts = " · ".join(f"{name}: {words}" for name, words in head.facts.items())
+    parts = [f"# {benchmark.settings.title}", f"{facts}", *head.notes]
+    if benchmark.settings.command:
+        parts.append(f"```\n{benchmark.settings.command}\n```")
+    for section in sections:
+        parts.append(f"{'#' * section.level} {section.title}")
+        parts += [*section.notes, *(markdown(table).rstrip() for table in (*section.tables, *section.more))]
+        if section.plots:
+            parts.append("The plots are in report.html.")
+    return "\n\n".join(parts) + "\n"

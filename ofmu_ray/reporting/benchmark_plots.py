@@ -1,0 +1,174 @@
+"""Plots of the benchmark's page: the plane of forgetting and utility, cost beside quality, sensitivity to options."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ofmu_ray.evaluation.comparison import Sensitivity, pareto_front
+from ofmu_ray.reporting.plots import FAINT, INK, inline_svg, new_axes
+
+# Colour and shape of the n-th method: told apart without colour, and 24 of them before a pair repeats.
+_COLOURS = {f"#020a0{index}": f"var(--method-{index})" for index in range(1, 9)}
+_SHAPES = {
+    "o": "M8 1.6a3.4 3.4 0 1 1 0 6.8a3.4 3.4 0 1 1 0 -6.8Z",
+    "s": "M4.9 1.9h6.2v6.2h-6.2Z",
+    "^": "M8 1.2L11.9 8.2H4.1Z",
+    "D": "M8 .9L12.1 5L8 9.1L3.9 5Z",
+    "v": "M8 8.8L11.9 1.8H4.1Z",
+    "P": "M6.7 1.2h2.6v2.5h2.5v2.6h-2.5v2.5H6.7V6.3H4.2V3.7h2.5Z",
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One entry of a legend, which the page draws itself so that it wraps on a phone."""
+
+    label: str
+    colour: str
+    """CSS colour."""
+    shape: str
+    """SVG path in a box of 16 x 10."""
+    filled: bool = True
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot with its legend."""
+
+    title: str
+    svg: str
+    legend: Sequence[Key]
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run in a plane."""
+
+    x: float
+    y: float
+    words: str
+    """Shown on hover."""
+    reported: bool = True
+    """A reported run (solid); else a tuning trial (faint)."""
+
+
+def _style(index: int) -> tuple[str, str]:
+    """(matplotlib colour, marker) of the n-th method."""
+    colours, markers = list(_COLOURS), list(_SHAPES)
+    return colours[index % len(colours)], markers[index % len(markers)]
+
+
+def _keys(methods: Sequence[str]) -> list[Key]:
+    styles = [_style(index) for index in range(len(methods))]
+    return [
+        Key(name, _COLOURS[colour], _SHAPES[marker]) for name, (colour, marker) in zip(methods, styles, strict=True)
+    ]
+
+
+def plane(
+    title: str,
+    points: Mapping[str, Sequence[Point]],
+    references: Mapping[str, Point],
+    floor: float | None,
+    x_label: str,
+) -> Plot:
+    """Every run of every method with each method's Pareto front; the utility floor as a line."""
+    figure, axes = new_axes(7.4, 4.3)
+    words: list[str] = []
+    if floor is not None:
+        axes.axvline(floor, color=FAINT, linewidth=1, linestyle="--")
+        axes.annotate("floor", (floor, 1.0), xycoords=("data", "axes fraction"), xytext=(-3, -2),
+                      textcoords="offset points", color=INK, fontsize=8, ha="right", va="top")  # fmt: skip
+    for index, runs in enumerate(points.values()):
+        colour, marker = _style(index)
+        front = [runs[place] for place in pareto_front([(run.x, run.y) for run in runs])]
+        axes.plot(
+            [run.x for run in front], [run.y for run in front], color=colour, linewidth=1.2, drawstyle="steps-pre",
+            alpha=0.8, zorder=2,
+        )  # fmt: skip
+        for run in runs:
+            look = {"alpha": 1.0, "markersize": 7.0, "zorder": 4} if run.reported else {"alpha": 0.4, "markersize": 5.0}
+            axes.plot(run.x, run.y, marker, color=colour, markeredgewidth=0, gid=f"point-{len(words)}", **look)
+            words.append(run.words)
+    for name, run in references.items():
+        axes.plot(run.x, run.y, "*" if name == "retrained" else "X", color=INK, markersize=9, zorder=5,
+                  markeredgewidth=0, gid=f"point-{len(words)}", clip_on=False)  # fmt: skip
+        side = -1 if run.x > 0.5 else 1
+        axes.annotate(name, (run.x, run.y), xytext=(7 * side, -3 if name == "retrained" else 5),
+                      textcoords="offset points", color=INK, fontsize=8.5, ha="right" if side < 0 else "left",
+                      va="top" if name == "retrained" else "bottom")  # fmt: skip
+        words.append(run.words)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel("forgetting, 1 − KS distance to retrained")
+    axes.set_ylim(0, 1.03)
+    lowest = min(run.x for runs in (*points.values(), list(references.values())) for run in runs)
+    axes.set_xlim(left=max(0.0, lowest - 0.05))
+    return Plot(
+        title, _with_words(inline_svg(figure, html.escape(title), _COLOURS), words), _keys(list(points)), wide=True
+    )
+
+
+def cost_plot(title: str, points: Mapping[str, Sequence[Point]], x_label: str) -> Plot:
+    """What the reported runs cost beside what they reached."""
+    figure, axes = new_axes(7.4, 3.0)
+    words: list[str] = []
+    for index, runs in enumerate(points.values()):
+        colour, marker = _style(index)
+        for run in runs:
+            axes.plot(run.x, run.y, marker, color=colour, markeredgewidth=0, markersize=7, gid=f"point-{len(words)}")
+            words.append(run.words)
+    costs = [run.x for runs in points.values() for run in runs]
+    if min(costs) > 0 and max(costs) / min(costs) > 8:
+        axes.set_xscale("log")
+    else:
+        axes.set_xlim(0, 1.06 * max(costs))
+    axes.set_ylim(0, 1.03)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel("1 − KS distance")
+    return Plot(
+        title, _with_words(inline_svg(figure, html.escape(title), _COLOURS), words), _keys(list(points)), wide=True
+    )
+
+
+def sensitivity_plot(title: str, found: Sensitivity, objective: str, utility: str) -> Plot:
+    """One option against both outcomes of the tuning trials; each outcome has its own axis."""
+    figure, axes = new_axes(3.9, 2.3)
+    colours = list(_COLOURS)
+    axes.plot(found.values, found.objective, "o", color=colours[0], markersize=5, markeredgewidth=0)
+    other = axes.twinx()
+    other.plot(found.values, found.utility, "s", color=colours[1], markersize=5, fillstyle="none", markeredgewidth=1.3)
+    for axis, colour in ((axes, colours[0]), (other, colours[1])):
+        axis.tick_params(axis="y", labelcolor=colour, colors=FAINT, labelsize=8)
+        axis.tick_params(axis="y", labelcolor=colour)
+        axis.margins(y=0.12)
+    for side in ("top", "left", "bottom"):
+        other.spines[side].set_visible(False)
+    other.spines["right"].set_color(FAINT)
+    if found.objective.min() > 0 and found.objective.max() / found.objective.min() > 100:
+        axes.set_yscale("log")
+    if found.values.min() > 0 and found.values.max() / found.values.min() > 8:
+        axes.set_xscale("log")
+    axes.set_xlabel(found.option)
+    return Plot(
+        title,
+        inline_svg(figure, html.escape(title), _COLOURS),
+        [
+            Key(f"{objective} (left), {_correlation(found.objective_correlation)}", "var(--method-1)", _SHAPES["o"]),
+            Key(
+                f"{utility} (right), {_correlation(found.utility_correlation)}", "var(--method-2)", _SHAPES["s"], False
+            ),
+        ],
+    )
+
+
+def _correlation(value: float | None) -> str:
+    return "no rank correlation" if value is None else f"rank correlation {value:+.2f}"
+
+
+def _with_words(svg: str, words: Sequence[str]) -> str:
+    """Gives each point the text that the browser shows on hover; ids go, as several plots share a page."""
+    return re.sub(r'<g id="point-(\d+)">', lambda found: f"<g><title>{html.escape(words[int(found[1])])}</title>", svg)

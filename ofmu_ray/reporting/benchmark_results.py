@@ -1,0 +1,239 @@
+"""What the runs of a benchmark say, before any of it is words: means, intervals, paired tests, points of the plane."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ofmu_ray.evaluation.comparison import Trial, geometric_mean, number_of
+from ofmu_ray.evaluation.intervals import Figure, over_seeds
+from ofmu_ray.evaluation.paired import TESTED, Draws, Resamples, Verdict, is_forgetting, turned, verdicts
+from ofmu_ray.reporting.benchmark_settings import BenchmarkSettings
+
+REFERENCES = ("target", "retrained")
+FIRST_FIGURES = ("forget_quality", "ks_statistic", "model_utility", "forget_truth_ratio")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A method's figure over its reported seeds."""
+
+    over_seeds: Figure
+    """Mean (of p-values: geometric, without interval) with the t interval over seeds."""
+    values: dict[int, float]
+    """Seed -> the run's figure."""
+    over_rows: tuple[float, float] | None = None
+    """95 % interval of the mean over rows, at these seeds."""
+
+
+@dataclass(frozen=True)
+class SplitResults:
+    """All about one split."""
+
+    split: str
+    methods: list[str]
+    runs: dict[str, list[dict[str, Any]]]
+    """Method -> reported runs."""
+    summaries: dict[str, dict[str, Summary]]
+    """Figure -> method."""
+    verdicts: dict[str, dict[str, Verdict]]
+    """Figure -> method; empty for figures that are not tested."""
+    references: dict[str, dict[str, Draws]]
+    """target, retrained -> figure."""
+    target_utility: float | None
+    missed: set[str]
+    """Methods whose mean utility over the reported seeds is below the floor."""
+    mismatches: list[str] = field(default_factory=list)
+    """Runs whose recorded figures are not those of their rows."""
+
+
+class Benchmark:
+    """The input of a report, looked up by split, method and phase."""
+
+    def __init__(
+        self,
+        trials: pa.Table | Sequence[Mapping[str, Any]],
+        rows: pa.Table | Sequence[Mapping[str, Any]],
+        settings: BenchmarkSettings,
+    ) -> None:
+        self.trials: list[dict[str, Any]] = [
+            dict(trial) for trial in (trials.to_pylist() if isinstance(trials, pa.Table) else trials)
+        ]
+        self.settings = settings
+        self.objective, self.utility, self.floor = settings.objective, settings.utility, settings.floor
+        self.splits = list(dict.fromkeys(str(trial["split"]) for trial in self.trials))
+        columns = dict.fromkeys(name for trial in self.trials for name in trial)
+        found = [name for name in columns if f"{name}_low" in columns]
+        first = [name for name in FIRST_FIGURES if name in found]
+        self.figures = [*first, *(name for name in found if name not in FIRST_FIGURES)]
+        table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist([dict(row) for row in rows])
+        self._tables, self._tuning_rows = _tables(table)
+        self._resamples: dict[str, Resamples | None] = {}
+        self._draws: dict[tuple[str, str, int | None, str], Draws | str] = {}
+
+    def methods(self, split: str) -> list[str]:
+        """Methods of a split in the order in which they ran, without the ablation's variants."""
+        return list(dict.fromkeys(t["method"] for t in self.trials if t["split"] == split and t["phase"] != "ablation"))
+
+    def runs(self, split: str, method: str, *phases: str) -> list[dict[str, Any]]:
+        """Runs of a method on a split, by phase and number."""
+        found = [t for t in self.trials if (t["split"], t["method"]) == (split, method) and t["phase"] in phases]
+        return sorted(found, key=lambda t: (phases.index(t["phase"]), t.get("trial") or 0, t.get("seed") or 0))
+
+    def resamples(self, split: str) -> Resamples | None:
+        """The draws of rows that everything on the split shares; None where no rows are known."""
+        if split not in self._resamples:
+            known = [self._tables.get((split, model, None)) for model in reversed(REFERENCES)]
+            known += [table for (held, _, _), table in self._tables.items() if held == split]
+            table = next((table for table in known if table is not None), None)
+            samples = self.settings.samples
+            self._resamples[split] = None if table is None else Resamples(table, samples=samples)
+        return self._resamples[split]
+
+    def figure(self, split: str, method: str, seed: int | None, name: str) -> Draws | str:
+        """A figure of a run, or of a reference model (no seed), from its rows; or why there is none."""
+        key = split, method, seed, name
+        if key not in self._draws:
+            resamples, table = self.resamples(split), self._tables.get((split, method, seed))
+            retrained = self._tables.get((split, "retrained", None))
+            known = resamples is not None and table is not None
+            self._draws[key] = resamples.figure(name, table, retrained) if resamples and known else "no rows"
+        return self._draws[key]
+
+    def reference(self, split: str, model: str) -> dict[str, Draws]:
+        """Figures of the target or of the retrained model, from its rows (forget quality by its KS statistic)."""
+        names = dict.fromkeys(name for name in (*self.figures, self.utility) if name in TESTED[1:])
+        found = {name: self.figure(split, model, None, name) for name in names}
+        return {name: draws for name, draws in found.items() if isinstance(draws, Draws)}
+
+    def target_utility(self, split: str, phase: str = "report") -> float | None:
+        """The target's utility on the rows that runs of the phase are judged on; None where its rows are not known."""
+        target = self._tables.get((split, "target", None))
+        if phase == "tune" and split in self._tuning_rows and target is not None:
+            ids = zip(target["set"].to_pylist(), target["index"].to_pylist(), strict=True)
+            cut = target.filter(pa.array([row in self._tuning_rows[split] for row in ids]))
+            draws = Resamples(cut, samples=0).figure(self.utility, cut, None)
+        else:
+            draws = self.figure(split, "target", None, self.utility)
+        return draws.value if isinstance(draws, Draws) else None
+
+    def scores(self, split: str, method: str, name: str, *phases: str) -> dict[int, Draws]:
+        """Seed -> figure turned so that higher is better, with resamples where the run's rows are known."""
+        found: dict[int, Draws] = {}
+        for run in self.runs(split, method, *phases):
+            draws, aim = self.figure(split, method, run["seed"], name), self.figure(split, "retrained", None, name)
+            value = number_of(run, "ks_statistic" if name == "forget_quality" else name)
+            if isinstance(draws, str) and value is not None:
+                draws = Draws(value, np.empty(0))
+                aim = aim if isinstance(aim, str) else Draws(aim.value, np.empty(0))
+            score = turned(name, draws, aim)
+            if isinstance(score, Draws):
+                found[int(run["seed"])] = score
+        return found
+
+
+Key = tuple[str, str, int | None]
+
+
+def _tables(rows: pa.Table) -> tuple[dict[Key, pa.Table], dict[str, set[tuple[str, int]]]]:
+    """(split, method, seed) -> the run's rows (no seed: a reference model), without those of tuning; and split ->
+    (set, index) of the rows that tuning runs are judged on."""
+    if not rows.num_rows:
+        return {}, {}
+    names = ("split", "method", "seed", "set", "index")
+    phases = rows["phase"].to_pylist() if "phase" in rows.column_names else ["report"] * rows.num_rows
+    places: dict[Key, list[int]] = {}
+    tuning: dict[str, set[tuple[str, int]]] = {}
+    columns = zip(*(rows[name].to_pylist() for name in names), phases, strict=True)
+    for number, (split, method, seed, part, index, phase) in enumerate(columns):
+        if phase == "tune":
+            tuning.setdefault(split, set()).add((part, index))
+        else:
+            key = split, method, None if method in REFERENCES or seed is None else int(seed)
+            places.setdefault(key, []).append(number)
+    return {key: rows.take(pa.array(numbers)) for key, numbers in places.items()}, tuning
+
+
+def split_results(benchmark: Benchmark, split: str) -> SplitResults:
+    """Means, intervals and verdicts of a split's reported runs."""
+    methods = benchmark.methods(split)
+    runs = {method: benchmark.runs(split, method, "report") for method in methods}
+    rows = {method: _row_figures(benchmark, split, method, runs[method]) for method in methods}
+    names = [*benchmark.figures, *([benchmark.utility] if benchmark.utility not in benchmark.figures else [])]
+    summaries = {
+        name: {
+            method: summary
+            for method in methods
+            if (summary := _summary(name, runs[method], rows[method].get(name, {}))) is not None
+        }
+        for name in names
+    }
+    target = benchmark.target_utility(split)
+    missed = {
+        method
+        for method, summary in summaries[benchmark.utility].items()
+        if target is not None and (summary.over_seeds.value or 0.0) < benchmark.floor * target
+    }
+    return SplitResults(
+        split,
+        methods,
+        runs,
+        summaries,
+        {name: _verdicts(benchmark, split, methods, name, missed) for name in benchmark.figures if name in TESTED},
+        {model: benchmark.reference(split, model) for model in REFERENCES},
+        target,
+        missed,
+        [words for method in methods for words in _mismatches(method, runs[method], rows[method])],
+    )
+
+
+def _row_figures(benchmark: Benchmark, split: str, method: str, runs: Sequence[Trial]) -> dict[str, dict[int, Draws]]:
+    """Figure -> seed -> the figure as the rows give it (forget quality by its KS statistic)."""
+    found: dict[str, dict[int, Draws]] = {}
+    for name in (name for name in benchmark.figures if name in TESTED[1:]):
+        for run in runs:
+            draws = benchmark.figure(split, method, run["seed"], name)
+            if isinstance(draws, Draws):
+                found.setdefault(name, {})[int(run["seed"])] = draws
+    return found
+
+
+def _summary(name: str, runs: Sequence[Trial], draws: Mapping[int, Draws]) -> Summary | None:
+    values = {int(run["seed"]): value for run in runs if (value := number_of(run, name)) is not None}
+    if not values:
+        return None
+    if name == "forget_quality":
+        reason = "p-values: geometric mean, each run's value beside it"
+        return Summary(Figure(geometric_mean(list(values.values())), n=len(values), reason=reason), values)
+    interval = None
+    if values.keys() == draws.keys() and all(len(draw.resampled) for draw in draws.values()):
+        mean = Draws(float(np.mean(list(values.values()))), np.mean([d.resampled for d in draws.values()], axis=0))
+        interval = mean.interval()
+    elif len(values) == 1:
+        run = next(run for run in runs if number_of(run, name) is not None)
+        low, high = number_of(run, f"{name}_low"), number_of(run, f"{name}_high")
+        interval = None if low is None or high is None else (low, high)
+    return Summary(over_seeds(list(values.values())), values, interval)
+
+
+def _verdicts(
+    benchmark: Benchmark, split: str, methods: Sequence[str], name: str, missed: set[str]
+) -> dict[str, Verdict]:
+    scores = {method: benchmark.scores(split, method, name, "report") for method in methods}
+    scores = {method: seeds for method, seeds in scores.items() if seeds}
+    return verdicts(scores, barred=missed if is_forgetting(name) else ()) if len(scores) > 1 else {}
+
+
+def _mismatches(method: str, runs: Sequence[Trial], rows: Mapping[str, Mapping[int, Draws]]) -> list[str]:
+    return [
+        f"{method}, seed {run['seed']}: {name} is {recorded:.6g}, its rows give {rows[name][run['seed']].value:.6g}"
+        for run in runs
+        for name in rows
+        if run["seed"] in rows[name]
+        and (recorded := number_of(run, name)) is not None
+        and abs(recorded - rows[name][run["seed"]].value) > 1e-6
+    ]

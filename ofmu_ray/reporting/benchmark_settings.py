@@ -1,0 +1,71 @@
+"""What a benchmark was asked to do, as its report needs it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkSettings:
+    """What the report says about the benchmark besides its runs."""
+
+    title: str = "benchmark"
+    objective: str = "forget_quality"
+    """Figure that the rule maximises."""
+    utility: str = "model_utility"
+    """Figure under the floor."""
+    floor: float = 0.9
+    """Fraction of the target's utility."""
+    seeds: Sequence[int] = ()
+    planned_runs: int | None = None
+    """Of all phases, so that an unfinished benchmark can say so."""
+    ablation_of: str | None = None
+    """Method that the ablation's variants are compared with."""
+    command: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """More for the head of the page: the model, the machine, versions."""
+    samples: int = 1000
+    """Resamples of the rows."""
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> BenchmarkSettings:
+        """From benchmark.json: `name`, `command`, `config` (of `ofmu benchmark`, nested), `code`, and optionally
+        `packages` (name -> version), `machine` and `model` in words. What is absent keeps its default."""
+        config = found.get("config") or {}
+        rule, base = config.get("rule") or {}, config.get("base") or {}
+        ablation = config.get("ablation") or {}
+        command = found.get("command") or ""
+        known = {name: rule[name] for name in ("objective", "utility", "floor") if name in rule}
+        return cls(
+            title=str(found.get("name") or "benchmark"),
+            **known,
+            seeds=tuple(config.get("seeds") or ()),
+            planned_runs=_planned_runs(config),
+            ablation_of=ablation.get("of") if ablation.get("variants") else None,
+            command=command if isinstance(command, str) else shlex.join(command),
+            facts=_facts(found, base),
+            samples=(base.get("evaluation") or {}).get("bootstrap_samples") or 1000,
+        )
+
+
+def _planned_runs(config: Mapping[str, Any]) -> int | None:
+    if not {"methods", "splits", "seeds", "tuning"} <= config.keys():
+        return None
+    seeds, variants = len(config["seeds"]), len((config.get("ablation") or {}).get("variants") or {})
+    per_split = len(config["methods"]) * (int(config["tuning"]["trials"]) + seeds) + variants * seeds
+    return per_split * len(config["splits"])
+
+
+def _facts(found: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, str]:
+    code, packages = found.get("code") or {}, found.get("packages") or {}
+    commit = f" ({code['commit'][:10]}{', modified' if code.get('modified') else ''})" if code.get("commit") else ""
+    facts = {
+        "model": found.get("model") or (base.get("model") or {}).get("path"),
+        "machine": found.get("machine"),
+        "code": f"{code['version']}{commit}" if code.get("version") else None,
+        "packages": ", ".join(f"{name} {version}" for name, version in packages.items() if version),
+    }
+    return {name: str(value) for name, value in facts.items() if value}

@@ -1,0 +1,292 @@
+"""The tables of a benchmark's report: their words, numbers and marks all come from `benchmark_results`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ofmu_ray.evaluation import metrics
+from ofmu_ray.evaluation.comparison import Trial, number_of
+from ofmu_ray.evaluation.paired import Draws, Verdict, holm, paired_test
+from ofmu_ray.reporting import figures
+from ofmu_ray.reporting.benchmark_results import FIRST_FIGURES, Benchmark, SplitResults
+from ofmu_ray.reporting.published import PUBLISHED, SOURCE, URL_TEXT
+from ofmu_ray.reporting.tables import Cell, Table, cells
+
+MARKS = {"best": "★", "not significantly worse": "≈", "below the utility floor": "▽"}
+LEGEND = (
+    "★ best mean · ≈ not significantly worse than the best (two-sided paired test over rows and seeds, p ≥ 0.05 after "
+    "Holm's correction over all pairs of methods of the split) · ▽ misses the utility floor, so its forgetting is not "
+    "ranked · no mark: worse than the best, or not tested"
+)
+_COSTS = (
+    "forget_passes", "retain_passes", "updates", "tokens", "flops", "train_seconds", "total_seconds",
+    "peak_memory_bytes",
+)  # fmt: skip
+_ARROWS = {figures.UP: "↑", figures.DOWN: "↓", figures.MATCH: "→ retrained"}
+
+
+def heading(name: str) -> str:
+    """Label of a figure with its direction."""
+    return f"{figures.label(name)} {_ARROWS[figures.direction(name)]}"
+
+
+def span(low: float | None, high: float | None) -> str:
+    """An interval in words."""
+    if low is None or high is None:
+        return "–"
+    return f"{figures.number(low)} {'to' if low < 0 else '–'} {figures.number(high)}"
+
+
+# --------------------------------------------------------------------------------------------------------- results
+
+
+def results_table(benchmark: Benchmark, found: SplitResults) -> Table:
+    """Methods x first figures and costs, the retrained model and the target below them."""
+    first = [*FIRST_FIGURES, benchmark.objective, benchmark.utility]
+    names = [name for name in dict.fromkeys(first) if name in found.summaries]
+    rows = []
+    for method in found.methods:
+        head = Cell(method, (_seeds_words(benchmark, found, method),))
+        shown = [_figure_cell(benchmark, found, name, method) for name in names]
+        rows.append([head, *shown, *_cost_cells(found.runs[method])])
+    for model in ("retrained", "target"):
+        if found.references.get(model):
+            shown = [_reference_cell(benchmark, found, name, model) for name in names]
+            rows.append([Cell(model, ("reference",)), *shown, *cells("", "", "", "")])
+    header = ["Method", *map(heading, names), "Passes", "FLOPs", "Training", "Peak memory"]
+    return Table(name="results", caption="", header=header, rows=rows, records=_records(found))
+
+
+def other_figures_table(benchmark: Benchmark, found: SplitResults) -> Table | None:
+    """All further figures, one a row, since there are many."""
+    shown = {*FIRST_FIGURES, benchmark.objective, benchmark.utility}
+    names = [name for name, summary in found.summaries.items() if name not in shown and summary]
+    if not names:
+        return None
+    models = [model for model in ("retrained", "target") if found.references.get(model)]
+    rows = [
+        [
+            Cell(heading(name)),
+            *(_figure_cell(benchmark, found, name, method) for method in found.methods),
+            *(_reference_cell(benchmark, found, name, model) for model in models),
+        ]
+        for name in names
+    ]
+    return Table(
+        name="", caption="All other figures", header=["Figure", *found.methods, *models], rows=rows, folded=True
+    )
+
+
+def _figure_cell(benchmark: Benchmark, found: SplitResults, name: str, method: str) -> Cell:
+    summary = found.summaries.get(name, {}).get(method)
+    if summary is None:
+        return Cell("–")
+    figure, lines = summary.over_seeds, []
+    if name == "forget_quality":
+        lines.append("runs " + " · ".join(figures.number(value) for value in summary.values.values()))
+    else:
+        lines.append("one seed" if figure.low is None else f"seeds {span(figure.low, figure.high)}")
+        if summary.over_rows is not None:
+            lines.append(f"rows {span(*summary.over_rows)}")
+    if name == benchmark.utility and found.target_utility:
+        lines.append(f"{(figure.value or 0.0) / found.target_utility:.3f} of the target's")
+    verdict = found.verdicts.get(name, {}).get(method)
+    mark = MARKS.get(verdict.result, "") if verdict else ""
+    if name == benchmark.utility and method in found.missed:
+        mark = f"{mark} ▽".strip()
+    best = verdict is not None and verdict.result == "best"
+    return Cell(figures.number(figure.value), tuple(lines), mark, strong=best, title=_verdict_words(verdict))
+
+
+def _verdict_words(verdict: Verdict | None) -> str:
+    if verdict is None:
+        return ""
+    if verdict.test is None or verdict.p_adjusted is None:
+        return verdict.result
+    test = verdict.test
+    return (
+        f"{verdict.result}: the best is ahead by {figures.number(test.difference)} ({span(test.low, test.high)}), "
+        f"p = {figures.number(verdict.p_adjusted)} after Holm, over {test.covers}"
+    )
+
+
+def _reference_cell(benchmark: Benchmark, found: SplitResults, name: str, model: str) -> Cell:
+    draws = found.references[model].get("ks_statistic" if name == "forget_quality" else name)
+    resamples = benchmark.resamples(found.split)
+    if draws is None or resamples is None:
+        return Cell("–")
+    if name == "forget_quality":
+        return Cell(figures.number(metrics.exact_ks_p_value(draws.value, len(resamples.sets["forget"].rows))))
+    interval = draws.interval()
+    same = model == "retrained" and name == "ks_statistic"
+    return Cell(figures.number(draws.value), (f"rows {span(*interval)}",) if interval and not same else ())
+
+
+def _seeds_words(benchmark: Benchmark, found: SplitResults, method: str) -> str:
+    there = {run["seed"] for run in found.runs[method] if number_of(run, benchmark.objective) is not None}
+    planned = len(benchmark.settings.seeds) or len(found.runs[method])
+    return f"{len(there)} of {planned} seeds"
+
+
+def _cost_cells(runs: Sequence[Trial]) -> list[Cell]:
+    forget, retain, flops, seconds, memory = (
+        _mean(runs, name) for name in ("forget_passes", "retain_passes", "flops", "train_seconds", "peak_memory_bytes")
+    )
+    passes = None if forget is None or retain is None else forget + retain
+    parts = "" if forget is None or retain is None else f"{forget:.4g} forget + {retain:.4g} retain"
+    return [
+        Cell("–" if passes is None else f"{passes:.5g}", title=parts),
+        Cell("–" if flops is None else figures.quantity(flops).replace("FLOP", "")),
+        Cell("–" if seconds is None else figures.duration(seconds)),
+        Cell("–" if memory is None else figures.byte_size(memory)),
+    ]
+
+
+def _mean(runs: Sequence[Trial], name: str) -> float | None:
+    values = [value for run in runs if (value := number_of(run, name)) is not None]
+    return float(np.mean(values)) if values else None
+
+
+def _records(found: SplitResults) -> list[dict[str, Any]]:
+    """Every figure of every method, one a line."""
+    records = []
+    for name, methods in found.summaries.items():
+        for method, summary in methods.items():
+            low, high = summary.over_rows or (None, None)
+            verdict = found.verdicts.get(name, {}).get(method)
+            record = {
+                "split": found.split, "method": method, "figure": name, "mean": summary.over_seeds.value,
+                "seeds_low": summary.over_seeds.low, "seeds_high": summary.over_seeds.high, "rows_low": low,
+                "rows_high": high, "seeds": len(summary.values), "result": verdict.result if verdict else None,
+            }  # fmt: skip
+            records.append(record | _test_record(verdict))
+    return records
+
+
+def _test_record(verdict: Verdict | None) -> dict[str, Any]:
+    test = verdict.test if verdict else None
+    return {
+        "best_ahead_by": test.difference if test else None,
+        "best_ahead_low": test.low if test else None,
+        "best_ahead_high": test.high if test else None,
+        "p_value": test.p_value if test else None,
+        "p_holm": verdict.p_adjusted if verdict else None,
+        "test_covers": test.covers if test else None,
+    }
+
+
+def tests_table(benchmark: Benchmark, found: SplitResults) -> Table | None:
+    """The tests behind the marks of the rule's two figures."""
+    rows = []
+    for name in dict.fromkeys((benchmark.objective, benchmark.utility)):
+        for method, verdict in found.verdicts.get(name, {}).items():
+            test, p_value = verdict.test, verdict.p_adjusted
+            rows.append(
+                cells(
+                    figures.label("ks_statistic" if name == "forget_quality" else name), method, verdict.result,
+                    "–" if test is None else figures.number(test.difference),
+                    "–" if test is None else span(test.low, test.high),
+                    "–" if test is None or test.p_value is None else figures.number(test.p_value),
+                    "–" if p_value is None else figures.number(p_value),
+                    "–" if test is None else test.covers,
+                )
+            )  # fmt: skip
+    header = ["Figure", "Method", "Result", "Best is ahead by", "95 % interval", "p", "p after Holm", "Covers"]
+    caption = "The paired tests behind the marks"
+    return Table(name="", caption=caption, header=header, rows=rows, words=3, folded=True) if rows else None
+
+
+# ----------------------------------------------------------------------------------------- ablation, published rows
+
+
+def ablation_table(benchmark: Benchmark, split: str) -> Table | None:
+    """Variants of one method against it: paired differences in forgetting and in utility."""
+    reference = benchmark.settings.ablation_of
+    trials = [trial for trial in benchmark.trials if (trial["split"], trial["phase"]) == (split, "ablation")]
+    variants = [name for name in dict.fromkeys(trial["method"] for trial in trials) if name != reference]
+    if not variants or reference is None:
+        return None
+    goal = "ks_statistic" if benchmark.objective == "forget_quality" else benchmark.objective
+    columns: dict[str, dict[str, Cell]] = {}
+    records: dict[str, dict[str, Any]] = {name: {"split": split, "variant": name, "of": reference} for name in variants}
+    for name in (goal, benchmark.utility):
+        scores = {label: benchmark.scores(split, label, name, "report", "ablation") for label in (reference, *variants)}
+        columns[name] = _differences(name, scores, reference, records)
+    rows = []
+    for label in (reference, *variants):
+        runs = benchmark.runs(split, label, "report", "ablation")
+        lines = ("reference",) if label == reference else ()
+        shown = [columns[name].get(label, Cell("–")) for name in (goal, benchmark.utility)]
+        means = [figures.number(_mean(runs, name)) for name in (goal, benchmark.utility)]
+        rows.append(cells(Cell(label, lines), means[0], shown[0], means[1], shown[1], *_cost_cells(runs)[:3]))
+    header = ["Variant", heading(goal), "Forgetting, difference", heading(benchmark.utility), "Utility, difference",
+              "Passes", "FLOPs", "Training"]  # fmt: skip
+    caption = (
+        f"Variants of {reference} with its chosen options, not tuned anew. Differences are variant minus {reference}, "
+        "turned so that positive is better, with their 95 % intervals over rows and seeds; + better and − worse at "
+        "p < 0.05 after Holm's correction over the variants."
+    )
+    return Table(name="ablation", caption=caption, header=header, rows=rows, records=list(records.values()))
+
+
+def _differences(
+    name: str, scores: Mapping[str, Mapping[int, Draws]], reference: str, records: Mapping[str, dict[str, Any]]
+) -> dict[str, Cell]:
+    """Variant -> difference to the reference, and the same into the variants' records."""
+    tests = {label: paired_test(scores[label], scores[reference]) for label in records}
+    p_values = {label: test.p_value for label, test in tests.items() if test is not None and test.p_value is not None}
+    adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
+    found = {}
+    for label, test in tests.items():
+        if test is None:
+            continue
+        p_value = adjusted.get(label)
+        mark = "" if p_value is None or p_value >= 0.05 else "+" if test.difference > 0 else "−"
+        words = "" if p_value is None else f"p = {figures.number(p_value)}"
+        lines = tuple(line for line in (span(test.low, test.high), words) if line not in ("", "–"))
+        found[label] = Cell(f"{test.difference:+.3f}", lines, mark, title=f"over {test.covers}")
+        records[label].update(
+            {
+                f"{name}_better_by": test.difference, f"{name}_low": test.low, f"{name}_high": test.high,
+                f"{name}_p_value": test.p_value, f"{name}_p_holm": p_value, f"{name}_covers": test.covers,
+            }
+        )  # fmt: skip
+    return found
+
+
+def published_table(benchmark: Benchmark, found: SplitResults) -> Table | None:
+    """The paper's numbers with ours beside them, where it has this split."""
+    if found.split not in PUBLISHED:
+        return None
+    setting, published = PUBLISHED[found.split]
+    names = list(published[0].figures)
+    rows, records = [], []
+    for row in published:
+        ours = [label for label in row.labels if label in found.methods or found.references.get(label)]
+        shown = [" · ".join(_own(benchmark, found, name, label) for label in ours) or "–" for name in names]
+        rows.append(
+            cells(row.name, ", ".join(ours) or "–", *(figures.number(row.figures[name]) for name in names), *shown)
+        )
+        records.append({"split": found.split, "source": SOURCE, "setting": setting, "name": row.name, **row.figures})
+    labels = [figures.label(name) for name in names]
+    header = [
+        "Published",
+        "Here",
+        *(f"{label}, published" for label in labels),
+        *(f"{label}, here" for label in labels),
+    ]
+    caption = (
+        f"{setting}, as published ({SOURCE}, {URL_TEXT}): another model and protocol, and single numbers without "
+        "an interval. They stand beside ours for orientation and enter no ranking and no test."
+    )
+    return Table(name="published", caption=caption, header=header, rows=rows, words=2, records=records)
+
+
+def _own(benchmark: Benchmark, found: SplitResults, name: str, label: str) -> str:
+    if label in found.references:
+        return _reference_cell(benchmark, found, name, label).text
+    summary = found.summaries.get(name, {}).get(label)
+    return "–" if summary is None else figures.number(summary.over_seeds.value)

@@ -1,0 +1,44 @@
+"""Numbers that others published, to stand beside ours: never ranked or tested with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+SOURCE = "Asif and Amiri, OFMU, arXiv 2509.22483"
+URL_TEXT = "arxiv.org/abs/2509.22483"
+
+
+@dataclass(frozen=True)
+class Published:
+    """One row of a published table."""
+
+    name: str
+    """As the paper calls it."""
+    labels: tuple[str, ...]
+    """Methods here that stand for the same; reference models are `target` and `retrained`."""
+    figures: Mapping[str, float]
+
+
+def _row(name: str, labels: tuple[str, ...], quality: float, utility: float, ratio: float) -> Published:
+    figures = {"forget_quality": quality, "model_utility": utility, "forget_truth_ratio": ratio}
+    return Published(name, labels, MappingProxyType(figures))
+
+
+PUBLISHED: Mapping[str, tuple[str, tuple[Published, ...]]] = MappingProxyType(
+    {
+        "forget01": (
+            "LLaMA-2-7B on TOFU forget01",
+            (
+                _row("retrain", ("retrained",), 1.00, 0.63, 0.68),
+                _row("gradient ascent", ("gradient_ascent",), 1.9e-4, 0.55, 0.36),
+                _row("GradDiff", ("grad_diff",), 3.0e-3, 0.57, 0.41),
+                _row("NPO", ("npo",), 0.40, 0.58, 0.65),
+                _row("RMU", ("rmu",), 0.40, 0.62, 0.64),
+                _row("OFMU", ("ofmu", "ofmu_full", "ofmu_lite"), 0.42, 0.63, 0.68),
+            ),
+        )
+    }
+)
+"""Split -> (model and setting, rows)."""
