@@ -90,9 +90,9 @@ def make_split(split: str, ablation: bool = True, methods: dict[str, tuple[float
             options = {f"{method.split('_')[0]}.beta": 0.1 * (number + 1), "optimizer.lr": 1e-5 * 3**number}
             table = row_table(10_000 + 100 * place + number, shift * (1 + number / 5) - 0.02 * number, loss * 0.5)
             chosen = {"selected": number == 0, "options": json.dumps(options)}
-            trials.append(trial(half(table), half(retrained), method=method, split=split, phase="tune", seed=0, **chosen)
-                          | {"trial": number})  # fmt: skip
-            rows.append(labelled(half(table), method=method, split=split, phase="tune", seed=0))
+            labels = {"method": method, "split": split, "phase": "tune", "seed": 0}
+            trials.append(trial(half(table), half(retrained), **labels, **chosen) | {"trial": number})
+            rows.append(labelled(half(table), **labels))
         for seed in SEEDS:
             table = row_table(100 * place + seed, shift, loss)
             trials.append(trial(table, retrained, method=method, split=split, phase="report", seed=seed))

@@ -101,13 +101,13 @@ def _head(benchmark: Benchmark) -> Head:
     utility, objective = (figures.label(name).lower() for name in (benchmark.utility, benchmark.objective))
     rule = (
         f"The rule: of a method's tuning trials with at least {benchmark.floor:g} × the target's {utility}, the one "
-        f"with the best {objective}; ties go to the cheaper one. Its options run again with fresh seeds, and only"
-        " these runs are summarised and compared; all runs are in the plots, in the lists of every run and in trials.csv."
+        f"with the best {objective}; ties go to the cheaper one. Its options run again with fresh seeds, and only "
+        "these runs are summarised and compared; all are in the plots, in the lists of every run and in trials.csv."
     )
     reading = (
         "Intervals are 95 %: over seeds by Student's t, over rows by the bootstrap at these seeds (of whole clusters "
-        "where rows have them). Forget quality is a p-value: the geometric mean over seeds is given with every run's value, "
-        "and what is tested in its place is the KS distance that it is the p-value of."
+        "where rows have them). Forget quality is a p-value: the geometric mean over seeds is given with every run's "
+        "value, and what is tested in its place is the KS distance that it is the p-value of."
     )
     done = len(trials) >= planned
     status = "complete" if done else f"{len(trials)} of {planned} runs"
