@@ -262,6 +262,21 @@ def test_plan_is_reused_and_says_what_it_uses(tmp_path: Path, tokenizer: Any) ->
     assert seeded != as_lists(local_rounds(planned(tmp_path, tokenizer), 0, pad_id=0))
 
 
+def test_ray_data_writes_the_plan_that_this_process_writes(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = planned(tmp_path / "here", tokenizer, forget=7)
+    monkeypatch.setattr("ofmu_ray.data.plan.SMALL_ROWS", 0)
+    monkeypatch.setattr("ofmu_ray.data.plan._write_lanes_here", lambda *_: pytest.fail("not a Ray Data job"))
+    there = planned(tmp_path / "there", tokenizer, forget=7)
+    assert there.fingerprint == here.fingerprint
+    names = [path.relative_to(here.folder) for path in sorted(Path(here.folder).rglob("*.parquet"))]
+    assert names == [path.relative_to(there.folder) for path in sorted(Path(there.folder).rglob("*.parquet"))]
+    assert len(names) == here.workers * here.files == 6
+    for name in names:
+        assert pq.read_table(Path(here.folder, name)).equals(pq.read_table(Path(there.folder, name))), name
+
+
 @pytest.mark.parametrize("start", [0, 3, 4, 10, 11])
 def test_stream_starts_at_any_round(start: int, tmp_path: Path, tokenizer: Any) -> None:
     plan = planned(tmp_path, tokenizer)
