@@ -9,7 +9,7 @@ length. Both run in turn over the same rows; on the same batch they must give th
 leave out one of these at a time. benchmarks/README.md says what the figures mean.
 
 `--data`: a folder with TOFU's files, whose forget10 and retain90 rows are taken (with a vocabulary learned from
-full.json); without it the embedded people, two to a row.
+them); without it the embedded people, two to a row.
 """
 
 from __future__ import annotations
