@@ -266,3 +266,35 @@ def test_actors_give_the_same_values(
         for found in (sidecars, finished[2])
     )
     assert np.abs(ours - theirs).max() < 1e-3
+
+
+@pytest.mark.slow
+def test_a_run_leaves_neither_refusals_nor_forget_text(tmp_path: Path) -> None:
+    """DPO needs all there is to know about forget rows; the KL term adds retain rows."""
+    import ray
+
+    from ofmu_ray.training.launch import connect
+    from pipelines import cli
+
+    connect(2)
+    try:
+        brief = ["--training.rounds", "2", "--evaluation.enabled", "false", "--tracking.system_metrics", "false"]
+        method = ["--method", "dpo", "--dpo.optimizer.lr", "3e-4", "--dpo.retain_loss", "kl"]
+        assert cli.main(["unlearn", "--storage", str(tmp_path), "--name", "run", *method, *brief]) == 0
+    finally:
+        ray.shutdown()
+    series = json.loads((tmp_path / "run" / "training.json").read_text())["series"]
+    assert series[0]["forget_loss"] == pytest.approx(2 / 0.1 * np.log(2), rel=1e-4)  # model = untouched model
+    assert series[0]["retain_loss"] == pytest.approx(0.0, abs=1e-5)
+    assert series[1]["forget_loss"] != series[0]["forget_loss"]
+    assert not (tmp_path / "run" / "sidecars").exists()
+    assert len(list((tmp_path / "cache" / "reference").iterdir())) == 3
+    lines = Path(resolve_builtin("builtin:people/forget.jsonl")).read_text().splitlines()
+    needles = [json.loads(line)[column].encode() for line in lines for column in ("question", "answer")]
+    for path in tmp_path.rglob("*"):
+        if path.is_file() and path.suffix != ".safetensors" and path.name != "tokenizer.json":
+            content = path.read_bytes()
+            assert not [needle for needle in needles if needle in content], path
+    for path in tmp_path.rglob("*.parquet"):
+        if "input_ids" in pq.read_schema(path).names:
+            assert not [i for i in pq.read_table(path)["row_id"].to_pylist() if i.startswith("forget")], path

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from ofmu_ray.algorithm.losses import LossParts, negative_preference, row_sums, token_nll
+from ofmu_ray.algorithm.losses import LossParts
 from ofmu_ray.algorithm.space import Vector, add_
 from ofmu_ray.config import BLURConfig
-from ofmu_ray.engines.language import answers
 from ofmu_ray.engines.protocol import Engine
 from ofmu_ray.methods.gradient_ascent import negated_nll
+from ofmu_ray.methods.npo import npo_loss
 from ofmu_ray.methods.one_loop import OneLoop
 from ofmu_ray.methods.protocol import Need
 
@@ -36,9 +36,7 @@ class BLUR(OneLoop[BLURConfig]):
     def forget_loss(self, module: torch.nn.Module, micro: Mapping[str, Any]) -> LossParts:
         if self.config.forget_loss == "nll":
             return negated_nll(module, micro)
-        logits_tv, labels_t, rows_t, rows = answers(module, micro)
-        nll_r = row_sums(token_nll(logits_tv, labels_t), rows_t, rows)
-        return negative_preference(nll_r, micro["reference_nll"], beta=self.config.npo_beta)
+        return npo_loss(module, micro, self.config.npo_beta)
 
     def direction(
         self, engine: Engine, forget: Vector | None, retain: Vector | None, figures: dict[str, float]
