@@ -24,13 +24,17 @@ from ofmu_ray.errors import UserError
 from pipelines import benchmark_results as results
 from pipelines.evaluation import Evaluator
 from pipelines.parse import fail, parse
+from pipelines.pool import Pool
 from pipelines.preflight import check_machine, check_model, check_sources, prepare_storage, public
 from pipelines.terminal import say
-from pipelines.trial import PRIVATE, Pool, SplitData, Trial, cost_signature, read_result, result_path
+from pipelines.trial import PRIVATE, SplitData, Trial, cost_signature, read_result, result_path, write_failure
 from tune_spaces import SPACES, Space, parse_prior
 
 PROG = "ofmu benchmark"
 COST_ROUNDS = 2
+TINY_RATE = 1e-12
+"""Learning rate of the rounds that only show what a round costs: no draw diverges in them."""
+NO_STOP = to_dict(StopConfig())
 MARGIN = 1.03
 """Rounds planned beyond what the budget is expected to last for: the run's own account ends it (stop.max_flops)."""
 
@@ -117,6 +121,8 @@ def _checked_split(config: BenchmarkConfig, split: str, storage: Path) -> Evalua
     for option, figure in (("rule.objective", rule.objective), ("rule.utility", rule.utility)):
         if figure not in FIGURES:
             raise UserError(f"{option} = {figure!r}: no such figure.{close_match(figure, FIGURES)}")
+        if config.tuning.max_new_tokens == 0 and (figure == "model_utility" or figure.endswith("rouge")):
+            raise UserError(f"tuning.max_new_tokens = 0: without generations there is no {option} = {figure}")
     return Evaluator.of(base, storage)
 
 
@@ -144,8 +150,8 @@ class Benchmark:
         self.total = splits * (methods * (config.tuning.trials + seeds) + len(config.ablation.variants) * seeds)
         self.pool = Pool(config.base, self.data, config.concurrency)
         self.seconds: list[float] = []
-        self.costs: dict[str, dict[str, float]] = {}
-        """Split and kind of round -> what a round costs."""
+        self.costs: dict[str, dict[str, float] | str] = {}
+        """Split and kind of round -> what a round costs, or why it does not run."""
 
     def _prepare(self, split: str, evaluator: Evaluator) -> None:
         from ofmu_ray.data.prepare import prepare_streams
@@ -213,12 +219,14 @@ class Benchmark:
         costs = self._costs([(one[0], one[1], config) for one, config in zip(wanted, configs, strict=True)])
         trials = [self._trial(*one, config, cost) for one, config, cost in zip(wanted, configs, costs, strict=True)]
         todo = []
-        for trial in trials:
+        for trial, cost in zip(trials, costs, strict=True):
             found = self._known(trial)
-            if found is None:
-                todo.append(trial)
-            else:
+            if found is not None:
                 self._finished(trial, found, again=False)
+            elif isinstance(cost, str):
+                self._finished(trial, write_failure(trial, self.data[trial.split], cost), again=True)
+            else:
+                todo.append(trial)
         for trial, result in self.pool.run(todo):
             self._finished(trial, result, again=True)
 
@@ -247,19 +255,10 @@ class Benchmark:
         seed: int,
         options: Mapping[str, Any],
         config: UnlearnConfig,
-        cost: Mapping[str, float],
+        cost: Mapping[str, float] | str,
     ) -> Trial:
         budget, tuning = self.config.budget, self.config.tuning
-        amount = budget.of(split)
-        if cost[budget.unit] > amount:
-            raise UserError(
-                f"budget: one round of {label} on {split} costs {cost[budget.unit]:.4g} {budget.unit}, more than the "
-                f"{amount:.4g} of a run: give at least {cost[budget.unit]:.4g}, or smaller batches or fewer steps"
-            )
-        rounds, limit = math.floor(amount / cost["passes"]), {}
-        if budget.unit == "flops":
-            rounds, limit = math.ceil(MARGIN * amount / cost["flops"]) + 1, {"max_flops": amount}
-        changes: dict[str, Any] = {"seed": seed, "training": {"rounds": rounds}, "stop": limit}
+        changes: dict[str, Any] = {"seed": seed, **self._limits(label, split, cost)}
         if phase == "tune" and tuning.max_new_tokens is not None:
             changes["evaluation"] = {"max_new_tokens": tuning.max_new_tokens}
         return Trial(
@@ -270,17 +269,34 @@ class Benchmark:
             config=apply_overrides(config, changes),
             options=options,
             budget_unit=budget.unit,
-            budget=amount,
+            budget=budget.of(split),
             rows=tuning.rows if phase == "tune" else None,
         )
 
-    def _costs(self, wanted: Sequence[tuple[str, str, UnlearnConfig]]) -> list[dict[str, float]]:
-        """What a round of each is expected to cost: by the account of two rounds of it, one run per kind of round."""
+    def _limits(self, label: str, split: str, cost: Mapping[str, float] | str) -> dict[str, Any]:
+        """Rounds that the budget lasts for. FLOPs depend on the batches: there the run's own account ends it."""
+        if isinstance(cost, str):
+            return {}
+        unit, amount = self.config.budget.unit, self.config.budget.of(split)
+        if cost[unit] > amount:
+            raise UserError(
+                f"budget: one round of {label} on {split} costs {cost[unit]:.4g} {unit}, more than the {amount:.4g} of "
+                f"a run: give at least {cost[unit]:.4g}, or smaller batches or fewer steps"
+            )
+        if unit == "passes":
+            return {"training": {"rounds": math.floor(amount / cost[unit])}}
+        return {"training": {"rounds": math.ceil(MARGIN * amount / cost[unit]) + 1}, "stop": {"max_flops": amount}}
+
+    def _costs(self, wanted: Sequence[tuple[str, str, UnlearnConfig]]) -> list[dict[str, float] | str]:
+        """What a round of each is expected to cost, by the account of two rounds, run once per kind of round; or why
+        these two did not run."""
         pilots: dict[str, Trial] = {}
         keys = []
         for label, split, config in wanted:
-            changes = {"seed": self.config.tuning.seed, "training": {"rounds": COST_ROUNDS}}
-            config = apply_overrides(config, {**changes, "stop": to_dict(StopConfig())})
+            changes = {"seed": self.config.tuning.seed, "training": {"rounds": COST_ROUNDS}, "stop": NO_STOP}
+            optimizers = ("inner", "outer") if config.method == "ofmu" else ("optimizer",)
+            still = {f"{name}.lr": TINY_RATE for name in optimizers}
+            config = apply_overrides(config, {**changes, config.method: still})
             keys.append(f"{split} {sorted(cost_signature(config).items())}")
             pilots.setdefault(
                 keys[-1],
@@ -295,10 +311,8 @@ class Benchmark:
         for trial, result in self.pool.run([pilots[key] for key in missing.values()]):
             found[missing[id(trial)]] = result
         for key, result in found.items():
-            method, split = pilots[key].method, pilots[key].split
-            if result["status"] != "finished":
-                raise UserError(f"{method} on {split} does not run: {result['message']}")
-            self.costs[key] = results.round_cost(result, self.data[split])
+            good = result["status"] == "finished"
+            self.costs[key] = results.round_cost(result, self.data[pilots[key].split]) if good else result["message"]
         return [self.costs[key] for key in keys]
 
     # -------------------------------------------------------------------------------------------------- choosing

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,11 +96,12 @@ def write(
     """trials.parquet, rows.parquet (no text), benchmark.json and the report; returns their paths."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from ofmu_ray.reporting.benchmark import write_benchmark_report
 
     from ofmu_ray.evaluation.summary import summarise
-    from ofmu_ray.reporting.manifest import code_version
+    from ofmu_ray.reporting.benchmark import write_benchmark_report
+    from ofmu_ray.reporting.manifest import code_version, package_versions
 
+    done = sorted(done, key=lambda one: _place(one[0], config))
     rows = [trial_row(trial, result, _is_chosen(trial, selected)) for trial, result in done]
     names = list(dict.fromkeys(name for row in rows for name in row))
     trials = pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
@@ -126,6 +129,8 @@ def write(
         "command": command,
         "config": public(config),
         "code": code_version(),
+        "packages": package_versions(("torch", "ray", "transformers")),
+        "machine": machine(),
         "references": figures,
         "chosen": [
             {"split": split, "method": label, "trial": choice.trial, "options": dict(choice.options),
@@ -142,9 +147,24 @@ def write(
     return [*paths, *map(Path, write_benchmark_report(folder, trials, all_rows, settings))]
 
 
+def machine() -> str:
+    """The driver's machine in words."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return f"{os.cpu_count()} CPUs, {device}, {platform.system()}"
+
+
 def _figures(summarise: Any, table: Any, tables: Mapping[str, Any], config: BenchmarkConfig) -> Any:
     samples = config.base.evaluation.bootstrap_samples
     return summarise(table, tables["retrained"], bootstrap_samples=samples, seed=config.tuning.seed)
+
+
+def _place(trial: Trial, config: BenchmarkConfig) -> tuple[int, ...]:
+    """Order of the tables, whichever run ended first."""
+    labels, phases = [*config.methods, *config.ablation.variants], ["tune", "report", "ablation"]
+    split, phase = list(config.splits).index(trial.split), phases.index(trial.phase)
+    return split, phase, labels.index(trial.method), trial.trial, trial.config.seed
 
 
 def _is_chosen(trial: Trial, selected: Mapping[tuple[str, str], Chosen]) -> bool:

@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class Trial:
         """Digest of all that decides the result."""
         from ofmu_ray.evaluation.metrics import METRIC_VERSION
 
-        content = [self.phase, self.budget_unit, repr(self.budget), str(self.rows), str(METRIC_VERSION)]
+        content = [self.phase, str(self.trial), self.budget_unit, repr(self.budget), str(self.rows), str(METRIC_VERSION)]
         prints = [stream.fingerprint for stream in data.prepared.streams.values()]
         return config_hash(self.config, *content, *prints)
 
@@ -86,23 +86,27 @@ def run_trial(trial: Trial, data: SplitData, *, local: bool) -> dict[str, Any]:
     a result with status `failed`, so that one bad draw does not end a benchmark.
     """
     started = time.perf_counter()
-    key = trial.key(data)
-    result: dict[str, Any] = {
-        "method": trial.method, "split": trial.split, "phase": trial.phase, "trial": trial.trial,
-        "seed": trial.config.seed, "options": dict(trial.options), "budget_unit": trial.budget_unit,
-        "budget": trial.budget, "rounds": trial.config.training.rounds,
-    }  # fmt: skip
-    work = Path(data.folder) / "work" / key
+    work = Path(data.folder) / "work" / trial.key(data)
     try:
-        result |= _run(trial, data, work, local)
-    except Exception as error:  # out of memory, a loss that is no number, a bug in one method: all are results
-        result |= {"status": "failed", "message": reason(error)}
+        result = _run(trial, data, work, local)
+    except Exception as error:  # out of memory, an option that this model does not take, a bug in one method
+        result = {"status": "failed", "message": reason(error)}
         _free_device()
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    result["total_seconds"] = time.perf_counter() - started
-    atomic_write(result_path(data.folder, key), json.dumps(_finite(result), indent=1) + "\n")
-    return result
+    return _written(trial, data, result | {"total_seconds": time.perf_counter() - started})
+
+
+def write_failure(trial: Trial, data: SplitData, message: str) -> dict[str, Any]:
+    """The result of a run that could not even fail by itself."""
+    return _written(trial, data, {"status": "failed", "message": message, "total_seconds": 0.0})
+
+
+def _written(trial: Trial, data: SplitData, result: Mapping[str, Any]) -> dict[str, Any]:
+    known = {name: getattr(trial, name) for name in ("method", "split", "phase", "trial", "budget_unit", "budget")}
+    content: dict[str, Any] = _finite({**known, "seed": trial.config.seed, "options": dict(trial.options), **result})
+    atomic_write(result_path(data.folder, trial.key(data)), json.dumps(content, indent=1) + "\n")
+    return content
 
 
 def reason(error: BaseException) -> str:
@@ -271,106 +275,6 @@ def _judge(table: Any, trial: Trial, data: SplitData) -> dict[str, Any]:
     config = trial.config
     found = summarise(table, retrained, bootstrap_samples=config.evaluation.bootstrap_samples, seed=config.seed)
     return {name: figure.to_json() for name, figure in found.items()}
-
-
-# ------------------------------------------------------------------------------------------------------- processes
-
-
-class TrialActor:
-    """A process that stays warm: imports, and what the operating system holds of models and data."""
-
-    def __init__(self, threads: int) -> None:
-        import torch
-
-        import ofmu_ray.evaluation.scorer
-        import ofmu_ray.training.worker  # noqa: F401
-
-        torch.set_num_threads(threads)
-
-    def run(self, trial: Trial, data: SplitData) -> dict[str, Any]:
-        return run_trial(trial, data, local=True)
-
-
-class Pool:
-    """Runs trials as many at a time as fit, each on one worker's share of the machine.
-
-    Engine torch with one worker: in Ray actors that stay warm. Otherwise one after the other through Ray Train.
-    """
-
-    def __init__(self, base: UnlearnConfig, data: Mapping[str, SplitData], concurrency: int | None) -> None:
-        import ray
-
-        training = base.training
-        self.data = data
-        self.local = training.engine == "torch" and training.workers == 1
-        self.cpus, self.gpus = training.cpus_per_worker, training.gpus_per_worker
-        self.shared = {name: ray.put(content) for name, content in data.items()} if self.local else {}
-        resources = ray.cluster_resources()
-        fitting = [int(resources.get("CPU", 1) // self.cpus)] if self.cpus else []
-        fitting += [int(resources.get("GPU", 0) // self.gpus)] if self.gpus else []
-        self.size = max(1, min([*fitting, concurrency or min(fitting)])) if self.local else 1
-        self.actors: list[Any] = []
-
-    def _actor(self) -> Any:
-        import ray
-
-        from ofmu_ray.training.launch import WORKER_ENVIRONMENT
-
-        threads = max(1, int(self.cpus))
-        environment = WORKER_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
-        remote = ray.remote(TrialActor).options(
-            num_cpus=self.cpus, num_gpus=self.gpus, runtime_env={"env_vars": environment}
-        )
-        return remote.remote(threads)
-
-    def run(self, trials: Sequence[Trial]) -> Iterator[tuple[Trial, dict[str, Any]]]:
-        """(trial, result) in the order of completion."""
-        if not self.local:
-            for trial in trials:
-                yield trial, run_trial(trial, self.data[trial.split], local=False)
-            return
-        import ray
-
-        waiting = list(reversed(trials))
-        running: dict[Any, tuple[Any, Trial]] = {}
-        idle = list(self.actors)
-        while waiting or running:
-            while waiting and len(running) < self.size:
-                actor = idle.pop() if idle else self._new_actor()
-                trial = waiting.pop()
-                running[actor.run.remote(trial, self.shared[trial.split])] = actor, trial
-            [done], _ = ray.wait(list(running), num_returns=1)
-            actor, trial = running.pop(done)
-            try:
-                result = ray.get(done)
-                idle.append(actor)
-            except ray.exceptions.RayActorError as error:  # killed, most likely for its memory
-                self.actors.remove(actor)
-                result = self._lost(trial, error)
-            yield trial, result
-
-    def _new_actor(self) -> Any:
-        self.actors.append(self._actor())
-        return self.actors[-1]
-
-    def _lost(self, trial: Trial, error: Exception) -> dict[str, Any]:
-        data = self.data[trial.split]
-        result = {
-            "method": trial.method, "split": trial.split, "phase": trial.phase, "trial": trial.trial,
-            "seed": trial.config.seed, "options": dict(trial.options), "budget_unit": trial.budget_unit,
-            "budget": trial.budget, "status": "failed", "message": f"its process ended: {type(error).__name__}",
-            "total_seconds": math.nan,
-        }  # fmt: skip
-        atomic_write(result_path(data.folder, trial.key(data)), json.dumps(_finite(result), indent=1) + "\n")
-        return result
-
-    def close(self) -> None:
-        """End the actors."""
-        import ray
-
-        for actor in self.actors:
-            ray.kill(actor)
-        self.actors = []
 
 
 def cost_signature(config: UnlearnConfig) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ofmu_ray.config.ranges import positive, require
+from ofmu_ray.config.ranges import not_negative, positive, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class EvaluationConfig:
     max_rows: int | None = 400
     """First n rows of each set; null: all."""
     max_new_tokens: int = 200
-    """Longest generation (tokens)."""
+    """Longest generation (tokens); 0: none, so no figures of ROUGE, model utility and degeneration."""
     batch_size: int = 64
     """Rows of one batch."""
     actors: int | None = None
@@ -76,4 +76,5 @@ class EvaluationConfig:
             require(
                 rows != "" and (isinstance(rows, str) or rows > 0), f"evaluation.clusters.{name}", rows, "1 or more"
             )
-        positive("evaluation", self, "max_rows", "max_new_tokens", "batch_size", "actors", "bootstrap_samples")
+        positive("evaluation", self, "max_rows", "batch_size", "actors", "bootstrap_samples")
+        not_negative("evaluation", self, "max_new_tokens")

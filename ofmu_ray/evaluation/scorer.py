@@ -99,7 +99,7 @@ def assemble(rows: Sequence[EvaluationRow], results: Sequence[Result]) -> pa.Tab
             "index": row.index,
             "answer_zlib_bytes": len(zlib.compress(row.answer.encode())),
             "cluster": row.cluster,
-            **found[index],
+            **found[index],  # without the columns of generations when there is none
         }
         for index, row in enumerate(rows)
     ]
@@ -150,6 +150,8 @@ class Scorer:
     def run(self, unit: Unit) -> Result:
         """One unit's values."""
         scores, new = self._shared(unit) if self.shares_prompts else self._plain(unit)
+        if self.max_new_tokens == 0:
+            return dict(zip(unit.rows, scores, strict=True))
         texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in new]
         recalls = rouge_l_recall(unit.references, texts)
         return {
