@@ -57,7 +57,9 @@ class Trial:
         """Digest of all that decides the result."""
         from ofmu_ray.evaluation.metrics import METRIC_VERSION
 
-        content = [self.phase, str(self.trial), self.budget_unit, repr(self.budget), str(self.rows), str(METRIC_VERSION)]
+        content = [self.phase, self.budget_unit, repr(self.budget), str(self.rows), str(METRIC_VERSION)]
+        if not self.options:  # nothing was drawn, so that only its number tells it from the others
+            content.append(str(self.trial))
         prints = [stream.fingerprint for stream in data.prepared.streams.values()]
         return config_hash(self.config, *content, *prints)
 
