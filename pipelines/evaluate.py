@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +40,9 @@ def evaluate(config: EvaluateConfig, command: list[str]) -> int:
     storage = prepare_storage(config.storage)
     folder = storage / (config.name or f"evaluate-{config_hash(config)[:8]}")
     models = _models(config)
-    for label, path in models.items():
-        check_model(ModelConfig(path=path, trust_remote_code=config.trust_remote_code), _option(label))
     evaluator = _evaluator(config, storage)
+    for label, path in models.items():
+        _check(path, _option(label), evaluator)
     checks = Checks(config, evaluator, models)
     connect(1)
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,18 +50,20 @@ def evaluate(config: EvaluateConfig, command: list[str]) -> int:
     status: Any = "FAILED"
     try:
         tables = {label: evaluator.table(path, label) for label, path in models.items()}
+        checks.measure()
         tables = checks.with_gradient_norms(tables)
         figures = {label: evaluator.figures(table, tables.get(RETRAINED)) or {} for label, table in tables.items()}
-        sections, further = checks.run()
+        further = checks.figures()
         mlflow = tracking.open_command(handle)
-        files = _write(folder, config, models, tables, figures, sections, further, command, mlflow)
+        files = _write(folder, config, evaluator, models, tables, figures, further, command, mlflow)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
         done = status == "FINISHED"
-        tracking.finish(handle, metrics=figures if done else None, artifacts=files if done else (), status=status)
+        logged = _logged(figures, further) if done else None
+        tracking.finish(handle, metrics=logged, artifacts=files if done else (), status=status)
     print(metrics_table(figures, list(figures)))
     say(f"report  {folder / 'report.html'}")
     say(f"mlflow  {mlflow}")
@@ -75,13 +76,32 @@ def _models(config: EvaluateConfig) -> dict[str, str]:
     return config.models | reference
 
 
+def _check(path: str, option: str, evaluator: Evaluator) -> None:
+    """UserError for what is no model, has no tokenizer, or does not go with its tokenizer."""
+    local = not path.startswith("builtin:") and path.count("/") > 1
+    if local and not Path(path).is_dir():  # a hub name has one slash at most
+        raise UserError(f"{option} = {path!r}: no such folder")
+    tokenizer = evaluator.tokenizer_of(path)
+    check_model(ModelConfig(path=path, tokenizer=tokenizer, trust_remote_code=evaluator.trust_remote_code), option)
+    evaluator.check_vocabulary(path, option)
+
+
+def _logged(figures: dict[str, Any], further: dict[str, Any]) -> dict[str, Any]:
+    """What MLflow shows of each model: the figures, and those of the checks but for single layers."""
+    logged = {label: dict(found) for label, found in figures.items()}
+    for check, by_model in further.items():
+        for label, found in by_model.items():
+            logged[label] |= {f"{check}/{name}": figure for name, figure in found.items() if "/layer_" not in name}
+    return logged
+
+
 def _option(label: str) -> str:
     return "evaluation.retrained" if label == RETRAINED else f"models.{label}"
 
 
 def _evaluator(config: EvaluateConfig, storage: Path) -> Evaluator:
     return Evaluator(
-        replace(config.evaluation, enabled=True),
+        config.evaluation,
         config.data,
         config.tokenizer or next(iter(config.models.values())),
         storage / "cache",
@@ -89,16 +109,17 @@ def _evaluator(config: EvaluateConfig, storage: Path) -> Evaluator:
         config.report.reveal_text,
         config.trust_remote_code,
         sets=read_sets(config.evaluation, config.data),
+        own_tokenizers=config.tokenizer is None,
     )
 
 
 def _write(
     folder: Path,
     config: EvaluateConfig,
+    evaluator: Evaluator,
     models: dict[str, str],
     tables: dict[str, Any],
     figures: dict[str, dict[str, Any]],
-    sections: list[Any],
     further: dict[str, Any],
     command: list[str],
     mlflow: str,
@@ -114,7 +135,8 @@ def _write(
             title=folder.name,
             metrics=figures,
             models=models,
-            sections=sections,
+            checks=further,
+            tokenizers=len({evaluator.loading(path).template.fingerprint() for path in models.values()}),
             config=public(config),
             command=command,
             open_command=mlflow,

@@ -8,6 +8,10 @@ from typing import Any
 
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import DataConfig, EvaluationConfig, FormatConfig, SourceConfig, UnlearnConfig
+from ofmu_ray.errors import UserError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+"""A folder with one of them holds a tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Evaluator:
     reveal_text: bool = False
     trust_remote_code: bool = False
     sets: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    own_tokenizers: bool = False
+    """A model that comes with a tokenizer is evaluated with that one, the others with `tokenizer`."""
 
     @classmethod
     def of(cls, config: UnlearnConfig, storage: Path) -> Evaluator:
@@ -50,7 +56,7 @@ class Evaluator:
 
         return evaluate_model(
             resolve_builtin(model),
-            resolve_builtin(self.tokenizer),
+            resolve_builtin(self.tokenizer_of(model)),
             self.sets,
             self.row_format,
             self.evaluation,
@@ -60,10 +66,41 @@ class Evaluator:
             trust_remote_code=self.trust_remote_code,
         )
 
+    def tokenizer_of(self, model: str) -> str:
+        """Folder or hub name of the tokenizer that this model is evaluated with; a hub model has its own."""
+        folder = Path(resolve_builtin(model))
+        lacks = folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES)
+        return model if self.own_tokenizers and not lacks else self.tokenizer
+
     @property
     def row_format(self) -> FormatConfig:
         """How the rows of `sets` become tokens: their columns are renamed already."""
         return replace(self.data.format, question="question", answer="answer")
+
+    def model_config(self, model: str) -> Any:
+        """The text part of the model's configuration (transformers)."""
+        from transformers import AutoConfig
+
+        path = resolve_builtin(model)
+        return AutoConfig.from_pretrained(path, trust_remote_code=self.trust_remote_code).get_text_config()
+
+    def check_vocabulary(self, model: str, option: str) -> None:
+        """UserError when the rows have tokens that the model does not know: its tokenizer is another one."""
+        from ofmu_ray.evaluation.rows import evaluation_rows
+
+        template, known = self.loading(model).template, self.model_config(model).vocab_size
+        if len(template.tokenizer) <= known:
+            return
+        rows = [row for name, found in self.sets.items() for row in evaluation_rows(name, found, self.row_format)]
+        pairs = [(row.question, text) for row in rows for text in row.texts]
+        encoded = template.encode_rows([question for question, _ in pairs], [text for _, text in pairs])
+        largest = max(max(row.input_ids) for row in encoded)
+        if largest >= known:
+            raise UserError(
+                f"{option} = {model!r}: it knows {known} tokens, and the rows have token number {largest} with the "
+                f"tokenizer {self.tokenizer_of(model)!r}; put the model's own tokenizer into its folder, or leave out "
+                "the option tokenizer"
+            )
 
     def loading(self, model: str) -> Any:
         """How a process comes by a model (ofmu_ray.evaluation.actors.Loading)."""
@@ -71,7 +108,7 @@ class Evaluator:
 
         return loading_of(
             resolve_builtin(model),
-            resolve_builtin(self.tokenizer),
+            resolve_builtin(self.tokenizer_of(model)),
             self.row_format,
             max_new_tokens=self.evaluation.max_new_tokens,
             trust_remote_code=self.trust_remote_code,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from ofmu_ray.config.data import DataConfig
 from ofmu_ray.config.evaluation import EvaluationConfig
 from ofmu_ray.config.models import BUILTIN_TARGET
-from ofmu_ray.config.ranges import require
+from ofmu_ray.config.ranges import positive, require
 from ofmu_ray.config.robustness import PrefixOptions, QuantiseOptions, RelearnOptions
 from ofmu_ray.config.runs import ReportConfig, TrackingConfig, resolved
 from ofmu_ray.errors import UserError
@@ -33,6 +34,9 @@ class ChoiceConfig:
     limit: int | None = None
     """Use the first n rows only; null: all."""
 
+    def __post_init__(self) -> None:
+        positive("checks.choice", self, "limit")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChecksConfig:
@@ -53,6 +57,12 @@ class ChecksConfig:
     lm_eval: list[str] = field(default_factory=list)
     """Tasks of lm-evaluation-harness (extra lm-eval)."""
 
+    def __post_init__(self) -> None:
+        names = [choice.name for choice in self.choice]
+        for name in names:
+            plain = re.fullmatch(r"[\w.-]+", name, re.ASCII) and names.count(name) == 1
+            require(bool(plain), "checks.choice.name", name, "a word of letters, digits and _ . -, once")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
@@ -67,7 +77,7 @@ class EvaluateConfig:
     models: dict[str, str] = field(default_factory=lambda: {"target": BUILTIN_TARGET})
     """Label -> model directory (Hugging Face layout, safetensors) or hub name. The label `retrained` is taken."""
     tokenizer: str | None = None
-    """Tokenizer directory or hub name; null: the first model's."""
+    """Tokenizer directory or hub name for all models; null: each model's own, the first one's where there is none."""
     trust_remote_code: bool = False
     """Run code that comes with the models."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -83,6 +93,11 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.models) and all(self.models.values()), "models", self.models, "a mapping of label to folder")
+        for label in self.models:
+            plain = re.fullmatch(r"[\w.-]+", label, re.ASCII)
+            require(plain is not None, "models", label, "labelled with letters, digits and _ . -")
+        if not self.evaluation.enabled:
+            raise UserError("evaluation.enabled = false: this command only evaluates; leave the option out")
         if RETRAINED in self.models:
             raise UserError(f"models.{RETRAINED}: give the retrained model as evaluation.retrained")
         first = next(iter(self.models.values()))

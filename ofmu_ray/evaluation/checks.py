@@ -16,8 +16,12 @@ from ofmu_ray.evaluation.actors import Loading
 from ofmu_ray.evaluation.rows import EvaluationRow
 
 Kind = Literal["relearn", "quantise", "prefix", "gradient_norm", "alignment", "choice"]
-VERSION = 1
+VERSION = 2
 """Part of a check's key: raise it when a value changes its meaning."""
+_PASSES = {"relearn": 20, "quantise": 3, "prefix": 30, "gradient_norm": 4, "alignment": 4, "choice": 4}
+"""About how often a row goes through the model."""
+_CHARACTERS = 3
+"""About how many make a token."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +41,22 @@ class Check:
     reference_weights: str = ""
     batch_size: int = 64
 
-    @property
-    def key(self) -> str:
-        """Hex digest (32 digits) of all that decides the values."""
+    def key(self, device: str) -> str:
+        """Hex digest (32 digits) of all that decides the values; not batch_size, which changes them within rounding."""
         rows = {name: [asdict(row) for row in of] for name, of in self.rows.items()}
-        template = self.model.template.fingerprint()
-        tokens = self.model.max_new_tokens
-        content = [VERSION, self.kind, self.weights, self.reference_weights, template, tokens, self.options, rows]
+        models = [self.weights, self.model.template.fingerprint()]
+        if self.reference is not None:
+            models += [self.reference_weights, self.reference.template.fingerprint()]
+        content = [VERSION, self.kind, device, models, self.model.max_new_tokens, self.options, rows]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+
+    @property
+    def flops(self) -> float:
+        """Rough cost, to tell seconds from minutes: two operations per weight and token."""
+        weights = self.model.weights_bytes / 4
+        texts = [(row.question, *getattr(row, "choices", [row.answer])) for of in self.rows.values() for row in of]
+        tokens = sum(len(part) for text in texts for part in text) / _CHARACTERS
+        return 2 * weights * tokens * _PASSES[self.kind]
 
 
 def measure(check: Check, device: str) -> pa.Table:
@@ -112,8 +124,10 @@ def _alignment(check: Check, model: Any, device: str) -> pa.Table:
 
     assert check.reference is not None, "alignment needs a reference"
     reference, found = check.reference.scorer(device).model, []
-    for name, texts in alignment_texts(check.rows, check.model.template).items():
-        mine, theirs = (representations(each, texts, batch_size=check.batch_size) for each in (model, reference))
+    own, other = (alignment_texts(check.rows, each.template) for each in (check.model, check.reference))
+    for name in own:
+        mine = representations(model, own[name], batch_size=check.batch_size)
+        theirs = representations(reference, other[name], batch_size=check.batch_size)
         labels = [row.cluster for row in check.rows[name.removesuffix("_paraphrase")]]
         clusters = None if None in labels else np.array(labels)
         found += align(mine, theirs, set_name=name, name="alignment", clusters=clusters, **check.options)

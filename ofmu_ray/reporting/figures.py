@@ -60,8 +60,11 @@ class MetricRow:
 
 def label(name: str) -> str:
     """forget_truth_ratio -> Forget truth ratio."""
-    if name == "ks_statistic":
-        return "KS distance to retrained"
+    if name.endswith("ks_statistic"):
+        return f"{name.removesuffix('ks_statistic').capitalize().replace('_', ' ')}KS distance to retrained"
+    if name.startswith("probes_") and name.endswith("_variance"):
+        figure = name.removeprefix("probes_").removesuffix("_variance").replace("_", " ")
+        return f"Variance of {figure} over probes"
     if name == "privleak":
         return "PrivLeak"
     if name.startswith("mia_"):

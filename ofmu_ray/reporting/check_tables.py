@@ -1,0 +1,126 @@
+"""The checks' figures as tables of the page: titles, notes, sub-headings and words for their names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ofmu_ray.reporting.figures import MATCH, UP, Cell, cell
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure over the models."""
+
+    label: str
+    direction: str
+    """Which way is better; empty: it depends."""
+    cells: Mapping[str, Cell]
+    """Model -> cell."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows under a sub-heading (empty: none)."""
+
+    title: str
+    rows: Sequence[Row]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A check."""
+
+    title: str
+    note: str
+    """What the figures mean and which way is better."""
+    groups: Sequence[Group]
+
+
+_TITLES = {
+    "relearn": (
+        "Relearning attack",
+        "Mean answer probability while the model is fine-tuned on a few rows, step by step. What comes back on rows "
+        "that the attack does not train on should be no more than in the retrained model. Mean height: of the curve "
+        "over all steps.",
+    ),
+    "quantise": (
+        "Rounded weights",
+        "Mean answer probability with the weights rounded to 8 and fewer bits: forget rows should not come back.",
+    ),
+    "prefix": (
+        "Other ways to ask",
+        "Forget rows under each attack, and each row's worst case over all that are measured on the whole answer (not "
+        "the hint, which gives away its first tokens). Compare with the retrained model.",
+    ),
+    "alignment": (
+        "Alignment with the retrained model",
+        "How alike the two models represent the answers: centred kernel alignment (CKA; 1: alike) and cosine of the "
+        "hidden states, as means over layers; every layer with its interval stands in metrics.json. The cosine says "
+        "something only between models that descend from the same weights.",
+    ),
+    "choice": ("Multiple choice", "Share of right choices, and its distance to chance."),
+    "lm_eval": ("lm-evaluation-harness", "As the harness computes them."),
+}
+_WORDS = {
+    "attacked": "Rows that the attack trains on",
+    "forget": "Forget rows",
+    "retain": "Retain rows",
+    "height": "mean height",
+    "height_beyond_retrained": "mean height beyond the retrained model's",
+    "full": "as stored",
+    "probability": "Answer probability",
+    "rouge": "ROUGE-L recall",
+    "plain": "the question itself",
+    "few_shot": "after retain rows",
+    "hint": "with a hint (rest of the answer)",
+    "worst_case": "worst case",
+    "cka_debiased": "Debiased CKA",
+    "cka": "CKA",
+    "cosine": "Cosine",
+    "forget_paraphrase": "forget rows, paraphrased",
+    "retain_paraphrase": "retain rows, paraphrased",
+    "above_chance": "above chance",
+}
+
+
+def model_row(label: str, direction: str, found: Mapping[str, Mapping[str, Any] | None]) -> Row:
+    """A figure's row from what each model has of it, as in metrics.json."""
+    return Row(label, direction, {model: cell(figure) for model, figure in found.items()})
+
+
+def check_table(name: str, found: Mapping[str, Mapping[str, Any]], models: Sequence[str]) -> Table:
+    """A check's figures (model -> `<group>/<what>` -> figure) with the page's models as columns."""
+    kind, _, which = name.partition("/")
+    title, note = _TITLES[kind]
+    groups: dict[str, list[Row]] = {}
+    for figure in dict.fromkeys(figure for figures in found.values() for figure in figures):
+        if "/layer_" not in figure:
+            group, _, what = (
+                figure.rpartition("/") if kind != "alignment" else figure.removesuffix("/mean").partition("/")
+            )
+            values = {model: found.get(model, {}).get(figure) for model in models if model in found}
+            groups.setdefault(group, []).append(model_row(_words(what), _direction(kind, group, what), values))
+    titled = [Group(_WORDS.get(group, group), rows) for group, rows in groups.items()]
+    return Table(f"{title}: {which}" if which else title, note, titled)
+
+
+def _words(what: str) -> str:
+    """step_5 -> step 5, rtn4 -> 4 bits."""
+    if what.startswith("rtn"):
+        return f"{what.removeprefix('rtn')} bits"
+    if what.startswith("prefix_"):
+        return f"prefix {what.removeprefix('prefix_')}"
+    if what in ("forget", "retain"):
+        return f"{what} rows"
+    return _WORDS.get(what, what.replace("_", " "))
+
+
+def _direction(kind: str, group: str, what: str) -> str:
+    if kind in ("choice", "lm_eval"):
+        return ""  # lower on what was to be forgotten, higher on the rest
+    if kind == "alignment" or group == "retain":
+        return UP if "retrained" not in what else ""
+    return MATCH if "retrained" not in what else "0"
