@@ -25,6 +25,7 @@ class OFMU:
     name = "ofmu"
 
     def __init__(self, config: OFMUConfig | None = None, rounds: int | None = None):
+        """`rounds` of the whole run, for the courses of the learning rates; None: the engine's rates, as they are."""
         self.config, self.rounds = config or OFMUConfig(), rounds
         self.rounds_done = 0
 
@@ -64,8 +65,9 @@ class OFMU:
         rho = self.rho
         inner_lr = learning_rate(config.inner, self.rounds_done, self.rounds)
         outer_lr = learning_rate(config.outer, self.rounds_done, self.rounds)
-        engine.set_learning_rate("inner", inner_lr)
-        engine.set_learning_rate("outer", outer_lr)
+        if self.rounds is not None:  # on its own, a round leaves the engine's rates as they are
+            engine.set_learning_rate("inner", inner_lr)
+            engine.set_learning_rate("outer", outer_lr)
         stats = two_loop_round(
             _Shared(engine, inner_lr, outer_lr) if config.shared_optimizer else engine,
             drawn(forget_batches, "forget"),
