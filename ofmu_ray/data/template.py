@@ -71,10 +71,11 @@ class Template:
         prompts = [self._prompt(question) for question in questions]
         heads = [prompt.rstrip(" ") for prompt in prompts]
         tails = [p[len(h) :] + a.strip() for p, h, a in zip(prompts, heads, answers, strict=True)]
-        head_ids = self._tokens(heads)
+        distinct = list(dict.fromkeys(heads))  # evaluation asks one question with many answers
+        ids_of = dict(zip(distinct, self._tokens(distinct), strict=True))
         whole_ids = self._tokens([h + t for h, t in zip(heads, tails, strict=True)])
         rows = []
-        for head, tail, whole in zip(head_ids, tails, whole_ids, strict=True):
+        for head, tail, whole in zip((ids_of[head] for head in heads), tails, whole_ids, strict=True):
             if whole[: len(head)] == head and len(whole) > len(head):
                 answer_ids = whole[len(head) :]
             else:  # a token spans the boundary
