@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import shutil
 import sys
@@ -9,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import (
     LABELS,
     BenchmarkConfig,
@@ -126,6 +129,16 @@ def _checked_split(config: BenchmarkConfig, split: str, storage: Path) -> Evalua
     return Evaluator.of(base, storage)
 
 
+def _fingerprint(base: UnlearnConfig, prepared: Any, evaluator: Evaluator) -> str:
+    """By content: a model that was fitted anew under the same path, or other rows, make other runs."""
+    from ofmu_ray.evaluation.cache import model_fingerprint, weights_folder
+
+    paths = [path for path in (base.model.path, base.evaluation.retrained) if path]
+    weights = [model_fingerprint(weights_folder(resolve_builtin(path))) for path in paths]
+    streams = [stream.fingerprint for stream in prepared.streams.values()]
+    return hashlib.sha256(json.dumps([weights, streams, evaluator.sets]).encode()).hexdigest()
+
+
 class Benchmark:
     """A benchmark while it runs: its prepared data, its finished runs, its choices."""
 
@@ -170,7 +183,8 @@ class Benchmark:
         target = evaluator.table(base.model.path, f"target {split}")
         retrained = evaluator.table(base.evaluation.retrained, f"retrained {split}")
         self.references[split] = {"target": target, "retrained": retrained}
-        self.data[split] = SplitData(split, str(self.folder), prepared, evaluator, retrained)
+        fingerprint = _fingerprint(base, prepared, evaluator)
+        self.data[split] = SplitData(split, str(self.folder), prepared, evaluator, retrained, fingerprint)
 
     def run(self) -> bool:
         """All phases; False: some method has no reported run."""

@@ -34,6 +34,8 @@ class SplitData:
     evaluator: Evaluator
     retrained: Any
     """Per-row values of the retrained model (pyarrow Table), or None."""
+    fingerprint: str
+    """Digest of the target's and the retrained model's weights, of the rows and of the evaluation rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +59,8 @@ class Trial:
         """Digest of all that decides the result."""
         from ofmu_ray.evaluation.metrics import METRIC_VERSION
 
-        content = [self.phase, self.budget_unit, repr(self.budget), str(self.rows), str(METRIC_VERSION)]
-        if not self.options:  # nothing was drawn, so that only its number tells it from the others
-            content.append(str(self.trial))
-        prints = [stream.fingerprint for stream in data.prepared.streams.values()]
-        return config_hash(self.config, *content, *prints)
+        run = [self.method, self.phase, str(self.trial), self.budget_unit, repr(self.budget), str(self.rows)]
+        return config_hash(self.config, *run, str(METRIC_VERSION), data.fingerprint)
 
     @property
     def name(self) -> str:

@@ -223,7 +223,7 @@ def test_every_method_keeps_the_budget_and_its_cost_is_foreseen(tmp_path, cluste
     base = replace(base, training=TrainingConfig(engine="torch", batch_size=4, rounds=2, checkpoint_every=1000))
     sources = {"forget": base.data.forget, "retain": base.data.retain}
     prepared = prepare_streams(sources, None, base.data.format, load_tokenizer(base.model), str(tmp_path))
-    data = SplitData("people", str(tmp_path / "b"), prepared, Evaluator.of(base, tmp_path), None)
+    data = SplitData("people", str(tmp_path / "b"), prepared, Evaluator.of(base, tmp_path), None, "of the test")
     for name in METHODS:
         run = apply_overrides(base, {**labels[name], "evaluation.max_new_tokens": 0})
         trial = Trial(
