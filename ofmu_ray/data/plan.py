@@ -121,8 +121,8 @@ def write_plan(
     """Decide every batch and write it with Ray Data, or return the plan that stands there already.
 
     The content of a global batch depends on data and seed, never on `workers`. Ray must be up for a plan of more than
-    `SMALL_ROWS` rows, unless it is to be written `here`, in this process. Raises AssertionError when `batch_size` does not divide over `workers` (which the configuration
-    refuses).
+    `SMALL_ROWS` rows, unless it is to be written `here`. Raises AssertionError when `batch_size` does not divide over
+    `workers` (which the configuration refuses).
     """
     folder = absolute(folder)
     assert batch_size % workers == 0, f"batch of {batch_size} rows over {workers} workers"
