@@ -66,8 +66,13 @@ class Checks:
         for number, choice in enumerate(checks.choice):
             from ofmu_ray.evaluation.choice import choice_rows
 
-            hub = {"hub_config": choice.hub_config, "hub_split": choice.hub_split}
-            source = SourceConfig(path=choice.path, limit=choice.limit, **hub)  # type: ignore[arg-type]
+            source = SourceConfig(
+                path=choice.path,
+                format=choice.format,
+                hub_config=choice.hub_config,
+                hub_split=choice.hub_split,
+                limit=choice.limit,
+            )
             option = f"checks.choice[{number}]"
             rows = choice_rows(source, self.config.data.root, name=choice.name, option=option)
             yield Wanted(f"choice/{choice.name}", "choice", {"scoring": choice.scoring}, {choice.name: rows})

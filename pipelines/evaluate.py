@@ -13,7 +13,7 @@ from ofmu_ray.config.evaluate import RETRAINED, EvaluateConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage import atomic_write
 from pipelines.checks import Checks
-from pipelines.evaluation import Evaluator, read_sets
+from pipelines.evaluation import Evaluator, has_tokenizer, read_sets
 from pipelines.parse import fail, parse
 from pipelines.preflight import check_model, prepare_storage, public
 from pipelines.results import write_rows
@@ -99,11 +99,19 @@ def _option(label: str) -> str:
     return "evaluation.retrained" if label == RETRAINED else f"models.{label}"
 
 
+def _tokenizer(config: EvaluateConfig) -> str:
+    """For the models that come without one."""
+    found = config.tokenizer or next(filter(has_tokenizer, config.models.values()), None)
+    if found is None:
+        raise UserError("tokenizer: none of the models comes with one; name a folder or a hub name with --tokenizer")
+    return found
+
+
 def _evaluator(config: EvaluateConfig, storage: Path) -> Evaluator:
     return Evaluator(
         config.evaluation,
         config.data,
-        config.tokenizer or next(iter(config.models.values())),
+        _tokenizer(config),
         storage / "cache",
         config.seed,
         config.report.reveal_text,

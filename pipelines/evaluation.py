@@ -68,9 +68,7 @@ class Evaluator:
 
     def tokenizer_of(self, model: str) -> str:
         """Folder or hub name of the tokenizer that this model is evaluated with; a hub model has its own."""
-        folder = Path(resolve_builtin(model))
-        lacks = folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES)
-        return model if self.own_tokenizers and not lacks else self.tokenizer
+        return model if self.own_tokenizers and has_tokenizer(model) else self.tokenizer
 
     @property
     def row_format(self) -> FormatConfig:
@@ -138,6 +136,12 @@ class Evaluator:
         """Figures of a run's three models."""
         tables = {"before": before, "after": after, "retrained": retrained}
         return {name: self.figures(table, retrained) for name, table in tables.items()}
+
+
+def has_tokenizer(model: str) -> bool:
+    """Whether a model comes with a tokenizer; one on the hub is taken to."""
+    folder = Path(resolve_builtin(model))
+    return not folder.is_dir() or any((folder / name).exists() for name in TOKENIZER_FILES)
 
 
 def read_sets(evaluation: EvaluationConfig, data: DataConfig) -> dict[str, list[dict[str, Any]]]:

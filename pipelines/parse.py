@@ -6,8 +6,10 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from ofmu_ray.config import PRESETS, close_match
@@ -42,6 +44,7 @@ def parse(config_class: type[Config], arguments: Sequence[str], prog: str) -> Co
         if preset is not None:
             parser.set_defaults({f"ofmu.{name}": value for name, value in PRESETS[preset].items()})
         namespace = parser.parse_args(list(arguments))
+        _refuse_empty(namespace, known)
         built = vars(parser.instantiate(namespace))
     except argparse.ArgumentError as error:
         raise UserError(_explained(str(error), known)) from None
@@ -53,6 +56,21 @@ def parse(config_class: type[Config], arguments: Sequence[str], prog: str) -> Co
     built.pop("config", None)
     built.pop("__path__", None)
     return config_class(**built)
+
+
+def _refuse_empty(namespace: Any, known: list[str]) -> None:
+    """UserError for an unknown option whose value in a file is {}: jsonargparse drops those without a word."""
+
+    def look(content: Any, prefix: str) -> None:
+        for key, value in content.items() if isinstance(content, dict) else ():
+            name = f"{prefix}{key}"
+            if value == {} and not any(option == name or option.startswith(f"{name}.") for option in known):
+                raise UserError(f"unknown option {name} in the configuration.{_close(name, known)} All options: --help")
+            if name not in known or any(option.startswith(f"{name}.") for option in known):  # not an option's own value
+                look(value, f"{name}.")
+
+    for file in namespace.config or ():
+        look(yaml.safe_load(Path(str(file)).read_text()), "")
 
 
 def _preset(namespace: Any) -> Any:
@@ -69,6 +87,8 @@ def _explained(message: str, known: list[str]) -> str:
     if match := re.search(r"[Gg]roup '(.+?)' does not accept option '(.+?)'", message):
         word = f"{match[1]}.{match[2]}"
         return f"unknown option {word} in the configuration.{_close(word, known)} All options: --help"
+    if match := re.search(r"Parser key \"(.+?)\":.*? Option '(.+?)' is not accepted", message):
+        return f"unknown option {match[1]}.{match[2]} in the configuration. All options: --help"
     if match := re.search(r"does not accept (?:nested )?(?:key|option)s? '(.+?)'", message):
         return f"unknown option {match[1]} in the configuration.{_close(match[1], known)} All options: --help"
     return message

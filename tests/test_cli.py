@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ofmu_ray.config import OFMUConfig, TrainConfig, UnlearnConfig, config_hash, to_dict
+from ofmu_ray.config import BenchmarkConfig, OFMUConfig, TrainConfig, UnlearnConfig, config_hash, to_dict
+from ofmu_ray.config.evaluate import EvaluateConfig
 from ofmu_ray.errors import UserError
 from pipelines import cli
 from pipelines.parse import parse
@@ -58,7 +59,9 @@ def test_hash_ignores_where_a_run_is_stored_and_nothing_else():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "pipelines/configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_configs_parse(path):
-    kind = TrainConfig if "finetune" in yaml.safe_load(path.read_text()) else UnlearnConfig
+    commands = {"evaluate": EvaluateConfig, "benchmark": BenchmarkConfig}
+    usual = TrainConfig if "finetune" in yaml.safe_load(path.read_text()) else UnlearnConfig
+    kind = commands.get(path.stem.partition("_")[0], usual)
     assert to_dict(parse(kind, ["--config", str(path)], "x"))
 
 

@@ -25,6 +25,8 @@ class ChoiceConfig:
     """Of the questions, in the report."""
     path: str
     """File, folder, glob or URI of JSON Lines or Parquet, or a hub name (cais/wmdp)."""
+    format: Literal["auto", "json", "parquet", "hub"] = "auto"
+    """auto: by suffix; a hub name is told from a folder where data.root is not set, and needs `hub` where it is."""
     hub_config: str | None = None
     """Configuration of a hub data set (wmdp-bio)."""
     hub_split: str = "test"
@@ -77,7 +79,7 @@ class EvaluateConfig:
     models: dict[str, str] = field(default_factory=lambda: {"target": BUILTIN_TARGET})
     """Label -> model directory (Hugging Face layout, safetensors) or hub name. The label `retrained` is taken."""
     tokenizer: str | None = None
-    """Tokenizer directory or hub name for all models; null: each model's own, the first one's where there is none."""
+    """Tokenizer directory or hub name for all models; null: each model's own (one without: that of the first with)."""
     trust_remote_code: bool = False
     """Run code that comes with the models."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -103,7 +103,9 @@ def check_table(name: str, found: Mapping[str, Mapping[str, Any]], models: Seque
             )
             values = {model: found.get(model, {}).get(figure) for model in models if model in found}
             groups.setdefault(group, []).append(model_row(_words(what), _direction(kind, group, what), values))
-    titled = [Group(_WORDS.get(group, group), rows) for group, rows in groups.items()]
+    others = {"forget": "Forget rows that it does not train on", "retain": "Retain rows that it does not train on"}
+    words = _WORDS | others if kind == "relearn" else _WORDS
+    titled = [Group(words.get(group, group), rows) for group, rows in groups.items()]
     return Table(f"{title}: {which}" if which else title, note, titled)
 
 

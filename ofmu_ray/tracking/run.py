@@ -21,6 +21,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 RUN_NAME_TAG = "ofmu.run_name"
 LONGEST_VALUE = 6000  # MLflow's limit of a parameter's value, in characters
 PARAMETERS_PER_CALL = 100  # MLflow's limit
+METRICS_PER_CALL = 1000  # MLflow's limit
 ARTIFACT_SUFFIXES = frozenset({".html", ".json", ".md", ".yaml"})
 _WHERE_NOT_WHAT = ("name", "storage", "tracking", "report")  # may differ between a run and its resumption
 
@@ -258,4 +259,6 @@ def _log_figures(client: Any, run_id: str, figures: Mapping[str, float]) -> None
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
-    client.log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in figures.items()])
+    logged = [Metric(name, value, now, 0) for name, value in figures.items()]
+    for begin in range(0, len(logged), METRICS_PER_CALL):
+        client.log_batch(run_id, metrics=logged[begin : begin + METRICS_PER_CALL])
