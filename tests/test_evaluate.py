@@ -1,0 +1,375 @@
+"""`ofmu evaluate` as a user runs it: real Ray, MLflow and the built-in models."""
+
+import json
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+import yaml
+from evaluation_models import tiny_model, tiny_tokenizer
+
+from ofmu_ray.assets import resolve_builtin
+from ofmu_ray.evaluation import checks as measurements
+from pipelines import checks, cli
+
+TARGET = "builtin:people/target"
+SMALL = {"max_rows": 10, "max_new_tokens": 8, "bootstrap_samples": 40}
+CHECKS = {
+    "relearn": {"rows": 4, "steps": [1, 3], "lr": 1e-3, "batch_size": 4},
+    "quantise": {"bits": [8, 4]},
+    "prefix": {"shots": 1, "prefixes": ["Tell me: {question}"]},
+    "alignment": True,
+    "gradient_norm": True,
+    "choice": [{"name": "sums", "path": "sums.jsonl"}, {"name": "texts", "path": "sums.jsonl", "scoring": "cloze"}],
+}
+TABLES = 7 + 6  # checks of the target; those of the retrained model, which is not aligned with itself
+SETS = 5 + 6  # forget, retain, real_authors, world_facts, holdout, and three probes' two sides
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    """One local Ray for the runs of this file; the command finds it up."""
+    from ofmu_ray.training.launch import connect
+
+    connect(2)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with multiple-choice questions."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = [{"question": f"{n} plus 1?", "choices": [str(n), str(n + 1)], "answer": n % 2} for n in range(6)]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def run(storage: Path, *words: str, **config: Any) -> tuple[int, dict[str, Any]]:
+    """The command on a configuration file; its exit status and metrics.json."""
+    config = {"name": "e", "storage": str(storage), "tracking": {"system_metrics": False}, **config}
+    config["evaluation"] = {**SMALL, **config.get("evaluation", {})}
+    storage.mkdir(exist_ok=True)
+    file = storage / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    status = cli.main(["evaluate", "--config", str(file), *words])
+    path = storage / "e" / "metrics.json"
+    return status, json.loads(path.read_text()) if status == 0 else {}
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kinds of the checks that are run in this process, as they are run."""
+    kinds: list[str] = []
+    real = measurements.measure
+
+    def measure(check: Any, device: str) -> Any:
+        kinds.append(check.kind)
+        return real(check, device)
+
+    monkeypatch.setattr(measurements, "measure", measure)
+    return kinds
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, data: Path) -> tuple[Path, dict[str, Any], list[str], int]:
+    """All checks of the built-in models. It is killed in the fourth check, and then goes on."""
+    storage, kinds = tmp_path_factory.mktemp("runs"), []
+    real = measurements.measure
+
+    def measure(check: Any, device: str) -> Any:
+        kinds.append(check.kind)
+        if len(kinds) == 4:
+            raise KeyboardInterrupt
+        return real(check, device)
+
+    everything = {"data": {"root": str(data)}, "checks": CHECKS}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measurements, "measure", measure)
+        with pytest.raises(KeyboardInterrupt):
+            run(storage, **everything)
+        assert not (storage / "e" / "metrics.json").exists()
+        assert status_of(storage) == ["KILLED"]
+        kept = len(list((storage / "cache/checks").glob("*.parquet")))
+        status, metrics = run(storage, **everything)
+    assert status == 0
+    return storage, metrics, kinds, kept
+
+
+def status_of(storage: Path) -> list[str]:
+    return [status for (status,) in sqlite3.connect(storage / "mlflow.db").execute("select status from runs")]
+
+
+def assert_close(found: Any, expected: Any, place: str = "") -> None:
+    """The same figures, within rounding."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), place
+        for key in expected:
+            assert_close(found[key], expected[key], f"{place}/{key}")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=2e-4, abs=1e-5), place
+    else:
+        assert found == expected, place
+
+
+@pytest.mark.slow
+def test_every_check_has_figures_of_every_model(finished: Any) -> None:
+    metrics = finished[1]
+    assert set(metrics) == {"models", "checks", "weights_sha256", "config"}
+    assert set(metrics["models"]) == {"target", "retrained"}
+    for name in ("forget_quality", "model_utility", "mia_gradient_norm_auc", "privleak", "multihop_utility"):
+        figure = metrics["models"]["target"][name]
+        assert figure["low"] <= figure["value"] <= figure["high"], name
+    assert list(metrics["checks"]) == ["relearn", "quantise", "prefix", "alignment", "choice/sums", "choice/texts"]
+    target, retrained = (
+        {check: found.get(label) for check, found in metrics["checks"].items()} for label in ("target", "retrained")
+    )
+    assert retrained["alignment"] is None
+    plain = metrics["models"]["target"]["forget_probability"]["value"]
+    assert target["quantise"]["forget/full"]["value"] == pytest.approx(plain, rel=1e-5)
+    assert target["prefix"]["probability/plain"]["value"] == pytest.approx(plain, rel=1e-5)
+    groups = {group: target["relearn"][f"{group}/step_0"] for group in ("forget", "attacked")}
+    assert (groups["forget"]["n"], groups["attacked"]["n"]) == (6, 4)
+    assert (groups["forget"]["value"] * 6 + groups["attacked"]["value"] * 4) / 10 == pytest.approx(plain, rel=1e-5)
+    attacked = retrained["relearn"]
+    assert attacked["attacked/step_3"]["value"] > attacked["attacked/step_0"]["value"]
+    assert attacked["forget/height_beyond_retrained"]["value"] == 0
+    assert target["choice/sums"]["accuracy"]["n"] == 6
+    assert 0 < target["alignment"]["cka/forget/mean"]["value"] < 1
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_goes_on(finished: Any) -> None:
+    storage, _, kinds, kept = finished
+    assert kept == 3
+    assert len(kinds) == 4 + TABLES - 3  # the fourth one, in which it was killed, ran again
+    assert status_of(storage) == ["FINISHED"]  # the same run of MLflow
+    assert len(list((storage / "cache/checks").glob("*.parquet"))) == TABLES
+    assert len(list((storage / "cache/evaluation").glob("*.parquet"))) == 2 * SETS
+
+
+@pytest.mark.slow
+def test_a_second_evaluation_runs_nothing(
+    finished: Any, data: Path, counted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, metrics, _, _ = finished
+    monkeypatch.setattr("ofmu_ray.evaluation.runner.run_units", lambda *_: pytest.fail("a set was evaluated again"))
+    rows = pq.read_table(storage / "e" / "rows.parquet")
+    status, again = run(storage, data={"root": str(data)}, checks=CHECKS)
+    assert (status, again, counted) == (0, metrics, [])
+    assert pq.read_table(storage / "e" / "rows.parquet").equals(rows)
+
+
+@pytest.mark.slow
+def test_actors_tasks_and_batch_size_change_nothing_but_rounding(
+    finished: Any, data: Path, tmp_path: Path, counted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is cached here: sets by two actors, checks by Ray tasks, three rows at a time."""
+    monkeypatch.setattr(checks, "_SMALL_FLOPS", 0.0)
+    some = {name: CHECKS[name] for name in ("relearn", "prefix", "alignment", "gradient_norm", "choice")}
+    changed = {"actors": 2, "batch_size": 3}
+    status, metrics = run(tmp_path, data={"root": str(data)}, checks=some, evaluation=changed)
+    assert (status, counted) == (0, [])
+    assert_close(metrics["models"], finished[1]["models"])
+    assert_close(metrics["checks"], {name: finished[1]["checks"][name] for name in metrics["checks"]})
+    assert len(metrics["checks"]) == 5
+
+
+@pytest.mark.slow
+def test_no_text_of_forget_rows_is_left_anywhere(finished: Any) -> None:
+    storage = finished[0]
+    folder = Path(resolve_builtin("builtin:people"))
+    files = [folder / "forget_perturbed.jsonl", *folder.glob("probes_*_forget.jsonl")]
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()[:10]]
+    needles = {row[column].encode() for row in rows for column in ("question", "answer")}
+    assert len(needles) > 60
+    looked = 0
+    for path in storage.rglob("*"):
+        if path.is_file():
+            looked += 1
+            tables = pq.read_table(path).to_pylist() if path.suffix == ".parquet" else []
+            content = path.read_bytes() + json.dumps(tables, ensure_ascii=False).encode()
+            assert not [needle for needle in needles if needle in content], path
+    assert looked > 2 * SETS + TABLES
+    private = [row for row in pq.read_table(storage / "e/rows.parquet").to_pylist() if "forget" in row["set"]]
+    assert private
+    assert all(row["generated"] is None for row in private)
+
+
+@pytest.mark.slow
+def test_page_and_mlflow_show_figures_and_checks(finished: Any) -> None:
+    storage, metrics, _, _ = finished
+    page = (storage / "e" / "report.html").read_text()
+    for words in ("Forgetting", "Membership inference", "Relearning attack", "Rounded weights", "Other ways to ask",
+                  "Alignment with the retrained model", "Multiple choice: sums", "Gradient norm AUC"):  # fmt: skip
+        assert words in page, words
+    assert "src=" not in page
+    assert "href=" not in page
+    logged = dict(sqlite3.connect(storage / "mlflow.db").execute("select key, value from latest_metrics").fetchall())
+    for label in ("target", "retrained"):
+        for name in ("forget_quality", "model_utility"):
+            assert logged[f"{label}/{name}"] == pytest.approx(metrics["models"][label][name]["value"])
+        assert logged[f"{label}/relearn/forget/step_3"] == pytest.approx(
+            metrics["checks"]["relearn"][label]["forget/step_3"]["value"]
+        )
+
+
+@pytest.mark.slow
+def test_the_numbers_are_those_of_a_runs_end(tmp_path: Path) -> None:
+    """The exported model on its own, without the run's cache."""
+    storage = tmp_path / "run"
+    words = ["--storage", str(storage), "--name", "u", "--training.rounds", "2", "--training.engine", "torch",
+             "--ofmu.inner.lr", "5e-4", "--tracking.system_metrics", "false"]  # fmt: skip
+    words += [word for name, value in SMALL.items() for word in (f"--evaluation.{name}", str(value))]
+    assert cli.main(["unlearn", *words]) == 0
+    ended = json.loads((storage / "u" / "metrics.json").read_text())
+    sets = {"holdout": None, "probes": []}
+    models = {"before": TARGET, "after": str(storage / "u" / "model")}
+    status, alone = run(
+        tmp_path / "alone", models=models, evaluation={"sets": sets, "retrained": "builtin:people/retrained"}
+    )
+    assert status == 0
+    assert ended["after"]["forget_probability"] != ended["before"]["forget_probability"]
+    for label in ("before", "after", "retrained"):
+        assert alone["models"][label] == ended[label], label
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with fewer tokens and layers than the built-in ones, and with its own tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_model_has_its_own_tokenizer(tiny: Path, tmp_path: Path) -> None:
+    sets = {"holdout": None, "probes": [], "real_authors": None, "world_facts": None}
+    brief = {"sets": sets, "max_rows": 2, "max_new_tokens": 2, "retrained": None}
+    status, both = run(tmp_path, models={"target": TARGET, "tiny": str(tiny)}, evaluation=brief)
+    assert status == 0
+    assert "different tokenizers" in (tmp_path / "e/report.html").read_text()
+    status, alone = run(tmp_path / "alone", models={"tiny": str(tiny)}, evaluation=brief)
+    assert alone["models"]["tiny"] == both["models"]["tiny"]
+    assert "different tokenizers" not in (tmp_path / "alone/e/report.html").read_text()
+
+
+def test_representations_are_compared_with_each_models_own_tokens(tmp_path: Path) -> None:
+    """The same weights behind a tokenizer without a chat template: other tokens, so not quite alike."""
+    from ofmu_ray.config import FormatConfig
+    from ofmu_ray.evaluation.rows import EvaluationRow
+    from ofmu_ray.evaluation.runner import loading_of
+
+    def loading(prompt: str) -> Any:
+        fmt = FormatConfig(prompt_template=prompt)
+        return loading_of(resolve_builtin(TARGET), resolve_builtin(TARGET), fmt, max_new_tokens=2)
+
+    rows = [EvaluationRow("forget", n, f"What is {n}?", f"It is the number {n}.") for n in range(6)]
+    plain, other = loading("{question}"), loading("Question: {question} Answer:")
+    options = {"samples": 5, "seed": 0}
+
+    def aligned(reference: Any) -> pa.Table:
+        check = measurements.Check("alignment", plain, "w", {"forget": rows}, options, reference, "w")
+        return check.key("cpu"), measurements.measure(check, "cpu")
+
+    (key, same), (other_key, differing) = aligned(plain), aligned(other)
+    assert key != other_key
+    assert same["cosine"].to_pylist() == pytest.approx([1.0] * same.num_rows)
+    assert min(differing["cosine"].to_pylist()) < 0.999
+
+
+MISTAKES = [
+    ({"checks": {"relern": {}}}, ["unknown option checks.relern", "Did you mean checks.relearn?"]),
+    ({"checks": {"relearn": {"rowz": 3}}}, ["unknown option checks.relearn.rowz"]),
+    ({"checks": {"relearn": {"rows": 10}}}, ["checks.relearn.rows = 10", "10 forget rows", "lower"]),
+    ({"checks": {"relearn": {"lr": -1}}}, ["checks.relearn.lr", "greater than 0"]),
+    ({"checks": {"prefix": {"shots": 11}}}, ["checks.prefix.shots = 11", "10 retain rows"]),
+    ({"checks": {"choice": [{"name": "a", "path": "nowhere.jsonl"}]}}, ["checks.choice[0]", "nowhere.jsonl"]),
+    (
+        {"data": {"root": "."}, "checks": {"choice": [{"name": "a", "path": "some/where", "format": "hub"}]}},
+        ["checks.choice[0].path = some/where", "hub data set", "checks.choice[0].hub_split = test"],
+    ),
+    ({"checks": {"choice": [{"name": "a", "path": "x"}] * 2}}, ["checks.choice.name", "once"]),
+    ({"checks": {"alignment": True}, "evaluation": {"retrained": None}}, ["checks.alignment", "evaluation.retrained"]),
+    ({"checks": {"gradient_norm": True}, "evaluation": {"sets": {"holdout": None}}}, ["evaluation.sets.holdout"]),
+    ({"models": {"retrained": TARGET}}, ["models.retrained", "evaluation.retrained"]),
+    ({"models": {"a b": TARGET}}, ["models", "a b"]),
+    ({"models": {}}, ["models", "label"]),
+    ({"models": {"a": "./nowhere"}}, ["models.a", "no such folder"]),
+    ({"models": {"a": "some/where/else"}}, ["models.a", "no such folder"]),
+    ({"evaluation": {"retrained": "./nowhere"}}, ["evaluation.retrained", "no such folder"]),
+    ({"evaluation": {"enabled": False}}, ["evaluation.enabled"]),
+    ({"evaluation": {"sets": {"forget": "nowhere.jsonl"}}}, ["evaluation.sets.forget", "nowhere.jsonl"]),
+]
+
+
+@pytest.mark.parametrize(("config", "words"), MISTAKES, ids=lambda value: value[0] if isinstance(value, list) else "")
+def test_mistakes_are_told_before_anything_runs(
+    config: dict[str, Any], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, **config)[0] == 2
+    message = capsys.readouterr().err
+    assert message.startswith("ofmu evaluate: error: ")
+    assert len(message.splitlines()) == 1
+    for word in words:
+        assert word in message, message
+    assert not (tmp_path / "e").exists()
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_models_that_do_not_go_together(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = {"target": TARGET, "tiny": str(tiny)}
+    assert run(tmp_path, models=models, checks={"alignment": True})[0] == 2
+    assert "models.tiny has 2 layers, evaluation.retrained 4" in capsys.readouterr().err
+    assert run(tmp_path, models=models, tokenizer=TARGET)[0] == 2
+    assert "models.tiny" in (message := capsys.readouterr().err)
+    assert "320 tokens" in message
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny, bare, ignore=shutil.ignore_patterns("tokenizer*", "special*"))
+    assert run(tmp_path, models={"target": TARGET, "bare": str(bare)})[0] == 2  # takes the first model's tokenizer
+    assert "models.bare" in (message := capsys.readouterr().err)
+    assert "320 tokens" in message
+    assert run(tmp_path, models={"bare": str(bare)}, evaluation={"retrained": None})[0] == 2
+    assert "--tokenizer" in capsys.readouterr().err
+
+
+def test_the_harness_is_asked_for_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert run(tmp_path, checks={"lm_eval": ["wmdp"]})[0] == 2
+    assert "ofmu-ray[lm-eval]" in capsys.readouterr().err
+
+
+def test_figures_of_many_models_fit_mlflow(tmp_path: Path) -> None:
+    """MLflow takes 1000 metrics at a time; a figure is three of them."""
+    from ofmu_ray import tracking
+    from ofmu_ray.config import TrackingConfig
+
+    handle = tracking.start(TrackingConfig(), str(tmp_path), "many", {})
+    figure = {"value": 0.5, "low": 0.4, "high": 0.6}
+    assert tracking.finish(handle, metrics={f"m{n}": {f"f{k}": figure for k in range(70)} for n in range(6)})
+    logged = sqlite3.connect(tmp_path / "mlflow.db").execute("select count(*) from latest_metrics").fetchone()
+    assert logged == (6 * 70 * 3,)
+
+
+def test_the_printed_configuration_is_the_same_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from ofmu_ray.config.evaluate import EvaluateConfig
+    from pipelines.parse import parse
+
+    for name in ("evaluate_people", "evaluate_tofu"):
+        file = Path(checks.__file__).parent / "configs" / f"{name}.yaml"
+        with pytest.raises(SystemExit) as left:
+            cli.main(["evaluate", "--config", str(file), "--print_config"])
+        assert left.value.code == 0
+        (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+        first, second = (
+            parse(EvaluateConfig, ["--config", str(path)], "x") for path in (file, tmp_path / "printed.yaml")
+        )
+        assert first == second
