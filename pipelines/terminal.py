@@ -25,11 +25,11 @@ def say(line: str) -> None:
 def metrics_table(metrics: dict[str, Any], models: Sequence[str] = ("before", "after", "retrained")) -> str:
     """The models side by side, one metric a line, with 95 % intervals."""
     columns = [name for name in models if metrics.get(name)]
-    lines = [f"{'':22}" + "".join(f"{name:>26}" for name in columns)]
+    lines = [f"{'':22}" + "".join(f"{name:>28}" for name in columns)]
     for key, title, direction in SHOWN:
         arrow = "^" if direction == "up" else "~"
         cells = [_cell(metrics[name].get(key)) for name in columns]
-        lines.append(f"{title + ' ' + arrow:22}" + "".join(f"{cell:>26}" for cell in cells))
+        lines.append(f"{title + ' ' + arrow:22}" + "".join(f"{cell:>28}" for cell in cells))
     lines.append("^ higher is better   ~ best where it matches the retrained model   [95 % interval]")
     return "\n".join(lines)
 
