@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     try:
         config = parse(BenchmarkConfig, words, PROG)
-        return benchmark(config, command=[PROG, *words])
+        return benchmark(config, command=[*PROG.split(), *words])
     except UserError as error:
         return fail(error, PROG)
 

@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     try:
         config = parse(EvaluateConfig, words, PROG)
-        return evaluate(config, command=[PROG, *words])
+        return evaluate(config, command=[*PROG.split(), *words])
     except UserError as error:
         return fail(error, PROG)
 

@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     try:
         config = parse(UnlearnConfig, words, PROG)
-        return unlearn(config, command=[PROG, *words])
+        return unlearn(config, command=[*PROG.split(), *words])
     except UserError as error:
         return fail(error, PROG)
 

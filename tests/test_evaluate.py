@@ -209,6 +209,7 @@ def test_page_and_mlflow_show_figures_and_checks(finished: Any) -> None:
     for words in ("Forgetting", "Membership inference", "Relearning attack", "Rounded weights", "Other ways to ask",
                   "Alignment with the retrained model", "Multiple choice: sums", "Gradient norm AUC"):  # fmt: skip
         assert words in page, words
+    assert "<pre>ofmu evaluate --config " in page  # the command, to be run again
     assert "src=" not in page
     assert "href=" not in page
     logged = dict(sqlite3.connect(storage / "mlflow.db").execute("select key, value from latest_metrics").fetchall())
