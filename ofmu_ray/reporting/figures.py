@@ -130,7 +130,7 @@ def byte_size(value: float) -> str:
     """Bytes with a binary prefix."""
     for step, prefix in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if value >= step:
-            return f"{value / step:.3g} {prefix}"
+            return f"{value / step:.{4 if value >= 1000 * step else 3}g} {prefix}"
     return f"{value:g} B"
 
 
