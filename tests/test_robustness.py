@@ -293,17 +293,17 @@ def test_prefix_attack_without_generation_and_in_other_batches(target: Any, temp
 @pytest.mark.parametrize(
     ("build", "option"),
     [
-        (lambda: RelearnOptions(rows=0), r"evaluation\.relearn\.rows"),
-        (lambda: RelearnOptions(lr=float("nan")), r"evaluation\.relearn\.lr"),
-        (lambda: RelearnOptions(steps=(5, 2)), r"evaluation\.relearn\.steps"),
-        (lambda: RelearnOptions(steps=(0, 2)), r"evaluation\.relearn\.steps"),
-        (lambda: RelearnOptions(steps=()), r"evaluation\.relearn\.steps"),
-        (lambda: RelearnOptions(on="both"), r"evaluation\.relearn\.on"),  # type: ignore[arg-type]
-        (lambda: QuantiseOptions(bits=(16,)), r"evaluation\.quantise\.bits"),
-        (lambda: QuantiseOptions(bits=(4, 4)), r"evaluation\.quantise\.bits"),
-        (lambda: QuantiseOptions(group_size=0), r"evaluation\.quantise\.group_size"),
-        (lambda: PrefixOptions(prefixes=("no place",)), r"evaluation\.prefix\.prefixes"),
-        (lambda: PrefixOptions(shots=-1), r"evaluation\.prefix\.shots"),
+        (lambda: RelearnOptions(rows=0), r"checks\.relearn\.rows"),
+        (lambda: RelearnOptions(lr=float("nan")), r"checks\.relearn\.lr"),
+        (lambda: RelearnOptions(steps=(5, 2)), r"checks\.relearn\.steps"),
+        (lambda: RelearnOptions(steps=(0, 2)), r"checks\.relearn\.steps"),
+        (lambda: RelearnOptions(steps=()), r"checks\.relearn\.steps"),
+        (lambda: RelearnOptions(on="both"), r"checks\.relearn\.on"),  # type: ignore[arg-type]
+        (lambda: QuantiseOptions(bits=(16,)), r"checks\.quantise\.bits"),
+        (lambda: QuantiseOptions(bits=(4, 4)), r"checks\.quantise\.bits"),
+        (lambda: QuantiseOptions(group_size=0), r"checks\.quantise\.group_size"),
+        (lambda: PrefixOptions(prefixes=("no place",)), r"checks\.prefix\.prefixes"),
+        (lambda: PrefixOptions(shots=-1), r"checks\.prefix\.shots"),
     ],
 )
 def test_options_refuse(build: Any, option: str) -> None:
@@ -312,11 +312,11 @@ def test_options_refuse(build: Any, option: str) -> None:
 
 
 def test_attacks_refuse_what_the_rows_do_not_allow(target: Any, template: Template) -> None:
-    with pytest.raises(UserError, match=r"evaluation\.relearn\.rows = 16: there are 16 forget rows"):
+    with pytest.raises(UserError, match=r"checks\.relearn\.rows = 16: there are 16 forget rows"):
         relearning.attacked_groups(FORGET, RETAIN, replace(RELEARN, rows=16))
-    with pytest.raises(UserError, match=r"evaluation\.prefix\.shots = 13: there are 12 retain rows"):
+    with pytest.raises(UserError, match=r"checks\.prefix\.shots = 13: there are 12 retain rows"):
         prefix.prefix_attack(target, template, FORGET, RETAIN, PrefixOptions(shots=13))
-    with pytest.raises(UserError, match=r"evaluation\.prefix\.shots: row forget-\d+ has \d+ tokens .* takes 256"):
+    with pytest.raises(UserError, match=r"checks\.prefix\.shots: row forget-\d+ has \d+ tokens .* takes 256"):
         prefix.prefix_attack(target, template, FORGET, RETAIN, PrefixOptions(prefixes=(), shots=12, generate=False))
     short = Template(tiny_tokenizer(), FormatConfig(max_length=4))
     with pytest.raises(UserError, match=r"row forget-0 has no answer token left") as caught:
