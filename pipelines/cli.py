@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "fit a target or a retrained model on a data set",
     "evaluate": "compare models: metrics, probes, attacks",
     "benchmark": "compare methods at equal compute: methods x splits x seeds",
+    "submit": "run one of the commands as a job of a Ray cluster",
     "metrics": "figures from evaluation logs of other programs",
 }
 

@@ -13,6 +13,9 @@ from ofmu_ray.config import DataConfig, ModelConfig, TrainingConfig, to_dict
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage import atomic_write, is_uri, local_path, without_credentials
 
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""What Ray sets in the process of a submitted job, and nowhere else."""
+
 
 def prepare_storage(storage: str) -> Path:
     """The storage folder, absolute and writable."""
@@ -22,6 +25,8 @@ def prepare_storage(storage: str) -> Path:
             "data may lie at s3:// and gs:// URIs, runs may not"
         )
     path = local_path(storage)
+    if JOB_VARIABLE in os.environ:
+        check_job_storage(storage)
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".writable.{os.getpid()}"
@@ -32,6 +37,21 @@ def prepare_storage(storage: str) -> Path:
             f"storage = {storage!r}: not writable ({error.strerror}); choose another folder with --storage"
         ) from None
     return path
+
+
+def check_job_storage(storage: str) -> None:
+    """A submitted job runs in a copy of the uploaded folder on the head node, which is removed after it.
+
+    Raises:
+        UserError: `storage` is relative, or lies in the job's own working directory.
+    """
+    text = os.path.expanduser(storage.removeprefix("file://"))
+    inside = JOB_VARIABLE in os.environ and local_path(storage).is_relative_to(Path.cwd())
+    if not is_uri(storage) and (not os.path.isabs(text) or inside):
+        raise UserError(
+            f"storage = {storage!r}: a submitted job's own folder is removed with all that was written there; name the "
+            "folder that all nodes share by its absolute path (--storage /mnt/...)"
+        )
 
 
 def public(config: Any) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +39,56 @@ def connect(cpus_needed: float, gpus_needed: float = 0.0) -> None:
         local = "RAY_ADDRESS" not in os.environ and "RAY_JOB_ID" not in os.environ
         if local and cpus_needed > (os.cpu_count() or 1):
             raise _too_many("CPUs", cpus_needed, os.cpu_count() or 1)
-        environment = {"env_vars": WORKER_ENVIRONMENT}
-        ray.init(
-            include_dashboard=False if local else None,
-            log_to_driver=False,
-            logging_level="ERROR",
-            runtime_env=environment,
-        )
-    resources = ray.cluster_resources()
+        given = _job_environment()
+        environment = {"env_vars": {name: value for name, value in WORKER_ENVIRONMENT.items() if name not in given}}
+        with _loopback_only() if local else nullcontext():
+            ray.init(
+                include_dashboard=False if local else None,
+                log_to_driver=False,
+                logging_level="ERROR",
+                runtime_env=environment,
+            )
+    resources = _attainable_resources()
     if cpus_needed > resources.get("CPU", 0):
         raise _too_many("CPUs", cpus_needed, resources.get("CPU", 0))
     if gpus_needed > resources.get("GPU", 0):
         raise _too_many("GPUs", gpus_needed, resources.get("GPU", 0))
+
+
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """A Ray that is started meanwhile listens on 127.0.0.1, as it does on macOS; on Linux it would on all interfaces.
+
+    Ray has no option for it: it replaces 127.0.0.1 as a node's address by that of an interface unless told that this
+    is a platform without clusters, by a variable that is read at import and by the processes it starts.
+    """
+    from ray._private import ray_constants
+
+    variable, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    if variable in os.environ:  # the user has decided
+        yield
+        return
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    os.environ[variable] = "0"
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        del os.environ[variable]
+
+
+def _job_environment() -> dict[str, str]:
+    """The variables that a submitted job's runtime environment sets; `ray.init` may not set one of them again."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    variables: dict[str, str] = job.get("runtime_env", {}).get("env_vars") or {}
+    return variables
+
+
+def _attainable_resources() -> dict[str, float]:
+    """What the cluster has, or what it can grow to where an autoscaler starts nodes on demand."""
+    largest = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    present = ray.cluster_resources()
+    return {name: max(present.get(name, 0), largest.get(name, 0)) for name in present | largest}
 
 
 def _too_many(what: str, needed: float, found: float) -> UserError:
