@@ -5,6 +5,7 @@ import shutil
 import sqlite3
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -53,6 +54,18 @@ def finished(tmp_path_factory):
     evaluation = ["--evaluation.max_new_tokens", "20", "--evaluation.bootstrap_samples", "50"]
     status, metrics = run(storage, "two", *BRIEF, *options, *evaluation)
     return storage, status, metrics
+
+
+def test_a_local_ray_listens_on_loopback_only(cluster):
+    """Ray's own choice on Linux is all interfaces."""
+    ray.get(ray.remote(lambda: None).remote())  # a worker process, which listens too
+    addresses = {
+        connection.laddr.ip.removeprefix("::ffff:")
+        for process in (psutil.Process(), *psutil.Process().children(recursive=True))
+        for connection in process.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert addresses == {"127.0.0.1"}
 
 
 def test_a_run_leaves_what_the_contract_names(finished):

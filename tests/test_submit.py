@@ -1,0 +1,382 @@
+"""Submitting jobs: what is refused before the upload, what is uploaded, and a job that is stopped, killed, resumed."""
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from aiohttp import web
+
+from ofmu_ray.config.submit import SubmitConfig
+from ofmu_ray.errors import UserError
+from pipelines import cli
+from pipelines.jobs import Jobs
+from pipelines.preflight import JOB_VARIABLE, prepare_storage
+from pipelines.submit import JOBS, OWN, check, split
+from pipelines.upload import load_environment, packed
+
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE_SECONDS = 300
+
+# --------------------------------------------------------------------------------------------------- without a cluster
+
+
+@pytest.mark.parametrize(
+    ("line", "own", "command", "rest"),
+    [
+        ("unlearn --seed 3", [], "unlearn", ["--seed", "3"]),
+        ("--address http://a:1 unlearn --seed 3", ["--address", "http://a:1"], "unlearn", ["--seed", "3"]),
+        ("unlearn --seed 3 --address=http://a:1", ["--address", "http://a:1"], "unlearn", ["--seed", "3"]),
+        ("evaluate --no-follow --working-dir=x", ["--follow", "false", "--working_dir", "x"], "evaluate", []),
+        ("unlearn --stop.max_passes 9 --follow", ["--follow", "true"], "unlearn", ["--stop.max_passes", "9"]),
+        ("train -- --status x", [], "train", ["--status", "x"]),
+        ("--stop job-1", ["--stop", "job-1"], None, []),
+    ],
+)
+def test_options_go_where_they_belong(line, own, command, rest):
+    assert split(line.split()) == (own, command, rest)
+
+
+def test_no_option_of_a_command_is_hidden_by_one_of_submit():
+    for command, config in JOBS.items():
+        values = {
+            field.name for field in dataclasses.fields(config) if not dataclasses.is_dataclass(field.default_factory)
+        }
+        assert not OWN & values, command
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["unlearn", "--trainig.rounds", "3"], "Did you mean training.rounds"),
+        (["unlern"], "Did you mean unlearn"),
+        (["--seed", "3", "unlearn"], "follow it"),
+        ([], "name a COMMAND"),
+        (["unlearn"], "storage = 'runs'"),
+        (["unlearn", "--storage", "/s", "--tracking.uri", "http://me:word@host"], "credentials"),
+        (["unlearn", "--storage", "/s", "--data.forget.path", "s3://b/k?secret_key=abc"], "credentials"),
+        (["unlearn", "--storage", "/s", "--address", "head:8265"], "address = 'head:8265'"),
+        (["unlearn", "--storage", "/s", "--address", "http://127.0.0.1:1"], "no answer"),
+        (["unlearn", "--storage", "/s", "--stop", "x"], "no COMMAND"),
+        (["--stop", "x", "--status", "y"], "one at a time"),
+        (["evaluate", "--storage", "/s", "--config", "{outside}"], "outside"),
+        (["evaluate", "--storage", "/s", "--runtime-env", "none.yaml"], "No such file"),
+    ],
+)
+def test_mistakes_are_said_before_anything_is_uploaded(words, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    outside = tmp_path / "mine.yaml"
+    outside.write_text("seed: 3\n")
+    assert cli.main(["submit", *(str(outside) if word == "{outside}" else word for word in words)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "word@" not in error
+    assert "abc" not in error
+
+
+def test_the_upload_holds_what_a_run_needs_and_little_else(tmp_path):
+    config = SubmitConfig(working_dir=str(ROOT))
+    with packed(config, load_environment(config), ["pipelines/configs/quickstart.yaml"]) as package:
+        shutil.unpack_archive(package.path, tmp_path)
+        assert package.megabytes < 8
+    assert {"pyproject.toml", "constraints.txt", "ofmu_ray", "pipelines", "tune_spaces"} <= set(os.listdir(tmp_path))
+    assert not {"tests", "docs", "runs", ".git", ".venv"} & set(os.listdir(tmp_path))
+    for name in ("target", "retrained"):
+        kept = (tmp_path / "ofmu_ray/assets/people" / name / "model.safetensors").read_bytes()
+        assert kept == (ROOT / "ofmu_ray/assets/people" / name / "model.safetensors").read_bytes()
+
+
+def test_a_configuration_that_the_upload_leaves_out_is_named(tmp_path):
+    (tmp_path / "mine.yaml").write_text("seed: 3\n")
+    (tmp_path / ".gitignore").write_text("mine.yaml\n")
+    (tmp_path / "runtime_env.yaml").write_text("env_vars: {}\n")
+    config = SubmitConfig(working_dir=str(tmp_path))
+    with (
+        pytest.raises(UserError, match="left out of the upload"),
+        packed(config, load_environment(config), ["mine.yaml"]),
+    ):
+        pass
+
+
+def test_a_job_does_not_write_into_its_own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert prepare_storage("runs") == tmp_path / "runs"
+    monkeypatch.setenv(JOB_VARIABLE, "{}")
+    for storage in ("runs", str(tmp_path / "runs"), f"file://{tmp_path}/runs"):
+        with pytest.raises(UserError, match="absolute path"):
+            prepare_storage(storage)
+    assert prepare_storage(str(tmp_path.parent / "shared")) == tmp_path.parent / "shared"
+
+
+def test_equal_configurations_are_equal_jobs(tmp_path):
+    """However they are written; the name and the storage are part of it, since they are where the run is resumed."""
+    (tmp_path / "c.yaml").write_text("seed: 3\nstorage: /s\n")
+    base = check("unlearn", ["--storage", "/s", "--seed", "3"])
+    assert check("unlearn", ["--config", str(tmp_path / "c.yaml")]) == base
+    assert check("unlearn", ["--seed", "3", "--storage", "/s", "--name", "other"]) != base
+    assert check("train", ["--seed", "3", "--storage", "/s"]) != base
+
+
+def test_output_is_taken_up_where_the_connection_broke(capsys):
+    """A server whose first connection ends in the middle of the output, as when a forwarded port is lost."""
+    pieces = ["round 1\n", "round 2\n", "round 3\n"]
+    connections = []
+
+    async def version(_):
+        return web.json_response({"version": "4", "ray_version": "2.60.0", "ray_commit": ""})
+
+    async def info(_):
+        return web.json_response(
+            {"type": "SUBMISSION", "submission_id": "j", "status": "FAILED", "driver_exit_code": 2, "entrypoint": ""}
+        )
+
+    async def tail(request):
+        stream = web.WebSocketResponse()
+        await stream.prepare(request)
+        connections.append(stream)
+        for piece in pieces if len(connections) > 1 else pieces[:2]:
+            await stream.send_str(piece)
+        if len(connections) == 1:
+            request.transport.abort()
+        return stream
+
+    app = web.Application()
+    app.add_routes(
+        [web.get("/api/version", version), web.get("/api/jobs/j", info), web.get("/api/jobs/j/logs/tail", tail)]
+    )
+    loop, port = asyncio.new_event_loop(), free_port()
+    runner = web.AppRunner(app)
+    loop.run_until_complete(runner.setup())
+    loop.run_until_complete(web.TCPSite(runner, "127.0.0.1", port).start())
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        assert Jobs(f"http://127.0.0.1:{port}").follow("j") == 2  # a user's mistake, found on the cluster
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.run_until_complete(runner.cleanup())
+        loop.close()
+    assert len(connections) == 2
+    assert capsys.readouterr().out == "".join(pieces)
+
+
+# ------------------------------------------------------------------------------------------------------ with a cluster
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclasses.dataclass
+class Head:
+    """A Ray head of this test, on loopback, that asks for a token."""
+
+    folder: Path
+    port: int
+    environment: dict[str, str]
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def processes(self) -> list[psutil.Process]:
+        """Every process that was started with this head's token, jobs included."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("RAY_AUTH_TOKEN_PATH") == self.environment["RAY_AUTH_TOKEN_PATH"]:
+                    found.append(process)
+        return found
+
+    def start(self, log: str, *words: str, cwd: Path = ROOT) -> subprocess.Popen[bytes]:
+        """A command on the user's side; its output goes to a file."""
+        with self.folder.joinpath(log).open("wb") as file:
+            return subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, cwd=cwd, env=self.environment)
+
+    def submit(self, log: str, *words: str, cwd: Path = ROOT) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "pipelines.submit", *words, "--address", self.address]
+        return self.start(log, *command, cwd=cwd)
+
+    def output(self, log: str) -> str:
+        return self.folder.joinpath(log).read_text()
+
+
+@pytest.fixture(scope="module")
+def head():
+    folder = Path(tempfile.mkdtemp(prefix="ofmu", dir="/tmp"))  # a socket's path must be short
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment = inherited | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # the node's address is 127.0.0.1
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    head = Head(folder, free_port(), environment)
+    start = ["ray", "start", "--head", "--port", str(free_port()), "--dashboard-host", "127.0.0.1", "--num-cpus", "4"]
+    start += ["--dashboard-port", str(head.port), "--dashboard-agent-listen-port", "0", "--disable-usage-stats"]
+    start += ["--ray-client-server-port", str(free_port()), "--temp-dir", str(folder / "ray"), "--block"]
+    process = head.start("head.log", *start, cwd=folder)
+    try:
+        wait_for(lambda: "--block" in head.output("head.log"), process)
+        yield head
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+        _, left = psutil.wait_procs(head.processes(), timeout=20)
+        for straggler in left:
+            straggler.kill()
+        psutil.wait_procs(left)
+        shutil.rmtree(folder)
+    assert not left, left
+
+
+def wait_for(condition, process: subprocess.Popen[bytes]):
+    end = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < end and process.poll() is None:
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"it did not come about; the process's status is {process.poll()}")
+
+
+OPTIONS = [
+    *("--training.rounds", "24", "--training.checkpoint_every", "8", "--training.batch_size", "4"),
+    *("--ofmu.preset", "full", "--ofmu.inner_steps", "2"),
+    *("--evaluation.enabled", "false", "--tracking.system_metrics", "false"),
+]
+
+
+def driver(head: Head, name: str) -> psutil.Process:
+    """The Python process of a job's command on the head."""
+    for process in head.processes():
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            if "pipelines.unlearn" in words and name in words:
+                return process
+    raise AssertionError(f"no driver of {name}")
+
+
+def open_ports(head: Head) -> set[tuple[str, str]]:
+    """Where the cluster listens: (process, address)."""
+    found = set()
+    for process in head.processes():
+        with contextlib.suppress(psutil.Error):
+            for connection in process.net_connections(kind="inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    found.add((process.name(), connection.laddr.ip.removeprefix("::ffff:")))
+    return found
+
+
+@pytest.mark.slow
+def test_a_job_is_detached_stopped_killed_and_resumed(head):
+    """One job through all that can happen to it; its result is that of the plain command, left alone."""
+    storage = head.folder / "storage"
+    undisturbed = head.start(
+        "plain.log",
+        *("ray", "job", "submit", "--address", head.address, "--runtime-env", "runtime_env.yaml", "--working-dir", "."),
+        *("--", "python", "-m", "pipelines.unlearn", "--storage", str(storage), "--name", "plain", *OPTIONS),
+    )
+    words = ["unlearn", "--storage", str(storage), "--name", "job", *OPTIONS]
+
+    # Ctrl-C leaves the job alone and says how to go on
+    first = head.submit("first.log", *words)
+    wait_for(lambda: f"run     {storage}/job" in head.output("first.log"), first)
+    first.send_signal(signal.SIGINT)
+    assert first.wait(timeout=30) == 130
+    submission = re.search(r"--attach (\S+)", head.output("first.log"))[1]
+
+    # the same command finds the job running and follows it; --stop ends both
+    second = head.submit("second.log", *words)
+    wait_for(storage.joinpath("job/train/round_000008/state.json").exists, second)
+    ports = open_ports(head)
+    stop = head.submit("stop.log", "--stop", submission)
+    assert stop.wait(timeout=60) == 0, head.output("stop.log")
+    assert f"{submission} STOPPED" in head.output("stop.log")
+    assert second.wait(timeout=60) == 1
+    assert f"{submission} has this configuration and is running" in head.output("second.log")
+    assert not storage.joinpath("job/metrics.json").exists()
+
+    # the next one is a new job that takes up the run; its driver is killed
+    third = head.submit("third.log", *words)
+    wait_for(storage.joinpath("job/train/round_000016/state.json").exists, third)
+    driver(head, "job").kill()
+    assert third.wait(timeout=60) == 1
+    assert f"{submission}-2 FAILED" in head.output("third.log")
+
+    last = head.submit("last.log", *words)
+    assert last.wait(timeout=PATIENCE_SECONDS) == 0, head.output("last.log")[-3000:]
+    assert f"{submission}-3 SUCCEEDED" in head.output("last.log")
+    assert undisturbed.wait(timeout=PATIENCE_SECONDS) == 0, head.output("plain.log")[-3000:]
+    assert weights(storage / "job") == weights(storage / "plain")
+    assert [row["round"] for row in json.loads((storage / "job/training.json").read_text())["series"]] == list(
+        range(1, 25)
+    )
+
+    # torch's rendezvous of the workers has no option for its address; all else is on loopback
+    assert {name for name, ip in ports if ip != "127.0.0.1"} <= {
+        "ray::RayTrainWorker",
+        "ray::RayTrainWorker.run_train_fn",
+    }
+    assert ("gcs_server", "127.0.0.1") in ports
+
+
+@pytest.mark.slow
+def test_mistakes_that_only_the_cluster_sees_exit_with_2(head):
+    """The exit status of the pipeline, not Ray's: a model that is not there."""
+    words = ["evaluate", "--storage", str(head.folder / "storage"), "--models", '{"mine": "/no/such/model"}']
+    job = head.submit("mistake.log", *words)
+    assert job.wait(timeout=PATIENCE_SECONDS) == 2, head.output("mistake.log")
+    assert "no such folder" in head.output("mistake.log")
+    submission = re.search(r"(\S+) FAILED", head.output("mistake.log"))[1]
+    status = head.submit("status.log", "--status", submission)
+    assert status.wait(timeout=60) == 2
+    assert head.output("status.log") == f"{submission} FAILED\n"
+    unknown = head.submit("unknown.log", "--attach", "nothing")
+    assert unknown.wait(timeout=60) == 2
+    assert "no such job" in head.output("unknown.log")
+
+
+@pytest.mark.slow
+def test_the_token_is_asked_for_and_written_nowhere(head):
+    without = {key: value for key, value in head.environment.items() if not key.startswith("RAY_AUTH")}
+    command = [sys.executable, "-m", "pipelines.submit", "--status", "x", "--address", head.address]
+    refused = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=without)
+    assert refused.returncode == 2
+    assert "RAY_AUTH_TOKEN_PATH" in refused.stderr
+    token = head.folder.joinpath("token").read_bytes()
+    files = [path for path in head.folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert [path for path in files if token in path.read_bytes()] == [head.folder / "token"]
+    assert {"manifest.json", "mlflow.db"} <= {path.name for path in files}
+
+
+def weights(run: Path) -> str:
+    return hashlib.sha256((run / "model/model.safetensors").read_bytes()).hexdigest()
+
+
+def test_the_runtime_environment_leaves_threads_of_workers_to_ray():
+    """OMP_NUM_THREADS set for a whole job would hold for actors with many CPUs too."""
+    environment = yaml.safe_load((ROOT / "runtime_env.yaml").read_text())
+    assert "OMP_NUM_THREADS" not in environment["env_vars"]
