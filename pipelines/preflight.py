@@ -15,6 +15,8 @@ from ofmu_ray.storage import atomic_write, is_uri, local_path, without_credentia
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """What Ray sets in the process of a submitted job, and nowhere else."""
+UPLOADS = "working_dir_files"
+"""Ray's folder of unpacked working directories on a node."""
 
 
 def prepare_storage(storage: str) -> Path:
@@ -46,8 +48,9 @@ def check_job_storage(storage: str) -> None:
         UserError: `storage` is relative, or lies in the job's own working directory.
     """
     text = os.path.expanduser(storage.removeprefix("file://"))
-    inside = JOB_VARIABLE in os.environ and local_path(storage).is_relative_to(Path.cwd())
-    if not is_uri(storage) and (not os.path.isabs(text) or inside):
+    upload = next((path for path in (Path.cwd(), *Path.cwd().parents) if path.parent.name == UPLOADS), None)
+    inside = upload is not None and local_path(storage).is_relative_to(upload)
+    if not is_uri(storage) and (inside or not os.path.isabs(text)):
         raise UserError(
             f"storage = {storage!r}: a submitted job's own folder is removed with all that was written there; name the "
             "folder that all nodes share by its absolute path (--storage /mnt/...)"

@@ -27,7 +27,7 @@ from ofmu_ray.config.submit import SubmitConfig
 from ofmu_ray.errors import UserError
 from pipelines import cli
 from pipelines.jobs import Jobs
-from pipelines.preflight import JOB_VARIABLE, prepare_storage
+from pipelines.preflight import JOB_VARIABLE, UPLOADS, prepare_storage
 from pipelines.submit import JOBS, OWN, check, split
 from pipelines.upload import load_environment, packed
 
@@ -115,13 +115,17 @@ def test_a_configuration_that_the_upload_leaves_out_is_named(tmp_path):
 
 
 def test_a_job_does_not_write_into_its_own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert prepare_storage("runs") == tmp_path / "runs"
+    upload = tmp_path / UPLOADS / "_ray_pkg_1"
+    upload.mkdir(parents=True)
+    monkeypatch.chdir(upload)
+    assert prepare_storage("runs") == upload / "runs"
     monkeypatch.setenv(JOB_VARIABLE, "{}")
-    for storage in ("runs", str(tmp_path / "runs"), f"file://{tmp_path}/runs"):
+    for storage in ("runs", "../../runs", str(upload / "runs"), f"file://{upload}/runs"):
         with pytest.raises(UserError, match="absolute path"):
             prepare_storage(storage)
-    assert prepare_storage(str(tmp_path.parent / "shared")) == tmp_path.parent / "shared"
+    assert prepare_storage(str(tmp_path / "shared")) == tmp_path / "shared"
+    monkeypatch.chdir("/")  # an image's code, without an upload
+    assert prepare_storage(str(tmp_path / "shared")) == tmp_path / "shared"
 
 
 def test_equal_configurations_are_equal_jobs(tmp_path):

@@ -1,0 +1,3 @@
+#!/bin/sh
+# One run a day under the day's name, so that a retry on the same day resumes it:  sh cluster/nightly.sh --config FILE ...
+exec python -m pipelines.unlearn --name "nightly-$(date -u +%Y-%m-%d)" "$@"
