@@ -29,10 +29,10 @@ from step import machine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ofmu_ray.assets import resolve_builtin
-from ofmu_ray.config import FormatConfig
+from ofmu_ray.config import EvaluationConfig, FormatConfig
 from ofmu_ray.data.template import Template
-from ofmu_ray.evaluation.rows import EvaluationRow, evaluation_rows
-from ofmu_ray.evaluation.scorer import Scorer
+from ofmu_ray.evaluation.rows import EvaluationRow, evaluation_rows, with_row_metrics
+from ofmu_ray.evaluation.scorer import Result, Scorer, assemble, plan
 from ofmu_ray.evaluation.tree import tree_of
 
 FILES = {
@@ -44,6 +44,7 @@ FILES = {
 SHAPE = {"hidden_size": 160, "intermediate_size": 432, "num_hidden_layers": 4, "num_attention_heads": 4}
 VOCABULARY = 2048
 MAX_NEW_TOKENS = 200
+BATCH = EvaluationConfig().batch_size
 TOLERANCE = 1e-4
 Sets = Mapping[str, Sequence[EvaluationRow]]
 
@@ -112,7 +113,12 @@ def _tokenizer(texts: Sequence[str]) -> Any:
 
 
 def ours(scorer: Scorer, sets: Sets) -> dict[str, list[dict[str, Any]]]:
-    return {name: scorer.rows(rows).to_pylist() for name, rows in sets.items()}
+    units = {name: plan(rows, scorer.template, BATCH) for name, rows in sets.items()}
+    every = [unit for of in units.values() for unit in of]
+    results: dict[str, list[Result]] = {name: [] for name in sets}
+    for number, result in scorer.run_all(every):
+        results[every[number].set].append(result)
+    return {name: with_row_metrics(assemble(rows, results[name])).to_pylist() for name, rows in sets.items()}
 
 
 def plainly(scorer: Scorer, sets: Sets, memory: str) -> dict[str, dict[str, Any]]:
@@ -191,7 +197,7 @@ def where(scorer: Scorer, sets: Sets) -> dict[str, float]:
     whole = seconds("ours")
     parts = {
         "trees": seconds("tree_logits"),
-        "decoding": seconds("next_tokens"),
+        "decoding": seconds("_step"),
         "scores of logits": seconds("_normalised") + seconds("scores_of") + seconds("_nll"),
         "ROUGE": seconds("rouge_l_recall"),
         "tokenising": seconds("plan"),

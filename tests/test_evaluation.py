@@ -220,23 +220,24 @@ def test_other_weights_are_another_evaluation(model_dir: Path, tmp_path: Path, m
 
 def _count_units(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ran: list[str] = []
-    run = Scorer.run
-    monkeypatch.setattr(Scorer, "run", lambda self, unit: ran.append(unit.set) or run(self, unit))
+    run = Scorer.run_all
+    monkeypatch.setattr(
+        Scorer, "run_all", lambda self, units: ran.extend(unit.set for unit in units) or run(self, units)
+    )
     return ran
 
 
 def test_an_interrupted_evaluation_keeps_finished_sets(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Scorer.run
+    run = Scorer.run_all
 
-    def fail_on_the_last_set(self: Scorer, unit: Any) -> Any:
-        if unit.set == "world_facts":
-            raise KeyboardInterrupt
-        return run(self, unit)
+    def fail_on_the_last_set(self: Scorer, units: Any) -> Iterator[Any]:
+        yield from (each for each in run(self, units) if units[each[0]].set != "world_facts")
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Scorer, "run", fail_on_the_last_set)
+        patch.setattr(Scorer, "run_all", fail_on_the_last_set)
         with pytest.raises(KeyboardInterrupt):
             _evaluate(model_dir, tmp_path)
     ran = _count_units(monkeypatch)

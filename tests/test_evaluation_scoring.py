@@ -14,7 +14,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from ofmu_ray.config import FormatConfig
 from ofmu_ray.data.template import Template
-from ofmu_ray.evaluation import generation, row_pass, scoring, tree
+from ofmu_ray.evaluation import continuation, generation, row_pass, scoring, tree
 from ofmu_ray.evaluation.rouge import rouge_l_recall
 from ofmu_ray.evaluation.scorer import Scorer
 
@@ -212,8 +212,11 @@ def test_trees_give_what_single_texts_give(
 
 
 @pytest.mark.parametrize("slots", [1, 4, 64])
-def test_generations_that_start_from_trees_are_the_same(tree_model: Any, template: Template, slots: int) -> None:
+def test_generations_that_start_from_trees_are_the_same(
+    tree_model: Any, template: Template, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Answers that the model itself would say, for a while or to their end, save steps and change nothing."""
+    monkeypatch.setattr(continuation, "_TOGETHER", 3)  # several attention calls a step, texts move between them
     prompts = [template.encode_prompt(question) for question in QUESTIONS]
     free = generation.generate(tree_model, prompts, max_new_tokens=24, stop=frozenset(), batch_size=64)
     stop = frozenset({free[0][12]})
@@ -226,8 +229,8 @@ def test_generations_that_start_from_trees_are_the_same(tree_model: Any, templat
     values = list(row_pass.row_values(tree_model, trees, most, stop))
     known = [len(each.begun.tokens) for each in values]
     assert known == [min(number % 30 + 1, len(text)) for number, text in enumerate(expected)]
-    found = generation.finish(tree_model, (each.begun for each in values), most, stop=stop, slots=slots)
-    assert found == expected
+    found = dict(continuation.finish(tree_model, (each.begun for each in values), most, stop=stop, slots=slots))
+    assert [found[number] for number in range(len(prompts))] == expected
     assert tree_model.config._attn_implementation == "sdpa"
 
 
@@ -239,16 +242,16 @@ def test_begun_generations_are_read_as_slots_become_free(template: Template) -> 
     forward = model.model.forward
 
     def counted(*args: Any, **options: Any) -> Any:
-        if options["input_ids"].shape[1] == 1:
-            sizes.append((len(taken), options["input_ids"].shape[0]))
+        if taken:  # the trees' one pass is over: steps
+            sizes.append((len(taken), options["input_ids"].shape[1]))
         return forward(*args, **options)
 
     most = [3 + 2 * (index % 5) for index in range(len(trees))]
     values = row_pass.row_values(model, trees, most, frozenset())
     model.model.forward = counted
     begun = (taken.append(number) or each.begun for number, each in enumerate(values))  # type: ignore[func-returns-value]
-    found = generation.finish(model, begun, most, stop=frozenset(), slots=8)
-    assert [len(text) for text in found] == most
+    found = dict(continuation.finish(model, begun, most, stop=frozenset(), slots=8))
+    assert [len(found[number]) for number in range(len(trees))] == most
     assert sizes[0] == (8, 8)
     assert max(size for _, size in sizes) == 8
     assert sum(size for _, size in sizes) < 1.6 * sum(most)  # few slots stand empty or finished

@@ -102,9 +102,7 @@ def run_units(units: Sequence[Unit], loading: Loading, actors: int | None) -> It
     ray = _running_ray()
     small = actors is None and device_kind() == "cpu" and _flops(units, loading) < _SMALL_FLOPS
     if ray is None or small:
-        scorer = loading.scorer(device_kind())
-        for number, unit in enumerate(units):
-            yield number, scorer.run(unit)
+        yield from loading.scorer(device_kind()).run_all(units)
         return
     from ray.util import ActorPool
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -56,48 +56,6 @@ def generate_batch(
         while live:
             live = _run(decoding, live, texts, left, stop)
     return texts
-
-
-States = Sequence[tuple[torch.Tensor, torch.Tensor]]
-"""Per layer, one text's keys and values [heads, length, width]."""
-
-
-class Begun(NamedTuple):
-    """A generation whose first tokens are known."""
-
-    tokens: list[int]
-    """New tokens so far."""
-    states: States | None
-    """Of the prompt and all of `tokens` but the last; None: ended."""
-
-
-@torch.inference_mode()
-def finish(
-    model: Any, begun: Iterable[Begun], left: Sequence[int], *, stop: frozenset[int], slots: int
-) -> list[list[int]]:
-    """All new tokens of generations that were begun elsewhere, `slots` of them at a time.
-
-    `left`: most new tokens of each, `tokens` included. `begun` is read as slots become free, so that the batch stays
-    full until the last generations: a step on few rows costs hardly less than one on many.
-    """
-    texts: list[list[int]] = []
-    live: list[int] = []
-    decoding = _Decoding(model, _cache(model))
-    waiting = iter(begun)
-    while True:
-        joining: dict[int, States] = {}
-        for each in waiting:
-            if each.states is not None:
-                joining[len(texts)] = each.states
-            texts.append(list(each.tokens))
-            if len(live) + len(joining) == slots:
-                break
-        if joining:
-            decoding.join(list(joining.values()), [texts[row][-1] for row in joining])
-            live += joining
-        if not live:
-            return texts
-        live = _run(decoding, live, texts, left, stop)
 
 
 def _run(
@@ -153,15 +111,6 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
         self.keys, self.values = self.key_room[:, :, :length], self.value_room[:, :, :length]
         return self.keys, self.values
 
-    def join(self, states: Sequence[tuple[torch.Tensor, torch.Tensor]], longest: int) -> None:
-        """Add rows [heads, length, width]; every row ends at column `longest`, what stands before its first is void."""
-        if not self.is_initialized:
-            self.lazy_initialization(*states[0])
-            self.keys, self.values = (part.new_zeros(0, part.shape[0], 0, part.shape[2]) for part in states[0])
-        self.key_room = _joined(self.keys, [keys for keys, _ in states], longest)
-        self.value_room = _joined(self.values, [values for _, values in states], longest)
-        self.keys, self.values = self.key_room[:, :, :longest], self.value_room[:, :, :longest]
-
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         length = self.get_seq_length()
         self.key_room, self.value_room = self.key_room[indices], self.value_room[indices]
@@ -172,24 +121,9 @@ def _roomy(room: torch.Tensor, used: int, length: int) -> torch.Tensor:
     """The buffer [rows, heads, positions, width] itself, or a larger copy when `length` positions do not fit."""
     if length <= room.shape[2]:
         return room
-    larger = room.new_empty(room.shape[0], room.shape[1], _room_for(length), room.shape[3])
+    larger = room.new_empty(room.shape[0], room.shape[1], max(64, 2 * length), room.shape[3])
     larger[:, :, :used] = room[:, :, :used]
     return larger
-
-
-def _room_for(length: int) -> int:
-    return max(64, 2 * length)
-
-
-def _joined(old: torch.Tensor, new: Sequence[torch.Tensor], longest: int) -> torch.Tensor:
-    """A buffer with the old rows and the new ones, all of which end at column `longest`."""
-    rows, heads, length, width = old.shape
-    room = old.new_zeros(rows + len(new), heads, _room_for(longest), width)
-    kept = min(length, longest)
-    room[:rows, :, longest - kept : longest] = old[:, :, length - kept :]
-    for row, states in enumerate(new, rows):
-        room[row, :, longest - states.shape[1] : longest] = states
-    return room
 
 
 def _cache(model: Any) -> DynamicCache:
@@ -202,14 +136,11 @@ def _cache(model: Any) -> DynamicCache:
 class _Decoding:
     """A batch in flight: its cache of keys and values, its padding, and the tokens that come next."""
 
-    def __init__(
-        self, model: Any, cache: DynamicCache, ids_bt: torch.Tensor | None = None, padding: Sequence[int] = ()
-    ) -> None:
-        device = model.get_input_embeddings().weight.device
+    def __init__(self, model: Any, cache: DynamicCache, ids_bt: torch.Tensor, padding: Sequence[int]) -> None:
         self.model = model
         self.cache = cache
-        self.inputs_bt = torch.empty(0, 1, dtype=torch.long, device=device) if ids_bt is None else ids_bt
-        self.padding_b = torch.tensor(padding, dtype=torch.long, device=device)
+        self.inputs_bt = ids_bt
+        self.padding_b = torch.tensor(padding, dtype=torch.long, device=ids_bt.device)
         self.length = 0
         self.padded = any(padding)
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
@@ -233,16 +164,4 @@ class _Decoding:
         rows = torch.tensor(positions, dtype=torch.long, device=self.inputs_bt.device)
         self.cache.batch_select_indices(rows)
         self.inputs_bt, self.padding_b = self.inputs_bt[rows], self.padding_b[rows]
-        self.padded = bool(self.padding_b.any())
-
-    def join(self, states: Sequence[States], tokens: Sequence[int]) -> None:
-        """Add rows whose next input is `tokens`. Columns that no row needs any more are dropped."""
-        device = self.inputs_bt.device
-        new_b = torch.tensor([each[0][0].shape[1] for each in states], device=device)
-        lengths_b = torch.cat([self.length - self.padding_b, new_b])
-        self.length = int(lengths_b.max())
-        for number, layer in enumerate(self.cache.layers):
-            layer.join([each[number] for each in states], self.length)
-        self.padding_b = self.length - lengths_b
-        self.inputs_bt = torch.cat([self.inputs_bt, torch.tensor(tokens, device=device)[:, None]])
         self.padded = bool(self.padding_b.any())

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache
 
-from ofmu_ray.evaluation.generation import Begun
+from ofmu_ray.evaluation.continuation import Begun
 from ofmu_ray.evaluation.scoring import LOGITS_AT_ONCE, TokenScores, scores_of
 from ofmu_ray.evaluation.tree import Tree, tree_logits
 
-_NODES = {"cpu": 2048, "cuda": 16384}  # nodes of one pass: the activations of 2048 stay in a processor's cache
+_NODES = {"cpu": 512, "cuda": 16384}  # nodes of one pass: the activations of 512 stay in a processor's second cache
 
 
 class RowValues(NamedTuple):
@@ -84,9 +84,13 @@ def _places(texts: _Texts, device: torch.device) -> tuple[torch.Tensor, torch.Te
 
 def _normalised(logits_nv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """log of the sum of exponentials [n], and the most likely token [n]."""
-    chunks = torch.split(logits_nv, 256)
-    sums = torch.cat([chunk.float().logsumexp(dim=-1) for chunk in chunks])
-    return sums, torch.cat([chunk.argmax(dim=-1) for chunk in chunks])
+    sums, best = [], []
+    for chunk in torch.split(logits_nv, 128):
+        largest_n, best_n = chunk.float().max(dim=-1)
+        # log_softmax takes half the time of logsumexp on a processor
+        sums.append(largest_n - chunk.float().log_softmax(dim=-1).gather(1, best_n[:, None])[:, 0])
+        best.append(best_n)
+    return torch.cat(sums), torch.cat(best)
 
 
 def _nll(logits_nv: torch.Tensor, normaliser_n: torch.Tensor, texts: _Texts) -> list[float]:

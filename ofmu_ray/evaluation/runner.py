@@ -94,9 +94,7 @@ def evaluate_live(
     module.eval()
     try:
         scorer = Scorer(module, tokenizer, template, max_new_tokens=config.max_new_tokens)
-        return _table(
-            rows, template, config, label, reveal_text, store, lambda units: enumerate(map(scorer.run, units))
-        )
+        return _table(rows, template, config, label, reveal_text, store, scorer.run_all)
     finally:
         module.train(training)
 

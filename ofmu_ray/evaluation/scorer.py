@@ -13,8 +13,9 @@ import pyarrow as pa
 
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation import metrics
+from ofmu_ray.evaluation.continuation import Begun, finish
 from ofmu_ray.evaluation.degeneration import ngram_entropy
-from ofmu_ray.evaluation.generation import Begun, budgets, finish, generate, stop_ids
+from ofmu_ray.evaluation.generation import budgets, generate, stop_ids
 from ofmu_ray.evaluation.metrics import FloatArray
 from ofmu_ray.evaluation.rouge import rouge_l_recall
 from ofmu_ray.evaluation.row_pass import row_values
@@ -22,6 +23,7 @@ from ofmu_ray.evaluation.rows import MEASURED, EvaluationRow, with_row_metrics
 from ofmu_ray.evaluation.scoring import Text, TokenScores, length_sorted, mean_nll, token_scores
 from ofmu_ray.evaluation.tree import takes_trees, tree_of
 
+_SLOTS = 2  # generations at a time for a batch's row: they bring one token to a step, not a text
 _UNIT_BATCHES = 4  # batches of a unit: generations fill each other's gaps within it, and actors share out whole units
 
 
@@ -45,8 +47,8 @@ class Unit:
     """Per row, whether its second text is a paraphrase."""
     references: Sequence[str]
     """The right answers that generations are compared with."""
-    slots: int
-    """Generations at a time."""
+    batch_size: int
+    """Texts that go through the model together; twice as many generations go on at a time."""
 
     @property
     def prompts(self) -> list[Sequence[int]]:
@@ -83,7 +85,7 @@ def plan(rows: Sequence[EvaluationRow], template: RowTemplate, batch_size: int) 
             [texts[row] for row in batch],
             [rows[row].paraphrase is not None for row in batch],
             [rows[row].answer for row in batch],
-            slots=batch_size,
+            batch_size=batch_size,
         )
         for batch in length_sorted([each[0][1] for each in texts], _UNIT_BATCHES * batch_size)
     ]
@@ -136,11 +138,8 @@ class Scorer:
 
     def rows(self, rows: Sequence[EvaluationRow], batch_size: int = 64) -> pa.Table:
         """Per-row values of one set, in this process: MEASURED, `probability` and `truth_ratio`."""
-        results = list(self.run_all(plan(rows, self.template, batch_size)))
+        results = [result for _, result in self.run_all(plan(rows, self.template, batch_size))]
         return with_row_metrics(assemble(rows, results))
-
-    def run_all(self, units: Sequence[Unit]) -> Iterator[Result]:
-        return (self.run(unit) for unit in units)
 
     @cached_property
     def shares_prompts(self) -> bool:
@@ -149,7 +148,19 @@ class Scorer:
 
     def run(self, unit: Unit) -> Result:
         """One unit's values."""
-        scores, new = self._shared(unit) if self.shares_prompts else self._plain(unit)
+        [(_, result)] = self.run_all([unit])
+        return result
+
+    def run_all(self, units: Sequence[Unit]) -> Iterator[tuple[int, Result]]:
+        """(number of the unit, its values) as units end. Generations of all units fill each other's gaps."""
+        if self.shares_prompts:
+            yield from self._shared(units)
+        else:
+            for number, unit in enumerate(units):
+                yield number, self._result(unit, *self._plain(unit))
+
+    def _result(self, unit: Unit, scores: Sequence[dict[str, Any]], new: Sequence[Sequence[int]]) -> Result:
+        """`scores`: columns of the teacher-forced passes, `new`: tokens of the generations, a row each."""
         if self.max_new_tokens == 0:
             return dict(zip(unit.rows, scores, strict=True))
         texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in new]
@@ -167,24 +178,36 @@ class Scorer:
             for row, columns, text, tokens, recall in zip(unit.rows, scores, texts, new, recalls, strict=True)
         }
 
-    def _shared(self, unit: Unit) -> tuple[list[dict[str, Any]], list[list[int]]]:
-        left = budgets(self.model, [len(prompt) for prompt in unit.prompts], self.max_new_tokens)
-        columns: list[dict[str, Any]] = []
+    def _shared(self, units: Sequence[Unit]) -> Iterator[tuple[int, Result]]:
+        left = budgets(self.model, [len(prompt) for unit in units for prompt in unit.prompts], self.max_new_tokens)
+        owners = [number for number, unit in enumerate(units) for _ in unit.rows]
+        first = np.cumsum([0] + [len(unit.rows) for unit in units])
+        columns: list[list[dict[str, Any]]] = [[] for _ in units]
 
         def begun() -> Iterator[Begun]:
-            passes = row_values(self.model, [tree_of(texts) for texts in unit.texts], left, self.stop)
-            for values, paraphrased in zip(passes, unit.paraphrased, strict=True):
-                columns.append(_columns(values.answer, values.other_nll, paraphrased))
-                yield values.begun
+            for number, unit in enumerate(units):
+                trees = [tree_of(texts) for texts in unit.texts]
+                passes = row_values(self.model, trees, left[first[number] : first[number + 1]], self.stop)
+                for values, paraphrased in zip(passes, unit.paraphrased, strict=True):
+                    columns[number].append(_columns(values.answer, values.other_nll, paraphrased))
+                    yield values.begun
 
-        return columns, finish(self.model, begun(), left, stop=self.stop, slots=unit.slots)
+        new: list[dict[int, list[int]]] = [{} for _ in units]
+        slots = _SLOTS * max(unit.batch_size for unit in units)
+        for row, tokens in finish(self.model, begun(), left, stop=self.stop, slots=slots):
+            number = owners[row]
+            unit, done = units[number], new[number]
+            done[row] = tokens
+            if len(done) == len(unit.rows):
+                yield number, self._result(unit, columns[number], [done[each] for each in sorted(done)])
+                columns[number], new[number] = [], {}
 
     def _plain(self, unit: Unit) -> tuple[list[dict[str, Any]], list[list[int]]]:
         new = generate(
-            self.model, unit.prompts, max_new_tokens=self.max_new_tokens, stop=self.stop, batch_size=unit.slots
+            self.model, unit.prompts, max_new_tokens=self.max_new_tokens, stop=self.stop, batch_size=unit.batch_size
         )
-        others = iter(mean_nll(self.model, [text for texts in unit.texts for text in texts[1:]], unit.slots))
-        answers = token_scores(self.model, [texts[0] for texts in unit.texts], unit.slots)
+        others = iter(mean_nll(self.model, [text for texts in unit.texts for text in texts[1:]], unit.batch_size))
+        answers = token_scores(self.model, [texts[0] for texts in unit.texts], unit.batch_size)
         return [
             _columns(answer, [float(next(others)) for _ in texts[1:]], paraphrased)
             for answer, texts, paraphrased in zip(answers, unit.texts, unit.paraphrased, strict=True)

@@ -245,7 +245,7 @@ def tree_logits(model: Any, trees: Sequence[Tree]) -> TreePass:
     layout = _Layout(_grouped(trees, device), set())
     token = _layout.set(layout)
     try:
-        with _attending(model), head_on(model, lambda hidden: hidden[:, nodes]):
+        with attending(model, _ATTENTION), head_on(model, lambda hidden: hidden[:, nodes]):
             logits = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits[0]
     finally:
         _layout.reset(token)
@@ -253,10 +253,10 @@ def tree_logits(model: Any, trees: Sequence[Tree]) -> TreePass:
 
 
 @contextmanager
-def _attending(model: Any) -> Iterator[None]:
-    """Within the context the model attends along the trees of `_layout`."""
+def attending(model: Any, how: str) -> Iterator[None]:
+    """Within the context the model's attention is the one registered under this name."""
     usual = model.config._attn_implementation
-    model.set_attn_implementation(_ATTENTION)
+    model.set_attn_implementation(how)
     try:
         yield
     finally:
