@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +12,12 @@ import pyarrow as pa
 from ofmu_ray.evaluation.comparison import Trial, hypervolume, number_of, pareto_front, sensitivity
 from ofmu_ray.reporting import benchmark_runs, figures
 from ofmu_ray.reporting import benchmark_tables as tables
-from ofmu_ray.reporting.benchmark_plots import Plot, Point, cost_plot, plane, sensitivity_plot
+from ofmu_ray.reporting.benchmark_plots import Point, cost_plot, plane, sensitivity_plot
 from ofmu_ray.reporting.benchmark_results import Benchmark, SplitResults, split_results
 from ofmu_ray.reporting.benchmark_settings import BenchmarkSettings
-from ofmu_ray.reporting.page import page_environment
-from ofmu_ray.reporting.tables import Table, cells, csv_text, markdown
+from ofmu_ray.reporting.sections import Head, Section, all_tables, html_page, markdown_page, some
+from ofmu_ray.reporting.tables import Table, cells, csv_text
 from ofmu_ray.storage import atomic_write
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading and what stands under it, in this order."""
-
-    title: str
-    notes: Sequence[str] = ()
-    tables: Sequence[Table] = ()
-    plots: Sequence[Plot] = ()
-    more: Sequence[Table] = ()
-    """Tables after the plots."""
-    panels: Sequence[Plot] = field(default_factory=tuple)
-    """Small plots, folded."""
-    level: int = 2
 
 
 def write_benchmark_report(
@@ -57,9 +41,13 @@ def write_benchmark_report(
     benchmark = Benchmark(trials, rows, BenchmarkSettings.of(settings))
     sections = _sections(benchmark)
     head = _head(benchmark)
-    texts = {"report.html": _page(benchmark, head, sections), "report.md": _markdown(benchmark, head, sections)}
+    title, command = benchmark.settings.title, benchmark.settings.command
+    texts = {
+        "report.html": html_page("benchmark", title, head, command, sections),
+        "report.md": markdown_page(title, head, command, sections),
+    }
     records: dict[str, list[Mapping[str, Any]]] = {"trials": list(benchmark.trials)}
-    for table in _all_tables(sections):
+    for table in all_tables(sections):
         if table.name:
             records.setdefault(table.name, []).extend(table.records)
     texts |= {f"{name}.csv": csv_text(found) for name, found in records.items()}
@@ -70,16 +58,6 @@ def write_benchmark_report(
 
 
 # ------------------------------------------------------------------------------------------------------ the content
-
-
-@dataclass(frozen=True)
-class Head:
-    """What stands above the sections."""
-
-    status: str
-    finished: bool
-    facts: Mapping[str, str]
-    notes: Sequence[str]
 
 
 def _head(benchmark: Benchmark) -> Head:
@@ -128,13 +106,9 @@ def _sections(benchmark: Benchmark) -> list[Section]:
     count = len(failures.rows) if failures else 0
     notes = [] if failures else ["Every run so far finished as planned."]
     sections.append(
-        Section("Runs that did not finish as planned" + (f": {count}" if count else ""), notes, _some(failures))
+        Section("Runs that did not finish as planned" + (f": {count}" if count else ""), notes, some(failures))
     )
     return [section for section in sections if section.notes or section.tables or section.plots]
-
-
-def _some(*found: Table | None) -> list[Table]:
-    return [table for table in found if table is not None and table.rows]
 
 
 def _results(benchmark: Benchmark, found: SplitResults) -> Section:
@@ -149,7 +123,7 @@ def _results(benchmark: Benchmark, found: SplitResults) -> Section:
     more = [tables.tests_table(benchmark, found), tables.other_figures_table(benchmark, found)]
     return Section(
         found.split, notes, [tables.results_table(benchmark, found)],
-        more=_some(*more, benchmark_runs.runs_table(benchmark, found.split)),
+        more=some(*more, benchmark_runs.runs_table(benchmark, found.split)),
     )  # fmt: skip
 
 
@@ -273,37 +247,15 @@ def _choice(benchmark: Benchmark, split: str) -> Section:
     )
     header = ["Method", "Option", "Trials", f"With {objective}", f"With {utility}"]
     found = Table(name="sensitivity", caption=caption, header=header, rows=rows, words=2, records=records)
-    return Section(f"Choice and sensitivity, {split}", notes, _some(table), more=_some(found), panels=panels, level=3)
+    return Section(
+        f"Choice and sensitivity, {split}", notes, some(table), more=some(found), panels=panels,
+        fold="The trials behind the correlations", level=3,
+    )  # fmt: skip
 
 
 def _ablation(benchmark: Benchmark, split: str) -> Section:
-    return Section(f"Ablation, {split}", tables=_some(tables.ablation_table(benchmark, split)), level=3)
+    return Section(f"Ablation, {split}", tables=some(tables.ablation_table(benchmark, split)), level=3)
 
 
 def _published(benchmark: Benchmark, found: SplitResults) -> Section:
-    return Section(f"Published numbers, {found.split}", tables=_some(tables.published_table(benchmark, found)), level=3)
-
-
-# --------------------------------------------------------------------------------------------------------- rendering
-
-
-def _all_tables(sections: Iterable[Section]) -> list[Table]:
-    return [table for section in sections for table in (*section.tables, *section.more)]
-
-
-def _page(benchmark: Benchmark, head: Head, sections: Sequence[Section]) -> str:
-    template = page_environment().get_template("benchmark.html.j2")
-    return str(template.render(settings=benchmark.settings, head=head, sections=sections))
-
-
-def _markdown(benchmark: Benchmark, head: Head, sections: Sequence[Section]) -> str:
-    facts = " · ".join(f"{name}: {words}" for name, words in head.facts.items())
-    parts = [f"# {benchmark.settings.title}", f"{facts}", *head.notes]
-    if benchmark.settings.command:
-        parts.append(f"```\n{benchmark.settings.command}\n```")
-    for section in sections:
-        parts.append(f"{'#' * section.level} {section.title}")
-        parts += [*section.notes, *(markdown(table).rstrip() for table in (*section.tables, *section.more))]
-        if section.plots:
-            parts.append("The plots are in report.html.")
-    return "\n\n".join(parts) + "\n"
+    return Section(f"Published numbers, {found.split}", tables=some(tables.published_table(benchmark, found)), level=3)

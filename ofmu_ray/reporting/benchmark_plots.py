@@ -3,45 +3,12 @@
 from __future__ import annotations
 
 import html
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ofmu_ray.evaluation.comparison import Sensitivity, pareto_front
+from ofmu_ray.reporting.marks import COLOURS, SHAPES, Key, Plot, with_words
 from ofmu_ray.reporting.plots import FAINT, INK, inline_svg, new_axes
-
-# Colour and shape of the n-th method: told apart without colour, and 24 of them before a pair repeats.
-_COLOURS = {f"#020a0{index}": f"var(--method-{index})" for index in range(1, 9)}
-_SHAPES = {
-    "o": "M8 1.6a3.4 3.4 0 1 1 0 6.8a3.4 3.4 0 1 1 0 -6.8Z",
-    "s": "M4.9 1.9h6.2v6.2h-6.2Z",
-    "^": "M8 1.2L11.9 8.2H4.1Z",
-    "D": "M8 .9L12.1 5L8 9.1L3.9 5Z",
-    "v": "M8 8.8L11.9 1.8H4.1Z",
-    "P": "M6.7 1.2h2.6v2.5h2.5v2.6h-2.5v2.5H6.7V6.3H4.2V3.7h2.5Z",
-}
-
-
-@dataclass(frozen=True)
-class Key:
-    """One entry of a legend, which the page draws itself so that it wraps on a phone."""
-
-    label: str
-    colour: str
-    """CSS colour."""
-    shape: str
-    """SVG path in a box of 16 x 10."""
-    filled: bool = True
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A plot with its legend."""
-
-    title: str
-    svg: str
-    legend: Sequence[Key]
-    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,17 +23,16 @@ class Point:
     """A reported run (solid); else a tuning trial (faint)."""
 
 
+# Colour and shape of the n-th method: told apart without colour, and 24 of them before a pair repeats.
 def _style(index: int) -> tuple[str, str]:
     """(matplotlib colour, marker) of the n-th method."""
-    colours, markers = list(_COLOURS), list(_SHAPES)
+    colours, markers = list(COLOURS), list(SHAPES)
     return colours[index % len(colours)], markers[index % len(markers)]
 
 
 def _keys(methods: Sequence[str]) -> list[Key]:
     styles = [_style(index) for index in range(len(methods))]
-    return [
-        Key(name, _COLOURS[colour], _SHAPES[marker]) for name, (colour, marker) in zip(methods, styles, strict=True)
-    ]
+    return [Key(name, COLOURS[colour], SHAPES[marker]) for name, (colour, marker) in zip(methods, styles, strict=True)]
 
 
 def plane(
@@ -108,7 +74,7 @@ def plane(
     lowest = min(run.x for runs in (*points.values(), list(references.values())) for run in runs)
     axes.set_xlim(left=max(0.0, lowest - 0.05))
     return Plot(
-        title, _with_words(inline_svg(figure, html.escape(title), _COLOURS), words), _keys(list(points)), wide=True
+        title, with_words(inline_svg(figure, html.escape(title), COLOURS), words), _keys(list(points)), wide=True
     )
 
 
@@ -130,14 +96,14 @@ def cost_plot(title: str, points: Mapping[str, Sequence[Point]], x_label: str) -
     axes.set_xlabel(x_label)
     axes.set_ylabel("1 − KS distance")
     return Plot(
-        title, _with_words(inline_svg(figure, html.escape(title), _COLOURS), words), _keys(list(points)), wide=True
+        title, with_words(inline_svg(figure, html.escape(title), COLOURS), words), _keys(list(points)), wide=True
     )
 
 
 def sensitivity_plot(title: str, found: Sensitivity, objective: str, utility: str) -> Plot:
     """One option against both outcomes of the tuning trials; each outcome has its own axis."""
     figure, axes = new_axes(3.9, 2.3)
-    colours = list(_COLOURS)
+    colours = list(COLOURS)
     axes.plot(found.values, found.objective, "o", color=colours[0], markersize=5, markeredgewidth=0)
     other = axes.twinx()
     other.plot(found.values, found.utility, "s", color=colours[1], markersize=5, fillstyle="none", markeredgewidth=1.3)
@@ -155,20 +121,13 @@ def sensitivity_plot(title: str, found: Sensitivity, objective: str, utility: st
     axes.set_xlabel(found.option)
     return Plot(
         title,
-        inline_svg(figure, html.escape(title), _COLOURS),
+        inline_svg(figure, html.escape(title), COLOURS),
         [
-            Key(f"{objective} (left), {_correlation(found.objective_correlation)}", "var(--method-1)", _SHAPES["o"]),
-            Key(
-                f"{utility} (right), {_correlation(found.utility_correlation)}", "var(--method-2)", _SHAPES["s"], False
-            ),
+            Key(f"{objective} (left), {_correlation(found.objective_correlation)}", "var(--method-1)", SHAPES["o"]),
+            Key(f"{utility} (right), {_correlation(found.utility_correlation)}", "var(--method-2)", SHAPES["s"], False),
         ],
     )
 
 
 def _correlation(value: float | None) -> str:
     return "no rank correlation" if value is None else f"rank correlation {value:+.2f}"
-
-
-def _with_words(svg: str, words: Sequence[str]) -> str:
-    """Gives each point the text that the browser shows on hover; ids go, as several plots share a page."""
-    return re.sub(r'<g id="point-(\d+)">', lambda found: f"<g><title>{html.escape(words[int(found[1])])}</title>", svg)

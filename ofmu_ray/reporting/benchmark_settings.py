@@ -46,7 +46,7 @@ class BenchmarkSettings:
             planned_runs=_planned_runs(config),
             ablation_of=ablation.get("of") if ablation.get("variants") else None,
             command=command if isinstance(command, str) else shlex.join(command),
-            facts=_facts(found, base),
+            facts=facts(found, base),
             samples=(base.get("evaluation") or {}).get("bootstrap_samples") or 1000,
         )
 
@@ -59,7 +59,8 @@ def _planned_runs(config: Mapping[str, Any]) -> int | None:
     return per_split * len(config["splits"])
 
 
-def _facts(found: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, str]:
+def facts(found: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, str]:
+    """Model, machine, code and packages in words."""
     code, packages = found.get("code") or {}, found.get("packages") or {}
     commit = f" ({code['commit'][:10]}{', modified' if code.get('modified') else ''})" if code.get("commit") else ""
     facts = {
