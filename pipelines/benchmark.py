@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import shutil
 import sys
@@ -11,15 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import (
     LABELS,
     BenchmarkConfig,
-    ModelConfig,
     StopConfig,
     UnlearnConfig,
     apply_overrides,
-    close_match,
     flatten,
     to_dict,
 )
@@ -28,10 +23,11 @@ from pipelines import benchmark_results as results
 from pipelines.evaluation import Evaluator
 from pipelines.parse import fail, parse
 from pipelines.pool import Pool
-from pipelines.preflight import check_machine, check_model, check_sources, prepare_storage, public
+from pipelines.preflight import check_machine, prepare_storage, public
+from pipelines.prepared import checked, prepare
 from pipelines.terminal import say
 from pipelines.trial import PRIVATE, SplitData, Trial, cost_signature, read_result, result_path, write_failure
-from tune_spaces import SPACES, Space, parse_prior
+from tune_spaces import Space, parse_priors, space_for
 
 PROG = "ofmu benchmark"
 COST_ROUNDS = 2
@@ -99,44 +95,19 @@ def space_of(config: BenchmarkConfig, label: str) -> Space:
     known = LABELS | config.labels
     base = config.run(next(iter(config.splits)), label)
     fixed = flatten(known[label])
-    space = SPACES[base.method].scaled(config.tuning.lr_scale).with_priors(dict.fromkeys(fixed))
+    space = space_for(label, base, config.tuning.lr_scale).with_priors(dict.fromkeys(fixed))
     for name in (base.method, label):
         priors = config.tuning.spaces.get(name, {})
-        space = space.with_priors({field: parse_prior(text) if text else None for field, text in priors.items()})
+        space = space.with_priors(parse_priors(priors, option=f"tuning.spaces.{name}"))
     space.check(base)
     return space
 
 
 def _checked_split(config: BenchmarkConfig, split: str, storage: Path) -> Evaluator:
-    """Models, sources and evaluation rows of a split are there, and give the figures that the rule asks for."""
-    base = config.run(split, config.methods[0])
-    check_model(base.model)
-    check_sources(base.data)
-    evaluation, rule = base.evaluation, config.rule
-    if evaluation.retrained:
-        check_model(ModelConfig(path=evaluation.retrained), "evaluation.retrained")
-    elif "forget_quality" in (rule.objective, rule.utility):
-        raise UserError(f"{split}: forget_quality needs a model without the forget rows: name evaluation.retrained")
-    if not evaluation.enabled:
-        raise UserError(f"{split}: evaluation.enabled is false, but a benchmark compares evaluations")
-    from ofmu_ray.evaluation.summary import FIGURES
-
-    for option, figure in (("rule.objective", rule.objective), ("rule.utility", rule.utility)):
-        if figure not in FIGURES:
-            raise UserError(f"{option} = {figure!r}: no such figure.{close_match(figure, FIGURES)}")
-        if config.tuning.max_new_tokens == 0 and (figure == "model_utility" or figure.endswith("rouge")):
-            raise UserError(f"tuning.max_new_tokens = 0: without generations there is no {option} = {figure}")
-    return Evaluator.of(base, storage)
-
-
-def _fingerprint(base: UnlearnConfig, prepared: Any, evaluator: Evaluator) -> str:
-    """By content: a model that was fitted anew under the same path, or other rows, make other runs."""
-    from ofmu_ray.evaluation.cache import model_fingerprint, weights_folder
-
-    paths = [path for path in (base.model.path, base.evaluation.retrained) if path]
-    weights = [model_fingerprint(weights_folder(resolve_builtin(path))) for path in paths]
-    streams = [stream.fingerprint for stream in prepared.streams.values()]
-    return hashlib.sha256(json.dumps([weights, streams, evaluator.sets]).encode()).hexdigest()
+    rule = config.rule
+    asked = {"rule.objective": rule.objective, "rule.utility": rule.utility}
+    generation = "tuning.max_new_tokens", config.tuning.max_new_tokens
+    return checked(config.run(split, config.methods[0]), storage, asked, generation, where=f"{split}: ")
 
 
 class Benchmark:
@@ -158,33 +129,14 @@ class Benchmark:
         self.done: list[tuple[Trial, dict[str, Any]]] = []
         self.selected: dict[tuple[str, str], results.Chosen] = {}
         for split, evaluator in evaluators.items():
-            self._prepare(split, evaluator)
+            base = config.run(split, config.methods[0])
+            self.data[split], self.references[split] = prepare(split, base, storage, self.folder, evaluator)
         seeds, methods, splits = len(config.seeds), len(config.methods), len(config.splits)
         self.total = splits * (methods * (config.tuning.trials + seeds) + len(config.ablation.variants) * seeds)
         self.pool = Pool(config.base, self.data, config.concurrency)
         self.seconds: list[float] = []
         self.costs: dict[str, dict[str, float] | str] = {}
         """Split and kind of round -> what a round costs, or why it does not run."""
-
-    def _prepare(self, split: str, evaluator: Evaluator) -> None:
-        from ofmu_ray.data.prepare import prepare_streams
-        from ofmu_ray.engines.models import load_tokenizer
-
-        base = self.config.run(split, self.config.methods[0])
-        prepared = prepare_streams(
-            {"forget": base.data.forget, "retain": base.data.retain},
-            base.data.root,
-            base.data.format,
-            load_tokenizer(base.model),
-            str(self.storage),
-            overlap=base.data.overlap,
-            duplicates=base.data.duplicates,
-        )
-        target = evaluator.table(base.model.path, f"target {split}")
-        retrained = evaluator.table(base.evaluation.retrained, f"retrained {split}")
-        self.references[split] = {"target": target, "retrained": retrained}
-        fingerprint = _fingerprint(base, prepared, evaluator)
-        self.data[split] = SplitData(split, str(self.folder), prepared, evaluator, retrained, fingerprint)
 
     def run(self) -> bool:
         """All phases; False: some method has no reported run."""

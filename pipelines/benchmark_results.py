@@ -13,7 +13,7 @@ from typing import Any
 from ofmu_ray.config import BenchmarkConfig
 from ofmu_ray.storage import atomic_write
 from pipelines.preflight import public
-from pipelines.trial import SplitData, Trial, result_path, spread
+from pipelines.trial import SplitData, Trial, result_path
 
 COSTS = (
     "forget_passes", "retain_passes", "updates", "tokens", "flops", "train_seconds", "total_seconds",
@@ -49,16 +49,11 @@ def round_cost(result: Mapping[str, Any], data: SplitData) -> dict[str, float]:
 
 def target_figure(data: SplitData, tables: Mapping[str, Any], rows: int | None, name: str) -> float:
     """A figure of the target on the rows that tuning trials are judged on."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
+    from ofmu_ray.evaluation.sample import Sample
     from ofmu_ray.evaluation.summary import summarise
 
-    ids = [f"{part}-{i}" for part, found in data.evaluator.sets.items() for i in spread(len(found), rows)]
-    cut = {
-        model: None if table is None else table.filter(pc.is_in(table["row_id"], pa.array(ids)))
-        for model, table in tables.items()
-    }
+    sample = Sample.of(data.evaluator.sets, rows)
+    cut = {model: sample.cut(table) for model, table in tables.items()}
     figure = summarise(cut["target"], cut["retrained"], bootstrap_samples=1)[name]
     return float("nan") if figure.value is None else figure.value
 

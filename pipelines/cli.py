@@ -15,8 +15,10 @@ COMMANDS = {
     "unlearn": "make a model forget a set of rows and keep the rest",
     "train": "fit a target or a retrained model on a data set",
     "evaluate": "compare models: metrics, probes, attacks",
+    "sweep": "find a method's options by a stated rule",
     "benchmark": "compare methods at equal compute: methods x splits x seeds",
     "submit": "run one of the commands as a job of a Ray cluster",
+    "plan": "memory, time and cost of an unlearn run before it starts",
     "metrics": "figures from evaluation logs of other programs",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ class Evaluator:
     """Of the intervals."""
     reveal_text: bool = False
     trust_remote_code: bool = False
-    sets: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    sets: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     own_tokenizers: bool = False
     """A model that comes with a tokenizer is evaluated with that one, the others with `tokenizer`."""
 

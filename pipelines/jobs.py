@@ -15,6 +15,7 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.storage import without_credentials
 from pipelines.terminal import say
 
+START_PATIENCE_SECONDS = 60
 STOP_PATIENCE_SECONDS = 120
 RECONNECTIONS = 6
 
@@ -74,17 +75,27 @@ class Jobs:
                 return True, name
         return False, f"{base}-{max(taken) + 1}" if taken else base
 
-    def start(self, submission: str, entrypoint: str, environment: dict[str, Any]) -> str:
+    def start(self, submission: str, entrypoint: str, environment: dict[str, Any]) -> None:
         """Upload and start; a job that another process has started meanwhile under this id is taken for ours."""
-        with self._answering():
+        end = time.monotonic() + START_PATIENCE_SECONDS
+        while True:
             try:
-                return str(
-                    self.client.submit_job(entrypoint=entrypoint, submission_id=submission, runtime_env=environment)
-                )
+                with self._answering():
+                    self.client.submit_job(
+                        entrypoint=entrypoint, submission_id=submission, runtime_env=dict(environment)
+                    )
+                return
             except RuntimeError as error:
-                if "already exists" not in str(error):
+                if "already exists" in str(error):
+                    return
+                if "No available agent" not in str(error):
                     raise
-                return submission
+                if time.monotonic() > end:
+                    raise UserError(
+                        f"address = {self.address!r}: the head takes no jobs after {START_PATIENCE_SECONDS} s; look at "
+                        "dashboard_agent.log in its logs"
+                    ) from None
+                time.sleep(1)  # a head that has just started
 
     def follow(self, submission: str) -> int:
         """Print the job's output until its end; its exit status, or 130 after Ctrl-C, which leaves the job alone."""

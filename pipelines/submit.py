@@ -104,7 +104,7 @@ def submit(config: SubmitConfig, command: str, options: list[str]) -> int:
         else:
             say(f"upload  {package.files} files, {package.megabytes:.1f} MB")
             say(f"$ {plain_command(config, submission, entrypoint)}")
-            submission = jobs.start(submission, entrypoint, environment | {"working_dir": str(package.path)})
+            jobs.start(submission, entrypoint, environment | {"working_dir": str(package.path)})
             say(f"job     {submission}")
     if config.follow:
         return jobs.follow(submission)

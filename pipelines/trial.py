@@ -6,17 +6,17 @@ import ctypes
 import gc
 import json
 import math
+import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ofmu_ray.config import UnlearnConfig, config_hash, flatten, to_dict
+from ofmu_ray.config import ModelConfig, UnlearnConfig, config_hash, flatten, to_dict
 from ofmu_ray.storage import atomic_write
 from pipelines.evaluation import Evaluator
-from pipelines.preflight import placed
 
 PRIVATE = "private"
 """Folder of a benchmark for what would give forget rows' text away; it goes when the benchmark ends."""
@@ -36,6 +36,8 @@ class SplitData:
     """Per-row values of the retrained model (pyarrow Table), or None."""
     fingerprint: str
     """Digest of the target's and the retrained model's weights, of the rows and of the evaluation rows."""
+    model: ModelConfig
+    """The target, as the driver found it: a run's process may have another working directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,18 @@ class Trial:
         return f"{self.method} {self.split} {self.phase} {number}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """What a sweep wants of its trials besides their result."""
+
+    stages: int
+    """Evaluations of a run, the last one at its end."""
+    tracking: Any = None
+    """MLflow run of the trial, for its series."""
+    parent: str | None = None
+    """Key of the trial whose weights and optimisers this one goes on from."""
+
+
 def result_path(folder: str | Path, key: str) -> Path:
     """Where a finished run is written down; its rows lie beside it as Parquet."""
     return Path(folder) / "trials" / f"{key}.json"
@@ -80,22 +94,45 @@ def read_result(folder: str | Path, key: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def run_trial(trial: Trial, data: SplitData, *, local: bool) -> dict[str, Any]:
+def model_path(folder: str | Path, key: str) -> Path:
+    """Where the model of a finished trial lies, as long as it is kept."""
+    return Path(folder) / "models" / key
+
+
+def checkpoint_path(folder: str | Path, key: str) -> Path:
+    """Where the checkpoints of a trial lie that others go on from."""
+    return Path(folder) / "checkpoints" / key
+
+
+def work_path(folder: str | Path, key: str) -> Path:
+    """Where a trial's plan, checkpoints and stages lie while it runs."""
+    return Path(folder) / "work" / key
+
+
+def run_trial(trial: Trial, data: SplitData, *, local: bool, watch: Watch | None = None) -> dict[str, Any]:
     """Run, evaluate, and write <folder>/trials/<key>.json whole, whatever happens; returns its content.
 
     `local`: in this process (engine torch, one worker); otherwise through Ray Train, from the driver. An exception is
-    a result with status `failed`, so that one bad draw does not end a benchmark.
+    a result with status `failed`, so that one bad draw does not end a benchmark. With `watch` the model is kept
+    (`model_path`), and so are the checkpoints of a run that was ended early (`checkpoint_path`).
     """
     started = time.perf_counter()
-    work = Path(data.folder) / "work" / trial.key(data)
+    work = work_path(data.folder, trial.key(data))
     try:
-        result = _run(trial, data, work, local)
+        result = _run(trial, data, work, local, watch)
     except Exception as error:  # out of memory, an option that this model does not take, a bug in one method
         result = {"status": "failed", "message": reason(error)}
         _free_device()
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return _written(trial, data, result | {"total_seconds": time.perf_counter() - started})
+    evaluations = {} if watch is None else {"evaluations": published(work)}
+    total = {"total_seconds": time.perf_counter() - started}
+    content = _written(trial, data, result | evaluations | total)
+    shutil.rmtree(work, ignore_errors=True)  # last, so that a kill before it loses nothing
+    return content
+
+
+def published(work: Path) -> list[dict[str, Any]]:
+    """The evaluations of a run on its way, oldest first."""
+    return [json.loads(path.read_text()) for path in sorted((work / "stages").glob("*.json"))]
 
 
 def write_failure(trial: Trial, data: SplitData, message: str) -> dict[str, Any]:
@@ -105,7 +142,8 @@ def write_failure(trial: Trial, data: SplitData, message: str) -> dict[str, Any]
 
 def _written(trial: Trial, data: SplitData, result: Mapping[str, Any]) -> dict[str, Any]:
     known = {name: getattr(trial, name) for name in ("method", "split", "phase", "trial", "budget_unit", "budget")}
-    content: dict[str, Any] = _finite({**known, "seed": trial.config.seed, "options": dict(trial.options), **result})
+    known |= {"seed": trial.config.seed, "options": dict(trial.options), "ended": time.time()}
+    content: dict[str, Any] = _finite({**known, **result})
     atomic_write(result_path(data.folder, trial.key(data)), json.dumps(content, indent=1) + "\n")
     return content
 
@@ -121,11 +159,16 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {line[:300]}"
 
 
-def _run(trial: Trial, data: SplitData, work: Path, local: bool) -> dict[str, Any]:
+def _run(trial: Trial, data: SplitData, work: Path, local: bool, watch: Watch | None) -> dict[str, Any]:
+    from ofmu_ray.training.export import export_model
     from ofmu_ray.training.worker import run_local
 
     clock = _Clock()
     job = _job(trial, data, work)
+    if watch is not None:
+        job = replace(job, tracking=watch.tracking, stages=_stages(trial, data, work, watch.stages))
+        if watch.parent is not None:
+            job = replace(job, start_from=str(checkpoint_path(data.folder, watch.parent)))
     _reset_peak()
     clock.lap("start_seconds")
     if local:
@@ -151,6 +194,10 @@ def _run(trial: Trial, data: SplitData, work: Path, local: bool) -> dict[str, An
     }
     if trial.phase == "cost":
         found["mean_tokens"] = _mean_tokens(job.plan_dir)
+        return found | clock.laps
+    if summary["status"] == "stopped":
+        [last] = (work / "train").glob("*round_*_stopped")
+        _move(last, checkpoint_path(data.folder, trial.key(data)))
     else:
         evaluator = sampled(data.evaluator, trial)
         table = (
@@ -158,7 +205,33 @@ def _run(trial: Trial, data: SplitData, work: Path, local: bool) -> dict[str, An
         )
         found["figures"] = _judge(table, trial, data)
         clock.lap("evaluation_seconds")
+        if watch is not None:
+            if local:
+                export_model(job, worker.engine, worker.module, worker.tokenizer, worker.state, 0)
+            _move(work / "model", model_path(data.folder, trial.key(data)))
     return found | clock.laps
+
+
+def _move(folder: Path, place: Path) -> None:
+    shutil.rmtree(place, ignore_errors=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(folder, place)
+
+
+def _stages(trial: Trial, data: SplitData, work: Path, count: int) -> Any:
+    """Evaluations on the way, on the rows that the trial is judged on."""
+    from ofmu_ray.evaluation.sample import Sample
+    from ofmu_ray.training.stages import Stages
+
+    return Stages(
+        folder=str(work / "stages"),
+        count=count,
+        sample=Sample.of(data.evaluator.sets, trial.rows),
+        format=data.evaluator.row_format,
+        evaluation=trial.config.evaluation,
+        retrained=data.retrained,
+        seed=trial.config.seed,
+    )
 
 
 def _job(trial: Trial, data: SplitData, work: Path) -> Any:
@@ -177,7 +250,7 @@ def _job(trial: Trial, data: SplitData, work: Path) -> Any:
         plan_dir=str(work / "plan"),
         config_hash=trial.key(data),
         seed=config.seed,
-        model=placed(config.model),
+        model=replace(config.model, path=data.model.path, tokenizer=data.model.tokenizer),
         method=config.method_options,
         training=config.training,
         stop=config.stop,
@@ -231,15 +304,10 @@ def _mean_tokens(plan_dir: str) -> dict[str, float]:
 
 def sampled(evaluator: Evaluator, trial: Trial) -> Evaluator:
     """The evaluator of the run's own options, on its sample of rows."""
-    sets = {name: [rows[i] for i in spread(len(rows), trial.rows)] for name, rows in evaluator.sets.items()}
-    return replace(evaluator, evaluation=trial.config.evaluation, sets=sets)
+    from ofmu_ray.evaluation.sample import Sample
 
-
-def spread(rows: int, count: int | None) -> Sequence[int]:
-    """`count` of `rows` indices, evenly spread (TOFU's rows stand author by author); None: all."""
-    if count is None or count >= rows:
-        return range(rows)
-    return [index * rows // count for index in range(count)]
+    sample = Sample.of(evaluator.sets, trial.rows)
+    return replace(evaluator, evaluation=trial.config.evaluation, sets=sample.sets)
 
 
 def _live_table(worker: Any, evaluator: Evaluator, label: str) -> Any:
@@ -249,30 +317,23 @@ def _live_table(worker: Any, evaluator: Evaluator, label: str) -> Any:
     module = worker.module.get_base_model() if worker.job.model.lora is not None else worker.module
     if worker.session.device.type == "cpu":
         module = module.float()  # as an exported model is loaded there; the worker does not go on
-    fmt = replace(evaluator.data.format, question="question", answer="answer")  # the rows are renamed already
+    fmt = evaluator.row_format
     return evaluate_live(module, worker.tokenizer, evaluator.sets, fmt, evaluator.evaluation, label=label)
 
 
 def _judge(table: Any, trial: Trial, data: SplitData) -> dict[str, Any]:
     """Figures of the run; its rows are kept beside its result, named as in the whole sets."""
     import pyarrow as pa
-    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
+    from ofmu_ray.evaluation.sample import Sample
     from ofmu_ray.evaluation.summary import summarise
 
-    places = {name: spread(len(rows), trial.rows) for name, rows in data.evaluator.sets.items()}
-    named = list(zip(table["set"].to_pylist(), table["index"].to_pylist(), strict=True))
-    indices = [places[name][index] for name, index in named]
-    ids = [f"{name}-{index}" for (name, _), index in zip(named, indices, strict=True)]
-    for column, values in (("index", pa.array(indices, pa.int32())), ("row_id", pa.array(ids))):
-        table = table.set_column(table.schema.get_field_index(column), column, values)
+    sample = Sample.of(data.evaluator.sets, trial.rows)
+    table, retrained = sample.named(table), sample.cut(data.retrained)
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, compression="zstd")
     atomic_write(result_path(data.folder, trial.key(data)).with_suffix(".parquet"), buffer.getvalue().to_pybytes())
-    retrained = data.retrained
-    if retrained is not None:
-        retrained = retrained.filter(pc.is_in(retrained["row_id"], pa.array(ids)))
     config = trial.config
     found = summarise(table, retrained, bootstrap_samples=config.evaluation.bootstrap_samples, seed=config.seed)
     return {name: figure.to_json() for name, figure in found.items()}

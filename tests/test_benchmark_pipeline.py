@@ -18,12 +18,13 @@ import torch
 
 from ofmu_ray.config import METHODS, BenchmarkConfig, OFMUConfig, OptimizerConfig, TrainingConfig, apply_overrides
 from ofmu_ray.engines import TorchEngine
+from ofmu_ray.evaluation.sample import spread
 from ofmu_ray.evaluation.summary import summarise
 from ofmu_ray.methods import OFMU
 from pipelines import cli
 from pipelines.benchmark_results import round_cost
 from pipelines.evaluation import Evaluator
-from pipelines.trial import SplitData, Trial, run_trial, spread
+from pipelines.trial import SplitData, Trial, run_trial
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 3e10
@@ -223,7 +224,9 @@ def test_every_method_keeps_the_budget_and_its_cost_is_foreseen(tmp_path, cluste
     base = replace(base, training=TrainingConfig(engine="torch", batch_size=4, rounds=2, checkpoint_every=1000))
     sources = {"forget": base.data.forget, "retain": base.data.retain}
     prepared = prepare_streams(sources, None, base.data.format, load_tokenizer(base.model), str(tmp_path))
-    data = SplitData("people", str(tmp_path / "b"), prepared, Evaluator.of(base, tmp_path), None, "of the test")
+    data = SplitData(
+        "people", str(tmp_path / "b"), prepared, Evaluator.of(base, tmp_path), None, "of the test", base.model
+    )
     for name in METHODS:
         run = apply_overrides(base, {**labels[name], "evaluation.max_new_tokens": 0})
         trial = Trial(

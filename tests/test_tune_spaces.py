@@ -7,19 +7,30 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ofmu_ray.config import METHODS, BenchmarkConfig, UnlearnConfig, apply_overrides
+from ofmu_ray.config import LABELS, METHODS, BenchmarkConfig, UnlearnConfig, apply_overrides
 from ofmu_ray.errors import UserError
-from tune_spaces import SPACES, Choice, Integers, Knob, LogUniform, Space, Uniform, parse_prior
+from tune_spaces import (
+    SPACES,
+    Choice,
+    Integers,
+    Knob,
+    LogUniform,
+    Space,
+    Uniform,
+    ZeroOrLogUniform,
+    parse_prior,
+    read_space,
+)
 
 BASE = UnlearnConfig()
 
 
 def test_every_method_has_a_space_of_its_own_fields_with_sources():
-    assert set(SPACES) == set(METHODS)
-    for method, space in SPACES.items():
+    assert set(SPACES) == set(LABELS)
+    for label, space in SPACES.items():
         space.check(BASE)
         for knob in space.knobs:
-            assert knob.field.split(".")[0] == method
+            assert knob.field.split(".")[0] == label.removesuffix("_full").removesuffix("_lite")
             assert len(knob.why) > 20
 
 
@@ -55,18 +66,61 @@ def test_a_field_without_its_condition_is_not_drawn():
     assert not any("ofmu.rho_growth" in draw for draw in fixed.draws(3, 0, without))
 
 
-def test_priors_as_text_and_for_ray_tune():
+def test_priors_as_text():
     pairs = {
         "loguniform(1e-5, 1e-3)": LogUniform(1e-5, 1e-3),
         "uniform(0, 2)": Uniform(0, 2),
         "integer(1, 4)": Integers(1, 4),
         "choice(npo, 1e-2, null)": Choice(("npo", 1e-2, None)),
+        "zero_or_loguniform(1e-4, 1e-2)": ZeroOrLogUniform(1e-4, 1e-2),
+        "zero_or_loguniform(1e-4, 1e-2, 0.5)": ZeroOrLogUniform(1e-4, 1e-2, 0.5),
     }
     for text, prior in pairs.items():
         assert parse_prior(text) == prior
-        assert prior.to_ray() is not None
-    found = Space((Knob("a", Integers(1, 3), ""),)).to_ray()["a"]
-    assert {found.sample() for _ in range(60)} == {1, 2, 3} == {Integers(1, 3).at(q / 10) for q in range(10)}
+        assert parse_prior(str(prior)) == prior
+    assert {Integers(1, 3).at(q / 10) for q in range(10)} == {1, 2, 3}
+
+
+def test_a_term_may_be_left_out():
+    prior = ZeroOrLogUniform(1e-4, 1e-2, 0.25)
+    values = [prior.at(q / 100) for q in range(100)]
+    assert values.count(0.0) == 25
+    assert prior.at(0.25) == 1e-4
+    assert prior.at(1 - 1e-12) == pytest.approx(1e-2)
+    assert prior.at(0.625) == pytest.approx(1e-3)
+
+
+def test_spaces_from_files(tmp_path):
+    start = SPACES["ofmu_lite"]
+    (tmp_path / "priors.yaml").write_text("ofmu.beta: loguniform(1e-3, 1e-2)\nofmu: {rho: null}\n")
+    found = read_space(str(tmp_path / "priors.yaml"), start)
+    assert {knob.field: knob.prior for knob in found.knobs}["ofmu.beta"] == LogUniform(1e-3, 1e-2)
+    assert {knob.field for knob in start.knobs} - {knob.field for knob in found.knobs} == {"ofmu.rho"}
+    (tmp_path / "space.py").write_text(
+        "from tune_spaces import *\nSPACE = Space((Knob('ofmu.beta', Choice((0.0, 1.0)), 'a test'),))\n"
+    )
+    assert read_space(str(tmp_path / "space.py"), start) == Space((Knob("ofmu.beta", Choice((0.0, 1.0)), "a test"),))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.yaml", "ofmu.beta: 0.3", r"a.yaml: ofmu.beta = 0.3 is not a prior"),
+        (
+            "a.yaml",
+            "ofmu.beta: loguniform(1)",
+            r"a.yaml: ofmu.beta: prior 'loguniform\(1\)': loguniform takes two numbers",
+        ),
+        ("a.yaml", "- 3", r"must hold priors by field"),
+        ("a.yaml", "a: [", r"not YAML"),
+        ("a.py", "SPACE = 3", r"must define SPACE"),
+        ("a.txt", "", r"name a .yaml file"),
+    ],
+)
+def test_bad_files_are_the_users_mistake(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_space(str(tmp_path / name), SPACES["ofmu_lite"])
 
 
 @pytest.mark.parametrize(

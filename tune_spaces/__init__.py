@@ -1,5 +1,6 @@
 """What is tuned of each method, and in which ranges: one file per method, one table of them here."""
 
+from ofmu_ray.config import UnlearnConfig
 from tune_spaces import (
     blur,
     ceu,
@@ -9,6 +10,8 @@ from tune_spaces import (
     idk,
     npo,
     ofmu,
+    ofmu_full,
+    ofmu_lite,
     pdu,
     retain_finetune,
     rmu,
@@ -18,6 +21,7 @@ from tune_spaces import (
     undial,
     wga,
 )
+from tune_spaces.files import read_space
 from tune_spaces.spaces import (
     Choice,
     Integers,
@@ -27,11 +31,15 @@ from tune_spaces.spaces import (
     Prior,
     Space,
     Uniform,
+    ZeroOrLogUniform,
     parse_prior,
+    parse_priors,
 )
 
 SPACES: dict[str, Space] = {
     "ofmu": ofmu.SPACE,
+    "ofmu_full": ofmu_full.SPACE,
+    "ofmu_lite": ofmu_lite.SPACE,
     "gradient_ascent": gradient_ascent.SPACE,
     "grad_diff": grad_diff.SPACE,
     "npo": npo.SPACE,
@@ -48,7 +56,13 @@ SPACES: dict[str, Space] = {
     "retain_finetune": retain_finetune.SPACE,
     "blur": blur.SPACE,
 }
-"""Method -> its space. Learning rates are for models of 1 B parameters and more (`Space.scaled`)."""
+"""Label -> space. Learning rates are for models of 1 B parameters and more (`Space.scaled`)."""
+
+
+def space_for(label: str, base: UnlearnConfig, lr_scale: float = 1.0) -> Space:
+    """The space of a label, or else of its configuration's method, with its learning rates times `lr_scale`."""
+    return SPACES.get(label, SPACES[base.method]).scaled(lr_scale)
+
 
 __all__ = [
     "SPACES",
@@ -60,5 +74,9 @@ __all__ = [
     "Prior",
     "Space",
     "Uniform",
+    "ZeroOrLogUniform",
     "parse_prior",
+    "parse_priors",
+    "read_space",
+    "space_for",
 ]

@@ -1,7 +1,7 @@
 """Search spaces over fields of a configuration: priors and seeded draws.
 
 A space names the fields that `ofmu unlearn` takes (`npo.optimizer.lr`), each with a prior and the source of its range.
-`ofmu benchmark` draws from it; `to_ray` gives the same priors to Ray Tune.
+`ofmu benchmark` and `ofmu sweep` draw from it; `optuna_space` says it in Optuna's words.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ofmu_ray.config import UnlearnConfig, apply_overrides
+from ofmu_ray.config import UnlearnConfig, apply_overrides, close_match
 from ofmu_ray.config.overrides import value_at
 from ofmu_ray.errors import UserError
 
@@ -24,13 +24,10 @@ Overrides = dict[str, Any]
 
 
 class Prior(Protocol):
-    """A distribution of one field's values."""
+    """A distribution of one field's values; `str` of it is what `parse_prior` reads."""
 
     def at(self, quantile: float) -> Any:
         """The value at a quantile in [0, 1)."""
-
-    def to_ray(self) -> Any:
-        """The same distribution for Ray Tune."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +44,36 @@ class LogUniform:
         # four digits: a value that a person can read and give again on the command line
         return float(f"{self.low * (self.high / self.low) ** quantile:.4g}")
 
-    def to_ray(self) -> Any:
-        from ray import tune
-
-        return tune.loguniform(self.low, self.high)
+    def __str__(self) -> str:
+        return f"loguniform({self.low:g}, {self.high:g})"
 
     def times(self, factor: float) -> LogUniform:
         """Both ends times a factor."""
         return LogUniform(self.low * factor, self.high * factor)
+
+
+@dataclass(frozen=True)
+class ZeroOrLogUniform:
+    """0 with probability `zero`, else uniform in the logarithm from `low` to `high`: a term that may be left out."""
+
+    low: float
+    high: float
+    zero: float = 0.25
+
+    def __post_init__(self) -> None:
+        _require(0 < self.low <= self.high and 0 < self.zero < 1, self, "0 < low <= high and 0 < zero < 1")
+
+    @property
+    def positive(self) -> LogUniform:
+        """The distribution of values that are not 0."""
+        return LogUniform(self.low, self.high)
+
+    def at(self, quantile: float) -> float:
+        return 0.0 if quantile < self.zero else self.positive.at((quantile - self.zero) / (1 - self.zero))
+
+    def __str__(self) -> str:
+        share = "" if self.zero == ZeroOrLogUniform.zero else f", {self.zero:g}"
+        return f"zero_or_loguniform({self.low:g}, {self.high:g}{share})"
 
 
 @dataclass(frozen=True)
@@ -70,10 +89,8 @@ class Uniform:
     def at(self, quantile: float) -> float:
         return float(f"{self.low + (self.high - self.low) * quantile:.4g}")
 
-    def to_ray(self) -> Any:
-        from ray import tune
-
-        return tune.uniform(self.low, self.high)
+    def __str__(self) -> str:
+        return f"uniform({self.low:g}, {self.high:g})"
 
 
 @dataclass(frozen=True)
@@ -90,10 +107,8 @@ class Integers:
     def at(self, quantile: float) -> int:
         return self.low + math.floor(quantile * (self.high - self.low + 1))
 
-    def to_ray(self) -> Any:
-        from ray import tune
-
-        return tune.randint(self.low, self.high + 1)
+    def __str__(self) -> str:
+        return f"integer({self.low}, {self.high})"
 
 
 @dataclass(frozen=True)
@@ -108,10 +123,8 @@ class Choice:
     def at(self, quantile: float) -> Any:
         return self.options[math.floor(quantile * len(self.options))]
 
-    def to_ray(self) -> Any:
-        from ray import tune
-
-        return tune.choice(list(self.options))
+    def __str__(self) -> str:
+        return f"choice({', '.join('null' if option is None else str(option) for option in self.options)})"
 
 
 def _require(condition: bool, prior: object, need: str) -> None:
@@ -120,7 +133,8 @@ def _require(condition: bool, prior: object, need: str) -> None:
 
 
 def parse_prior(text: str) -> Prior:
-    """`loguniform(1e-5, 1e-3)`, `uniform(0, 1)`, `integer(2, 8)` or `choice(a, 2, null)` (as YAML reads the options).
+    """`loguniform(1e-5, 1e-3)`, `uniform(0, 1)`, `integer(2, 8)`, `zero_or_loguniform(1e-5, 1e-2)` (0 in a quarter of
+    the draws, or in the share that stands third) or `choice(a, 2, null)` (as YAML reads the options).
 
     Raises:
         UserError: anything else.
@@ -128,21 +142,45 @@ def parse_prior(text: str) -> Prior:
     import yaml
 
     match = re.fullmatch(r"\s*(\w+)\s*\((.*)\)\s*", text)
-    kinds = ("loguniform", "uniform", "integer", "choice")
+    kinds: dict[str, type[Any]] = {
+        "loguniform": LogUniform,
+        "uniform": Uniform,
+        "integer": Integers,
+        "zero_or_loguniform": ZeroOrLogUniform,
+        "choice": Choice,
+    }
     if match is None or match[1] not in kinds:
+        hint = close_match(match[1], kinds) if match else ""
         raise UserError(
-            f"prior {text!r}: write loguniform(LOW, HIGH), uniform(LOW, HIGH), integer(LOW, HIGH) or choice(A, B, ...)"
+            f"prior {text!r}:{hint} write loguniform(LOW, HIGH), uniform(LOW, HIGH), integer(LOW, HIGH), "
+            "zero_or_loguniform(LOW, HIGH) or choice(A, B, ...)"
         )
     # YAML 1.1 reads 1e-5 as text
     options = tuple(_number(value) for value in yaml.safe_load(f"[{match[2]}]"))
     if match[1] == "choice":
         return Choice(options)
-    if len(options) != 2 or not all(isinstance(value, int | float) for value in options):
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in options)
+    if len(options) not in ((2, 3) if match[1] == "zero_or_loguniform" else (2,)) or not numbers:
         raise UserError(f"prior {text!r}: {match[1]} takes two numbers, the lowest and the highest")
-    low, high = options
-    if match[1] == "integer":
-        return Integers(low, high)
-    return LogUniform(low, high) if match[1] == "loguniform" else Uniform(low, high)
+    prior: Prior = kinds[match[1]](*options)
+    return prior
+
+
+def parse_priors(texts: Mapping[str, Any], *, option: str) -> dict[str, Prior | None]:
+    """Priors by dotted field from their texts; null: the field is not tuned.
+
+    Raises:
+        UserError: not a prior, naming `option` and the field.
+    """
+    found: dict[str, Prior | None] = {}
+    for field, text in texts.items():
+        if text is not None and not isinstance(text, str):
+            raise UserError(f"{option}: {field} = {text!r} is not a prior; write loguniform(LOW, HIGH) and the like")
+        try:
+            found[field] = None if text is None else parse_prior(text)
+        except UserError as error:
+            raise UserError(f"{option}: {field}: {error}") from None
+    return found
 
 
 def _number(value: Any) -> Any:
@@ -188,18 +226,22 @@ class Space:
         order of its own. `base`: the configuration that the draws will be applied to, for `Knob.given`.
         """
         rng = np.random.default_rng(seed)
-        quantiles = {knob.field: (rng.permutation(count) + rng.random(count)) / count for knob in self.knobs}
-        found = []
-        for index in range(count):
-            drawn = {knob.field: knob.prior.at(float(quantiles[knob.field][index])) for knob in self.knobs}
-            found.append(
-                {
-                    knob.field: drawn[knob.field]
-                    for knob in self.knobs
-                    if knob.given is None or drawn.get(knob.given, value_at(base, knob.given))
-                }
-            )
-        return found
+        columns = [(rng.permutation(count) + rng.random(count)) / count for _ in self.knobs]
+        return [self.at([float(column[index]) for column in columns], base) for index in range(count)]
+
+    def at(self, quantiles: Sequence[float], base: UnlearnConfig) -> Overrides:
+        """The values at one quantile per knob, in their order; `base` as in `draws`."""
+        drawn = {knob.field: knob.prior.at(quantile) for knob, quantile in zip(self.knobs, quantiles, strict=True)}
+        return self.with_meaning(drawn, base)
+
+    def with_meaning(self, drawn: Overrides, base: UnlearnConfig) -> Overrides:
+        """Without the fields whose `given` is 0 or null in what was drawn (in `base`, where it was not drawn)."""
+        given = {knob.field: knob.given for knob in self.knobs}
+
+        def holds(field: str | None) -> bool:
+            return field is None or bool(drawn.get(field, value_at(base, field)))
+
+        return {field: value for field, value in drawn.items() if holds(given.get(field))}
 
     def scaled(self, factor: float) -> Space:
         """Learning rates times `factor`: the spaces' ranges are for models of 1 B parameters and more."""
@@ -212,15 +254,15 @@ class Space:
             )
         )
 
-    def with_priors(self, priors: Mapping[str, Prior | None]) -> Space:
-        """Other priors for these fields, more fields, or fewer (null)."""
+    def with_priors(self, priors: Mapping[str, Prior | None], why: str = "the user's") -> Space:
+        """Other priors for these fields, more fields, or fewer (null); `why` is their source."""
         known = {knob.field for knob in self.knobs}
         kept = [
-            dataclasses.replace(knob, prior=prior, why="the user's") if (prior := priors.get(knob.field)) else knob
+            dataclasses.replace(knob, prior=prior, why=why) if (prior := priors.get(knob.field)) else knob
             for knob in self.knobs
             if priors.get(knob.field, knob.prior) is not None
         ]
-        new = [Knob(field, prior, "the user's") for field, prior in priors.items() if prior and field not in known]
+        new = [Knob(field, prior, why) for field, prior in priors.items() if prior and field not in known]
         return Space((*kept, *new))
 
     def check(self, base: UnlearnConfig) -> None:
@@ -230,7 +272,3 @@ class Space:
                 apply_overrides(base, {knob.field: knob.prior.at(quantile)})
             if knob.given is not None:
                 value_at(base, knob.given)
-
-    def to_ray(self) -> dict[str, Any]:
-        """The priors as Ray Tune's `param_space` (conditions are the trial's to heed)."""
-        return {knob.field: knob.prior.to_ray() for knob in self.knobs}

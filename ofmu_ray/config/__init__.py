@@ -72,6 +72,12 @@ from ofmu_ray.config.runs import (
     TrainConfig,
     UnlearnConfig,
 )
+from ofmu_ray.config.sweep import (
+    EarlyConfig,
+    SearchConfig,
+    SelectConfig,
+    SweepConfig,
+)
 from ofmu_ray.config.training import (
     StopConfig,
     TrainingConfig,
@@ -96,6 +102,7 @@ __all__ = [
     "CEUConfig",
     "DPOConfig",
     "DataConfig",
+    "EarlyConfig",
     "EvaluationConfig",
     "EvaluationSetsConfig",
     "FinetuneConfig",
@@ -121,9 +128,12 @@ __all__ = [
     "RuleConfig",
     "SatImpConfig",
     "ScratchConfig",
+    "SearchConfig",
+    "SelectConfig",
     "SimNPOConfig",
     "SourceConfig",
     "StopConfig",
+    "SweepConfig",
     "TaskArithmeticConfig",
     "TrackingConfig",
     "TrainConfig",

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ofmu_ray.evaluation.goal import sense
+
 UP, DOWN, MATCH = "↑ better", "↓ better", "match retrained"
 MODELS = ("before", "after", "retrained")
 _SETS = {
@@ -23,7 +25,6 @@ _METRICS = {
     "length": "generated tokens",
     "ngram_entropy": "n-gram entropy (bits)",
 }
-_DEGENERATION = ("_empty", "_repetition", "_length", "_ngram_entropy")
 _ATTACKS = {
     "loss": "loss",
     "zlib": "ZLib",
@@ -78,11 +79,7 @@ def label(name: str) -> str:
 
 def direction(name: str) -> str:
     """Which way is better. What forget rows score should be what a model scores that never saw them."""
-    if name.endswith(("ks_statistic", "_variance")):
-        return DOWN
-    if name.endswith("forget_quality"):
-        return UP
-    return MATCH if name.startswith(("forget_", "mia_", "privleak")) or name.endswith(_DEGENERATION) else UP
+    return {"high": UP, "low": DOWN, "retrained": MATCH}[sense(name)]
 
 
 def metric_table(metrics: Mapping[str, Any]) -> list[MetricRow]:

@@ -60,14 +60,14 @@ def save(state: LoopState, engine: Engine, method: Method, session: Session) -> 
     session.report(folder, f"round_{state.round:06d}{suffix}", state.round)
 
 
-def restore(folder: Path, engine: Engine, method: Method, rank: int, config_hash: str) -> LoopState:
-    """Weights, optimisers, method and loop state from a checkpoint's folder.
+def restore(folder: Path, engine: Engine, method: Method, rank: int, config_hash: str | None) -> LoopState:
+    """Weights, optimisers, method and loop state from a checkpoint's folder; `config_hash` None: of any run.
 
     Raises:
         UserError: the checkpoint belongs to another configuration, or to other workers or another ZeRO stage.
     """
     state, extra = read_state(folder)
-    if state.config_hash != config_hash:
+    if config_hash is not None and state.config_hash != config_hash:
         raise UserError(
             f"the run's checkpoint was made with another configuration (hash {state.config_hash}, now "
             f"{config_hash}): choose another --name, or restore the earlier options"

@@ -9,6 +9,7 @@ from typing import Any
 from ofmu_ray.config import MethodConfig, ModelConfig, StopConfig, TrainingConfig
 from ofmu_ray.methods import build_method
 from ofmu_ray.methods.protocol import Method
+from ofmu_ray.training.stages import Stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,10 @@ class WorkerJob:
 
     sidecars: Mapping[str, str] = field(default_factory=dict)
     """Stream -> folder of what was computed about its rows beforehand (ofmu_ray.data.sidecar)."""
+    start_from: str | None = None
+    """Folder of a checkpoint of another run to begin with (same workers and ZeRO stage); None: the untouched model."""
+    stages: Stages | None = None
+    """Evaluations on the way, after each of which a scheduler may end the run; None: none."""
 
     def build_method(self) -> Method:
         """The method, with its options."""

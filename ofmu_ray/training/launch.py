@@ -6,12 +6,15 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import ray
+import yaml
 
 from ofmu_ray.errors import UserError
 from ofmu_ray.training.job import WorkerJob
@@ -24,6 +27,10 @@ WORKER_ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+
+LAUNCHER_FILE = "~/ray_bootstrap_config.yaml"
+"""Where `ray up` puts its configuration on the head, for its own autoscaler."""
+GROWTH_PATIENCE_SECONDS = 1800.0
 
 
 def connect(cpus_needed: float, gpus_needed: float = 0.0) -> None:
@@ -48,11 +55,12 @@ def connect(cpus_needed: float, gpus_needed: float = 0.0) -> None:
                 logging_level="ERROR",
                 runtime_env=environment,
             )
-    resources = _attainable_resources()
-    if cpus_needed > resources.get("CPU", 0):
-        raise _too_many("CPUs", cpus_needed, resources.get("CPU", 0))
-    if gpus_needed > resources.get("GPU", 0):
-        raise _too_many("GPUs", gpus_needed, resources.get("GPU", 0))
+    needed, attainable = {"CPU": cpus_needed, "GPU": gpus_needed}, _attainable_resources()
+    for name, amount in needed.items():
+        if amount > attainable.get(name, 0):
+            raise _too_many(f"{name}s", amount, attainable.get(name, 0))
+    if _missing(needed):
+        _grow(needed)
 
 
 @contextmanager
@@ -85,10 +93,50 @@ def _job_environment() -> dict[str, str]:
 
 
 def _attainable_resources() -> dict[str, float]:
-    """What the cluster has, or what it can grow to where an autoscaler starts nodes on demand."""
-    largest = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    """What the cluster has, or what it can grow to where the cluster launcher's autoscaler starts nodes on demand.
+
+    Ray itself does not tell a driver how far a cluster can grow; `ray up` leaves its configuration on the head, where
+    submitted jobs' drivers run.
+    """
+    present: dict[str, float] = ray.cluster_resources()
+    path = Path(LAUNCHER_FILE).expanduser()
+    if "RAY_ADDRESS" not in os.environ or not path.exists():
+        return present
+    config = yaml.safe_load(path.read_text())
+    largest: dict[str, float] = {}
+    for name, node in config["available_node_types"].items():
+        nodes = 1 if name == config["head_node_type"] else min(node["max_workers"], config["max_workers"])
+        for resource, amount in node["resources"].items():
+            largest[resource] = largest.get(resource, 0.0) + nodes * amount
+    return {name: max(present.get(name, 0.0), largest.get(name, 0.0)) for name in present | largest}
+
+
+def _missing(needed: dict[str, float]) -> bool:
     present = ray.cluster_resources()
-    return {name: max(present.get(name, 0), largest.get(name, 0)) for name in present | largest}
+    return any(amount > present.get(name, 0) for name, amount in needed.items())
+
+
+def _grow(needed: dict[str, float]) -> None:
+    """Have the autoscaler start nodes until the cluster has what the workers need.
+
+    Raises:
+        UserError: they are not there after half an hour.
+    """
+    from ray.autoscaler.sdk import request_resources
+
+    print("nodes   waiting for the cluster to grow", file=sys.stderr, flush=True)
+    end = time.monotonic() + GROWTH_PATIENCE_SECONDS
+    request_resources(bundles=[{name: 1} for name, amount in needed.items() for _ in range(ceil(amount))])
+    try:
+        while _missing(needed):
+            if time.monotonic() > end:
+                raise UserError(
+                    f"the cluster did not grow to {needed['CPU']:g} CPUs and {needed['GPU']:g} GPUs within "
+                    f"{GROWTH_PATIENCE_SECONDS / 60:g} minutes; ask `ray status` on the head why"
+                )
+            time.sleep(1)
+    finally:
+        request_resources(bundles=[])  # the request would keep idle nodes for ever
 
 
 def _too_many(what: str, needed: float, found: float) -> UserError:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from ofmu_ray.data.plan import read_plan
 from ofmu_ray.data.stream import lane_iterator, rounds
 from ofmu_ray.engines.models import load_causal_lm
 from ofmu_ray.engines.protocol import Engine
-from ofmu_ray.methods.protocol import Method
 from ofmu_ray.training import checkpoint
 from ofmu_ray.training.checkpoint import LoopState
 from ofmu_ray.training.export import export_model
@@ -65,6 +65,7 @@ class Worker:
         rows, pad_id = job.utility_rows, self.tokenizer.pad_token_id
         self.probe = UtilityProbe(rows, rank, world, pad_id) if rows else None
         self.progress = progress
+        """Actor that tells the driver how far rank 0 is, or None."""
         self.state = self._begin()
 
     def _begin(self) -> LoopState:
@@ -73,15 +74,23 @@ class Worker:
             with resumed as folder:
                 return checkpoint.restore(folder, self.engine, self.method, self.session.rank, self.job.config_hash)
         state = LoopState(config_hash=self.job.config_hash)
-        if self.probe is not None:
+        if self.job.start_from is not None:
+            state = self._inherited(Path(self.job.start_from))
+        if self.probe is not None and state.utility_start is None:
             state.utility_start = state.utility = self.probe.measure(self.engine)
         checkpoint.save(state, self.engine, self.method, self.session)  # so that there always is a last good model
+        return state
+
+    def _inherited(self, folder: Path) -> LoopState:
+        """Go on from the end of another run, with this one's options."""
+        state = checkpoint.restore(folder, self.engine, self.method, self.session.rank, None)
+        state.config_hash, state.status, state.message = self.job.config_hash, "running", ""
         return state
 
     def run(self, source: Callable[[int, dict[str, Any]], Iterable[dict[str, list[Any]]]]) -> None:
         """Run the rounds that are left. `source(first round, options of collation)` gives their batches."""
         training = self.job.training
-        loop = _Loop(self.job, self.engine, self.method, self.probe, self.state, self.session, self.progress)
+        loop = _Loop(self)
         if self.state.status == "running":
             options = {
                 "micro_batch_size": training.micro_batch_size or training.batch_size // self.session.world,
@@ -92,8 +101,11 @@ class Worker:
                 if loop.spent():
                     loop.finish()
                     break
+                before = loop.progress
                 if not loop.round(batches):
                     loop.back_to_last_good()
+                    break
+                if not loop.passed(before):
                     break
             else:
                 loop.finish()
@@ -127,18 +139,11 @@ def build_engine(job: WorkerJob, module: torch.nn.Module, device: torch.device) 
 class _Loop:
     """One round after the other, with what surrounds it: checks, checkpoints, series, progress."""
 
-    def __init__(
-        self,
-        job: WorkerJob,
-        engine: Engine,
-        method: Method,
-        probe: UtilityProbe | None,
-        state: LoopState,
-        session: Session,
-        progress: Any,
-    ):
-        self.job, self.engine, self.method, self.probe = job, engine, method, probe
-        self.state, self.session, self.progress = state, session, progress
+    def __init__(self, worker: Worker):
+        job, session = worker.job, worker.session
+        self.job, self.engine, self.method, self.probe = job, worker.engine, worker.method, worker.probe
+        self.module, self.tokenizer = worker.module, worker.tokenizer
+        self.state, self.session, self.display = worker.state, session, worker.progress
         self.logger = None
         if session.rank == 0 and job.tracking is not None:
             from ofmu_ray.tracking import RoundLogger
@@ -166,6 +171,42 @@ class _Loop:
         if good and due and not last:
             checkpoint.save(state, self.engine, self.method, self.session)
         return good
+
+    @property
+    def progress(self) -> float:
+        """How much of the run is done (0 to 1), by whichever of its limits is nearest."""
+        stop, account = self.job.stop, self.engine.account
+        done = [self.state.round / self.job.training.rounds]
+        for spent, limit in ((sum(account.gradient_passes.values()), stop.max_passes), (account.flops, stop.max_flops)):
+            done += [] if limit is None else [spent / limit]
+        return max(done)
+
+    def passed(self, before: float) -> bool:
+        """Evaluate and ask, where the last round passed a stage; False: the run is to end here. Collective."""
+        stages = self.job.stages
+        stage = None if stages is None else stages.reached(before, self.progress)
+        if stages is None or stage is None:
+            return True
+        checkpoint.save(self.state, self.engine, self.method, self.session)  # the decision may take its time
+        if stages.known(stage) is None:
+            figures = stages.measure(self.engine, self.module, self.tokenizer, self.session.rank)
+            if figures is not None:
+                state, account = self.state, self.engine.account.state()
+                spent = {"round": state.round, "train_seconds": state.train_seconds, "account": account}
+                spent["peak_memory_bytes"] = state.peak_memory_bytes
+                stages.publish(stage, {"stage": stage, "figures": figures, **spent})
+                self._log_stage(figures)
+        if stages.wait(stage, self.session.rank):
+            return True
+        self.state.status = "stopped"
+        self.state.message = f"ended after evaluation {stage} of {stages.count}"
+        self._save_end()
+        return False
+
+    def _log_stage(self, figures: Mapping[str, Any]) -> None:
+        if self.logger is not None:
+            values = {f"stage/{name}": found["value"] for name, found in figures.items()}
+            self.logger.log(self.state.round, {name: value for name, value in values.items() if value is not None})
 
     def spent(self) -> bool:
         """Whether another round, at the mean cost of those so far, would exceed stop.max_passes or stop.max_flops."""
@@ -212,8 +253,8 @@ class _Loop:
             return
         if self.logger is not None:
             self.logger.log(self.state.round, figures)
-        if self.progress is not None:
-            self.progress.update.remote(self.state.round, figures)
+        if self.display is not None:
+            self.display.update.remote(self.state.round, figures)
 
     def back_to_last_good(self) -> None:
         """Weights and cursor of the last checkpoint; the stop's reason, the series and the cost stay."""

@@ -1,0 +1,161 @@
+"""Options of `ofmu sweep`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ofmu_ray.config.benchmark import LABELS
+from ofmu_ray.config.overrides import apply_overrides
+from ofmu_ray.config.ranges import not_negative, positive, require
+from ofmu_ray.config.runs import UnlearnConfig
+from ofmu_ray.config.values import close_match
+from ofmu_ray.errors import UserError
+
+SearchKind = Literal["random", "tpe", "multi_objective", "population"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """Where the next trial's options come from."""
+
+    kind: SearchKind = "tpe"
+    """random: a Sobol sequence; tpe: Optuna's tree-structured Parzen estimator on the rule of select.*;
+    multi_objective: the same on objective and utility (and `cost`) at once; population: population-based training."""
+    trials: int = 16
+    """Trials in all; a finished sweep goes on when it is started again with more. For population: its members times
+    its generations."""
+    seed: int = 0
+    """Seed of the search."""
+    startup_trials: int = 8
+    """tpe and multi_objective: trials of the Sobol sequence before the estimator takes over."""
+    cost: bool = False
+    """multi_objective: the FLOPs of a run, to be low, as a third objective."""
+    population: int = 4
+    """population: members, trained side by side."""
+    quantile: float = 0.25
+    """population: fraction of the members that is replaced by copies of as many of the best after each generation."""
+
+    def __post_init__(self) -> None:
+        positive("search", self, "trials", "startup_trials", "population")
+        require(0 < self.quantile <= 0.5, "search.quantile", self.quantile, "greater than 0 and at most 0.5")
+        if self.cost and self.kind != "multi_objective":
+            raise UserError(f"search.cost is for search.kind multi_objective, not {self.kind}")
+        if self.kind == "population" and self.trials % self.population:
+            raise UserError(
+                f"search.trials = {self.trials}: must be a multiple of search.population = {self.population} "
+                "(members times generations)"
+            )
+
+    @property
+    def generations(self) -> int:
+        """Generations of a population."""
+        return self.trials // self.population
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyConfig:
+    """Which trials end before their last round (not read by search.kind population, which replaces its worst)."""
+
+    kind: Literal["none", "asha", "median"] = "asha"
+    """asha: asynchronous successive halving (arXiv 1810.05934); median: below the median of the others so far."""
+    stages: int = 4
+    """Evaluations of a run, evenly spread over it; the last one is at its end."""
+    grace: int = 1
+    """Evaluations before which no run is ended."""
+    reduction_factor: float = 2.0
+    """asha: one in so many goes on at each rung (after grace, grace x factor, ... evaluations)."""
+
+    def __post_init__(self) -> None:
+        positive("early", self, "stages", "grace")
+        require(self.reduction_factor > 1, "early.reduction_factor", self.reduction_factor, "greater than 1")
+        if self.kind != "none" and self.grace >= self.stages:
+            raise UserError(
+                f"early.grace = {self.grace}: must be less than early.stages = {self.stages}, or no run could end "
+                "early; set early.kind none to run all to their end"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectConfig:
+    """Which trial is chosen: the best objective among those with enough utility."""
+
+    objective: str = "forget_quality"
+    """Figure (docs/metrics.md): forget_quality and figures of other rows are to be high, KS distance low, the other
+    forget figures near the retrained model's (low without one)."""
+    utility: str = "model_utility"
+    """Figure that must not fall below the floor."""
+    utility_floor: float = 0.9
+    """The floor, as a fraction of the reference's utility (0 to 1)."""
+    relative_to: Literal["target", "retrained"] = "target"
+    """The reference: the untouched model, or the one that never saw the forget rows."""
+    tie_break: Literal["cost", "order"] = "cost"
+    """Between equal objectives: fewer FLOPs, or the earlier trial."""
+    rows: int | None = 100
+    """Rows of each evaluation set that trials are judged on, evenly spread; null: all."""
+    max_new_tokens: int | None = None
+    """Longest generation in trials; 0: no generation (then the rule cannot ask for model_utility); null: as base."""
+    seeds: list[int] = field(default_factory=list)
+    """Fresh seeds on which the chosen options are run again, for figures that the choice has not flattered."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.utility_floor <= 1, "select.utility_floor", self.utility_floor, "in [0, 1]")
+        positive("select", self, "rows")
+        not_negative("select", self, "max_new_tokens")
+        require(len(set(self.seeds)) == len(self.seeds), "select.seeds", self.seeds, "without repetitions")
+        if self.objective == self.utility:
+            raise UserError(f"select.objective and select.utility are both {self.utility!r}: name two figures")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """`ofmu sweep`: find a method's options by a stated rule."""
+
+    name: str = "sweep"
+    """Folder under storage; the same name goes on where it stopped."""
+    storage: str = "runs"
+    """Folder of runs, checkpoints and caches; on a cluster, one that all nodes share."""
+    label: str = "ofmu_lite"
+    """What is tuned: a method, ofmu_full or ofmu_lite."""
+    base: UnlearnConfig = field(default_factory=UnlearnConfig)
+    """What all trials have in common (base.name and base.storage are not used). base.stop.max_flops or max_passes give
+    trials whose rounds differ in cost an equal budget."""
+    space: dict[str, Any] = field(default_factory=dict)
+    """Field -> prior over the method's own space (tune_spaces/): --space.ofmu.beta "loguniform(1e-3, 1)"; null: not
+    tuned. Priors: uniform, loguniform, integer, choice, zero_or_loguniform."""
+    space_file: str | None = None
+    """YAML file of priors by field, such as the priors.yaml of an earlier sweep on a smaller model, or a Python file
+    with a `SPACE` (it is run: only name files you trust); `space` still goes on top."""
+    lr_scale: float = 1.0
+    """Factor on all learning rates of the method's own space, which is for models of 1 B parameters and more."""
+    search: SearchConfig = field(default_factory=SearchConfig)
+    """Where options come from."""
+    early: EarlyConfig = field(default_factory=EarlyConfig)
+    """Which trials end early."""
+    select: SelectConfig = field(default_factory=SelectConfig)
+    """Which trial is chosen."""
+    keep_models: int = 1
+    """Models of the best trials that stay on disk; the chosen one's is exported."""
+    concurrency: int | None = None
+    """Trials at once; null: as many as there are CPUs (GPUs) for the workers of one."""
+    retry_failed: bool = False
+    """Repeat trials that an earlier start of this sweep recorded as failed."""
+
+    def __post_init__(self) -> None:
+        positive("sweep", self, "concurrency", "keep_models", "lr_scale")
+        if self.label not in LABELS:
+            raise UserError(
+                f"label: no method {self.label!r}.{close_match(self.label, LABELS)} Known: {', '.join(LABELS)}"
+            )
+        if self.base.seed in self.select.seeds:
+            raise UserError(f"select.seeds: {self.base.seed} is the trials' own seed (base.seed); choose others")
+        if self.search.kind == "population" and self.base.training.rounds < self.search.generations:
+            raise UserError(
+                f"search.trials / search.population = {self.search.generations} generations, but "
+                f"base.training.rounds = {self.base.training.rounds}: each generation needs at least one round"
+            )
+
+    @property
+    def run(self) -> UnlearnConfig:
+        """The base with what the label fixes."""
+        return apply_overrides(self.base, LABELS[self.label], option=f"{self.label}: ")

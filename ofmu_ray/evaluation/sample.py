@@ -1,0 +1,50 @@
+"""A fixed sample of the evaluation rows, on which many models are judged for less."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some rows of each set; their values are named as in the whole sets, `<set>-<index>`."""
+
+    sets: Mapping[str, Sequence[Mapping[str, Any]]]
+    places: Mapping[str, Sequence[int]]
+    """Set -> index in the whole set of each sampled row."""
+
+    @classmethod
+    def of(cls, sets: Mapping[str, Sequence[Mapping[str, Any]]], count: int | None) -> Sample:
+        """`count` rows of each set, evenly spread; None: all."""
+        places = {name: spread(len(rows), count) for name, rows in sets.items()}
+        return cls({name: [sets[name][index] for index in found] for name, found in places.items()}, places)
+
+    @property
+    def row_ids(self) -> list[str]:
+        """Names of all sampled rows."""
+        return [f"{name}-{index}" for name, found in self.places.items() for index in found]
+
+    def named(self, table: pa.Table) -> pa.Table:
+        """Values of the sampled rows, which an evaluation numbered from 0, by their names in the whole sets."""
+        pairs = zip(table["set"].to_pylist(), table["index"].to_pylist(), strict=True)
+        named = [(name, self.places[name][index]) for name, index in pairs]
+        indices = pa.array([index for _, index in named], pa.int32())
+        for column, values in (("index", indices), ("row_id", pa.array([f"{name}-{index}" for name, index in named]))):
+            table = table.set_column(table.schema.get_field_index(column), column, values)
+        return table
+
+    def cut(self, table: pa.Table | None) -> pa.Table | None:
+        """The sampled rows of a table of all rows."""
+        return None if table is None else table.filter(pc.is_in(table["row_id"], pa.array(self.row_ids)))
+
+
+def spread(rows: int, count: int | None) -> Sequence[int]:
+    """`count` of `rows` indices, evenly spread (TOFU's rows stand author by author); None: all."""
+    if count is None or count >= rows:
+        return range(rows)
+    return [index * rows // count for index in range(count)]

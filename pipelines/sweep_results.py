@@ -1,0 +1,399 @@
+"""What a sweep leaves: the chosen configuration and model, tables, the report, MLflow runs, and lines for people."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ofmu_ray.config import UnlearnConfig, apply_overrides, to_dict
+from ofmu_ray.storage import atomic_dir, atomic_write
+from pipelines.benchmark_results import COSTS, duration, machine
+from pipelines.preflight import public
+from pipelines.sweep_ledger import Ledger, ranked, values
+from pipelines.trial import model_path, result_path
+from tune_spaces import Choice, Integers, LogUniform, Prior, Space, Uniform, ZeroOrLogUniform
+
+BEST = "best"
+NOT_RESULTS = ("failed", "stopped")
+WIDER = 1.5
+"""Factor by which an exported prior reaches beyond the values of the best trials."""
+PRIORS_FROM = 3
+"""Trials with enough utility that an export of priors needs."""
+
+
+@dataclass
+class Outcome:
+    """What came of a sweep."""
+
+    chosen: int | None = None
+    nearest: int | None = None
+    """The trial with the highest utility, where none reaches the floor."""
+    front: list[int] = field(default_factory=list)
+    figures: dict[str, Any] | None = None
+    """Of the chosen trial's model, on all rows."""
+    confirmed: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+    """(fresh seed, result) of the chosen options, on all rows."""
+
+
+def choose(ledger: Ledger) -> Outcome:
+    """The rule's choice among the trials that came to their end, and the Pareto front of all of them."""
+    goal, numbers = ledger.search.goal, range(len(ledger.suggestions))
+    order = ranked(ledger, numbers)
+    found = {number: values((ledger.result(number) or {})["figures"]) for number in order}
+    outcome = Outcome(front=pareto(ledger, order))
+    enough = [number for number in order if goal.enough(found[number])]
+    if enough:
+        outcome.chosen = enough[0]
+    elif order:
+        outcome.nearest = order[0]
+    return outcome
+
+
+def pareto(ledger: Ledger, numbers: Sequence[int]) -> list[int]:
+    """Trials that no other one beats in objective and utility, by rising objective."""
+    from ofmu_ray.evaluation.comparison import pareto_front
+
+    points = _plane(ledger, numbers)
+    return [numbers[int(index)] for index in pareto_front(points)] if points else []
+
+
+def _plane(ledger: Ledger, numbers: Sequence[int]) -> list[tuple[float, float]]:
+    """(objective on its scale from 0 to 1, utility) of trials with figures."""
+    goal = ledger.search.goal
+    found = [values((ledger.result(number) or {})["figures"]) for number in numbers]
+    return [(float(goal.height(one) or 0.0), float(one[goal.utility])) for one in found]
+
+
+def prune_models(ledger: Ledger) -> None:
+    """Keep the models of the best trials only (keep_models), and no checkpoints that nothing goes on from."""
+    kept = set(ranked(ledger, range(len(ledger.suggestions)))[: ledger.config.keep_models])
+    for number in range(len(ledger.suggestions)):
+        if number not in kept and ledger.result(number) is not None:
+            shutil.rmtree(model_path(ledger.folder, ledger.key(number)), ignore_errors=True)
+    if ledger.config.search.kind != "population":
+        shutil.rmtree(ledger.folder / "checkpoints", ignore_errors=True)
+
+
+def best_config(ledger: Ledger, number: int) -> UnlearnConfig:
+    """The chosen trial as a run of its own: evaluated as the base says."""
+    config = apply_overrides(ledger.config.run, ledger.suggestions[number].options)
+    return replace(config, name=f"{ledger.config.name}-best", storage=ledger.config.storage)
+
+
+def export(ledger: Ledger, outcome: Outcome, retrained: Any) -> None:
+    """<folder>/best.yaml, best/model and best/metrics.json of the chosen trial; figures on all rows go to `outcome`.
+
+    Where no trial has enough utility, what an earlier start chose is removed: it would not be this sweep's choice.
+    """
+    folder, number = ledger.folder, outcome.chosen
+    if number is None:
+        shutil.rmtree(folder / BEST, ignore_errors=True)
+        (folder / "best.yaml").unlink(missing_ok=True)
+        return
+    config = best_config(ledger, number)
+    head = f"# Trial {number} of sweep {ledger.config.name}: ofmu unlearn --config {folder / 'best.yaml'}\n"
+    if ledger.suggestions[number].parent is not None:
+        head += "# Its model went on from other members' weights: a run of these options alone gives another one.\n"
+    atomic_write(folder / "best.yaml", head + yaml.safe_dump(to_dict(config), sort_keys=False))
+    model = model_path(folder, ledger.key(number))
+    with atomic_dir(folder / BEST / "model") as beside:
+        shutil.copytree(model, beside, dirs_exist_ok=True, copy_function=_linked)
+    evaluator = replace(ledger.data.evaluator, evaluation=config.evaluation, seed=config.seed)
+    table = evaluator.table(str(folder / BEST / "model"), "best")
+    outcome.figures = evaluator.figures(table, retrained)
+    atomic_write(folder / BEST / "metrics.json", json.dumps({"after": outcome.figures}, indent=1) + "\n")
+
+
+def _linked(source: str, place: str) -> None:
+    try:
+        os.link(source, place)  # the same file twice, where the file system can: no second copy of the weights
+    except OSError:
+        shutil.copy2(source, place)
+
+
+# ----------------------------------------------------------------------------------------------------------- priors
+
+
+def priors(ledger: Ledger) -> dict[str, str]:
+    """Narrower priors by field, from the better third of the trials with enough utility: for a second sweep
+    (space_file), on more rows or a larger model. Empty with fewer than three such trials."""
+    goal = ledger.search.goal
+    order = ranked(ledger, range(len(ledger.suggestions)))
+    good = [n for n in order if goal.enough(values((ledger.result(n) or {})["figures"]))]
+    if len(good) < PRIORS_FROM:
+        return {}
+    best = good[: max(PRIORS_FROM, math.ceil(len(good) / 3))]
+    found = {}
+    for knob in ledger.search.space.knobs:
+        options = [ledger.suggestions[n].options for n in best]
+        drawn = [one[knob.field] for one in options if knob.field in one]
+        if drawn:
+            found[knob.field] = str(_narrowed(knob.prior, drawn))
+    return found
+
+
+def _narrowed(prior: Prior, drawn: Sequence[Any]) -> Prior:
+    if isinstance(prior, Choice):
+        return Choice(tuple(option for option in prior.options if option in drawn))
+    if isinstance(prior, ZeroOrLogUniform):
+        there = [value for value in drawn if value]
+        if not there:
+            return Choice((0.0,))
+        positive = _narrowed(prior.positive, there)
+        assert isinstance(positive, LogUniform)
+        return positive if len(there) == len(drawn) else replace(prior, low=positive.low, high=positive.high)
+    if isinstance(prior, LogUniform):
+        low, high = max(prior.low, min(drawn) / WIDER), min(prior.high, max(drawn) * WIDER)
+        return LogUniform(float(f"{low:.3g}"), float(f"{max(low, high):.3g}"))
+    if isinstance(prior, Integers):
+        return Integers(max(prior.low, min(drawn) - 1), min(prior.high, max(drawn) + 1))
+    assert isinstance(prior, Uniform)
+    margin = (WIDER - 1) / 2 * (max(drawn) - min(drawn))
+    return Uniform(max(prior.low, min(drawn) - margin), min(prior.high, max(drawn) + margin))
+
+
+# ----------------------------------------------------------------------------------------------------------- tables
+
+
+def trial_rows(ledger: Ledger, outcome: Outcome) -> list[dict[str, Any]]:
+    """One row per trial and per fresh seed, with figures as columns NAME, NAME_low, NAME_high."""
+    goal, rows = ledger.search.goal, []
+    for number, suggestion in enumerate(ledger.suggestions):
+        result = ledger.result(number)
+        if result is None:
+            continue
+        evaluations = result.get("evaluations") or []
+        figures = result.get("figures") or (evaluations[-1]["figures"] if evaluations else {})
+        whole = bool(result.get("figures"))
+        rows.append(
+            _row(result, number, "search", ledger, figures)
+            | {
+                "stage": ledger.stage_count if whole else len(evaluations),
+                "selected": number == outcome.chosen,
+                "feasible": goal.enough(values(figures)) if figures else None,
+                "front": number in outcome.front,
+                "parent": suggestion.parent,
+            }
+        )
+    for _, result in outcome.confirmed:
+        figures = result.get("figures") or {}
+        extra = {"stage": ledger.stage_count, "selected": False, "front": False, "parent": None}
+        enough = goal.enough(values(figures)) if figures else None
+        rows.append(_row(result, outcome.chosen, "confirm", ledger, figures) | extra | {"feasible": enough})
+    return rows
+
+
+def _row(
+    result: Mapping[str, Any], number: int | None, phase: str, ledger: Ledger, figures: Mapping[str, Any]
+) -> dict[str, Any]:
+    row = {
+        "number": number,
+        "phase": phase,
+        "seed": result["seed"],
+        "status": result["status"],
+        "message": result.get("message", ""),
+        "options": json.dumps(result["options"]),
+        "stages": ledger.stage_count,
+        **{name: result.get(name) for name in COSTS},
+        "ended_seconds": result["ended"] - (ledger.started() or result["ended"]),
+    }
+    evaluations = result.get("evaluations") or []
+    if row["flops"] is None and evaluations:  # a run that failed after an evaluation
+        row["flops"] = evaluations[-1]["account"]["flops"]
+    for name, figure in figures.items():
+        row |= {name: figure.get("value"), f"{name}_low": figure.get("low"), f"{name}_high": figure.get("high")}
+    return row
+
+
+def stage_rows(ledger: Ledger) -> list[dict[str, Any]]:
+    """One row per evaluation on the way."""
+    goal, rows = ledger.search.goal, []
+    for number in range(len(ledger.suggestions)):
+        for one in ledger.evaluations(number):
+            found = values(one["figures"])
+            rows.append(
+                {
+                    "number": number,
+                    "stage": one["stage"],
+                    "flops": one["account"]["flops"],
+                    "train_seconds": one["train_seconds"],
+                    goal.objective: found.get(goal.objective),
+                    goal.utility: found.get(goal.utility),
+                }
+            )
+    return rows
+
+
+def settings(
+    ledger: Ledger,
+    outcome: Outcome,
+    references: Mapping[str, Any],
+    narrowed: Mapping[str, str],
+    command: Sequence[str],
+) -> dict[str, Any]:
+    """What the report needs besides the tables; also <folder>/sweep.json."""
+    from ofmu_ray.evaluation.comparison import hypervolume
+    from ofmu_ray.evaluation.goal import sense
+    from ofmu_ray.reporting.manifest import code_version, package_versions
+
+    config, goal = ledger.config, ledger.search.goal
+    ends = [found["ended"] for n in range(len(ledger.suggestions)) if (found := ledger.result(n))]
+    points = _plane(ledger, ranked(ledger, range(len(ledger.suggestions))))
+    objectives = [goal.objective, goal.utility] if config.search.kind == "multi_objective" else []
+    chosen = None
+    if outcome.chosen is not None:
+        chosen = {
+            "number": outcome.chosen,
+            "options": dict(ledger.suggestions[outcome.chosen].options),
+            "floor_missed": False,
+            "figures": outcome.figures,
+            "config_file": "best.yaml",
+            "model": f"{BEST}/model",
+        }
+    return {
+        "name": config.name,
+        "command": list(command),
+        "config": public(config),
+        "method": config.label,
+        "machine": machine(),
+        "code": code_version(),
+        "packages": package_versions(("torch", "ray", "optuna", "transformers")),
+        "seconds": max(ends) - (ledger.started() or max(ends)) if ends else 0.0,
+        "rule": {
+            "objective": goal.objective,
+            "utility": goal.utility,
+            "floor": goal.floor,
+            "utility_floor": config.select.utility_floor,
+            "relative_to": config.select.relative_to,
+            "tie_break": config.select.tie_break,
+            "objectives": [*objectives, *(["flops"] if config.search.cost else [])],
+            "higher_is_better": {name: sense(name) == "high" for name in (goal.objective, goal.utility)}
+            | {"flops": False},
+        },
+        "search": {
+            **{name: getattr(config.search, name) for name in ("kind", "trials", "seed")},
+            "rows": config.select.rows,
+            "early": {
+                "kind": "none" if config.search.kind == "population" else config.early.kind,
+                "stages": ledger.stage_count,
+                "grace": config.early.grace,
+                "reduction_factor": config.early.reduction_factor,
+            },
+        },
+        "space": space_rows(ledger.search.space),
+        "references": references,
+        "chosen": chosen,
+        "nearest": outcome.nearest,
+        "hypervolume": hypervolume(points, (0.0, 0.0)) if points else 0.0,
+        "priors": dict(narrowed),
+    }
+
+
+def space_rows(space: Space) -> list[dict[str, Any]]:
+    """What is tuned, for people."""
+    return [{"field": k.field, "prior": str(k.prior), "why": k.why, "given": k.given} for k in space.knobs]
+
+
+def write(ledger: Ledger, outcome: Outcome, references: Mapping[str, Any], command: Sequence[str]) -> list[Path]:
+    """trials.parquet, sweep.json, priors.yaml and the report; returns their paths."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from ofmu_ray.reporting.sweep import write_sweep_report
+
+    folder, narrowed = ledger.folder, priors(ledger)
+    rows, steps = trial_rows(ledger, outcome), stage_rows(ledger)
+    content = settings(ledger, outcome, references, narrowed, command)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows]), buffer)
+    paths = [folder / "trials.parquet", folder / "sweep.json"]
+    atomic_write(paths[0], buffer.getvalue().to_pybytes())
+    atomic_write(paths[1], json.dumps(content, indent=1) + "\n")
+    if narrowed:
+        head = (
+            f"# From the best trials of sweep {ledger.config.name}: ofmu sweep --space_file {folder / 'priors.yaml'}\n"
+        )
+        atomic_write(folder / "priors.yaml", head + yaml.safe_dump(narrowed, sort_keys=False))
+        paths.append(folder / "priors.yaml")
+    if outcome.chosen is not None:
+        paths.append(folder / "best.yaml")
+    return [*paths, *map(Path, write_sweep_report(folder, rows, steps, content))]
+
+
+# ----------------------------------------------------------------------------------------------------------- MLflow
+
+
+def log_child(ledger: Ledger, number: int, parent: Any) -> None:
+    """Close the MLflow run of a trial that has ended, once: its marker says so."""
+    from ofmu_ray import tracking
+    from pipelines.sweep_tune import child_run
+
+    marker = result_path(ledger.folder, ledger.key(number)).with_suffix(".mlflow")
+    result = ledger.result(number)
+    if result is None or marker.exists():
+        return
+    handle = child_run(ledger.config.base.tracking, ledger, number, parent, result)
+    if handle is None:
+        return  # MLflow does not answer; the next start tries again
+    costs = {name: result[name] for name in COSTS if result.get(name) is not None}
+    figures = result.get("figures") or next((one["figures"] for one in reversed(result["evaluations"])), None)
+    failed = result["status"] == "failed"
+    if tracking.finish(handle, metrics={"after": figures}, cost=costs, status="FAILED" if failed else "FINISHED"):
+        atomic_write(marker, handle.run_id)
+
+
+# ----------------------------------------------------------------------------------------------------------- people
+
+
+def line(ledger: Ledger, number: int) -> str:
+    """How a trial ended."""
+    result, goal = ledger.result(number), ledger.search.goal
+    if result is None:
+        found = ledger.evaluations(number)
+        figures, status = (values(found[-1]["figures"]) if found else {}), f"stopped after {len(found)} evaluations"
+        seconds = 0.0
+    else:
+        evaluations = result.get("evaluations") or []
+        last = result.get("figures") or (evaluations[-1]["figures"] if evaluations else {})
+        figures, seconds = values(last), result.get("total_seconds") or 0.0
+        status = "" if result["status"] == "finished" else f"{result['status']}: {result.get('message', '')}"
+    shown = [f"{name} {figures[name]:.3g}" for name in (goal.objective, goal.utility) if figures.get(name) is not None]
+    return ", ".join([*shown, *([status] if status else []), *([duration(seconds)] if seconds else [])])
+
+
+def summary(ledger: Ledger, outcome: Outcome) -> str:
+    """The choice, or the front and the nearest trial."""
+    goal, lines = ledger.search.goal, []
+
+    def shown(number: int) -> str:
+        found = values((ledger.result(number) or {})["figures"])
+        cells = [f"{name} {found[name]:<10.4g}" for name in (goal.objective, goal.utility)]
+        options = [f"{name}={value}" for name, value in ledger.suggestions[number].options.items()]
+        return f"  trial {number:<5}" + " ".join([*cells, *options])
+
+    if outcome.front:
+        lines += ["", "Pareto front:", *map(shown, outcome.front)]
+    if outcome.chosen is not None:
+        figures = outcome.figures or {}
+        lines += ["", f"chosen: trial {outcome.chosen}; on all rows:"]
+        for name in (goal.objective, goal.utility):
+            figure = figures.get(name) or {}
+            if figure.get("value") is not None:
+                lines.append(f"  {name} {figure['value']:.4g} [{figure['low']:.3g}, {figure['high']:.3g}]")
+        for seed, result in outcome.confirmed:
+            found = values(result.get("figures") or {})
+            cells = [f"{n} {found[n]:.4g}" for n in (goal.objective, goal.utility) if found.get(n) is not None]
+            lines.append(f"  seed {seed}: " + (", ".join(cells) or f"{result['status']}: {result.get('message', '')}"))
+    elif outcome.nearest is not None:
+        lines += ["", f"no trial has {goal.utility} >= {goal.floor:.4g}; the nearest:", shown(outcome.nearest)]
+    else:
+        lines += ["", "no trial came to its end with figures"]
+    return "\n".join(lines)

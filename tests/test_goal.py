@@ -1,0 +1,59 @@
+"""The rule as numbers: its order is that of selection by hand."""
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ofmu_ray.evaluation.goal import FAILED, Goal, sense
+
+finite = st.floats(-1e3, 1e3, allow_nan=False)
+
+
+def test_directions_of_figures():
+    assert sense("forget_quality") == sense("model_utility") == sense("retain_probability") == "high"
+    assert sense("ks_statistic") == "low"
+    assert sense("forget_probability") == sense("privleak") == sense("mia_loss_auc") == "retrained"
+
+
+@given(st.lists(st.tuples(finite, finite), min_size=2, max_size=6), finite)
+def test_the_score_orders_trials_as_the_rule_does(points, floor):
+    """Enough utility before too little; then by objective, or by how little is missing."""
+    goal = Goal("ks_statistic", "model_utility", floor)
+    rows = [{"ks_statistic": objective, "model_utility": utility} for objective, utility in points]
+    for a, b in itertools.permutations(rows, 2):
+        enough_a, enough_b = a["model_utility"] >= floor, b["model_utility"] >= floor
+        if enough_a != enough_b:
+            better = enough_a
+        elif enough_a:
+            better = a["ks_statistic"] < b["ks_statistic"] - 1e-6 * (1 + abs(b["ks_statistic"]))
+        else:
+            better = a["model_utility"] > b["model_utility"] + 1e-6 * (1 + abs(b["model_utility"]))
+        if better:
+            assert goal.score(a) > goal.score(b)
+    assert all(FAILED < goal.score(row) <= 1 for row in rows)
+
+
+def test_p_values_count_by_their_logarithm():
+    goal = Goal("forget_quality", "model_utility", None)
+    scores = [goal.score({"forget_quality": p, "model_utility": 0.5}) for p in (0.0, 1e-200, 1e-20, 1e-3, 1.0)]
+    assert scores == sorted(scores)
+    assert scores[0] == pytest.approx(0.0)
+    assert scores[-1] == 1.0
+    assert scores[3] - scores[2] == pytest.approx(17 / 300)
+
+
+def test_a_figure_that_should_match_the_retrained_model():
+    matching = Goal("forget_probability", "model_utility", 0.5, retrained_objective=0.2)
+    low = Goal("forget_probability", "model_utility", 0.5)
+    near, none = ({"forget_probability": value, "model_utility": 0.6} for value in (0.25, 0.0))
+    assert matching.score(near) > matching.score(none)
+    assert low.score(none) > low.score(near)
+    assert matching.goodness(near) == pytest.approx(-0.05)
+
+
+@pytest.mark.parametrize("figures", [{}, {"forget_quality": 0.1}, {"forget_quality": math.nan, "model_utility": 1.0}])
+def test_without_figures_a_trial_has_failed(figures):
+    assert Goal("forget_quality", "model_utility", 0.5).score(figures) == FAILED

@@ -1,0 +1,162 @@
+"""Where a sweep's options come from: seeds, numbers and results, never a memory of its own."""
+
+import math
+import statistics
+
+import pytest
+
+from ofmu_ray.config import SearchConfig, UnlearnConfig, apply_overrides
+from ofmu_ray.evaluation.goal import Goal
+from pipelines.search import Search, Seen, Suggestion, without_other_batches
+from tune_spaces import SPACES, Choice, Integers, Knob, LogUniform, Space, Uniform, ZeroOrLogUniform
+from tune_spaces.optuna_space import ON, told
+
+BASE = UnlearnConfig()
+GOAL = Goal("forget_quality", "model_utility", 0.5)
+
+
+def search(kind: str, space: Space = SPACES["ofmu_lite"], **options) -> Search:
+    return Search(SearchConfig(kind=kind, **options), space, BASE, GOAL)
+
+
+def ended(one: Suggestion, quality: float, utility: float = 0.6, status: str = "finished", stages: int = 1) -> Seen:
+    steps = [{"forget_quality": quality, "model_utility": utility}] * stages
+    return Seen(one, status, steps, flops=1e9 * (1 + one.number))
+
+
+def bowl(options) -> float:
+    """A forget quality that is highest at inner.lr = 3e-5 and beta = 0."""
+    return 10 ** -(3 * abs(math.log10(options["ofmu.inner.lr"] / 3e-5)) + 2 * (options["ofmu.beta"] > 0))
+
+
+def searched(made: Search, trials: int, judge) -> list[Seen]:
+    seen: list[Seen] = []
+    for number in range(trials):
+        found = made.suggest(number, seen)
+        assert found is not None
+        apply_overrides(BASE, found.options)
+        seen.append(judge(found))
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["random", "tpe", "multi_objective"])
+def test_a_search_that_begins_anew_goes_on_alike(kind):
+    """What a killed driver would have suggested next is what its successor suggests."""
+
+    def judge(one):
+        return ended(one, bowl(one.options), status="stopped" if one.number % 3 == 2 else "finished")
+
+    seen = searched(search(kind, trials=8, startup_trials=3), 8, judge)
+    for number in (2, 5, 7):
+        assert search(kind, trials=8, startup_trials=3).suggest(number, seen[:number]) == seen[number].suggestion
+    other = search(kind, trials=8, startup_trials=3, seed=1)
+    assert other.suggest(0, []).options != seen[0].suggestion.options
+
+
+def test_more_trials_do_not_change_the_first_ones():
+    few, many = search("random", trials=3), search("random", trials=30)
+    assert [few.suggest(n, []).options for n in range(3)] == [many.suggest(n, []).options for n in range(3)]
+
+
+def test_the_estimator_looks_where_it_was_good():
+    def late(kind):
+        made = search(kind, trials=40, startup_trials=8)
+        seen = searched(made, 40, lambda one: ended(one, bowl(one.options)))
+        return statistics.median(math.log10(bowl(one.suggestion.options)) for one in seen[20:])
+
+    assert late("tpe") > late("random") + 0.5
+
+
+def test_the_estimator_heeds_the_floor():
+    """The objective is best where utility is missing: only the constraint keeps the search away from there."""
+    space = Space((Knob("ofmu.inner.lr", LogUniform(1e-6, 1e-2), ""),))
+
+    def late(floor):
+        goal = Goal("forget_quality", "model_utility", floor)
+        made = Search(SearchConfig(trials=40, startup_trials=10), space, BASE, goal)
+
+        def judge(one):
+            rate = one.options["ofmu.inner.lr"]
+            return ended(one, rate / 1e-2, utility=0.6 if rate < 1e-4 else 0.1)
+
+        seen = searched(made, 40, judge)
+        return statistics.median(one.suggestion.options["ofmu.inner.lr"] for one in seen[20:])
+
+    assert late(None) > 1e-3
+    assert late(0.5) < 3e-4
+
+
+def test_running_and_failed_trials_are_no_obstacle():
+    made = search("tpe", trials=9, startup_trials=2)
+    seen = searched(made, 4, lambda one: ended(one, 0.1))
+    first, second = made.suggest(4, seen), made.suggest(5, [*seen, Seen(made.suggest(4, seen), "running")])
+    failed = made.suggest(5, [*seen, Seen(first, "failed")])
+    assert first.options != second.options
+    assert failed.options != first.options
+
+
+def test_fields_with_conditions_are_left_out_and_told_so():
+    seen = searched(search("tpe", trials=25, startup_trials=5), 25, lambda one: ended(one, bowl(one.options)))
+    drawn = [one.suggestion.options for one in seen]
+    assert {(o["ofmu.rho"] > 0) == ("ofmu.rho_growth" in o) for o in drawn} == {True}
+    assert {o["ofmu.rho"] > 0 for o in drawn} == {True, False}
+    params, distributions = told(SPACES["ofmu_lite"], {"ofmu.rho": 0.0, "ofmu.beta": 0.1})
+    assert params == {"ofmu.rho" + ON: False, "ofmu.beta" + ON: True, "ofmu.beta": 0.1}
+    assert set(params) == set(distributions)
+
+
+def test_a_small_space_is_exhausted_not_repeated():
+    space = Space((Knob("ofmu.inner_steps", Integers(1, 3), ""),))
+    for kind in ("random", "tpe"):
+        made = search(kind, space, trials=6, startup_trials=1)
+        seen = searched(made, 3, lambda one: ended(one, 0.1))
+        assert {one.suggestion.options["ofmu.inner_steps"] for one in seen} == {1, 2, 3}
+        assert made.suggest(3, seen) is None
+        assert not made.waits(3, seen)
+
+
+# ------------------------------------------------------------------------------------------------------- population
+
+MEMBERS = Space(
+    (
+        Knob("ofmu.inner.lr", LogUniform(1e-5, 1e-3), ""),
+        Knob("ofmu.rho", ZeroOrLogUniform(1e-5, 1e-3), ""),
+        Knob("ofmu.inner.decay", Choice(("constant", "linear")), ""),
+        Knob("ofmu.rho_growth", Uniform(1.0, 1.1), "", given="ofmu.rho"),
+    )
+)
+
+
+def test_the_worst_member_becomes_a_changed_copy_of_the_best():
+    made = search("population", MEMBERS, trials=12, population=4)
+    first = searched(made, 4, lambda one: ended(one, 0.1 * (one.number + 1), status="stopped"))
+    second = [made.suggest(number, first) for number in range(4, 8)]
+    assert [one.parent for one in second] == [3, 1, 2, 3]
+    assert all(second[m].options == first[m].suggestion.options for m in (1, 2, 3))
+    changed = second[0].options
+    assert changed != first[3].suggestion.options
+    for field, value in changed.items():
+        prior = next(knob.prior for knob in MEMBERS.knobs if knob.field == field)
+        if not isinstance(prior, Choice):
+            assert value == 0 or prior.at(0.0) <= value <= prior.at(1 - 1e-9)
+    assert made.suggest(4, first) == second[0]
+
+
+def test_a_generation_waits_for_the_one_before():
+    made = search("population", MEMBERS, trials=4, population=2)
+    seen = searched(made, 2, lambda one: Seen(one, "running"))
+    assert made.suggest(2, seen) is None
+    assert made.waits(2, seen)
+
+
+def test_a_failed_member_is_replaced():
+    made = search("population", MEMBERS, trials=4, population=2)
+    seen = searched(made, 2, lambda one: ended(one, 0.1) if one.number else Seen(one, "failed"))
+    assert made.suggest(2, seen).parent == 1
+
+
+def test_members_share_their_batches():
+    space, dropped = without_other_batches(SPACES["ofmu_lite"], BASE)
+    assert set(dropped) >= {"ofmu.inner_steps", "ofmu.outer_steps"}
+    assert {knob.field for knob in space.knobs} >= {"ofmu.inner.lr", "ofmu.outer.lr", "ofmu.rho_growth"}
+    assert without_other_batches(SPACES["npo"], apply_overrides(BASE, {"method": "npo"}))[1] == []

@@ -1,0 +1,330 @@
+"""`ofmu sweep` as a user runs it, on the built-in people: killed, resumed, reproduced, and with mistakes in it."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import ray
+import yaml
+
+from pipelines import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+OPTIONS = {
+    "label": "ofmu_lite",
+    "lr_scale": 30,
+    "space": {"ofmu.inner_steps": "integer(1, 2)", "ofmu.outer_steps": "integer(1, 3)"},
+    "search": {"kind": "tpe", "trials": 4, "startup_trials": 2},
+    "early": {"kind": "asha", "stages": 3},
+    "select": {
+        "objective": "forget_probability",
+        "utility": "retain_probability",
+        "utility_floor": 0.5,
+        "rows": 12,
+        "max_new_tokens": 0,
+    },
+    "concurrency": 1,
+    "base": {
+        "training": {"engine": "torch", "rounds": 6, "batch_size": 8, "checkpoint_every": 2},
+        "evaluation": {"max_rows": 16, "max_new_tokens": 8, "bootstrap_samples": 20},
+        "tracking": {"system_metrics": False},
+    },
+}
+
+
+def write_config(folder: Path, **changes) -> str:
+    path = folder / "sweep.yaml"
+    path.write_text(json.dumps(OPTIONS | changes))  # JSON is YAML
+    return str(path)
+
+
+def results(folder: Path) -> dict[int, dict]:
+    """The trials' results by number; fresh seeds are not among them."""
+    found = [json.loads(path.read_text()) for path in folder.glob("trials/*.json")]
+    return {result["trial"]: result for result in found if result["phase"] == "tune"}
+
+
+def told(result: dict) -> dict:
+    """What a trial came to, without the times."""
+    cost = ("flops", "forget_passes", "retain_passes", "rounds", "status", "message", "options", "figures")
+    steps = [(one["stage"], one["figures"]) for one in result["evaluations"]]
+    return {name: result.get(name) for name in cost} | {"evaluations": steps}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """One local Ray for the sweeps of this file; the pipeline finds it up."""
+    from ofmu_ray.training.launch import connect
+
+    connect(2)
+    yield
+    ray.shutdown()
+
+
+def killed_in_the_second_trial(words: list[str], storage: Path) -> dict[str, bytes]:
+    """Start a sweep, SIGKILL its driver with all its processes once its second trial has been evaluated for the first
+    time; returns what lay there of results and evaluations."""
+    folder = storage / "sweep"
+    with (storage / "killed.log").open("w") as log:
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "pipelines.sweep", *words],
+            cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
+        )  # fmt: skip
+        end = time.monotonic() + 300
+        while not (len(results(folder)) == 1 and list(folder.glob("work/*/stages/0001.json"))):
+            assert driver.poll() is None, (storage / "killed.log").read_text()[-3000:]
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        family = psutil.Process(driver.pid).children(recursive=True)
+        driver.send_signal(signal.SIGKILL)
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        driver.wait()
+    there = [*folder.glob("trials/*.json"), *folder.glob("work/*/stages/*.json")]
+    return {path.name: path.read_bytes() for path in there}
+
+
+@pytest.fixture(scope="module")
+def sweeps(tmp_path_factory, cluster):
+    """(storage of an undisturbed sweep, storage of one that was killed and resumed, what lay there at the kill)."""
+    calm, killed = tmp_path_factory.mktemp("calm"), tmp_path_factory.mktemp("killed")
+    words = ["--config", write_config(killed), "--storage", str(killed)]
+    before = killed_in_the_second_trial(words, killed)
+    assert cli.main(["sweep", *words]) == 0
+    assert cli.main(["sweep", "--config", write_config(calm), "--storage", str(calm)]) == 0
+    return calm, killed, before
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_loses_nothing_runs_nothing_twice_and_ends_alike(sweeps):
+    calm, killed, before = sweeps
+    folder = killed / "sweep"
+    for name, content in before.items():
+        if name != "0001.json":
+            assert (folder / "trials" / name).read_bytes() == content
+    now, undisturbed = results(folder), results(calm / "sweep")
+    assert sorted(now) == [0, 1, 2, 3]
+    assert {number: told(result) for number, result in now.items()} == {
+        number: told(result) for number, result in undisturbed.items()
+    }
+    assert now[1]["evaluations"][0] == json.loads(before["0001.json"])  # taken before the kill, and not again
+    best = [yaml.safe_load((path / "sweep/best.yaml").read_text())["ofmu"] for path in (calm, killed)]
+    assert best[0] == best[1]
+    assert {path.name for path in folder.iterdir()} >= {"best", "best.yaml", "trials.parquet", "report.html"}
+    assert not {"work", "private", "tune", "checkpoints"} & {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.slow
+def test_only_the_best_models_stay_on_disk(sweeps):
+    _, killed, _ = sweeps
+    models = list((killed / "sweep/models").iterdir())
+    chosen = json.loads((killed / "sweep/sweep.json").read_text())["chosen"]["number"]
+    numbers = {path.stem: json.loads(path.read_text())["trial"] for path in (killed / "sweep/trials").glob("*.json")}
+    assert [numbers[path.name] for path in models] == [chosen]
+
+
+@pytest.mark.slow
+def test_trials_that_are_behind_end_early(sweeps):
+    calm, _, _ = sweeps
+    found = results(calm / "sweep")
+    stopped = [result for result in found.values() if result["status"] == "stopped"]
+    assert stopped, "successive halving ended no trial"
+    for result in stopped:
+        assert "figures" not in result
+        assert result["rounds"] == 2 * len(result["evaluations"]) < 6
+        assert not [name for name in result if name.startswith("checkpoint")]
+    assert any(result["rounds"] == 6 for result in found.values())
+
+
+@pytest.mark.slow
+def test_the_chosen_configuration_reproduces_the_chosen_model(sweeps, capsys):
+    """`ofmu unlearn --config best.yaml`, through Ray Train, gives every figure of the trial's exported model."""
+    calm, _, _ = sweeps
+    assert cli.main(["unlearn", "--config", str(calm / "sweep/best.yaml")]) == 0
+    again = json.loads((calm / "sweep-best/metrics.json").read_text())["after"]
+    assert again == json.loads((calm / "sweep/best/metrics.json").read_text())["after"]
+
+
+@pytest.mark.slow
+def test_mlflow_holds_the_sweep_and_each_trial_once(sweeps):
+    _, killed, _ = sweeps
+    client = mlflow.MlflowClient(f"sqlite:///{killed}/mlflow.db")
+    [experiment] = [found for found in client.search_experiments() if found.name == "ofmu"]
+    runs = client.search_runs([experiment.experiment_id])
+    [parent] = [run for run in runs if run.data.tags.get("ofmu.kind") == "sweep"]
+    children = {int(run.data.params["trial"]): run for run in runs if run.data.tags.get("ofmu.kind") == "trial"}
+    assert parent.info.status == "FINISHED"
+    assert sorted(children) == [0, 1, 2, 3]
+    assert len(runs) == 5
+    found = results(killed / "sweep")
+    for number, run in children.items():
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert run.data.tags["ofmu.status"] == found[number]["status"]
+        assert float(run.data.params["ofmu.inner.lr"]) == found[number]["options"]["ofmu.inner.lr"]
+        assert run.data.metrics["cost/flops"] == found[number]["flops"]
+        steps = [point.step for point in client.get_metric_history(run.info.run_id, "forget_passes")]
+        assert steps == list(range(1, found[number]["rounds"] + 1))
+        stages = [point.step for point in client.get_metric_history(run.info.run_id, "stage/forget_probability")]
+        assert stages == [2 * (index + 1) for index in range(len(found[number]["evaluations"]))]
+    names = {artifact.path for artifact in client.list_artifacts(parent.info.run_id)}
+    assert names >= {"report.html", "best.yaml", "plane.svg", "parallel.svg", "importance.svg"}
+
+
+@pytest.mark.slow
+def test_a_floor_that_no_trial_meets(sweeps, capsys):
+    """The rule may change without a trial running again; its floor may be out of reach."""
+    _, killed, _ = sweeps
+    before = {path.name: path.stat().st_mtime_ns for path in (killed / "sweep/trials").glob("*.json")}
+    words = ["--config", str(killed / "sweep.yaml"), "--storage", str(killed), "--select.utility_floor", "1"]
+    assert cli.main(["sweep", *words]) == 1
+    shown = capsys.readouterr().out
+    assert "Pareto front" in shown
+    assert "no trial has retain_probability >= " in shown
+    assert "the nearest:\n  trial " in shown
+    assert before == {path.name: path.stat().st_mtime_ns for path in (killed / "sweep/trials").glob("*.json")}
+    assert not (killed / "sweep/best.yaml").exists()
+
+
+@pytest.mark.slow
+def test_more_trials_and_fresh_seeds_go_on_from_the_same_sweep(sweeps):
+    calm, _, _ = sweeps
+    words = ["--config", str(calm / "sweep.yaml"), "--storage", str(calm)]
+    assert cli.main(["sweep", *words, "--search.trials", "5", "--select.seeds", "[11]"]) == 0
+    assert sorted(results(calm / "sweep")) == [0, 1, 2, 3, 4]
+    rows = pq.read_table(calm / "sweep/trials.parquet").to_pylist()
+    [confirmed] = [row for row in rows if row["phase"] == "confirm"]
+    assert confirmed["seed"] == 11
+    assert confirmed["forget_probability"] is not None
+
+
+@pytest.mark.slow
+def test_a_failing_trial_and_a_killed_process_do_not_end_a_sweep(tmp_path, cluster):
+    """Two trials at once; one names a layer that there is not, the process of one is killed and it goes on."""
+    space = {"rmu.layer": "choice(1, 99)", "rmu.optimizer.lr": "choice(1e-4)"}
+    changes = {
+        "label": "rmu", "space": space | {"rmu.steering": None, "rmu.retain_weight": None}, "concurrency": 2,
+        "search": {"kind": "random", "trials": 5}, "early": {"kind": "none", "stages": 3},
+    }  # fmt: skip
+    words = ["--config", write_config(tmp_path, **changes), "--storage", str(tmp_path)]
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.sweep", *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
+    )  # fmt: skip
+    end = time.monotonic() + 300
+    while not list((tmp_path / "sweep").glob("work/*/stages/0001.json")):
+        assert driver.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    for process in psutil.Process(driver.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "TrialRun" in " ".join(process.cmdline()):
+                process.kill()
+    shown, _ = driver.communicate(timeout=300)
+    assert driver.returncode == 0, shown[-3000:]
+    assert "the space holds no more than 2 different trials" in shown
+    found = results(tmp_path / "sweep")
+    by_layer = {result["options"]["rmu.layer"]: result for result in found.values()}
+    assert by_layer[1]["status"] == "finished"
+    assert [one["stage"] for one in by_layer[1]["evaluations"]] == [1, 2]
+    assert by_layer[99]["status"] == "failed"
+    assert "rmu.layer = 99" in by_layer[99]["message"]
+
+
+@pytest.mark.slow
+def test_a_population_goes_on_from_its_best(tmp_path, cluster):
+    """Two members, two generations: the second starts from the weights of the first, with its own options."""
+    search = {"kind": "population", "trials": 4, "population": 2}
+    words = ["--config", write_config(tmp_path, search=search, concurrency=2), "--storage", str(tmp_path)]
+    status = cli.main(["sweep", *words])
+    found = results(tmp_path / "sweep")
+    lines = [json.loads(line) for line in (tmp_path / "sweep/suggestions.jsonl").read_text().splitlines()]
+    parents = {line["number"]: line["parent"] for line in lines}
+    assert parents[0] is None
+    assert parents[1] is None
+    assert {parents[2], parents[3]} <= {0, 1}
+    assert not any(name in lines[0]["options"] for name in ("ofmu.inner_steps", "ofmu.outer_steps"))
+    for number in (0, 1):
+        assert (found[number]["status"], found[number]["rounds"]) == ("stopped", 3)
+    for number in (2, 3):
+        assert (found[number]["status"], found[number]["rounds"]) == ("finished", 6)
+        assert found[number]["flops"] == pytest.approx(2 * found[parents[number]]["flops"], rel=0.2)
+    assert status == (0 if (tmp_path / "sweep/best.yaml").exists() else 1)
+
+
+@pytest.mark.slow
+def test_trials_of_several_workers_are_evaluated_on_their_way(tmp_path, cluster):
+    """ZeRO-3 on two workers through Ray Train: gathered for the evaluation, ended by the decision, and as one worker."""
+    space = {
+        f"ofmu.{name}": None for name in ("inner_steps", "outer_steps", "beta", "rho", "rho_growth", "inner.decay")
+    }
+    rates = {"ofmu.inner.lr": "choice(1e-3, 1e-4)", "ofmu.outer.lr": "choice(5e-4)"}
+    search, early = {"kind": "random", "trials": 1}, {"kind": "median", "stages": 2}
+    figures = []
+    for name, training in (
+        ("one", {"engine": "torch"}),
+        ("two", {"engine": "deepspeed", "workers": 2, "zero_stage": 3}),
+    ):
+        base = OPTIONS["base"] | {"training": OPTIONS["base"]["training"] | training}
+        changes = {"name": name, "space": space | rates, "search": search, "early": early, "base": base}
+        cli.main(["sweep", "--config", write_config(tmp_path, **changes), "--storage", str(tmp_path)])
+        [result] = results(tmp_path / name).values()
+        assert result["status"] == "finished"
+        [evaluation] = result["evaluations"]
+        figures.append([evaluation["figures"], result["figures"]])
+    for one, two in zip(*figures, strict=True):
+        for name in ("forget_probability", "retain_probability", "forget_truth_ratio"):
+            assert two[name]["value"] == pytest.approx(one[name]["value"], abs=2e-3)
+        assert one["forget_probability"]["value"] < 0.999  # the run did something
+
+
+MISTAKES = {
+    "unknown field": (["--space.ofmu.bet", "uniform(0, 1)"], r"unknown option ofmu.bet. Did you mean ofmu.beta"),
+    "no prior": (["--space.ofmu.beta", "gaussian(0, 1)"], r"space: ofmu.beta: prior 'gaussian\(0, 1\)'"),
+    "close prior": (["--space.ofmu.beta", "loguniforn(1e-3, 1)"], r"Did you mean loguniform\?"),
+    "not a value": (["--space.ofmu.inner_steps", "uniform(1, 2)"], r"ofmu.inner_steps = 1.5: must be int"),
+    "another method": (["--space.npo.beta", "uniform(0, 1)"], r"npo.beta is an option of another method"),
+    "empty space": (["--label", "ceu", "--space.ceu.optimizer.lr", "null"], r"nothing is left to tune of ceu"),
+    "no such figure": (["--select.objective", "forget_qualty"], r"no such figure. Did you mean forget_quality"),
+    "never reported": (["--select.utility", "model_utility"], r"max_new_tokens = 0: .* select.utility = model_utility"),
+    "no retrained model": (["--base.evaluation.retrained", "null", "--select.objective", "forget_quality"], r"select.objective = forget_quality needs a model"),
+    "no room": (["--base.training.workers", "64", "--base.training.engine", "deepspeed", "--base.training.batch_size",
+                 "64"], r"training.workers x training.cpus_per_worker = 64"),
+    "too much at once": (["--concurrency", "64"], r"concurrency = 64: .* set --concurrency 2"),
+    "no such file": (["--space_file", "nowhere.yaml"], r"space_file = 'nowhere.yaml': no such file"),
+    "unknown label": (["--label", "ofmu_ful"], r"no method 'ofmu_ful'. Did you mean ofmu_full"),
+    "grace": (["--early.grace", "3"], r"early.grace = 3: must be less than early.stages = 3"),
+    "generations": (["--search.kind", "population", "--search.trials", "5"], r"multiple of search.population = 4"),
+    "seed": (["--select.seeds", "[0]"], r"0 is the trials' own seed"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_end_with_one_clear_line(mistake, tmp_path, capsys, cluster):
+    words, message = MISTAKES[mistake]
+    status = cli.main(["sweep", "--config", write_config(tmp_path), "--storage", str(tmp_path), *words])
+    shown = capsys.readouterr().err
+    assert status == 2
+    [line] = [text for text in shown.splitlines() if text.startswith("ofmu sweep: error:")]
+    assert re.search(message, line), line
+    assert not (tmp_path / "sweep/trials").exists()
+
+
+@pytest.mark.slow
+def test_a_sweep_keeps_its_name_for_one_configuration(sweeps, capsys):
+    calm, _, _ = sweeps
+    words = ["--config", str(calm / "sweep.yaml"), "--storage", str(calm), "--base.training.rounds", "7"]
+    assert cli.main(["sweep", *words]) == 2
+    assert "name = 'sweep': a run with another configuration has this name" in capsys.readouterr().err
