@@ -1,0 +1,115 @@
+"""What this machine's CPU takes: a pass is measured on models of one and two layers and extended to all of them."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import torch
+
+from ofmu_ray.config import OptimizerConfig
+from ofmu_ray.engines import TorchEngine
+from ofmu_ray.engines.vector_engine import sum_and_count
+from ofmu_ray.errors import UserError
+from ofmu_ray.methods import build_method
+from ofmu_ray.planning.cost import Link, RoundTime
+from ofmu_ray.planning.setup import Estimate, Planner
+from ofmu_ray.planning.shapes import empty_model, micro_batch
+
+REPEATS = 3
+LARGEST_VECTOR = 16_000_000
+"""Elements of the vectors that arithmetic is measured on, at most."""
+
+
+def calibrated_time(
+    planner: Planner, estimate: Estimate, link: Link, clock: Callable[[], float] = time.perf_counter
+) -> RoundTime:
+    """Seconds of a round of `estimate`, from measurements here with the number of threads that torch is set to.
+
+    `clock`: time.process_time counts what other processes on a busy machine do not disturb.
+
+    Raises UserError for a model whose configuration does not say how many layers it has.
+    """
+    layers = _layers(planner.shape)
+    passes = 0.0
+    for stream in {replayed.kind for replayed in estimate.round.passes}:
+        one, two = (_pass_seconds(planner, estimate, stream, count, clock) for count in (1, 2))
+        count = sum(replayed.kind == stream for replayed in estimate.round.passes)
+        passes += count * estimate.layout.micro_batches * max(one + (layers - 1) * (two - one), one)
+    return RoundTime(
+        passes, _vector_seconds(planner, estimate, clock), estimate.traffic.seconds(estimate.setup.workers, link)
+    )
+
+
+def _layers(shape: Any) -> int:
+    layers = getattr(shape.get_text_config(), "num_hidden_layers", None)
+    if not layers:
+        raise UserError("plan.calibrate: the model's configuration has no num_hidden_layers; plan without it")
+    return int(layers)
+
+
+def _pass_seconds(planner: Planner, estimate: Estimate, stream: str, layers: int, clock: Callable[[], float]) -> float:
+    """Forward and backward of one micro-batch of mean length on a model of that many layers with random weights."""
+    shape = copy.deepcopy(planner.shape)
+    text = shape.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    setup, rows = estimate.setup, planner.rows[stream]
+    model = replace(planner.model, gradient_checkpointing=setup.gradient_checkpointing, lora=setup.lora, freeze=[])
+    module = empty_model(shape, model, device="cpu")
+    tokens = max(2, round(rows.longest))
+    micro = micro_batch(shape, setup.micro_batch_size, tokens, min(round(rows.prompt), tokens - 1))
+    mask = torch.ones_like(micro["labels"])
+    mask[0, -1] = 0  # batches have padding as a rule, and the attention kernel is another without
+    micro["attention_mask"] = mask
+    return _seconds(lambda: _run(module, micro), clock)
+
+
+def _run(module: torch.nn.Module, micro: Any) -> None:
+    from ofmu_ray.engines.language import causal_lm_loss
+
+    value, _ = sum_and_count(causal_lm_loss(module, micro))
+    value.backward()  # type: ignore[no-untyped-call]
+
+
+def _vector_seconds(planner: Planner, estimate: Estimate, clock: Callable[[], float]) -> float:
+    """A round of the method minus its passes, on a model of one vector."""
+    layout, sizes = estimate.layout, estimate.sizes
+    shard = sizes.trainable if layout.zero_stage == 0 else -(-sizes.trainable // layout.workers)
+    elements = min(shard, LARGEST_VECTOR)
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(torch.randn(elements))
+    inner, outer = planner.method.optimizers
+    engine = _Arithmetic(module, inner=inner, outer=outer)
+    method = build_method(planner.method, planner.training.rounds)
+    counts = method.batches_per_round()
+    batches = [[None] * counts.get(stream, 0) for stream in ("forget", "retain")]
+    method.round(engine, iter(batches[0]), iter(batches[1]))  # the first makes the moments
+    return _seconds(lambda: method.round(engine, iter(batches[0]), iter(batches[1])), clock) * shard / elements
+
+
+class _Arithmetic(TorchEngine):
+    """The engine whose gradients are given: what is left of a round is linear algebra, steps and displacements."""
+
+    def __init__(self, module: torch.nn.Module, *, inner: OptimizerConfig, outer: OptimizerConfig):
+        super().__init__(module, inner=inner, outer=outer)
+        self._given = [torch.randn_like(self.shards.masters[0]) for _ in range(2)]
+
+    def gradient(self, batch: Any, loss: Any = None, *, kind: Any = "forget", **_: Any) -> Any:
+        self.shards.clear_gradients()
+        return [self._given[kind == "retain"] * 1.0], 1.0
+
+
+def _seconds(action: Callable[[], Any], clock: Callable[[], float]) -> float:
+    action()
+    found = []
+    for _ in range(REPEATS):
+        started = clock()
+        action()
+        found.append(clock() - started)
+    return median(found)

@@ -1,0 +1,170 @@
+"""A method's rounds over vectors without storage: which passes it makes, with how many vectors alive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ofmu_ray.config import OptimizerConfig
+from ofmu_ray.engines.language import causal_lm_loss
+from ofmu_ray.engines.protocol import Batch, Kind, Loop, Loss, PassAccount, Vector
+from ofmu_ray.errors import UserError
+from ofmu_ray.methods.protocol import Method
+from ofmu_ray.planning.trace import Meter
+
+UNIT = 1 << 20
+"""Elements of a replayed vector: each stands for one whole vector, whatever the model's size."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What exists at a moment of a round, in vectors (fp32 copies of the trainable parameters)."""
+
+    vectors: float
+    """The algorithm's own: gradients, directions, products."""
+    saved: float
+    """The copy of theta that a displacement restores."""
+    moments: float
+    """Of the optimisers of both loops."""
+
+    @property
+    def total(self) -> float:
+        return self.vectors + self.saved + self.moments
+
+
+@dataclass(frozen=True)
+class ReplayedPass:
+    """One gradient pass of a round."""
+
+    kind: Kind
+    loss: Loss
+    differenced: bool
+    held: Held
+    """Before the pass makes its own vector."""
+    batch: Any = field(compare=False)
+
+
+@dataclass
+class Round:
+    """What a round after the first does: every optimiser has its moments, every room its size."""
+
+    passes: list[ReplayedPass] = field(default_factory=list)
+    peak: Held = Held(0, 0, 0)
+    """Most vectors at any moment between passes."""
+    refreshes: int = 0
+    """How often forward passes get new weights: twice per displacement, once per step."""
+    steps: dict[str, int] = field(default_factory=dict)
+    """Optimiser -> steps."""
+    dots: int = 0
+    """Calls of dot, which are one all-reduce each."""
+    vector_bytes: float = 0.0
+    """Bytes that linear algebra, steps, displacements and dots read and write, for vectors of one byte."""
+    fresh_bytes: float = 0.0
+    """The same of new vectors."""
+
+
+class PlanSpace:
+    """The engine's verbs over meta vectors. Implements `engines.protocol.Engine` as far as methods use it."""
+
+    offers_exact = False
+    device = torch.device("cpu")
+
+    def __init__(self, module: torch.nn.Module, optimizers: tuple[OptimizerConfig, OptimizerConfig], precision: str):
+        self.module, self.precision = module, precision
+        self.account = PassAccount()
+        self.meter = Meter(grown=self._grown)
+        self.round = Round()
+        self._optimizers: dict[Loop, OptimizerConfig] = dict(zip(("inner", "outer"), optimizers, strict=True))  # type: ignore[arg-type]
+        self._moments: dict[Loop, int] = {"inner": 0, "outer": 0}
+        self._saved = 0
+        self._peak = 0.0
+
+    @property
+    def held(self) -> Held:
+        return Held(self.meter.live / UNIT / 4, self._saved, sum(self._moments.values()))
+
+    def _grown(self, live: int) -> None:
+        if self.held.total > self.round.peak.total:
+            self.round.peak = self.held
+
+    def _vector(self) -> Vector:
+        return [torch.empty(UNIT, device="meta")]
+
+    def gradient(
+        self, batch: Any, loss: Loss | None = None, *, kind: Kind = "forget", differenced: bool = False, work: float = 1
+    ) -> tuple[Vector, float]:
+        pass_ = ReplayedPass(kind, loss or causal_lm_loss, differenced or self._displaced > 0, self.held, batch)
+        self.round.passes.append(pass_)
+        return self._vector(), 1.0
+
+    _displaced = 0
+
+    @contextmanager
+    def displaced(self, vector: Vector, step: float) -> Iterator[None]:
+        self._saved = 1
+        self._grown(self.meter.live)
+        self.round.refreshes += 2
+        self.round.vector_bytes += 4 * (3 + 2 + 1)  # start + step * vector, and back again; the copy now and then
+        self._displaced += 1
+        yield
+        self._displaced -= 1
+
+    def apply(self, vector: Vector, loop: Loop) -> float:
+        config = self._optimizers[loop]
+        adam = config.name == "adamw"
+        self._moments[loop] = 2 if adam else int(config.momentum > 0)
+        self._grown(self.meter.live)
+        self.round.refreshes += 1
+        self.round.steps[config.name] = self.round.steps.get(config.name, 0) + 1
+        self.round.vector_bytes += 4 * (3 + 2 * self._moments[loop])
+        self.dot((vector, vector))
+        self.account.updates += 1
+        return 1.0
+
+    def dot(self, *pairs: tuple[Vector, Vector]) -> list[float]:
+        self.round.dots += 1
+        self.round.vector_bytes += 4 * len({id(vector) for pair in pairs for vector in pair})
+        return [1.0 if a is b else 0.5 for a, b in pairs]
+
+    def parameters_norm(self) -> float:
+        self.round.dots += 1
+        self.round.vector_bytes += 4
+        return 1.0
+
+    def weights(self) -> Vector:
+        return self._vector()
+
+    def set_learning_rate(self, loop: Loop, lr: float) -> None:
+        """Nothing: a rate costs nothing."""
+
+    def graph_gradient(self, *_: Any, **__: Any) -> Any:
+        raise UserError("ofmu.curvature = exact: memory and time of double backward are not planned; plan with "
+                        "--ofmu.curvature finite_difference")  # fmt: skip
+
+
+def replay(
+    method: Method, module: torch.nn.Module, optimizers: tuple[OptimizerConfig, OptimizerConfig], precision: str,
+    batches: Callable[[str], Mapping[str, Any]],
+) -> Round:  # fmt: skip
+    """The second round of `method`. `batches(stream)` is a micro-batch of that stream."""
+    space: Any = PlanSpace(module, optimizers, precision)
+    if getattr(getattr(method, "config", None), "curvature", None) == "exact":
+        space.graph_gradient()
+    counts = method.batches_per_round()
+    with space.meter:
+        method.start(space)
+        for _ in range(2):
+            space.round = Round()
+            before = space.meter.bytes_moved
+            method.round(
+                space,
+                iter([Batch([batches("forget")])] * counts.get("forget", 0)),
+                iter([Batch([batches("retain")])] * counts.get("retain", 0)),
+            )
+            space.round.vector_bytes += (space.meter.bytes_moved - before) / UNIT
+    found: Round = space.round
+    return found

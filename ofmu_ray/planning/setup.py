@@ -1,0 +1,201 @@
+"""One set-up of a run and what it costs: the place where traces, replay, memory and time meet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from ofmu_ray.config import LoraConfig, MethodConfig, ModelConfig, TrainingConfig
+from ofmu_ray.methods import build_method
+from ofmu_ray.planning.cost import (
+    LINKS,
+    Device,
+    Link,
+    RoundTime,
+    Traffic,
+    flops_as_reported,
+    pass_seconds,
+    round_traffic,
+    vector_seconds,
+)
+from ofmu_ray.planning.memory import Layout, Peak, Sizes, highest, peaks
+from ofmu_ray.planning.replay import Round, replay
+from ofmu_ray.planning.shapes import empty_model, micro_batch, parameter_counts
+from ofmu_ray.planning.trace import Meter, PassTrace, trace_pass
+
+HOST_LINK = 20e9
+"""Bytes per second between GPU and host memory (PCIe 4 x16), for offloaded moments."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokens of a stream's rows."""
+
+    longest: int
+    mean: float
+    prompt: float
+    """Mean tokens of the prompt, which have no loss."""
+
+
+@dataclass(frozen=True)
+class SetUp:
+    """What a plan may choose."""
+
+    zero_stage: int
+    workers: int
+    micro_batch_size: int
+    gradient_checkpointing: bool
+    offload: Literal["none", "optimizer"]
+    lora: LoraConfig | None
+
+    def options(self) -> list[str]:
+        """The command-line options that say so."""
+        words = [
+            f"--training.zero_stage {self.zero_stage}",
+            f"--training.workers {self.workers}",
+            f"--training.micro_batch_size {self.micro_batch_size}",
+            f"--training.offload {self.offload}",
+            f"--model.gradient_checkpointing {str(self.gradient_checkpointing).lower()}",
+        ]
+        if self.lora is not None:
+            words.append(f"--model.lora.rank {self.lora.rank} --model.lora.alpha {self.lora.alpha:g}")
+        return words
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a set-up needs."""
+
+    setup: SetUp
+    phases: Mapping[str, Peak]
+    sizes: Sizes
+    passes: Mapping[str, int]
+    """Gradient passes of a round, by stream."""
+    updates: int
+    tokens: float
+    """Of a round, over all workers, without padding."""
+    flops: float
+    """Of a round, as the run's account counts them."""
+    traffic: Traffic
+    """Of a round, per rank."""
+    round: Round = field(repr=False)
+    traces: Mapping[int, PassTrace] = field(repr=False)
+    layout: Layout = field(repr=False)
+
+    @property
+    def peak(self) -> Peak:
+        return highest(self.phases)
+
+    def time(self, device: Device, link: Link) -> RoundTime:
+        """Seconds of a round by the roofline of `device`."""
+        micro = sum(pass_seconds(trace, device) for trace in self.traces.values())
+        moved = self.layout.offload * sum(self.round.steps.values()) * 2 * 2 * self._vector_bytes() / HOST_LINK
+        return RoundTime(
+            micro * self.layout.micro_batches,
+            vector_seconds(self.layout, self.sizes, self.round, device.bytes_per_second) + moved,
+            self.traffic.seconds(self.layout.workers, link),
+        )
+
+    def _vector_bytes(self) -> float:
+        workers = self.layout.workers if self.layout.zero_stage else 1
+        return 4 * self.sizes.trainable / workers
+
+
+class Planner:
+    """Estimates of one job; traces are made once for what shares them."""
+
+    def __init__(
+        self,
+        shape: Any,
+        model: ModelConfig,
+        method: MethodConfig,
+        training: TrainingConfig,
+        rows: Mapping[str, Rows],
+        device: Literal["cpu", "cuda"],
+        base: int = 0,
+    ):
+        self.shape, self.model, self.method, self.training = shape, model, method, training
+        self.rows, self.device, self.base = rows, device, base
+        self._traced: dict[tuple[bool, LoraConfig | None, int], tuple[Sizes, Round, dict[int, PassTrace]]] = {}
+
+    def given(self) -> SetUp:
+        """The set-up that the configuration asks for."""
+        training, model = self.training, self.model
+        return SetUp(
+            zero_stage=0 if training.engine == "torch" else training.zero_stage,
+            workers=training.workers,
+            micro_batch_size=training.micro_batch_size or training.batch_size // training.workers,
+            gradient_checkpointing=model.gradient_checkpointing,
+            offload=training.offload,
+            lora=model.lora,
+        )
+
+    def estimate(self, setup: SetUp) -> Estimate:
+        """What `setup` needs; traces the model if that was not done for its passes yet."""
+        sizes, done, traces = self._trace(setup)
+        layout = Layout(
+            zero_stage=setup.zero_stage,
+            workers=setup.workers,
+            device=self.device,
+            precision=self.model.precision,
+            offload=setup.offload == "optimizer",
+            micro_batches=self.training.batch_size // setup.workers // setup.micro_batch_size,
+        )
+        passes = {kind: sum(p.kind == kind for p in done.passes) for kind in ("forget", "retain")}
+        batch = self.training.batch_size
+        tokens = sum(count * batch * self.rows[kind].mean for kind, count in passes.items())
+        return Estimate(
+            setup=setup,
+            phases=peaks(layout, sizes, done, traces, self.base),
+            sizes=sizes,
+            passes=passes,
+            updates=sum(done.steps.values()),
+            tokens=tokens,
+            flops=flops_as_reported(sizes, tokens),
+            traffic=round_traffic(layout, sizes, done),
+            round=done,
+            traces=traces,
+            layout=layout,
+        )
+
+    def _trace(self, setup: SetUp) -> tuple[Sizes, Round, dict[int, PassTrace]]:
+        key = (setup.gradient_checkpointing, setup.lora, setup.micro_batch_size)
+        if key not in self._traced:
+            config = replace(self.model, gradient_checkpointing=setup.gradient_checkpointing, lora=setup.lora)
+            module = empty_model(self.shape, config)
+            method = build_method(self.method, self.training.rounds)
+            with Meter():
+                method.freeze(module)
+            micro = {
+                stream: micro_batch(
+                    self.shape,
+                    setup.micro_batch_size,
+                    rows.longest,
+                    min(int(rows.prompt), rows.longest - 1),
+                    [need for need in method.needs if need.stream == stream],
+                    module,
+                )
+                for stream, rows in self.rows.items()
+            }
+            done = replay(method, module, self.method.optimizers, self.model.precision, micro.__getitem__)
+            made: dict[Any, PassTrace] = {}
+            traces: dict[int, PassTrace] = {}
+            for index, one in enumerate(done.passes):
+                # bf16_autocast runs what enters a difference in fp32
+                precision = "fp32" if one.differenced and self.model.precision == "bf16_autocast" else config.precision
+                same = (one.kind, getattr(one.loss, "__func__", one.loss), precision)
+                if same not in made:
+                    made[same] = trace_pass(module, one.loss, one.batch.micro[0], precision)
+                traces[index] = made[same]
+            total, trainable = parameter_counts(module)
+            sizes = Sizes(total, trainable, max(p.numel() for p in module.parameters()))
+            self._traced[key] = sizes, done, traces
+        return self._traced[key]
+
+
+def link_of(name: str | None, workers: int, per_node: int, device: str) -> tuple[str, Link]:
+    """The stated link, or the usual one: nvlink within a node, 400 Gbit/s InfiniBand beyond, loopback on CPUs."""
+    if name is None:
+        name = "loopback" if device == "cpu" else "nvlink" if workers <= per_node else "infiniband-400g"
+    return name, LINKS[name]

@@ -1,0 +1,204 @@
+"""One pass on the meta device: bytes alive over its course, and the operations in it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry
+
+from ofmu_ray.engines.vector_engine import sum_and_count
+
+_INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put)
+
+
+def _selecting(index: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask without content selects nothing: so the head is kept from running where only layers are wanted."""
+    if index is None or not (index.is_meta and index.dtype == torch.bool):
+        return index
+    return torch.zeros(index.shape, dtype=torch.bool)
+
+
+class Meter(TorchDispatchMode):
+    """Bytes of the meta tensors that operations made and that are still alive; FLOPs and bytes moved.
+
+    A question for a meta tensor's content (`item`) is answered with 0.
+
+    Tensors on the CPU (labels, masks) are taken along: where an operation mixes both devices, they become meta
+    tensors, except as an index, whose content decides the shape of the result.
+    """
+
+    def __init__(self, known: Iterator[torch.Tensor] | None = None, grown: Callable[[int], None] | None = None):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = 0
+        self.flops = 0.0
+        self.bytes_moved = 0.0
+        """Inputs and outputs of all operations but views."""
+        self.operations = 0
+        self._sizes: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in known or ()}
+        self._grown = grown
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return 0  # transformers asks whether a mask is all ones: as a rule, batches have padding
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        meta = [tensor.is_meta for tensor in tensors]
+        if any(meta) and not all(meta) and func._overloadpacket not in _INDEXING:
+            args, kwargs = tree_map(
+                lambda leaf: leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs)
+            )
+        if func._overloadpacket in _INDEXING:
+            args = (args[0], [_selecting(index) for index in args[1]], *args[2:])
+        out = func(*args, **kwargs)
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor) and leaf.is_meta]
+        new = sum(self._count(tensor) for tensor in made)
+        if new and self._grown is not None:
+            self._grown(self.live)
+        if made and not func.is_view:
+            self.operations += 1
+            self.bytes_moved += sum(t.numel() * t.element_size() for t in (*tensors, *made) if t.is_meta)
+        if func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+        return out
+
+    def _count(self, tensor: torch.Tensor) -> int:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes:
+            return 0
+        self._sizes[key] = storage.nbytes()
+        self.live += storage.nbytes()
+        weakref.finalize(storage, self._gone, key)
+        return storage.nbytes()
+
+    def _gone(self, key: int) -> None:
+        self.live -= self._sizes.pop(key, 0)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A point in a pass that no other exceeds in both of its numbers."""
+
+    activation_bytes: int
+    """Activations, logits, saved tensors and the gradients in work; not weights, nor gradients that are done."""
+    gradients_done: int
+    """Elements of the parameters' gradients that backward has finished."""
+
+
+@dataclass(frozen=True)
+class PassTrace:
+    """One forward and backward pass over one micro-batch."""
+
+    moments: tuple[Moment, ...]
+    """By falling activation_bytes and rising gradients_done."""
+    forward_bytes: int
+    """Most activation bytes before backward begins."""
+    logits_bytes: int
+    """Those of the logits of the tokens with a loss, times the copies of them that are alive at once."""
+    flops: float
+    """Of matrix products and attention, forward and backward."""
+    bytes_moved: float
+    operations: int
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(moment.activation_bytes for moment in self.moments)
+
+
+class _Attention(torch.autograd.Function):
+    """Memory and FLOPs of a fused attention kernel: scores are never stored, backward recomputes them."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, meter: Meter) -> torch.Tensor:
+        out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+        meter.flops += _Attention.products(q, k, v, 1)
+        ctx.meter = meter
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        q, k, v, _, _ = ctx.saved_tensors
+        ctx.meter.flops += _Attention.products(q, k, v, 2.5)
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
+
+    @staticmethod
+    def products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, times: float) -> float:
+        return times * 2 * q.shape[:-1].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+
+
+@contextmanager
+def _fused_attention(meter: Meter) -> Iterator[None]:
+    """On the meta device torch takes attention apart; what runs on CPU and CUDA is one kernel."""
+    original = functional.scaled_dot_product_attention
+
+    def attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> Any:
+        return _Attention.apply(q, k, v, meter)  # type: ignore[no-untyped-call]
+
+    functional.scaled_dot_product_attention = attention  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = original
+
+
+def trace_pass(
+    module: torch.nn.Module, loss: Callable[..., Any], micro: Mapping[str, Any], precision: str
+) -> PassTrace:
+    """Run `loss` forward and backward on a module of the meta device; no memory is spent and nothing is computed.
+
+    `micro`: a micro-batch as `shapes.micro_batch` makes it.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    known = [*module.parameters(), *(p.grad for p in parameters if p.grad is not None), *module.buffers()]
+    moments: dict[int, int] = {}
+    done = 0
+
+    def grown(live: int) -> None:
+        moments[done] = max(moments.get(done, 0), live)
+
+    def finished(parameter: torch.Tensor) -> None:
+        nonlocal done
+        done += parameter.numel()
+        grown(meter.live)
+
+    meter = Meter(iter(known), grown)
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(finished)  # type: ignore[no-untyped-call]
+        for parameter in parameters
+    ]
+    try:
+        with meter, _fused_attention(meter):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16_autocast"):
+                value, count = sum_and_count(loss(module, micro))
+            grown(meter.live)
+            forward, logits = max(moments.values()), _logits_bytes(module, micro)
+            value.backward()  # type: ignore[no-untyped-call]
+            grown(meter.live)
+            del value, count
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter in parameters:
+            parameter.grad = None
+    kept: list[Moment] = []
+    for elements, live in sorted(moments.items(), reverse=True):
+        if not kept or live > kept[-1].activation_bytes:
+            kept.append(Moment(live, elements))
+    return PassTrace(tuple(reversed(kept)), forward, logits, meter.flops, meter.bytes_moved, meter.operations)
+
+
+def _logits_bytes(module: Any, micro: Mapping[str, Any]) -> int:
+    config = getattr(module, "config", None)
+    vocabulary = getattr(config, "vocab_size", 0)
+    return int((micro["labels"] >= 0).sum()) * int(vocabulary) * 4 * 3  # logits, log-probabilities, their gradient
