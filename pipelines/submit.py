@@ -18,6 +18,7 @@ from typing import Any
 from ofmu_ray.config import BenchmarkConfig, TrainConfig, UnlearnConfig, close_match, config_hash
 from ofmu_ray.config.evaluate import EvaluateConfig
 from ofmu_ray.config.submit import SubmitConfig
+from ofmu_ray.config.sweep import SweepConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage import without_credentials
 from pipelines.parse import fail, parse
@@ -29,6 +30,7 @@ JOBS: dict[str, type[Any]] = {
     "unlearn": UnlearnConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
+    "sweep": SweepConfig,
     "benchmark": BenchmarkConfig,
 }
 OWN = {field.name for field in dataclasses.fields(SubmitConfig)}

@@ -10,13 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+import yaml
+from ray.autoscaler._private.util import prepare_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ofmu_ray.assets import resolve_builtin
+from ofmu_ray.errors import UserError
 from pipelines import cli
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).resolve().parent.parent
 FORGET = Path(resolve_builtin("builtin:people/forget.jsonl"))
 COMPONENTS = [
     f"{part}_{quantity}"
@@ -66,6 +70,20 @@ def test_a_local_ray_listens_on_loopback_only(cluster):
         if connection.status == psutil.CONN_LISTEN
     }
     assert addresses == {"127.0.0.1"}
+
+
+def test_what_ray_up_can_start_counts_as_there(cluster, tmp_path, monkeypatch):
+    """The launcher's own file on the head says how far the cluster grows: a CPU-less head and two nodes at most."""
+    from ofmu_ray.training.launch import connect
+
+    launcher = prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text()))
+    (tmp_path / "ray_bootstrap_config.yaml").write_text(yaml.safe_dump(launcher))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    with pytest.raises(UserError, match="= 97 CPUs, but there are 96"):
+        connect(97)
+    with pytest.raises(UserError, match="= 9 GPUs, but there are 8"):
+        connect(1, 9)
 
 
 def test_a_run_leaves_what_the_contract_names(finished):
