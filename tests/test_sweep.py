@@ -265,7 +265,7 @@ def test_a_population_goes_on_from_its_best(tmp_path, cluster):
 
 @pytest.mark.slow
 def test_trials_of_several_workers_are_evaluated_on_their_way(tmp_path, cluster):
-    """ZeRO-3 on two workers through Ray Train: gathered for the evaluation, ended by the decision, and as one worker."""
+    """ZeRO-3 on two workers through Ray Train: gathered for the evaluations, whose figures are those of one worker."""
     space = {
         f"ofmu.{name}": None for name in ("inner_steps", "outer_steps", "beta", "rho", "rho_growth", "inner.decay")
     }
@@ -298,7 +298,10 @@ MISTAKES = {
     "empty space": (["--label", "ceu", "--space.ceu.optimizer.lr", "null"], r"nothing is left to tune of ceu"),
     "no such figure": (["--select.objective", "forget_qualty"], r"no such figure. Did you mean forget_quality"),
     "never reported": (["--select.utility", "model_utility"], r"max_new_tokens = 0: .* select.utility = model_utility"),
-    "no retrained model": (["--base.evaluation.retrained", "null", "--select.objective", "forget_quality"], r"select.objective = forget_quality needs a model"),
+    "no retrained model": (
+        ["--base.evaluation.retrained", "null", "--select.objective", "forget_quality"],
+        r"base.select.objective = forget_quality needs a model",
+    ),
     "no room": (["--base.training.workers", "64", "--base.training.engine", "deepspeed", "--base.training.batch_size",
                  "64"], r"training.workers x training.cpus_per_worker = 64"),
     "too much at once": (["--concurrency", "64"], r"concurrency = 64: .* set --concurrency 2"),

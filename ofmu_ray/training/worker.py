@@ -149,6 +149,8 @@ class _Loop:
             from ofmu_ray.tracking import RoundLogger
 
             self.logger = RoundLogger(job.tracking)
+            for row in self.state.series:  # a kill may have lost what was not delivered; what was is left out
+                self.logger.log(int(row["round"]), {name: value for name, value in row.items() if name != "round"})
 
     def round(self, batches: dict[str, list[Any]]) -> bool:
         """Run one round; False: stop, the weights are not to be kept."""
@@ -188,14 +190,16 @@ class _Loop:
         if stages is None or stage is None:
             return True
         checkpoint.save(self.state, self.engine, self.method, self.session)  # the decision may take its time
-        if stages.known(stage) is None:
-            figures = stages.measure(self.engine, self.module, self.tokenizer, self.session.rank)
-            if figures is not None:
-                state, account = self.state, self.engine.account.state()
-                spent = {"round": state.round, "train_seconds": state.train_seconds, "account": account}
-                spent["peak_memory_bytes"] = state.peak_memory_bytes
-                stages.publish(stage, {"stage": stage, "figures": figures, **spent})
-                self._log_stage(figures)
+        found = stages.known(stage)
+        figures = stages.measure(self.engine, self.module, self.tokenizer, self.session.rank) if found is None else None
+        if figures is not None:
+            state, account = self.state, self.engine.account.state()
+            spent = {"round": state.round, "train_seconds": state.train_seconds, "account": account}
+            spent["peak_memory_bytes"] = state.peak_memory_bytes
+            found = {"stage": stage, "figures": figures, **spent}
+            stages.publish(stage, found)
+        if found is not None:
+            self._log_stage(found["figures"])
         if stages.wait(stage, self.session.rank):
             return True
         self.state.status = "stopped"
