@@ -56,6 +56,8 @@ class Search:
     space: Space
     base: UnlearnConfig
     goal: Goal
+    share: float = 1.0
+    """Of the floor that is enough for a trial that has not come to its end."""
 
     def suggest(self, number: int, seen: Sequence[Seen]) -> Suggestion | None:
         """The trial of this number; None: it follows from trials that still run, or the space holds nothing new.
@@ -127,7 +129,7 @@ class Search:
         if self.config.kind == "multi_objective":  # what ended early counts with what it had reached
             cost = [-math.log10(max(one.flops or 1.0, 1.0))] if self.config.cost else []
             return create_trial(state=TrialState.COMPLETE, values=[height, utility, *cost], **known)
-        missing = 0.0 if self.goal.floor is None else self.goal.floor - utility
+        missing = 0.0 if self.goal.floor is None else self._share(one) * self.goal.floor - utility
         known["constraints"] = {"utility below the floor": missing}
         if one.status == "stopped":
             steps = {step: height for step, (height, _) in enumerate(measured, start=1)}
@@ -158,7 +160,11 @@ class Search:
 
     def score(self, one: Seen) -> float:
         """The rule's score at the last evaluation; failed trials are below all others."""
-        return self.goal.score(one.figures[-1] if one.figures and one.status != "failed" else {})
+        figures = one.figures[-1] if one.figures and one.status != "failed" else {}
+        return self.goal.score(figures, self._share(one))
+
+    def _share(self, one: Seen) -> float:
+        return self.share if one.status == "stopped" else 1.0
 
     def _changed(self, options: Overrides, rng: np.random.Generator) -> Overrides:
         drawn = self.space.at([float(value) for value in rng.random(len(self.space.knobs))], self.base)

@@ -169,7 +169,7 @@ def _begin(
     )
     say(f"select  best {select.objective} with {select.utility} >= {goal.floor:.4g} "
         f"({select.utility_floor:g} x {select.relative_to}: {reference:.4g})")  # fmt: skip
-    ledger = Ledger(config, Search(config.search, space, run, goal), data)
+    ledger = Ledger(config, Search(config.search, space, run, goal, config.early.floor_share), data)
     ledger.read()
     if config.retry_failed:
         ledger.forget_failures()

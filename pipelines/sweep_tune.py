@@ -162,7 +162,8 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]
             time.sleep(POLL_SECONDS)
 
     def _told(self, figures: dict[str, Any], *, done: bool) -> dict[str, Any]:
-        score = self.ledger.search.goal.score(values(figures))
+        share = 1.0 if done else self.ledger.search.share
+        score = self.ledger.search.goal.score(values(figures), share)
         return {"number": self.number, "stage": self.stage, "score": score, "done": done}
 
     def cleanup(self) -> None:

@@ -36,6 +36,13 @@ def test_the_score_orders_trials_as_the_rule_does(points, floor):
     assert all(FAILED < goal.score(row) <= 1 for row in rows)
 
 
+def test_on_the_way_a_share_of_the_floor_is_enough():
+    goal = Goal("forget_quality", "model_utility", 0.8)
+    dipped = {"forget_quality": 0.1, "model_utility": 0.65}
+    assert goal.score(dipped) < 0 < goal.score(dipped, share=0.75)
+    assert goal.score({"forget_quality": 0.1, "model_utility": 0.55}, share=0.75) < 0
+
+
 def test_p_values_count_by_their_logarithm():
     goal = Goal("forget_quality", "model_utility", None)
     scores = [goal.score({"forget_quality": p, "model_utility": 0.5}) for p in (0.0, 1e-200, 1e-20, 1e-3, 1.0)]

@@ -65,10 +65,13 @@ class EarlyConfig:
     """Evaluations before which no run is ended."""
     reduction_factor: float = 2.0
     """asha: one in so many goes on at each rung (after grace, grace x factor, ... evaluations)."""
+    floor_share: float = 0.75
+    """Share of the utility floor that is enough on the way: where the forgetting rate falls, utility comes back."""
 
     def __post_init__(self) -> None:
         positive("early", self, "stages", "grace")
         require(self.reduction_factor > 1, "early.reduction_factor", self.reduction_factor, "greater than 1")
+        require(0 <= self.floor_share <= 1, "early.floor_share", self.floor_share, "in [0, 1]")
         if self.kind != "none" and self.grace >= self.stages:
             raise UserError(
                 f"early.grace = {self.grace}: must be less than early.stages = {self.stages}, or no run could end "

@@ -63,15 +63,16 @@ class Goal:
             return 1 - math.log10(max(goodness, SMALLEST_P)) / math.log10(SMALLEST_P)
         return 0.5 + _squashed(goodness) / 2
 
-    def score(self, figures: Mapping[str, Any]) -> float:
+    def score(self, figures: Mapping[str, Any], share: float = 1.0) -> float:
         """One number whose order is that of the rule: in [0, 1] with enough utility, in [-1, 0) without, else FAILED.
 
-        Bounded, because schedulers interpolate between scores.
+        Bounded, because schedulers interpolate between scores. `share` of the floor is enough.
         """
         height, utility = self.height(figures), number_of(figures, self.utility)
         if height is None or utility is None:
             return FAILED
-        return height if self.floor is None or utility >= self.floor else -_squashed(self.floor - utility)
+        missing = 0.0 if self.floor is None else share * self.floor - utility
+        return height if missing <= 0 else -_squashed(missing)
 
 
 def _squashed(value: float) -> float:
