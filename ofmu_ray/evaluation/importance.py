@@ -28,6 +28,8 @@ from ofmu_ray.evaluation.metrics import FloatArray
 
 MINIMUM_TRIALS = 20
 """Below, PED-ANOVA finds the most important of six options in less than nine of ten searches (docs/decisions.md)."""
+RELIABLE_ORDER = 100
+"""Below, the option in the second place is often not the second most important one."""
 BEST = 0.5
 """Fraction of the trials that count as best; the upper half ranks options best up to some 50 trials."""
 
@@ -42,7 +44,8 @@ class Importance:
     share: float
     """Of the importance of all options, which sums to 1."""
     low: float
-    """95 % interval of the share, percentile bootstrap over trials. It never reaches 0: see `p_value` for that."""
+    """95 % interval of the share, percentile bootstrap over trials, widened to hold the share: resamples have fewer
+    different trials and so more noise, which shifts them towards equal shares. It never reaches 0: see `p_value`."""
     high: float
     p_value: float
     """How often any option seems as important where the outcomes are shuffled over the trials (Westfall and Young)."""
@@ -96,6 +99,7 @@ def importances(
     largest = (shuffled / chance).max(axis=1)
     p_values = (1 + (largest[:, None] >= found / chance).sum(axis=0)) / (1 + samples)
     shares = found / found.sum()
+    low, high = np.minimum(low, shares), np.maximum(high, shares)
     rows = [
         Importance(name, columns[name].count, *(float(part[index]) for part in (shares, low, high, p_values)))
         for index, name in enumerate(columns)

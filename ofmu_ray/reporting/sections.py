@@ -25,8 +25,10 @@ class Section:
     panels: Sequence[Plot] = field(default_factory=tuple)
     """Small plots."""
     fold: str = ""
-    """Words under which the small plots are folded; empty: open."""
+    """Words under which the small plots are folded, or the texts of a section without; empty: open."""
     level: int = 2
+    lead: Sequence[str] = ()
+    """What a reader comes for: above the notes, in full ink."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,12 @@ def markdown_page(title: str, head: Head, command: str, sections: Iterable[Secti
         parts.append(_fenced(command))
     for section in sections:
         parts.append(f"{'#' * section.level} {section.title}")
-        parts += [*section.notes, *(markdown(table).rstrip() for table in section.tables), *map(_fenced, section.code)]
+        parts += [
+            *section.lead,
+            *section.notes,
+            *(markdown(table).rstrip() for table in section.tables),
+            *map(_fenced, section.code),
+        ]
         parts += [markdown(table).rstrip() for table in section.more]
         if section.plots:
             parts.append("The plots are in report.html.")

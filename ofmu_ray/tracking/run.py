@@ -22,7 +22,7 @@ RUN_NAME_TAG = "ofmu.run_name"
 LONGEST_VALUE = 6000  # MLflow's limit of a parameter's value, in characters
 PARAMETERS_PER_CALL = 100  # MLflow's limit
 METRICS_PER_CALL = 1000  # MLflow's limit
-ARTIFACT_SUFFIXES = frozenset({".html", ".json", ".md", ".yaml"})
+ARTIFACT_SUFFIXES = frozenset({".html", ".json", ".md", ".svg", ".yaml"})
 _WHERE_NOT_WHAT = ("name", "storage", "tracking", "report")  # may differ between a run and its resumption
 
 _log = logging.getLogger(__name__)
@@ -108,11 +108,13 @@ def finish(
         for it; a warning says so.
 
     Raises:
-        AssertionError: an artifact that is neither a page nor JSON.
+        AssertionError: an artifact that is no page, plot or JSON.
     """
     files = [Path(path) for path in artifacts]
     for file in files:
-        assert file.suffix in ARTIFACT_SUFFIXES, f"{file.name} is not a page or JSON file, so it may hold text of rows"
+        assert file.suffix in ARTIFACT_SUFFIXES, (
+            f"{file.name} is not a page, plot or JSON file, so it may hold text of rows"
+        )
     files += map(Path, tables)
     figures = {**_figures(metrics or {}), **_numbers(cost or {}, "cost/")}
     client = connection.client(handle.uri)

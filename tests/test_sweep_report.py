@@ -1,0 +1,421 @@
+"""The sweep's report says what to do and how sure that is; its numbers are the data's; it takes what there is."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ofmu_ray.evaluation.goal import Goal
+from ofmu_ray.evaluation.importance import MINIMUM_TRIALS
+from ofmu_ray.reporting import figures
+from ofmu_ray.reporting.sweep import write_sweep_report
+from ofmu_ray.reporting.sweep_parallel import scale
+
+FLOOR = 0.54
+SPACE = [
+    {"field": "ofmu.inner.lr", "prior": "loguniform(3e-06, 0.0001)", "why": "half a decade <below>", "given": None},
+    {"field": "ofmu.outer.lr", "prior": "loguniform(3e-06, 0.0001)", "why": "a decade above", "given": None},
+    {"field": "ofmu.inner_steps", "prior": "integer(1, 4)", "why": "the paper's", "given": None},
+    {"field": "ofmu.rho", "prior": "zero_or_loguniform(1e-05, 0.01)", "why": "small", "given": None},
+    {"field": "ofmu.rho_growth", "prior": "uniform(1, 1.1)", "why": "more than 1", "given": "ofmu.rho"},
+    {"field": "ofmu.schedule", "prior": "choice(constant, linear)", "why": "both", "given": None},
+]
+REFERENCES = {
+    "target": {
+        "forget_quality": {"value": 2e-9, "low": 1e-11, "high": 3e-6, "n": 40},
+        "model_utility": {"value": 0.6, "low": 0.57, "high": 0.63, "n": 300},
+    },
+    "retrained": {
+        "forget_quality": {"value": 1.0, "low": 1.0, "high": 1.0, "n": 40},
+        "model_utility": {"value": 0.58, "low": 0.55, "high": 0.61, "n": 300},
+    },
+}
+CHOSEN_FIGURES = {
+    "forget_quality": {"value": 0.31, "low": 0.05, "high": 0.7, "n": 40},
+    "model_utility": {"value": 0.563, "low": 0.53, "high": 0.59, "n": 400},
+    "forget_rouge": {"value": 0.4, "low": 0.35, "high": 0.45, "n": 40},
+}
+Options = dict[str, Any]
+
+
+def draw(rng: np.random.Generator) -> Options:
+    options = {
+        "ofmu.inner.lr": float(10 ** rng.uniform(-5.5, -4)), "ofmu.outer.lr": float(10 ** rng.uniform(-5.5, -4)),
+        "ofmu.inner_steps": int(rng.integers(1, 5)), "ofmu.schedule": ["constant", "linear"][rng.integers(2)],
+        "ofmu.rho": 0.0 if rng.random() < 0.3 else float(10 ** rng.uniform(-5, -2)),
+    }  # fmt: skip
+    return options | ({"ofmu.rho_growth": float(rng.uniform(1, 1.1))} if options["ofmu.rho"] else {})
+
+
+def judged(options: Options, rng: np.random.Generator, share: float = 1.0) -> dict[str, float]:
+    """More inner learning rate: more forgotten, and less kept."""
+    strength = (np.log10(options["ofmu.inner.lr"]) + 5.5) / 1.5 * share + 0.05 * options["ofmu.inner_steps"]
+    quality = 10 ** (-9 + 9 * np.sqrt(strength / 1.2) + 0.3 * rng.standard_normal())
+    utility = 0.6 - 0.12 * strength**2 + 0.005 * rng.standard_normal()
+    return {"forget_quality": float(min(quality, 0.99)), "model_utility": float(utility)}
+
+
+def with_intervals(found: dict[str, float]) -> dict[str, float]:
+    quality, utility = found["forget_quality"], found["model_utility"]
+    return {
+        "forget_quality": quality, "forget_quality_low": quality / 30, "forget_quality_high": min(1.0, quality * 30),
+        "model_utility": utility, "model_utility_low": utility - 0.02, "model_utility_high": utility + 0.02,
+    }  # fmt: skip
+
+
+def trial(number: int, options: Options, share: float = 1.0, **more: Any) -> dict[str, Any]:
+    return {
+        "number": number, "phase": "search", "seed": 0, "status": "finished", "message": "",
+        "options": json.dumps(options), "stage": round(4 * share), "stages": 4, "flops": 2e12 * share,
+        "forget_passes": 70, "retain_passes": 30, "updates": 60, "tokens": 12345, "train_seconds": 40.0 * share,
+        "total_seconds": 52.0 * share, "peak_memory_bytes": 731_000_000, "ended_seconds": 60.0 + 30 * number,
+        "selected": False, "feasible": None, "front": False, "parent": None, **more,
+    }  # fmt: skip
+
+
+def rule(**changes: Any) -> dict[str, Any]:
+    return {
+        "objective": "forget_quality", "utility": "model_utility", "floor": FLOOR, "utility_floor": 0.9,
+        "relative_to": "target", "tie_break": "cost", "objectives": [],
+        "higher_is_better": {"forget_quality": True, "model_utility": True}, **changes,
+    }  # fmt: skip
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    return {
+        "name": "sweep <people>", "command": ["ofmu", "sweep", "--config", "my file.yaml"], "method": "ofmu_full",
+        "config": {"name": "sweep", "base": {"model": {"path": "builtin:people/target"}, "seed": 0}},
+        "machine": "2 cores", "code": {"version": "0.2.0", "commit": "27bcc7d0000000", "modified": False},
+        "packages": {"torch": "2.13.0", "ray": "2.60.0"}, "seconds": 1500.0, "rule": rule(),
+        "search": {
+            "kind": "tpe", "trials": 40, "seed": 0, "rows": 100,
+            "early": {"kind": "asha", "stages": 4, "reduction_factor": 2.0, "grace": 1},
+        },
+        "space": SPACE, "references": REFERENCES, "chosen": None, "nearest": None, "hypervolume": 0.4, "priors": {},
+        **changes,
+    }  # fmt: skip
+
+
+def make_sweep(count: int = 40, stopped: int = 12, fresh: int = 3) -> Any:
+    """(trials, stages, settings) of a finished sweep: of every status some, one chosen, fresh seeds."""
+    rng = np.random.default_rng(4)
+    trials, stages = [], []
+    for number in range(count):
+        options = draw(rng)
+        share = 0.25 * (1 + number % 3) if 1 <= number <= stopped else 1.0
+        for stage in range(1, round(4 * share)):
+            found = judged(options, rng, stage / 4)
+            stages.append({"number": number, "stage": stage, "flops": 5e11 * stage, "train_seconds": 1.0, **found})
+        trials.append(trial(number, options, share, **with_intervals(judged(options, rng, share))))
+        if share < 1:
+            trials[-1]["status"] = "stopped"
+    nothing = dict.fromkeys(with_intervals(judged(draw(rng), rng)))
+    trials[-1] |= {"status": "failed", "message": "CUDA <out> of memory", "stage": 1, "flops": None, **nothing}
+    trials[-2] |= {"status": "non_finite", "message": "loss of round 7 is not finite", "forget_quality": 1e-6}
+    trials[-3] |= {"status": "utility_floor", "message": "utility fell below stop.utility_floor"}
+    goal = Goal("forget_quality", "model_utility", FLOOR)
+    whole = [t for t in trials if t["status"] not in ("failed", "stopped")]
+    for t in trials:
+        t["feasible"] = goal.enough(t)
+    for t in whole:
+        t["front"] = not any(
+            o["forget_quality"] > t["forget_quality"] and o["model_utility"] > t["model_utility"] for o in whole
+        )
+    best = max(whole, key=goal.score)
+    best["selected"] = True
+    chosen = {
+        "number": best["number"], "options": json.loads(best["options"]), "floor_missed": False,
+        "figures": CHOSEN_FIGURES, "config_file": "best.yaml", "model": "best/model",
+    }  # fmt: skip
+    for seed in range(1, fresh + 1):
+        found = with_intervals({"forget_quality": 0.1 * seed, "model_utility": 0.55 + 0.005 * seed})
+        trials.append(trial(best["number"], chosen["options"], phase="confirm", seed=seed, **found))
+    priors = {"ofmu.inner.lr": "loguniform(2e-05, 9e-05)"}
+    return trials, stages, settings(chosen=chosen, priors=priors)
+
+
+class _Page(HTMLParser):
+    """Element structure, everything a browser would fetch, and the tables as texts by cell."""
+
+    void = frozenset({"meta", "br"})
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tables: list[list[list[list[str]]]] = []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("script", "link", "img", "iframe", "a")
+        for name, value in attributes:
+            assert name not in ("src", "href", "xlink:href") or str(value).startswith("#")
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append([])
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        if tag not in self.void:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if {"td", "th"} & set(self.open) and data.strip():
+            self.tables[-1][-1][-1].append(data.strip())
+
+    def table(self, *header: str) -> dict[str, dict[str, list[str]]]:
+        """The one table whose header has these words, as row -> column -> texts."""
+        found = [table for table in self.tables if set(header) <= {" ".join(cell) for cell in table[0]}]
+        assert len(found) == 1, header
+        names = [" ".join(cell) for cell in found[0][0]]
+        return {" ".join(row[0][:1]): dict(zip(names, row, strict=True)) for row in found[0][1:]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sweep")
+    write_sweep_report(path, *make_sweep())
+    return path
+
+
+def drawings(page: str) -> list[str]:
+    return re.findall(r"<svg role=.*?</svg>", page, flags=re.DOTALL)
+
+
+def hovers(drawing: str) -> list[str]:
+    return re.findall(r"<title>(.*?)</title>", drawing)
+
+
+def test_the_page_is_well_formed_and_says_what_to_do(folder: Path) -> None:
+    page, text = ((folder / f"report.{kind}").read_text() for kind in ("html", "md"))
+    _Page(page)
+    assert not re.search(r"url\((?!#)|@import|https?://(?!www\.w3\.org/)", page)
+    assert not re.search(r"#0[1-3]0[1-3a][01]\d", page)  # stand-ins of colours
+    assert len(drawings(page)) == 5
+    for drawing in drawings(page):
+        ET.fromstring(drawing)
+    trials, _, wanted = make_sweep()
+    number = wanted["chosen"]["number"]
+    enough = sum(
+        t["feasible"] is True and t["status"] not in ("stopped", "failed") and t["phase"] == "search" for t in trials
+    )
+    for written in (page, text):
+        assert f"Take trial {number}: it has the best forget quality among the {enough} trials whose" in written
+        assert "ofmu unlearn --config best.yaml" in written
+        assert f"lr: {wanted['chosen']['options']['ofmu.inner.lr']}" in written
+    assert "half a decade &lt;below&gt;" in page
+    assert "sweep &lt;people&gt;" in page
+    headings = re.findall(r"<h2>(.*?)</h2>", page)
+    assert headings[:3] == ["What to do", "How sure", "What was searched"]
+
+
+def test_figures_have_intervals_and_fresh_seeds_stand_beside_them(folder: Path) -> None:
+    page = (folder / "report.html").read_text()
+    table = _Page(page).table("Figure", "Chosen, all rows")
+    row = table["Model utility ↑"]
+    assert row["Chosen, all rows"] == ["0.563", "0.530 – 0.590"]
+    assert row["target, as judged"][0] == "0.600"
+    half = 4.302653 * 0.005 / np.sqrt(3)
+    low, high = figures.number(0.56 - half), figures.number(0.56 + half)
+    assert row["Fresh seeds, all rows"] == ["0.560", f"{low} – {high}", "3 of 3 seeds"]
+    assert table["Forget quality ↑"]["Fresh seeds, all rows"][:2] == [
+        figures.number(float(np.exp(np.mean(np.log([0.1, 0.2, 0.3]))))), "runs 0.100 · 0.200 · 0.300",
+    ]  # fmt: skip
+    assert "flattered by the choice" in page
+    assert "Believe these runs" in page
+
+
+def test_the_budget_counts_every_trial_and_what_was_saved(folder: Path) -> None:
+    row = _Page((folder / "report.html").read_text()).table("Spent", "Saved by early stopping")["Search"]
+    trials, _, _ = make_sweep()
+    search = [t for t in trials if t["phase"] == "search"]
+    spent = sum(t["flops"] or 0 for t in search)
+    saved = sum(2e12 - t["flops"] for t in search if t["status"] == "stopped")
+    assert row["Spent"] == [figures.quantity(spent, "FLOP")]
+    assert row["Saved by early stopping"][0] == f"{saved / (spent + saved):.0%}"
+
+
+def test_the_plots_have_every_trial(folder: Path) -> None:
+    page, (trials, _, wanted) = (folder / "report.html").read_text(), make_sweep()
+    by_label = {re.search(r'aria-label="(.*?)"', one)[1]: one for one in drawings(page)}  # type: ignore[index]
+    assert len(hovers(by_label["Forgetting and utility"])) == len(trials) + 2  # and the references
+    whole = [t for t in trials if t["phase"] == "search" and t["status"] not in ("failed", "stopped")]
+    for label in ("Every trial at once", "By what was computed", "By the clock"):
+        assert len(hovers(by_label[label])) == len(whole)
+    assert len(hovers(by_label["Which options matter"])) == 2 * len(SPACE)
+    chosen = next(t for t in trials if t["number"] == wanted["chosen"]["number"])
+    words = f"forget quality {figures.number(chosen['forget_quality'])}"
+    assert sum(words in hover for hover in hovers(by_label["Forgetting and utility"])) == 1
+    for kind in (
+        "ended early by the scheduler",
+        "ended by itself before its last round",
+        "failed on the way",
+        "fresh seed",
+    ):
+        assert f"</svg>{kind}</span>" in page
+
+
+def test_tables_of_options_and_trials(folder: Path) -> None:
+    page = (folder / "report.html").read_text()
+    found = _Page(page)
+    matter = found.table("Option", "Forget quality, share")
+    assert next(iter(matter)) == "inner.lr"
+    assert float(matter["inner.lr"]["Forget quality, rank correlation"][0]) > 0.8
+    trials, _, wanted = make_sweep()
+    table = found.table("Trial", "Status", "rho_growth")
+    assert len(table) == len(trials)
+    assert next(iter(table)) == str(wanted["chosen"]["number"])
+    for t in trials[:40]:
+        options = json.loads(t["options"])
+        assert table[str(t["number"])]["rho"] == [f"{options['ofmu.rho']:.4g}"]
+        assert table[str(t["number"])]["rho_growth"] == [
+            f"{options['ofmu.rho_growth']:.4g}" if "ofmu.rho_growth" in options else "–"
+        ]
+    assert "<details><summary>All 40 trials in the order of the rule</summary>" in page
+    assert found.table("Trial", "Reason")["39"]["Reason"] == ["CUDA <out> of memory"]
+    assert found.table("Option", "For a next sweep")["ofmu.inner.lr"]["For a next sweep"] == [
+        "loguniform(2e-05, 9e-05)"
+    ]
+
+
+def test_the_csv_has_full_precision(folder: Path) -> None:
+    with (folder / "trials.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    trials, _, _ = make_sweep()
+    assert len(rows) == len(trials)
+    for row, t in zip(rows, trials, strict=True):
+        assert row["model_utility"] == ("" if t["model_utility"] is None else str(t["model_utility"]))
+        assert float(row["option.ofmu.inner.lr"]) == json.loads(t["options"])["ofmu.inner.lr"]
+
+
+def test_single_files_bring_their_colours_and_legend(folder: Path) -> None:
+    for name in ("plane", "parallel", "importance"):
+        text = (folder / f"{name}.svg").read_text()
+        ET.fromstring(text)
+        used = set(re.findall(r"var\((--[\w-]+)\)", text))
+        assert used <= set(re.findall(r"(--[\w-]+):", text))
+    assert ">fresh seed</text>" in (folder / "plane.svg").read_text()
+
+
+def test_no_trial_meets_the_floor(tmp_path: Path) -> None:
+    trials, stages, wanted = make_sweep(16, stopped=4, fresh=0)
+    for t in trials:
+        t |= {"feasible": False, "selected": False}
+    whole = [t for t in trials if t["status"] not in ("failed", "stopped")]
+    nearest = max(whole, key=lambda t: t["model_utility"])
+    wanted |= {"chosen": None, "nearest": nearest["number"], "rule": rule(floor=0.7)}
+    write_sweep_report(tmp_path, trials, stages, wanted)
+    page = (tmp_path / "report.html").read_text()
+    assert "nothing to recommend" in page
+    assert f"the nearest trial, {nearest['number']}, has {figures.number(nearest['model_utility'])}" in page
+    table = _Page(page).table("Trial", "Options")
+    assert set(table) == {str(t["number"]) for t in whole if t["front"] or t is nearest}
+    assert table[str(nearest["number"])]["Trial"] == [str(nearest["number"]), "nearest"]
+    assert "best.yaml" not in page
+    assert "How sure" not in page
+
+
+def one_only() -> Any:
+    trials, stages, wanted = make_sweep(fresh=0)
+    number = wanted["chosen"]["number"]
+    return (
+        [t for t in trials if t["number"] == number],
+        stages,
+        wanted | {"references": {"target": {}, "retrained": None}},
+    )
+
+
+def all_failed() -> Any:
+    trials, _, wanted = make_sweep(4, stopped=0, fresh=0)
+    return [trials[-1] | {"number": n} for n in range(4)], [], wanted | {"chosen": None}
+
+
+def all_stopped() -> Any:
+    trials, stages, wanted = make_sweep(fresh=0)
+    return [t for t in trials if t["status"] == "stopped"], stages, wanted | {"chosen": None}
+
+
+@pytest.mark.parametrize(
+    ("make", "files", "words"),
+    [
+        (lambda: ([], [], {}), {"trials"}, "No trial has ended yet"),
+        (lambda: ([], [], settings()), {"trials"}, "No trial has ended yet"),
+        (one_only, {"trials", "plane"}, "It was not run again with a fresh seed"),
+        (all_failed, {"trials"}, "4 of 4 trials failed"),
+        (all_stopped, {"trials", "plane"}, "No trial came to its end"),
+    ],
+)
+def test_it_takes_what_there_is(tmp_path: Path, make: Callable[[], Any], files: set[str], words: str) -> None:
+    paths = write_sweep_report(tmp_path, *make())
+    assert {path.stem for path in paths} == files | {"report"}
+    assert all(path.exists() for path in paths)
+    page = (tmp_path / "report.html").read_text()
+    _Page(page)
+    assert words in page
+
+
+def test_few_trials_have_no_importances(tmp_path: Path) -> None:
+    trials, stages, wanted = make_sweep(MINIMUM_TRIALS, stopped=0, fresh=0)  # one of them failed
+    paths = write_sweep_report(tmp_path, trials, stages, wanted)
+    assert "importance" not in {path.stem for path in paths}
+    page = (tmp_path / "report.html").read_text()
+    assert f"{MINIMUM_TRIALS - 1} trials ran to their end; importances mean nothing below {MINIMUM_TRIALS}" in page
+    row = _Page(page).table("Option", "Forget quality, share")["inner.lr"]
+    assert row["Forget quality, share"] == ["–"]
+    assert float(row["Forget quality, rank correlation"][0]) > 0.8
+
+
+@pytest.mark.parametrize(
+    ("name", "label"), [("ks_statistic", "low is better"), ("forget_rouge", "distance of forget ROUGE-L recall")]
+)
+def test_what_is_to_be_low_is_drawn_upside_down(tmp_path: Path, name: str, label: str) -> None:
+    def renamed(row: dict[str, Any]) -> dict[str, Any]:
+        return {key.replace("forget_quality", name): value for key, value in row.items()}
+
+    trials, stages, wanted = make_sweep(12, stopped=2, fresh=0)
+    wanted["references"] = {model: renamed(found) for model, found in REFERENCES.items()}
+    wanted |= {"rule": rule(objective=name)}
+    write_sweep_report(tmp_path, [renamed(t) for t in trials], [renamed(s) for s in stages], wanted)
+    plane = (tmp_path / "plane.svg").read_text()
+    assert label in plane
+    root = ET.fromstring(plane)
+    places = {}
+    for group in root.iter("{http://www.w3.org/2000/svg}g"):
+        title, use = (
+            group.find("{http://www.w3.org/2000/svg}title"),
+            next(group.iter("{http://www.w3.org/2000/svg}use"), None),
+        )
+        if title is not None and use is not None:
+            places[str(title.text)] = float(use.get("y", "nan"))
+    target, retrained = (next(y for words, y in places.items() if words.startswith(m)) for m in ("target", "retrained"))
+    # its figure is 2e-9 and the retrained model's 1: as a KS distance the better one, as a distance the worse one
+    assert (target < retrained) == (name == "ks_statistic")  # y of SVG falls upwards
+
+
+def test_scales_of_parallel_coordinates() -> None:
+    log = scale("rho", [1e-4, 1e-2, 0.0, None, 1e-3], log=True)
+    assert log.places[:2] == [0.0, 1.0]
+    assert log.places[2] == log.places[3] < 0
+    assert log.places[4] == pytest.approx(0.5)
+    assert [text for _, text in log.ticks] == ["0, none", "0.0001", "0.001", "0.01"]
+    assert scale("n", [1, 3, 2]).ticks == [(0.0, "1"), (0.5, "2"), (1.0, "3")]
+    assert scale("kind", ["b", None, "a", "b"]).places == [0.0, scale("x", [None]).places[0], 1.0, 0.0]
+    assert scale("low", [1.0, 3.0], falling=True).places == [1.0, 0.0]
+    assert scale("same", [0.2, 0.2]).places == [0.5, 0.5]
