@@ -55,6 +55,19 @@ def test_memory_within_a_tenth_of_the_measured_peak(tmp_path: Path) -> None:
             assert case["predicted"][phase] == pytest.approx(case["measured"][phase], rel=0.1), (case, phase)
 
 
+@pytest.mark.slow
+def test_traffic_is_what_the_collectives_carry(tmp_path: Path) -> None:
+    """Every byte that two workers reduce and gather in a round, at stages 0, 2 and 3."""
+    out = tmp_path / "scaling.json"
+    command = [sys.executable, str(ROOT / "benchmarks/scaling.py"), "--smoke", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    cases = [case for case in json.loads(out.read_text())["measured"] if case["workers"] == 2]
+    assert {case["zero_stage"] for case in cases} == {0, 2, 3}
+    for case in cases:
+        assert case["planned_bytes"] == case["bytes"]
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "qwen2"])
 @pytest.mark.parametrize("variant", ["plain", "tied", "lora", "frozen"])
 def test_parameters_counted_as_the_real_model_has_them(kind: str, variant: str) -> None:

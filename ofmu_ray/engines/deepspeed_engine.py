@@ -19,9 +19,7 @@ from ofmu_ray.engines.shards import FlatShards, Shards, trainable_parameters
 from ofmu_ray.engines.vector_engine import VectorEngine
 from ofmu_ray.errors import UserError
 
-_PERSISTENT_BELOW = (
-    10_000  # elements: at stage 3 norms and biases stay whole, as gathering them costs more than they do
-)
+PERSISTENT_BELOW = 10_000  # elements: at stage 3 norms and biases stay whole, as gathering them costs more than they do
 
 
 class DeepSpeedEngine(VectorEngine):
@@ -144,7 +142,7 @@ def deepspeed_config(stage: int, precision: str, micro_batch_size: int) -> dict[
         "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0
         "zero_allow_untested_optimizer": True,
         # stage 1 differs from 2 in that whole gradients stay on every rank; ours are always reduced to shards at once
-        "zero_optimization": {"stage": max(stage, 2), "stage3_param_persistence_threshold": _PERSISTENT_BELOW},
+        "zero_optimization": {"stage": max(stage, 2), "stage3_param_persistence_threshold": PERSISTENT_BELOW},
         "bf16": {"enabled": precision == "bf16"},
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},

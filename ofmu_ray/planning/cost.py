@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from ofmu_ray.planning.memory import FULL, Layout, Sizes
+from ofmu_ray.planning.memory import FULL, LIVE_PARAMETERS, Layout, Sizes
 from ofmu_ray.planning.replay import Round
 from ofmu_ray.planning.trace import PassTrace
 
@@ -74,7 +74,6 @@ class Traffic:
 
     all_reduce: float = 0.0
     reduce_scatter: float = 0.0
-    """Also reductions to one owner per slice, which stage 2 uses."""
     all_gather: float = 0.0
     calls: int = 0
 
@@ -103,21 +102,23 @@ def pass_traffic(layout: Layout, sizes: Sizes) -> Traffic:
     sums = Traffic(all_reduce=3 * 8, calls=1)  # loss, count, tokens
     if layout.zero_stage == 0:
         return sums + Traffic(all_reduce=sizes.trainable * FULL, calls=1)
-    reduced = Traffic(reduce_scatter=sizes.trainable * FULL, calls=1)
-    if layout.zero_stage == 3:
-        # weights are gathered in forward and again in backward unless they fit among the live parameters
-        gathers = 1 if sizes.total <= 1_000_000_000 else 2
-        reduced += Traffic(all_gather=gathers * sizes.total * w, calls=2 * gathers)
+    # DeepSpeed reduces stage 2's buckets to their owners by all-reduces (use_multi_rank_bucket_allreduce, its default)
+    if layout.zero_stage < 3:
+        return sums + Traffic(all_reduce=sizes.trainable * FULL, calls=1).times(micro)
+    # weights are gathered in forward and again in backward unless they fit among the live parameters
+    gathers = 1 if sizes.total <= LIVE_PARAMETERS else 2
+    gathered = gathers * (sizes.total - sizes.persistent) * w
+    reduced = Traffic(reduce_scatter=sizes.trainable * FULL, all_gather=gathered, calls=1 + 2 * gathers)
     return sums + reduced.times(micro)
 
 
 def round_traffic(layout: Layout, sizes: Sizes, done: Round) -> Traffic:
     """Of one round: passes, new weights after every displacement and step, inner products."""
     total = pass_traffic(layout, sizes).times(len(done.passes))
-    if layout.zero_stage in (1, 2):
-        total += Traffic(all_gather=sizes.trainable * layout.weight_bytes, calls=1).times(done.refreshes)
     if layout.zero_stage:
-        total += Traffic(all_reduce=24, calls=1).times(done.dots)
+        renewed = sizes.persistent if layout.zero_stage == 3 else sizes.trainable
+        total += Traffic(all_gather=renewed * layout.weight_bytes, calls=1).times(done.refreshes)
+        total += Traffic(all_reduce=8 * done.products, calls=done.dots)
     return total
 
 

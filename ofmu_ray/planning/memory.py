@@ -49,6 +49,8 @@ class Sizes:
     trainable: int
     largest: int
     """Of its largest parameter."""
+    persistent: int = 0
+    """Of parameters so small that stage 3 keeps them whole."""
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,8 @@ class Round:
     """Optimiser -> steps."""
     dots: int = 0
     """Calls of dot, which are one all-reduce each."""
+    products: int = 0
+    """Inner products in them."""
     vector_bytes: float = 0.0
     """Bytes that linear algebra, steps, displacements and dots read and write, for vectors of one byte."""
     fresh_bytes: float = 0.0
@@ -127,11 +129,13 @@ class PlanSpace:
 
     def dot(self, *pairs: tuple[Vector, Vector]) -> list[float]:
         self.round.dots += 1
+        self.round.products += len(pairs)
         self.round.vector_bytes += 4 * len({id(vector) for pair in pairs for vector in pair})
         return [1.0 if a is b else 0.5 for a, b in pairs]
 
     def parameters_norm(self) -> float:
         self.round.dots += 1
+        self.round.products += 1
         self.round.vector_bytes += 4
         return 1.0
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ofmu_ray.config import LoraConfig, MethodConfig, ModelConfig, TrainingConfig
+from ofmu_ray.engines.deepspeed_engine import PERSISTENT_BELOW
 from ofmu_ray.methods import build_method
 from ofmu_ray.planning.cost import (
     LINKS,
@@ -189,7 +190,8 @@ class Planner:
                     made[same] = trace_pass(module, one.loss, one.batch.micro[0], precision)
                 traces[index] = made[same]
             total, trainable = parameter_counts(module)
-            sizes = Sizes(total, trainable, max(p.numel() for p in module.parameters()))
+            counts = [parameter.numel() for parameter in module.parameters()]
+            sizes = Sizes(total, trainable, max(counts), sum(n for n in counts if n < PERSISTENT_BELOW))
             self._traced[key] = sizes, done, traces
         return self._traced[key]
 
