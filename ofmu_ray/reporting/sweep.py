@@ -193,8 +193,8 @@ def _certainty(sweep: Sweep) -> Section:
         return Section("How sure")
     objective = noun(sweep.objective)
     notes = [
-        f"The chosen trial is the best of {len(sweep.enough)}: the figure it was chosen by is flattered by the choice, the "
-        "more so the more trials there are. Its interval is over rows alone and does not allow for that; "
+        f"The chosen trial is the best of {len(sweep.enough)}: the figure it was chosen by is flattered by the choice, "
+        "the more so the more trials there are. Its interval is over rows alone and does not allow for that; "
         f"{tables.judged_on(sweep)}."
         if len(sweep.enough) > 1
         else f"There was no other trial to choose; {tables.judged_on(sweep)}, and its interval is over rows alone."
