@@ -50,7 +50,7 @@ class LedgerSearch(Searcher):  # type: ignore[misc]
             self.exhausted = True
             return str(Searcher.FINISHED)
         self.next += 1
-        return {"number": found.number}
+        return {"number": found.number, "key": self.ledger.key(found.number)}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Nothing: results are read from the ledger."""
@@ -136,6 +136,8 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]
     def _begin(self, config: dict[str, Any]) -> None:
         self.number, self.stage = int(config["number"]), 0
         self.thread: threading.Thread | None = None
+        key = self.ledger.key(self.number)
+        assert key == config["key"], "this node has another version of the code than the driver"
         if self.ledger.result(self.number) is None:
             self.thread = threading.Thread(target=self._run, daemon=True)
             self.thread.start()
