@@ -4,9 +4,9 @@
 
 Workers are processes of one thread each, joined by gloo: two of them need two free cores, and a machine that does
 nothing else. Weak: the rows of a worker stay; strong: the rows of the batch stay. Every collective is counted in bytes
-and waited for at once, so that its time is seen; that of a worker includes waiting for the other. `--ray` runs the loop of
-`ofmu unlearn` under Ray Train and reports what a round costs beyond the method. `--project` needs no quiet machine: it
-applies the formulas of `ofmu plan`, whose bytes stand beside the counted ones, to stated GPUs and links.
+and waited for at once, so that its time is seen; that of a worker includes waiting for the other. `--ray` runs the
+loop of `ofmu unlearn` under Ray Train and reports what a round costs beyond the method. `--project` needs no quiet
+machine: it applies the formulas of `ofmu plan`, whose bytes stand beside the counted ones, to stated GPUs and links.
 """
 
 from __future__ import annotations

@@ -69,7 +69,9 @@ def planned(config: PlanConfig) -> dict[str, Any]:
         estimate = propose(planner, Target(usable, workers, device, link))
     else:
         usable = None
-        estimate = planner.estimate(dataclasses.replace(planner.given(), workers=workers))
+        # the configuration's own checks (a batch divides over workers and micro-batches) hold for plan.gpus too
+        planner.training = dataclasses.replace(training, workers=workers)
+        estimate = planner.estimate(planner.given())
     time = estimate.time(device, link) if gpu is not None else None
     reason = None if time else "no plan.gpu is named, and plan.calibrate is off"
     if options.calibrate:
@@ -85,18 +87,19 @@ def _rows(config: PlanConfig) -> dict[str, Any]:
     if config.plan.row_tokens:
         tokens = config.plan.row_tokens
         return {stream: Rows(tokens, float(tokens), tokens // 3) for stream in ("forget", "retain")}
-    return {stream: _counted(config, stream) for stream in ("forget", "retain")}
+    from ofmu_ray.data.template import Template
+    from ofmu_ray.engines.models import load_tokenizer
+
+    template = Template(load_tokenizer(config.model), config.data.format)
+    return {stream: _counted(config, stream, template) for stream in ("forget", "retain")}
 
 
-def _counted(config: PlanConfig, stream: str) -> Any:
+def _counted(config: PlanConfig, stream: str, template: Any) -> Any:
     """Tokens of the first rows of a stream."""
     from ofmu_ray.data import sources
-    from ofmu_ray.data.template import Template
     from ofmu_ray.planning.setup import Rows
-    from pipelines.preflight import check_model
 
     data = config.data
-    template = Template(check_model_once(config, check_model), data.format)
     found = []
     fragments = sources.fragments(getattr(data, stream), data.root, stream=stream, option=f"data.{stream}")
     columns = [data.format.question, data.format.answer]
@@ -110,15 +113,6 @@ def _counted(config: PlanConfig, stream: str) -> Any:
     lengths = [len(row.input_ids) for row in encoded]
     prompts = sum(row.prompt_tokens for row in encoded) / len(encoded)
     return Rows(max(lengths), sum(lengths) / len(lengths), prompts)
-
-
-_tokenizers: dict[str, Any] = {}
-
-
-def check_model_once(config: PlanConfig, check: Any) -> Any:
-    if config.model.path not in _tokenizers:
-        _tokenizers[config.model.path] = check(config.model)
-    return _tokenizers[config.model.path]
 
 
 def _process_bytes() -> int:

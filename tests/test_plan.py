@@ -186,6 +186,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--training.zero_stage" in shown
     assert cli.main([*words, "--plan.gpu_memory", "1MB"]) == 2
     assert "largest component" in capsys.readouterr().err
+    assert cli.main(["plan", "--plan.gpus", "3"]) == 2
+    assert "does not divide" in capsys.readouterr().err
     assert cli.main([*words, "--plan.gpu_memory", "eighty"]) == 2
     assert "plan.gpu_memory" in capsys.readouterr().err
     assert (
