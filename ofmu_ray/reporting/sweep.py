@@ -76,24 +76,25 @@ def _head(sweep: Sweep) -> Head:
 
 
 def _tiles(sweep: Sweep) -> list[Tile]:
-    """The recommended trial's two figures on all rows and what its run costs."""
+    """The recommended trial's two figures beside the target's on the same rows, and what its run costs."""
     trial = sweep.recommended
     if trial is None or sweep.chosen is None:
         return []
     whole, tiles = sweep.chosen.get("figures") or {}, []
     for name in (sweep.objective, sweep.utility):
-        figure = figures.cell(whole.get(name) or {"value": trial.get(name)})
+        interval = span(*(number_of(trial, f"{name}_{end}") for end in ("low", "high")))
+        words = [f"95 % {interval}"] if interval != "–" else []
+        if sweep.search.get("rows") is not None:
+            words.append(f"on {sweep.search['rows']} rows of each set")
+            everything = figures.cell(whole.get(name))
+            words += [f"on all rows {everything.text}"] * (everything.value is not None)
         before = sweep.reference("target", name)
-        rows = "all rows" if whole.get(name) else "the rows it was judged on"
-        words = f"95 % {figure.interval}; {rows}" if figure.interval else rows
         was = "" if before is None else figures.number(before)
-        if was and sweep.search.get("rows") is not None and whole.get(name):  # not the same rows: not "from → to"
-            words, was = f"{words}; target {was} as judged", ""
-        tiles.append(Tile(figures.label(name), figure.text, words, was))
+        tiles.append(Tile(figures.label(name), figures.number(number_of(trial, name)), "; ".join(words), was))
     flops, seconds = number_of(trial, "flops"), number_of(trial, "train_seconds")
     if flops is not None:
-        words = "" if seconds is None else f"{figures.duration(seconds)} of training"
-        tiles.append(Tile("Cost of such a run", figures.quantity(flops, "FLOP"), words))
+        words = [] if seconds is None else [f"{figures.duration(seconds)} of training"]
+        tiles.append(Tile("Cost of such a run", figures.quantity(flops, "FLOP"), "; ".join(words)))
     return tiles
 
 
@@ -143,7 +144,7 @@ def _recommendation(sweep: Sweep) -> Section:
         f"# what {config} sets besides the sweep's base\n"
         + yaml_text(_nested(chosen.get("options") or options(trial))),
     ]
-    return Section("What to do", lead=notes, code=code, more=some(tables.figures_table(sweep)))
+    return Section("What to do", lead=notes, code=code, more=tables.figures_tables(sweep))
 
 
 def _nothing(sweep: Sweep) -> list[str]:
@@ -201,6 +202,11 @@ def _certainty(sweep: Sweep) -> Section:
     ]
     if trial.get("status") != "finished":
         notes.append(f"Its run ended before its last round: {trial.get('message') or trial.get('status')}.")
+    if sweep.objective.endswith("forget_quality") and sweep.search.get("rows") is not None:
+        notes.append(
+            "Forget quality is a p-value: the same difference to the retrained model gives a smaller one on more rows. "
+            "Figures on all rows are not comparable with those as judged; KS distances are."
+        )
     good = [one for one in sweep.fresh if number_of(one, sweep.objective) is not None]
     if good:
         cell = tables.fresh_cell(sweep.fresh, sweep.objective)
@@ -213,8 +219,11 @@ def _certainty(sweep: Sweep) -> Section:
             seeds = ", ".join(str(one.get("seed")) for one in missed)
             notes.append(f"Of these, seed {seeds} has less utility than the floor {_floor(sweep)}.")
     else:
-        what = "All its runs on fresh seeds failed" if sweep.fresh else "It was not run again with a fresh seed"
-        notes.append(f"{what}: set select.seeds for a figure that the choice has not flattered.")
+        notes.append(
+            "All its runs on fresh seeds failed, for the reasons below: no figure is free of the choice's flattery."
+            if sweep.fresh
+            else "It was not run again with a fresh seed: set select.seeds for a figure free of the choice's flattery."
+        )
     rivals = _rivals(sweep, trial)
     if rivals:
         notes.append(

@@ -133,7 +133,9 @@ class Sweep:
             math.fsum(number_of(trial, name) or 0.0 for trial in trials)
             for name in ("flops", "train_seconds", "total_seconds")
         )
-        return Spent(len(trials), flops, train, total, math.fsum(map(_rest, trials)))
+        # a population's member that is replaced goes on as a copy of another one: nothing is saved
+        saved = 0.0 if self.search.get("kind") == "population" else math.fsum(map(_rest, trials))
+        return Spent(len(trials), flops, train, total, saved)
 
     @cached_property
     def importances(self) -> dict[str, list[Importance]]:

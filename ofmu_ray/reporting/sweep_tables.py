@@ -17,34 +17,37 @@ FOLDED_FROM = 30
 """Trials beyond which their list is folded."""
 
 
-def figures_table(sweep: Sweep) -> Table | None:
-    """The recommended trial's figures beside fresh seeds and the reference models."""
+def figures_tables(sweep: Sweep) -> list[Table]:
+    """The recommended trial's figures beside fresh seeds and the reference models: those of the rule, then the rest."""
     trial = sweep.recommended
     if trial is None or sweep.chosen is None:
-        return None
-    references: Mapping[str, Any] = sweep.settings.get("references") or {}
+        return []
     whole: Mapping[str, Any] = sweep.chosen.get("figures") or {}
+    first = dict.fromkeys((sweep.objective, "ks_statistic", sweep.utility))
+    known = {name for name, figure in whole.items() if (figure or {}).get("value") is not None}
+    shown = [name for name in first if name in known or name != "ks_statistic"]
+    others = [name for name in whole if name in known and name not in first]
+    caption = f"Trial {trial['number']} with 95 % intervals; {judged_on(sweep)}"
+    found = [_figures_table(sweep, trial, shown, caption)]
+    return [*found, _figures_table(sweep, trial, others, "All other figures", folded=True)] if others else found
+
+
+def _figures_table(sweep: Sweep, trial: Trial, names: Sequence[str], caption: str, folded: bool = False) -> Table:
+    references: Mapping[str, Any] = sweep.settings.get("references") or {}
+    whole: Mapping[str, Any] = (sweep.chosen or {}).get("figures") or {}
     models = [model for model in ("target", "retrained") if references.get(model)]
-    first = [sweep.objective, sweep.utility]
-    names = list(dict.fromkeys([*first, *(name for name in whole if (whole[name] or {}).get("value") is not None)]))
-    rows = []
-    for name in names:
-        shown = [
-            _reference(whole.get(name)),
-            *([fresh_cell(sweep.fresh, name)] if sweep.fresh else []),
-            _figure(trial, name),
-            *(_reference(references[model].get(name)) for model in models),
-        ]
-        rows.append([Cell(heading(name), strong=name in first), *shown])
+    rows = [
+        cells(
+            heading(name), _reference(whole.get(name)), *([fresh_cell(sweep.fresh, name)] if sweep.fresh else []),
+            _figure(trial, name), *(_reference(references[model].get(name)) for model in models),
+        )
+        for name in names
+    ]  # fmt: skip
     header = [
-        "Figure",
-        "Chosen, all rows",
-        *(["Fresh seeds, all rows"] if sweep.fresh else []),
-        "Chosen, as judged",
+        "Figure", "Chosen, all rows", *(["Fresh seeds, all rows"] if sweep.fresh else []), "Chosen, as judged",
         *(f"{model}, as judged" for model in models),
-    ]
-    caption = f"Trial {trial['number']} with 95 % intervals; {judged_on(sweep)}."
-    return Table(name="", caption=caption, header=header, rows=rows)
+    ]  # fmt: skip
+    return Table(name="", caption=caption, header=header, rows=rows, folded=folded)
 
 
 def judged_on(sweep: Sweep) -> str:
@@ -182,15 +185,19 @@ def importance_table(sweep: Sweep) -> Table | None:
             continue
         entry = ranks.get(field)
         correlations = (entry.objective_correlation, entry.utility_correlation) if entry else (None, None)
-        shown = [shares.get(name, {}).get(field) for name in (sweep.objective, sweep.utility)]
+        shown = [shares[name].get(field) for name in (sweep.objective, sweep.utility) if name in shares]
         rows.append(
             cells(
                 short(field, sweep.space), *("–" if row is None else importance_words(row) for row in shown),
                 *("–" if value is None else f"{value:+.2f}" for value in correlations),
             )
         )  # fmt: skip
-    names = [figures.label(name) for name in (sweep.objective, sweep.utility)]
-    header = ["Option", *(f"{name}, share" for name in names), *(f"{name}, rank correlation" for name in names)]
+    names = (sweep.objective, sweep.utility)
+    header = [
+        "Option",
+        *(f"{figures.label(name)}, share" for name in names if name in shares),
+        *(f"{figures.label(name)}, rank correlation" for name in names),
+    ]
     return Table(name="", caption="", header=header, rows=rows) if rows else None
 
 
