@@ -58,6 +58,7 @@ def write(
             "method": config["method"],
             "status": training["status"],
             "message": training["message"],
+            "notes": training["notes"],
             "rounds": training["round"],
             "seed": config["seed"],
             "config_hash": config_hash,

@@ -37,10 +37,13 @@ class TrainingConfig:
     """Checkpoints kept."""
     max_failures: int = 3
     """Worker failures after which a run gives up."""
+    round_timeout: float | None = 1800.0
+    """Seconds after which a round (with its checkpoint) counts as hung: its workers are ended and begin again from the
+    last checkpoint. null: never. The default is as long as torch.distributed waits in a single collective."""
 
     def __post_init__(self) -> None:
         names = ("workers", "cpus_per_worker", "rounds", "batch_size", "micro_batch_size", "checkpoint_every")
-        positive("training", self, *names, "keep_checkpoints")
+        positive("training", self, *names, "keep_checkpoints", "round_timeout")
         not_negative("training", self, "gpus_per_worker", "max_failures")
         if self.batch_size % self.workers:
             raise UserError(
@@ -79,8 +82,14 @@ class StopConfig:
     """End the run before the round that would exceed this many gradient passes (forget and retain); null: no limit."""
     max_flops: float | None = None
     """The same in FLOPs as the run's account counts them; a round is expected to cost what the rounds before did."""
+    max_rollbacks: int = 2
+    """A round that is not finite sends the run back to its last good checkpoint, at most so often; then it stops."""
+    shrink: float = 0.5
+    """Factor on both learning rates after each rollback."""
 
     def __post_init__(self) -> None:
         positive("stop", self, "check_every", "sample", "max_passes", "max_flops")
+        not_negative("stop", self, "max_rollbacks")
+        require(0 < self.shrink < 1, "stop.shrink", self.shrink, "between 0 and 1")
         if self.utility_floor is not None:
             require(0 < self.utility_floor <= 1, "stop.utility_floor", self.utility_floor, "in (0, 1]")

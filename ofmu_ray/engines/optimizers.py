@@ -23,6 +23,8 @@ class LoopOptimizer:
 
     def __init__(self, masters: Vector, config: OptimizerConfig, *, offload: bool = False) -> None:
         self.config = config
+        self.factor = 1.0
+        """On the learning rate of every step from now on."""
         self._offload = offload
         # parameters of our own that share the masters' storage: a step writes through
         self._parameters: list[torch.Tensor] = [torch.nn.Parameter(master, requires_grad=True) for master in masters]
@@ -44,21 +46,24 @@ class LoopOptimizer:
     @torch.no_grad()
     def step(self, vector: Vector, norm: float) -> None:
         """One step down `vector`, whose norm over all ranks is `norm`; clipping scales `vector` itself."""
-        clip = self.config.clip
+        clip, nominal = self.config.clip, self.lr
         if clip is not None and norm > clip:
             torch._foreach_mul_(vector, clip / (norm + _CLIP_EPSILON))
         if self.config.name == "sgd" and self.config.weight_decay:
-            torch._foreach_mul_(self._parameters, 1 - self.lr * self.config.weight_decay)
+            torch._foreach_mul_(self._parameters, 1 - nominal * self.factor * self.config.weight_decay)
         self._move_moments(to_parameters=True)
         for parameter, gradient in zip(self._parameters, vector, strict=True):
             parameter.grad = gradient
+        for group in self._optimizer.param_groups:
+            group["lr"] *= self.factor
         self._optimizer.step()
+        self.lr = nominal
         self._optimizer.zero_grad(set_to_none=True)
         self._move_moments(to_parameters=False)
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next step."""
+        """Learning rate of the next step, before `factor`."""
         return float(self._optimizer.param_groups[0]["lr"])
 
     @lr.setter

@@ -94,6 +94,9 @@ class Engine(ParameterSpace, Protocol):
     def set_learning_rate(self, loop: Loop, lr: float) -> None:
         """Learning rate of the loop's next steps."""
 
+    def scale_learning_rates(self, factor: float) -> None:
+        """Every step from now on is taken at `factor` times its learning rate, whoever sets that."""
+
     def state_dict(self) -> dict[str, Any]:
         """This rank's shard of weights and optimiser states, for `torch.save`."""
 

@@ -244,6 +244,11 @@ class VectorEngine:
         """Learning rate of the loop's next steps."""
         self._optimizers[loop].lr = lr
 
+    def scale_learning_rates(self, factor: float) -> None:
+        """Every step from now on is taken at `factor` times its learning rate."""
+        for optimizer in self._optimizers.values():
+            optimizer.factor = factor
+
     # ------------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:

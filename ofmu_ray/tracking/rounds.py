@@ -86,10 +86,22 @@ class RoundLogger:
         self._next_flush = time.monotonic() + self._flush_seconds
         return True
 
-    def close(self) -> None:
-        """Deliver what is left."""
-        if self._buffer and not self.flush():
-            _log.warning("%d values of the series were not delivered to MLflow.", len(self._buffer))
+    def rewind(self, round: int) -> None:
+        """The rounds after `round` run again with other steps: their values are logged a second time, and later.
+
+        MLflow deletes nothing: the history of a series then holds the values of the rounds that were thrown away too,
+        and what it shows for a step is the latest.
+        """
+        self.flush()
+        self._buffer = [point for point in self._buffer if point.step <= round]
+        self._last = {name: min(last, round) for name, last in self._last.items()}
+
+    def close(self) -> bool:
+        """Deliver what is left; False: MLflow did not take it."""
+        if not self._buffer or self.flush():
+            return True
+        _log.warning("%d values of the series were not delivered to MLflow.", len(self._buffer))
+        return False
 
     def __enter__(self) -> RoundLogger:
         return self

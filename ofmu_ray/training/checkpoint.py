@@ -1,14 +1,18 @@
 """Sharded checkpoints: one file per rank, and the loop's state as JSON that a person can read.
 
 A checkpoint is a folder with `rank_00000.pt` ... (this rank's fp32 weights and both optimisers' moments),
-`state.json` (cursor, method state, cost, why it was taken) and `series.jsonl` (the per-round figures so far, so that
-a resumed run has one history).
+`state.json` (cursor, method state, cost, why it was taken), `series.jsonl` (the per-round figures so far, so that
+a resumed run has one history) and `manifest.json` (sizes and checksums of all of them). Nothing in it is code: the
+ranks' files are read as tensors and plain values only.
 """
 
 from __future__ import annotations
 
 import json
+import pickle
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ import torch
 from ofmu_ray.engines.protocol import Engine
 from ofmu_ray.errors import UserError
 from ofmu_ray.methods.protocol import Method
+from ofmu_ray.training import integrity
 from ofmu_ray.training.session import Session
 
 
@@ -33,13 +38,23 @@ class LoopState:
     utility: float | None = None
     """The same at the last check."""
     status: str = "running"
-    """running, finished, utility_floor or non_finite."""
+    """running, finished, stopped (by a scheduler), utility_floor or non_finite."""
     message: str = ""
     """Why the run stopped early."""
     train_seconds: float = 0.0
     """Wall-clock seconds in rounds so far, over all attempts."""
     peak_memory_bytes: int = 0
     """Highest memory of a worker (device memory on CUDA, else resident set)."""
+    rollbacks: int = 0
+    """How often a round that was not finite sent the run back to a checkpoint."""
+    thrown_away: int = 0
+    """Rounds run and given up by rollbacks; the account and train_seconds hold their cost."""
+    learning_rate_factor: float = 1.0
+    """On every learning rate: stop.shrink once per rollback."""
+    notes: list[str] = field(default_factory=list)
+    """What the run survived and its user should know: checkpoints passed over, rollbacks, workers that hung."""
+    undelivered: bool = False
+    """Whether MLflow had not taken the whole series when the loop ended."""
     series: list[dict[str, float]] = field(default_factory=list)
     """Per-round figures, oldest first; kept in series.jsonl."""
 
@@ -47,7 +62,7 @@ class LoopState:
 def save(state: LoopState, engine: Engine, method: Method, session: Session) -> None:
     """Report a checkpoint to the session. Collective; returns when this rank's files are in storage."""
     folder = Path(tempfile.mkdtemp(prefix="ofmu_checkpoint_"))
-    torch.save(engine.state_dict(), folder / f"rank_{session.rank:05d}.pt")
+    torch.save(engine.state_dict(), _shard(folder, session.rank))
     if session.rank == 0:
         readable = asdict(state)
         series = readable.pop("series")
@@ -55,16 +70,35 @@ def save(state: LoopState, engine: Engine, method: Method, session: Session) -> 
         readable["account"] = engine.account.state()
         (folder / "state.json").write_text(json.dumps(readable, indent=2) + "\n")
         (folder / "series.jsonl").write_text("".join(json.dumps(row) + "\n" for row in series))
+    integrity.write_manifest(folder, session.rank, session.world)
     # the end of a stopped run stands at an earlier round, whose checkpoint must not be written over
     suffix = "" if state.status == "running" else f"_{state.status}"
     session.report(folder, f"round_{state.round:06d}{suffix}", state.round)
+
+
+@contextmanager
+def newest(session: Session) -> Iterator[tuple[Path | None, list[str]]]:
+    """The folder of the newest checkpoint that is whole (None: there is none), and what was passed over. Collective.
+
+    All ranks pass over the same ones.
+    """
+    passed: list[str] = []
+    for name, opened in session.checkpoints():
+        with opened as folder:
+            reason = integrity.damage(folder, session.rank, session.world)
+            if reason is None:
+                yield folder, passed
+                return
+        passed.append(f"checkpoint {name} was passed over: {reason}")
+    yield None, passed
 
 
 def restore(folder: Path, engine: Engine, method: Method, rank: int, config_hash: str | None) -> LoopState:
     """Weights, optimisers, method and loop state from a checkpoint's folder; `config_hash` None: of any run.
 
     Raises:
-        UserError: the checkpoint belongs to another configuration, or to other workers or another ZeRO stage.
+        UserError: the checkpoint belongs to another configuration, or to other workers or another ZeRO stage, or its
+            file holds anything but tensors and plain values.
     """
     state, extra = read_state(folder)
     if config_hash is not None and state.config_hash != config_hash:
@@ -72,10 +106,11 @@ def restore(folder: Path, engine: Engine, method: Method, rank: int, config_hash
             f"the run's checkpoint was made with another configuration (hash {state.config_hash}, now "
             f"{config_hash}): choose another --name, or restore the earlier options"
         )
-    shard = folder / f"rank_{rank:05d}.pt"
+    shard = _shard(folder, rank)
     if not shard.exists():
         raise UserError(f"the run's checkpoint has no shard for rank {rank}: resume with the same training.workers")
-    engine.load_state_dict(torch.load(shard, map_location="cpu", weights_only=False))
+    engine.load_state_dict(read_shard(shard))
+    engine.scale_learning_rates(state.learning_rate_factor)
     method.load_state_dict(extra["method"])
     engine.account.load(extra["account"])
     return state
@@ -87,3 +122,23 @@ def read_state(folder: Path) -> tuple[LoopState, dict[str, Any]]:
     extra = {name: content.pop(name) for name in ("method", "account")}
     series = [json.loads(line) for line in (folder / "series.jsonl").read_text().splitlines()]
     return LoopState(**content, series=series), extra
+
+
+def read_shard(path: Path) -> dict[str, Any]:
+    """One rank's file. Nothing in it is executed.
+
+    Raises:
+        UserError: it holds anything but tensors and plain values.
+    """
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise UserError(
+            f"{path} holds something else than tensors and numbers, so this program did not write it; it was not "
+            f"opened ({type(error).__name__}): find out who did, or start again with another --name"
+        ) from None
+    return content
+
+
+def _shard(folder: Path, rank: int) -> Path:
+    return folder / f"rank_{rank:05d}.pt"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,6 +17,7 @@ import yaml
 
 from ofmu_ray.errors import UserError
 from ofmu_ray.training.job import WorkerJob
+from ofmu_ray.training.progress import Display, Progress
 
 WORKER_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -31,6 +31,8 @@ WORKER_ENVIRONMENT = {
 LAUNCHER_FILE = "~/ray_bootstrap_config.yaml"
 """Where `ray up` puts its configuration on the head, for its own autoscaler."""
 GROWTH_PATIENCE_SECONDS = 1800.0
+COLLECTIVE_TIMEOUT_SECONDS = 1800
+"""Ray Train's own value."""
 
 
 def connect(cpus_needed: float, gpus_needed: float = 0.0) -> None:
@@ -147,56 +149,6 @@ def _too_many(what: str, needed: float, found: float) -> UserError:
     )
 
 
-@ray.remote(num_cpus=0)
-class Progress:
-    """Where rank 0 says how far it is, for the driver's display."""
-
-    def __init__(self) -> None:
-        self.now: tuple[int, dict[str, float]] = (0, {})
-
-    def update(self, done: int, figures: dict[str, float]) -> None:
-        self.now = (done, figures)
-
-    def read(self) -> tuple[int, dict[str, float]]:
-        return self.now
-
-
-class ProgressBar:
-    """Shows the rounds on the driver while `fit` blocks; nothing when stderr is not a terminal."""
-
-    def __init__(self, actor: Any, rounds: int, title: str):
-        self.actor, self.rounds, self.title = actor, rounds, title
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self._show, daemon=True)
-
-    def __enter__(self) -> ProgressBar:
-        if sys.stderr.isatty():
-            self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        if self.thread.is_alive():
-            self.thread.join(timeout=5)
-
-    def _show(self) -> None:
-        from tqdm import tqdm
-
-        with tqdm(total=self.rounds, desc=self.title, unit="round") as bar:
-            while not self.stop.wait(0.5):
-                self._refresh(bar)
-            self._refresh(bar)
-
-    def _refresh(self, bar: Any) -> None:
-        try:
-            done, figures = ray.get(self.actor.read.remote(), timeout=5)
-        except Exception:  # the display must never end a run
-            return
-        bar.n = done
-        shown = {k.removesuffix("_loss"): f"{v:.3f}" for k, v in figures.items() if k.endswith("loss")}
-        bar.set_postfix(shown)
-
-
 def fit(job: WorkerJob, title: str) -> dict[str, Any]:
     """Run the workers to the end (resuming what the run's folder holds) and return <run>/training.json.
 
@@ -216,11 +168,13 @@ def fit(job: WorkerJob, title: str) -> dict[str, Any]:
         resources["GPU"] = training.gpus_per_worker
     threads = str(max(1, int(training.cpus_per_worker)))
     progress = Progress.remote()  # type: ignore[attr-defined]
+    # a collective must not give up before the watchdog, which says who was to blame
+    patience = max(COLLECTIVE_TIMEOUT_SECONDS, ceil(training.round_timeout or 0) + 60)
     trainer = TorchTrainer(
         worker_loop,
         train_loop_config={"job": job, "progress": progress},
         scaling_config=ScalingConfig(num_workers=training.workers, use_gpu=gpu, resources_per_worker=resources),
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=patience),
         run_config=RunConfig(
             name="train",
             storage_path=str(Path(job.run_dir)),
@@ -229,7 +183,7 @@ def fit(job: WorkerJob, title: str) -> dict[str, Any]:
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | {"OMP_NUM_THREADS": threads}},
         ),
     )
-    with ProgressBar(progress, training.rounds, title):
+    with Display(progress, training.rounds, title):
         try:
             trainer.fit()
         except Exception as error:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,11 +26,8 @@ class Session(Protocol):
     def report(self, folder: Path, name: str, done: int) -> None:
         """Keep this rank's checkpoint files, which are moved away, as checkpoint `name`. Collective."""
 
-    def resumed(self) -> AbstractContextManager[Path] | None:
-        """Folder of the checkpoint to go on from; None at a first start."""
-
-    def last_good(self) -> AbstractContextManager[Path]:
-        """Folder of the newest checkpoint."""
+    def checkpoints(self) -> Sequence[tuple[str, AbstractContextManager[Path]]]:
+        """(name, folder) of the run's checkpoints, newest first. Collective."""
 
 
 class RaySession:
@@ -41,6 +38,7 @@ class RaySession:
 
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self._taken: set[str] = set()
 
     @property
     def device(self) -> torch.device:
@@ -52,6 +50,10 @@ class RaySession:
     def report(self, folder: Path, name: str, done: int) -> None:
         import ray.train
 
+        # Ray Train deletes old checkpoints by their path: one that was passed over must not share it with its successor
+        while name in self._taken:
+            name += "_again"
+        self._taken.add(name)
         ray.train.report(
             {"round": done},
             checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
@@ -60,16 +62,13 @@ class RaySession:
             delete_local_checkpoint_after_upload=True,
         )
 
-    def resumed(self) -> AbstractContextManager[Path] | None:
+    def checkpoints(self) -> Sequence[tuple[str, AbstractContextManager[Path]]]:
         import ray.train
 
-        found = ray.train.get_checkpoint()
-        return None if found is None else _as_path(found)
-
-    def last_good(self) -> AbstractContextManager[Path]:
-        import ray.train
-
-        return _as_path(ray.train.get_all_reported_checkpoints()[-1].checkpoint)
+        found = [reported.checkpoint for reported in ray.train.get_all_reported_checkpoints()]
+        named = [(Path(checkpoint.path).name, _as_path(checkpoint)) for checkpoint in reversed(found)]
+        self._taken |= {name for name, _ in named}
+        return named
 
 
 @contextmanager
@@ -99,12 +98,8 @@ class LocalSession:
         for old in self._checkpoints()[: -self.keep]:
             shutil.rmtree(old)
 
-    def resumed(self) -> AbstractContextManager[Path] | None:
-        return self.last_good() if self._checkpoints() else None
-
-    @contextmanager
-    def last_good(self) -> Iterator[Path]:
-        yield self._checkpoints()[-1]
+    def checkpoints(self) -> Sequence[tuple[str, AbstractContextManager[Path]]]:
+        return [(path.name, nullcontext(path)) for path in reversed(self._checkpoints())]
 
     def _checkpoints(self) -> list[Path]:
         """Oldest first; what a kill left half-written has another name."""

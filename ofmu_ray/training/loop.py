@@ -1,0 +1,235 @@
+"""One round after the other, with what surrounds it: checks, rollbacks, checkpoints, series, progress."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from ofmu_ray.errors import UserError
+from ofmu_ray.training import checkpoint
+
+if TYPE_CHECKING:
+    from ofmu_ray.training.worker import Worker
+
+
+class Loop:
+    """The rounds of a worker that has begun or resumed."""
+
+    def __init__(self, worker: Worker):
+        job, session = worker.job, worker.session
+        self.job, self.engine, self.method, self.probe = job, worker.engine, worker.method, worker.probe
+        self.module, self.tokenizer = worker.module, worker.tokenizer
+        self.state, self.session, self.display = worker.state, session, worker.progress
+        self.watchdog = worker.watchdog
+        self.logger = None
+        if session.rank == 0 and job.tracking is not None:
+            from ofmu_ray.tracking import RoundLogger
+
+            self.logger = RoundLogger(job.tracking)
+            for row in self.state.series:  # what a killed worker had not delivered; what MLflow has is left out
+                self.logger.log(int(row["round"]), {name: value for name, value in row.items() if name != "round"})
+            for row in self.state.series:  # a kill may have lost what was not delivered; what was is left out
+                self.logger.log(int(row["round"]), {name: value for name, value in row.items() if name != "round"})
+
+    def watched(self, batches: Iterable[dict[str, list[Any]]]) -> Iterator[dict[str, list[Any]]]:
+        """The batches of each round; reading them, the round and its checkpoint are watched."""
+        source = iter(batches)
+        while True:
+            self.watchdog.begin(f"round {self.state.round + 1}")
+            try:
+                of_round = next(source)
+            except StopIteration:
+                return
+            yield of_round
+
+    def round(self, batches: dict[str, list[Any]]) -> bool:
+        """Run one round; False: stop, the weights are not to be kept."""
+        state, training = self.state, self.job.training
+        started, tokens = time.perf_counter(), self.engine.account.tokens
+        retain = batches["retain"] if "retain" in batches else batches["train"]
+        figures = self.method.round(self.engine, iter(batches.get("forget", [])), iter(retain))
+        seconds = time.perf_counter() - started
+        state.round += 1
+        state.train_seconds += seconds
+        state.peak_memory_bytes = max(state.peak_memory_bytes, peak_memory_bytes())
+
+        passes = self.engine.account.gradient_passes
+        for name in figures:
+            if name == "lr" or name.endswith("_lr"):  # a method states its schedule's; these are the steps'
+                figures[name] *= state.learning_rate_factor
+        figures |= {"forget_passes": passes["forget"], "retain_passes": passes["retain"]}
+        figures["tokens_per_second"] = (self.engine.account.tokens - tokens) / seconds
+        good = self._finite(figures) and self._useful(figures)
+        self._log(figures)
+        last = state.round == training.rounds
+        due = state.round % training.checkpoint_every == 0 or self._check_due()
+        if good and due and not last:
+            checkpoint.save(state, self.engine, self.method, self.session)
+        return good
+
+    @property
+    def progress(self) -> float:
+        """How much of the run is done (0 to 1), by whichever of its limits is nearest."""
+        stop, account = self.job.stop, self.engine.account
+        done = [self.state.round / self.job.training.rounds]
+        for spent, limit in ((sum(account.gradient_passes.values()), stop.max_passes), (account.flops, stop.max_flops)):
+            done += [] if limit is None else [spent / limit]
+        return max(done)
+
+    def passed(self, before: float) -> bool:
+        """Evaluate and ask, where the last round passed a stage; False: the run is to end here. Collective."""
+        stages = self.job.stages
+        stage = None if stages is None else stages.reached(before, self.progress)
+        if stages is None or stage is None:
+            return True
+        checkpoint.save(self.state, self.engine, self.method, self.session)  # the decision may take its time
+        self.watchdog.end()
+        found = stages.known(stage)
+        figures = stages.measure(self.engine, self.module, self.tokenizer, self.session.rank) if found is None else None
+        if figures is not None:
+            state, account = self.state, self.engine.account.state()
+            spent = {"round": state.round, "train_seconds": state.train_seconds, "account": account}
+            spent["peak_memory_bytes"] = state.peak_memory_bytes
+            found = {"stage": stage, "figures": figures, **spent}
+            stages.publish(stage, found)
+        if found is not None:
+            self._log_stage(found["figures"])
+        if stages.wait(stage, self.session.rank):
+            return True
+        self.state.status = "stopped"
+        self.state.message = f"ended after evaluation {stage} of {stages.count}"
+        self._save_end()
+        return False
+
+    def _log_stage(self, figures: Mapping[str, Any]) -> None:
+        if self.logger is not None:
+            values = {f"stage/{name}": found["value"] for name, found in figures.items()}
+            self.logger.log(self.state.round, {name: value for name, value in values.items() if value is not None})
+
+    def spent(self) -> bool:
+        """Whether another round, at the mean cost of those so far, would exceed stop.max_passes or stop.max_flops."""
+        stop, account, rounds = self.job.stop, self.engine.account, self.state.round + self.state.thrown_away
+        if rounds == 0:
+            return False
+        passes = sum(account.gradient_passes.values())
+        pairs = ((passes, stop.max_passes), (account.flops, stop.max_flops))
+        return any(limit is not None and spent * (rounds + 1) / rounds > limit for spent, limit in pairs)
+
+    def _check_due(self) -> bool:
+        stop, at = self.job.stop, self.state.round
+        return self.probe is not None and (at % stop.check_every == 0 or at == self.job.training.rounds)
+
+    def _finite(self, figures: dict[str, float]) -> bool:
+        # the weights' norm shows what the losses, which were measured before the last step, cannot
+        bad = [name for name, value in figures.items() if not math.isfinite(value)]
+        if not bad and math.isfinite(self.engine.parameters_norm()):
+            return True
+        what = ", ".join(bad) if bad else "the weights' norm"
+        self.state.status = "non_finite"
+        self.state.message = f"not finite in round {self.state.round}: {what}; lower the learning rates"
+        return False
+
+    def _useful(self, figures: dict[str, float]) -> bool:
+        if not self._check_due() or self.probe is None:
+            return True
+        state, floor = self.state, self.job.stop.utility_floor
+        state.utility = figures["utility"] = self.probe.measure(self.engine)
+        assert state.utility_start is not None
+        assert floor is not None
+        if state.utility >= floor * state.utility_start:
+            return True
+        state.status = "utility_floor"
+        state.message = (
+            f"utility floor reached in round {state.round}: mean answer probability on the watched retain rows is "
+            f"{state.utility:.4f}, below {floor:g} x {state.utility_start:.4f}"
+        )
+        return False
+
+    def _log(self, figures: dict[str, float]) -> None:
+        self.state.series.append({"round": self.state.round, **figures})
+        if self.session.rank != 0:
+            return
+        if self.logger is not None:
+            self.logger.log(self.state.round, figures)
+        if self.display is not None:
+            self.display.update.remote(self.state.round, figures)
+
+    def roll_back(self) -> bool:
+        """After a round that was not finite: to the last good checkpoint, with shorter steps. False: not (any more).
+
+        The account and the seconds keep the cost of the rounds that are thrown away; the series forgets them.
+        """
+        bad, stop = self.state, self.job.stop
+        if bad.status != "non_finite" or bad.rollbacks >= stop.max_rollbacks:
+            return False
+        self._return_to_last_good()
+        state = self.state
+        state.thrown_away = bad.thrown_away + bad.round - state.round
+        state.rollbacks = bad.rollbacks + 1
+        state.learning_rate_factor = bad.learning_rate_factor * stop.shrink
+        state.notes.append(
+            f"{bad.message.partition(';')[0]}: back to round {state.round}, learning rates x "
+            f"{state.learning_rate_factor:g} from there (rollback {state.rollbacks} of at most {stop.max_rollbacks})"
+        )
+        self.engine.scale_learning_rates(state.learning_rate_factor)
+        if self.display is not None and self.session.rank == 0:
+            self.display.note.remote(state.notes[-1])
+        if self.logger is not None:
+            self.logger.rewind(state.round)
+        checkpoint.save(state, self.engine, self.method, self.session)  # a kill must not make it forget the cost
+        return True
+
+    def end_at_last_good(self) -> None:
+        """Weights and cursor of the last checkpoint; the stop's reason, the series and the cost stay."""
+        stopped = self.state
+        self._return_to_last_good()
+        self.state.status = stopped.status
+        self.state.message = f"{stopped.message}; the model is that of round {self.state.round}"
+        self.state.series = stopped.series
+        self._save_end()
+
+    def _return_to_last_good(self) -> None:
+        """Everything of the newest checkpoint that is whole, except the cost, which stays."""
+        bad, account = self.state, self.engine.account.state()
+        rank, digest = self.session.rank, self.job.config_hash
+        with checkpoint.newest(self.session) as (folder, passed):
+            if folder is None:
+                raise UserError(
+                    f"{bad.message}, and no checkpoint is whole any more ({'; '.join(passed)}): start again"
+                )
+            self.state = checkpoint.restore(folder, self.engine, self.method, rank, digest)
+        self.engine.account.load(account)
+        self.state.notes = [*bad.notes, *passed]
+        self.state.train_seconds, self.state.peak_memory_bytes = bad.train_seconds, bad.peak_memory_bytes
+
+    def finish(self) -> None:
+        self.state.status = "finished"
+        self._save_end()
+
+    def _save_end(self) -> None:
+        state = self.state
+        self.watchdog.begin("the last checkpoint")
+        if dist.is_initialized():
+            peak = torch.tensor(float(state.peak_memory_bytes), dtype=torch.float64)
+            peak = peak.to(self.engine.device)
+            dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+            state.peak_memory_bytes = int(peak)
+        checkpoint.save(state, self.engine, self.method, self.session)
+
+    def close(self) -> None:
+        """Deliver the series, and remember whether MLflow has all of it."""
+        if self.logger is not None:
+            self.state.undelivered = not self.logger.close()
+
+
+def peak_memory_bytes() -> int:
+    """Highest memory of this process: allocated on the CUDA device, else the resident set."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

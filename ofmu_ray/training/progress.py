@@ -1,0 +1,88 @@
+"""What the workers tell the driver while `fit` blocks: how far they are, and what went wrong and was survived."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from typing import Any
+
+import ray
+
+from ofmu_ray.training.watchdog import Sign
+
+POLL_SECONDS = 0.5
+
+
+@ray.remote(num_cpus=0)
+class Progress:
+    """The actor that both sides talk to; it lives as long as the driver, so notes survive the workers."""
+
+    def __init__(self) -> None:
+        self.now: tuple[int, dict[str, float]] = (0, {})
+        self.notes: list[str] = []
+        self.last: dict[int, Sign] = {}
+
+    def update(self, done: int, figures: dict[str, float]) -> None:
+        """Rank 0: rounds done and the figures of the last one."""
+        self.now = (done, figures)
+
+    def note(self, *texts: str) -> None:
+        """Something that the user should know, once."""
+        self.notes += [text for text in dict.fromkeys(texts) if text not in self.notes]
+
+    def sign(self, rank: int, where: str) -> None:
+        """A rank is alive."""
+        self.last[rank] = Sign(time.monotonic(), where)
+
+    def signs(self) -> tuple[float, dict[int, Sign]]:
+        """This actor's clock, and the last sign of every rank."""
+        return time.monotonic(), self.last
+
+    def begin(self) -> list[str]:
+        """The workers begin (again): what was noted so far."""
+        self.last = {}
+        return self.notes
+
+    def read(self) -> tuple[int, dict[str, float], list[str]]:
+        """Rounds done, figures of the last one, notes."""
+        return (*self.now, self.notes)
+
+
+class Display:
+    """Shows notes on stderr as they arise, and a bar of the rounds when that is a terminal."""
+
+    def __init__(self, actor: Any, rounds: int, title: str):
+        self.actor, self.rounds, self.title = actor, rounds, title
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._show, daemon=True)
+        self._noted = 0
+
+    def __enter__(self) -> Display:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join(timeout=10)
+
+    def _show(self) -> None:
+        from tqdm import tqdm
+
+        with tqdm(total=self.rounds, desc=self.title, unit="round", disable=not sys.stderr.isatty()) as bar:
+            while not self.stop.wait(POLL_SECONDS):
+                self._refresh(bar)
+            self._refresh(bar)
+
+    def _refresh(self, bar: Any) -> None:
+        try:
+            done, figures, notes = ray.get(self.actor.read.remote(), timeout=5)
+        except Exception:  # the display must never end a run
+            return
+        for text in notes[self._noted :]:
+            bar.write(f"note    {text}", file=sys.stderr)
+            sys.stderr.flush()
+        self._noted = len(notes)
+        bar.n = done
+        shown = {k.removesuffix("_loss"): f"{v:.3f}" for k, v in figures.items() if k.endswith("loss")}
+        bar.set_postfix(shown)

@@ -1,0 +1,73 @@
+"""A small OFMU job on the built-in model, laid out as `ofmu unlearn` does, on random tokens: no Ray is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ofmu_ray.config import ModelConfig, OFMUConfig, StopConfig, TrainingConfig
+from ofmu_ray.data.plan import write_plan
+from ofmu_ray.data.prepare import TokenisedStream
+from ofmu_ray.training.job import WorkerJob
+
+ROUNDS = 8
+METHOD = OFMUConfig.from_preset("lite", inner_steps=2)
+
+
+ROWS = {"forget": 9, "retain": 14}
+
+
+def stream(folder: Path, name: str) -> TokenisedStream:
+    """Rows of 6 to 20 random tokens in one Parquet file."""
+    rng = np.random.default_rng(len(name))
+    lengths = rng.integers(6, 21, size=ROWS[name]).astype(np.int32)
+    rows = {
+        "row_id": [f"{name}/{i}" for i in range(len(lengths))],
+        "input_ids": [rng.integers(5, 200, size=n).astype(np.int32) for n in lengths],
+        "prompt_tokens": rng.integers(1, 5, size=len(lengths)).astype(np.int32),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(rows), folder / "part.parquet")
+    return TokenisedStream(
+        name, str(folder), (("part.parquet", len(lengths)),), np.arange(len(lengths)), lengths, fingerprint=name
+    )
+
+
+def make_job(
+    folder: Path,
+    *,
+    training: TrainingConfig | None = None,
+    stop: StopConfig | None = None,
+    method: OFMUConfig = METHOD,
+    name: str = "run",
+) -> WorkerJob:
+    """The job with its batch plan written; `folder` also keeps the tokens."""
+    training = training or TrainingConfig(
+        engine="torch", rounds=ROUNDS, batch_size=4, checkpoint_every=2, keep_checkpoints=3
+    )
+    model = ModelConfig()
+    job = WorkerJob(
+        run_dir=str(folder / name),
+        plan_dir=str(folder / name / "plan"),
+        config_hash=name,
+        seed=0,
+        model=model,
+        method=method,
+        training=training,
+        stop=stop or StopConfig(),
+        utility_rows=None,
+    )
+    write_plan(
+        {name: stream(folder / name, name) for name in ROWS},
+        job.plan_dir,
+        batches_per_round=job.build_method().batches_per_round(),
+        rounds=training.rounds,
+        batch_size=training.batch_size,
+        workers=training.workers,
+        seed=0,
+        here=True,
+    )
+    return job

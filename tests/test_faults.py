@@ -1,0 +1,174 @@
+"""Faults that a run survives: damaged checkpoints, rounds that are not finite, and what it says about them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fault_job import METHOD, ROUNDS, make_job
+
+from ofmu_ray.config import OptimizerConfig, StopConfig
+from ofmu_ray.data.batches import local_rounds
+from ofmu_ray.data.plan import read_plan
+from ofmu_ray.errors import UserError
+from ofmu_ray.training import integrity
+from ofmu_ray.training.job import WorkerJob
+from ofmu_ray.training.session import LocalSession
+from ofmu_ray.training.worker import Worker, run_local
+
+FIRST = 5
+"""Rounds before the interruption; checkpoints stand at 0, 2 and 4."""
+
+
+def interrupted(job: WorkerJob, after: int) -> None:
+    """Run some rounds and end like a killed process: nothing is saved, nothing is tidied up."""
+    plan = read_plan(job.plan_dir)
+
+    def source(start: int, options: dict[str, Any]) -> Iterator[Any]:
+        for number, batches in enumerate(local_rounds(plan, 0, start_round=start, **options)):
+            if number == after:
+                raise KeyboardInterrupt
+            yield batches
+
+    with pytest.raises(KeyboardInterrupt):
+        Worker(job, LocalSession(job.run_dir, job.training.keep_checkpoints)).run(source)
+
+
+def checkpoints(job: WorkerJob) -> list[Path]:
+    return sorted(path for path in Path(job.run_dir, "train").iterdir() if path.is_dir())
+
+
+def weights(worker: Worker) -> list[torch.Tensor]:
+    return worker.engine.weights()
+
+
+def same(a: Worker, b: Worker) -> bool:
+    return all(map(torch.equal, weights(a), weights(b)))
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> WorkerJob:
+    job = make_job(tmp_path_factory.mktemp("killed"))
+    interrupted(job, FIRST)
+    assert [path.name[7:] for path in checkpoints(job)] == ["round_000000", "round_000002", "round_000004"]
+    return job
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Worker:
+    return run_local(make_job(tmp_path_factory.mktemp("undisturbed")))
+
+
+@pytest.fixture
+def job(killed: WorkerJob, tmp_path: Path) -> WorkerJob:
+    """The killed run, in a folder of its own."""
+    shutil.copytree(killed.run_dir, tmp_path / "run")
+    return make_job(tmp_path)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "rank_00000.pt does not match its checksum": lambda folder: flip(folder / "rank_00000.pt"),
+    "state.json does not match its checksum": lambda folder: flip(folder / "state.json"),
+    "rank_00000.pt has 1000 bytes": lambda folder: os.truncate(folder / "rank_00000.pt", 1000),
+    "rank_00000.pt is missing": lambda folder: (folder / "rank_00000.pt").unlink(),
+    "no manifest.json": lambda folder: (folder / "manifest.json").unlink(),
+    "manifest.json is not readable": lambda folder: os.truncate(folder / "manifest.json", 30),
+}
+
+
+@pytest.mark.parametrize("words", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over(words: str, job: WorkerJob, undisturbed: Worker) -> None:
+    DAMAGE[words](checkpoints(job)[-1])
+    worker = run_local(job)
+    assert same(worker, undisturbed)
+    (note,) = worker.state.notes
+    assert "000002_round_000004 was passed over" in note
+    assert words in note
+    assert note.endswith("went on from round 2")
+    assert [row["round"] for row in worker.state.series] == list(range(1, ROUNDS + 1))
+    assert worker.engine.account == undisturbed.engine.account
+
+
+def test_without_a_whole_checkpoint_the_run_begins_again(job: WorkerJob, undisturbed: Worker) -> None:
+    for folder in checkpoints(job):
+        flip(folder / "rank_00000.pt")
+    worker = run_local(job)
+    assert same(worker, undisturbed)
+    assert len(worker.state.notes) == 3
+    assert all(note.endswith("began again") for note in worker.state.notes)
+
+
+class Malicious:
+    """What an attacker with access to the storage would put there."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_checkpoint_is_not_run(zipped: bool, job: WorkerJob, tmp_path: Path) -> None:
+    """A pickle that would run code, with a manifest that fits it."""
+    folder, mark = checkpoints(job)[-1], tmp_path / "executed"
+    torch.save(Malicious(mark), folder / "rank_00000.pt", _use_new_zipfile_serialization=zipped)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["rank_00000.pt"] = integrity.fingerprint(folder / "rank_00000.pt")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"rank_00000\.pt holds something else than tensors"):
+        run_local(job)
+    assert not mark.exists()
+    torch.load(folder / "rank_00000.pt", weights_only=False)
+    assert mark.exists()  # it would have
+
+
+SHRINK = 1e-18
+EXPLODING = replace(METHOD, inner=OptimizerConfig(name="sgd", lr=1e15, clip=None))
+"""An inner step that overflows in round 1, and does not at `SHRINK` times its length."""
+
+
+def test_a_round_that_is_not_finite_is_tried_again_with_shorter_steps(tmp_path: Path, undisturbed: Worker) -> None:
+    worker = run_local(make_job(tmp_path, stop=StopConfig(shrink=SHRINK), method=EXPLODING))
+    state = worker.state
+    assert (state.status, state.round, state.rollbacks, state.thrown_away) == ("finished", ROUNDS, 1, 1)
+    assert [row["inner_lr"] for row in state.series] == [pytest.approx(1e-3)] * ROUNDS
+    (note,) = state.notes
+    assert "not finite in round 1" in note
+    assert "back to round 0, learning rates x 1e-18" in note
+    # the round that was thrown away stays in the cost
+    passes, eight = worker.engine.account.gradient_passes, undisturbed.engine.account.gradient_passes
+    assert passes == {kind: count * (ROUNDS + 1) // ROUNDS for kind, count in eight.items()}
+    inner, outer = (replace(config, lr=config.lr * SHRINK) for config in EXPLODING.optimizers)
+    assert same(worker, run_local(make_job(tmp_path, name="short", method=replace(METHOD, inner=inner, outer=outer))))
+
+
+def test_rollbacks_are_counted_and_then_the_last_good_model_is_kept(tmp_path: Path) -> None:
+    worker = run_local(make_job(tmp_path, stop=StopConfig(shrink=0.5, max_rollbacks=1), method=EXPLODING))
+    assert (worker.state.status, worker.state.round, worker.state.rollbacks) == ("non_finite", 0, 1)
+    assert "the model is that of round 0" in worker.state.message
+    assert len(worker.state.notes) == 1
+
+
+def test_a_kill_does_not_forget_a_rollback(tmp_path: Path) -> None:
+    whole, killed = (
+        make_job(tmp_path, name=name, stop=StopConfig(shrink=SHRINK), method=EXPLODING) for name in ("whole", "killed")
+    )
+    interrupted(killed, 3)
+    resumed, undisturbed = run_local(killed), run_local(whole)
+    assert same(resumed, undisturbed)
+    assert resumed.state.notes == undisturbed.state.notes
+    assert resumed.engine.account == undisturbed.engine.account
