@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ofmu_ray.config import ModelConfig, StopConfig, TrainConfig, config_hash
+from ofmu_ray.config import ModelConfig, StopConfig, TrainConfig, outcome_hash
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage import atomic_write
 from pipelines.parse import fail, parse
@@ -34,7 +34,7 @@ def train(config: TrainConfig) -> int:
     """Fit, export to <storage>/<name>/model and print where it is. A finished run of this name is not repeated."""
     storage = prepare_storage(config.storage)
     check_machine(config.training)
-    digest = config_hash(config)
+    digest = outcome_hash(config)
     run = storage / (config.name or f"train-{digest[:8]}")
     claim(run, digest)
     if (run / "training.json").exists() and (run / "model").is_dir():
@@ -84,7 +84,7 @@ def _fit(
     job = WorkerJob(
         run_dir=str(run),
         plan_dir=plan.folder,
-        config_hash=config_hash(config, plan.fingerprint),
+        config_hash=outcome_hash(config, prepared.streams["train"].fingerprint),
         seed=config.seed,
         model=placed(model),
         method=config.finetune,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ofmu_ray.config import ModelConfig, UnlearnConfig, config_hash
+from ofmu_ray.config import ModelConfig, UnlearnConfig, outcome_hash
 from ofmu_ray.errors import UserError
 from pipelines import results
 from pipelines.evaluation import Evaluator
@@ -58,7 +58,7 @@ def unlearn(config: UnlearnConfig, command: list[str]) -> int:
     """Run to the end, or take up what a killed run of the same name left; a finished run is shown, not repeated."""
     storage = prepare_storage(config.storage)
     check_machine(config.training)
-    digest = config_hash(config)
+    digest = outcome_hash(config)
     folder = storage / (config.name or f"{config.method}-{digest[:8]}")
     claim(folder, digest)
     finished = results.read(folder)
@@ -133,7 +133,7 @@ def _work(run: Run, tokenizer: Any, digest: str, handle: Any) -> results.Outcome
         job = WorkerJob(
             run_dir=str(run.folder),
             plan_dir=str(run.folder / "plan"),
-            config_hash=config_hash(config, *(s.fingerprint for s in prepared.streams.values())),
+            config_hash=outcome_hash(config, *(s.fingerprint for s in prepared.streams.values())),
             seed=config.seed,
             model=placed(config.model),
             method=config.method_options,

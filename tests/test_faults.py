@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from engine_ranks import run_ranks
 from fault_job import METHOD, ROUNDS, make_job
+from fault_ranks import Part, start
 
 from ofmu_ray.config import OptimizerConfig, StopConfig
 from ofmu_ray.data.batches import local_rounds
@@ -172,3 +174,58 @@ def test_a_kill_does_not_forget_a_rollback(tmp_path: Path) -> None:
     assert same(resumed, undisturbed)
     assert resumed.state.notes == undisturbed.state.notes
     assert resumed.engine.account == undisturbed.engine.account
+
+
+STAGES = (0, 1, 2, 3)
+TOLERANCE = 1e-4
+"""Of the distance from the first to the last weights: ranks and shards change the order of fp32 sums."""
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Runs of two ranks and of one that are killed and go on with as many or with others: by what they are."""
+    folder = tmp_path_factory.mktemp("ranks")
+
+    def part(stage: int, name: str, **options: bool) -> Part:
+        return Part(stage, str(folder / f"{name}{stage}"), **options)
+
+    starts = [
+        (2, [*(part(stage, "fewer", interrupt=True) for stage in STAGES), part(2, "same", interrupt=True)]),
+        (1, [*(part(stage, "fewer") for stage in STAGES), *(part(stage, "more", interrupt=True) for stage in STAGES)]),
+        (2, [*(part(stage, "more") for stage in STAGES), part(2, "same", damage=True), part(2, "undisturbed")]),
+    ]
+    found: dict[str, dict[str, Any]] = {}
+    for number, (world, parts) in enumerate(starts):
+        (folder / str(number)).mkdir()
+        measured = run_ranks(world, parts, folder / str(number), start)
+        found |= {Path(name).name: values for name, values in measured.items()}
+    return found
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return float(sum((a[name].double() - b[name].double()).square().sum() for name in b)) ** 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", ["fewer", "more"])
+def test_a_run_goes_on_with_another_number_of_workers(name: str, stage: int, ranks: dict[str, dict[str, Any]]) -> None:
+    """2 -> 1 and 1 -> 2 workers: shards of weights and of both optimisers' moments are cut anew."""
+    resumed, whole = ranks[f"{name}{stage}-whole"], ranks["undisturbed2-whole"]
+    begun = ranks[f"{name}{stage}-begun"]
+    assert (resumed["first"], resumed["notes"]) == (4, [])
+    moved = distance(begun["weights"], whole["weights"])
+    assert distance(resumed["weights"], whole["weights"]) <= TOLERANCE * moved
+    assert [row["round"] for row in resumed["series"]] == list(range(1, ROUNDS + 1))
+    assert resumed["account"] == whole["account"]
+
+
+@pytest.mark.slow
+def test_ranks_agree_on_what_they_pass_over(ranks: dict[str, dict[str, Any]]) -> None:
+    """A bit of rank 1's shard flipped: both go back, and end with the weights of an undisturbed run to the bit."""
+    resumed, whole = ranks["same2-whole"], ranks["undisturbed2-whole"]
+    assert resumed["agreed"]
+    assert resumed["first"] == 2
+    (note,) = resumed["notes"]
+    assert "round_000004 was passed over: rank_00001.pt does not match its checksum" in note
+    assert distance(resumed["weights"], whole["weights"]) == 0

@@ -83,18 +83,23 @@ from ofmu_ray.config.training import (
     TrainingConfig,
 )
 from ofmu_ray.config.values import (
+    ELASTIC,
+    WHERE_KEPT,
     close_match,
     config_hash,
     flatten,
+    outcome_hash,
     to_dict,
 )
 
 __all__ = [
     "BUILTIN_FORGET",
     "BUILTIN_TARGET",
+    "ELASTIC",
     "LABELS",
     "METHODS",
     "PRESETS",
+    "WHERE_KEPT",
     "AblationConfig",
     "BLURConfig",
     "BenchmarkConfig",
@@ -148,5 +153,6 @@ __all__ = [
     "close_match",
     "config_hash",
     "flatten",
+    "outcome_hash",
     "to_dict",
 ]

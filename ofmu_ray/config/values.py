@@ -25,11 +25,39 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def config_hash(config: Any, *extra: str, ignore: Iterable[str] = ("name", "storage", "tracking", "report")) -> str:
-    """Hex digest (16 digits) of what determines a run: the config without where it is stored, plus `extra`."""
-    content = {key: value for key, value in to_dict(config).items() if key not in set(ignore)}
+WHERE_KEPT = ("name", "storage", "tracking", "report")
+"""Options that say where a run is kept and how it is shown."""
+
+ELASTIC = tuple(
+    f"training.{name}"
+    for name in (
+        *("workers", "cpus_per_worker", "gpus_per_worker", "micro_batch_size"),
+        *("keep_checkpoints", "max_failures", "round_timeout"),
+    )
+)
+"""Options of how many machines a run has and how it survives faults: they may change when it is resumed."""
+
+
+def config_hash(config: Any, *extra: str, ignore: Iterable[str] = WHERE_KEPT) -> str:
+    """Hex digest (16 digits) of what determines a run: the config without where it is stored, plus `extra`.
+
+    `ignore` names sections and options (`section.option`).
+    """
+    ignored = set(ignore)
+    content = {
+        key: {name: item for name, item in value.items() if f"{key}.{name}" not in ignored}
+        if isinstance(value, dict)
+        else value
+        for key, value in to_dict(config).items()
+        if key not in ignored
+    }
     text = json.dumps([content, *extra], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def outcome_hash(config: Any, *extra: str) -> str:
+    """`config_hash` of what a run's outcome depends on (beyond rounding): also without its workers."""
+    return config_hash(config, *extra, ignore=(*WHERE_KEPT, *ELASTIC))
 
 
 def close_match(word: str, known: Iterable[str]) -> str:

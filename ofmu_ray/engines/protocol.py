@@ -97,6 +97,10 @@ class Engine(ParameterSpace, Protocol):
     def scale_learning_rates(self, factor: float) -> None:
         """Every step from now on is taken at `factor` times its learning rate, whoever sets that."""
 
+    @property
+    def layout(self) -> Mapping[str, Any]:
+        """How the vectors lie on the ranks: what `ofmu_ray.engines.reshard` needs to cut a saved state anew."""
+
     def state_dict(self) -> dict[str, Any]:
         """This rank's shard of weights and optimiser states, for `torch.save`."""
 

@@ -261,6 +261,11 @@ class VectorEngine:
             "account": self.account.state(),
         }
 
+    @property
+    def layout(self) -> Mapping[str, Any]:
+        """How the vectors lie on the ranks (Shards.layout)."""
+        return self.shards.layout
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict` of the same rank, to the bit. Collective. UserError if the layout differs."""
         if self._displacements:
@@ -269,7 +274,7 @@ class VectorEngine:
         if found != own:
             raise UserError(
                 f"the checkpoint was written by {_describe(found)}, this run is {_describe(own)}: "
-                "resume with the same training.workers, training.zero_stage and model"
+                "resume with the same training.zero_stage and model"
             )
         self._saved_is_current = False
         with torch.no_grad():

@@ -79,6 +79,7 @@ class ZeroShards(Shards):
             "rank": dist.get_rank(),
             "numel": total,
             "shards": [master.numel() for master in self.masters],
+            "pieces": self._pieces(),
         }
 
     @abstractmethod
@@ -88,6 +89,10 @@ class ZeroShards(Shards):
     @abstractmethod
     def _padding_slices(self) -> list[tuple[int, int, int]]:
         """(master, start, end) of elements that belong to no parameter."""
+
+    @abstractmethod
+    def _pieces(self) -> list[tuple[int, int]]:
+        """(elements, elements of a rank's share) of what is cut into equal shares, in the masters' order."""
 
     def _slots(self) -> list[list[torch.Tensor]]:
         """The averaged gradient of the last backward pass: per master, its pieces in order."""
@@ -135,6 +140,10 @@ class ZeroOneTwoShards(ZeroShards):
     def _padding_slices(self) -> list[tuple[int, int, int]]:
         return []  # zeros from the start, and their gradient is zero
 
+    def _pieces(self) -> list[tuple[int, int]]:
+        groups = zip(self._optimizer.bit16_groups, self.masters, strict=True)
+        return [(sum(parameter.numel() for parameter in group), master.numel()) for group, master in groups]
+
     @torch.no_grad()
     def refresh(self) -> None:
         self._optimizer.update_lp_params()
@@ -165,6 +174,10 @@ class ZeroThreeShards(ZeroShards):
                     slices.append((index, offset + used, offset + size))
                 offset += size
         return slices
+
+    def _pieces(self) -> list[tuple[int, int]]:
+        parameters = [parameter for group in self._optimizer.fp16_groups for parameter in group]
+        return [(parameter.ds_numel, parameter.partition_numel()) for parameter in parameters]
 
     @torch.no_grad()
     def refresh(self) -> None:

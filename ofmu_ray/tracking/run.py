@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ofmu_ray.config import TrackingConfig, flatten
+from ofmu_ray.config import ELASTIC, WHERE_KEPT, TrackingConfig, flatten
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage import is_uri, join, local_path
 from ofmu_ray.tracking import connection
@@ -23,7 +23,6 @@ LONGEST_VALUE = 6000  # MLflow's limit of a parameter's value, in characters
 PARAMETERS_PER_CALL = 100  # MLflow's limit
 METRICS_PER_CALL = 1000  # MLflow's limit
 ARTIFACT_SUFFIXES = frozenset({".html", ".json", ".md", ".svg", ".yaml"})
-_WHERE_NOT_WHAT = ("name", "storage", "tracking", "report")  # may differ between a run and its resumption
 
 _log = logging.getLogger(__name__)
 
@@ -211,7 +210,7 @@ def _find(client: Any, experiment_id: str, run_name: str, values: Mapping[str, s
     differing = [
         name
         for name, value in values.items()
-        if name.partition(".")[0] not in _WHERE_NOT_WHAT and logged.get(name, value) != value
+        if name.partition(".")[0] not in WHERE_KEPT and name not in ELASTIC and logged.get(name, value) != value
     ]
     return None if differing else found[0]
 

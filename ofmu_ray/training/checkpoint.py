@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ofmu_ray.engines.protocol import Engine
+from ofmu_ray.engines.reshard import reshard
 from ofmu_ray.errors import UserError
 from ofmu_ray.methods.protocol import Method
 from ofmu_ray.training import integrity
@@ -93,12 +94,14 @@ def newest(session: Session) -> Iterator[tuple[Path | None, list[str]]]:
     yield None, passed
 
 
-def restore(folder: Path, engine: Engine, method: Method, rank: int, config_hash: str | None) -> LoopState:
-    """Weights, optimisers, method and loop state from a checkpoint's folder; `config_hash` None: of any run.
+def restore(folder: Path, engine: Engine, method: Method, session: Session, config_hash: str | None) -> LoopState:
+    """Weights, optimisers, method and loop state from a whole checkpoint; `config_hash` None: of any run.
+
+    Another number of workers may have written it: its shards are cut anew.
 
     Raises:
-        UserError: the checkpoint belongs to another configuration, or to other workers or another ZeRO stage, or its
-            file holds anything but tensors and plain values.
+        UserError: the checkpoint belongs to another configuration or ZeRO stage, or a file of it holds anything but
+            tensors and plain values.
     """
     state, extra = read_state(folder)
     if config_hash is not None and state.config_hash != config_hash:
@@ -106,10 +109,12 @@ def restore(folder: Path, engine: Engine, method: Method, rank: int, config_hash
             f"the run's checkpoint was made with another configuration (hash {state.config_hash}, now "
             f"{config_hash}): choose another --name, or restore the earlier options"
         )
-    shard = _shard(folder, rank)
-    if not shard.exists():
-        raise UserError(f"the run's checkpoint has no shard for rank {rank}: resume with the same training.workers")
-    engine.load_state_dict(read_shard(shard))
+    workers = integrity.read_workers(folder)
+    if workers == session.world:
+        engine.load_state_dict(read_shard(_shard(folder, session.rank)))
+    else:
+        states = [read_shard(_shard(folder, rank)) for rank in range(workers)]
+        engine.load_state_dict(reshard(states, engine.layout))
     engine.scale_learning_rates(state.learning_rate_factor)
     method.load_state_dict(extra["method"])
     engine.account.load(extra["account"])

@@ -197,13 +197,12 @@ class Loop:
     def _return_to_last_good(self) -> None:
         """Everything of the newest checkpoint that is whole, except the cost, which stays."""
         bad, account = self.state, self.engine.account.state()
-        rank, digest = self.session.rank, self.job.config_hash
         with checkpoint.newest(self.session) as (folder, passed):
             if folder is None:
                 raise UserError(
                     f"{bad.message}, and no checkpoint is whole any more ({'; '.join(passed)}): start again"
                 )
-            self.state = checkpoint.restore(folder, self.engine, self.method, rank, digest)
+            self.state = checkpoint.restore(folder, self.engine, self.method, self.session, self.job.config_hash)
         self.engine.account.load(account)
         self.state.notes = [*bad.notes, *passed]
         self.state.train_seconds, self.state.peak_memory_bytes = bad.train_seconds, bad.peak_memory_bytes

@@ -75,7 +75,7 @@ class Worker:
     def _begin(self) -> LoopState:
         with checkpoint.newest(self.session) as (folder, passed):
             if folder is not None:
-                state = checkpoint.restore(folder, self.engine, self.method, self.session.rank, self.job.config_hash)
+                state = checkpoint.restore(folder, self.engine, self.method, self.session, self.job.config_hash)
                 state.notes += [f"{text}; went on from round {state.round}" for text in passed]
                 return state
         state = LoopState(config_hash=self.job.config_hash)
@@ -102,7 +102,7 @@ class Worker:
         reason = integrity.damage(folder, self.session.rank, self.session.world)
         if reason is not None:
             raise UserError(f"the checkpoint {folder} to begin with is damaged: {reason}")
-        state = checkpoint.restore(folder, self.engine, self.method, self.session.rank, None)
+        state = checkpoint.restore(folder, self.engine, self.method, self.session, None)
         state.config_hash, state.status, state.message = self.job.config_hash, "running", ""
         state.learning_rate_factor, state.rollbacks, state.notes = 1.0, 0, []
         self.engine.scale_learning_rates(1.0)
