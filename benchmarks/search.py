@@ -3,8 +3,8 @@
     python benchmarks/search.py [--trials 20] [--seeds 0 1 2] [--storage FOLDER] [--out FILE]
 
 Every sweep is a whole one (`pipelines.sweep`), without early stopping. Hypervolume: of (objective on its scale from 0
-to 1, utility) above (0, 0), as in the report of the sweep, after half of the trials and after all. A second start goes on
-where the first one stopped.
+to 1, utility) above (0, 0), as in the report of the sweep, after half of the trials and after all. A second start goes
+on where the first one stopped.
 """
 
 from __future__ import annotations

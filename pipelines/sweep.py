@@ -62,7 +62,10 @@ def space_of(config: SweepConfig) -> Space:
         raise UserError(f"space: {unused[0]} is an option of another method than {config.label}: leave it out")
     if not space.knobs:
         raise UserError(f"space: nothing is left to tune of {config.label}: name a field with a prior")
-    space.check(base)
+    try:
+        space.check(base)
+    except UserError as error:
+        raise UserError(f"space: {error}") from None
     return space
 
 

@@ -266,10 +266,7 @@ def test_a_population_goes_on_from_its_best(tmp_path, cluster):
 @pytest.mark.slow
 def test_trials_of_several_workers_are_evaluated_on_their_way(tmp_path, cluster):
     """ZeRO-3 on two workers through Ray Train: gathered for the evaluations, whose figures are those of one worker."""
-    space = {
-        f"ofmu.{name}": None for name in ("inner_steps", "outer_steps", "beta", "rho", "rho_growth", "inner.decay")
-    }
-    rates = {"ofmu.inner.lr": "choice(1e-3, 1e-4)", "ofmu.outer.lr": "choice(5e-4)"}
+    space = {"gradient_ascent.optimizer.lr": "choice(1e-3)"}
     search, early = {"kind": "random", "trials": 1}, {"kind": "median", "stages": 2}
     figures = []
     for name, training in (
@@ -277,25 +274,25 @@ def test_trials_of_several_workers_are_evaluated_on_their_way(tmp_path, cluster)
         ("two", {"engine": "deepspeed", "workers": 2, "zero_stage": 3}),
     ):
         base = OPTIONS["base"] | {"training": OPTIONS["base"]["training"] | training}
-        changes = {"name": name, "space": space | rates, "search": search, "early": early, "base": base}
-        cli.main(["sweep", "--config", write_config(tmp_path, **changes), "--storage", str(tmp_path)])
+        changes = {"name": name, "label": "gradient_ascent", "space": space, "search": search, "early": early}
+        cli.main(["sweep", "--config", write_config(tmp_path, **changes, base=base), "--storage", str(tmp_path)])
         [result] = results(tmp_path / name).values()
         assert result["status"] == "finished"
         [evaluation] = result["evaluations"]
         figures.append([evaluation["figures"], result["figures"]])
     for one, two in zip(*figures, strict=True):
         for name in ("forget_probability", "retain_probability", "forget_truth_ratio"):
-            assert two[name]["value"] == pytest.approx(one[name]["value"], abs=2e-3)
+            assert two[name]["value"] == pytest.approx(one[name]["value"], abs=1e-4)
         assert one["forget_probability"]["value"] < 0.999  # the run did something
 
 
 MISTAKES = {
-    "unknown field": (["--space.ofmu.bet", "uniform(0, 1)"], r"unknown option ofmu.bet. Did you mean ofmu.beta"),
+    "unknown field": (["--space.ofmu.bet", "uniform(0, 1)"], r"space: unknown option ofmu.bet. Did you mean beta"),
     "no prior": (["--space.ofmu.beta", "gaussian(0, 1)"], r"space: ofmu.beta: prior 'gaussian\(0, 1\)'"),
     "close prior": (["--space.ofmu.beta", "loguniforn(1e-3, 1)"], r"Did you mean loguniform\?"),
     "not a value": (["--space.ofmu.inner_steps", "uniform(1, 2)"], r"ofmu.inner_steps = 1.5: must be int"),
     "another method": (["--space.npo.beta", "uniform(0, 1)"], r"npo.beta is an option of another method"),
-    "empty space": (["--label", "ceu", "--space.ceu.optimizer.lr", "null"], r"nothing is left to tune of ceu"),
+    "empty space": (["--label", "ceu", "--space", "{ceu.optimizer.lr: null}"], r"nothing is left to tune of ceu"),
     "no such figure": (["--select.objective", "forget_qualty"], r"no such figure. Did you mean forget_quality"),
     "never reported": (["--select.utility", "model_utility"], r"max_new_tokens = 0: .* select.utility = model_utility"),
     "no retrained model": (
