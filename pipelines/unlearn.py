@@ -65,6 +65,7 @@ def unlearn(config: UnlearnConfig, command: list[str]) -> int:
     if finished is not None:
         shutil.rmtree(folder / "train", ignore_errors=True)  # left by a kill at the very end
         say(f"{folder.name} is finished already; --name NEW runs it again\n")
+        _deliver_late(config, storage, folder)
         results.show(folder, finished)
         return 0 if finished["run"]["status"] == "finished" else 1
 
@@ -76,6 +77,15 @@ def unlearn(config: UnlearnConfig, command: list[str]) -> int:
     claim(folder, digest, write=True)
     run = Run(config, storage, folder, command, evaluator)
     return _run(run, tokenizer, digest)
+
+
+def _deliver_late(config: UnlearnConfig, storage: Path, folder: Path) -> None:
+    """What MLflow did not take when the run ended."""
+    from ofmu_ray import tracking
+
+    done = tracking.deliver_late(folder, config.tracking, str(storage))
+    if done is not None:
+        say("mlflow  has everything now" if done else "mlflow  does not answer; the rest waits in the run's folder")
 
 
 def _run(run: Run, tokenizer: Any, digest: str) -> int:
@@ -103,7 +113,8 @@ def _run(run: Run, tokenizer: Any, digest: str) -> int:
     files = results.write(run.folder, outcome, public(config), digest, run.command, tracking.open_command(handle))
     summary = results.read(run.folder)
     assert summary is not None
-    tracking.finish(handle, metrics=outcome.metrics, cost=summary["cost"], artifacts=files, status=status)
+    if not tracking.conclude(run.folder, handle, artifacts=files, status=status):
+        say(f"mlflow  did not take everything; the same command brings it the rest later, from {run.folder}")
     shutil.rmtree(run.folder / "train", ignore_errors=True)  # the checkpoints
     results.show(run.folder, summary)
     return 0 if status == "FINISHED" else 1

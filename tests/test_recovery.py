@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from mlflow import MlflowClient
+from mlflow_server import mlflow_server
+from safetensors.torch import load_file
+
+from ofmu_ray.assets import resolve_builtin
 
 pytestmark = pytest.mark.slow
 
@@ -20,15 +26,23 @@ OPTIONS = [
     *("--ofmu.preset", "full", "--ofmu.inner_steps", "2"),
     *("--evaluation.enabled", "false", "--tracking.system_metrics", "false"),
 ]
+ROUND_TIMEOUT_SECONDS = 20
+ELASTIC_TOLERANCE = 1e-3
+"""Of the distance from the target's weights: another number of workers changes the order of fp32 sums."""
 TWO_WORKERS = ["--training.workers", "2", "--training.zero_stage", "2"]
 
 
-def start(storage: Path, name: str) -> subprocess.Popen[str]:
+def start(storage: Path, name: str, *options: str) -> subprocess.Popen[str]:
     """The driver as a user starts it, in a process group of its own."""
     command = [sys.executable, "-m", "pipelines.unlearn", "--storage", str(storage), "--name", name]
     log = (storage / f"{name}.log").open("a")
     return subprocess.Popen(
-        [*command, *OPTIONS, *TWO_WORKERS], cwd=ROOT, stdout=log, stderr=log, text=True, start_new_session=True
+        [*command, *OPTIONS, *(options or TWO_WORKERS)],
+        cwd=ROOT,
+        stdout=log,
+        stderr=log,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -124,8 +138,8 @@ def test_a_killed_driver_is_resumed_by_its_name(storage, undisturbed):
     assert steps == list(range(1, 25))
 
 
-def test_another_configuration_does_not_take_up_a_checkpoint(storage, undisturbed):
-    """Same name, other options, unfinished: refused, nothing is overwritten."""
+def test_another_configuration_is_refused_and_another_number_of_workers_is_not(storage, undisturbed):
+    """Same name, unfinished: other options leave everything as it is, one worker takes up what two began."""
     driver = start(storage, "changed")
     wait_for(checkpoint(storage, "changed", 8).joinpath("state.json").exists, driver)
     kill_with_family(driver)
@@ -134,3 +148,64 @@ def test_another_configuration_does_not_take_up_a_checkpoint(storage, undisturbe
     assert again.returncode == 2, again.stderr[-2000:]
     assert "another configuration" in again.stderr
     assert checkpoint(storage, "changed", 8).joinpath("state.json").exists()
+    wait(start(storage, "changed", "--training.workers", "1"), storage, "changed")
+    training = json.loads((storage / "changed/training.json").read_text())
+    assert [row["round"] for row in training["series"]] == list(range(1, 25))
+    ends = [load_file(storage / name / "model/model.safetensors") for name in ("changed", "undisturbed")]
+    begin = load_file(Path(resolve_builtin("builtin:people/target")) / "model.safetensors")
+    assert distance(*ends) <= ELASTIC_TOLERANCE * distance(begin, ends[1])
+
+
+def test_a_damaged_checkpoint_and_a_worker_that_hangs(storage, undisturbed):
+    """A bit of the newest checkpoint flips while the run is down; later a worker stops without ending (SIGSTOP)."""
+    driver = start(storage, "faults")
+    kept = storage / "faults/train/checkpoint_manager_snapshot.json"
+    wait_for(lambda: kept.exists() and "round_000016" in kept.read_text(), driver)
+    kill_with_family(driver)
+    flip(max((storage / "faults/train").glob("round_*")) / "rank_00001.pt")
+    driver = start(storage, "faults", *TWO_WORKERS, "--training.round_timeout", str(ROUND_TIMEOUT_SECONDS))
+    again = wait_for(lambda: list((storage / "faults/train").glob("round_*_again/manifest.json")), driver)
+    assert again
+    stopped = workers(driver)[-1]
+    stopped.suspend()
+    wait(driver, storage, "faults")
+    assert weights(storage, "faults") == undisturbed
+    training = json.loads((storage / "faults/training.json").read_text())
+    passed, hung = training["notes"]
+    assert "was passed over: rank_00001.pt does not match its checksum; went on from round 8" in passed
+    assert re.match(r"rank [01] hung in round \d+: no sign of life after", hung)
+    shown = (storage / "faults.log").read_text()
+    for note in (passed, hung):
+        assert shown.count(f"note    {note}") == 1
+    assert not stopped.is_running()
+
+
+def test_mlflow_goes_away_for_the_rest_of_a_run(storage):
+    """The run ends well without it; when it is back, the same command brings it series, figures and pages."""
+    with mlflow_server(storage) as server:
+        tracked = ["--tracking.uri", server.uri, "--training.workers", "1"]
+        driver = start(storage, "outage", *tracked)
+        wait_for(checkpoint(storage, "outage", 8).joinpath("manifest.json").exists, driver)
+        server.kill()
+        wait(driver, storage, "outage")
+        assert (storage / "outage/undelivered.json").exists()
+        server.start()
+        wait(start(storage, "outage", *tracked), storage, "outage")
+        assert not (storage / "outage/undelivered.json").exists()
+        assert "has everything now" in (storage / "outage.log").read_text()
+        client = MlflowClient(tracking_uri=server.uri)
+        (run,) = client.search_runs([client.get_experiment_by_name("ofmu").experiment_id])
+        assert run.info.status == "FINISHED"
+        assert [m.step for m in client.get_metric_history(run.info.run_id, "forget_loss")] == list(range(1, 25))
+        assert run.data.metrics["cost/updates"] == 24 * 3
+        assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {"report.html", "metrics.json"}
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def distance(a, b) -> float:
+    return float(sum((a[name].double() - b[name].double()).square().sum() for name in a.keys() & b)) ** 0.5

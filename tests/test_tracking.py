@@ -2,12 +2,8 @@
 
 import json
 import os
-import signal
 import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -16,10 +12,20 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow_server import mlflow_server
 
 from ofmu_ray.config import TrackingConfig, UnlearnConfig, to_dict
 from ofmu_ray.errors import UserError
-from ofmu_ray.tracking import RoundLogger, RunHandle, finish, open_command, start, system_metrics
+from ofmu_ray.tracking import (
+    RoundLogger,
+    RunHandle,
+    conclude,
+    deliver_late,
+    finish,
+    open_command,
+    start,
+    system_metrics,
+)
 
 CONFIG = TrackingConfig()
 METRICS = {
@@ -180,6 +186,39 @@ def test_training_outlives_its_tracking(tmp_path: Path, storage: str, caplog: py
     assert _steps(handle, "a") == [0, 1]
 
 
+def test_what_mlflow_did_not_take_is_delivered_at_the_next_start(tmp_path: Path, storage: str) -> None:
+    """The server went away in round 2 and was not back at the end of the run."""
+    handle = start(CONFIG, storage, "late", {})
+    with RoundLogger(handle) as logger:
+        logger.log(1, {"a": 1.0})
+    series = [{"round": step, "a": float(step)} for step in range(1, 5)]
+    (tmp_path / "training.json").write_text(json.dumps({"undelivered": True, "series": series}))
+    (tmp_path / "metrics.json").write_text(json.dumps({**METRICS, "cost": COST, "run": {}}))
+    away = RunHandle(handle.run_id, f"http://user:secret@127.0.0.1:{_free_port()}", handle.experiment_id)
+    assert deliver_late(tmp_path, CONFIG, storage) is None
+    assert not conclude(tmp_path, away, artifacts=[tmp_path / "metrics.json"], status="FINISHED")
+    assert "secret" not in (tmp_path / "undelivered.json").read_text()
+    assert deliver_late(tmp_path, CONFIG, storage)
+    assert not (tmp_path / "undelivered.json").exists()
+    assert _steps(handle, "a") == [1, 2, 3, 4]
+    run = _client(handle).get_run(handle.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["after/forget_quality"] == 0.42
+    assert [file.path for file in _client(handle).list_artifacts(handle.run_id)] == ["metrics.json"]
+
+
+def test_rounds_that_run_again_after_a_rollback_are_logged_again(storage: str) -> None:
+    handle = start(CONFIG, storage, "rollback", {})
+    with RoundLogger(handle) as logger:
+        for step, value in ((1, 1.0), (2, 2.0), (3, float("nan"))):
+            logger.log(step, {"a": value})
+        logger.rewind(1)
+        for step in (2, 3):
+            logger.log(step, {"a": 10.0 + step})
+    assert _steps(handle, "a") == [1, 2, 2, 3, 3]
+    assert _client(handle).get_run(handle.run_id).data.metrics["a"] == 13.0
+
+
 @pytest.mark.parametrize(
     ("uri", "words"),
     [
@@ -233,33 +272,8 @@ def test_drivers_that_meet_a_fresh_storage_at_once(tmp_path: Path) -> None:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    port = _free_port()
-    command = [
-        *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
-        *("--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", str(tmp_path / "files")),
-    ]
-    log = (tmp_path / "server.log").open("w")
-    process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=tmp_path)
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(120):
-            assert process.poll() is None, (tmp_path / "server.log").read_text()
-            if _healthy(uri):
-                break
-            time.sleep(0.5)
-        yield uri
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)  # the group that this fixture started: server, worker, job runner
-        process.wait(timeout=30)
-        log.close()
-
-
-def _healthy(uri: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{uri}/health", timeout=1) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
+    with mlflow_server(tmp_path) as running:
+        yield running.uri
 
 
 @pytest.mark.slow
