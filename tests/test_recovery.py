@@ -27,8 +27,9 @@ OPTIONS = [
     *("--evaluation.enabled", "false", "--tracking.system_metrics", "false"),
 ]
 ROUND_TIMEOUT_SECONDS = 20
-ELASTIC_TOLERANCE = 1e-3
-"""Of the distance from the target's weights: another number of workers changes the order of fp32 sums."""
+ELASTIC_TOLERANCE = 0.15
+"""Of the distance from the target's weights; 0.07 measured. The target is fitted, its gradients are near zero, and
+AdamW makes whole steps of their rounding, which the number of workers changes: tests/test_faults.py holds 1e-4."""
 TWO_WORKERS = ["--training.workers", "2", "--training.zero_stage", "2"]
 
 

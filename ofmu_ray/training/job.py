@@ -35,7 +35,7 @@ class WorkerJob:
     sidecars: Mapping[str, str] = field(default_factory=dict)
     """Stream -> folder of what was computed about its rows beforehand (ofmu_ray.data.sidecar)."""
     start_from: str | None = None
-    """Folder of a checkpoint of another run to begin with (same workers and ZeRO stage); None: the untouched model."""
+    """Folder of a checkpoint of another run to begin with (same ZeRO stage); None: the untouched model."""
     stages: Stages | None = None
     """Evaluations on the way, after each of which a scheduler may end the run; None: none."""
 
