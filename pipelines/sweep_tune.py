@@ -28,17 +28,31 @@ from pipelines.trial import Watch, run_trial, write_failure
 POLL_SECONDS = 0.1
 
 
-class LedgerSearch(Searcher):  # type: ignore[misc]
+_LEDGERS: dict[str, Ledger] = {}
+"""By folder. Tune writes its arguments into the sweep's folder, and a ledger's data hold the text of forget rows."""
+
+
+class _Held:
+    """Something that Tune copies and writes down, and that therefore only names its ledger."""
+
+    folder: str
+
+    @property
+    def ledger(self) -> Ledger:
+        return _LEDGERS[self.folder]
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self
+
+
+class LedgerSearch(_Held, Searcher):  # type: ignore[misc]
     """The ledger's trials in their order; those that have ended are told again, for the scheduler's sake."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, folder: str) -> None:
         super().__init__()
-        self.ledger, self.next = ledger, 0
+        self.folder, self.next = folder, 0
         self.exhausted = False
         """The space held nothing new before all trials were suggested."""
-
-    def __deepcopy__(self, memo: Any) -> LedgerSearch:
-        return self  # Tune copies its arguments; the ledger is on disk
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if self.next >= self.ledger.config.search.trials:
@@ -62,13 +76,8 @@ class LedgerSearch(Searcher):  # type: ignore[misc]
         raise AssertionError("a sweep goes on from its ledger")
 
 
-class _Deciding:
+class _Deciding(_Held):
     """Writes a scheduler's decisions into the ledger, where the trial's workers wait for them."""
-
-    ledger: Ledger
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return self
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         action = super().on_trial_result(controller, trial, result)  # type: ignore[misc]
@@ -111,7 +120,7 @@ def scheduler(early: EarlyConfig, ledger: Ledger) -> TrialScheduler:
         made = _Median(time_attr="stage", metric="score", mode="max", grace_period=early.grace)
     else:
         made = _All()
-    made.ledger = ledger
+    made.folder = str(ledger.folder)
     return made
 
 
@@ -204,6 +213,26 @@ def child_run(
         return None
 
 
+_ENDED: dict[str, Callable[[int], None]] = {}
+"""By folder: who is told of trials that have ended."""
+
+
+class _Told(_Held, tune.Callback):  # type: ignore[misc]
+    """Tells of trials that have ended, and writes down those that could not do so themselves."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        _ENDED[self.folder](trial.config["number"])
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        number = trial.config["number"]
+        if self.ledger.result(number) is None:  # killed more often than training.max_failures, perhaps for its memory
+            write_failure(self.ledger.trial(number), self.ledger.data, "its process ended")
+        _ENDED[self.folder](number)
+
+
 def run(
     ledger: Ledger, parent: Any, concurrency: int, on_end: Callable[[int], None], *, local: bool
 ) -> tuple[bool, bool]:
@@ -218,18 +247,9 @@ def run(
     share = {"CPU": training.cpus_per_worker} | ({"GPU": training.gpus_per_worker} if training.gpus_per_worker else {})
     # a trial of several workers only drives its Ray Train job, which has its own place: it needs none for itself
     bundle = share if local else {"node:__internal_head__": 0.001}
-    search = LedgerSearch(ledger)
-
-    class Told(tune.Callback):  # type: ignore[misc]
-        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            on_end(trial.config["number"])
-
-        def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            number = trial.config["number"]
-            if ledger.result(number) is None:  # killed more often than training.max_failures, perhaps for its memory
-                write_failure(ledger.trial(number), ledger.data, "its process ended")
-            on_end(number)
-
+    _LEDGERS[str(ledger.folder)] = ledger
+    search = LedgerSearch(str(ledger.folder))
+    _ENDED[str(ledger.folder)] = on_end
     trainable = tune.with_parameters(
         TrialRun, ledger=ledger, parent=parent, tracking=ledger.config.base.tracking, local=local
     )
@@ -248,7 +268,7 @@ def run(
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=training.max_failures),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # a run keeps its own
-            callbacks=[Told()],
+            callbacks=[_Told(str(ledger.folder))],
         ),
     )
     tuner.fit()

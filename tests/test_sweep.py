@@ -126,6 +126,18 @@ def test_a_killed_sweep_loses_nothing_runs_nothing_twice_and_ends_alike(sweeps):
 
 
 @pytest.mark.slow
+def test_no_text_of_forget_rows_outlives_a_sweep(sweeps):
+    _, killed, _ = sweeps
+    rows = [json.loads(line) for line in (ROOT / "ofmu_ray/assets/people/forget.jsonl").read_text().splitlines()]
+    answers = [row["answer"].encode() for row in rows]
+    files = [path for path in killed.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    for path in files:
+        content = path.read_bytes()
+        assert not [answer for answer in answers if answer in content], path
+
+
+@pytest.mark.slow
 def test_only_the_best_models_stay_on_disk(sweeps):
     _, killed, _ = sweeps
     models = list((killed / "sweep/models").iterdir())

@@ -34,8 +34,6 @@ class Loop:
             self.logger = RoundLogger(job.tracking)
             for row in self.state.series:  # what a killed worker had not delivered; what MLflow has is left out
                 self.logger.log(int(row["round"]), {name: value for name, value in row.items() if name != "round"})
-            for row in self.state.series:  # a kill may have lost what was not delivered; what was is left out
-                self.logger.log(int(row["round"]), {name: value for name, value in row.items() if name != "round"})
 
     def watched(self, batches: Iterable[dict[str, list[Any]]]) -> Iterator[dict[str, list[Any]]]:
         """The batches of each round; reading them, the round and its checkpoint are watched."""
@@ -83,14 +81,19 @@ class Loop:
         return max(done)
 
     def passed(self, before: float) -> bool:
-        """Evaluate and ask, where the last round passed a stage; False: the run is to end here. Collective."""
+        """Evaluate and ask, where the rounds since progress `before` passed a stage; False: the run is to end here.
+
+        From 0 on it is the last stage before a resumed run's checkpoint, whose answer a kill may have left open.
+        Collective.
+        """
         stages = self.job.stages
         stage = None if stages is None else stages.reached(before, self.progress)
         if stages is None or stage is None:
             return True
-        checkpoint.save(self.state, self.engine, self.method, self.session)  # the decision may take its time
-        self.watchdog.end()
         found = stages.known(stage)
+        if found is None:
+            checkpoint.save(self.state, self.engine, self.method, self.session)  # the decision may take its time
+        self.watchdog.end()
         figures = stages.measure(self.engine, self.module, self.tokenizer, self.session.rank) if found is None else None
         if figures is not None:
             state, account = self.state, self.engine.account.state()
@@ -99,7 +102,7 @@ class Loop:
             found = {"stage": stage, "figures": figures, **spent}
             stages.publish(stage, found)
         if found is not None:
-            self._log_stage(found["figures"])
+            self._log_stage(found)
         if stages.wait(stage, self.session.rank):
             return True
         self.state.status = "stopped"
@@ -107,10 +110,10 @@ class Loop:
         self._save_end()
         return False
 
-    def _log_stage(self, figures: Mapping[str, Any]) -> None:
+    def _log_stage(self, found: Mapping[str, Any]) -> None:
         if self.logger is not None:
-            values = {f"stage/{name}": found["value"] for name, found in figures.items()}
-            self.logger.log(self.state.round, {name: value for name, value in values.items() if value is not None})
+            values = {f"stage/{name}": figure["value"] for name, figure in found["figures"].items()}
+            self.logger.log(found["round"], {name: value for name, value in values.items() if value is not None})
 
     def spent(self) -> bool:
         """Whether another round, at the mean cost of those so far, would exceed stop.max_passes or stop.max_flops."""

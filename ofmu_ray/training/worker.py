@@ -69,6 +69,8 @@ class Worker:
         self.progress = progress
         """Actor that tells the driver how far rank 0 is and what was survived, or None."""
         self.watchdog = watchdog or Watchdog(session.rank, None, None)
+        self.resumed = False
+        """Whether the state is that of a checkpoint of this run."""
         self.state = self._begin()
         self._exchange_notes()
 
@@ -76,6 +78,7 @@ class Worker:
         with checkpoint.newest(self.session) as (folder, passed):
             if folder is not None:
                 state = checkpoint.restore(folder, self.engine, self.method, self.session, self.job.config_hash)
+                self.resumed = True
                 state.notes += [f"{text}; went on from round {state.round}" for text in passed]
                 return state
         state = LoopState(config_hash=self.job.config_hash)
@@ -117,6 +120,8 @@ class Worker:
             "sidecars": self.job.sidecars,
         }
         loop = Loop(self)
+        if self.resumed and loop.state.status == "running":
+            loop.passed(0.0)
         while loop.state.status == "running" and not _rounds(loop, source(loop.state.round, options)):
             pass  # rolled back: the batches begin again at an earlier round
         self.state = loop.state
