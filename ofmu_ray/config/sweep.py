@@ -65,8 +65,8 @@ class EarlyConfig:
     """Evaluations before which no run is ended."""
     reduction_factor: float = 2.0
     """asha: one in so many goes on at each rung (after grace, grace x factor, ... evaluations)."""
-    floor_share: float = 0.75
-    """Share of the utility floor that is enough on the way: where the forgetting rate falls, utility comes back."""
+    floor_share: float = 1.0
+    """Share of the utility floor that is enough on the way: less than 1 where utility comes back towards the end."""
 
     def __post_init__(self) -> None:
         positive("early", self, "stages", "grace")
