@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ofmu_ray.config import BenchmarkConfig, OFMUConfig, TrainConfig, UnlearnConfig, config_hash, to_dict
+from ofmu_ray.config import (
+    BenchmarkConfig,
+    OFMUConfig,
+    TrainConfig,
+    TrainingConfig,
+    UnlearnConfig,
+    config_hash,
+    outcome_hash,
+    to_dict,
+)
 from ofmu_ray.config.evaluate import EvaluateConfig
 from ofmu_ray.errors import UserError
 from pipelines import cli
@@ -55,6 +64,10 @@ def test_hash_ignores_where_a_run_is_stored_and_nothing_else():
     assert config_hash(base) == config_hash(UnlearnConfig(name="other", storage="elsewhere"))
     assert config_hash(base) != config_hash(UnlearnConfig(seed=1))
     assert config_hash(base) != config_hash(base, "other data")
+    two_workers = UnlearnConfig(training=TrainingConfig(workers=2, micro_batch_size=1))
+    assert outcome_hash(base) == outcome_hash(two_workers)
+    assert config_hash(base) != config_hash(two_workers)
+    assert outcome_hash(base) != outcome_hash(UnlearnConfig(training=TrainingConfig(batch_size=4)))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "pipelines/configs").glob("*.yaml")), ids=lambda p: p.stem)

@@ -23,6 +23,7 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.training import integrity
 from ofmu_ray.training.job import WorkerJob
 from ofmu_ray.training.session import LocalSession
+from ofmu_ray.training.watchdog import WAITING, Sign, verdict
 from ofmu_ray.training.worker import Worker, run_local
 
 FIRST = 5
@@ -174,6 +175,20 @@ def test_a_kill_does_not_forget_a_rollback(tmp_path: Path) -> None:
     assert same(resumed, undisturbed)
     assert resumed.state.notes == undisturbed.state.notes
     assert resumed.engine.account == undisturbed.engine.account
+
+
+@pytest.mark.parametrize(
+    ("signs", "words"),
+    [
+        ({0: (98.0, WAITING), 1: (60.0, WAITING)}, "rank 1 hung in round 7: no sign of life"),
+        ({0: (98.0, WAITING), 1: (99.0, "batches.read_file")}, "rank 1 hung in round 7: still in batches.read_file"),
+        ({0: (98.0, WAITING), 1: (99.0, WAITING)}, "round 7 hung: all ranks wait for each other"),
+        ({0: (40.0, "a.b"), 1: (99.0, WAITING), 2: (41.0, WAITING)}, "ranks 0, 2 hung in round 7: no sign of life"),
+    ],
+)
+def test_signs_of_life_tell_who_hung(signs: dict[int, tuple[float, str]], words: str) -> None:
+    """Signs every 5 s, looked at in second 100."""
+    assert verdict({rank: Sign(*sign) for rank, sign in signs.items()}, 100.0, 5.0, "round 7") == words
 
 
 STAGES = (0, 1, 2, 3)

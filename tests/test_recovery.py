@@ -124,19 +124,33 @@ def test_three_kills_of_a_worker(storage, undisturbed):
 
 
 def test_a_killed_driver_is_resumed_by_its_name(storage, undisturbed):
+    """A bit of the newest checkpoint flips while the run is down; later a worker stops without ending (SIGSTOP)."""
     driver = start(storage, "driver")
-    wait_for(checkpoint(storage, "driver", 8).joinpath("state.json").exists, driver)
+    kept = storage / "driver/train/checkpoint_manager_snapshot.json"
+    wait_for(lambda: kept.exists() and "round_000016" in kept.read_text(), driver)
     kill_with_family(driver)
     assert not (storage / "driver/metrics.json").exists()
-    wait(start(storage, "driver"), storage, "driver")
-    assert weights(storage, "driver") == undisturbed
-    import mlflow
+    flip(checkpoint(storage, "driver", 16) / "rank_00001.pt")
 
-    mlflow.set_tracking_uri(f"sqlite:///{storage}/mlflow.db")
-    runs = mlflow.search_runs(experiment_names=["ofmu"], filter_string="attributes.run_name = 'driver'")
-    assert list(runs["status"]) == ["FINISHED"]  # taken up, not begun again
-    steps = [m.step for m in mlflow.MlflowClient().get_metric_history(runs["run_id"][0], "forget_loss")]
-    assert steps == list(range(1, 25))
+    driver = start(storage, "driver", *TWO_WORKERS, "--training.round_timeout", str(ROUND_TIMEOUT_SECONDS))
+    wait_for(checkpoint(storage, "driver", 16).with_name("round_000016_again").joinpath("manifest.json").exists, driver)
+    stopped = workers(driver)[-1]
+    stopped.suspend()
+    wait(driver, storage, "driver")
+    assert not stopped.is_running()
+    assert weights(storage, "driver") == undisturbed
+    passed, hung = json.loads((storage / "driver/training.json").read_text())["notes"]
+    assert "was passed over: rank_00001.pt does not match its checksum; went on from round 8" in passed
+    assert re.match(r"rank [01] hung in round \d+: no sign of life after", hung)
+    shown = (storage / "driver.log").read_text()
+    for note in (passed, hung):
+        assert shown.count(f"note    {note}") == 1
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{storage}/mlflow.db")
+    experiment = client.get_experiment_by_name("ofmu").experiment_id
+    (run,) = client.search_runs([experiment], "attributes.run_name = 'driver'")
+    assert run.info.status == "FINISHED"  # taken up, not begun again
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "forget_loss")] == list(range(1, 25))
 
 
 def test_another_configuration_is_refused_and_another_number_of_workers_is_not(storage, undisturbed):
@@ -155,30 +169,6 @@ def test_another_configuration_is_refused_and_another_number_of_workers_is_not(s
     ends = [load_file(storage / name / "model/model.safetensors") for name in ("changed", "undisturbed")]
     begin = load_file(Path(resolve_builtin("builtin:people/target")) / "model.safetensors")
     assert distance(*ends) <= ELASTIC_TOLERANCE * distance(begin, ends[1])
-
-
-def test_a_damaged_checkpoint_and_a_worker_that_hangs(storage, undisturbed):
-    """A bit of the newest checkpoint flips while the run is down; later a worker stops without ending (SIGSTOP)."""
-    driver = start(storage, "faults")
-    kept = storage / "faults/train/checkpoint_manager_snapshot.json"
-    wait_for(lambda: kept.exists() and "round_000016" in kept.read_text(), driver)
-    kill_with_family(driver)
-    flip(max((storage / "faults/train").glob("round_*")) / "rank_00001.pt")
-    driver = start(storage, "faults", *TWO_WORKERS, "--training.round_timeout", str(ROUND_TIMEOUT_SECONDS))
-    again = wait_for(lambda: list((storage / "faults/train").glob("round_*_again/manifest.json")), driver)
-    assert again
-    stopped = workers(driver)[-1]
-    stopped.suspend()
-    wait(driver, storage, "faults")
-    assert weights(storage, "faults") == undisturbed
-    training = json.loads((storage / "faults/training.json").read_text())
-    passed, hung = training["notes"]
-    assert "was passed over: rank_00001.pt does not match its checksum; went on from round 8" in passed
-    assert re.match(r"rank [01] hung in round \d+: no sign of life after", hung)
-    shown = (storage / "faults.log").read_text()
-    for note in (passed, hung):
-        assert shown.count(f"note    {note}") == 1
-    assert not stopped.is_running()
 
 
 def test_mlflow_goes_away_for_the_rest_of_a_run(storage):
