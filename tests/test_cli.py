@@ -12,6 +12,7 @@ import yaml
 from ofmu_ray.config import (
     BenchmarkConfig,
     OFMUConfig,
+    SweepConfig,
     TrainConfig,
     TrainingConfig,
     UnlearnConfig,
@@ -72,7 +73,7 @@ def test_hash_ignores_where_a_run_is_stored_and_nothing_else():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "pipelines/configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_configs_parse(path):
-    commands = {"evaluate": EvaluateConfig, "benchmark": BenchmarkConfig}
+    commands = {"evaluate": EvaluateConfig, "benchmark": BenchmarkConfig, "sweep": SweepConfig}
     usual = TrainConfig if "finetune" in yaml.safe_load(path.read_text()) else UnlearnConfig
     kind = commands.get(path.stem.partition("_")[0], usual)
     assert to_dict(parse(kind, ["--config", str(path)], "x"))
