@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import yaml
+from mlflow_server import mlflow_server
 
 from pipelines import cli
 
@@ -191,7 +192,7 @@ def test_mlflow_holds_the_sweep_and_each_trial_once(sweeps):
         stages = [point.step for point in client.get_metric_history(run.info.run_id, "stage/forget_probability")]
         assert stages == [2 * (index + 1) for index in range(len(found[number]["evaluations"]))]
     names = {artifact.path for artifact in client.list_artifacts(parent.info.run_id)}
-    assert names >= {"report.html", "best.yaml", "plane.svg", "parallel.svg", "importance.svg"}
+    assert names >= {"report.html", "best.yaml", "plane.svg", "parallel.svg"}
 
 
 @pytest.mark.slow
@@ -223,27 +224,37 @@ def test_more_trials_and_fresh_seeds_go_on_from_the_same_sweep(sweeps):
 
 @pytest.mark.slow
 def test_a_failing_trial_and_a_killed_process_do_not_end_a_sweep(tmp_path, cluster):
-    """Two trials at once; one names a layer that there is not, the process of one is killed and it goes on."""
+    """Two trials at once, tracked by a server; one names a layer that there is not, the process of the other is killed
+    and it goes on."""
     space = {"rmu.layer": "choice(1, 99)", "rmu.optimizer.lr": "choice(1e-4)"}
-    changes = {
-        "label": "rmu", "space": space | {"rmu.steering": None, "rmu.retain_weight": None}, "concurrency": 2,
-        "search": {"kind": "random", "trials": 5}, "early": {"kind": "none", "stages": 3},
-    }  # fmt: skip
-    words = ["--config", write_config(tmp_path, **changes), "--storage", str(tmp_path)]
-    driver = subprocess.Popen(
-        [sys.executable, "-m", "pipelines.sweep", *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
-    )  # fmt: skip
-    end = time.monotonic() + 300
-    while not list((tmp_path / "sweep").glob("work/*/stages/0001.json")):
-        assert driver.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    for process in psutil.Process(driver.pid).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if "TrialRun" in " ".join(process.cmdline()):
-                process.kill()
-    shown, _ = driver.communicate(timeout=300)
+    with mlflow_server(tmp_path) as server:
+        changes = {
+            "label": "rmu",
+            "space": space | {"rmu.steering": None, "rmu.retain_weight": None},
+            "concurrency": 2,
+            "search": {"kind": "random", "trials": 5},
+            "early": {"kind": "none", "stages": 3},
+            "base": OPTIONS["base"] | {"tracking": {"system_metrics": False, "uri": server.uri}},
+        }
+        words = ["--config", write_config(tmp_path, **changes), "--storage", str(tmp_path)]
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "pipelines.sweep", *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
+        )  # fmt: skip
+        end = time.monotonic() + 300
+        while not list((tmp_path / "sweep").glob("work/*/stages/0001.json")):
+            assert driver.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        killed = 0
+        for process in psutil.Process(driver.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "ResourceTrainable" in " ".join(process.cmdline()):
+                    process.kill()
+                    killed += 1
+        shown, _ = driver.communicate(timeout=300)
+        runs = mlflow.MlflowClient(server.uri).search_runs(["1"])
+    assert killed
     assert driver.returncode == 0, shown[-3000:]
     assert "the space holds no more than 2 different trials" in shown
     found = results(tmp_path / "sweep")
@@ -252,6 +263,10 @@ def test_a_failing_trial_and_a_killed_process_do_not_end_a_sweep(tmp_path, clust
     assert [one["stage"] for one in by_layer[1]["evaluations"]] == [1, 2]
     assert by_layer[99]["status"] == "failed"
     assert "rmu.layer = 99" in by_layer[99]["message"]
+    tracked = {run.data.params.get("rmu.layer"): run for run in runs if run.data.tags["ofmu.kind"] == "trial"}
+    assert {layer: run.info.status for layer, run in tracked.items()} == {"1": "FINISHED", "99": "FAILED"}
+    assert "rmu.layer = 99" in tracked["99"].data.tags["ofmu.message"]
+    assert len(runs) == 3
 
 
 @pytest.mark.slow
