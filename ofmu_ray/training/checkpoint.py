@@ -49,7 +49,7 @@ class LoopState:
     rollbacks: int = 0
     """How often a round that was not finite sent the run back to a checkpoint."""
     thrown_away: int = 0
-    """Rounds run and given up by rollbacks; the account and train_seconds hold their cost."""
+    """Rounds run and given up for an earlier checkpoint; the account and train_seconds hold their cost."""
     learning_rate_factor: float = 1.0
     """On every learning rate: stop.shrink once per rollback."""
     notes: list[str] = field(default_factory=list)

@@ -173,9 +173,8 @@ class Loop:
             return False
         self._return_to_last_good()
         state = self.state
-        state.thrown_away = bad.thrown_away + bad.round - state.round
-        state.rollbacks = bad.rollbacks + 1
-        state.learning_rate_factor = bad.learning_rate_factor * stop.shrink
+        state.rollbacks += 1
+        state.learning_rate_factor *= stop.shrink
         state.notes.append(
             f"{bad.message.partition(';')[0]}: back to round {state.round}, learning rates x "
             f"{state.learning_rate_factor:g} from there (rollback {state.rollbacks} of at most {stop.max_rollbacks})"
@@ -207,8 +206,11 @@ class Loop:
                 )
             self.state = checkpoint.restore(folder, self.engine, self.method, self.session, self.job.config_hash)
         self.engine.account.load(account)
-        self.state.notes = [*bad.notes, *passed]
-        self.state.train_seconds, self.state.peak_memory_bytes = bad.train_seconds, bad.peak_memory_bytes
+        state = self.state
+        state.notes = [*bad.notes, *passed]
+        state.train_seconds, state.peak_memory_bytes = bad.train_seconds, bad.peak_memory_bytes
+        state.thrown_away = bad.thrown_away + bad.round - state.round
+        state.rollbacks, state.learning_rate_factor = bad.rollbacks, bad.learning_rate_factor
 
     def finish(self) -> None:
         self.state.status = "finished"
