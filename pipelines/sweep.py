@@ -14,6 +14,7 @@ from typing import Any
 from ofmu_ray.config import SweepConfig, flatten, to_dict
 from ofmu_ray.config.benchmark import LABELS
 from ofmu_ray.errors import UserError
+from pipelines import sweep_choice as choice
 from pipelines import sweep_results as results
 from pipelines.benchmark_results import duration, target_figure
 from pipelines.evaluation import Evaluator
@@ -106,8 +107,8 @@ def sweep(config: SweepConfig, command: list[str]) -> int:
             say(f"sweep   {folder}")
             ledger, references = _begin(config, space, evaluator, storage, folder)
             complete = _run_trials(ledger, handle, at_once)
-            outcome = results.choose(ledger)
-            results.export(ledger, outcome, ledger.data.retrained)
+            outcome = choice.choose(ledger)
+            choice.export(ledger, outcome, ledger.data.retrained)
             if complete and outcome.chosen is not None:
                 outcome.confirmed = _confirm(ledger, outcome.chosen)
         files = results.write(ledger, outcome, references, command)
@@ -204,7 +205,7 @@ def _run_trials(ledger: Ledger, handle: Any, at_once: int) -> bool:
             return
         told.add(number)
         results.log_child(ledger, number, handle)
-        results.prune_models(ledger)
+        choice.prune_models(ledger)
         new = len(told) - before
         left = trials - len(told)
         eta = f", about {duration((time.perf_counter() - started) / new * left)} left" if new > 0 and left else ""
@@ -215,13 +216,13 @@ def _run_trials(ledger: Ledger, handle: Any, at_once: int) -> bool:
         say(f"search  the space holds no more than {len(ledger.suggestions)} different trials")
     for number in range(len(ledger.suggestions)):  # those whose result was written after Tune had gone on
         results.log_child(ledger, number, handle)
-    results.prune_models(ledger)
+    choice.prune_models(ledger)
     return complete
 
 
 def _confirm(ledger: Ledger, chosen: int) -> list[tuple[int, dict[str, Any]]]:
     """The chosen options on fresh seeds and all rows: figures that the choice has not flattered."""
-    config = results.best_config(ledger, chosen)
+    config = choice.best_config(ledger, chosen)
     trials = [
         Trial(
             method=ledger.config.label,

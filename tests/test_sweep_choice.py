@@ -1,0 +1,75 @@
+"""The rule over written results: choice, ties, the nearest, the front, which models stay, priors for a second sweep."""
+
+import json
+
+import pytest
+
+from ofmu_ray.config import ModelConfig, SweepConfig, UnlearnConfig, apply_overrides
+from ofmu_ray.evaluation.goal import Goal
+from pipelines.search import Search, Suggestion
+from pipelines.sweep_choice import choose, priors, prune_models
+from pipelines.sweep_ledger import Ledger
+from pipelines.trial import SplitData, model_path, result_path
+from tune_spaces import SPACES, parse_prior
+
+RATES = (1e-5, 2e-5, 3e-5, 5e-5, 8e-5, 4e-6)
+
+
+def ledger_of(folder, trials, **select) -> Ledger:
+    """Finished trials (forget quality, utility, FLOPs), and None for one that was ended early."""
+    config = apply_overrides(SweepConfig(name="s", storage=str(folder)), {"select": select, "keep_models": 2})
+    search = Search(config.search, SPACES["ofmu_lite"], UnlearnConfig(), Goal("forget_quality", "model_utility", 0.5))
+    data = SplitData("sweep", str(folder), None, None, None, "of the test", ModelConfig())
+    folder.mkdir(exist_ok=True)
+    made = Ledger(config, search, data)
+    for number, trial in enumerate(trials):
+        rho = {"ofmu.rho": 0.0} if number % 2 else {"ofmu.rho": 1e-4, "ofmu.rho_growth": 1.05}
+        options = {"ofmu.inner.lr": RATES[number], "ofmu.inner_steps": 2 + number % 3, "ofmu.inner.decay": "linear"}
+        made.suggestions.append(Suggestion(number, options | rho))
+        result = {"status": "stopped", "evaluations": [], "options": options, "flops": 1.0}
+        if trial is not None:
+            quality, utility, flops = trial
+            figures = {"forget_quality": {"value": quality}, "model_utility": {"value": utility}}
+            result |= {"status": "finished", "figures": figures, "flops": flops}
+        path = result_path(folder, made.key(number))
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(result))
+        model_path(folder, made.key(number)).mkdir(parents=True)
+    return made
+
+
+TRIALS = [(0.1, 0.6, 5.0), (0.3, 0.55, 9.0), (0.9, 0.4, 1.0), None, (0.3, 0.52, 2.0)]
+
+
+@pytest.mark.parametrize(("tie_break", "chosen"), [("cost", 4), ("order", 1)])
+def test_the_best_objective_with_enough_utility(tmp_path, tie_break, chosen):
+    outcome = choose(ledger_of(tmp_path, TRIALS, tie_break=tie_break))
+    assert (outcome.chosen, outcome.nearest) == (chosen, None)
+    assert outcome.front == [0, 1, 2]
+
+
+def test_without_enough_utility_the_nearest_is_named(tmp_path):
+    outcome = choose(ledger_of(tmp_path, [(0.9, 0.2, 1.0), None, (0.1, 0.45, 1.0)]))
+    assert (outcome.chosen, outcome.nearest, outcome.front) == (None, 2, [2, 0])
+    assert choose(ledger_of(tmp_path / "none", [])).front == []
+
+
+def test_models_beyond_the_best_go(tmp_path):
+    made = ledger_of(tmp_path, TRIALS)
+    prune_models(made)
+    there = {path.name for path in (tmp_path / "models").iterdir()}
+    assert there == {made.key(1), made.key(4)}
+
+
+def test_priors_for_a_second_sweep_are_those_of_the_best(tmp_path):
+    trials = [(0.5, 0.6, 1.0), (0.4, 0.6, 1.0), (0.3, 0.6, 1.0), (0.9, 0.1, 1.0), None, (1e-9, 0.6, 1.0)]
+    made = ledger_of(tmp_path, trials)
+    found = priors(made)
+    assert found["ofmu.inner.lr"] == "loguniform(6.67e-06, 4.5e-05)"  # 1e-5 to 3e-5, and half as much again
+    assert found["ofmu.inner_steps"] == "integer(1, 5)"
+    assert found["ofmu.inner.decay"] == "choice(linear)"
+    assert found["ofmu.rho"] == "zero_or_loguniform(6.67e-05, 0.00015)"
+    assert found["ofmu.rho_growth"] == "uniform(1.05, 1.05)"
+    second = made.search.space.with_priors({field: parse_prior(text) for field, text in found.items()})
+    second.check(UnlearnConfig())
+    assert priors(ledger_of(tmp_path / "few", trials[:2])) == {}
