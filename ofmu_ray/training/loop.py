@@ -6,22 +6,41 @@ import math
 import resource
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
+from ofmu_ray.engines.protocol import Engine
 from ofmu_ray.errors import UserError
+from ofmu_ray.methods.protocol import Method
 from ofmu_ray.training import checkpoint
+from ofmu_ray.training.checkpoint import LoopState
+from ofmu_ray.training.job import WorkerJob
+from ofmu_ray.training.session import Session
+from ofmu_ray.training.utility import UtilityProbe
+from ofmu_ray.training.watchdog import Watchdog
 
-if TYPE_CHECKING:
-    from ofmu_ray.training.worker import Worker
+
+class Begun(Protocol):
+    """A worker with its model, which has begun or resumed."""
+
+    job: WorkerJob
+    session: Session
+    engine: Engine
+    method: Method
+    probe: UtilityProbe | None
+    module: torch.nn.Module
+    tokenizer: Any
+    state: LoopState
+    progress: Any
+    watchdog: Watchdog
 
 
 class Loop:
-    """The rounds of a worker that has begun or resumed."""
+    """The rounds of a worker."""
 
-    def __init__(self, worker: Worker):
+    def __init__(self, worker: Begun):
         job, session = worker.job, worker.session
         self.job, self.engine, self.method, self.probe = job, worker.engine, worker.method, worker.probe
         self.module, self.tokenizer = worker.module, worker.tokenizer
