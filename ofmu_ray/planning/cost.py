@@ -19,7 +19,7 @@ class Link:
 
 
 # Nominal data rates (1 byte = 8 bits; nvlink: 4th generation, 450 GB/s per direction) and usual latencies; collectives
-# reach about 80 % of them, which Collective.seconds takes into account
+# reach about 80 % of them, which Traffic.seconds takes into account
 LINKS: dict[str, Link] = {
     "nvlink": Link(450e9, 5e-6),
     "infiniband-400g": Link(50e9, 5e-6),
