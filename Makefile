@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Two processes share the test files: most of a test's time is spent waiting for Ray's processes to start.
+PYTEST_WORKERS ?= 2
 # Two processes with two spinning threads each on two cores run ten times slower than with one thread each.
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -33,10 +35,10 @@ models: install
 	  rm -rf ofmu_ray/assets/people/$$model && cp -r runs/people_$$model/model ofmu_ray/assets/people/$$model; done
 
 test: install-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-fast: install-dev
-	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile -m 'not slow' $(PYTEST_ARGS)
 
 lint: install-dev
 	$(BIN)/ruff check .
