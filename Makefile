@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Two processes share the test files: most of a test's time is spent waiting for Ray's processes to start.
-PYTEST_WORKERS ?= 2
+# 2: two processes share the test files, as most of the time is waiting for Ray to start; 0: one after the other.
+PYTEST_WORKERS ?= 0
 # Two processes with two spinning threads each on two cores run ten times slower than with one thread each.
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
