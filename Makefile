@@ -8,7 +8,7 @@ PYTEST_WORKERS ?= 0
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install install-dev quickstart models test test-fast lint types format lock clean
+.PHONY: install install-dev quickstart models test test-fast lint types audit format lock clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -46,6 +46,10 @@ lint: install-dev
 
 types: install-dev
 	$(BIN)/mypy
+
+# which pins have known vulnerabilities; a report (see .ci/audit.py)
+audit: install-dev
+	$(BIN)/python .ci/audit.py constraints.txt
 
 format: install-dev
 	$(BIN)/ruff check --fix .
