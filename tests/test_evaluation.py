@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -171,6 +172,18 @@ def cluster() -> Iterator[Any]:
     ray.shutdown()
 
 
+def _kill_actors() -> list[int]:
+    """SIGKILL of all evaluation actors of this process's Ray."""
+    found = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if process.status() != psutil.STATUS_ZOMBIE and any("EvaluationActor" in part for part in process.cmdline())
+    ]
+    for process in found:
+        process.kill()
+    return [process.pid for process in found]
+
+
 @pytest.mark.slow
 def test_any_number_of_actors_gives_the_same_rows(
     model_dir: Path, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
@@ -186,6 +199,19 @@ def test_any_number_of_actors_gives_the_same_rows(
     assert tables[0] == tables[1]  # to the bit: the batches are the same
     _assert_same(_evaluate(model_dir, tmp_path / "here"), tables[0], rel=1e-5)
     assert started == [1, 2]  # left to itself, so small a job starts no actors
+
+    def killing(*args: Any) -> Iterator[Any]:
+        for number, result in enumerate(actors.run_units(*args)):
+            if number == 0:
+                killed.extend(_kill_actors())
+            yield result
+
+    killed: list[int] = []
+    small = EvaluationConfig(max_new_tokens=12, batch_size=2, actors=2)
+    undisturbed = _evaluate(model_dir, tmp_path / "undisturbed", small)
+    monkeypatch.setattr("ofmu_ray.evaluation.runner.run_units", killing)
+    assert _evaluate(model_dir, tmp_path / "disturbed", small) == undisturbed
+    assert killed
     damaged = _saved(tmp_path / "damaged", seed=0)
     (damaged / "config.json").write_text('{"model_type": "no_such_model"}')
     with pytest.raises(UserError, match="cannot load a causal language model"):  # raised in the actor

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from ofmu_ray.data.template import Template
@@ -17,6 +16,7 @@ from ofmu_ray.evaluation.scorer import Result, Scorer, Unit
 _MOST_ACTORS = 8
 _SMALL_FLOPS = 5e11  # about ten seconds of one core: starting actors would take longer
 _SETTLE_SECONDS = 3.0  # what processes that have just ended held is free again within this
+_RESTARTS = 3  # of an actor whose process or node died; the units it had are run again
 _ACTOR_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
@@ -69,17 +69,20 @@ def _quiet_loading() -> Iterator[None]:
 class EvaluationActor:
     """One process with the model in memory."""
 
-    def __init__(self, loading: Loading, device: str, threads: int) -> None:
+    def __init__(self, device: str, threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
-        self.loading, self.device = loading, device
+        self.device = device
+        self.scorer: Scorer | None = None
 
-    @cached_property
-    def scorer(self) -> Scorer:
-        return self.loading.scorer(self.device)  # at the first unit: an error then names itself, not a dead actor
+    def run(self, number: int, unit: Unit, loading: list[Any]) -> tuple[int, Result]:
+        """`loading`: a reference to the `Loading`, followed once per process. Loading at the first unit lets an error
+        name itself instead of a dead actor; an argument of the constructor could be gone when the actor restarts."""
+        if self.scorer is None:
+            import ray
 
-    def run(self, number: int, unit: Unit) -> tuple[int, Result]:
+            self.scorer = ray.get(loading[0]).scorer(self.device)
         return number, self.scorer.run(unit)
 
 
@@ -97,7 +100,8 @@ def run_units(units: Sequence[Unit], loading: Loading, actors: int | None) -> It
     """(number of the unit, result) in the order of completion; every unit exactly once.
 
     `actors`: None takes one per free CPU or GPU (at most 8), and none for a small job on CPUs. Without actors, or
-    without a running Ray, the work is done in this process.
+    without a running Ray, the work is done in this process. An actor whose process dies is started again, up to three
+    times, and its unit with it.
     """
     ray = _running_ray()
     small = actors is None and device_kind() == "cpu" and _flops(units, loading) < _SMALL_FLOPS
@@ -106,10 +110,11 @@ def run_units(units: Sequence[Unit], loading: Loading, actors: int | None) -> It
         return
     from ray.util import ActorPool
 
-    pool = _start(ray, loading, actors, len(units))
+    shared = [ray.put(loading)]
+    pool = _start(ray, actors, len(units))
     try:
         jobs = list(enumerate(units))
-        yield from ActorPool(pool).map_unordered(lambda actor, job: actor.run.remote(*job), jobs)
+        yield from ActorPool(pool).map_unordered(lambda actor, job: actor.run.remote(*job, shared), jobs)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise error.cause from None
@@ -127,7 +132,7 @@ def _flops(units: Sequence[Unit], loading: Loading) -> float:
     return 2 * weights * (scored + loading.max_new_tokens * sum(len(unit.rows) for unit in units))
 
 
-def _start(ray: Any, loading: Loading, actors: int | None, units: int) -> list[Any]:
+def _start(ray: Any, actors: int | None, units: int) -> list[Any]:
     """One CPU (one thread) or one GPU each. An actor beyond the free resources would wait for ever: it is not started,
     and when nothing is free a single actor shares a CPU with whatever runs there."""
     device = device_kind()
@@ -142,10 +147,11 @@ def _start(ray: Any, loading: Loading, actors: int | None, units: int) -> list[A
         num_cpus=share if resource == "CPU" else 0,
         num_gpus=share if resource == "GPU" else 0,
         scheduling_strategy="SPREAD",
+        max_restarts=_RESTARTS,
+        max_task_retries=-1,
         runtime_env={"env_vars": _ACTOR_ENVIRONMENT},
     )
-    shared = ray.put(loading)
-    return [remote.remote(shared, device, 1) for _ in range(count)]
+    return [remote.remote(device, 1) for _ in range(count)]
 
 
 def _running_ray() -> Any | None:
