@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# 2: two processes share the test files, as most of the time is waiting for Ray to start; 0: one after the other.
-PYTEST_WORKERS ?= 0
+# two processes share the test files, as most of the time is waiting for Ray to start; 0: one after the other
+PYTEST_WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 # Two processes with two spinning threads each on two cores run ten times slower than with one thread each.
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -35,10 +36,10 @@ models: install
 	  rm -rf ofmu_ray/assets/people/$$model && cp -r runs/people_$$model/model ofmu_ray/assets/people/$$model; done
 
 test: install-dev
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-fast: install-dev
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile -m 'not slow' $(PYTEST_ARGS)
+	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
 
 lint: install-dev
 	$(BIN)/ruff check .

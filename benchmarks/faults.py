@@ -1,21 +1,16 @@
-"""What a run loses to a fault, and how long it takes to go on: real kills at exact points of a run of two workers.
+"""Real faults at exact points of a run of two workers: for `soak.py` and `tests/test_every_phase.py`.
 
-    python -m benchmarks.faults --out faults.json            # all faults; about half a minute each on two quiet cores
-    python -m benchmarks.faults --only inner_loop hang
-
-Each run is OFMU on the built-in model under Ray Train, as `ofmu unlearn` starts it; one of its workers does the fault
-to itself (SIGKILL, SIGSTOP, a bit flipped in a checkpoint) when it reaches the point. Written down are the rounds that
-had to be run again, the seconds from the fault to the next batch, and the largest difference of a final weight from
-the undisturbed run. The table of docs/reliability.md is what this prints.
+The run is OFMU on the built-in model under Ray Train, as `ofmu unlearn` starts it; one of its workers does the fault
+to itself (SIGKILL, SIGSTOP, a bit flipped in a checkpoint) when it reaches the point. `run` tells the rounds that had
+to be run again and the seconds from the fault to the next batch, `difference` how far the final weights of two runs
+are apart.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,17 +18,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from safetensors.torch import load_file
 
 import ofmu_ray.training.worker as worker_module
-from ofmu_ray.config import OFMUConfig, OptimizerConfig, StopConfig, TrainingConfig, UnlearnConfig
+from ofmu_ray.config import OFMUConfig, StopConfig, TrainingConfig, UnlearnConfig
 from ofmu_ray.training.job import WorkerJob
 
 Phase = Literal["start", "first_gather", "inner_loop", "displaced", "outer_step", "checkpoint_write", "export"]
 ROUNDS, EVERY = 12, 4
-AT = 7
-"""The round of a fault; the last checkpoint is that of round 4."""
 HANG_SECONDS = 15.0
 METHOD = OFMUConfig.from_preset("full", inner_steps=2)
 
@@ -46,23 +38,8 @@ class Fault:
     phase: Phase
     does: Literal["SIGKILL", "SIGSTOP", "raise", "damage"] = "SIGKILL"
     """damage: flip a bit of the newest checkpoint, then SIGKILL."""
-    round: int = AT
+    round: int = 1
     rank: int = 1
-
-
-FAULTS = (
-    Fault("worker killed while it loads the model", "start"),
-    Fault("worker killed in the first pass", "first_gather", round=1),
-    Fault("worker killed in the inner loop", "inner_loop"),
-    Fault("worker killed with displaced weights", "displaced"),
-    Fault("worker killed before the outer step", "outer_step"),
-    Fault("rank 0 killed before the outer step", "outer_step", rank=0),
-    Fault("worker killed in a checkpoint's write", "checkpoint_write", round=8),
-    Fault("rank 0 killed in the export", "export", round=ROUNDS, rank=0),
-    Fault("worker raises an exception", "inner_loop", "raise"),
-    Fault("worker stands still (SIGSTOP)", "inner_loop", "SIGSTOP"),
-    Fault("newest checkpoint damaged, worker killed", "inner_loop", "damage", round=11),
-)
 
 
 # ------------------------------------------------------------------------------------------------- inside the workers
@@ -219,55 +196,3 @@ def difference(one: WorkerJob, other: WorkerJob) -> float:
     """Largest difference of a weight of two exported models."""
     a, b = (load_file(Path(job.run_dir, "model/model.safetensors")) for job in (one, other))
     return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
-
-
-def not_finite(folder: Path) -> dict[str, Any]:
-    """A round that overflows: no worker ends, the run goes back and takes shorter steps."""
-    steep = replace(METHOD, inner=OptimizerConfig(name="sgd", lr=1e15, clip=None))
-    job = make_job(folder, "not_finite", method=steep, stop=StopConfig(shrink=1e-18))
-    notes = run(job, ())["notes"]
-    return {"fault": "loss not finite in round 1", "phase": "round", "rounds_lost": 1, "notes": notes}
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown."""
-    lines = ["| fault | rounds run again | seconds to the next batch | largest difference of a final weight |"]
-    lines += ["|---|---|---|---|"]
-    for row in rows:
-        seconds, off = row.get("seconds"), row.get("difference")
-        cells = [row["fault"], row["rounds_lost"], "" if seconds is None else f"{seconds:.1f}"]
-        lines.append(f"| {' | '.join(map(str, cells))} | {'(other steps)' if off is None else f'{off:g}'} |")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", help="phases; default all")
-    parser.add_argument("--out", type=Path, help="JSON of all measurements")
-    options = parser.parse_args()
-    from ofmu_ray.training.launch import connect
-
-    torch.set_num_threads(1)
-    connect(2)
-    rows = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        undisturbed = make_job(folder, "undisturbed")
-        seconds = run(undisturbed, ())["seconds"]
-        for number, fault in enumerate(FAULTS):
-            if options.only and fault.phase not in options.only:
-                continue
-            job = make_job(folder, f"run{number}")
-            found = run(job, [fault])
-            (cost,) = found["costs"]
-            rows.append(cost | {"notes": found["notes"], "difference": difference(job, undisturbed)})
-            print(json.dumps(rows[-1]), flush=True)
-        if not options.only:
-            rows.append(not_finite(folder))
-    print(f"\nundisturbed: {seconds:.1f} s\n\n{table(rows)}")
-    if options.out:
-        options.out.write_text(json.dumps({"undisturbed_seconds": seconds, "rows": rows}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -11,6 +11,27 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+LONGEST = (
+    "test_submit",
+    "test_recovery",
+    "test_sweep",
+    "test_plan",
+    "test_unlearn",
+    "test_every_phase",
+    "test_evaluate",
+)
+"""Files of two minutes and more."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, those without slow tests last: two processes that share the files end together."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.stem
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST) + (item.path not in slow)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")

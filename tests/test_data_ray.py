@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fault_table
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,6 +22,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+import ofmu_ray.data.prepare as prepare_module
 from ofmu_ray.config import FormatConfig, SourceConfig
 from ofmu_ray.data.batches import local_rounds
 from ofmu_ray.data.plan import Plan, read_plan, write_plan
@@ -63,6 +68,35 @@ def jsonl(path: Path, rows: list[Any]) -> str:
 def prepare(folder: Path, tokenizer: Any, rows: dict[str, list[Any]], fmt: FormatConfig | None = None, **options: Any):
     sources = {name: SourceConfig(path=jsonl(folder / f"{name}.jsonl", found)) for name, found in rows.items()}
     return prepare_streams(sources, None, fmt or FormatConfig(), tokenizer, str(folder / "runs"), **options)
+
+
+# ------------------------------------------------------------------------------------------------------------ faults
+
+
+def test_a_worker_killed_while_it_tokenises(tmp_path, tokenizer, monkeypatch):
+    """SIGKILL once per part, when the part is written but not yet reported: the part is written again."""
+    rows = {"forget": made(7, "a"), "retain": made(30, "b")}
+    undisturbed = prepare(tmp_path / "undisturbed", tokenizer, rows)
+
+    def killed_once(job: Any, template: Any) -> Any:
+        mark = tmp_path / f"killed-{job.fragment.stream}"
+        done = tokenise(job, template)
+        if not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+
+    tokenise = prepare_module.tokenise
+    monkeypatch.setattr(prepare_module, "tokenise", killed_once)
+    started = time.monotonic()
+    disturbed = prepare(tmp_path / "disturbed", tokenizer, rows)
+    assert {path.name for path in tmp_path.glob("killed-*")} == {"killed-forget", "killed-retain"}
+    for name, stream in undisturbed.streams.items():
+        parts = [pq.read_table(Path(each.folder, "part-000000.parquet")) for each in (stream, disturbed.streams[name])]
+        assert parts[0] == parts[1]
+    fault_table.record(
+        "worker killed while rows are tokenised", lost="its part", seconds=time.monotonic() - started, difference=0.0
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ checks

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fault_table
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -212,6 +213,7 @@ def test_any_number_of_actors_gives_the_same_rows(
     monkeypatch.setattr("ofmu_ray.evaluation.runner.run_units", killing)
     assert _evaluate(model_dir, tmp_path / "disturbed", small) == undisturbed
     assert killed
+    fault_table.record("all evaluation actors killed", lost="their units", difference=0.0)
     damaged = _saved(tmp_path / "damaged", seed=0)
     (damaged / "config.json").write_text('{"model_type": "no_such_model"}')
     with pytest.raises(UserError, match="cannot load a causal language model"):  # raised in the actor

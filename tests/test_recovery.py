@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import fault_table
 import psutil
 import pytest
 from mlflow import MlflowClient
@@ -102,35 +103,16 @@ def kill_with_family(driver: subprocess.Popen[str]) -> None:
             process.kill()
 
 
-def test_three_kills_of_a_worker(storage, undisturbed):
-    """SIGKILL of a worker while it starts, after the first checkpoint and after the second, in one run."""
-    driver = start(storage, "workers")
-    killed = []
-
-    def kill(which: int) -> None:
-        victim = wait_for(lambda: [w for w in workers(driver) if w.pid not in killed] or None, driver)[which]
-        killed.append(victim.pid)
-        victim.kill()
-
-    kill(0)  # before the first checkpoint
-    for round, which in ((8, -1), (16, 0)):
-        wait_for(checkpoint(storage, "workers", round).joinpath("state.json").exists, driver)
-        kill(which)
-    wait(driver, storage, "workers")
-    assert weights(storage, "workers") == undisturbed
-    training = json.loads((storage / "workers/training.json").read_text())
-    assert [row["round"] for row in training["series"]] == list(range(1, 25))
-    assert training["account"]["updates"] == 24 * 3
-
-
 def test_a_killed_driver_is_resumed_by_its_name(storage, undisturbed):
-    """A bit of the newest checkpoint flips while the run is down; later a worker stops without ending (SIGSTOP)."""
+    """While the run is down a bit of the newest checkpoint flips, and the list of checkpoints is found torn; later a
+    worker stops without ending (SIGSTOP)."""
     driver = start(storage, "driver")
     kept = storage / "driver/train/checkpoint_manager_snapshot.json"
     wait_for(lambda: kept.exists() and "round_000016" in kept.read_text(), driver)
     kill_with_family(driver)
     assert not (storage / "driver/metrics.json").exists()
     flip(checkpoint(storage, "driver", 16) / "rank_00001.pt")
+    kept.write_text("")  # what a kill within Ray Train's write of it leaves
 
     driver = start(storage, "driver", *TWO_WORKERS, "--training.round_timeout", str(ROUND_TIMEOUT_SECONDS))
     wait_for(checkpoint(storage, "driver", 16).with_name("round_000016_again").joinpath("manifest.json").exists, driver)
@@ -139,6 +121,12 @@ def test_a_killed_driver_is_resumed_by_its_name(storage, undisturbed):
     wait(driver, storage, "driver")
     assert not stopped.is_running()
     assert weights(storage, "driver") == undisturbed
+    fault_table.record(
+        "driver killed, newest checkpoint damaged, list of checkpoints torn", lost="rounds since the one before",
+        difference=0.0,
+    )  # fmt: skip
+    limit = f"rounds since the checkpoint, and the limit of {ROUND_TIMEOUT_SECONDS} s"
+    fault_table.record("worker stands still (SIGSTOP)", lost=limit, difference=0.0)
     passed, hung = json.loads((storage / "driver/training.json").read_text())["notes"]
     assert "was passed over: rank_00001.pt does not match its checksum; went on from round 8" in passed
     assert re.match(r"rank [01] hung in round \d+: no sign of life after", hung)
@@ -190,6 +178,7 @@ def test_mlflow_goes_away_for_the_rest_of_a_run(storage):
         assert [m.step for m in client.get_metric_history(run.info.run_id, "forget_loss")] == list(range(1, 25))
         assert run.data.metrics["cost/updates"] == 24 * 3
         assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {"report.html", "metrics.json"}
+    fault_table.record("MLflow server gone for the rest of the run", lost="nothing; delivered later")
 
 
 def flip(path: Path) -> None:

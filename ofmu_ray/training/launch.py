@@ -159,8 +159,10 @@ def fit(job: WorkerJob, title: str) -> dict[str, Any]:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from ofmu_ray.training import registry
     from ofmu_ray.training.worker import worker_loop
 
+    registry.mend(Path(job.run_dir) / "train")
     training = job.training
     gpu = training.gpus_per_worker > 0
     resources = {"CPU": training.cpus_per_worker}

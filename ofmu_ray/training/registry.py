@@ -1,0 +1,52 @@
+"""Ray Train's list of a run's checkpoints, mended when a kill left it torn.
+
+Ray Train 2.60 writes `checkpoint_manager_snapshot.json` in place: a driver that is killed within the write leaves an
+empty or cut file, and no later driver of the run would start. What the list says is in the checkpoints themselves.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ofmu_ray.storage import atomic_write
+from ofmu_ray.training.integrity import MANIFEST
+
+
+def mend(folder: Path) -> None:
+    """Write the list of the checkpoints in Ray Train's `folder` anew if it is there and cannot be read.
+
+    Taken up are those that have a manifest, in the order in which it was written; whether they are whole is checked
+    when one is restored (`checkpoint.newest`).
+    """
+    from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+    from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import (
+        _CheckpointManagerState,
+        _TrainingResultState,
+    )
+
+    listed = folder / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+    if not listed.exists() or _is_json(listed.read_text()):
+        return
+    manifests = sorted(folder.glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime_ns)
+    found = [_TrainingResultState(checkpoint_dir_name=path.parent.name, metrics={}) for path in manifests]
+    state = _CheckpointManagerState(
+        checkpoint_results=found,
+        checkpoint_report_indices=list(range(len(found))),
+        latest_checkpoint_result=found[-1] if found else None,
+        pending_training_results=[],
+        pending_validation_specs=[],
+        current_report_index=len(found),
+        validated_checkpoint_dir_names=[],
+        timed_out_validation_checkpoint_dir_names=[],
+        failed_validation_checkpoint_dir_names=[],
+    )
+    atomic_write(listed, state.json())
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
