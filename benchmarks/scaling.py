@@ -203,7 +203,7 @@ def ray_loop(config: dict[str, Any]) -> None:
     from ofmu_ray.training.session import RaySession
     from ofmu_ray.training.worker import Worker
 
-    job, session = config["job"], RaySession()
+    job, session = config["job"], RaySession(config["job"].run_dir)
     torch.set_num_threads(1)
     plan = read_plan(job.plan_dir)
     worker = Worker(job, session, config["progress"])

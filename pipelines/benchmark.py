@@ -23,7 +23,7 @@ from pipelines import benchmark_results as results
 from pipelines.evaluation import Evaluator
 from pipelines.parse import fail, parse
 from pipelines.pool import Pool
-from pipelines.preflight import check_machine, prepare_storage, public
+from pipelines.preflight import check_machine, prepare_folder, public
 from pipelines.prepared import checked, prepare
 from pipelines.terminal import say
 from pipelines.trial import PRIVATE, SplitData, Trial, cost_signature, read_result, result_path, write_failure
@@ -53,7 +53,7 @@ def benchmark(config: BenchmarkConfig, command: list[str]) -> int:
     from ofmu_ray import tracking
     from ofmu_ray.training.launch import connect
 
-    storage = prepare_storage(config.storage)
+    storage = prepare_folder(config.storage)
     training = config.base.training
     check_machine(training)
     spaces = {label: space_of(config, label) for label in config.methods}

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ofmu_ray.assets import resolve_builtin
+from ofmu_ray.assets import model_source, resolve_builtin
 from ofmu_ray.config import SourceConfig
 from ofmu_ray.config.evaluate import RETRAINED, EvaluateConfig
 from ofmu_ray.config.robustness import PrefixOptions, RelearnOptions
@@ -159,7 +159,7 @@ class Checks:
 
         found: Figures = {}
         for label, path in self.models.items():
-            tasks = run_lm_eval(resolve_builtin(path), self.config.checks.lm_eval)
+            tasks = run_lm_eval(model_source(path), self.config.checks.lm_eval)
             found[label] = {
                 f"{task}/{metric}": figure.to_json()
                 for task, metrics in tasks.items()

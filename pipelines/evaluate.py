@@ -11,11 +11,11 @@ from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import ModelConfig, config_hash
 from ofmu_ray.config.evaluate import RETRAINED, EvaluateConfig
 from ofmu_ray.errors import UserError
-from ofmu_ray.storage import atomic_write
+from ofmu_ray.storage import atomic_write, is_uri
 from pipelines.checks import Checks
 from pipelines.evaluation import Evaluator, has_tokenizer, read_sets
 from pipelines.parse import fail, parse
-from pipelines.preflight import check_model, prepare_storage, public
+from pipelines.preflight import check_model, prepare_folder, public
 from pipelines.results import write_rows
 from pipelines.terminal import metrics_table, say
 
@@ -37,7 +37,7 @@ def evaluate(config: EvaluateConfig, command: list[str]) -> int:
     from ofmu_ray import tracking
     from ofmu_ray.training.launch import connect
 
-    storage = prepare_storage(config.storage)
+    storage = prepare_folder(config.storage)
     folder = storage / (config.name or f"evaluate-{config_hash(config)[:8]}")
     models = _models(config)
     evaluator = _evaluator(config, storage)
@@ -78,7 +78,7 @@ def _models(config: EvaluateConfig) -> dict[str, str]:
 
 def _check(path: str, option: str, evaluator: Evaluator) -> None:
     """UserError for what is no model, has no tokenizer, or does not go with its tokenizer."""
-    local = not path.startswith("builtin:") and path.count("/") > 1
+    local = not path.startswith("builtin:") and not is_uri(path) and path.count("/") > 1
     if local and not Path(path).is_dir():  # a hub name has one slash at most
         raise UserError(f"{option} = {path!r}: no such folder")
     tokenizer = evaluator.tokenizer_of(path)

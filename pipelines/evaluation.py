@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ofmu_ray.assets import resolve_builtin
+from ofmu_ray.assets import model_source, resolve_builtin
 from ofmu_ray.config import DataConfig, EvaluationConfig, FormatConfig, SourceConfig, UnlearnConfig
 from ofmu_ray.errors import UserError
+from ofmu_ray.storage import PathLike, join
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 """A folder with one of them holds a tokenizer."""
@@ -26,7 +27,7 @@ class Evaluator:
     data: DataConfig
     tokenizer: str
     """Folder or hub name."""
-    cache: Path
+    cache: PathLike
     seed: int = 0
     """Of the intervals."""
     reveal_text: bool = False
@@ -36,13 +37,13 @@ class Evaluator:
     """A model that comes with a tokenizer is evaluated with that one, the others with `tokenizer`."""
 
     @classmethod
-    def of(cls, config: UnlearnConfig, storage: Path) -> Evaluator:
+    def of(cls, config: UnlearnConfig, storage: PathLike) -> Evaluator:
         """The evaluation at the end of a run."""
         return cls(
             config.evaluation,
             config.data,
             config.model.tokenizer or config.model.path,
-            storage / "cache",
+            join(storage, "cache"),
             config.seed,
             config.report.reveal_text,
             config.model.trust_remote_code,
@@ -80,7 +81,7 @@ class Evaluator:
         """The text part of the model's configuration (transformers)."""
         from transformers import AutoConfig
 
-        path = resolve_builtin(model)
+        path = model_source(model, "model")
         return AutoConfig.from_pretrained(path, trust_remote_code=self.trust_remote_code).get_text_config()
 
     def check_vocabulary(self, model: str, option: str) -> None:
@@ -141,7 +142,7 @@ class Evaluator:
 
 def has_tokenizer(model: str) -> bool:
     """Whether a model comes with a tokenizer; one on the hub is taken to."""
-    folder = Path(resolve_builtin(model))
+    folder = Path(model_source(model, "model"))
     return not folder.is_dir() or any((folder / name).exists() for name in TOKENIZER_FILES)
 
 

@@ -102,6 +102,6 @@ def _close(word: str, known: list[str]) -> str:
 
 
 def fail(error: UserError, prog: str) -> int:
-    """Print a user's mistake the way every command does; the exit status."""
+    """Print a user's mistake, or what storage refused, the way every command does; the exit status."""
     print(f"{prog}: error: {error}", file=sys.stderr)
-    return 2
+    return error.status

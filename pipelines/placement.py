@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ofmu_ray.assets import resolve_builtin
+from ofmu_ray.assets import model_source
 from ofmu_ray.config import ModelConfig, TrainingConfig
 from ofmu_ray.errors import UserError
 
@@ -67,7 +67,7 @@ def check_disk(model: ModelConfig, folder: Path, *, models: int, free: int | Non
     Raises:
         UserError: it has not.
     """
-    path = Path(resolve_builtin(model.path))
+    path = Path(model_source(model.path))
     if not path.is_dir():
         return  # a model on the hub: its size is not known yet
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))

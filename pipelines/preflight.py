@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ofmu_ray.assets import resolve_builtin
+from ofmu_ray.assets import model_source
 from ofmu_ray.config import DataConfig, ModelConfig, TrainingConfig, to_dict
 from ofmu_ray.errors import UserError
-from ofmu_ray.storage import atomic_write, is_uri, local_path, without_credentials
+from ofmu_ray.storage import (
+    PathLike,
+    atomic_write,
+    is_file,
+    is_uri,
+    join,
+    local_path,
+    locate,
+    name_of,
+    read_text,
+    without_credentials,
+)
+from ofmu_ray.storage.trouble import refusal
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """What Ray sets in the process of a submitted job, and nowhere else."""
@@ -19,12 +32,44 @@ UPLOADS = "working_dir_files"
 """Ray's folder of unpacked working directories on a node."""
 
 
-def prepare_storage(storage: str) -> Path:
-    """The storage folder, absolute and writable."""
+def prepare_storage(storage: str) -> str:
+    """The storage, where files can be written, read and deleted: an absolute path, or a URI.
+
+    Raises:
+        UserError: they cannot, or the URI holds credentials, which would be written down with the run.
+    """
+    if is_uri(storage):
+        _probe_store(storage)
+        return storage
+    return str(prepare_folder(storage))
+
+
+def _probe_store(storage: str) -> None:
+    shown = without_credentials(storage)
+    if "@" in storage or any(f"{word}=" in storage for word in ("access_key", "secret_key", "session_token")):
+        raise UserError(
+            f"storage = {shown!r} comes with credentials, and a storage's name is written down in many places: give "
+            "them as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in a profile, or as a role of the nodes"
+        )
+    path = join(storage, f".writable.{uuid.uuid4().hex[:12]}")
+    filesystem, inside = locate(path, wait=False)
+    try:
+        with filesystem.open_output_stream(inside) as file:
+            file.write(b"OFMU")
+        with filesystem.open_input_stream(inside) as file:
+            file.readall()
+        filesystem.delete_file(inside)
+    except OSError as error:
+        reason = refusal(error) or f"not writable ({error})"
+        raise UserError(f"storage = {shown!r}: {reason}") from None
+
+
+def prepare_folder(storage: str) -> Path:
+    """The storage as a folder, absolute and writable, for commands that need one."""
     if is_uri(storage):
         raise UserError(
-            f"storage = {storage!r}: runs need a folder that all nodes share (NFS, EFS, Filestore, Lustre); "
-            "data may lie at s3:// and gs:// URIs, runs may not"
+            f"storage = {without_credentials(storage)!r}: this command needs a folder that all nodes share (NFS, EFS, "
+            "Filestore, Lustre); `ofmu unlearn` and `ofmu train` take URIs, and data and models may lie at one"
         )
     path = local_path(storage)
     if JOB_VARIABLE in os.environ:
@@ -71,18 +116,18 @@ def public(config: Any) -> dict[str, Any]:
     return content
 
 
-def claim(folder: Path, config_hash: str, *, write: bool = False) -> None:
-    """A run's folder belongs to one configuration: that of its first start (run.json).
+def claim(home: PathLike, config_hash: str, *, write: bool = False) -> None:
+    """A run's home belongs to one configuration: that of its first start (run.json).
 
     Raises:
         UserError: a run with other options has this name, finished or not; nothing of it is touched.
     """
-    path = folder / "run.json"
-    if path.exists():
-        theirs = json.loads(path.read_text())["config_hash"]
+    path = join(home, "run.json")
+    if is_file(path):
+        theirs = json.loads(read_text(path))["config_hash"]
         if theirs != config_hash:
             raise UserError(
-                f"name = {folder.name!r}: a run with another configuration has this name (hash {theirs}, now "
+                f"name = {name_of(home)!r}: a run with another configuration has this name (hash {theirs}, now "
                 f"{config_hash}); choose another --name, or give the options it was started with"
             )
     elif write:
@@ -117,7 +162,7 @@ def check_model(config: ModelConfig, option: str = "model.path") -> Any:
     """
     from ofmu_ray.engines.models import load_tokenizer
 
-    path = resolve_builtin(config.path)
+    path = model_source(config.path, option)
     if Path(path).is_dir():
         _check_weights(Path(path), option, config.trust_remote_code)
     elif path.startswith((".", "/", "~")) or config.path.startswith("builtin:"):

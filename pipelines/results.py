@@ -7,11 +7,10 @@ import math
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ofmu_ray.assets import resolve_builtin
-from ofmu_ray.storage import atomic_write
+from ofmu_ray.storage import PathLike, atomic_write, is_file, join, name_of, read_text
 from pipelines.terminal import metrics_table, say
 
 
@@ -37,16 +36,19 @@ class Outcome:
     """Deletes what holds the forget rows' text; before the run counts as finished, so that a kill leaves none."""
 
 
-def read(folder: Path) -> dict[str, Any] | None:
+def read(home: PathLike) -> dict[str, Any] | None:
     """metrics.json of a finished run; None when there is none."""
-    path = folder / "metrics.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    path = join(home, "metrics.json")
+    return json.loads(read_text(path)) if is_file(path) else None
 
 
 def write(
-    folder: Path, outcome: Outcome, config: dict[str, Any], config_hash: str, command: list[str], mlflow: str
-) -> list[Path]:
-    """Write everything, metrics.json last (it marks the run as finished); returns what MLflow keeps as artifacts."""
+    home: PathLike, outcome: Outcome, config: dict[str, Any], config_hash: str, command: list[str], mlflow: str
+) -> list[str]:
+    """Write everything to a run's folder or URI, metrics.json last (it marks the run as finished).
+
+    Returns the names of the files that MLflow keeps as artifacts.
+    """
     from ofmu_ray.reporting import ReportData, build_manifest, write_model_card, write_report
 
     training = outcome.training
@@ -54,7 +56,7 @@ def write(
         **outcome.metrics,
         "cost": _cost(outcome),
         "run": {
-            "name": folder.name,
+            "name": name_of(home),
             "method": config["method"],
             "status": training["status"],
             "message": training["message"],
@@ -62,29 +64,29 @@ def write(
             "rounds": training["round"],
             "seed": config["seed"],
             "config_hash": config_hash,
-            "model": str(folder / "model"),
-            "report": str(folder / "report.html"),
+            "model": join(home, "model"),
+            "report": join(home, "report.html"),
             "mlflow": mlflow,
         },
     }
     manifest = build_manifest(
-        name=folder.name,
+        name=name_of(home),
         config=config,
         config_hash=config_hash,
         seed=config["seed"],
         data=outcome.data,
-        models={role: path and resolve_builtin(path) for role, path in _models(folder, config).items()},
+        models={role: path and resolve_builtin(path) for role, path in _models(home, config).items()},
         command=shlex.join(command),
         extra={"plan_sha256": outcome.plan},
     )
-    atomic_write(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    atomic_write(join(home, "manifest.json"), json.dumps(manifest, indent=2) + "\n")
     tables = {label: table for label, table in outcome.tables.items() if table is not None}
     if tables:
-        write_rows(folder / "rows.parquet", tables)
+        write_rows(join(home, "rows.parquet"), tables)
     write_report(
-        folder / "report.html",
+        join(home, "report.html"),
         ReportData(
-            title=folder.name,
+            title=name_of(home),
             config=config,
             metrics=outcome.metrics,
             run=summary["run"],
@@ -101,8 +103,8 @@ def write(
         ),
     )
     write_model_card(
-        folder / "model",
-        name=folder.name,
+        join(home, "model"),
+        name=name_of(home),
         config=config,
         metrics=outcome.metrics,
         data=outcome.data,
@@ -110,11 +112,11 @@ def write(
         rounds=training["round"],
     )
     outcome.discard()
-    atomic_write(folder / "metrics.json", json.dumps(_json(summary), indent=2) + "\n")
-    return [folder / name for name in ("report.html", "manifest.json", "metrics.json")]
+    atomic_write(join(home, "metrics.json"), json.dumps(_json(summary), indent=2) + "\n")
+    return ["report.html", "manifest.json", "metrics.json"]
 
 
-def write_rows(path: Path, tables: dict[str, Any]) -> None:
+def write_rows(path: PathLike, tables: dict[str, Any]) -> None:
     """Per-row values of all models; forget rows' text is not in them unless report.reveal_text asked for it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -125,11 +127,11 @@ def write_rows(path: Path, tables: dict[str, Any]) -> None:
     atomic_write(path, buffer.getvalue().to_pybytes())
 
 
-def _models(folder: Path, config: dict[str, Any]) -> dict[str, str | None]:
+def _models(home: PathLike, config: dict[str, Any]) -> dict[str, str | None]:
     return {
         "target": config["model"]["path"],
         "retrained": config["evaluation"]["retrained"],
-        "unlearned": str(folder / "model"),
+        "unlearned": join(home, "model"),
     }
 
 
@@ -155,7 +157,7 @@ def _json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def show(folder: Path, summary: dict[str, Any]) -> None:
+def show(summary: dict[str, Any]) -> None:
     """Print figures and paths: the figures on stdout, the rest as progress."""
     if summary.get("before"):
         print(metrics_table(summary))

@@ -21,7 +21,7 @@ from pipelines.evaluation import Evaluator
 from pipelines.parse import fail, parse
 from pipelines.placement import check_disk, concurrency
 from pipelines.pool import Pool
-from pipelines.preflight import check_machine, claim, prepare_storage, public
+from pipelines.preflight import check_machine, claim, prepare_folder, public
 from pipelines.prepared import checked, prepare
 from pipelines.search import Search, without_other_batches
 from pipelines.sweep_ledger import Ledger, values
@@ -75,7 +75,7 @@ def sweep(config: SweepConfig, command: list[str]) -> int:
     from ofmu_ray import tracking
     from ofmu_ray.training.launch import connect
 
-    storage, run = prepare_storage(config.storage), config.run
+    storage, run = prepare_folder(config.storage), config.run
     training, select = run.training, config.select
     check_machine(training)
     space = space_of(config)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from ofmu_ray.config import ModelConfig, StopConfig, TrainConfig, outcome_hash
 from ofmu_ray.errors import UserError
-from ofmu_ray.storage import atomic_write
+from ofmu_ray.storage import atomic_write, explained, is_file, is_whole, join, name_of, remove_folder
 from pipelines.parse import fail, parse
 from pipelines.preflight import check_machine, check_model, claim, placed, prepare_storage, public
 from pipelines.terminal import say
@@ -25,7 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; exit status 0, 2 for a user's mistake, 1 when the fit did not end well."""
     try:
         config = parse(TrainConfig, sys.argv[1:] if arguments is None else arguments, PROG)
-        return train(config)
+        with explained(config.storage):
+            return train(config)
     except UserError as error:
         return fail(error, PROG)
 
@@ -35,21 +34,21 @@ def train(config: TrainConfig) -> int:
     storage = prepare_storage(config.storage)
     check_machine(config.training)
     digest = outcome_hash(config)
-    run = storage / (config.name or f"train-{digest[:8]}")
-    claim(run, digest)
-    if (run / "training.json").exists() and (run / "model").is_dir():
-        say(f"{run.name} is finished; model: {run / 'model'}")
+    home = join(storage, config.name or f"train-{digest[:8]}")
+    claim(home, digest)
+    if is_file(join(home, "training.json")) and is_whole(join(home, "model")):
+        say(f"{name_of(home)} is finished; model: {join(home, 'model')}")
         return 0
-    claim(run, digest, write=True)
-    model = config.model or _initial_model(config, run)
+    claim(home, digest, write=True)
+    model = config.model or _initial_model(config, home)
     tokenizer = check_model(model)
-    summary = _fit(config, model, tokenizer, storage, run, digest)
-    say(f"model   {run / 'model'}")
+    summary = _fit(config, model, tokenizer, storage, home, digest)
+    say(f"model   {join(home, 'model')}")
     return 0 if summary["status"] == "finished" else 1
 
 
 def _fit(
-    config: TrainConfig, model: ModelConfig, tokenizer: Any, storage: Path, run: Path, digest: str
+    config: TrainConfig, model: ModelConfig, tokenizer: Any, storage: str, home: str, digest: str
 ) -> dict[str, Any]:
     from ofmu_ray import tracking
     from ofmu_ray.data.plan import write_plan
@@ -57,7 +56,7 @@ def _fit(
     from ofmu_ray.training.job import WorkerJob
     from ofmu_ray.training.launch import connect, fit
 
-    handle = tracking.start(config.tracking, str(storage), run.name, public(config), {"ofmu.kind": "train"})
+    handle = tracking.start(config.tracking, storage, name_of(home), public(config), {"ofmu.kind": "train"})
     training = config.training
     connect(training.workers * training.cpus_per_worker, training.workers * training.gpus_per_worker)
     prepared = prepare_streams(
@@ -65,7 +64,7 @@ def _fit(
         config.data.root,
         config.data.format,
         tokenizer,
-        str(storage),
+        storage,
         duplicates=config.data.duplicates,
     )
     rows = len(prepared.streams["train"].rows)
@@ -73,7 +72,7 @@ def _fit(
     training = replace(training, rounds=rounds)
     plan = write_plan(
         prepared.streams,
-        str(run / "plan"),
+        join(home, "plan"),
         batches_per_round={"train": 1},
         rounds=rounds,
         batch_size=training.batch_size,
@@ -82,7 +81,7 @@ def _fit(
     )
     say(f"data    {rows} rows, {rounds} steps of {training.batch_size} rows")
     job = WorkerJob(
-        run_dir=str(run),
+        run_dir=home,
         plan_dir=plan.folder,
         config_hash=outcome_hash(config, prepared.streams["train"].fingerprint),
         seed=config.seed,
@@ -107,11 +106,11 @@ def _fit(
         cost = {name: value for name, value in summary.items() if name in ("train_seconds", "peak_memory_bytes")}
         tracking.finish(handle, cost=cost | summary.get("account", {}), status=status)
     manifest = {"config": public(config), "config_hash": digest, "data": prepared.report.to_json()}
-    atomic_write(run / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    atomic_write(join(home, "manifest.json"), json.dumps(manifest, indent=2) + "\n")
     if summary["status"] == "finished":
         prepared.discard("train")
-        shutil.rmtree(run / "plan", ignore_errors=True)
-        shutil.rmtree(run / "train", ignore_errors=True)
+        remove_folder(join(home, "plan"))
+        remove_folder(join(home, "train"))
     last = summary["series"][-1]["loss"] if summary["series"] else math.nan
     say(f"fit     loss {last:.4f} after {rounds} steps, {time.perf_counter() - started:.0f} s; {summary['status']}")
     if summary["message"]:
@@ -119,14 +118,14 @@ def _fit(
     return summary
 
 
-def _initial_model(config: TrainConfig, run: Path) -> ModelConfig:
+def _initial_model(config: TrainConfig, home: str) -> ModelConfig:
     """A Llama from the scratch options with seeded random weights, saved beside the run's model."""
-    folder = run / "initial"
-    if not (folder / "config.json").exists():
+    folder = join(home, "initial")
+    if not is_whole(folder):
         from ofmu_ray.training.scratch import write_initial_model
 
         write_initial_model(folder, config)
-    return ModelConfig(path=str(folder))
+    return ModelConfig(path=folder)
 
 
 if __name__ == "__main__":

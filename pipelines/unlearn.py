@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from ofmu_ray.config import ModelConfig, UnlearnConfig, outcome_hash
 from ofmu_ray.errors import UserError
+from ofmu_ray.storage import explained, join, name_of, remove_file, remove_folder
 from pipelines import results
 from pipelines.evaluation import Evaluator
 from pipelines.parse import fail, parse
@@ -29,7 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     try:
         config = parse(UnlearnConfig, words, PROG)
-        return unlearn(config, command=[*PROG.split(), *words])
+        with explained(config.storage):
+            return unlearn(config, command=[*PROG.split(), *words])
     except UserError as error:
         return fail(error, PROG)
 
@@ -39,8 +39,9 @@ class Run:
     """One run while it is worked on."""
 
     config: UnlearnConfig
-    storage: Path
-    folder: Path
+    storage: str
+    home: str
+    """<storage>/<name>, a folder or a URI."""
     command: list[str]
     evaluator: Evaluator
     seconds: dict[str, float] = field(default_factory=dict)
@@ -59,14 +60,14 @@ def unlearn(config: UnlearnConfig, command: list[str]) -> int:
     storage = prepare_storage(config.storage)
     check_machine(config.training)
     digest = outcome_hash(config)
-    folder = storage / (config.name or f"{config.method}-{digest[:8]}")
-    claim(folder, digest)
-    finished = results.read(folder)
+    home = join(storage, config.name or f"{config.method}-{digest[:8]}")
+    claim(home, digest)
+    finished = results.read(home)
     if finished is not None:
-        shutil.rmtree(folder / "train", ignore_errors=True)  # left by a kill at the very end
-        say(f"{folder.name} is finished already; --name NEW runs it again\n")
-        _deliver_late(config, storage, folder)
-        results.show(folder, finished)
+        remove_folder(join(home, "train"))  # left by a kill at the very end
+        say(f"{name_of(home)} is finished already; --name NEW runs it again\n")
+        _deliver_late(config, storage, home)
+        results.show(finished)
         return 0 if finished["run"]["status"] == "finished" else 1
 
     tokenizer = check_model(config.model)
@@ -74,16 +75,16 @@ def unlearn(config: UnlearnConfig, command: list[str]) -> int:
         check_model(ModelConfig(path=config.evaluation.retrained), "evaluation.retrained")
     check_sources(config.data)
     evaluator = Evaluator.of(config, storage)
-    claim(folder, digest, write=True)
-    run = Run(config, storage, folder, command, evaluator)
+    claim(home, digest, write=True)
+    run = Run(config, storage, home, command, evaluator)
     return _run(run, tokenizer, digest)
 
 
-def _deliver_late(config: UnlearnConfig, storage: Path, folder: Path) -> None:
+def _deliver_late(config: UnlearnConfig, storage: str, home: str) -> None:
     """What MLflow did not take when the run ended."""
     from ofmu_ray import tracking
 
-    done = tracking.deliver_late(folder, config.tracking, str(storage))
+    done = tracking.deliver_late(home, config.tracking, storage)
     if done is not None:
         say("mlflow  has everything now" if done else "mlflow  does not answer; the rest waits in the run's folder")
 
@@ -94,13 +95,13 @@ def _run(run: Run, tokenizer: Any, digest: str) -> int:
 
     config, training = run.config, run.config.training
     tags = {"ofmu.kind": "unlearn", "ofmu.method": config.method, "ofmu.config_hash": digest}
-    handle = tracking.start(config.tracking, str(run.storage), run.folder.name, public(config), tags)
+    handle = tracking.start(config.tracking, run.storage, name_of(run.home), public(config), tags)
     status: Any = "FAILED"
     outcome: results.Outcome | None = None
     try:
         with tracking.system_metrics(handle, enabled=config.tracking.system_metrics):
             with run.phase("start"):
-                say(f"run     {run.folder}")
+                say(f"run     {run.home}")
                 connect(training.workers * training.cpus_per_worker, training.workers * training.gpus_per_worker)
             outcome = _work(run, tokenizer, digest, handle)
         status = "FINISHED" if outcome.training["status"] == "finished" else "FAILED"
@@ -110,13 +111,13 @@ def _run(run: Run, tokenizer: Any, digest: str) -> int:
     finally:
         if outcome is None:
             tracking.finish(handle, status=status)
-    files = results.write(run.folder, outcome, public(config), digest, run.command, tracking.open_command(handle))
-    summary = results.read(run.folder)
+    files = results.write(run.home, outcome, public(config), digest, run.command, tracking.open_command(handle))
+    summary = results.read(run.home)
     assert summary is not None
-    if not tracking.conclude(run.folder, handle, artifacts=files, status=status):
-        say(f"mlflow  did not take everything; the same command brings it the rest later, from {run.folder}")
-    shutil.rmtree(run.folder / "train", ignore_errors=True)  # the checkpoints
-    results.show(run.folder, summary)
+    if not tracking.conclude(run.home, handle, artifacts=files, status=status):
+        say(f"mlflow  did not take everything; the same command brings it the rest later, from {run.home}")
+    results.show(summary)
+    remove_folder(join(run.home, "train"))  # the checkpoints
     return 0 if status == "FINISHED" else 1
 
 
@@ -134,16 +135,16 @@ def _work(run: Run, tokenizer: Any, digest: str, handle: Any) -> results.Outcome
             config.data.root,
             config.data.format,
             tokenizer,
-            str(run.storage),
+            run.storage,
             overlap=config.data.overlap,
             duplicates=config.data.duplicates,
         )
         watched = None
         if config.stop.utility_floor is not None:
-            watched = write_sample(prepared.streams["retain"], config.stop.sample, str(run.folder / WATCHED))
+            watched = write_sample(prepared.streams["retain"], config.stop.sample, join(run.home, WATCHED))
         job = WorkerJob(
-            run_dir=str(run.folder),
-            plan_dir=str(run.folder / "plan"),
+            run_dir=run.home,
+            plan_dir=join(run.home, "plan"),
             config_hash=outcome_hash(config, *(s.fingerprint for s in prepared.streams.values())),
             seed=config.seed,
             model=placed(config.model),
@@ -174,7 +175,7 @@ def _work(run: Run, tokenizer: Any, digest: str, handle: Any) -> results.Outcome
     if summary["message"]:
         say(f"stop    {summary['message']}")
     with run.phase("evaluation"):
-        after = evaluator.table(str(run.folder / "model"), "after")
+        after = evaluator.table(join(run.home, "model"), "after")
         metrics = evaluator.metrics(before=before, after=after, retrained=retrained)
     return results.Outcome(
         training=summary,
@@ -197,8 +198,8 @@ def _references(run: Run, job: Any, prepared: Any, plan: Any) -> dict[str, str]:
         prepared,
         plan,
         job.model,
-        folder=str(run.folder / SIDECARS),
-        cache=str(run.storage / "cache"),
+        folder=join(run.home, SIDECARS),
+        cache=join(run.storage, "cache"),
         refusals_path=getattr(run.config.method_options, "refusals", None),
         root=run.config.data.root,
         seed=run.config.seed,
@@ -217,8 +218,8 @@ def _remove_text(run: Run, prepared: Any) -> None:
     """The forget rows' tokens, the batch plan, sidecars and watched rows hold text that must not outlive the run."""
     prepared.discard("forget")
     for name in ("plan", SIDECARS):
-        shutil.rmtree(run.folder / name, ignore_errors=True)
-    (run.folder / WATCHED).unlink(missing_ok=True)
+        remove_folder(join(run.home, name))
+    remove_file(join(run.home, WATCHED))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from ofmu_ray.config import OptimizerConfig, StopConfig
 from ofmu_ray.data.batches import local_rounds
 from ofmu_ray.data.plan import read_plan
 from ofmu_ray.errors import UserError
-from ofmu_ray.training import integrity
+from ofmu_ray.storage.manifest import fingerprint
 from ofmu_ray.training.job import WorkerJob
 from ofmu_ray.training.session import LocalSession
 from ofmu_ray.training.watchdog import WAITING, Sign, verdict
@@ -130,7 +130,7 @@ def test_code_in_a_checkpoint_is_not_run(zipped: bool, job: WorkerJob, tmp_path:
     folder, mark = checkpoints(job)[-1], tmp_path / "executed"
     torch.save(Malicious(mark), folder / "rank_00000.pt", _use_new_zipfile_serialization=zipped)
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["rank_00000.pt"] = integrity.fingerprint(folder / "rank_00000.pt")
+    manifest["files"]["rank_00000.pt"] = fingerprint(folder / "rank_00000.pt")
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"rank_00000\.pt holds something else than tensors"):
         run_local(job)

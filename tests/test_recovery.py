@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 from mlflow_server import mlflow_server
+from s3_server import s3_server
 from safetensors.torch import load_file
 
 from ofmu_ray.assets import resolve_builtin
@@ -34,13 +36,16 @@ AdamW makes whole steps of their rounding, which the number of workers changes: 
 TWO_WORKERS = ["--training.workers", "2", "--training.zero_stage", "2"]
 
 
-def start(storage: Path, name: str, *options: str) -> subprocess.Popen[str]:
-    """The driver as a user starts it, in a process group of its own."""
-    command = [sys.executable, "-m", "pipelines.unlearn", "--storage", str(storage), "--name", name]
-    log = (storage / f"{name}.log").open("a")
+def start(
+    folder: Path, name: str, *options: str, storage: str | None = None, environment: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """The driver as a user starts it, in a process group of its own; log and, unless given, storage lie in `folder`."""
+    command = [sys.executable, "-m", "pipelines.unlearn", "--storage", storage or str(folder), "--name", name]
+    log = (folder / f"{name}.log").open("a")
     return subprocess.Popen(
         [*command, *OPTIONS, *(options or TWO_WORKERS)],
         cwd=ROOT,
+        env=os.environ | (environment or {}),
         stdout=log,
         stderr=log,
         text=True,
@@ -139,6 +144,38 @@ def test_a_killed_driver_is_resumed_by_its_name(storage, undisturbed):
     (run,) = client.search_runs([experiment], "attributes.run_name = 'driver'")
     assert run.info.status == "FINISHED"  # taken up, not begun again
     assert [m.step for m in client.get_metric_history(run.info.run_id, "forget_loss")] == list(range(1, 25))
+
+
+def test_a_run_in_an_object_store_goes_on_on_another_machine(undisturbed, tmp_path):
+    """Killed with all of Ray; nothing but the bucket is left to the second machine, the cache and MLflow included."""
+    options = [*TWO_WORKERS, "--stop.utility_floor", "0.01"]
+    options += ["--evaluation.enabled", "true", "--evaluation.max_rows", "8", "--evaluation.max_new_tokens", "0"]
+    with s3_server() as server:
+
+        def begin(machine: str) -> subprocess.Popen[str]:
+            place = tmp_path / machine
+            place.mkdir(exist_ok=True)
+            environment = server.environment | {"XDG_CACHE_HOME": str(place / "cache")}
+            tracking = ["--tracking.uri", f"sqlite:///{place}/mlflow.db"]
+            return start(place, "x", *options, *tracking, storage=f"{server.bucket}/runs", environment=environment)
+
+        kept = "runs/x/train/checkpoint_manager_snapshot.json"
+        driver = begin("first")
+        wait_for(lambda: kept in server.keys("runs/x/train") and b"round_000016" in server.read(kept), driver)
+        kill_with_family(driver)
+        assert {"runs/x/watched.parquet", "runs/x/plan/plan.json"} <= set(server.keys())
+        wait(begin("second"), tmp_path / "second", "x")
+        assert hashlib.sha256(server.read("runs/x/model/model.safetensors")).hexdigest() == undisturbed
+        series = json.loads(server.read("runs/x/training.json"))["series"]
+        assert [row["round"] for row in series] == list(range(1, 25))
+        run = ["manifest.json", "metrics.json", "report.html", "rows.parquet", "run.json", "training.json"]
+        assert [key for key in server.keys("runs/x/") if "/model/" not in key] == [f"runs/x/{name}" for name in run]
+        assert len({key.split("/")[3] for key in server.keys("runs/cache/data/")}) == 1  # of the rows that are kept
+
+        wait(begin("third"), tmp_path / "third", "x")
+        shown = (tmp_path / "third/x.log").read_text()
+        assert "x is finished already" in shown
+        assert "s3://bucket/runs/x/model" in shown
 
 
 def test_another_configuration_is_refused_and_another_number_of_workers_is_not(storage, undisturbed):

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 from pyarrow.fs import FileSelector
+from s3_server import s3_server
 
 from ofmu_ray import storage
+from ofmu_ray.storage import local
 
 
 def test_import_costs_neither_torch_nor_pyarrow() -> None:
@@ -24,7 +26,7 @@ def test_write_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None:
     storage.atomic_write(str(target), b"two")
     assert storage.read_text(f"file://{target}") == "two"
     assert os.listdir(target.parent) == ["file.json"]
-    assert target.stat().st_mode & 0o777 == 0o666 & ~storage._umask()
+    assert target.stat().st_mode & 0o777 == 0o666 & ~local.umask()
 
 
 def test_a_failed_write_keeps_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,9 +68,9 @@ def test_join_and_locality() -> None:
     assert storage.join("runs", "a") == "runs/a"
     assert storage.is_uri("gs://bucket")
     assert not storage.is_uri("file:///tmp")
-    for local_only in (storage.local_path, lambda path: storage.atomic_write(path, ""), _fail_half_way):
-        with pytest.raises(ValueError, match="not a local path"):
-            local_only("s3://bucket/a")
+    assert storage.name_of("s3://bucket/runs/a?scheme=http") == storage.name_of("runs/a/") == "a"
+    with pytest.raises(ValueError, match="not a local path"):
+        storage.local_path("s3://bucket/a")
 
 
 def test_one_place_however_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,20 +107,10 @@ def test_published_leaves_nothing_half_written(tmp_path: Path) -> None:
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An S3 server on loopback with one bucket; the URI names the endpoint as pyarrow takes it."""
-    boto3 = pytest.importorskip("boto3", reason="boto3 is in the dev extra")
-    server_module = pytest.importorskip("moto.server", reason="moto[server] is in the dev extra")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket="bucket")
-    yield "s3://bucket"
-    server.stop()
+    with s3_server() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        yield server.bucket
 
 
 def test_an_object_store(bucket: str) -> None:
@@ -131,6 +123,9 @@ def test_an_object_store(bucket: str) -> None:
     assert storage.read_text(f"{run}/model/sub/weights") == "123"
     with pytest.raises(RuntimeError):
         _publish_half(f"{run}/broken")
+    assert not storage.is_file(f"{run}/broken/weights")
+    with pytest.raises(RuntimeError):
+        _fail_half_way(f"{run}/broken")
     assert not storage.is_file(f"{run}/broken/weights")
     filesystem, path = storage.locate(run)
     assert [info.base_name for info in filesystem.get_file_info(FileSelector(path))] == ["model"]

@@ -196,7 +196,7 @@ def test_what_mlflow_did_not_take_is_delivered_at_the_next_start(tmp_path: Path,
     (tmp_path / "metrics.json").write_text(json.dumps({**METRICS, "cost": COST, "run": {}}))
     away = RunHandle(handle.run_id, f"http://user:secret@127.0.0.1:{_free_port()}", handle.experiment_id)
     assert deliver_late(tmp_path, CONFIG, storage) is None
-    assert not conclude(tmp_path, away, artifacts=[tmp_path / "metrics.json"], status="FINISHED")
+    assert not conclude(tmp_path, away, artifacts=["metrics.json"], status="FINISHED")
     assert "secret" not in (tmp_path / "undelivered.json").read_text()
     assert deliver_late(tmp_path, CONFIG, storage)
     assert not (tmp_path / "undelivered.json").exists()

@@ -12,7 +12,8 @@ refusals; the tables themselves may lie elsewhere, in the cache. Collation adds,
 | refusal | refusal_input_ids, refusal_attention_mask, refusal_labels | int64 [rows, longest] |
 | refusal_nll | refusal_reference_nll | [rows] |
 
-Values are memory-mapped: a worker holds the index, and reads the rows that it is at. The answer's tokens include EOS.
+Values are memory-mapped: a worker holds the index, and reads the rows that it is at (of a table at a URI, from a copy
+that has no name on its machine and goes with it). The answer's tokens include EOS.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from ofmu_ray.storage import is_file, join, local_path, locate, published, read_text, write_text
+from ofmu_ray.storage import is_file, join, locate, new_mapped, open_mapped, published, read_text, write_text
 
 MARKER = "sidecar.json"
 TABLE_MARKER = "table.json"
@@ -48,7 +49,10 @@ class Values:
         stops = np.cumsum(index["entries"].to_numpy())
         starts = stops - index["entries"].to_numpy()
         self._places = dict(zip(index["row_id"].to_pylist(), zip(starts, stops, strict=True), strict=True))
-        self._values: np.ndarray = np.load(local_path(join(folder, "values.npy")), mmap_mode="r")
+        with open_mapped(join(folder, "values.npy")) as file:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            self._values: np.ndarray = np.memmap(file, dtype=dtype, mode="r", offset=file.tell(), shape=shape)
 
     def rows(self, row_ids: Sequence[str]) -> torch.Tensor:
         """The entries of these rows, one after the other, as stored ([entries] or [entries, ...])."""
@@ -98,14 +102,17 @@ def new_table(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """A table to fill: (values [sum of entries, *shape], first entry of each row); published when the block ends well.
 
-    `about` goes into `table.json`. The folder must be on a file system of this machine (runs are).
+    `about` goes into `table.json`.
     """
     with published(folder, TABLE_MARKER) as partial:
-        total = int(entries.sum())
-        where = local_path(join(partial, "values.npy"))
-        values = np.lib.format.open_memmap(where, mode="w+", dtype=np.dtype(dtype), shape=(total, *shape))
-        yield values, np.cumsum(entries) - entries
-        values.flush()
+        with new_mapped(join(partial, "values.npy")) as file:
+            full = (int(entries.sum()), *shape)
+            described = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": full}
+            np.lib.format.write_array_header_1_0(file, described)
+            file.flush()
+            values = np.memmap(file, dtype=np.dtype(dtype), mode="r+", offset=file.tell(), shape=full)
+            yield values, np.cumsum(entries) - entries
+            values.flush()
         index = pa.table({"row_id": list(row_ids), "entries": entries.astype(np.int64)})
         write_rows(join(partial, "index.parquet"), index)
         write_text(join(partial, TABLE_MARKER), json.dumps(dict(about)))

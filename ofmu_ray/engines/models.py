@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ofmu_ray.assets import resolve_builtin
+from ofmu_ray.assets import model_source
 from ofmu_ray.config import LoraConfig, ModelConfig
 from ofmu_ray.errors import UserError
 
@@ -43,7 +43,7 @@ def _load_module(config: ModelConfig) -> torch.nn.Module:
     transformers.utils.logging.disable_progress_bar()
     try:
         module: torch.nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
-            resolve_builtin(config.path),
+            model_source(config.path),
             dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
@@ -67,7 +67,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     option = "model.tokenizer" if config.tokenizer else "model.path"
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            resolve_builtin(path), trust_remote_code=config.trust_remote_code
+            model_source(path, option), trust_remote_code=config.trust_remote_code
         )
     except UserError:
         raise

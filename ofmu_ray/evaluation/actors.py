@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from ofmu_ray.assets import model_source
 from ofmu_ray.data.template import Template
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.scorer import Result, Scorer, Unit
@@ -22,7 +23,7 @@ _ACTOR_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 @dataclass(frozen=True)
 class Loading:
-    """How every process comes by the same model. A folder has to be readable on every node."""
+    """How every process comes by the same model. A folder has to be readable on every node; a URI is fetched there."""
 
     model: str
     weights_bytes: int
@@ -38,10 +39,11 @@ class Loading:
         """
         from transformers import AutoModelForCausalLM
 
+        source = model_source(self.model, "model")
         try:
             with _quiet_loading():
                 model = AutoModelForCausalLM.from_pretrained(
-                    self.model,
+                    source,
                     dtype="auto" if device == "cuda" else "float32",
                     use_safetensors=True,
                     trust_remote_code=self.trust_remote_code,

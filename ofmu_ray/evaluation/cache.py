@@ -14,17 +14,17 @@ import pyarrow.parquet as pq
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.metrics import METRIC_VERSION
 from ofmu_ray.evaluation.rows import MEASURED, EvaluationRow, without_private_text
-from ofmu_ray.storage import atomic_write
+from ofmu_ray.storage import PathLike, atomic_write, fetched, is_file, is_uri, join, locate
 
 _MODEL_FILES = ("*.safetensors", "config.json", "generation_config.json", "*.py")
 
 
 def weights_folder(model: str) -> Path:
-    """The model's folder on this machine; a hub name is downloaded into the hub's own cache.
+    """The model's folder on this machine; what a hub name or a URI stands for is fetched once and kept.
 
     Raises UserError when there is neither, or when it holds no safetensors weights or no config.json.
     """
-    folder = Path(model)
+    folder = fetched(model, "model") if is_uri(model) else Path(model)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
@@ -66,25 +66,28 @@ def cache_key(model: str, template: str, rows: Sequence[EvaluationRow], max_new_
 class TableCache:
     """`<cache folder>/<kind>/<key>.parquet`: tables without private text."""
 
-    def __init__(self, cache_folder: Path, kind: str) -> None:
-        self.folder = cache_folder / kind
+    def __init__(self, cache_folder: PathLike, kind: str) -> None:
+        self.folder = join(cache_folder, kind)
 
     def load(self, key: str) -> pa.Table | None:
         """The stored table, or None."""
-        path = self.folder / f"{key}.parquet"
-        return pq.read_table(path) if path.is_file() else None
+        path = join(self.folder, f"{key}.parquet")
+        if not is_file(path):
+            return None
+        filesystem, inside = locate(path)
+        return pq.read_table(inside, filesystem=filesystem, partitioning=None)
 
     def save(self, key: str, table: pa.Table) -> None:
         """Keep a table; a reader never sees half of it."""
         content = pa.BufferOutputStream()
         pq.write_table(table, content)
-        atomic_write(self.folder / f"{key}.parquet", content.getvalue().to_pybytes())
+        atomic_write(join(self.folder, f"{key}.parquet"), content.getvalue().to_pybytes())
 
 
 class EvaluationCache(TableCache):
     """Per-row values of sets, without the text of private ones."""
 
-    def __init__(self, cache_folder: Path) -> None:
+    def __init__(self, cache_folder: PathLike) -> None:
         super().__init__(cache_folder, "evaluation")
 
     def load(self, key: str) -> pa.Table | None:

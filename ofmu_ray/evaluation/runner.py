@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from ofmu_ray.assets import model_source
 from ofmu_ray.config import EvaluationConfig, FormatConfig
 from ofmu_ray.data.template import Template
 from ofmu_ray.errors import UserError
@@ -18,6 +19,7 @@ from ofmu_ray.evaluation.cache import EvaluationCache, cache_key, model_fingerpr
 from ofmu_ray.evaluation.rows import EvaluationRow, evaluation_rows, is_private, with_row_metrics, without_private_text
 from ofmu_ray.evaluation.scorer import Result, Scorer, Unit, assemble, plan
 from ofmu_ray.evaluation.summary import summarise
+from ofmu_ray.storage import PathLike
 
 __all__ = ["evaluate_live", "evaluate_model", "summarise"]
 
@@ -28,7 +30,7 @@ def evaluate_model(
     sets: Mapping[str, Sequence[Mapping[str, Any]]],
     fmt: FormatConfig,
     config: EvaluationConfig,
-    storage_cache_dir: str | Path,
+    storage_cache_dir: PathLike,
     *,
     label: str,
     reveal_text: bool = False,
@@ -36,9 +38,9 @@ def evaluate_model(
 ) -> pa.Table:
     """Per-row values of a model on each set, for `summarise`, the report and `rows.parquet`.
 
-    `model_dir`, `tokenizer_dir`: folders that every node can read, or hub names.
+    `model_dir`, `tokenizer_dir`: folders that every node can read, URIs or hub names.
     `sets`: name -> rows in TOFU's layout, of which the first `config.max_rows` count; rows are named `<set>-<index>`.
-    `storage_cache_dir`: local path; a set that stands in its cache is not run again. `label` stands beside the
+    `storage_cache_dir`: path or URI; a set that stands in its cache is not run again. `label` stands beside the
     progress bar. Columns: `rows.MEASURED`, `probability`, `truth_ratio`. `generated` is null for forget rows unless
     `reveal_text`, which runs them anew, because the cache never holds their text.
 
@@ -53,7 +55,7 @@ def evaluate_model(
         trust_remote_code=trust_remote_code,
     )
     arithmetic = "cuda/stored" if device_kind() == "cuda" else "cpu/fp32"
-    store = _Store(Path(storage_cache_dir), model_fingerprint(weights_folder(str(model_dir))), arithmetic)
+    store = _Store(storage_cache_dir, model_fingerprint(weights_folder(str(model_dir))), arithmetic)
     return _table(
         rows,
         loading.template,
@@ -74,7 +76,7 @@ def evaluate_live(
     *,
     label: str,
     reveal_text: bool = False,
-    storage_cache_dir: str | Path | None = None,
+    storage_cache_dir: PathLike | None = None,
     fingerprint: str | None = None,
 ) -> pa.Table:
     """`evaluate_model` of a causal language model of transformers that is in memory, where it is and as it is.
@@ -89,7 +91,7 @@ def evaluate_live(
     if storage_cache_dir is not None and fingerprint is not None:
         weight = module.get_input_embeddings().weight
         kind = "fp32" if weight.dtype.itemsize == 4 else str(weight.dtype)
-        store = _Store(Path(storage_cache_dir), fingerprint, f"{weight.device.type}/{kind}")
+        store = _Store(storage_cache_dir, fingerprint, f"{weight.device.type}/{kind}")
     training = module.training
     module.eval()
     try:
@@ -124,7 +126,7 @@ def loading_of(
 class _Store:
     """Where the values of one model are kept."""
 
-    folder: Path
+    folder: PathLike
     model: str
     arithmetic: str
 
@@ -187,8 +189,9 @@ def _measure(
 def _tokenizer(folder: str, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
+    source = model_source(folder, "tokenizer")
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"cannot load a tokenizer from {folder}: {reason}") from None

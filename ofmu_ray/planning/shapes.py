@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ofmu_ray.assets import resolve_builtin
+from ofmu_ray.assets import model_source
 from ofmu_ray.config import ModelConfig
 from ofmu_ray.data.sidecar import KEYS
 from ofmu_ray.engines.layers import chosen_layer, decoder_layers
@@ -25,8 +25,10 @@ def model_shape(config: ModelConfig) -> Any:
 
     try:
         return transformers.AutoConfig.from_pretrained(
-            resolve_builtin(config.path), trust_remote_code=config.trust_remote_code
+            model_source(config.path), trust_remote_code=config.trust_remote_code
         )
+    except UserError:
+        raise
     except Exception as error:  # OSError, ValueError, KeyError and transformers' own
         raise UserError(f"model.path = {config.path!r}: no configuration of a model: {error}") from None
 

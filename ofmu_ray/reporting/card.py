@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ofmu_ray.reporting import figures
-from ofmu_ray.storage import atomic_write
+from ofmu_ray.storage import PathLike, atomic_write, join
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def write_model_card(
-    folder: str | Path,
+    folder: PathLike,
     *,
     name: str,
     config: Mapping[str, Any],
@@ -61,7 +61,7 @@ def write_model_card(
         rows=rows,
         models=[model for model in figures.MODELS if (metrics or {}).get(model)],
     )
-    atomic_write(Path(folder) / "README.md", text)
+    atomic_write(join(folder, "README.md"), text)
 
 
 def _front_matter(config: Mapping[str, Any], method: str) -> str:

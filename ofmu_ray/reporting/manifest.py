@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import ofmu_ray
+from ofmu_ray.storage import PathLike, contents, fetched, is_uri
 
 PACKAGES = (
     "torch", "ray", "deepspeed", "transformers", "tokenizers", "safetensors", "accelerate", "peft", "datasets",
     "mlflow", "pyarrow", "numpy", "scipy", "rouge-score",
 )  # fmt: skip
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+SUFFIXES = (".safetensors", ".safetensors.index.json")
+"""Of weights."""
 
 
 def build_manifest(
@@ -27,7 +29,7 @@ def build_manifest(
     config_hash: str,
     seed: int,
     data: Mapping[str, Any],
-    models: Mapping[str, str | Path | None],
+    models: Mapping[str, PathLike | None],
     command: str,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -35,8 +37,8 @@ def build_manifest(
 
     Args:
         data: the data report (hashes, counts, ids).
-        models: role -> local model directory; the digests of its safetensors files are taken, null for a role
-            without a local directory.
+        models: role -> model directory or URI; the digests of its safetensors files are taken, null for a role
+            without one.
         command: how the run was started.
         extra: more top-level entries.
     """
@@ -82,10 +84,17 @@ def package_versions(names: Iterable[str]) -> dict[str, str | None]:
     return found
 
 
-def model_hashes(folder: str | Path) -> dict[str, str] | None:
-    """SHA-256 of each weights file of a local model directory, by file name; None when it is none."""
-    root = Path(folder)
-    files = sorted(path for pattern in WEIGHTS for path in root.glob(pattern))
+def model_hashes(folder: PathLike) -> dict[str, str] | None:
+    """SHA-256 of each weights file of a model directory, by file name; None when it is none.
+
+    For a URI they are those of its manifest; without one, of a copy.
+    """
+    if is_uri(folder):
+        listed = {name: file.get("sha256", "") for name, file in contents(folder).items() if name.endswith(SUFFIXES)}
+        if listed and all(listed.values()):
+            return listed
+    root = fetched(folder, "model")
+    files = sorted(path for suffix in SUFFIXES for path in root.glob(f"*{suffix}"))
     if not files:
         return None
     hashes = {}

@@ -1,15 +1,16 @@
-"""The end of a run in MLflow, now or at the next start of the run: everything is in the run's folder meanwhile."""
+"""The end of a run in MLflow, now or at the next start of the run: everything is in the run's home (its folder or URI)
+meanwhile."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ofmu_ray.config import TrackingConfig
 from ofmu_ray.errors import UserError
-from ofmu_ray.storage import atomic_write
+from ofmu_ray.storage import PathLike, atomic_write, is_file, join, local_file, read_text, remove_file
 from ofmu_ray.tracking.connection import check_reachable, resolve_uri
 from ofmu_ray.tracking.rounds import RoundLogger
 from ofmu_ray.tracking.run import RunHandle, Status, finish
@@ -17,40 +18,43 @@ from ofmu_ray.tracking.run import RunHandle, Status, finish
 UNDELIVERED = "undelivered.json"
 
 
-def conclude(folder: Path, handle: RunHandle, *, artifacts: Iterable[Path], status: Status) -> bool:
-    """Bring MLflow what <folder> holds: missing rounds of the series, figures, cost, pages; and close the run.
+def conclude(home: PathLike, handle: RunHandle, *, artifacts: Sequence[str], status: Status) -> bool:
+    """Bring MLflow what <home> holds: missing rounds of the series, figures, cost, pages; and close the run.
+
+    `artifacts`: names of files in <home>.
 
     Returns:
         False when MLflow did not take all of it: `undelivered.json` then says what `deliver_late` has to do.
     """
-    files = list(artifacts)
-    summary = json.loads((folder / "metrics.json").read_text())
-    training = json.loads((folder / "training.json").read_text())
+    summary = json.loads(read_text(join(home, "metrics.json")))
+    training = json.loads(read_text(join(home, "training.json")))
     metrics = {name: figures for name, figures in summary.items() if name not in ("cost", "run")}
     done = not training["undelivered"] or _series(handle, training["series"])
-    done = done and finish(handle, metrics=metrics, cost=summary["cost"], artifacts=files, status=status)
+    with TemporaryDirectory(prefix="ofmu_") as place:
+        files = [local_file(join(home, name), place) for name in artifacts]
+        done = done and finish(handle, metrics=metrics, cost=summary["cost"], artifacts=files, status=status)
     if done:
-        (folder / UNDELIVERED).unlink(missing_ok=True)
+        remove_file(join(home, UNDELIVERED))
     else:  # without the address, which may hold a password
-        names = [path.name for path in files]
-        left = {"run_id": handle.run_id, "experiment_id": handle.experiment_id, "status": status, "artifacts": names}
-        atomic_write(folder / UNDELIVERED, json.dumps(left) + "\n")
+        left: dict[str, Any] = {"run_id": handle.run_id, "experiment_id": handle.experiment_id, "status": status}
+        left["artifacts"] = list(artifacts)
+        atomic_write(join(home, UNDELIVERED), json.dumps(left) + "\n")
     return done
 
 
-def deliver_late(folder: Path, config: TrackingConfig, storage: str) -> bool | None:
+def deliver_late(home: PathLike, config: TrackingConfig, storage: str) -> bool | None:
     """What `conclude` could not deliver when the run ended; None: there is nothing, False: still not."""
-    path = folder / UNDELIVERED
-    if not path.exists():
+    path = join(home, UNDELIVERED)
+    if not is_file(path):
         return None
-    left: dict[str, Any] = json.loads(path.read_text())
+    left = json.loads(read_text(path))
     uri = resolve_uri(config.uri, storage)
     try:
         check_reachable(uri)
     except UserError:
         return False
     handle = RunHandle(left["run_id"], uri, left["experiment_id"])
-    return conclude(folder, handle, artifacts=[folder / name for name in left["artifacts"]], status=left["status"])
+    return conclude(home, handle, artifacts=left["artifacts"], status=left["status"])
 
 
 def _series(handle: RunHandle, series: Iterable[Mapping[str, float]]) -> bool:

@@ -182,7 +182,7 @@ def _experiment(client: Any, name: str, uri: str, storage: str) -> str:
         # A server decides itself; a database would put artifacts under the working directory.
         on_server = uri.startswith(("http", "databricks"))
         try:
-            return str(client.create_experiment(name, None if on_server else _artifact_location(storage)))
+            return str(client.create_experiment(name, None if on_server else _artifact_location(uri, storage)))
         except MlflowException:
             experiment = client.get_experiment_by_name(name)  # another driver was first
             if experiment is None:
@@ -195,8 +195,12 @@ def _experiment(client: Any, name: str, uri: str, storage: str) -> str:
     return str(experiment.experiment_id)
 
 
-def _artifact_location(storage: str) -> str:
-    return join(storage, "mlartifacts") if is_uri(storage) else (local_path(storage) / "mlartifacts").as_uri()
+def _artifact_location(uri: str, storage: str) -> str:
+    """In the storage; beside a SQLite file when the storage is a URI, for which MLflow would need boto3 and others."""
+    file = connection.sqlite_file(uri)
+    if not is_uri(storage):
+        return (local_path(storage) / "mlartifacts").as_uri()
+    return (file.parent / "mlartifacts").as_uri() if file is not None else join(storage, "mlartifacts")
 
 
 def _find(client: Any, experiment_id: str, run_name: str, values: Mapping[str, str]) -> Any | None:

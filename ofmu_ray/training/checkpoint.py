@@ -23,6 +23,7 @@ from ofmu_ray.engines.protocol import Engine
 from ofmu_ray.engines.reshard import reshard
 from ofmu_ray.errors import UserError
 from ofmu_ray.methods.protocol import Method
+from ofmu_ray.storage import explained
 from ofmu_ray.training import integrity
 from ofmu_ray.training.session import Session
 
@@ -61,16 +62,23 @@ class LoopState:
 
 
 def save(state: LoopState, engine: Engine, method: Method, session: Session) -> None:
-    """Report a checkpoint to the session. Collective; returns when this rank's files are in storage."""
+    """Report a checkpoint to the session. Collective; returns when this rank's files are in storage.
+
+    Raises:
+        StorageError: no room, no rights or no answer, on this machine or in the storage; older checkpoints stay.
+    """
     folder = Path(tempfile.mkdtemp(prefix="ofmu_checkpoint_"))
-    torch.save(engine.state_dict(), _shard(folder, session.rank))
-    if session.rank == 0:
-        readable = asdict(state)
-        series = readable.pop("series")
-        readable["method"] = method.state_dict()
-        readable["account"] = engine.account.state()
-        (folder / "state.json").write_text(json.dumps(readable, indent=2) + "\n")
-        (folder / "series.jsonl").write_text("".join(json.dumps(row) + "\n" for row in series))
+    shard = engine.state_dict()
+    with explained(folder, "temporary files"):
+        with _shard(folder, session.rank).open("wb", buffering=0) as file:  # else torch hides that the disk is full
+            torch.save(shard, file)
+        if session.rank == 0:
+            readable = asdict(state)
+            series = readable.pop("series")
+            readable["method"] = method.state_dict()
+            readable["account"] = engine.account.state()
+            (folder / "state.json").write_text(json.dumps(readable, indent=2) + "\n")
+            (folder / "series.jsonl").write_text("".join(json.dumps(row) + "\n" for row in series))
     integrity.write_manifest(folder, session.rank, session.world)
     # the end of a stopped run stands at an earlier round, whose checkpoint must not be written over
     suffix = "" if state.status == "running" else f"_{state.status}"

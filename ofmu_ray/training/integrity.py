@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-MANIFEST = "manifest.json"
-
-Files = dict[str, dict[str, Any]]
-"""File name -> {"bytes", "sha256"}."""
+from ofmu_ray.storage.manifest import MANIFEST, Files, difference, fingerprints
 
 
 def write_manifest(folder: Path, rank: int, world: int) -> None:
     """Rank 0 writes sizes and checksums of every rank's files into its folder. Collective."""
-    own = {path.name: fingerprint(path) for path in sorted(folder.iterdir())}
+    own = fingerprints(folder)
     files: Files = {}
     for part in gathered(own, world):
         files |= part
@@ -41,7 +36,7 @@ def _damage(folder: Path, rank: int, world: int) -> str | None:
     try:
         files: Files = json.loads((folder / MANIFEST).read_text())["files"]
         for name in sorted(files)[rank::world]:
-            reason = _difference(folder / name, files[name])
+            reason = difference(folder / name, files[name])
             if reason is not None:
                 return reason
     except FileNotFoundError:
@@ -49,23 +44,6 @@ def _damage(folder: Path, rank: int, world: int) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is not readable"
     return None
-
-
-def _difference(path: Path, written: Mapping[str, Any]) -> str | None:
-    if not path.is_file():
-        return f"{path.name} is missing"
-    if path.stat().st_size != written["bytes"]:
-        return f"{path.name} has {path.stat().st_size} bytes instead of {written['bytes']}"
-    if fingerprint(path)["sha256"] != written["sha256"]:
-        return f"{path.name} does not match its checksum"
-    return None
-
-
-def fingerprint(path: Path) -> dict[str, Any]:
-    """Size in bytes and SHA-256 of a file."""
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
 
 
 def gathered(value: Any, world: int) -> list[Any]:

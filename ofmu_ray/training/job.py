@@ -14,10 +14,10 @@ from ofmu_ray.training.stages import Stages
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerJob:
-    """Everything a worker needs; paths are on storage that every node sees."""
+    """Everything a worker needs; paths and URIs are of storage that every node sees."""
 
     run_dir: str
-    """Folder of the run; the exported model goes to <run_dir>/model."""
+    """Folder or URI of the run; the exported model goes to <run_dir>/model."""
     plan_dir: str
     """The batch plan (ofmu_ray.data.plan)."""
     config_hash: str

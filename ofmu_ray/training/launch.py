@@ -15,7 +15,8 @@ from typing import Any
 import ray
 import yaml
 
-from ofmu_ray.errors import UserError
+from ofmu_ray.errors import UserError, causes
+from ofmu_ray.storage import join, locate, read_text
 from ofmu_ray.training.job import WorkerJob
 from ofmu_ray.training.progress import Display, Progress
 
@@ -169,6 +170,7 @@ def fit(job: WorkerJob, title: str) -> dict[str, Any]:
     if gpu:
         resources["GPU"] = training.gpus_per_worker
     threads = str(max(1, int(training.cpus_per_worker)))
+    filesystem, inside = locate(job.run_dir)
     progress = Progress.remote()  # type: ignore[attr-defined]
     # a collective must not give up before the watchdog, which says who was to blame
     patience = max(COLLECTIVE_TIMEOUT_SECONDS, ceil(training.round_timeout or 0) + 60)
@@ -179,7 +181,8 @@ def fit(job: WorkerJob, title: str) -> dict[str, Any]:
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=patience),
         run_config=RunConfig(
             name="train",
-            storage_path=str(Path(job.run_dir)),
+            storage_path=inside,
+            storage_filesystem=filesystem,
             checkpoint_config=CheckpointConfig(num_to_keep=training.keep_checkpoints),
             failure_config=FailureConfig(max_failures=training.max_failures),
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | {"OMP_NUM_THREADS": threads}},
@@ -193,21 +196,10 @@ def fit(job: WorkerJob, title: str) -> dict[str, Any]:
             if mistake is not None:
                 raise mistake from None
             raise
-    summary: dict[str, Any] = json.loads((Path(job.run_dir) / "training.json").read_text())
+    summary: dict[str, Any] = json.loads(read_text(join(job.run_dir, "training.json")))
     return summary
 
 
 def user_error_within(error: BaseException | None) -> UserError | None:
     """The user's mistake inside an error that Ray wrapped, if there is one."""
-    seen: set[int] = set()
-    queue = [error]
-    while queue:
-        current = queue.pop()
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        if isinstance(current, UserError):
-            return current
-        queue += [current.__cause__, current.__context__, getattr(current, "cause", None)]
-        queue += list(getattr(current, "worker_failures", {}).values())
-    return None
+    return next((cause for cause in causes(error) if isinstance(cause, UserError)), None)

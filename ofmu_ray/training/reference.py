@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from ofmu_ray.algorithm.losses import row_sums, token_nll
-from ofmu_ray.assets import resolve_builtin
+from ofmu_ray.assets import model_source, resolve_builtin
 from ofmu_ray.config import ModelConfig
 from ofmu_ray.data import refusals
 from ofmu_ray.data.batches import IGNORE, collate
@@ -302,7 +302,7 @@ def _answer_tokens(row: Row) -> int:
 def _text_config(model: ModelConfig) -> Any:
     from transformers import AutoConfig
 
-    path = resolve_builtin(model.path)
+    path = model_source(model.path)
     return AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code).get_text_config()
 
 

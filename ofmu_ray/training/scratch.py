@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from ofmu_ray.config import ModelConfig, TrainConfig
-from ofmu_ray.storage import atomic_dir
+from ofmu_ray.storage import PathLike, atomic_dir
 
 
-def write_initial_model(folder: Path, config: TrainConfig) -> None:
+def write_initial_model(folder: PathLike, config: TrainConfig) -> None:
     """Write a Hugging Face directory with configuration, weights and tokenizer; the same seed gives the same bytes.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ofmu_ray.storage import atomic_dir
+from ofmu_ray.storage import atomic_dir, explained, join
 
 
 class Session(Protocol):
@@ -33,9 +33,11 @@ class Session(Protocol):
 class RaySession:
     """A worker of Ray Train."""
 
-    def __init__(self) -> None:
+    def __init__(self, home: str) -> None:
         import ray.train
 
+        self.home = home
+        """Of the run; a checkpoint lies in <home>/train."""
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self._taken: set[str] = set()
@@ -54,13 +56,14 @@ class RaySession:
         while name in self._taken:
             name += "_again"
         self._taken.add(name)
-        ray.train.report(
-            {"round": done},
-            checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
-            checkpoint_dir_name=name,
-            checkpoint_upload_mode=ray.train.CheckpointUploadMode.SYNC,
-            delete_local_checkpoint_after_upload=True,
-        )
+        with explained(join(self.home, "train", name), "checkpoint"):
+            ray.train.report(
+                {"round": done},
+                checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
+                checkpoint_dir_name=name,
+                checkpoint_upload_mode=ray.train.CheckpointUploadMode.SYNC,
+                delete_local_checkpoint_after_upload=True,
+            )
 
     def checkpoints(self) -> Sequence[tuple[str, AbstractContextManager[Path]]]:
         import ray.train

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
 from ofmu_ray.data.batches import collate
+from ofmu_ray.data.sidecar import read_rows
 from ofmu_ray.engines.language import IGNORED
 from ofmu_ray.engines.protocol import Batch, Engine
 
@@ -19,7 +19,7 @@ class UtilityProbe:
     """Holds this rank's share of the sample; every rank runs the same number of batches (ZeRO-3 is collective)."""
 
     def __init__(self, rows_path: str, rank: int, world: int, pad_id: int):
-        rows = pq.read_table(rows_path).to_pylist()
+        rows = read_rows(rows_path).to_pylist()
         share = -(-len(rows) // world)
         mine = rows[rank * share : (rank + 1) * share]
         self.weights = [1.0] * len(mine) + [0.0] * (share - len(mine))

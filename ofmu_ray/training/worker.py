@@ -27,7 +27,7 @@ from ofmu_ray.training.watchdog import Watchdog
 def worker_loop(config: dict[str, Any]) -> None:
     """The function that Ray Train runs. `config` holds the `WorkerJob` and the progress actor."""
     job: WorkerJob = config["job"]
-    session = RaySession()
+    session = RaySession(job.run_dir)
     torch.set_num_threads(max(1, int(job.training.cpus_per_worker)))
     watchdog = Watchdog(session.rank, job.training.round_timeout, config.get("progress"))
     worker = Worker(job, session, config.get("progress"), watchdog)

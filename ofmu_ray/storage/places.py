@@ -1,0 +1,148 @@
+"""Files and folders at a place, which is a local path or a URI; what appears there appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ofmu_ray.errors import UserError
+from ofmu_ray.storage import local
+from ofmu_ray.storage.names import PathLike, absolute, is_uri, local_path, name_of, split_query, without_credentials
+from ofmu_ray.storage.trouble import refusal
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+
+def locate(path: PathLike, option: str = "storage", *, wait: bool = True) -> tuple[FileSystem, str]:
+    """pyarrow's file system of a local path or URI, and the path in it. `wait`: try S3 again for about a minute.
+
+    Raises:
+        UserError: the scheme is not one that pyarrow serves (s3, gs, hdfs); `option` is what the user can correct.
+    """
+    from pyarrow import ArrowInvalid
+    from pyarrow.fs import FileSystem, LocalFileSystem
+
+    if not is_uri(path):
+        return LocalFileSystem(), str(local_path(path))
+    try:
+        filesystem, inside = FileSystem.from_uri(os.fspath(path))
+    except (ArrowInvalid, OSError) as error:
+        reason = refusal(error) or (  # S3 is asked for the bucket's region
+            f"not a location pyarrow can open ({type(error).__name__}); use a local path, s3://bucket/key or "
+            "gs://bucket/key"
+        )
+        raise UserError(f"{option} = {without_credentials(path)}: {reason}") from None
+    if not wait:
+        return filesystem, inside
+    from ofmu_ray.storage.patient import patient
+
+    return patient(filesystem), inside
+
+
+def is_file(path: PathLike) -> bool:
+    """Whether a file stands at `path`."""
+    from pyarrow.fs import FileType
+
+    filesystem, inside = locate(path)
+    return bool(filesystem.get_file_info(inside).type == FileType.File)
+
+
+def read_text(path: PathLike) -> str:
+    """The content of a file.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    filesystem, inside = locate(path)
+    with filesystem.open_input_stream(inside) as file:
+        return str(file.readall().decode())
+
+
+def write_text(path: PathLike, text: str) -> None:
+    """Write a file of a folder that is not `published` yet; on a local disk it may be left half-written."""
+    filesystem, inside = locate(path)
+    with filesystem.open_output_stream(inside) as file:
+        file.write(text.encode())
+
+
+def atomic_write(path: PathLike, content: str | bytes) -> None:
+    """Write a file whole; a reader sees the old content or the new, never a part. Local folders are made as needed."""
+    data = content.encode() if isinstance(content, str) else content
+    if not is_uri(path):
+        local.write_whole(local_path(path), data)
+        return
+    filesystem, inside = locate(path)
+    with filesystem.open_output_stream(inside) as file:  # an object appears when its upload is complete
+        file.write(data)
+
+
+def local_file(path: PathLike, folder: PathLike) -> Path:
+    """A file as one of this machine: itself, or a copy of a URI's in `folder`."""
+    if not is_uri(path):
+        return local_path(path)
+    filesystem, inside = locate(path)
+    copy = Path(folder, name_of(path))
+    with filesystem.open_input_stream(inside) as file:
+        copy.write_bytes(file.readall())
+    return copy
+
+
+def remove_file(path: PathLike) -> None:
+    """Delete a file, if it is there."""
+    if is_file(path):
+        filesystem, inside = locate(path)
+        filesystem.delete_file(inside)
+
+
+def remove_folder(directory: PathLike) -> None:
+    """Delete a folder and all in it, if it is there."""
+    from pyarrow.fs import FileType
+
+    filesystem, path = locate(directory)
+    if filesystem.get_file_info(path).type == FileType.Directory:
+        filesystem.delete_dir(path)
+
+
+@contextmanager
+def published(directory: PathLike, marker: str) -> Iterator[str]:
+    """A folder beside `directory` to write into; moved into place when the block ends well, removed otherwise.
+
+    Readers take a folder for complete when it holds `marker`. Where another process published a complete folder
+    meanwhile, that one stays. Local folders move by one rename; on object stores, which cannot rename a folder, files
+    are copied one by one and the marker last.
+    """
+    stem, query = split_query(absolute(directory))
+    partial = f"{stem.rstrip('/')}.partial-{uuid.uuid4().hex[:12]}{query}"
+    filesystem, path = locate(partial)
+    filesystem.create_dir(path, recursive=True)
+    try:
+        yield partial
+        _publish(filesystem, path, locate(directory)[1], marker)
+    except BaseException:
+        remove_folder(partial)
+        raise
+
+
+def _publish(filesystem: FileSystem, partial: str, final: str, marker: str) -> None:
+    from pyarrow.fs import FileSelector, FileType, LocalFileSystem
+
+    if isinstance(filesystem, LocalFileSystem):
+        if Path(final, marker).exists():  # another process published the same content meanwhile
+            filesystem.delete_dir(partial)
+            return
+        if Path(final).exists():
+            filesystem.delete_dir(final)
+        os.replace(partial, final)
+        return
+    found = filesystem.get_file_info(FileSelector(partial, recursive=True))
+    files = sorted((info.path for info in found if info.type == FileType.File), key=lambda p: p.endswith(marker))
+    for path in files:
+        target = final + path[len(partial) :]
+        filesystem.create_dir(target.rpartition("/")[0], recursive=True)
+        filesystem.copy_file(path, target)
+    filesystem.delete_dir(partial)

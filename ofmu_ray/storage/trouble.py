@@ -1,0 +1,76 @@
+"""What a disk or an object store refuses, in one sentence with the place and the remedy."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ofmu_ray.errors import StorageError, UserError, causes
+from ofmu_ray.storage.names import PathLike, without_credentials
+
+_NUMBERS = {
+    "room": {errno.ENOSPC, errno.EDQUOT, errno.EFBIG},
+    "rights": {errno.EACCES, errno.EPERM, errno.EROFS},
+}
+# pyarrow gives the codes of AWS and Google, safetensors the system's words, as text only
+_WORDS = {
+    "room": re.compile(r"No space left on device|Disk quota exceeded|File too large"),
+    "rights": re.compile(
+        r"AWS Error (ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|INVALID_CLIENT_TOKEN_ID|EXPIRED_TOKEN"
+        r"|INVALID_TOKEN|UNRECOGNIZED_CLIENT|MISSING_AUTHENTICATION_TOKEN)|HTTP status 40[13]|PERMISSION_DENIED"
+        r"|UNAUTHENTICATED"
+    ),
+    "bucket": re.compile(r"AWS Error (NO_SUCH_BUCKET)|[Bb]ucket .*(not found|does not exist)"),
+    "silence": re.compile(
+        r"AWS Error (NETWORK_CONNECTION|SERVICE_UNAVAILABLE|SLOW_DOWN|INTERNAL_FAILURE|THROTTLING|REQUEST_TIMEOUT)"
+        r"|HTTP status 5\d\d|UNAVAILABLE|DEADLINE_EXCEEDED"
+    ),
+}
+_SENTENCES = {
+    "room": "no room left there: make room, or name another place",
+    "rights": "access was refused: check the credentials (environment, profile or role, on every node) and their right "
+    "to list, read, write and delete there",
+    "bucket": "there is no such bucket: create it, or correct the name",
+    "silence": "the store does not answer: check the address and the network",
+}
+_LONGEST_DETAIL = 300
+
+
+@contextmanager
+def explained(place: PathLike, option: str = "storage") -> Iterator[None]:
+    """Turn what storage refuses in this block into a StorageError that names `option` and `place`.
+
+    An error that names its own file is told with that file; one of another kind passes as it is.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        for cause in causes(error):
+            reason = refusal(cause)
+            if reason is not None:
+                where = getattr(cause, "filename", None) or without_credentials(place)
+                raise StorageError(f"{where} ({option}): {reason}; then the same command goes on from here") from error
+        raise
+
+
+def refusal(error: BaseException) -> str | None:
+    """What is wrong with the storage, and the remedy, if that is what an error tells of."""
+    kind = _kind(error)
+    return None if kind is None else f"{_SENTENCES[kind]} ({' '.join(str(error).split())[:_LONGEST_DETAIL]})"
+
+
+def _kind(error: BaseException) -> str | None:
+    number = error.errno if isinstance(error, OSError) else None
+    for kind, numbers in _NUMBERS.items():
+        if number in numbers:
+            return kind
+    text = str(error) if isinstance(error, (OSError, RuntimeError)) or _is_safetensors(error) else ""
+    return next((kind for kind, words in _WORDS.items() if words.search(text)), None)
+
+
+def _is_safetensors(error: BaseException) -> bool:
+    return type(error).__name__ == "SafetensorError"

@@ -1,0 +1,136 @@
+"""Folders and models in an object store: whole or not taken, tried again, and refused in a sentence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from s3_server import BUCKET, Proxy, Server, proxy, s3_server
+
+from ofmu_ray import storage
+from ofmu_ray.assets import resolve_builtin
+from ofmu_ray.config import EvaluationConfig, FormatConfig
+from ofmu_ray.data.sidecar import Values, has_table, new_table
+from ofmu_ray.errors import StorageError, UserError
+from ofmu_ray.evaluation.runner import evaluate_model
+from pipelines import train, unlearn
+
+MODEL = Path(resolve_builtin("builtin:people/target"))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with s3_server() as running:
+        yield running
+
+
+@pytest.fixture
+def way(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Proxy]:
+    """This process reaches the server through a proxy, and has a cache of its own."""
+    with proxy(server) as (before, state):
+        for name, value in before.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        yield state
+
+
+def put(place: str, files: dict[str, str]) -> None:
+    with storage.atomic_dir(place) as folder:
+        for name, content in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(content)
+
+
+def content(place: str) -> dict[str, str]:
+    folder = storage.fetched(place)
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_comes_and_goes_through_a_network_that_breaks(server: Server, way: Proxy) -> None:
+    place, files = f"{server.bucket}/broken/way", {"a": "1" * 100_000, "sub/b": "2"}
+    way.broken = {"PUT": 2, "POST": 3}
+    put(place, files)
+    assert way.failures == 5
+    way.broken = {"GET": 3, "HEAD": 2}
+    assert content(place) == files
+    assert way.failures == 10
+    put(place, {"a": "new"})
+    assert content(place) == {"a": "new"}
+    assert server.keys("broken") == ["broken/way/a", "broken/way/manifest.json"]
+
+
+def test_what_is_half_written_or_damaged_is_not_taken(server: Server, way: Proxy) -> None:
+    place = f"{server.bucket}/bad/way"
+    with pytest.raises(UserError, match=r"model\.path = s3://bucket/bad/way: nothing is there"):
+        storage.fetched(place, "model.path")
+    way.spoil = lambda path, body: body.replace(b"weights", b"weighty")
+    with pytest.raises(StorageError, match="s3://bucket/bad/way/a: what was read back is not what was written"):
+        put(place, {"a": "weights"})
+    assert not storage.is_whole(place)
+    with pytest.raises(UserError, match="s3://bucket/bad/way is half-written"):
+        storage.fetched(place)
+
+    way.spoil = lambda path, body: body
+    put(place, {"a": "weights"})
+    server.client.put_object(Bucket=BUCKET, Key="bad/way/a", Body=b"weighty")
+    with pytest.raises(StorageError, match="a does not match its checksum"):
+        storage.fetched(place)
+    listing = {"complete": True, "files": {"../../a": {"bytes": 1, "sha256": ""}}}
+    server.client.put_object(Bucket=BUCKET, Key="bad/way/manifest.json", Body=json.dumps(listing).encode())
+    with pytest.raises(UserError, match="names a file outside of it"):
+        storage.fetched(place)
+
+
+def test_a_table_is_mapped_and_leaves_nothing_on_the_machine(server: Server, way: Proxy, tmp_path: Path) -> None:
+    for place in (f"{server.bucket}/tables/one", str(tmp_path / "one")):
+        with new_table(place, ["x", "y"], np.array([2, 1]), [3], "float16", {}) as (values, starts):
+            values[:] = np.arange(9).reshape(3, 3)
+            assert starts.tolist() == [0, 2]
+        assert has_table(place)
+        assert Values(place).rows(["y", "x"]).tolist() == [[6, 7, 8], [0, 1, 2], [3, 4, 5]]
+    assert np.load(tmp_path / "one/values.npy").shape == (3, 3)
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+
+
+def test_a_model_in_a_store_is_evaluated_as_a_folder_is(server: Server, way: Proxy, tmp_path: Path) -> None:
+    """Uploaded by other means, so without a manifest; its values are kept in the store too."""
+    for path in MODEL.iterdir():
+        server.client.put_object(Bucket=BUCKET, Key=f"models/target/{path.name}", Body=path.read_bytes())
+    rows = {"retain": [{"question": "Who is it?", "answer": "Nobody."}, {"question": "Where?", "answer": "There."}]}
+    config, tables = EvaluationConfig(max_new_tokens=0), []
+    for model, cache in ((f"{server.bucket}/models/target", f"{server.bucket}/cache"), (str(MODEL), str(tmp_path))):
+        tables.append(evaluate_model(model, model, rows, FormatConfig(), config, cache, label="target"))
+    assert tables[0].equals(tables[1])
+    (key,) = server.keys("cache")
+    assert [path.name for path in (tmp_path / "evaluation").iterdir()] == [Path(key).name]
+
+
+def test_a_storage_that_refuses_is_found_out_at_the_start(server: Server, way: Proxy, capsys) -> None:
+    fit = ["--data.train.path", "builtin:people/retain.jsonl"]
+
+    def told(place: str, command=unlearn, *options: str) -> str:
+        assert command.main(["--storage", place, "--name", "x", "--tracking.uri", "sqlite:///never.db", *options]) == 2
+        return capsys.readouterr().err
+
+    before = server.keys()
+    with server.refusing():
+        for said in (told(f"{server.bucket}/runs"), told(f"{server.bucket}/runs", train, *fit)):
+            assert "storage = 's3://bucket/runs': access was refused: check the credentials" in said
+    assert "storage = 's3://nobody/runs': there is no such bucket" in told("s3://nobody/runs")
+    secret = told("s3://key:secret@bucket/runs")
+    assert "comes with credentials" in secret
+    assert "secret@" not in secret
+    way.broken = {"POST": 99, "PUT": 99}
+    assert "does not answer" in told(f"{server.bucket}/runs")
+    assert server.keys() == before
+    assert not Path("never.db").exists()
+
+
+def test_credentials_that_expire_on_the_way(server: Server, way: Proxy) -> None:
+    refused = r"s3://bucket/late \(storage\): access was refused: check the credentials"
+    with server.refusing(), pytest.raises(StorageError, match=refused) as caught:
+        put(f"{server.bucket}/late", {"a": "a"})
+    assert caught.value.status == 1
