@@ -98,7 +98,7 @@ MISTAKES = {
     "torch engine on two workers": (["--training.engine", "torch", "--training.workers", "2"], "training.engine"),
     "exact curvature on DeepSpeed": (["--ofmu.curvature", "exact"], "--training.engine torch"),
     "MLflow not reachable": (["--tracking.uri", "http://127.0.0.1:9"], "tracking.uri"),
-    "runs in object storage": (["--storage", "s3://bucket/runs"], "storage"),
+    "credentials in the storage": (["--storage", "s3://key:secret@bucket/runs"], "storage"),
 }
 
 

@@ -69,7 +69,7 @@ class UnlearnConfig:
     name: str | None = None
     """Run name; the same name resumes. null: derived from the configuration's hash."""
     storage: str = "runs"
-    """Folder of runs, checkpoints and caches; on a cluster, one that all nodes share."""
+    """Folder or URI (s3://, gs://) of runs, checkpoints and caches; on a cluster, a folder that all nodes share."""
     seed: int = 0
     """Seed of the batch order."""
     method: MethodName = "ofmu"
@@ -192,7 +192,7 @@ class TrainConfig:
     name: str | None = None
     """Run name; the same name resumes. null: derived from the configuration's hash."""
     storage: str = "runs"
-    """Folder of runs, checkpoints and caches; on a cluster, one that all nodes share."""
+    """Folder or URI (s3://, gs://) of runs, checkpoints and caches; on a cluster, a folder that all nodes share."""
     seed: int = 0
     """Seed of the initial weights and of the batch order."""
     model: ModelConfig | None = None

@@ -107,6 +107,8 @@ def contents(path: PathLike) -> Files:
     if not is_file(join(path, MANIFEST)):
         return _listed(path)
     content = json.loads(read_text(join(path, MANIFEST)))
+    if "complete" not in content:  # someone else's file of this name
+        return _listed(path)
     if not content["complete"]:
         raise UserError(
             f"{without_credentials(path)} is half-written: whatever wrote it was interrupted (the same command "
@@ -121,7 +123,7 @@ def is_whole(path: PathLike) -> bool:
     if not is_uri(path):
         return local_path(path).is_dir()
     manifest = join(path, MANIFEST)
-    return is_file(manifest) and bool(json.loads(read_text(manifest))["complete"])
+    return is_file(manifest) and bool(json.loads(read_text(manifest)).get("complete"))
 
 
 def _listed(path: PathLike) -> Files:

@@ -17,9 +17,13 @@ from ofmu_ray.storage.trouble import refusal
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
+IMPATIENT_SECONDS = 10
+
 
 def locate(path: PathLike, option: str = "storage", *, wait: bool = True) -> tuple[FileSystem, str]:
-    """pyarrow's file system of a local path or URI, and the path in it. `wait`: try S3 again for about a minute.
+    """pyarrow's file system of a local path or URI, and the path in it.
+
+    `wait`: a store that does not answer is asked again for a minute (S3) or more (Google); otherwise for some seconds.
 
     Raises:
         UserError: the scheme is not one that pyarrow serves (s3, gs, hdfs); `option` is what the user can correct.
@@ -30,7 +34,7 @@ def locate(path: PathLike, option: str = "storage", *, wait: bool = True) -> tup
     if not is_uri(path):
         return LocalFileSystem(), str(local_path(path))
     try:
-        filesystem, inside = FileSystem.from_uri(os.fspath(path))
+        filesystem, inside = FileSystem.from_uri(os.fspath(path) if wait else _impatient(path))
     except (ArrowInvalid, OSError) as error:
         reason = refusal(error) or (  # S3 is asked for the bucket's region
             f"not a location pyarrow can open ({type(error).__name__}); use a local path, s3://bucket/key or "
@@ -42,6 +46,13 @@ def locate(path: PathLike, option: str = "storage", *, wait: bool = True) -> tup
     from ofmu_ray.storage.patient import patient
 
     return patient(filesystem), inside
+
+
+def _impatient(uri: PathLike) -> str:
+    """The URI with seconds instead of Google's quarter of an hour; S3's file system is impatient by itself."""
+    stem, query = split_query(uri)
+    limit = f"{'&' if query else '?'}retry_limit_seconds={IMPATIENT_SECONDS}"
+    return stem + query + (limit if stem.startswith(("gs://", "gcs://")) else "")
 
 
 def is_file(path: PathLike) -> bool:

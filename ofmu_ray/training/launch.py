@@ -16,7 +16,7 @@ import ray
 import yaml
 
 from ofmu_ray.errors import UserError, causes
-from ofmu_ray.storage import join, locate, read_text
+from ofmu_ray.storage import is_uri, join, locate, read_text
 from ofmu_ray.training.job import WorkerJob
 from ofmu_ray.training.progress import Display, Progress
 
@@ -163,7 +163,8 @@ def fit(job: WorkerJob, title: str) -> dict[str, Any]:
     from ofmu_ray.training import registry
     from ofmu_ray.training.worker import worker_loop
 
-    registry.mend(Path(job.run_dir) / "train")
+    if not is_uri(job.run_dir):  # an object is there or not, never torn
+        registry.mend(Path(job.run_dir) / "train")
     training = job.training
     gpu = training.gpus_per_worker > 0
     resources = {"CPU": training.cpus_per_worker}
