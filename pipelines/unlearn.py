@@ -11,7 +11,7 @@ from typing import Any
 
 from ofmu_ray.config import ModelConfig, UnlearnConfig, outcome_hash
 from ofmu_ray.errors import UserError
-from ofmu_ray.storage import explained, join, name_of, remove_file, remove_folder
+from ofmu_ray.storage import drop_copies, explained, join, name_of, remove_file, remove_folder
 from pipelines import results
 from pipelines.evaluation import Evaluator
 from pipelines.parse import fail, parse
@@ -118,6 +118,7 @@ def _run(run: Run, tokenizer: Any, digest: str) -> int:
         say(f"mlflow  did not take everything; the same command brings it the rest later, from {run.home}")
     results.show(summary)
     remove_folder(join(run.home, "train"))  # the checkpoints
+    drop_copies(join(run.home, "model"))
     return 0 if status == "FINISHED" else 1
 
 

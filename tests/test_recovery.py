@@ -17,6 +17,7 @@ from mlflow import MlflowClient
 from mlflow_server import mlflow_server
 from s3_server import s3_server
 from safetensors.torch import load_file
+from small_disk import small_disk
 
 from ofmu_ray.assets import resolve_builtin
 
@@ -176,6 +177,22 @@ def test_a_run_in_an_object_store_goes_on_on_another_machine(undisturbed, tmp_pa
         shown = (tmp_path / "third/x.log").read_text()
         assert "x is finished already" in shown
         assert "s3://bucket/runs/x/model" in shown
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(undisturbed, tmp_path):
+    """Room for one checkpoint (6 MB) and not for two; with more room the same command goes on."""
+    disk, tracking = tmp_path / "disk", ["--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db"]
+    options = [*TWO_WORKERS, *tracking, "--training.max_failures", "0"]
+    with small_disk(disk, "10m") as resize:
+        driver = start(tmp_path, "full", *options, storage=str(disk))
+        assert driver.wait(timeout=PATIENCE_SECONDS) == 1
+        told = (tmp_path / "full.log").read_text()
+        assert f"{checkpoint(disk, 'full', 8)} (checkpoint): no room left there: make room" in told
+        assert "Traceback" not in told
+        assert checkpoint(disk, "full", 0).joinpath("manifest.json").exists()
+        resize("200m")
+        wait(start(tmp_path, "full", *options, storage=str(disk)), tmp_path, "full")
+        assert weights(disk, "full") == undisturbed
 
 
 def test_another_configuration_is_refused_and_another_number_of_workers_is_not(storage, undisturbed):

@@ -6,11 +6,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from pyarrow.fs import FileSelector
 from s3_server import s3_server
+from safetensors.torch import save_file
+from small_disk import small_disk
 
 from ofmu_ray import storage
+from ofmu_ray.data.sidecar import new_table
+from ofmu_ray.errors import StorageError
 from ofmu_ray.storage import local
 
 
@@ -41,6 +47,25 @@ def test_a_failed_write_keeps_the_old_content(tmp_path: Path, monkeypatch: pytes
         storage.atomic_write(target, "new")
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_full_disk_is_told_in_a_sentence_and_keeps_what_was_there(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+
+    def write(content: str) -> None:
+        with storage.atomic_dir(disk / "model") as folder:
+            save_file({"a": torch.zeros(len(content))}, folder / content[0])
+
+    def table() -> None:
+        with storage.explained(disk), new_table(f"{disk}/table", ["x"], np.array([1 << 20]), [], "float32", {}):
+            raise AssertionError("there is no room")
+
+    with small_disk(disk, "1m"):
+        write("old")
+        for fill in (lambda: write("new" * 100_000), table):
+            with pytest.raises(StorageError, match=f"{disk}.* no room left there: make room"):
+                fill()
+            assert [path.name for path in disk.rglob("*")] == ["model", "o"]
 
 
 def test_a_folder_takes_its_place_when_it_is_full(tmp_path: Path) -> None:

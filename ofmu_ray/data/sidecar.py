@@ -19,6 +19,7 @@ that has no name on its machine and goes with it). The answer's tokens include E
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -110,6 +111,8 @@ def new_table(
             described = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": full}
             np.lib.format.write_array_header_1_0(file, described)
             file.flush()
+            size = int(np.prod(full)) * np.dtype(dtype).itemsize
+            os.posix_fallocate(file.fileno(), 0, file.tell() + size)  # a full disk is an error here, a SIGBUS later
             values = np.memmap(file, dtype=np.dtype(dtype), mode="r+", offset=file.tell(), shape=full)
             yield values, np.cumsum(entries) - entries
             values.flush()

@@ -13,7 +13,7 @@
 pyarrow is imported where it is used, so that importing this package stays cheap.
 """
 
-from ofmu_ray.storage.folders import atomic_dir, contents, fetched, is_whole, new_mapped, node_folder, open_mapped
+from ofmu_ray.storage.folders import atomic_dir, contents, drop_copies, fetched, is_whole, new_mapped, open_mapped
 from ofmu_ray.storage.names import PathLike, absolute, is_uri, join, local_path, name_of, without_credentials
 from ofmu_ray.storage.places import (
     atomic_write,
@@ -34,6 +34,7 @@ __all__ = [
     "atomic_dir",
     "atomic_write",
     "contents",
+    "drop_copies",
     "explained",
     "fetched",
     "is_file",
@@ -45,7 +46,6 @@ __all__ = [
     "locate",
     "name_of",
     "new_mapped",
-    "node_folder",
     "open_mapped",
     "published",
     "read_text",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -25,7 +24,6 @@ from ofmu_ray.storage.places import atomic_write, is_file, locate, read_text
 from ofmu_ray.storage.trouble import explained
 
 CHUNK_BYTES = 16 << 20
-CACHE = "ofmu-ray"
 
 
 @contextmanager
@@ -88,14 +86,27 @@ def fetched(path: PathLike, option: str = "storage") -> Path:
         files, named = contents(path), without_credentials(path)
         if not files:
             raise UserError(f"{option} = {named}: nothing is there")
-        key = hashlib.sha256(json.dumps([named, files], sort_keys=True).encode()).hexdigest()[:32]
-        place = node_folder() / "folders" / key
+        place = _copies(path) / _digest(files)
         place.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{place}.lock"):
             if not place.is_dir():
                 with local.whole_folder(place) as beside:
                     _download(path, files, beside)
     return place
+
+
+def drop_copies(path: PathLike) -> None:
+    """Delete what `fetched` keeps of a URI on this machine."""
+    if is_uri(path):
+        shutil.rmtree(_copies(path), ignore_errors=True)
+
+
+def _copies(path: PathLike) -> Path:
+    return local.node_folder() / "folders" / _digest(without_credentials(path))
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def contents(path: PathLike) -> Files:
@@ -152,11 +163,6 @@ def _download(path: PathLike, files: Files, folder: Path) -> None:
             raise StorageError(f"{without_credentials(path)}: {reason}; it was damaged, write or upload it again")
 
 
-def node_folder() -> Path:
-    """Where this machine keeps copies of what lies at URIs; whatever is there may be deleted when nothing runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / CACHE
-
-
 @contextmanager
 def new_mapped(path: PathLike) -> Iterator[IO[bytes]]:
     """A file that can be memory-mapped, to fill; it stands at `path` when the block has ended.
@@ -188,7 +194,7 @@ def open_mapped(path: PathLike) -> IO[bytes]:
 
 
 def _nameless() -> IO[bytes]:
-    folder = node_folder()
+    folder = local.node_folder()
     folder.mkdir(parents=True, exist_ok=True)
     file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # its user closes it
     return file

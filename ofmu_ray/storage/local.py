@@ -58,6 +58,11 @@ def _swap(new: Path, target: Path) -> None:
     shutil.rmtree(old)
 
 
+def node_folder() -> Path:
+    """Where this machine keeps copies of what lies at URIs; whatever is there may be deleted when nothing runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ofmu-ray"
+
+
 def umask() -> int:
     """The process's file mode mask; it can only be read by setting it."""
     mask = os.umask(0)

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ofmu_ray.errors import StorageError, UserError, causes
-from ofmu_ray.storage.names import PathLike, without_credentials
+from ofmu_ray.storage.local import node_folder
+from ofmu_ray.storage.names import PathLike, is_uri, without_credentials
 
 _NUMBERS = {
     "room": {errno.ENOSPC, errno.EDQUOT, errno.EFBIG},
@@ -52,7 +53,9 @@ def explained(place: PathLike, option: str = "storage") -> Iterator[None]:
         for cause in causes(error):
             reason = refusal(cause)
             if reason is not None:
-                where = getattr(cause, "filename", None) or without_credentials(place)
+                # a store never fills up: what is full is the disk with this machine's copies
+                full = node_folder() if is_uri(place) and _kind(cause) == "room" else without_credentials(place)
+                where = getattr(cause, "filename", None) or full
                 raise StorageError(f"{where} ({option}): {reason}; then the same command goes on from here") from error
         raise
 
