@@ -92,13 +92,15 @@ def check_job_storage(storage: str) -> None:
     Raises:
         UserError: `storage` is relative, or lies in the job's own working directory.
     """
+    if is_uri(storage):
+        return
     text = os.path.expanduser(storage.removeprefix("file://"))
     upload = next((path for path in (Path.cwd(), *Path.cwd().parents) if path.parent.name == UPLOADS), None)
     inside = upload is not None and local_path(storage).is_relative_to(upload)
-    if not is_uri(storage) and (inside or not os.path.isabs(text)):
+    if inside or not os.path.isabs(text):
         raise UserError(
             f"storage = {storage!r}: a submitted job's own folder is removed with all that was written there; name the "
-            "folder that all nodes share by its absolute path (--storage /mnt/...)"
+            "folder that all nodes share by its absolute path (--storage /mnt/...), or a URI (s3://, gs://)"
         )
 
 

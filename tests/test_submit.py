@@ -118,14 +118,14 @@ def test_a_job_does_not_write_into_its_own_folder(tmp_path, monkeypatch):
     upload = tmp_path / UPLOADS / "_ray_pkg_1"
     upload.mkdir(parents=True)
     monkeypatch.chdir(upload)
-    assert prepare_storage("runs") == upload / "runs"
+    assert prepare_storage("runs") == str(upload / "runs")
     monkeypatch.setenv(JOB_VARIABLE, "{}")
     for storage in ("runs", "../../runs", str(upload / "runs"), f"file://{upload}/runs"):
         with pytest.raises(UserError, match="absolute path"):
             prepare_storage(storage)
-    assert prepare_storage(str(tmp_path / "shared")) == tmp_path / "shared"
+    assert prepare_storage(str(tmp_path / "shared")) == str(tmp_path / "shared")
     monkeypatch.chdir("/")  # an image's code, without an upload
-    assert prepare_storage(str(tmp_path / "shared")) == tmp_path / "shared"
+    assert prepare_storage(str(tmp_path / "shared")) == str(tmp_path / "shared")
 
 
 def test_equal_configurations_are_equal_jobs(tmp_path):
