@@ -22,7 +22,7 @@ class StorageError(UserError):
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and all that it came from, also where Ray wrapped it."""
+    """An error and all that it came from as a traceback would show it, also where Ray wrapped it."""
     seen: set[int] = set()
     queue = [error]
     while queue:
@@ -31,5 +31,6 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
             continue
         seen.add(id(current))
         yield current
-        queue += [current.__cause__, current.__context__, getattr(current, "cause", None)]
+        queue += [current.__cause__, None if current.__suppress_context__ else current.__context__]
+        queue += [getattr(current, "cause", None)]
         queue += [getattr(current, "controller_failure", None), *getattr(current, "worker_failures", {}).values()]

@@ -18,21 +18,22 @@ _NUMBERS = {
 # pyarrow gives the codes of AWS and Google, safetensors the system's words, as text only
 _WORDS = {
     "room": re.compile(r"No space left on device|Disk quota exceeded|File too large"),
-    "rights": re.compile(
+    "credentials": re.compile(
         r"AWS Error (ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|INVALID_CLIENT_TOKEN_ID|EXPIRED_TOKEN"
-        r"|INVALID_TOKEN|UNRECOGNIZED_CLIENT|MISSING_AUTHENTICATION_TOKEN)|HTTP status 40[13]|PERMISSION_DENIED"
-        r"|UNAUTHENTICATED"
+        r"|INVALID_TOKEN|UNRECOGNIZED_CLIENT|MISSING_AUTHENTICATION_TOKEN|\S+ \(HTTP status 40[13]\))"
+        r"|google::cloud::Status\((PERMISSION_DENIED|UNAUTHENTICATED)"
     ),
-    "bucket": re.compile(r"AWS Error (NO_SUCH_BUCKET)|[Bb]ucket .*(not found|does not exist)"),
+    "bucket": re.compile(r"AWS Error NO_SUCH_BUCKET"),
     "silence": re.compile(
-        r"AWS Error (NETWORK_CONNECTION|SERVICE_UNAVAILABLE|SLOW_DOWN|INTERNAL_FAILURE|THROTTLING|REQUEST_TIMEOUT)"
-        r"|HTTP status 5\d\d|UNAVAILABLE|DEADLINE_EXCEEDED"
+        r"AWS Error (NETWORK_CONNECTION|SERVICE_UNAVAILABLE|SLOW_DOWN|INTERNAL_FAILURE|THROTTLING|REQUEST_TIMEOUT"
+        r"|\S+ \(HTTP status 5\d\d\))|google::cloud::Status\((UNAVAILABLE|DEADLINE_EXCEEDED)"
     ),
 }
 _SENTENCES = {
     "room": "no room left there: make room, or name another place",
-    "rights": "access was refused: check the credentials (environment, profile or role, on every node) and their right "
-    "to list, read, write and delete there",
+    "rights": "no permission: give the user who runs this the right to read and write there, or name another place",
+    "credentials": "access was refused: check the credentials (environment, profile or role, on every node) and their "
+    "right to list, read, write and delete there",
     "bucket": "there is no such bucket: create it, or correct the name",
     "silence": "the store does not answer: check the address and the network",
 }
@@ -53,11 +54,14 @@ def explained(place: PathLike, option: str = "storage") -> Iterator[None]:
         for cause in causes(error):
             reason = refusal(cause)
             if reason is not None:
-                # a store never fills up: what is full is the disk with this machine's copies
-                full = node_folder() if is_uri(place) and _kind(cause) == "room" else without_credentials(place)
-                where = getattr(cause, "filename", None) or full
-                raise StorageError(f"{where} ({option}): {reason}; then the same command goes on from here") from error
+                where = getattr(cause, "filename", None) or f"{_where(place, cause)} ({option})"
+                raise StorageError(f"{where}: {reason}; then the same command goes on from here") from error
         raise
+
+
+def _where(place: PathLike, error: BaseException) -> PathLike:
+    """A store never fills up: what is full is the disk with this machine's copies."""
+    return node_folder() if is_uri(place) and _kind(error) == "room" else without_credentials(place)
 
 
 def refusal(error: BaseException) -> str | None:
