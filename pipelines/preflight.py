@@ -11,7 +11,7 @@ from typing import Any
 
 from ofmu_ray.assets import model_source
 from ofmu_ray.config import DataConfig, ModelConfig, TrainingConfig, to_dict
-from ofmu_ray.errors import UserError
+from ofmu_ray.errors import StorageError, UserError
 from ofmu_ray.storage import (
     PathLike,
     atomic_write,
@@ -164,7 +164,10 @@ def check_model(config: ModelConfig, option: str = "model.path") -> Any:
     """
     from ofmu_ray.engines.models import load_tokenizer
 
-    path = model_source(config.path, option)
+    try:
+        path = model_source(config.path, option)
+    except StorageError as error:  # nothing has started: the user's to correct
+        raise UserError(str(error)) from None
     if Path(path).is_dir():
         _check_weights(Path(path), option, config.trust_remote_code)
     elif path.startswith((".", "/", "~")) or config.path.startswith("builtin:"):

@@ -108,7 +108,7 @@ def test_a_model_in_a_store_is_evaluated_as_a_folder_is(server: Server, way: Pro
     assert [path.name for path in (tmp_path / "evaluation").iterdir()] == [Path(key).name]
 
 
-def test_a_storage_that_refuses_is_found_out_at_the_start(server: Server, way: Proxy, capsys) -> None:
+def test_a_storage_that_refuses_is_found_out_at_the_start(server: Server, way: Proxy, tmp_path: Path, capsys) -> None:
     fit = ["--data.train.path", "builtin:people/retain.jsonl"]
 
     def told(place: str, command=unlearn, *options: str) -> str:
@@ -119,6 +119,12 @@ def test_a_storage_that_refuses_is_found_out_at_the_start(server: Server, way: P
     with server.refusing():
         for said in (told(f"{server.bucket}/runs"), told(f"{server.bucket}/runs", train, *fit)):
             assert "storage = 's3://bucket/runs': access was refused: check the credentials" in said
+        place = f"{server.bucket}/x"
+        for option, named in (
+            ("model.path", f"{place} (model.path)"),
+            ("data.forget.path", f"data.forget.path = {place}"),
+        ):
+            assert f"{named}: access was refused" in told(str(tmp_path), unlearn, f"--{option}", place)
     assert "storage = 's3://nobody/runs': there is no such bucket" in told("s3://nobody/runs")
     secret = told("s3://key:secret@bucket/runs")
     assert "comes with credentials" in secret

@@ -22,6 +22,7 @@ from pyarrow import fs as pafs
 from ofmu_ray.config import SourceConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage import is_uri, join, locate, without_credentials
+from ofmu_ray.storage.trouble import refusal
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 PARQUET_SUFFIXES = (".parquet", ".pq")
@@ -136,7 +137,8 @@ def _expand(path: str, option: str) -> list[str]:
             found = [inside] if filesystem.get_file_info(inside).type == pafs.FileType.File else []
     except OSError as error:
         shown = without_credentials(path)
-        raise UserError(f"{option}.path = {shown}: cannot be read ({type(error).__name__})") from None
+        reason = refusal(error) or f"cannot be read ({type(error).__name__})"
+        raise UserError(f"{option}.path = {shown}: {reason}") from None
     if not found:
         raise UserError(
             f"{option}.path = {without_credentials(path)}: no file is there; give a JSON Lines or Parquet file, "
