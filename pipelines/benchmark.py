@@ -21,6 +21,7 @@ from ofmu_ray.config import (
 from ofmu_ray.errors import UserError
 from pipelines import benchmark_results as results
 from pipelines.evaluation import Evaluator
+from pipelines.nodes import join_cluster, run_paths
 from pipelines.parse import fail, parse
 from pipelines.pool import Pool
 from pipelines.preflight import check_machine, prepare_folder, public
@@ -51,7 +52,6 @@ def main(arguments: list[str] | None = None) -> int:
 def benchmark(config: BenchmarkConfig, command: list[str]) -> int:
     """Run what is not yet written down under <storage>/<name>/trials, then write tables and report."""
     from ofmu_ray import tracking
-    from ofmu_ray.training.launch import connect
 
     storage = prepare_folder(config.storage)
     training = config.base.training
@@ -65,7 +65,8 @@ def benchmark(config: BenchmarkConfig, command: list[str]) -> int:
     files: list[Path] = []
     try:
         with tracking.system_metrics(handle, enabled=config.base.tracking.system_metrics):
-            connect(training.workers * training.cpus_per_worker, training.workers * training.gpus_per_worker)
+            by_split = [run_paths(config.run(split, config.methods[0]), f"{split}: ") for split in config.splits]
+            join_cluster(training, storage, {option: paths for found in by_split for option, paths in found.items()})
             say(f"benchmark {folder}")
             bench = Benchmark(config, storage, evaluators, spaces, handle)
             complete = bench.run()

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ofmu_ray.assets import resolve_builtin
-from ofmu_ray.config import ModelConfig, config_hash
+from ofmu_ray.config import ModelConfig, TrainingConfig, config_hash
 from ofmu_ray.config.evaluate import RETRAINED, EvaluateConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage import atomic_write, is_uri
 from pipelines.checks import Checks
 from pipelines.evaluation import Evaluator, has_tokenizer, read_sets
+from pipelines.nodes import join_cluster
 from pipelines.parse import fail, parse
 from pipelines.preflight import check_model, prepare_folder, public
 from pipelines.results import write_rows
@@ -35,7 +36,6 @@ def main(arguments: list[str] | None = None) -> int:
 def evaluate(config: EvaluateConfig, command: list[str]) -> int:
     """Evaluate, compare, report. What is in the cache is not run again, so an interrupted evaluation goes on."""
     from ofmu_ray import tracking
-    from ofmu_ray.training.launch import connect
 
     storage = prepare_folder(config.storage)
     folder = storage / (config.name or f"evaluate-{config_hash(config)[:8]}")
@@ -44,7 +44,7 @@ def evaluate(config: EvaluateConfig, command: list[str]) -> int:
     for label, path in models.items():
         _check(path, _option(label), evaluator)
     checks = Checks(config, evaluator, models)
-    connect(1)
+    join_cluster(TrainingConfig(), storage, {_option(label): [path] for label, path in models.items()})
     folder.mkdir(parents=True, exist_ok=True)
     handle = tracking.start(config.tracking, str(storage), folder.name, public(config), {"ofmu.kind": "evaluate"})
     status: Any = "FAILED"

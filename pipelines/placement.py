@@ -24,11 +24,10 @@ def concurrency(training: TrainingConfig, asked: int | None, nodes: list[dict[st
     Raises:
         UserError: not even one trial fits, or `asked` do not.
     """
-    if nodes is None:
-        import ray
+    from ofmu_ray.nodes import alive, room
 
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    workers = sum(_fitting(node, training) for node in nodes)
+    nodes = [dict(node.resources) for node in alive()] if nodes is None else nodes
+    workers = room(nodes, training.cpus_per_worker, training.gpus_per_worker)
     found = workers // training.workers
     one = f"{training.workers} workers x {_words(training.cpus_per_worker, training.gpus_per_worker)}"
     there = "; ".join(_words(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes)
@@ -43,16 +42,6 @@ def concurrency(training: TrainingConfig, asked: int | None, nodes: list[dict[st
             f"time; set --concurrency {found}, or leave it out"
         )
     return asked or found
-
-
-def _fitting(node: dict[str, float], training: TrainingConfig) -> int:
-    """Workers that a node has room for."""
-    shares = [
-        int(node.get(name, 0.0) / need + 1e-9)
-        for name, need in (("CPU", training.cpus_per_worker), ("GPU", training.gpus_per_worker))
-        if need
-    ]
-    return min(shares)
 
 
 def _words(cpus: float, gpus: float) -> str:

@@ -18,6 +18,7 @@ from pipelines import sweep_choice as choice
 from pipelines import sweep_results as results
 from pipelines.benchmark_results import duration, target_figure
 from pipelines.evaluation import Evaluator
+from pipelines.nodes import join_cluster, run_paths
 from pipelines.parse import fail, parse
 from pipelines.placement import check_disk, concurrency
 from pipelines.pool import Pool
@@ -73,7 +74,6 @@ def space_of(config: SweepConfig) -> Space:
 def sweep(config: SweepConfig, command: list[str]) -> int:
     """Run the trials that are not written down yet under <storage>/<name>/trials, then choose, export and report."""
     from ofmu_ray import tracking
-    from ofmu_ray.training.launch import connect
 
     storage, run = prepare_folder(config.storage), config.run
     training, select = run.training, config.select
@@ -101,7 +101,7 @@ def sweep(config: SweepConfig, command: list[str]) -> int:
     complete = False
     try:
         with tracking.system_metrics(handle, enabled=run.tracking.system_metrics):
-            connect(training.workers * training.cpus_per_worker, training.workers * training.gpus_per_worker)
+            join_cluster(training, storage, run_paths(run, "base."))
             at_once = concurrency(training, config.concurrency)
             claim(folder, digest, write=True)
             say(f"sweep   {folder}")

@@ -12,6 +12,7 @@ from typing import Any
 from ofmu_ray.config import ModelConfig, StopConfig, TrainConfig, outcome_hash
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage import atomic_write, explained, is_file, is_whole, join, name_of, remove_folder
+from pipelines.nodes import join_cluster, model_paths, source_paths
 from pipelines.parse import fail, parse
 from pipelines.preflight import check_machine, check_model, claim, placed, prepare_storage, public
 from pipelines.terminal import say
@@ -54,11 +55,12 @@ def _fit(
     from ofmu_ray.data.plan import write_plan
     from ofmu_ray.data.prepare import prepare_streams
     from ofmu_ray.training.job import WorkerJob
-    from ofmu_ray.training.launch import connect, fit
+    from ofmu_ray.training.launch import fit
 
     handle = tracking.start(config.tracking, storage, name_of(home), public(config), {"ofmu.kind": "train"})
     training = config.training
-    connect(training.workers * training.cpus_per_worker, training.workers * training.gpus_per_worker)
+    rows_at = source_paths("data.train", config.data.train, config.data.root)
+    join_cluster(training, storage, model_paths(model) | rows_at)
     prepared = prepare_streams(
         {"train": config.data.train},
         config.data.root,

@@ -285,7 +285,7 @@ def _job(trial: Trial, data: SplitData, work: Path) -> Any:
 
 def _mean_tokens(plan_dir: str) -> dict[str, float]:
     """Mean tokens of the rows of each stream in a plan."""
-    from ofmu_ray.data.batches import lane_files, read_file
+    from ofmu_ray.data.batches import lane_files, read_pieces
     from ofmu_ray.data.plan import read_plan
 
     plan = read_plan(plan_dir)
@@ -293,9 +293,9 @@ def _mean_tokens(plan_dir: str) -> dict[str, float]:
     order = [name for name in plan.streams for _ in range(plan.batches_per_round[name] * plan.share)]
     for lane in range(plan.workers):
         for path in lane_files(plan, lane):
-            table = read_file(path)
-            for position, ids in zip(table["position"].to_pylist(), table["input_ids"].to_pylist(), strict=True):
-                tokens[order[position % plan.rows_per_round]].append(len(ids))
+            for table in read_pieces(path):
+                for position, ids in zip(table["position"].to_pylist(), table["input_ids"].to_pylist(), strict=True):
+                    tokens[order[position % plan.rows_per_round]].append(len(ids))
     return {name: sum(found) / len(found) for name, found in tokens.items() if found}
 
 

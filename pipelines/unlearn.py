@@ -14,6 +14,7 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.storage import drop_copies, explained, join, name_of, remove_file, remove_folder
 from pipelines import results
 from pipelines.evaluation import Evaluator
+from pipelines.nodes import join_cluster, run_paths
 from pipelines.parse import fail, parse
 from pipelines.preflight import check_machine, check_model, check_sources, claim, placed, prepare_storage, public
 from pipelines.terminal import say
@@ -91,9 +92,8 @@ def _deliver_late(config: UnlearnConfig, storage: str, home: str) -> None:
 
 def _run(run: Run, tokenizer: Any, digest: str) -> int:
     from ofmu_ray import tracking
-    from ofmu_ray.training.launch import connect
 
-    config, training = run.config, run.config.training
+    config = run.config
     tags = {"ofmu.kind": "unlearn", "ofmu.method": config.method, "ofmu.config_hash": digest}
     handle = tracking.start(config.tracking, run.storage, name_of(run.home), public(config), tags)
     status: Any = "FAILED"
@@ -102,7 +102,7 @@ def _run(run: Run, tokenizer: Any, digest: str) -> int:
         with tracking.system_metrics(handle, enabled=config.tracking.system_metrics):
             with run.phase("start"):
                 say(f"run     {run.home}")
-                connect(training.workers * training.cpus_per_worker, training.workers * training.gpus_per_worker)
+                join_cluster(config.training, run.storage, run_paths(config))
             outcome = _work(run, tokenizer, digest, handle)
         status = "FINISHED" if outcome.training["status"] == "finished" else "FAILED"
     except KeyboardInterrupt:

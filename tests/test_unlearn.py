@@ -83,7 +83,7 @@ def test_what_ray_up_can_start_counts_as_there(cluster, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="= 97 CPUs, but there are 96"):
         connect(97)
     with pytest.raises(UserError, match="= 9 GPUs, but there are 8"):
-        connect(1, 9)
+        connect(1, gpus=9)
 
 
 def test_a_run_leaves_what_the_contract_names(finished):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +22,12 @@ class TrainingConfig:
     """CPU cores of one worker (also its number of compute threads)."""
     gpus_per_worker: float = 0.0
     """GPUs of one worker; 0: CPU with gloo, otherwise CUDA with NCCL."""
+    placement: Literal["pack", "spread"] = "pack"
+    """pack: workers on as few nodes as hold them, so that little leaves a node; spread: on as many as there are, each
+    with more memory and disk for itself."""
+    network_interface: str | None = None
+    """What the workers talk over: the name of a network interface, or a subnet (10.1.0.0/16) where nodes call theirs
+    differently; null: the interface that carries the node's address in the Ray cluster."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage: what is sharded over the workers."""
     offload: Literal["none", "optimizer"] = "none"
@@ -40,10 +47,13 @@ class TrainingConfig:
     round_timeout: float | None = 1800.0
     """Seconds after which a round (with its checkpoint) counts as hung: its workers are ended and begin again from the
     last checkpoint. null: never. The default is as long as torch.distributed waits in a single collective."""
+    node_timeout: float = 1800.0
+    """Seconds to wait for nodes with room for all workers, at the start where the cluster can grow and after a node was
+    lost; then the run stops, and goes on when it is started again."""
 
     def __post_init__(self) -> None:
         names = ("workers", "cpus_per_worker", "rounds", "batch_size", "micro_batch_size", "checkpoint_every")
-        positive("training", self, *names, "keep_checkpoints", "round_timeout")
+        positive("training", self, *names, "keep_checkpoints", "round_timeout", "node_timeout")
         not_negative("training", self, "gpus_per_worker", "max_failures")
         if self.batch_size % self.workers:
             raise UserError(
@@ -61,6 +71,14 @@ class TrainingConfig:
                 f"training.engine = torch runs in one process, but training.workers = {self.workers}: "
                 "use --training.engine deepspeed or --training.workers 1"
             )
+        if self.network_interface is not None and "/" in self.network_interface:
+            try:
+                ipaddress.ip_network(self.network_interface, strict=False)
+            except ValueError:
+                raise UserError(
+                    f"training.network_interface = {self.network_interface!r}: neither an interface's name nor a "
+                    "subnet such as 10.1.0.0/16"
+                ) from None
 
     @property
     def accumulation(self) -> int:

@@ -32,10 +32,10 @@ ELASTIC = tuple(
     f"training.{name}"
     for name in (
         *("workers", "cpus_per_worker", "gpus_per_worker", "micro_batch_size"),
-        *("keep_checkpoints", "max_failures", "round_timeout"),
+        *("placement", "network_interface", "keep_checkpoints", "max_failures", "round_timeout", "node_timeout"),
     )
 )
-"""Options of how many machines a run has and how it survives faults: they may change when it is resumed."""
+"""Options of which machines a run has and how it survives faults: they may change when it is resumed."""
 
 
 def config_hash(config: Any, *extra: str, ignore: Iterable[str] = WHERE_KEPT) -> str:

@@ -35,7 +35,7 @@ def local_rounds(
     tables = (
         table.slice(at, plan.rows_per_round)
         for path in lane_files(plan, lane, start_round)
-        for table in [read_file(path)]
+        for table in [pa.concat_tables(read_pieces(path))]
         for at in range(0, table.num_rows, plan.rows_per_round)
     )
     options: dict[str, Any] = {"micro_batch_size": micro_batch_size, "pad_id": pad_id, "sidecars": sidecars}
@@ -48,10 +48,13 @@ def lane_files(plan: Plan, lane: int, start_round: int = 0) -> list[str]:
     return [plan.file(lane, number) for number in range(first, plan.files)]
 
 
-def read_file(path: str) -> pa.Table:
-    """One file of a lane."""
+def read_pieces(path: str) -> Iterator[pa.Table]:
+    """One file of a lane, a row group (some megabytes) at a time."""
     filesystem, inside = locate(path)
-    return pq.read_table(inside, filesystem=filesystem, partitioning=None)
+    with filesystem.open_input_file(inside) as stream:
+        file = pq.ParquetFile(stream)
+        for number in range(file.num_row_groups):
+            yield file.read_row_group(number)
 
 
 def assemble(

@@ -40,6 +40,9 @@ VERSION = 1
 SMALL_ROWS = 100_000
 """A plan of at most this many rows is written by this process: a Ray Data job would take longer to start."""
 
+ROW_GROUP_BYTES = 2**21
+"""Readers hold a lane's file in pieces of about this size."""
+
 SCHEMA = pa.schema(
     [
         ("position", pa.int64()),  # rank of the row in its lane, over all rounds
@@ -255,5 +258,6 @@ def _write_group(table: pa.Table, *, plan: Plan) -> pa.Table:
     filesystem, path = locate(plan.file(lane, number))
     filesystem.create_dir(path.rpartition("/")[0], recursive=True)
     ordered = table.select(SCHEMA.names).sort_by("position").cast(SCHEMA)
-    pq.write_table(ordered, path, filesystem=filesystem, row_group_size=4096)
+    piece = max(1, ordered.num_rows * ROW_GROUP_BYTES // max(1, ordered.nbytes))
+    pq.write_table(ordered, path, filesystem=filesystem, row_group_size=piece)
     return pa.table({"rows": [table.num_rows]})

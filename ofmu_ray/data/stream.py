@@ -15,21 +15,35 @@ import pyarrow as pa
 import ray.data
 from ray.data import DataIterator
 
-from ofmu_ray.data.batches import RoundBatches, assemble, lane_files, read_file
+from ofmu_ray.data.batches import RoundBatches, assemble, lane_files, read_pieces
 from ofmu_ray.data.plan import Plan
+from ofmu_ray.nodes import here, on
+
+STORE_SHARE = 0.5
+"""Part of a node's object store that its lanes may fill, as Ray Data takes it for one of its executions."""
+BLOCKS = 16
+"""Blocks at least that a lane's part holds: a few are always on their way."""
 
 
-def lane_iterator(plan: Plan, lane: int, start_round: int = 0) -> DataIterator:
+def lane_iterator(plan: Plan, lane: int, start_round: int = 0, readers: int = 1) -> DataIterator:
     """Ray Data iterator over one lane from the file that holds `start_round`, in order, two files at a time.
 
-    It runs in the process that iterates (a Ray Train worker takes its rank for the lane). Its tasks ask for no CPU:
-    they must run while every core is taken by training workers.
+    It runs in the process that iterates (a Ray Train worker takes its rank for the lane). Its tasks run on the node of
+    that process, so that rows cross the network once, and ask for no CPU: they must run while every core is taken by
+    training workers. `readers`: lanes that are read on this node, which share its object store. Each is an execution of
+    its own to Ray Data, which would let each of them fill half of the whole cluster's.
     """
     items = [{"path": path} for path in lane_files(plan, lane, start_round)]
     ahead = ray.data.TaskPoolStrategy(size=min(2, len(items)))
     data = ray.data.from_items(items, override_num_blocks=len(items))
-    data = data.map_batches(_read, batch_size=1, batch_format="numpy", num_cpus=0, compute=ahead)
-    data.context.execution_options.preserve_order = True
+    data = data.map_batches(
+        _read, batch_size=1, batch_format="numpy", num_cpus=0, compute=ahead, scheduling_strategy=on(here())
+    )
+    limit = STORE_SHARE * here().resources["object_store_memory"] / readers
+    options = data.context.execution_options
+    options.preserve_order = True
+    options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=limit)
+    data.context.target_max_block_size = min(data.context.target_max_block_size, int(limit / BLOCKS))
     data.context.enable_progress_bars = False
     return data.iterator()
 
@@ -55,5 +69,5 @@ def rounds(
     yield from assemble(tables, plan, start_round=start_round, **options)
 
 
-def _read(batch: dict[str, np.ndarray]) -> pa.Table:
-    return read_file(str(batch["path"][0]))
+def _read(batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
+    yield from read_pieces(str(batch["path"][0]))

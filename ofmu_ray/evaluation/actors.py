@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ofmu_ray.assets import model_source
 from ofmu_ray.data.template import Template
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.scorer import Result, Scorer, Unit
+
+if TYPE_CHECKING:
+    from ofmu_ray.nodes import Node
 
 _MOST_ACTORS = 8
 _SMALL_FLOPS = 5e11  # about ten seconds of one core: starting actors would take longer
@@ -113,7 +117,7 @@ def run_units(units: Sequence[Unit], loading: Loading, actors: int | None) -> It
     from ray.util import ActorPool
 
     shared = [ray.put(loading)]
-    pool = _start(ray, actors, len(units))
+    pool = _start(ray, loading.model, actors, len(units))
     try:
         jobs = list(enumerate(units))
         yield from ActorPool(pool).map_unordered(lambda actor, job: actor.run.remote(*job, shared), jobs)
@@ -134,26 +138,56 @@ def _flops(units: Sequence[Unit], loading: Loading) -> float:
     return 2 * weights * (scored + loading.max_new_tokens * sum(len(unit.rows) for unit in units))
 
 
-def _start(ray: Any, actors: int | None, units: int) -> list[Any]:
-    """One CPU (one thread) or one GPU each. An actor beyond the free resources would wait for ever: it is not started,
-    and when nothing is free a single actor shares a CPU with whatever runs there."""
+def _start(ray: Any, model: str, actors: int | None, units: int) -> list[Any]:
+    """One CPU (one thread) or one GPU each, spread over the nodes that hold the weights. An actor beyond what is free
+    there would wait for ever: it is not started, and when nothing is free a single actor shares a CPU with whatever
+    runs there."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     device = device_kind()
     resource = "GPU" if device == "cuda" else "CPU"
-    wanted = min(int(ray.cluster_resources().get(resource, 0)), units, actors or _MOST_ACTORS)
+    nodes = holders(model, resource)
+    wanted = min(sum(int(node.resources.get(resource, 0)) for node in nodes), units, actors or _MOST_ACTORS)
     deadline = time.monotonic() + _SETTLE_SECONDS
-    while (free := int(ray.available_resources().get(resource, 0))) < wanted and time.monotonic() < deadline:
+    while len(free := _free(nodes, resource)) < wanted and time.monotonic() < deadline:
         time.sleep(0.1)
-    count = max(1, min(free, wanted))
     share = 1 if free else 0
-    remote = ray.remote(EvaluationActor).options(
-        num_cpus=share if resource == "CPU" else 0,
-        num_gpus=share if resource == "GPU" else 0,
-        scheduling_strategy="SPREAD",
-        max_restarts=_RESTARTS,
-        max_task_retries=-1,
-        runtime_env={"env_vars": _ACTOR_ENVIRONMENT},
-    )
-    return [remote.remote(device, 1) for _ in range(count)]
+    places = (free or [nodes[0].id])[: max(1, wanted)]
+    actor = ray.remote(EvaluationActor)
+    options = {
+        "num_cpus": share if resource == "CPU" else 0,
+        "num_gpus": share if resource == "GPU" else 0,
+        "max_restarts": _RESTARTS,
+        "max_task_retries": -1,
+        "runtime_env": {"env_vars": _ACTOR_ENVIRONMENT},
+    }
+    there = [NodeAffinitySchedulingStrategy(place, soft=True) for place in places]  # elsewhere, if that node ends
+    return [actor.options(**options, scheduling_strategy=node).remote(device, 1) for node in there]
+
+
+def holders(model: str, resource: str) -> list[Node]:
+    """The nodes with CPUs or GPUs where a model's weights lie, in a folder or in the hub's cache; all, if on none."""
+    from ofmu_ray.nodes import alive, on_each
+
+    nodes = [node for node in alive() if node.resources.get(resource, 0) >= 1] or alive()
+    if len(nodes) == 1:
+        return nodes
+    return [node for node, found in on_each(nodes, _holds, model).items() if found is True] or nodes
+
+
+def _holds(model: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return os.path.isdir(model) or isinstance(try_to_load_from_cache(model, "config.json"), str)
+
+
+def _free(nodes: Sequence[Node], resource: str) -> list[str]:
+    """A node's id for each CPU or GPU that is free there, the nodes taking turns."""
+    from ray._private.state import available_resources_per_node
+
+    now = available_resources_per_node()
+    free = {node.id: int(now.get(node.id, {}).get(resource, 0)) for node in nodes}
+    return [node for turn in range(max(free.values())) for node, count in free.items() if turn < count]
 
 
 def _running_ray() -> Any | None:

@@ -16,6 +16,7 @@ import ray
 import yaml
 
 from ofmu_ray.errors import UserError, causes
+from ofmu_ray.nodes import alive, here, on, room
 from ofmu_ray.storage import is_uri, join, locate, read_text
 from ofmu_ray.training.job import WorkerJob
 from ofmu_ray.training.progress import Display, Progress
@@ -31,24 +32,28 @@ WORKER_ENVIRONMENT = {
 
 LAUNCHER_FILE = "~/ray_bootstrap_config.yaml"
 """Where `ray up` puts its configuration on the head, for its own autoscaler."""
-GROWTH_PATIENCE_SECONDS = 1800.0
 COLLECTIVE_TIMEOUT_SECONDS = 1800
 """Ray Train's own value."""
+PLACING_SECONDS = 60.0
+"""How long Ray Train waits for room before it looks at the cluster again; its own value."""
 
 
-def connect(cpus_needed: float, gpus_needed: float = 0.0) -> None:
+def connect(workers: int, cpus: float = 1.0, gpus: float = 0.0, patience: float = 1800.0) -> None:
     """Join the cluster of RAY_ADDRESS or of the submitted job; otherwise start Ray on this machine.
 
+    `cpus`, `gpus`: what a worker needs on one node. `patience`: seconds that a cluster has to grow.
+
     Raises:
-        UserError: the workers ask for more CPUs or GPUs than there are.
+        UserError: there is no room for the workers.
     """
+    needed = {"CPU": workers * cpus, "GPU": workers * gpus}
     # read by Ray Train when it is imported: how often the controller looks at its workers, and their output
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     if not ray.is_initialized():
         local = "RAY_ADDRESS" not in os.environ and "RAY_JOB_ID" not in os.environ
-        if local and cpus_needed > (os.cpu_count() or 1):
-            raise _too_many("CPUs", cpus_needed, os.cpu_count() or 1)
+        if local and needed["CPU"] > (os.cpu_count() or 1):
+            raise _too_many("CPUs", needed["CPU"], os.cpu_count() or 1)
         given = _job_environment()
         environment = {"env_vars": {name: value for name, value in WORKER_ENVIRONMENT.items() if name not in given}}
         with _loopback_only() if local else nullcontext():
@@ -58,12 +63,19 @@ def connect(cpus_needed: float, gpus_needed: float = 0.0) -> None:
                 logging_level="ERROR",
                 runtime_env=environment,
             )
-    needed, attainable = {"CPU": cpus_needed, "GPU": gpus_needed}, _attainable_resources()
+    launcher = _launcher()
+    attainable = _attainable_resources(launcher)
     for name, amount in needed.items():
         if amount > attainable.get(name, 0):
             raise _too_many(f"{name}s", amount, attainable.get(name, 0))
-    if _missing(needed):
-        _grow(needed)
+    if _room(cpus, gpus) < workers:
+        if launcher is None:
+            raise UserError(
+                f"training.workers = {workers}, each with {_words(cpus, gpus)} on one node, but the nodes have "
+                f"{'; '.join(_words(n.resources.get('CPU', 0), n.resources.get('GPU', 0)) for n in alive())}: room for "
+                f"{_room(cpus, gpus)}; lower what a worker needs, or join a larger cluster"
+            )
+        _grow(workers, cpus, gpus, patience)
 
 
 @contextmanager
@@ -95,17 +107,24 @@ def _job_environment() -> dict[str, str]:
     return variables
 
 
-def _attainable_resources() -> dict[str, float]:
-    """What the cluster has, or what it can grow to where the cluster launcher's autoscaler starts nodes on demand.
+def _launcher() -> dict[str, Any] | None:
+    """The configuration of the cluster launcher whose autoscaler starts nodes on demand; None: the cluster is as it is.
 
     Ray itself does not tell a driver how far a cluster can grow; `ray up` leaves its configuration on the head, where
     submitted jobs' drivers run.
     """
-    present: dict[str, float] = ray.cluster_resources()
     path = Path(LAUNCHER_FILE).expanduser()
     if "RAY_ADDRESS" not in os.environ or not path.exists():
+        return None
+    config: dict[str, Any] = yaml.safe_load(path.read_text())
+    return config
+
+
+def _attainable_resources(config: dict[str, Any] | None) -> dict[str, float]:
+    """What the cluster has, or what it can grow to."""
+    present: dict[str, float] = ray.cluster_resources()
+    if config is None:
         return present
-    config = yaml.safe_load(path.read_text())
     largest: dict[str, float] = {}
     for name, node in config["available_node_types"].items():
         nodes = 1 if name == config["head_node_type"] else min(node["max_workers"], config["max_workers"])
@@ -114,28 +133,32 @@ def _attainable_resources() -> dict[str, float]:
     return {name: max(present.get(name, 0.0), largest.get(name, 0.0)) for name in present | largest}
 
 
-def _missing(needed: dict[str, float]) -> bool:
-    present = ray.cluster_resources()
-    return any(amount > present.get(name, 0) for name, amount in needed.items())
+def _room(cpus: float, gpus: float) -> int:
+    return room((node.resources for node in alive()), cpus, gpus)
 
 
-def _grow(needed: dict[str, float]) -> None:
-    """Have the autoscaler start nodes until the cluster has what the workers need.
+def _words(cpus: float, gpus: float) -> str:
+    return f"{cpus:g} CPU" + (f" + {gpus:g} GPU" if gpus else "")
+
+
+def _grow(workers: int, cpus: float, gpus: float, patience: float) -> None:
+    """Have the autoscaler start nodes until the cluster has room for the workers.
 
     Raises:
-        UserError: they are not there after half an hour.
+        UserError: they are not there in time.
     """
     from ray.autoscaler.sdk import request_resources
 
     print("nodes   waiting for the cluster to grow", file=sys.stderr, flush=True)
-    end = time.monotonic() + GROWTH_PATIENCE_SECONDS
-    request_resources(bundles=[{name: 1} for name, amount in needed.items() for _ in range(ceil(amount))])
+    end = time.monotonic() + patience
+    bundle = {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
+    request_resources(bundles=[bundle] * workers)
     try:
-        while _missing(needed):
+        while _room(cpus, gpus) < workers:
             if time.monotonic() > end:
                 raise UserError(
-                    f"the cluster did not grow to {needed['CPU']:g} CPUs and {needed['GPU']:g} GPUs within "
-                    f"{GROWTH_PATIENCE_SECONDS / 60:g} minutes; ask `ray status` on the head why"
+                    f"the cluster did not grow to room for training.workers = {workers} with {_words(cpus, gpus)} each "
+                    f"within training.node_timeout = {patience:g} s; ask `ray status` on the head why"
                 )
             time.sleep(1)
     finally:
@@ -154,13 +177,14 @@ def fit(job: WorkerJob, title: str) -> dict[str, Any]:
     """Run the workers to the end (resuming what the run's folder holds) and return <run>/training.json.
 
     Raises:
-        UserError: a worker found a user's mistake.
+        UserError: a worker found a user's mistake, or a lost node was not replaced in training.node_timeout.
         RuntimeError: the workers failed more than training.max_failures times.
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
     from ofmu_ray.training import registry
+    from ofmu_ray.training.rendezvous import OneInterface
     from ofmu_ray.training.worker import worker_loop
 
     if not is_uri(job.run_dir):  # an object is there or not, never torn
@@ -172,20 +196,33 @@ def fit(job: WorkerJob, title: str) -> dict[str, Any]:
         resources["GPU"] = training.gpus_per_worker
     threads = str(max(1, int(training.cpus_per_worker)))
     filesystem, inside = locate(job.run_dir)
-    progress = Progress.remote()  # type: ignore[attr-defined]
+    progress = Progress.options(scheduling_strategy=on(here())).remote()  # type: ignore[attr-defined]
     # a collective must not give up before the watchdog, which says who was to blame
     patience = max(COLLECTIVE_TIMEOUT_SECONDS, ceil(training.round_timeout or 0) + 60)
+    # both are Ray Train's: it asks so often, so long each time, whether there is room for all workers
+    placing = min(PLACING_SECONDS, training.node_timeout)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{placing:g}"
+    attempts = ceil(training.node_timeout / placing)
     trainer = TorchTrainer(
         worker_loop,
         train_loop_config={"job": job, "progress": progress},
-        scaling_config=ScalingConfig(num_workers=training.workers, use_gpu=gpu, resources_per_worker=resources),
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=patience),
+        scaling_config=ScalingConfig(
+            num_workers=training.workers,
+            use_gpu=gpu,
+            resources_per_worker=resources,
+            placement_strategy=training.placement.upper(),
+        ),
+        torch_config=OneInterface(
+            backend="nccl" if gpu else "gloo", timeout_s=patience, interface=training.network_interface
+        ),
         run_config=RunConfig(
             name="train",
             storage_path=inside,
             storage_filesystem=filesystem,
             checkpoint_config=CheckpointConfig(num_to_keep=training.keep_checkpoints),
-            failure_config=FailureConfig(max_failures=training.max_failures),
+            failure_config=FailureConfig(
+                max_failures=training.max_failures, controller_failure_limit=max(0, attempts - 1)
+            ),
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | {"OMP_NUM_THREADS": threads}},
         ),
     )
@@ -193,12 +230,27 @@ def fit(job: WorkerJob, title: str) -> dict[str, Any]:
         try:
             trainer.fit()
         except Exception as error:
-            mistake = user_error_within(error)
+            mistake = user_error_within(error) or _no_room(error, job)
             if mistake is not None:
                 raise mistake from None
             raise
     summary: dict[str, Any] = json.loads(read_text(join(job.run_dir, "training.json")))
     return summary
+
+
+def _no_room(error: Exception, job: WorkerJob) -> UserError | None:
+    """What to tell when Ray Train has given up waiting for nodes."""
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    if not isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
+        return None
+    training = job.training
+    found = _room(training.cpus_per_worker, training.gpus_per_worker)
+    return UserError(
+        f"training.workers = {training.workers}: in training.node_timeout = {training.node_timeout:g} s the cluster's "
+        f"nodes came to have room for {found}; the same command takes the run up from its last checkpoint when there "
+        "is room, or with fewer workers (--training.workers)"
+    )
 
 
 def user_error_within(error: BaseException | None) -> UserError | None:

@@ -40,6 +40,8 @@ class RaySession:
         """Of the run; a checkpoint lies in <home>/train."""
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.neighbours = context.get_local_world_size()
+        """Workers of this node, this one included."""
         self._taken: set[str] = set()
 
     @property

@@ -32,9 +32,12 @@ def worker_loop(config: dict[str, Any]) -> None:
     watchdog = Watchdog(session.rank, job.training.round_timeout, config.get("progress"))
     worker = Worker(job, session, config.get("progress"), watchdog)
     plan = read_plan(job.plan_dir)
-    worker.run(
-        lambda start, options: rounds(lane_iterator(plan, session.rank, start), plan, start_round=start, **options)
-    )
+
+    def source(start: int, options: dict[str, Any]) -> Iterable[dict[str, list[Any]]]:
+        lane = lane_iterator(plan, session.rank, start, readers=session.neighbours)
+        return rounds(lane, plan, start_round=start, **options)
+
+    worker.run(source)
     watchdog.begin("the export")
     export_model(job, worker.engine, worker.module, worker.tokenizer, worker.state, session.rank)
     watchdog.close()

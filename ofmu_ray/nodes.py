@@ -1,0 +1,72 @@
+"""The nodes of the cluster that this process has joined: who is there, what fits on them, a small task on each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+GONE = (
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.TaskUnschedulableError,
+    ray.exceptions.WorkerCrashedError,
+)
+"""What Ray raises for a task whose node has ended."""
+ANSWER_SECONDS = 120.0
+"""A node that starts no process within this is not one to work with."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node that is alive."""
+
+    id: str
+    address: str
+    resources: Mapping[str, float] = field(compare=False)
+    """All that it has, in use or not: CPU, GPU, object_store_memory (bytes), ..."""
+
+
+def alive() -> list[Node]:
+    """The nodes of the cluster, in an order that stays."""
+    found = [node for node in ray.nodes() if node["Alive"]]
+    return sorted((Node(n["NodeID"], n["NodeManagerAddress"], n["Resources"]) for n in found), key=lambda n: n.id)
+
+
+def here() -> Node:
+    """The node of this process."""
+    own = ray.get_runtime_context().get_node_id()
+    return next(node for node in alive() if node.id == own)
+
+
+def on(node: Node) -> NodeAffinitySchedulingStrategy:
+    """Scheduling strategy: on this node, and nowhere else when it ends."""
+    return NodeAffinitySchedulingStrategy(node.id, soft=False)
+
+
+def room(nodes: Iterable[Mapping[str, float]], cpus: float, gpus: float) -> int:
+    """Workers that fit, each with its CPUs and GPUs on one node. `nodes`: resources by node."""
+    needs = [(name, need) for name, need in (("CPU", cpus), ("GPU", gpus)) if need]
+    return sum(min(int(node.get(name, 0.0) / need + 1e-9) for name, need in needs) for node in nodes)
+
+
+def on_each(nodes: Sequence[Node], function: Callable[..., Any], *arguments: Any) -> dict[Node, Any]:
+    """`function(*arguments)` in a process of each node, at once and without a CPU of their own.
+
+    An exception is given as the node's value; TimeoutError for a node that gave no answer. Nodes that end meanwhile
+    are left out.
+    """
+    task, small = ray.remote(function), {"num_cpus": 0, "max_retries": 0}
+    running = {task.options(**small, scheduling_strategy=on(node)).remote(*arguments): node for node in nodes}
+    done, waiting = ray.wait(list(running), num_returns=len(running), timeout=ANSWER_SECONDS)
+    answers: dict[Node, Any] = {running[task]: TimeoutError(f"no answer in {ANSWER_SECONDS:g} s") for task in waiting}
+    for reference in done:
+        try:
+            answers[running[reference]] = ray.get(reference)
+        except GONE:
+            continue
+        except ray.exceptions.RayTaskError as error:
+            answers[running[reference]] = error.cause or error
+    return answers

@@ -1,0 +1,105 @@
+"""Joining the cluster, and what only its nodes can tell: whether all of them see the same files."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterable, Mapping
+
+from ofmu_ray.config import ModelConfig, SourceConfig, TrainingConfig, UnlearnConfig
+from ofmu_ray.errors import UserError
+from ofmu_ray.storage import PathLike, is_uri, join, local_path, locate, read_text, remove_folder, write_text
+
+DRIVER = "driver"
+"""File of this process in the folder that all nodes look into; the others are named by their nodes' ids."""
+
+
+def join_cluster(training: TrainingConfig, storage: PathLike, paths: Mapping[str, Iterable[str | None]]) -> None:
+    """Join or start Ray with room for the workers; on several nodes, have each of them look at the files.
+
+    `paths`: option -> files, folders, URIs or hub names that workers will read. Only what is a file or folder here is
+    looked for.
+
+    Raises:
+        UserError: no room, or nodes that do not share the storage, lack a path, or lack the network interface.
+    """
+    from ofmu_ray.nodes import alive, here, on_each
+    from ofmu_ray.training.launch import connect
+
+    connect(training.workers, training.cpus_per_worker, training.gpus_per_worker, training.node_timeout)
+    nodes = alive()
+    if len(nodes) == 1:
+        return
+    local = [(option, str(local_path(p))) for option, some in paths.items() for p in some if p and not is_uri(p)]
+    wanted = [(option, path) for option, path in local if os.path.exists(path)]
+    folder, own = join(storage, f".nodes-{uuid.uuid4().hex[:12]}"), here().address
+    filesystem, inside = locate(folder)
+    filesystem.create_dir(inside, recursive=True)
+    try:
+        write_text(join(folder, DRIVER), own)
+        answers = on_each(nodes, look, folder, wanted, training.network_interface)
+        problems = [
+            f"node {node.address} {problem}"
+            for node, found in answers.items()
+            for problem in ([f"gave no answer: {found}"] if isinstance(found, Exception) else found)
+        ]
+        problems += [
+            f"node {own} cannot read in storage what node {node.address} wrote"
+            for node, found in answers.items()
+            if found == [] and not _reads(join(folder, node.id))
+        ]
+    finally:
+        remove_folder(folder)
+    if problems:
+        raise UserError(
+            f"storage = {os.fspath(storage)}, models and data must be the same on all nodes, but\n  "
+            + "\n  ".join(dict.fromkeys(problems))
+            + "\nmount one folder on all nodes (NFS, EFS, Filestore, Lustre) for --storage and local paths, or use URIs"
+        )
+
+
+def run_paths(config: UnlearnConfig, where: str = "") -> dict[str, list[str | None]]:
+    """What the workers of a run read, for `join_cluster`; `where` stands before the options' names."""
+    return {
+        f"{where}evaluation.retrained": [config.evaluation.retrained],
+        **model_paths(config.model, where),
+        **source_paths(f"{where}data.forget", config.data.forget, config.data.root),
+        **source_paths(f"{where}data.retain", config.data.retain, config.data.root),
+    }
+
+
+def model_paths(model: ModelConfig, where: str = "") -> dict[str, list[str | None]]:
+    """The same of a model."""
+    return {f"{where}model.path": [model.path], f"{where}model.tokenizer": [model.tokenizer]}
+
+
+def source_paths(option: str, source: SourceConfig, root: str | None) -> dict[str, list[str | None]]:
+    """The same of rows. Globs are looked for where they are read."""
+    return {option: [path if root is None or is_uri(path) else join(root, path) for path in source.paths]}
+
+
+def look(folder: str, wanted: list[tuple[str, str]], interface: str | None) -> list[str]:
+    """On a node: what is wrong there, in words that follow its name; leaves a file in `folder`."""
+    import ray
+
+    from ofmu_ray.training.rendezvous import choose_here
+
+    problems = [f"has no {path} ({option})" for option, path in wanted if not os.path.exists(path)]
+    try:
+        if read_text(join(folder, DRIVER)):
+            write_text(join(folder, ray.get_runtime_context().get_node_id()), "")
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        problems.append(f"cannot read or write in storage what the driver's node shares ({reason})")
+    try:
+        choose_here(interface)
+    except UserError as error:
+        problems.append(f"has another network: {error}")
+    return problems
+
+
+def _reads(path: str) -> bool:
+    try:
+        return read_text(path) == ""
+    except OSError:
+        return False

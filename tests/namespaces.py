@@ -1,0 +1,121 @@
+"""Machines made of namespaces: each with its own network, address and folder for temporary files, joined by a bridge.
+
+Nothing of it is visible outside: the bridge lies in the first machine's namespace, and all of it ends with the
+processes that hold the namespaces.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+TOOLS = ("ip", "unshare", "nsenter", "mount")
+
+
+def why_not() -> str | None:
+    """Why this machine cannot have namespaces with networks of their own, or None."""
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    if missing:
+        return f"no {', '.join(missing)}"
+    tried = subprocess.run(unshare("net", "ip link add br0 type bridge"), capture_output=True, text=True)
+    return None if tried.returncode == 0 else f"network namespaces cannot be made: {tried.stderr.strip()}"
+
+
+def unshare(kinds: str, script: str) -> list[str]:
+    """The words of a shell script in new namespaces (net, mount). Others than root are root in a user namespace."""
+    as_root = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    return ["unshare", *as_root, *(f"--{kind}" for kind in kinds.split()), "sh", "-c", script]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A network and a mount namespace, held by a process."""
+
+    holder: int
+    address: str
+    interface: str
+
+    def command(self, *words: str) -> list[str]:
+        """The words of a command that runs on this machine."""
+        user = [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
+        return ["nsenter", "--target", str(self.holder), "--net", "--mount", *user, f"--wd={Path.cwd()}", *words]
+
+    def run(self, *words: str) -> str:
+        """The output of a short command on this machine."""
+        done = subprocess.run(self.command(*words), capture_output=True, text=True)
+        assert done.returncode == 0, f"{words}: {done.stderr}"
+        return done.stdout
+
+    def processes(self, part: str = "") -> list[psutil.Process]:
+        """Those that run on this machine, with `part` in their command line."""
+        network = os.readlink(f"/proc/{self.holder}/ns/net")
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if os.readlink(f"/proc/{process.pid}/ns/net") == network and part in " ".join(process.cmdline()):
+                    found.append(process)
+            except (psutil.Error, OSError):  # it ended while we looked
+                continue
+        return found
+
+
+@dataclass(frozen=True)
+class Network:
+    """Machines that reach one another; the first one holds the bridge."""
+
+    machines: Sequence[Machine]
+
+    def cut_off(self, machine: Machine) -> None:
+        """Pull its cable: packets are lost, nothing is told to anyone."""
+        self.machines[0].run("ip", "link", "set", f"port{self.machines.index(machine)}", "down")
+
+
+@contextmanager
+def network(count: int, temporary: Path) -> Iterator[Network]:
+    """Machines 10.77.0.1, .2, ...; each has `temporary` for itself, and all else of the file system in common.
+
+    Their interfaces have different names, and each has a second one (`decoy`) with an address that leads nowhere.
+    """
+    with ExitStack() as stack:
+        machines = [_machine(stack, number, temporary) for number in range(count)]
+        hub = machines[0]
+        hub.run("ip", "link", "add", hub.interface, "type", "bridge")
+        for number, machine in enumerate(machines):
+            if machine is not hub:
+                peer = ["type", "veth", "peer", "name", machine.interface, "netns", str(machine.holder)]
+                hub.run("ip", "link", "add", f"port{number}", *peer)
+                hub.run("ip", "link", "set", f"port{number}", "master", hub.interface, "up")
+            machine.run("ip", "link", "add", "decoy", "type", "bridge")
+            for name, address in (("decoy", f"192.168.77.{number + 1}"), (machine.interface, machine.address)):
+                machine.run("ip", "address", "add", f"{address}/24", "dev", name)
+                machine.run("ip", "link", "set", name, "up")
+            machine.run("ip", "link", "set", "lo", "up")
+        yield Network(machines)
+
+
+def _machine(stack: ExitStack, number: int, temporary: Path) -> Machine:
+    ready = f"mount -t tmpfs none {temporary} && echo ready && exec sleep infinity"
+    holder = subprocess.Popen(unshare("net mount", ready), stdout=subprocess.PIPE, text=True)
+    machine = Machine(holder.pid, f"10.77.0.{number + 1}", f"net{number}")
+    stack.callback(_end, holder, machine)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "ready\n"
+    return machine
+
+
+def _end(holder: subprocess.Popen[str], machine: Machine) -> None:
+    """All that runs on the machine, and the machine."""
+    running = [process for process in machine.processes() if process.pid != holder.pid]
+    for process in running:
+        process.send_signal(signal.SIGKILL)
+    psutil.wait_procs(running, timeout=20)
+    holder.kill()
+    holder.wait()
