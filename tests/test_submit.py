@@ -349,6 +349,46 @@ def test_a_job_is_detached_stopped_killed_and_resumed(head):
 
 
 @pytest.mark.slow
+def test_evaluate_benchmark_and_a_stopped_sweep_are_jobs_too(head):
+    """With the configurations of this repository, made smaller; the sweep is stopped after a trial and taken up."""
+    storage = head.folder / "storage"
+    tiny = ["--storage", str(storage), "--base.training.batch_size", "4", "--base.evaluation.max_new_tokens", "4"]
+    evaluate = head.submit(
+        *("evaluate.log", "evaluate", "--config", "pipelines/configs/evaluate_people.yaml", "--checks", "{}"),
+        *("--storage", str(storage), "--evaluation.max_rows", "8", "--evaluation.max_new_tokens", "4"),
+    )
+    benchmark = head.submit(
+        *("benchmark.log", "benchmark", "--config", "pipelines/configs/benchmark_people.yaml", *tiny),
+        *("--methods", "[npo]", "--budget.amount", "2e+10", "--tuning.trials", "1", "--seeds", "[1]"),
+        *("--tuning.rows", "8", "--tuning.max_new_tokens", "0", "--rule.objective", "forget_probability"),
+        *("--rule.utility", "retain_probability", "--rule.floor", "0.1", "--base.evaluation.max_rows", "8"),
+    )
+    words = [
+        *("sweep", "--config", "pipelines/configs/sweep_people.yaml", *tiny, "--search.trials", "3"),
+        *("--search.startup_trials", "1", "--base.training.rounds", "4", "--select.rows", "8"),
+        *("--select.max_new_tokens", "0", "--select.objective", "forget_probability", "--select.seeds", "[]"),
+        *("--select.utility", "retain_probability", "--select.utility_floor", "0.1", "--concurrency", "1"),
+        *("--base.evaluation.max_rows", "8"),
+    ]
+    trials = storage / "sweep_people/trials"
+    sweep = head.submit("sweep.log", *words)
+    done = wait_for(lambda: {path: path.stat().st_mtime_ns for path in trials.glob("*.json")}, sweep)
+    submission = re.search(r"(ofmu-sweep-\S+)", head.output("sweep.log"))[1]
+    stop = head.submit("stop_sweep.log", "--stop", submission)
+    assert stop.wait(timeout=60) == 0, head.output("stop_sweep.log")
+    assert sweep.wait(timeout=60) == 1
+    assert not storage.joinpath("sweep_people/best.yaml").exists()
+    again = head.submit("sweep_again.log", *words)
+    for name, job in {"sweep_again": again, "evaluate": evaluate, "benchmark": benchmark}.items():
+        assert job.wait(timeout=PATIENCE_SECONDS) == 0, head.output(f"{name}.log")[-3000:]
+    assert done.items() <= {path: path.stat().st_mtime_ns for path in trials.glob("*.json")}.items()
+    assert len(list(trials.glob("*.json"))) == 3
+    assert storage.joinpath("sweep_people/best.yaml").exists()
+    for name in ("evaluate_people", "benchmark_people"):
+        assert storage.joinpath(name, "report.html").exists()
+
+
+@pytest.mark.slow
 def test_mistakes_that_only_the_cluster_sees_exit_with_2(head):
     """The exit status of the pipeline, not Ray's: a model that is not there."""
     words = ["evaluate", "--storage", str(head.folder / "storage"), "--models", '{"mine": "/no/such/model"}']
