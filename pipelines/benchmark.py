@@ -305,8 +305,6 @@ class Benchmark:
 
     def discard(self) -> None:
         """Delete what holds the forget rows' text, and what killed runs left."""
-        for data in self.data.values():
-            data.prepared.discard("forget")
         for name in (PRIVATE, "work"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
 

@@ -13,7 +13,7 @@ from ofmu_ray.config import ModelConfig, UnlearnConfig, close_match
 from ofmu_ray.errors import UserError
 from pipelines.evaluation import Evaluator
 from pipelines.preflight import check_model, check_sources, placed
-from pipelines.trial import SplitData
+from pipelines.trial import PRIVATE, SplitData
 
 
 def checked(
@@ -72,6 +72,7 @@ def prepare(
         base.data.format,
         load_tokenizer(base.model),
         str(storage),
+        private={"forget": str(folder / PRIVATE / "tokens")},
         overlap=base.data.overlap,
         duplicates=base.data.duplicates,
     )

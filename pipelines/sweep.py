@@ -254,7 +254,6 @@ def _confirm(ledger: Ledger, chosen: int) -> list[tuple[int, dict[str, Any]]]:
 
 def _discard(ledger: Ledger) -> None:
     """Delete what holds the forget rows' text, and what killed trials left."""
-    ledger.data.prepared.discard("forget")
     unfinished = any(ledger.result(number) is None for number in range(len(ledger.suggestions)))
     for name in (PRIVATE, *(() if unfinished else ("work", "checkpoints"))):
         shutil.rmtree(ledger.folder / name, ignore_errors=True)

@@ -245,7 +245,9 @@ def summary(ledger: Ledger, outcome: Outcome) -> str:
         for name in (goal.objective, goal.utility):
             figure = figures.get(name) or {}
             if figure.get("value") is not None:
-                lines.append(f"  {name} {figure['value']:.4g} [{figure['low']:.3g}, {figure['high']:.3g}]")
+                ends = [figure[end] for end in ("low", "high")]  # None without bootstrap samples
+                interval = f" [{ends[0]:.3g}, {ends[1]:.3g}]" if None not in ends else ""
+                lines.append(f"  {name} {figure['value']:.4g}{interval}")
         for seed, result in outcome.confirmed:
             found = values(result.get("figures") or {})
             cells = [f"{n} {found[n]:.4g}" for n in (goal.objective, goal.utility) if found.get(n) is not None]

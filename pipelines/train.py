@@ -67,6 +67,7 @@ def _fit(
         config.data.format,
         tokenizer,
         storage,
+        private={"train": join(home, "tokens")},
         duplicates=config.data.duplicates,
     )
     rows = len(prepared.streams["train"].rows)
@@ -110,9 +111,8 @@ def _fit(
     manifest = {"config": public(config), "config_hash": digest, "data": prepared.report.to_json()}
     atomic_write(join(home, "manifest.json"), json.dumps(manifest, indent=2) + "\n")
     if summary["status"] == "finished":
-        prepared.discard("train")
-        remove_folder(join(home, "plan"))
-        remove_folder(join(home, "train"))
+        for name in ("tokens", "plan", "train"):
+            remove_folder(join(home, name))
     last = summary["series"][-1]["loss"] if summary["series"] else math.nan
     say(f"fit     loss {last:.4f} after {rounds} steps, {time.perf_counter() - started:.0f} s; {summary['status']}")
     if summary["message"]:

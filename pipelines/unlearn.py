@@ -22,6 +22,7 @@ from pipelines.terminal import say
 PROG = "ofmu unlearn"
 WATCHED = "watched.parquet"
 SIDECARS = "sidecars"
+TOKENS = "tokens"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -137,6 +138,7 @@ def _work(run: Run, tokenizer: Any, digest: str, handle: Any) -> results.Outcome
             config.data.format,
             tokenizer,
             run.storage,
+            private={"forget": join(run.home, TOKENS)},
             overlap=config.data.overlap,
             duplicates=config.data.duplicates,
         )
@@ -186,7 +188,7 @@ def _work(run: Run, tokenizer: Any, digest: str, handle: Any) -> results.Outcome
         data=prepared.report.to_json(),
         seconds=run.seconds,
         plan=plan.fingerprint,
-        discard=lambda: _remove_text(run, prepared),
+        discard=lambda: _remove_text(run),
     )
 
 
@@ -215,10 +217,9 @@ def _data_line(prepared: Any, plan: Any) -> str:
     )
 
 
-def _remove_text(run: Run, prepared: Any) -> None:
+def _remove_text(run: Run) -> None:
     """The forget rows' tokens, the batch plan, sidecars and watched rows hold text that must not outlive the run."""
-    prepared.discard("forget")
-    for name in ("plan", SIDECARS):
+    for name in (TOKENS, "plan", SIDECARS):
         remove_folder(join(run.home, name))
     remove_file(join(run.home, WATCHED))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import time
@@ -191,8 +192,10 @@ def test_tokens_are_reused_until_something_changes(tmp_path: Path, tokenizer: An
     assert other.streams["train"].folder != first.streams["train"].folder
     assert other.report.streams["train"].truncated_rows > 0
     assert other.report.streams["train"].longest == 18
-    first.discard("train")
-    assert not Path(first.streams["train"].folder).exists()
+    own = prepare(tmp_path, tokenizer, rows, private={"train": str(tmp_path / "run")})
+    assert own.report == first.report
+    assert Path(own.streams["train"].folder).parent == tmp_path / "run"  # what one run deletes no other run reads
+    shutil.rmtree(first.streams["train"].folder)
     assert prepare(tmp_path, tokenizer, rows).report == first.report
 
 

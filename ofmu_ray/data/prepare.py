@@ -26,7 +26,6 @@ from ofmu_ray.storage import (
     locate,
     published,
     read_text,
-    remove_folder,
     write_text,
 )
 
@@ -59,11 +58,6 @@ class Prepared:
     report: DataReport
     template: Template
 
-    def discard(self, *names: str) -> None:
-        """Delete the tokens of these streams: personal data that need not outlive the run."""
-        for name in names:
-            remove_folder(self.streams[name].folder)
-
 
 def write_sample(stream: TokenisedStream, count: int, path: str) -> str:
     """Write `count` used rows, evenly spread, to a Parquet file (row_id, input_ids, prompt_tokens); returns `path`."""
@@ -83,20 +77,24 @@ def prepare_streams(
     tokenizer: Any,
     storage: str,
     *,
+    private: Mapping[str, str] | None = None,
     overlap: Policy = "error",
     duplicates: Policy = "allow",
 ) -> Prepared:
     """Check and tokenise every source (option `data.<name>`), or take the result of an earlier run.
 
-    Tokens go to `<storage>/cache/data/<hash of content, tokenizer, format and this code>/`. Ray must be up unless
-    everything is there already. Overlap is that of the streams `forget` and `retain`, if both are given.
+    Tokens go to `<storage>/cache/data/<hash of content, tokenizer, format and this code>/`, where other runs find them.
+    Those of the streams in `private` go to the folder that it names, under the same hash: a run whose data must not
+    outlive it deletes its own folder, and nobody else's tokens. Ray must be up unless everything is there already.
+    Overlap is that of the streams `forget` and `retain`, if both are given.
 
     Raises UserError with all problems of all sources in one message.
     """
     template = Template(tokenizer, fmt)
     pieces = {name: _fragments(name, source, root) for name, source in sources.items()}
     keys = {name: _key(name, found, template) for name, found in pieces.items()}
-    folders = {name: join(absolute(storage), "cache", "data", key) for name, key in keys.items()}
+    shared = join(absolute(storage), "cache", "data")
+    folders = {name: join(absolute((private or {}).get(name, shared)), key) for name, key in keys.items()}
     with ExitStack() as stack:
         places = dict(folders)
         todo = [name for name, folder in folders.items() if not is_file(join(folder, MARKER))]
