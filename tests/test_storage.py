@@ -1,6 +1,7 @@
 """Files and folders appear whole or not at all, on a disk and at a URI."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -128,6 +129,10 @@ def test_published_leaves_nothing_half_written(tmp_path: Path) -> None:
         with storage.published(target, "done.json") as folder:
             storage.write_text(storage.join(folder, "done.json"), "{}")
     assert [p.name for p in (tmp_path / "runs").rglob("*")] == ["x", "done.json"]
+    _killed_half_way(target)
+    (tmp_path / "runs/xy").mkdir()
+    storage.remove_folder(target)
+    assert [p.name for p in (tmp_path / "runs").rglob("*")] == ["xy"]
 
 
 @pytest.fixture
@@ -154,8 +159,22 @@ def test_an_object_store(bucket: str) -> None:
     assert not storage.is_file(f"{run}/broken/weights")
     filesystem, path = storage.locate(run)
     assert [info.base_name for info in filesystem.get_file_info(FileSelector(path))] == ["model"]
+    _killed_half_way(f"{run}/model")
     storage.remove_folder(f"{run}/model")
-    assert not storage.is_file(f"{run}/model/done.json")
+    assert filesystem.get_file_info(FileSelector(path, recursive=True)) == []
+    storage.remove_folder(f"{run}/model")  # nothing is there
+
+
+def _killed_half_way(path: str) -> None:
+    """SIGKILL of a process that is publishing a folder."""
+    code = """
+import os, signal, sys
+from ofmu_ray import storage
+with storage.published(sys.argv[1], "done.json") as folder:
+    storage.write_text(storage.join(folder, "weights"), "half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code, path]).returncode == -signal.SIGKILL
 
 
 def _publish_half(path: str) -> None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 IMPATIENT_SECONDS = 10
+PARTIAL = ".partial-"
+"""Between the name of a folder that is being published and a random one."""
 
 
 def locate(path: PathLike, option: str = "storage", *, wait: bool = True) -> tuple[FileSystem, str]:
@@ -111,12 +113,15 @@ def remove_file(path: PathLike) -> None:
 
 
 def remove_folder(directory: PathLike) -> None:
-    """Delete a folder and all in it, if it is there."""
-    from pyarrow.fs import FileType
+    """Delete a folder and all in it, if it is there, and what kills left of it half-published."""
+    from pyarrow.fs import FileSelector, FileType
 
     filesystem, path = locate(directory)
-    if filesystem.get_file_info(path).type == FileType.Directory:
-        filesystem.delete_dir(path)
+    path = path.rstrip("/")
+    beside = filesystem.get_file_info(FileSelector(path.rpartition("/")[0], allow_not_found=True))
+    for info in beside:
+        if info.type == FileType.Directory and (info.path == path or info.path.startswith(f"{path}{PARTIAL}")):
+            filesystem.delete_dir(info.path)
 
 
 @contextmanager
@@ -128,7 +133,7 @@ def published(directory: PathLike, marker: str) -> Iterator[str]:
     are copied one by one and the marker last.
     """
     stem, query = split_query(absolute(directory))
-    partial = f"{stem.rstrip('/')}.partial-{uuid.uuid4().hex[:12]}{query}"
+    partial = f"{stem.rstrip('/')}{PARTIAL}{uuid.uuid4().hex[:12]}{query}"
     filesystem, path = locate(partial)
     filesystem.create_dir(path, recursive=True)
     try:
