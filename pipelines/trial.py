@@ -285,7 +285,7 @@ def _job(trial: Trial, data: SplitData, work: Path) -> Any:
 
 def _mean_tokens(plan_dir: str) -> dict[str, float]:
     """Mean tokens of the rows of each stream in a plan."""
-    from ofmu_ray.data.batches import lane_files, read_pieces
+    from ofmu_ray.data.lanes import lane_files, read_pieces
     from ofmu_ray.data.plan import read_plan
 
     plan = read_plan(plan_dir)

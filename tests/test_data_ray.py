@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import fault_table
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -27,17 +29,21 @@ import ofmu_ray.data.prepare as prepare_module
 from ofmu_ray.config import FormatConfig, SourceConfig
 from ofmu_ray.data.batches import local_rounds
 from ofmu_ray.data.plan import Plan, read_plan, write_plan
-from ofmu_ray.data.prepare import Prepared, prepare_streams, write_sample
+from ofmu_ray.data.prepare import Prepared, TokenisedStream, prepare_streams, write_sample
 from ofmu_ray.data.stream import lane_iterator, rounds
 from ofmu_ray.errors import UserError
 
 pytestmark = pytest.mark.slow
 
+STORE_BYTES = 80 * 2**20
+"""About the smallest object store that Ray starts with."""
+
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this module
-    ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    options = {"include_dashboard": False, "logging_level": logging.ERROR, "log_to_driver": False}
+    ray.init(num_cpus=2, object_store_memory=STORE_BYTES, **options)
     yield
     ray.shutdown()
 
@@ -329,6 +335,40 @@ def test_stream_that_begins_too_late_is_refused(tmp_path: Path, tokenizer: Any) 
     plan = planned(tmp_path, tokenizer)
     with pytest.raises(AssertionError, match="begins after round 2"):
         next(rounds(lane_iterator(plan, 0, 9), plan, start_round=2, pad_id=0))
+
+
+def test_lanes_larger_than_the_object_store_are_not_spilled(tmp_path: Path) -> None:
+    """Two lanes, together larger than the store, read at once by processes that take their time."""
+    rows, length = 2000, 16_384
+    folder = tmp_path / "tokens"
+    folder.mkdir()
+    tokens = pa.FixedSizeListArray.from_arrays(pa.array(np.arange(rows * length, dtype=np.int32)), length)
+    names = pa.array([f"retain-{row}" for row in range(rows)])
+    table = pa.table({"row_id": names, "input_ids": tokens, "prompt_tokens": np.ones(rows, np.int32)})
+    pq.write_table(table, folder / "part.parquet", compression="none", use_dictionary=False)
+    lengths = np.full(rows, length, np.int32)
+    stream = TokenisedStream("retain", str(folder), (("part.parquet", rows),), np.arange(rows), lengths, "tokens")
+    numbers = {"rounds": 100, "batch_size": 20, "workers": 2, "seed": 0}
+    plan = write_plan({"retain": stream}, str(tmp_path / "plan"), batches_per_round={"retain": 1}, **numbers, here=True)
+    assert table.nbytes > 1.5 * STORE_BYTES
+
+    def read(lane: int) -> int:
+        seen = 0
+        for batch in lane_iterator(plan, lane, readers=2).iter_batches(batch_size=10, batch_format="pyarrow"):
+            time.sleep(0.02)  # a round
+            seen += batch.num_rows
+        return seen
+
+    before = spilled()
+    task = ray.remote(read)
+    assert ray.get([task.remote(lane) for lane in range(2)]) == [rows // 2] * 2
+    assert spilled() == before
+
+
+def spilled() -> int:
+    """Bytes that this cluster's object stores have written to disk so far."""
+    state = get_state_from_address(ray.get_runtime_context().gcs_address)
+    return int(get_memory_info_reply(state).store_stats.spilled_bytes_total)
 
 
 def test_sample_of_a_stream(tmp_path: Path, tokenizer: Any) -> None:

@@ -6,14 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
+from ofmu_ray.data.lanes import lane_files, read_pieces
 from ofmu_ray.data.plan import Plan
 from ofmu_ray.data.sidecar import Sidecar, open_sidecars
 from ofmu_ray.engines.protocol import Batch
 from ofmu_ray.methods.protocol import REFUSAL
-from ofmu_ray.storage import locate
 
 IGNORE = -100
 """Label of tokens without a loss (torch's cross_entropy default)."""
@@ -40,21 +39,6 @@ def local_rounds(
     )
     options: dict[str, Any] = {"micro_batch_size": micro_batch_size, "pad_id": pad_id, "sidecars": sidecars}
     yield from assemble(tables, plan, start_round=start_round, **options)
-
-
-def lane_files(plan: Plan, lane: int, start_round: int = 0) -> list[str]:
-    """Files of a lane from the one that holds `start_round` (the last one when the plan ends before it)."""
-    first = min(start_round, plan.rounds - 1) // plan.rounds_per_file
-    return [plan.file(lane, number) for number in range(first, plan.files)]
-
-
-def read_pieces(path: str) -> Iterator[pa.Table]:
-    """One file of a lane, a row group (some megabytes) at a time."""
-    filesystem, inside = locate(path)
-    with filesystem.open_input_file(inside) as stream:
-        file = pq.ParquetFile(stream)
-        for number in range(file.num_row_groups):
-            yield file.read_row_group(number)
 
 
 def assemble(
