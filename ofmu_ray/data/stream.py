@@ -30,7 +30,8 @@ def lane_iterator(plan: Plan, lane: int, start_round: int = 0, readers: int = 1)
     It runs in the process that iterates (a Ray Train worker takes its rank for the lane). Its tasks run on the node of
     that process, so that rows cross the network once, and ask for no CPU: they must run while every core is taken by
     training workers. `readers`: lanes that are read on this node, which share its object store. Each is an execution of
-    its own to Ray Data, which would let each of them fill half of the whole cluster's.
+    its own to Ray Data, which would let each of them fill half of the whole cluster's: what is not read yet would be
+    spilled to disk and fetched again.
     """
     items = [{"path": path} for path in lane_files(plan, lane, start_round)]
     ahead = ray.data.TaskPoolStrategy(size=min(2, len(items)))
