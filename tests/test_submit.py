@@ -313,7 +313,7 @@ def test_a_job_is_detached_stopped_killed_and_resumed(head):
     first = head.submit("first.log", *words)
     wait_for(lambda: f"run     {storage}/job" in head.output("first.log"), first)
     first.send_signal(signal.SIGINT)
-    assert first.wait(timeout=30) == 130
+    assert first.wait(timeout=PATIENCE_SECONDS) == 130
     submission = re.search(r"--attach (\S+)", head.output("first.log"))[1]
 
     # the same command finds the job running and follows it; --stop ends both
@@ -321,9 +321,9 @@ def test_a_job_is_detached_stopped_killed_and_resumed(head):
     wait_for(storage.joinpath("job/train/round_000008/state.json").exists, second)
     ports = open_ports(head)
     stop = head.submit("stop.log", "--stop", submission)
-    assert stop.wait(timeout=60) == 0, head.output("stop.log")
+    assert stop.wait(timeout=PATIENCE_SECONDS) == 0, head.output("stop.log")
     assert f"{submission} STOPPED" in head.output("stop.log")
-    assert second.wait(timeout=60) == 1
+    assert second.wait(timeout=PATIENCE_SECONDS) == 1
     assert f"{submission} has this configuration and is running" in head.output("second.log")
     assert not storage.joinpath("job/metrics.json").exists()
 
@@ -375,8 +375,8 @@ def test_evaluate_benchmark_and_a_stopped_sweep_are_jobs_too(head):
     done = wait_for(lambda: {path: path.stat().st_mtime_ns for path in trials.glob("*.json")}, sweep)
     submission = re.search(r"(ofmu-sweep-\S+)", head.output("sweep.log"))[1]
     stop = head.submit("stop_sweep.log", "--stop", submission)
-    assert stop.wait(timeout=60) == 0, head.output("stop_sweep.log")
-    assert sweep.wait(timeout=60) == 1
+    assert stop.wait(timeout=PATIENCE_SECONDS) == 0, head.output("stop_sweep.log")
+    assert sweep.wait(timeout=PATIENCE_SECONDS) == 1
     assert not storage.joinpath("sweep_people/best.yaml").exists()
     again = head.submit("sweep_again.log", *words)
     for name, job in {"sweep_again": again, "evaluate": evaluate, "benchmark": benchmark}.items():
@@ -397,10 +397,10 @@ def test_mistakes_that_only_the_cluster_sees_exit_with_2(head):
     assert "no such folder" in head.output("mistake.log")
     submission = re.search(r"(\S+) FAILED", head.output("mistake.log"))[1]
     status = head.submit("status.log", "--status", submission)
-    assert status.wait(timeout=60) == 2
+    assert status.wait(timeout=PATIENCE_SECONDS) == 2
     assert head.output("status.log") == f"{submission} FAILED\n"
     unknown = head.submit("unknown.log", "--attach", "nothing")
-    assert unknown.wait(timeout=60) == 2
+    assert unknown.wait(timeout=PATIENCE_SECONDS) == 2
     assert "no such job" in head.output("unknown.log")
 
 
