@@ -354,7 +354,7 @@ def test_evaluate_benchmark_and_a_stopped_sweep_are_jobs_too(head):
     storage = head.folder / "storage"
     tiny = ["--storage", str(storage), "--base.training.batch_size", "4", "--base.evaluation.max_new_tokens", "4"]
     evaluate = head.submit(
-        *("evaluate.log", "evaluate", "--config", "pipelines/configs/evaluate_people.yaml", "--checks", "{}"),
+        *("evaluate.log", "evaluate", "--models", '{"target": "builtin:people/target"}', "--name", "evaluated"),
         *("--storage", str(storage), "--evaluation.max_rows", "8", "--evaluation.max_new_tokens", "4"),
     )
     benchmark = head.submit(
@@ -384,7 +384,7 @@ def test_evaluate_benchmark_and_a_stopped_sweep_are_jobs_too(head):
     assert done.items() <= {path: path.stat().st_mtime_ns for path in trials.glob("*.json")}.items()
     assert len(list(trials.glob("*.json"))) == 3
     assert storage.joinpath("sweep_people/best.yaml").exists()
-    for name in ("evaluate_people", "benchmark_people"):
+    for name in ("evaluated", "benchmark_people"):
         assert storage.joinpath(name, "report.html").exists()
 
 
