@@ -176,9 +176,12 @@ def run(job: WorkerJob, faults: Sequence[Fault]) -> dict[str, Any]:
 
     folder = Path(job.run_dir)
     (folder / "faults.json").write_text(json.dumps([asdict(fault) for fault in faults]))
-    worker_module.worker_loop = faulty_loop  # what `fit` gives to Ray Train
     started = time.perf_counter()
-    summary = fit(job, "faults")
+    worker_module.worker_loop = faulty_loop  # what `fit` gives to Ray Train
+    try:
+        summary = fit(job, "faults")
+    finally:
+        worker_module.worker_loop = real_loop
     starts = [json.loads(line) for line in (folder / "starts_0").read_text().splitlines()]
     costs = []
     for number, fault in enumerate(faults):
