@@ -117,7 +117,9 @@ def _counted(config: PlanConfig, stream: str, template: Any) -> Any:
 
 def _process_bytes() -> int:
     """Resident set of this process with everything that a worker imports."""
-    import deepspeed  # noqa: F401  (a worker's base)
+    from ofmu_ray.engines.deepspeed_engine import import_deepspeed
+
+    import_deepspeed()
 
     for line in Path("/proc/self/status").read_text().splitlines() if Path("/proc/self/status").exists() else []:
         if line.startswith("VmRSS"):

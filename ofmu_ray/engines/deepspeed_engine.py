@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +20,19 @@ from ofmu_ray.engines.protocol import Kind, Loss, Vector
 from ofmu_ray.engines.shards import FlatShards, Shards, trainable_parameters
 from ofmu_ray.engines.vector_engine import VectorEngine
 from ofmu_ray.errors import UserError
+
+
+def import_deepspeed() -> Any:
+    """The module, without the MLflow that its autotuner would import: 1.1 CPU seconds and 116 MB of each worker."""
+    hidden = "mlflow" not in sys.modules
+    if hidden:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module("deepspeed")
+    finally:
+        if hidden:
+            del sys.modules["mlflow"]
+
 
 PERSISTENT_BELOW = 10_000  # elements: at stage 3 norms and biases stay whole, as gathering them costs more than they do
 
@@ -68,7 +83,7 @@ class DeepSpeedEngine(VectorEngine):
         # what DeepSpeed's launcher would set; without it DeepSpeed guesses the device from the machine
         os.environ.setdefault("DS_ACCELERATOR", device.type)
         os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
-        import deepspeed
+        deepspeed = import_deepspeed()
         from deepspeed.ops import __compatible_ops__
 
         from ofmu_ray.engines.zero_shards import ZeroOneTwoShards, ZeroThreeShards
