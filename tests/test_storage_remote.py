@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
+from gcs_server import gcs_server
 from s3_server import BUCKET, Proxy, Server, proxy, s3_server
 
 from ofmu_ray import storage
@@ -140,3 +145,47 @@ def test_credentials_that_expire_on_the_way(server: Server, way: Proxy) -> None:
     with server.refusing(), pytest.raises(StorageError, match=refused) as caught:
         put(f"{server.bucket}/late", {"a": "a"})
     assert caught.value.status == 1
+
+
+def test_googles_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder comes and goes whole; folders without an object of their own, which Google's lists leave out, go too."""
+    with gcs_server(tmp_path) as google:
+        for name, value in google.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        place, files = f"{google.bucket}/runs/model", {"a": "1" * 100_000, "sub/b": "2"}
+        put(place, files)
+        assert content(place) == files
+        put(place, {"a": "new"})
+        assert content(place) == {"a": "new"}
+        with storage.published(f"{google.bucket}/runs/table", "whole") as partial:
+            storage.write_text(f"{partial}/whole", "yes")
+        assert storage.read_text(f"{google.bucket}/runs/table/whole") == "yes"
+        filesystem, inside = storage.locate(f"{place}.partial-123")
+        filesystem.create_dir(inside)
+        storage.write_text(f"{place}.partial-123/half", "done")
+        storage.remove_folder(place)
+        assert google.keys() == ["runs/table/whole"]
+        storage.remove_folder(place)
+        assert not storage.is_whole(place)
+
+
+@pytest.mark.slow
+def test_a_run_in_googles_store(tmp_path: Path) -> None:
+    """From start to end with nothing but the bucket; what it kept of the rows to forget is gone with it."""
+    words = ["--training.rounds", "4", "--training.checkpoint_every", "2", "--training.batch_size", "4"]
+    words += ["--evaluation.max_rows", "8", "--evaluation.max_new_tokens", "0", "--tracking.system_metrics", "false"]
+    words += ["--name", "x", "--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db"]
+    with gcs_server(tmp_path) as google:
+        command = [sys.executable, "-m", "pipelines.unlearn", "--storage", f"{google.bucket}/runs", *words]
+        environment = os.environ | google.environment | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+        for shown in ("report  gs://bucket/runs/x/report.html", "x is finished already"):
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-3000:]
+            assert shown in done.stdout + done.stderr
+        run = ["manifest.json", "metrics.json", "report.html", "rows.parquet", "run.json", "training.json"]
+        assert [key for key in google.keys("runs/x/") if "/model/" not in key] == [f"runs/x/{name}" for name in run]
+        assert len({key.split("/")[3] for key in google.keys("runs/cache/data/")}) == 1  # of the rows that are kept
+        assert "after" in json.loads(google.read("runs/x/metrics.json"))
+        weights = json.loads(google.read("runs/x/model/manifest.json"))["files"]["model.safetensors"]
+        assert weights["bytes"] == len(google.read("runs/x/model/model.safetensors"))

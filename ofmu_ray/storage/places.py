@@ -119,9 +119,12 @@ def remove_folder(directory: PathLike) -> None:
     filesystem, path = locate(directory)
     path = path.rstrip("/")
     beside = filesystem.get_file_info(FileSelector(path.rpartition("/")[0], allow_not_found=True))
-    for info in beside:
-        if info.type == FileType.Directory and (info.path == path or info.path.startswith(f"{path}{PARTIAL}")):
-            filesystem.delete_dir(info.path)
+    halves = [i.path for i in beside if i.type == FileType.Directory and i.path.startswith(f"{path}{PARTIAL}")]
+    for folder in (path, *halves):
+        # in a store a folder may have no object of its own: Google's lists none then and cannot delete it
+        filesystem.delete_dir_contents(folder, missing_dir_ok=True)
+        if filesystem.get_file_info(folder).type == FileType.Directory:
+            filesystem.delete_dir(folder)
 
 
 @contextmanager
