@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import ModelConfig, TrainingConfig, config_hash
 from ofmu_ray.config.evaluate import RETRAINED, EvaluateConfig
 from ofmu_ray.errors import UserError
-from ofmu_ray.storage import atomic_write, is_uri
+from ofmu_ray.storage import atomic_write, is_uri, join, local_file, name_of
 from pipelines.checks import Checks
 from pipelines.evaluation import Evaluator, has_tokenizer, read_sets
 from pipelines.nodes import join_cluster
 from pipelines.parse import fail, parse
-from pipelines.preflight import check_model, prepare_folder, public
+from pipelines.preflight import check_model, prepare_storage, public
 from pipelines.results import write_rows
 from pipelines.terminal import metrics_table, say
 
@@ -37,16 +38,15 @@ def evaluate(config: EvaluateConfig, command: list[str]) -> int:
     """Evaluate, compare, report. What is in the cache is not run again, so an interrupted evaluation goes on."""
     from ofmu_ray import tracking
 
-    storage = prepare_folder(config.storage)
-    folder = storage / (config.name or f"evaluate-{config_hash(config)[:8]}")
+    storage = prepare_storage(config.storage)
+    home = join(storage, config.name or f"evaluate-{config_hash(config)[:8]}")
     models = _models(config)
     evaluator = _evaluator(config, storage)
     for label, path in models.items():
         _check(path, _option(label), evaluator)
     checks = Checks(config, evaluator, models)
     join_cluster(TrainingConfig(), storage, {_option(label): [path] for label, path in models.items()})
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = tracking.start(config.tracking, str(storage), folder.name, public(config), {"ofmu.kind": "evaluate"})
+    handle = tracking.start(config.tracking, storage, name_of(home), public(config), {"ofmu.kind": "evaluate"})
     status: Any = "FAILED"
     try:
         tables = {label: evaluator.table(path, label) for label, path in models.items()}
@@ -55,7 +55,7 @@ def evaluate(config: EvaluateConfig, command: list[str]) -> int:
         figures = {label: evaluator.figures(table, tables.get(RETRAINED)) or {} for label, table in tables.items()}
         further = checks.figures()
         mlflow = tracking.open_command(handle)
-        files = _write(folder, config, evaluator, models, tables, figures, further, command, mlflow)
+        files = _write(home, config, evaluator, models, tables, figures, further, command, mlflow)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -63,9 +63,11 @@ def evaluate(config: EvaluateConfig, command: list[str]) -> int:
     finally:
         done = status == "FINISHED"
         logged = _logged(figures, further) if done else None
-        tracking.finish(handle, metrics=logged, artifacts=files if done else (), status=status)
+        with TemporaryDirectory(prefix="ofmu_") as place:
+            artifacts = [local_file(join(home, name), place) for name in files] if done else []
+            tracking.finish(handle, metrics=logged, artifacts=artifacts, status=status)
     print(metrics_table(figures, list(figures)))
-    say(f"report  {folder / 'report.html'}")
+    say(f"report  {join(home, 'report.html')}")
     say(f"mlflow  {mlflow}")
     return 0
 
@@ -107,12 +109,12 @@ def _tokenizer(config: EvaluateConfig) -> str:
     return found
 
 
-def _evaluator(config: EvaluateConfig, storage: Path) -> Evaluator:
+def _evaluator(config: EvaluateConfig, storage: str) -> Evaluator:
     return Evaluator(
         config.evaluation,
         config.data,
         _tokenizer(config),
-        storage / "cache",
+        join(storage, "cache"),
         config.seed,
         config.report.reveal_text,
         config.trust_remote_code,
@@ -122,7 +124,7 @@ def _evaluator(config: EvaluateConfig, storage: Path) -> Evaluator:
 
 
 def _write(
-    folder: Path,
+    home: str,
     config: EvaluateConfig,
     evaluator: Evaluator,
     models: dict[str, str],
@@ -131,16 +133,16 @@ def _write(
     further: dict[str, Any],
     command: list[str],
     mlflow: str,
-) -> list[Path]:
-    """rows.parquet, report.html and, last, metrics.json; returns what MLflow keeps as artifacts."""
+) -> list[str]:
+    """rows.parquet, report.html and, last, metrics.json; returns the names of those that MLflow keeps."""
     from ofmu_ray.evaluation.cache import model_fingerprint, weights_folder
     from ofmu_ray.reporting.comparison import ComparisonData, write_comparison
 
-    write_rows(folder / "rows.parquet", tables)
+    write_rows(join(home, "rows.parquet"), tables)
     write_comparison(
-        folder / "report.html",
+        join(home, "report.html"),
         ComparisonData(
-            title=folder.name,
+            title=name_of(home),
             metrics=figures,
             models=models,
             checks=further,
@@ -152,8 +154,8 @@ def _write(
     )
     weights = {label: model_fingerprint(weights_folder(resolve_builtin(path))) for label, path in models.items()}
     summary = {"models": figures, "checks": further, "weights_sha256": weights, "config": public(config)}
-    atomic_write(folder / "metrics.json", json.dumps(summary, indent=2) + "\n")
-    return [folder / name for name in ("report.html", "metrics.json")]
+    atomic_write(join(home, "metrics.json"), json.dumps(summary, indent=2) + "\n")
+    return ["report.html", "metrics.json"]
 
 
 if __name__ == "__main__":

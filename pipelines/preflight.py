@@ -69,7 +69,7 @@ def prepare_folder(storage: str) -> Path:
     if is_uri(storage):
         raise UserError(
             f"storage = {without_credentials(storage)!r}: this command needs a folder that all nodes share (NFS, EFS, "
-            "Filestore, Lustre); `ofmu unlearn` and `ofmu train` take URIs, and data and models may lie at one"
+            "Filestore, Lustre); `ofmu unlearn`, `train` and `evaluate` take URIs, and data and models may lie at one"
         )
     path = local_path(storage)
     if JOB_VARIABLE in os.environ:

@@ -13,6 +13,7 @@ import pytest
 import ray
 import yaml
 from evaluation_models import tiny_model, tiny_tokenizer
+from s3_server import s3_server
 
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.evaluation import checks as measurements
@@ -219,6 +220,28 @@ def test_page_and_mlflow_show_figures_and_checks(finished: Any) -> None:
         assert logged[f"{label}/relearn/forget/step_3"] == pytest.approx(
             metrics["checks"]["relearn"][label]["forget/step_3"]["value"]
         )
+
+
+@pytest.mark.slow
+def test_an_evaluation_in_an_object_store(
+    tmp_path: Path, finished: tuple[Path, dict[str, Any], list[str], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cache, rows and page lie in the bucket, and the figures are those of a folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with s3_server() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        words = ["--storage", f"{server.bucket}/runs", "--name", "e", "--tracking.uri", f"sqlite:///{tmp_path}/m.db"]
+        words += [word for name, value in SMALL.items() for word in (f"--evaluation.{name}", str(value))]
+        assert cli.main(["evaluate", *words]) == 0
+        kept = server.keys("runs/cache")
+        assert server.keys("runs/e/") == [f"runs/e/{name}" for name in ("metrics.json", "report.html", "rows.parquet")]
+        for label, figures in json.loads(server.read("runs/e/metrics.json"))["models"].items():
+            there = {name: figure for name, figure in figures.items() if figure["value"] is not None}
+            assert "model_utility" in there
+            assert_close(there, {name: finished[1]["models"][label][name] for name in there})
+        assert cli.main(["evaluate", *words]) == 0
+        assert server.keys("runs/cache") == kept
 
 
 @pytest.mark.slow
