@@ -1,6 +1,6 @@
-"""Machines made of namespaces: each with its own network, address and folder for temporary files, joined by a bridge.
+"""Machines made of namespaces: each with its own network, addresses and folder for temporary files, joined by bridges.
 
-Nothing of it is visible outside: the bridge lies in the first machine's namespace, and all of it ends with the
+Nothing of it is visible outside: the bridges lie in the first machine's namespace, and all of it ends with the
 processes that hold the namespaces.
 """
 
@@ -17,6 +17,8 @@ from pathlib import Path
 
 import psutil
 
+SUBNETS = ("10.77.0.0/24", "10.78.0.0/24")
+"""Two networks that join all machines."""
 TOOLS = ("ip", "unshare", "nsenter", "mount")
 
 
@@ -40,8 +42,26 @@ class Machine:
     """A network and a mount namespace, held by a process."""
 
     holder: int
-    address: str
-    interface: str
+    number: int
+
+    @property
+    def address(self) -> str:
+        """In the first network."""
+        return self.places[0][1]
+
+    @property
+    def second(self) -> str:
+        """Its address in the second network."""
+        return self.places[1][1]
+
+    @property
+    def places(self) -> list[tuple[str, str]]:
+        """(name, address) of its interfaces, one for each network."""
+        stems = ("net", "wire")
+        return [
+            (f"{stem}{self.number}", f"{subnet.rpartition('.')[0]}.{self.number + 1}")
+            for stem, subnet in zip(stems, SUBNETS, strict=True)
+        ]
 
     def command(self, *words: str) -> list[str]:
         """The words of a command that runs on this machine."""
@@ -74,27 +94,32 @@ class Network:
     machines: Sequence[Machine]
 
     def cut_off(self, machine: Machine) -> None:
-        """Pull its cable: packets are lost, nothing is told to anyone."""
-        self.machines[0].run("ip", "link", "set", f"port{self.machines.index(machine)}", "down")
+        """Pull its cables: packets are lost, nothing is told to anyone."""
+        for name, _ in machine.places:
+            self.machines[0].run("ip", "link", "set", f"to_{name}", "down")
 
 
 @contextmanager
 def network(count: int, temporary: Path) -> Iterator[Network]:
     """Machines 10.77.0.1, .2, ...; each has `temporary` for itself, and all else of the file system in common.
 
-    Their interfaces have different names, and each has a second one (`decoy`) with an address that leads nowhere.
+    They are joined by two networks (`SUBNETS`). Their interfaces have different names, and each has another one
+    (`decoy`) with an address that leads nowhere.
     """
     with ExitStack() as stack:
         machines = [_machine(stack, number, temporary) for number in range(count)]
         hub = machines[0]
-        hub.run("ip", "link", "add", hub.interface, "type", "bridge")
-        for number, machine in enumerate(machines):
-            if machine is not hub:
-                peer = ["type", "veth", "peer", "name", machine.interface, "netns", str(machine.holder)]
-                hub.run("ip", "link", "add", f"port{number}", *peer)
-                hub.run("ip", "link", "set", f"port{number}", "master", hub.interface, "up")
+        bridges = [name for name, _ in hub.places]
+        for bridge in bridges:
+            hub.run("ip", "link", "add", bridge, "type", "bridge")
+        for machine in machines:
+            for bridge, (name, _) in zip(bridges, machine.places, strict=True):
+                if machine is not hub:
+                    peer = ["type", "veth", "peer", "name", name, "netns", str(machine.holder)]
+                    hub.run("ip", "link", "add", f"to_{name}", *peer)
+                    hub.run("ip", "link", "set", f"to_{name}", "master", bridge, "up")
             machine.run("ip", "link", "add", "decoy", "type", "bridge")
-            for name, address in (("decoy", f"192.168.77.{number + 1}"), (machine.interface, machine.address)):
+            for name, address in (("decoy", f"192.168.77.{machine.number + 1}"), *machine.places):
                 machine.run("ip", "address", "add", f"{address}/24", "dev", name)
                 machine.run("ip", "link", "set", name, "up")
             machine.run("ip", "link", "set", "lo", "up")
@@ -104,7 +129,7 @@ def network(count: int, temporary: Path) -> Iterator[Network]:
 def _machine(stack: ExitStack, number: int, temporary: Path) -> Machine:
     ready = f"mount -t tmpfs none {temporary} && echo ready && exec sleep infinity"
     holder = subprocess.Popen(unshare("net mount", ready), stdout=subprocess.PIPE, text=True)
-    machine = Machine(holder.pid, f"10.77.0.{number + 1}", f"net{number}")
+    machine = Machine(holder.pid, number)
     stack.callback(_end, holder, machine)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "ready\n"

@@ -1,4 +1,4 @@
-"""A small OFMU run of two workers on the cluster of RAY_ADDRESS: python node_run.py FOLDER NAME PLACEMENT."""
+"""A small OFMU run of two workers on the cluster of RAY_ADDRESS: python node_run.py FOLDER NAME PLACEMENT INTERFACE."""
 
 from __future__ import annotations
 
@@ -15,9 +15,15 @@ EVERY = 8
 """Rounds between checkpoints; the run has three times as many."""
 
 
-def main(folder: str, name: str, placement: Any) -> None:
+def main(folder: str, name: str, placement: Any, interface: str) -> None:
     training = TrainingConfig(
-        workers=2, placement=placement, rounds=3 * EVERY, batch_size=4, checkpoint_every=EVERY, max_failures=3
+        workers=2,
+        placement=placement,
+        network_interface=interface or None,
+        rounds=3 * EVERY,
+        batch_size=4,
+        checkpoint_every=EVERY,
+        max_failures=3,
     )
     connect(training.workers)
     fit(make_job(Path(folder), training=training, name=name), name)

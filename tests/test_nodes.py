@@ -18,7 +18,7 @@ import psutil
 import pytest
 import ray
 from fault_job import make_job
-from namespaces import Machine, network, unshare, why_not
+from namespaces import SUBNETS, Machine, network, unshare, why_not
 from node_run import EVERY
 from ray.cluster_utils import Cluster
 
@@ -88,9 +88,11 @@ def temporary() -> Iterator[Path]:
         yield Path(folder)
 
 
-def start(folder: Path, name: str, placement: str, *before: str, **environment: str) -> subprocess.Popen[bytes]:
+def start(
+    folder: Path, name: str, placement: str, *before: str, interface: str = "", **environment: str
+) -> subprocess.Popen[bytes]:
     """The driver of a run; `before` stands before its command."""
-    words = [*before, sys.executable, str(ROOT / "tests/node_run.py"), str(folder), name, placement]
+    words = [*before, sys.executable, str(ROOT / "tests/node_run.py"), str(folder), name, placement, interface]
     with (folder / f"{name}.log").open("w") as log:
         return subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log, env=os.environ | environment)
 
@@ -194,7 +196,8 @@ def blind_node(address: str, folder: Path) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.skipif(NO_NAMESPACES is not None, reason=str(NO_NAMESPACES))
 def test_a_node_is_cut_off_in_training(runs, undisturbed):
-    """Three machines with networks of their own; the cable of one that holds a worker is pulled, nobody is told."""
+    """Three machines, Ray on one network and the workers on another, chosen by its subnet; the cables of one that holds
+    a worker are pulled, nobody is told."""
     with temporary() as folder, network(3, folder) as net:
         head, *others = net.machines
         address, token = f"{head.address}:6379", runs / "token"
@@ -204,12 +207,12 @@ def test_a_node_is_cut_off_in_training(runs, undisturbed):
         start_ray(head, environment, "--head", "--port", "6379", "--num-cpus", "0", "--include-dashboard", "false")
         for machine in others:
             start_ray(machine, environment, "--address", address, "--num-cpus", "2")
-        driver = start(runs, "cut", "spread", *head.command(), **environment)
+        driver = start(runs, "cut", "spread", *head.command(), interface=SUBNETS[1], **environment)
         wait_for_checkpoint(driver, runs, "cut")
         one, other = others
         assert one.processes(WORKER)
         assert other.processes(WORKER)
-        assert (one.address, other.address) in connections(one.processes(WORKER)[0])
+        assert (one.second, other.second) in connections(one.processes(WORKER)[0])
         net.cut_off(other)
         assert wait(driver, runs, "cut") == undisturbed
 
