@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Iterable, Mapping
 
 from ofmu_ray.config import ModelConfig, SourceConfig, TrainingConfig, UnlearnConfig
 from ofmu_ray.errors import UserError
-from ofmu_ray.storage import PathLike, is_uri, join, local_path, locate, read_text, remove_folder, write_text
-
-DRIVER = "driver"
-"""File of this process in the folder that all nodes look into; the others are named by their nodes' ids."""
+from ofmu_ray.storage import PathLike, is_uri, join, read_text, remove_folder, write_text
+from ofmu_ray.training.shared_files import SharedFiles, unreadable, why
 
 
 def join_cluster(training: TrainingConfig, storage: PathLike, paths: Mapping[str, Iterable[str | None]]) -> None:
     """Join or start Ray with room for the workers; on several nodes, have each of them look at the files.
 
     `paths`: option -> files, folders, URIs or hub names that workers will read. Only what is a file or folder here is
-    looked for.
+    looked for. Nodes that join later are asked when workers start on them (`training.rendezvous`).
 
     Raises:
         UserError: no room, or nodes that do not share the storage, lack a path, or lack the network interface.
@@ -30,14 +27,10 @@ def join_cluster(training: TrainingConfig, storage: PathLike, paths: Mapping[str
     nodes = alive()
     if len(nodes) == 1:
         return
-    local = [(option, str(local_path(p))) for option, some in paths.items() for p in some if p and not is_uri(p)]
-    wanted = [(option, path) for option, path in local if os.path.exists(path)]
     folder, own = join(storage, f".nodes-{uuid.uuid4().hex[:12]}"), here().address
-    filesystem, inside = locate(folder)
-    filesystem.create_dir(inside, recursive=True)
     try:
-        write_text(join(folder, DRIVER), own)
-        answers = on_each(nodes, look, folder, wanted, training.network_interface)
+        shared = SharedFiles.of(storage, folder, paths)
+        answers = on_each(nodes, look, shared, folder, training.network_interface)
         problems = [
             f"node {node.address} {problem}"
             for node, found in answers.items()
@@ -50,12 +43,7 @@ def join_cluster(training: TrainingConfig, storage: PathLike, paths: Mapping[str
         ]
     finally:
         remove_folder(folder)
-    if problems:
-        raise UserError(
-            f"storage = {os.fspath(storage)}, models and data must be the same on all nodes, but\n  "
-            + "\n  ".join(dict.fromkeys(problems))
-            + "\nmount one folder on all nodes (NFS, EFS, Filestore, Lustre) for --storage and local paths, or use URIs"
-        )
+    shared.refuse(problems)
 
 
 def run_paths(config: UnlearnConfig, where: str = "") -> dict[str, list[str | None]]:
@@ -78,19 +66,18 @@ def source_paths(option: str, source: SourceConfig, root: str | None) -> dict[st
     return {option: [path if root is None or is_uri(path) else join(root, path) for path in source.paths]}
 
 
-def look(folder: str, wanted: list[tuple[str, str]], interface: str | None) -> list[str]:
+def look(shared: SharedFiles, folder: str, interface: str | None) -> list[str]:
     """On a node: what is wrong there, in words that follow its name; leaves a file in `folder`."""
     import ray
 
     from ofmu_ray.training.rendezvous import choose_here
 
-    problems = [f"has no {path} ({option})" for option, path in wanted if not os.path.exists(path)]
-    try:
-        if read_text(join(folder, DRIVER)):
+    problems = shared.missing_here()
+    if not problems:
+        try:
             write_text(join(folder, ray.get_runtime_context().get_node_id()), "")
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        problems.append(f"cannot read or write in storage what the driver's node shares ({reason})")
+        except (OSError, UserError) as error:
+            problems.append(unreadable(why(error)))
     try:
         choose_here(interface)
     except UserError as error:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import http.client
+import json
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
 from typing import Any
@@ -23,27 +24,27 @@ class Server:
 
     endpoint: str
     bucket: str = f"s3://{BUCKET}"
+    key: str = "test"
+    secret: str = "test"
 
     @property
     def environment(self) -> dict[str, str]:
         """Variables that the AWS SDK reads."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_ACCESS_KEY_ID": self.key,
+            "AWS_SECRET_ACCESS_KEY": self.secret,
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
     @property
     def client(self) -> Any:
         """boto3's."""
-        return boto3.client(
-            "s3",
-            endpoint_url=self.endpoint,
-            region_name="us-east-1",
-            aws_access_key_id="test",
-            aws_secret_access_key="test",
-        )
+        return self._service("s3")
+
+    def _service(self, name: str) -> Any:
+        keys = {"aws_access_key_id": self.key, "aws_secret_access_key": self.secret}
+        return boto3.client(name, endpoint_url=self.endpoint, region_name="us-east-1", **keys)
 
     def keys(self, prefix: str = "") -> list[str]:
         """Names of all objects; folders' markers are left out."""
@@ -56,9 +57,18 @@ class Server:
         content: bytes = self.client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
         return content
 
+    def user(self) -> Server:
+        """The server as a user finds it who has credentials that are checked, and all rights."""
+        iam = self._service("iam")
+        iam.create_user(UserName="user")
+        rights = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "s3:*", "Resource": "*"}]}
+        iam.put_user_policy(UserName="user", PolicyName="all", PolicyDocument=json.dumps(rights))
+        made = iam.create_access_key(UserName="user")["AccessKey"]
+        return replace(self, key=made["AccessKeyId"], secret=made["SecretAccessKey"])
+
     @contextmanager
     def refusing(self) -> Iterator[None]:
-        """No credentials are good enough while the block runs."""
+        """No credentials but those of a `user` are good enough while the block runs."""
         self._authenticate("0")
         try:
             yield

@@ -9,8 +9,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,9 @@ from fault_job import make_job
 from namespaces import SUBNETS, Machine, network, unshare, why_not
 from node_run import EVERY
 from ray.cluster_utils import Cluster
+from s3_server import Server, s3_server
 
-from ofmu_ray.config import TrainingConfig
+from ofmu_ray.config import ModelConfig, TrainingConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.actors import holders
 from ofmu_ray.nodes import alive
@@ -66,10 +69,18 @@ def runs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """A head that runs no tasks, and two nodes with room for two workers each."""
+def store() -> Iterator[Server]:
+    """An S3 server, with credentials that it checks while it is `refusing`."""
+    with s3_server() as server:
+        yield server.user()
+
+
+@pytest.fixture(scope="module")
+def cluster(store) -> Iterator[Cluster]:
+    """A head that runs no tasks, and two nodes with room for two workers each; all of them can use the store."""
     with temporary() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TMPDIR", str(folder))
+        for name, value in ({"RAY_TMPDIR": str(folder)} | store.environment).items():
+            patch.setenv(name, value)
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         try:
             for _ in range(2):
@@ -150,20 +161,40 @@ def test_a_raylet_is_killed_in_training(cluster, runs, undisturbed):
 
 @pytest.mark.slow
 @pytest.mark.skipif(NO_NAMESPACES is not None, reason=str(NO_NAMESPACES))
-def test_a_node_that_sees_other_files_is_named(cluster, runs):
-    """One node has an empty file system where the others have the storage; then it is gone, and the others are well."""
+def test_a_node_that_sees_other_files_is_named(cluster, runs, store):
+    """One node has an empty file system where the others have the storage, and other credentials; then it is gone, and
+    the others are well. A run that began to wait for room before the node came starts its worker there."""
     model = runs / "model"
     model.mkdir()
     paths = {"model.path": [str(model), None, "some/hub-name", "s3://bucket/model"]}
     connect(1)
     seeing = [node for node in alive() if node.resources.get("CPU")]
-    with blind_node(cluster.address, runs):
+    late = replace(
+        make_job(runs, training=TrainingConfig(cpus_per_worker=3, node_timeout=PATIENCE_SECONDS), name="late"),
+        model=ModelConfig(path=str(model)),
+    )
+    with ThreadPoolExecutor(1) as threads, blind_node(cluster.address, runs, threads.submit(fit, late, "late")) as run:
         with pytest.raises(UserError) as found:
             join_cluster(TrainingConfig(), runs, paths)
         assert holders(str(model), "CPU") == seeing  # where actors load the model
+        with store.refusing(), pytest.raises(UserError) as refused:
+            join_cluster(TrainingConfig(), f"{store.bucket}/runs", {})
+        with pytest.raises(UserError) as joined:
+            run.result(timeout=PATIENCE_SECONDS)
     told = str(found.value)
     assert f"storage = {runs}, models and data must be the same on all nodes" in told
     assert told.count("cannot read or write in storage") == told.count(f"has no {model} (model.path)") == 1
+    told = str(refused.value)
+    assert "storage = s3://bucket/runs, models and data must be the same on all nodes" in told
+    assert told.count("\n  node ") == told.count("access was refused: check the credentials (environment, profile") == 1
+    assert "give Ray on all nodes the same credentials" in told
+    assert not store.keys()
+    node, told = seeing[0].address, str(joined.value)
+    assert f"storage = {late.run_dir}, models and data must be the same on all nodes" in told
+    assert told.count("\n  node ") == 2
+    assert f"node {node} has no {model} (model.path)" in told
+    assert f"node {node} cannot read or write in storage what the driver's node shares (.driver is not there)" in told
+    assert "--storage" in told
     with pytest.raises(UserError, match="network_interface = nothing0") as found:
         join_cluster(TrainingConfig(network_interface="nothing0"), runs, paths)
     assert "cannot read" not in str(found.value)
@@ -172,22 +203,34 @@ def test_a_node_that_sees_other_files_is_named(cluster, runs):
 
 
 @contextmanager
-def blind_node(address: str, folder: Path) -> Iterator[None]:
-    """A node of its own mount namespace, in which `folder` is empty."""
+def blind_node(address: str, folder: Path, run: Future[Any]) -> Iterator[Future[Any]]:
+    """A node of its own mount namespace, in which `folder` is empty, with room for the worker of `run`, and with a
+    secret that the store refuses. It comes when the run has begun to look for room."""
     ray_command = Path(sys.executable).with_name("ray")
-    script = f"mount -t tmpfs none {folder} && exec {ray_command} start --address {address} --num-cpus 1 --block"
-    before = len(alive())
-    node = subprocess.Popen(unshare("mount", script), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    script = f"mount -t tmpfs none {folder} && exec {ray_command} start --address {address} --num-cpus 3 --block"
+    before, environment = len(alive()), os.environ | {"AWS_SECRET_ACCESS_KEY": "another"}
+    wait_until(lambda: (folder / "late/train/.driver").exists())
+    node = subprocess.Popen(
+        unshare("mount", script), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
-        end = time.monotonic() + PATIENCE_SECONDS
-        while len(alive()) == before:
-            assert node.poll() is None
-            assert time.monotonic() < end
-            time.sleep(0.1)
-        yield
+        wait_until(lambda: node.poll() is not None or len(alive()) > before)
+        assert node.poll() is None
+        yield run
     finally:
+        for process in psutil.Process(node.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                if "ray::" in " ".join(process.cmdline()):  # the raylet would wait half a minute for its workers
+                    process.kill()
         node.terminate()
         node.wait(timeout=60)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 # ---------------------------------------------------------------------------------------------- machines of namespaces

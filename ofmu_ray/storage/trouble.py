@@ -70,6 +70,11 @@ def refusal(error: BaseException) -> str | None:
     return None if kind is None else f"{_SENTENCES[kind]} ({' '.join(str(error).split())[:_LONGEST_DETAIL]})"
 
 
+def may_pass(error: BaseException) -> bool:
+    """Whether an error of the storage may be gone at the next try, without anyone doing something about it."""
+    return not isinstance(error, (FileNotFoundError, UserError)) and _kind(error) in (None, "silence")
+
+
 def _kind(error: BaseException) -> str | None:
     number = error.errno if isinstance(error, OSError) else None
     for kind, numbers in _NUMBERS.items():

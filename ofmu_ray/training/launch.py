@@ -177,7 +177,8 @@ def fit(job: WorkerJob, title: str) -> dict[str, Any]:
     """Run the workers to the end (resuming what the run's folder holds) and return <run>/training.json.
 
     Raises:
-        UserError: a worker found a user's mistake, or a lost node was not replaced in training.node_timeout.
+        UserError: a worker found a user's mistake, a worker's node does not see the run's files, or a lost node was
+            not replaced in training.node_timeout.
         RuntimeError: the workers failed more than training.max_failures times.
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -185,6 +186,7 @@ def fit(job: WorkerJob, title: str) -> dict[str, Any]:
 
     from ofmu_ray.training import registry
     from ofmu_ray.training.rendezvous import OneInterface
+    from ofmu_ray.training.shared_files import SharedFiles
     from ofmu_ray.training.worker import worker_loop
 
     if not is_uri(job.run_dir):  # an object is there or not, never torn
@@ -196,6 +198,8 @@ def fit(job: WorkerJob, title: str) -> dict[str, Any]:
         resources["GPU"] = training.gpus_per_worker
     threads = str(max(1, int(training.cpus_per_worker)))
     filesystem, inside = locate(job.run_dir)
+    read: dict[str, list[str | None]] = {"model.path": [job.model.path], "model.tokenizer": [job.model.tokenizer]}
+    shared = SharedFiles.of(job.run_dir, join(job.run_dir, "train"), read)
     progress = Progress.options(scheduling_strategy=on(here())).remote()  # type: ignore[attr-defined]
     # a collective must not give up before the watchdog, which says who was to blame
     patience = max(COLLECTIVE_TIMEOUT_SECONDS, ceil(training.round_timeout or 0) + 60)
@@ -213,7 +217,10 @@ def fit(job: WorkerJob, title: str) -> dict[str, Any]:
             placement_strategy=training.placement.upper(),
         ),
         torch_config=OneInterface(
-            backend="nccl" if gpu else "gloo", timeout_s=patience, interface=training.network_interface
+            backend="nccl" if gpu else "gloo",
+            timeout_s=patience,
+            interface=training.network_interface,
+            shared=shared,
         ),
         run_config=RunConfig(
             name="train",

@@ -1,4 +1,6 @@
-"""How the workers find one another and what they talk over: one network interface of each node, and nothing else.
+"""How the workers start: whether their nodes see the same files, how they find one another and what they talk over.
+
+They talk over one network interface of each node, and nothing else.
 
 By default it is the interface that carries the node's address in the Ray cluster (on one machine: loopback). gloo and
 NCCL would each choose by rules of their own (the host's name; the first interface that is up), and torch's rendezvous
@@ -22,6 +24,7 @@ from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBacken
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 
 from ofmu_ray.errors import UserError
+from ofmu_ray.training.shared_files import SharedFiles
 
 MEETING_SECONDS = 300
 """How long workers that have started wait for each other; Ray ends those whose peer has died sooner."""
@@ -35,6 +38,8 @@ class OneInterface(TorchConfig):  # type: ignore[misc]
     """Ray Train's set-up of torch.distributed on one network interface of each node (`training.network_interface`)."""
 
     interface: str | None = None
+    shared: SharedFiles | None = None
+    """What every worker's node must see before anything else; None: it is not looked for."""
 
     @property
     def backend_cls(self) -> type[_TorchBackend]:
@@ -45,14 +50,20 @@ class _Backend(_TorchBackend):  # type: ignore[misc]
     """Replaces the rendezvous; how Ray Train ends the process group stays."""
 
     def on_start(self, worker_group: Any, backend_config: OneInterface) -> None:
-        """Raises UserError (the interface), or what makes Ray Train start the workers again (a peer that ended)."""
+        """Raises UserError (files, the interface), which ends the run, or what makes Ray Train start the workers again
+        (a peer that ended)."""
+        shared = backend_config.shared
         try:
+            if shared is not None:  # here, where the nodes that join later pass too
+                found = worker_group.execute(_look, shared)
+                problems = [problem for of_worker in found for problem in of_worker]
+                shared.refuse(problems, "; then the same command takes the run up")
             place = worker_group.execute_single(0, _listen, backend_config.interface)
             worker_group.execute(_meet, backend_config, *place)
         except RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise error.cause from None
-            raise WorkerGroupStartupFailedError(f"the workers did not find one another: {error.cause}") from error
+            raise WorkerGroupStartupFailedError(f"the workers could not start together: {error.cause}") from error
 
 
 def choose(wanted: str | None, node: str, interfaces: Mapping[str, Sequence[str]]) -> tuple[str, str]:
@@ -92,6 +103,13 @@ def choose_here(wanted: str | None) -> tuple[str, str]:
         for name, entries in psutil.net_if_addrs().items()
     }
     return choose(wanted, get_node_ip_address(), {name: addresses for name, addresses in found.items() if addresses})
+
+
+def _look(shared: SharedFiles) -> list[str]:
+    """On every rank: what its node does not see."""
+    from ray.util import get_node_ip_address
+
+    return [f"node {get_node_ip_address()} {problem}" for problem in shared.missing_here(retried=True)]
 
 
 def _listen(interface: str | None) -> tuple[str, int]:
