@@ -2,8 +2,8 @@
 
 The run is OFMU on the built-in model under Ray Train, as `ofmu unlearn` starts it; one of its workers does the fault
 to itself (SIGKILL, SIGSTOP, a bit flipped in a checkpoint) when it reaches the point. `run` tells the rounds that had
-to be run again and the seconds from the fault to the next batch, `difference` how far the final weights of two runs
-are apart.
+to be run again and the seconds until they were (`recovery`), `difference` how far the final weights of two runs are
+apart.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,10 +85,11 @@ class Saboteur:
             shard.write_bytes(content)
         os.kill(os.getpid(), signal.SIGSTOP if fault.does == "SIGSTOP" else signal.SIGKILL)
 
-    def went_on(self, done: int) -> None:
-        """The first batch after this start is there."""
-        with (self.folder / f"starts_{self.rank}").open("a") as log:
-            log.write(json.dumps({"at": time.time(), "round": done}) + "\n")
+    def begin(self, number: int) -> None:
+        """A round begins, its batches are there."""
+        with (self.folder / f"rounds_{self.rank}").open("a") as log:
+            log.write(json.dumps({"at": time.time(), "round": number, "first": not self.round}) + "\n")
+        self.round = number
 
     def arm(self) -> None:
         """Put the points of `at` into the loop, the engine, the session and the export."""
@@ -104,9 +106,7 @@ class Saboteur:
             return engine
 
         def round_(loop: Any, batches: Any) -> bool:
-            if not self.round:
-                self.went_on(loop.state.round)
-            self.round = loop.state.round + 1
+            self.begin(loop.state.round + 1)
             return rounds(loop, batches)
 
         worker_module.build_engine = build_engine
@@ -182,20 +182,42 @@ def run(job: WorkerJob, faults: Sequence[Fault]) -> dict[str, Any]:
         summary = fit(job, "faults")
     finally:
         worker_module.worker_loop = real_loop
-    starts = [json.loads(line) for line in (folder / "starts_0").read_text().splitlines()]
+    begun = [json.loads(line) for line in (folder / "rounds_0").read_text().splitlines()]
     costs = []
     for number, fault in enumerate(faults):
         done = json.loads((folder / f"fault_{number}").read_text())
-        after = [start for start in starts if start["at"] > done["at"]]
-        if after:  # a round that was begun is lost; of a run that had only its export left, none
-            seconds, lost = after[0]["at"] - done["at"], max(0, done["round"] - after[0]["round"])
-        else:
-            seconds, lost = (folder / "training.json").stat().st_mtime - done["at"], 0
+        lost, seconds = recovery(begun, done["at"], done["round"])
+        if seconds is None:  # only the export was left
+            seconds = (folder / "training.json").stat().st_mtime - done["at"]
         costs.append({"fault": fault.name, "phase": fault.phase, "rounds_lost": lost, "seconds": seconds})
     return {"seconds": time.perf_counter() - started, "notes": summary["notes"], "costs": costs}
 
 
+def recovery(begun: Sequence[dict[str, Any]], at: float, round: int | None = None) -> tuple[int, float | None]:
+    """Rounds that a fault at time `at` sent the run back, and seconds until it was where it had been.
+
+    `begun`: {"at", "round", "first"} of each round that began, oldest first; "first" after a start or a step back.
+    `round`: the one that the fault hit; None: the last that began before the run was sent back. A run that the fault
+    did not send back lost nothing; its seconds are the longest that it then waited for a round to begin, None: there
+    was none.
+    """
+    later = [number for number, row in enumerate(begun) if row["at"] > at]
+    back = next((number for number in later if begun[number]["first"]), None)
+    if back is None:
+        times = [at, *(begun[number]["at"] for number in later)]
+        return 0, max((after - before for before, after in pairwise(times)), default=None)
+    if round is None:
+        round = begun[back - 1]["round"] if back else 0
+    there = next((row for row in begun[back:] if row["round"] >= round), begun[-1])
+    return max(0, round - begun[back]["round"] + 1), there["at"] - at
+
+
 def difference(one: WorkerJob, other: WorkerJob) -> float:
     """Largest difference of a weight of two exported models."""
-    a, b = (load_file(Path(job.run_dir, "model/model.safetensors")) for job in (one, other))
+    return largest_difference(*(Path(job.run_dir, "model") for job in (one, other)))
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    """The same of two model folders."""
+    a, b = (load_file(folder / "model.safetensors") for folder in (one, other))
     return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)

@@ -3,41 +3,149 @@
     FAULT_TABLE=faults.jsonl make test PYTEST_ARGS="-m slow"
     python tests/fault_table.py faults.jsonl docs/reliability.md
 
-Without FAULT_TABLE the tests measure and write nothing down.
+With FAULT_TABLE the workers of the tests' runs also write down when each round began (`watched`): that tells what a
+fault cost. Without it the tests measure and write nothing down, and runs are as a user starts them.
 """
 
 from __future__ import annotations
 
+import importlib.abc
+import importlib.util
 import json
 import os
 import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 BEGIN, END = "<!-- faults: written by tests/fault_table.py -->", "<!-- end of faults -->"
+PHASES = (
+    "tokenising",
+    "start",
+    "first gather",
+    "inner loop",
+    "displaced",
+    "outer step",
+    "any round",
+    "checkpoint write",
+    "export",
+    "evaluation",
+)
+"""In the order of a run, which is that of the table."""
+TABLE, ROUNDS = "FAULT_TABLE", "FAULT_ROUNDS"
+LOOP = "ofmu_ray.training.loop"
 
 
-def record(fault: str, *, lost: str, seconds: float | None = None, difference: float | None = None) -> None:
-    """One row. `lost`: what had to be done again; `seconds`: until work went on; `difference`: largest of a final
-    weight (or of a value) from the undisturbed run."""
-    if "FAULT_TABLE" in os.environ:
-        row = {"fault": fault, "lost": lost, "seconds": seconds, "difference": difference}
-        with open(os.environ["FAULT_TABLE"], "a") as file:
-            file.write(json.dumps(row) + "\n")
+def record(
+    fault: str,
+    *,
+    phase: str,
+    lost: int | None = None,
+    unit: str = "round",
+    seconds: float | None = None,
+    difference: float | None = None,
+    models: tuple[Path, Path] | None = None,
+    at: float | None = None,
+    rounds: Sequence[Path] = (),
+) -> None:
+    """One row.
+
+    `lost`: how many `unit` had to be done again; `seconds`: until they were; `difference`: largest of a final weight
+    (or of a value) from the undisturbed run. Instead of these, `at` (time.time() of the fault) and the files of
+    `watched` that hold the run's rounds, and the folders of the two models.
+    """
+    if TABLE not in os.environ:
+        return
+    from benchmarks.faults import largest_difference, recovery
+
+    assert phase in PHASES, phase
+    if at is not None:
+        lines = [line for path in rounds if path.exists() for line in path.read_text().splitlines()]
+        lost, seconds = recovery([json.loads(line) for line in lines], at)
+    if models is not None:
+        difference = largest_difference(*models)
+    row = {"fault": fault, "phase": phase, "lost": lost, "unit": unit, "seconds": seconds, "difference": difference}
+    with open(os.environ[TABLE], "a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
-def rounds(count: int) -> str:
-    """As `lost` says it."""
-    return f"{count} round" if count == 1 else f"{count} rounds"
+# --------------------------------------------------------------------------------------------- when the rounds began
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
-    lines = ["| fault | done again | seconds until work went on | largest difference at the end |", "|---|---|---|---|"]
+def watched(folder: Path) -> dict[str, str]:
+    """Variables with which the workers of a run write down, in <folder>/<name of the run>.rounds, when rounds began."""
+    if TABLE not in os.environ:
+        return {}
+    paths = [str(Path(__file__).resolve().parent / "recording"), os.environ.get("PYTHONPATH", "")]
+    return {ROUNDS: str(folder), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def noting(round_: Callable[[Any, Any], bool], folder: Path) -> Callable[[Any, Any], bool]:
+    """`Loop.round` that first writes down on rank 0 that the round begins; "first": after a start or a step back."""
+
+    def noted(loop: Any, batches: Any) -> bool:
+        begun = loop.state.round + 1
+        if loop.session.rank == 0:
+            first = begun <= getattr(loop, "noted", begun)
+            loop.noted = begun
+            with (folder / f"{loop.job.run_dir.rstrip('/').rpartition('/')[2]}.rounds").open("a") as file:
+                file.write(json.dumps({"at": time.time(), "round": begun, "first": first}) + "\n")
+        return round_(loop, batches)
+
+    return noted
+
+
+def note_rounds_of_runs() -> None:
+    """Have this process do so, if it comes to be one that trains."""
+    if ROUNDS in os.environ:
+        sys.meta_path.insert(0, _LoopFinder())
+
+
+class _LoopFinder(importlib.abc.MetaPathFinder):
+    """Changes `Loop` when its module is imported, and not before."""
+
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> Any:
+        if name != LOOP:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        assert spec.loader is not None
+        load = spec.loader.exec_module
+
+        def load_and_change(module: ModuleType) -> None:
+            load(module)
+            module.Loop.round = noting(module.Loop.round, Path(os.environ[ROUNDS]))
+
+        spec.loader.exec_module = load_and_change  # type: ignore[method-assign]
+        return spec
+
+
+# ---------------------------------------------------------------------------------------------------------- the table
+
+
+def merged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """In the order of the phases, then of the faults; of several rows of one fault in one phase, the worst values."""
+    found: dict[tuple[int, str], dict[str, Any]] = {}
     for row in rows:
-        seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
+        key = PHASES.index(row["phase"]), row["fault"]
+        old = found.setdefault(key, dict(row))
+        for name in ("lost", "seconds", "difference"):
+            values = [value for value in (old[name], row[name]) if value is not None]
+            old[name] = max(values, default=None)
+    return [found[key] for key in sorted(found)]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = ["| fault | phase | done again | seconds to recover | largest difference at the end |", "|" + "---|" * 5]
+    for row in merged(rows):
+        lost = f"{row['lost']} {row['unit']}" + ("" if row["lost"] == 1 else "s")
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
         difference = "" if row["difference"] is None else f"{row['difference']:.2g}"
-        lines.append(f"| {row['fault']} | {row['lost']} | {seconds} | {difference} |")
+        lines.append(f"| {row['fault']} | {row['phase']} | {lost} | {seconds} | {difference} |")
     return "\n".join(lines)
 
 

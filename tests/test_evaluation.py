@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 import zlib
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -205,15 +207,20 @@ def test_any_number_of_actors_gives_the_same_rows(
         for number, result in enumerate(actors.run_units(*args)):
             if number == 0:
                 killed.extend(_kill_actors())
+            times.append(time.monotonic())
             yield result
 
     killed: list[int] = []
+    times: list[float] = []
     small = EvaluationConfig(max_new_tokens=12, batch_size=2, actors=2)
     undisturbed = _evaluate(model_dir, tmp_path / "undisturbed", small)
     monkeypatch.setattr("ofmu_ray.evaluation.runner.run_units", killing)
     assert _evaluate(model_dir, tmp_path / "disturbed", small) == undisturbed
     assert killed
-    fault_table.record("all evaluation actors killed", lost="their units", difference=0.0)
+    waited = max(after - before for before, after in pairwise(times))
+    fault_table.record(
+        "all actors killed", phase="evaluation", lost=len(killed), unit="unit", seconds=waited, difference=0.0
+    )
     damaged = _saved(tmp_path / "damaged", seed=0)
     (damaged / "config.json").write_text('{"model_type": "no_such_model"}')
     with pytest.raises(UserError, match="cannot load a causal language model"):  # raised in the actor

@@ -41,8 +41,9 @@ def test_a_worker_killed_in_every_phase(tmp_path):
     off = difference(job, undisturbed)
     for cost in found["costs"]:
         fault_table.record(
-            cost["fault"], lost=fault_table.rounds(cost["rounds_lost"]), seconds=cost["seconds"], difference=off
-        )
+            cost["fault"], phase=cost["phase"].replace("_", " "), lost=cost["rounds_lost"], seconds=cost["seconds"],
+            difference=off,
+        )  # fmt: skip
     assert off == 0
     for fault, cost in zip(FAULTS, found["costs"], strict=True):
         # a checkpoint counts a moment after it is written, when Ray Train has taken note of it

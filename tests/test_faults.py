@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fault_table
 import pytest
 import torch
 from engine_ranks import run_ranks
@@ -22,6 +23,7 @@ from ofmu_ray.data.plan import read_plan
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage.manifest import fingerprint
 from ofmu_ray.training.job import WorkerJob
+from ofmu_ray.training.loop import Loop
 from ofmu_ray.training.session import LocalSession
 from ofmu_ray.training.watchdog import WAITING, Sign, verdict
 from ofmu_ray.training.worker import Worker, run_local
@@ -144,7 +146,10 @@ EXPLODING = replace(METHOD, inner=OptimizerConfig(name="sgd", lr=1e15, clip=None
 """An inner step that overflows in round 1, and does not at `SHRINK` times its length."""
 
 
-def test_a_round_that_is_not_finite_is_tried_again_with_shorter_steps(tmp_path: Path, undisturbed: Worker) -> None:
+def test_a_round_that_is_not_finite_is_tried_again_with_shorter_steps(
+    tmp_path: Path, undisturbed: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Loop, "round", fault_table.noting(Loop.round, tmp_path))
     worker = run_local(make_job(tmp_path, stop=StopConfig(shrink=SHRINK), method=EXPLODING))
     state = worker.state
     assert (state.status, state.round, state.rollbacks, state.thrown_away) == ("finished", ROUNDS, 1, 1)
@@ -157,6 +162,9 @@ def test_a_round_that_is_not_finite_is_tried_again_with_shorter_steps(tmp_path: 
     assert passes == {kind: count * (ROUNDS + 1) // ROUNDS for kind, count in eight.items()}
     inner, outer = (replace(config, lr=config.lr * SHRINK) for config in EXPLODING.optimizers)
     assert same(worker, run_local(make_job(tmp_path, name="short", method=replace(METHOD, inner=inner, outer=outer))))
+    begun = tmp_path / "run.rounds"
+    at = json.loads(begun.read_text().splitlines()[0])["at"]  # round 1
+    fault_table.record("a loss is not finite (one process)", phase="any round", at=at, rounds=[begun], difference=0.0)
 
 
 def test_rollbacks_are_counted_and_then_the_last_good_model_is_kept(tmp_path: Path) -> None:
@@ -221,6 +229,10 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return float(sum((a[name].double() - b[name].double()).square().sum() for name in b)) ** 0.5
 
 
+def largest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return max(float((a[name].double() - b[name].double()).abs().max()) for name in b)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", ["fewer", "more"])
@@ -231,6 +243,10 @@ def test_a_run_goes_on_with_another_number_of_workers(name: str, stage: int, ran
     assert (resumed["first"], resumed["notes"]) == (4, [])
     moved = distance(begun["weights"], whole["weights"])
     assert distance(resumed["weights"], whole["weights"]) <= TOLERANCE * moved
+    fault_table.record(
+        f"killed, {name} workers go on (two and one, without Ray, any ZeRO stage)", phase="any round",
+        lost=len(begun["series"]) - resumed["first"], difference=largest(resumed["weights"], whole["weights"]),
+    )  # fmt: skip
     assert [row["round"] for row in resumed["series"]] == list(range(1, ROUNDS + 1))
     assert resumed["account"] == whole["account"]
 

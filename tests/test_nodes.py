@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fault_table
 import psutil
 import pytest
 import ray
@@ -76,10 +77,11 @@ def store() -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def cluster(store) -> Iterator[Cluster]:
+def cluster(store, runs) -> Iterator[Cluster]:
     """A head that runs no tasks, and two nodes with room for two workers each; all of them can use the store."""
     with temporary() as folder, pytest.MonkeyPatch.context() as patch:
-        for name, value in ({"RAY_TMPDIR": str(folder)} | store.environment).items():
+        environment = {"RAY_TMPDIR": str(folder)} | store.environment | fault_table.watched(runs)
+        for name, value in environment.items():
             patch.setenv(name, value)
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         try:
@@ -130,6 +132,11 @@ def busy(cluster: Cluster) -> list[Any]:
     return [node for node, family in families.items() if any(WORKER in " ".join(p.cmdline()) for p in family)]
 
 
+def record(fault: str, runs: Path, name: str, at: float) -> None:
+    models = runs / name / "model", runs / "packed/model"
+    fault_table.record(fault, phase="any round", at=at, rounds=[runs / f"{name}.rounds"], models=models)
+
+
 @pytest.mark.slow
 def test_workers_that_fit_on_no_node(cluster, runs):
     """At the start they are refused; when there is no room any more, the run ends in time and says so."""
@@ -155,8 +162,10 @@ def test_a_raylet_is_killed_in_training(cluster, runs, undisturbed):
     driver = start(runs, "spread", "spread")
     wait_for_checkpoint(driver, runs, "spread")
     _, victim = busy(cluster)
+    at = time.time()
     cluster.remove_node(victim, allow_graceful=False)
     assert wait(driver, runs, "spread") == undisturbed
+    record("raylet of a worker's node killed", runs, "spread", at)
 
 
 @pytest.mark.slow
@@ -246,7 +255,7 @@ def test_a_node_is_cut_off_in_training(runs, undisturbed):
         address, token = f"{head.address}:6379", runs / "token"
         token.write_text(secrets.token_hex(32))
         environment = {"RAY_TMPDIR": str(folder), "RAY_ADDRESS": address} | IMPATIENT
-        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)} | fault_table.watched(runs)
         start_ray(head, environment, "--head", "--port", "6379", "--num-cpus", "0", "--include-dashboard", "false")
         for machine in others:
             start_ray(machine, environment, "--address", address, "--num-cpus", "2")
@@ -256,8 +265,10 @@ def test_a_node_is_cut_off_in_training(runs, undisturbed):
         assert one.processes(WORKER)
         assert other.processes(WORKER)
         assert (one.second, other.second) in connections(one.processes(WORKER)[0])
+        at = time.time()
         net.cut_off(other)
         assert wait(driver, runs, "cut") == undisturbed
+        record("network of a worker's node cut, counted as lost after 4 s", runs, "cut", at)
 
 
 IMPATIENT = {

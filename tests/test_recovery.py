@@ -46,7 +46,7 @@ def start(
     return subprocess.Popen(
         [*command, *OPTIONS, *(options or TWO_WORKERS)],
         cwd=ROOT,
-        env=os.environ | (environment or {}),
+        env=os.environ | fault_table.watched(folder) | (environment or {}),
         stdout=log,
         stderr=log,
         text=True,
@@ -99,14 +99,15 @@ def undisturbed(storage):
     return weights(storage, "undisturbed")
 
 
-def kill_with_family(driver: subprocess.Popen[str]) -> None:
-    """SIGKILL of the driver; a machine that goes away takes Ray's processes along at once."""
-    family = psutil.Process(driver.pid).children(recursive=True)
+def kill_with_family(driver: subprocess.Popen[str]) -> float:
+    """SIGKILL of the driver; a machine that goes away takes Ray's processes along at once. Returns when it was."""
+    family, at = psutil.Process(driver.pid).children(recursive=True), time.time()
     driver.kill()
     driver.wait()
     for process in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+    return at
 
 
 def test_a_killed_driver_is_resumed_by_its_name(storage, undisturbed):
@@ -115,24 +116,23 @@ def test_a_killed_driver_is_resumed_by_its_name(storage, undisturbed):
     driver = start(storage, "driver")
     kept = storage / "driver/train/checkpoint_manager_snapshot.json"
     wait_for(lambda: kept.exists() and "round_000016" in kept.read_text(), driver)
-    kill_with_family(driver)
+    killed = kill_with_family(driver)
     assert not (storage / "driver/metrics.json").exists()
     flip(checkpoint(storage, "driver", 16) / "rank_00001.pt")
     kept.write_text("")  # what a kill within Ray Train's write of it leaves
 
     driver = start(storage, "driver", *TWO_WORKERS, "--training.round_timeout", str(ROUND_TIMEOUT_SECONDS))
     wait_for(checkpoint(storage, "driver", 16).with_name("round_000016_again").joinpath("manifest.json").exists, driver)
-    stopped = workers(driver)[-1]
+    stopped, suspended = workers(driver)[-1], time.time()
     stopped.suspend()
     wait(driver, storage, "driver")
     assert not stopped.is_running()
     assert weights(storage, "driver") == undisturbed
-    fault_table.record(
-        "driver killed, newest checkpoint damaged, list of checkpoints torn", lost="rounds since the one before",
-        difference=0.0,
-    )  # fmt: skip
-    limit = f"rounds since the checkpoint, and the limit of {ROUND_TIMEOUT_SECONDS} s"
-    fault_table.record("worker stands still (SIGSTOP)", lost=limit, difference=0.0)
+    begun, models = [storage / "driver.rounds"], both(storage, "driver")
+    damaged = "driver killed, newest checkpoint damaged, list of checkpoints torn"
+    fault_table.record(damaged, phase="any round", at=killed, rounds=begun, models=models)
+    stands = f"worker stands still (SIGSTOP), limit {ROUND_TIMEOUT_SECONDS} s"
+    fault_table.record(stands, phase="any round", at=suspended, rounds=begun, models=models)
     passed, hung = json.loads((storage / "driver/training.json").read_text())["notes"]
     assert "was passed over: rank_00001.pt does not match its checksum; went on from round 8" in passed
     assert re.match(r"rank [01] hung in round \d+: no sign of life after", hung)
@@ -163,10 +163,12 @@ def test_a_run_in_an_object_store_goes_on_on_another_machine(undisturbed, tmp_pa
         kept = "runs/x/train/checkpoint_manager_snapshot.json"
         driver = begin("first")
         wait_for(lambda: kept in server.keys("runs/x/train") and b"round_000016" in server.read(kept), driver)
-        kill_with_family(driver)
+        killed = kill_with_family(driver)
         assert {"runs/x/watched.parquet", "runs/x/plan/plan.json"} <= set(server.keys())
         wait(begin("second"), tmp_path / "second", "x")
         assert hashlib.sha256(server.read("runs/x/model/model.safetensors")).hexdigest() == undisturbed
+        begun = [tmp_path / machine / "x.rounds" for machine in ("first", "second")]
+        fault_table.record("machine gone, the run at s3://", phase="any round", at=killed, rounds=begun, difference=0.0)
         series = json.loads(server.read("runs/x/training.json"))["series"]
         assert [row["round"] for row in series] == list(range(1, 25))
         run = ["manifest.json", "metrics.json", "report.html", "rows.parquet", "run.json", "training.json"]
@@ -186,6 +188,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(undisturbed, tmp_path):
     with small_disk(disk, "10m") as resize:
         driver = start(tmp_path, "full", *options, storage=str(disk))
         assert driver.wait(timeout=PATIENCE_SECONDS) == 1
+        ended = time.time()
         told = (tmp_path / "full.log").read_text()
         assert f"{checkpoint(disk, 'full', 8)} (checkpoint): no room left there: make room" in told
         assert "Traceback" not in told
@@ -193,13 +196,15 @@ def test_a_full_disk_leaves_the_last_checkpoint(undisturbed, tmp_path):
         resize("200m")
         wait(start(tmp_path, "full", *options, storage=str(disk)), tmp_path, "full")
         assert weights(disk, "full") == undisturbed
+        begun = [tmp_path / "full.rounds"]
+        fault_table.record("disk full", phase="checkpoint write", at=ended, rounds=begun, difference=0.0)
 
 
 def test_another_configuration_is_refused_and_another_number_of_workers_is_not(storage, undisturbed):
     """Same name, unfinished: other options leave everything as it is, one worker takes up what two began."""
     driver = start(storage, "changed")
     wait_for(checkpoint(storage, "changed", 8).joinpath("state.json").exists, driver)
-    kill_with_family(driver)
+    killed = kill_with_family(driver)
     command = [sys.executable, "-m", "pipelines.unlearn", "--storage", str(storage), "--name", "changed", *OPTIONS]
     again = subprocess.run([*command, *TWO_WORKERS, "--seed", "5"], cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 2, again.stderr[-2000:]
@@ -211,16 +216,22 @@ def test_another_configuration_is_refused_and_another_number_of_workers_is_not(s
     ends = [load_file(storage / name / "model/model.safetensors") for name in ("changed", "undisturbed")]
     begin = load_file(Path(resolve_builtin("builtin:people/target")) / "model.safetensors")
     assert distance(*ends) <= ELASTIC_TOLERANCE * distance(begin, ends[1])
+    fault_table.record(
+        "driver killed, one worker goes on instead of two", phase="any round", at=killed,
+        rounds=[storage / "changed.rounds"], models=both(storage, "changed"),
+    )  # fmt: skip
 
 
-def test_mlflow_goes_away_for_the_rest_of_a_run(storage):
+def test_mlflow_goes_away_for_the_rest_of_a_run(storage, undisturbed):
     """The run ends well without it; when it is back, the same command brings it series, figures and pages."""
     with mlflow_server(storage) as server:
-        tracked = ["--tracking.uri", server.uri, "--training.workers", "1"]
+        tracked = ["--tracking.uri", server.uri, *TWO_WORKERS]
         driver = start(storage, "outage", *tracked)
         wait_for(checkpoint(storage, "outage", 8).joinpath("manifest.json").exists, driver)
+        gone = time.time()
         server.kill()
         wait(driver, storage, "outage")
+        assert weights(storage, "outage") == undisturbed
         assert (storage / "outage/undelivered.json").exists()
         server.start()
         wait(start(storage, "outage", *tracked), storage, "outage")
@@ -232,7 +243,15 @@ def test_mlflow_goes_away_for_the_rest_of_a_run(storage):
         assert [m.step for m in client.get_metric_history(run.info.run_id, "forget_loss")] == list(range(1, 25))
         assert run.data.metrics["cost/updates"] == 24 * 3
         assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {"report.html", "metrics.json"}
-    fault_table.record("MLflow server gone for the rest of the run", lost="nothing; delivered later")
+    fault_table.record(
+        "MLflow gone for the rest of the run", phase="any round", at=gone,
+        rounds=[storage / "outage.rounds"], models=both(storage, "outage"),
+    )  # fmt: skip
+
+
+def both(storage: Path, name: str) -> tuple[Path, Path]:
+    """Folders of a run's model and of the undisturbed one."""
+    return storage / name / "model", storage / "undisturbed/model"
 
 
 def flip(path: Path) -> None:

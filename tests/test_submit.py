@@ -18,6 +18,7 @@ import threading
 import time
 from pathlib import Path
 
+import fault_table
 import psutil
 import pytest
 import yaml
@@ -254,13 +255,17 @@ def head():
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    environment = inherited | {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # the node's address is 127.0.0.1
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }
+    environment = (
+        inherited
+        | fault_table.watched(folder)
+        | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # the node's address is 127.0.0.1
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        }
+    )
     head = Head(folder, free_port(), environment)
     try:
         head.launch()
@@ -320,6 +325,7 @@ def test_a_job_is_detached_stopped_killed_and_resumed(head):
     second = head.submit("second.log", *words)
     wait_for(storage.joinpath("job/train/round_000008/state.json").exists, second)
     ports = open_ports(head)
+    stopped = time.time()
     stop = head.submit("stop.log", "--stop", submission)
     assert stop.wait(timeout=PATIENCE_SECONDS) == 0, head.output("stop.log")
     assert f"{submission} STOPPED" in head.output("stop.log")
@@ -332,6 +338,7 @@ def test_a_job_is_detached_stopped_killed_and_resumed(head):
     third = head.submit("third.log", *words)
     wait_for(storage.joinpath("job/train/round_000016/state.json").exists, third)
     assert f"{submission}-2" in head.output("third.log")
+    lost = time.time()
     head.kill()
 
     # a new head knows of no jobs, and the same command resumes the run there
@@ -340,6 +347,10 @@ def test_a_job_is_detached_stopped_killed_and_resumed(head):
     assert last.wait(timeout=PATIENCE_SECONDS) == 0, head.output("last.log")[-3000:]
     assert f"{submission} SUCCEEDED" in head.output("last.log")
     assert weights(storage / "job") == weights(storage / "plain")
+    begun, models = [head.folder / "job.rounds"], (storage / "job/model", storage / "plain/model")
+    for fault, at in (("job stopped", stopped), ("head lost", lost)):
+        name = f"{fault}, submitted again"
+        fault_table.record(name, phase="any round", at=at, rounds=begun, models=models)
     assert [row["round"] for row in json.loads((storage / "job/training.json").read_text())["series"]] == list(
         range(1, 25)
     )
