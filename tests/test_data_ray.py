@@ -338,31 +338,42 @@ def test_stream_that_begins_too_late_is_refused(tmp_path: Path, tokenizer: Any) 
         next(rounds(lane_iterator(plan, 0, 9), plan, start_round=2, pad_id=0))
 
 
-def test_lanes_larger_than_the_object_store_are_not_spilled(tmp_path: Path) -> None:
-    """Two lanes, together larger than the store, read at once by processes that take their time."""
-    rows, length = 2000, 16_384
+def test_a_plan_larger_than_the_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written as a shuffle, which spills; its two lanes, read at once by processes that take their time, are not
+    spilled. Every row is there once, with its own tokens."""
+    rows, length, parts = 2000, 16_384, 8
     folder = tmp_path / "tokens"
     folder.mkdir()
     tokens = pa.FixedSizeListArray.from_arrays(pa.array(np.arange(rows * length, dtype=np.int32)), length)
     names = pa.array([f"retain-{row}" for row in range(rows)])
     table = pa.table({"row_id": names, "input_ids": tokens, "prompt_tokens": np.ones(rows, np.int32)})
-    pq.write_table(table, folder / "part.parquet", compression="none", use_dictionary=False)
+    files = [(f"part-{number}.parquet", rows // parts) for number in range(parts)]
+    for number, (name, count) in enumerate(files):
+        pq.write_table(table.slice(number * count, count), folder / name, compression="none", use_dictionary=False)
     lengths = np.full(rows, length, np.int32)
-    stream = TokenisedStream("retain", str(folder), (("part.parquet", rows),), np.arange(rows), lengths, "tokens")
+    stream = TokenisedStream("retain", str(folder), tuple(files), np.arange(rows), lengths, "tokens")
     numbers = {"rounds": 100, "batch_size": 20, "workers": 2, "seed": 0}
-    plan = write_plan({"retain": stream}, str(tmp_path / "plan"), batches_per_round={"retain": 1}, **numbers, here=True)
     assert table.nbytes > 1.5 * STORE_BYTES
+    monkeypatch.setattr("ofmu_ray.data.plan.SMALL_ROWS", 0)
+    before = spilled()
+    plan = write_plan({"retain": stream}, str(tmp_path / "plan"), batches_per_round={"retain": 1}, **numbers)
+    assert spilled() > before
 
-    def read(lane: int) -> int:
-        seen = 0
+    def read(lane: int) -> list[int]:
+        seen = []
         for batch in lane_iterator(plan, lane, readers=2).iter_batches(batch_size=10, batch_format="pyarrow"):
             time.sleep(0.02)  # a round
-            seen += batch.num_rows
+            for name, tokens in zip(batch["row_id"].to_pylist(), batch["input_ids"], strict=True):
+                row = int(name.removeprefix("retain-"))
+                assert np.array_equal(tokens.values.to_numpy(), np.arange(row * length, (row + 1) * length))
+                seen.append(row)
         return seen
 
     before = spilled()
     task = ray.remote(read)
-    assert ray.get([task.remote(lane) for lane in range(2)]) == [rows // 2] * 2
+    lanes = ray.get([task.remote(lane) for lane in range(2)])
+    assert [len(lane) for lane in lanes] == [rows // 2] * 2
+    assert sorted(lanes[0] + lanes[1]) == list(range(rows))
     assert spilled() == before
 
 
