@@ -15,6 +15,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from ofmu_ray.config import FormatConfig
 from ofmu_ray.data.template import Template
 from ofmu_ray.evaluation import continuation, generation, row_pass, scoring, tree
+from ofmu_ray.evaluation.forward import AsItIs, Forward
 from ofmu_ray.evaluation.rouge import rouge_l_recall
 from ofmu_ray.evaluation.scorer import Scorer
 
@@ -35,9 +36,11 @@ def model(request: pytest.FixtureRequest) -> Any:
 _TREE_MODELS = ["llama", "qwen2", "gpt_neox", "gpt2"]
 
 
-@pytest.fixture(scope="module", params=_TREE_MODELS)
-def tree_model(request: pytest.FixtureRequest) -> Any:
-    return tiny_model(request.param)
+@pytest.fixture(scope="module", params=[*_TREE_MODELS, "llama as it is"])
+def tree_forward(request: pytest.FixtureRequest) -> Forward:
+    if request.param == "llama as it is":
+        return AsItIs(tiny_model("llama"))
+    return tree.forward_of(tiny_model(request.param))
 
 
 def _plain_nll(model: Any, ids: list[int], prompt: int) -> float:
@@ -193,7 +196,7 @@ def test_a_tree_holds_its_texts_and_every_beginning_once(prompt: list[int], answ
 
 @pytest.mark.parametrize("nodes", [1, 100, 2048])
 def test_trees_give_what_single_texts_give(
-    tree_model: Any, template: Template, nodes: int, monkeypatch: pytest.MonkeyPatch
+    tree_forward: Forward, template: Template, nodes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(row_pass, "_NODES", {"cpu": nodes})
     endings = ("", " or so", "", ", is long")
@@ -202,23 +205,23 @@ def test_trees_give_what_single_texts_give(
         for question, answer in zip(QUESTIONS, ANSWERS, strict=True)
     ]
     trees = [tree.tree_of(texts) for texts in rows]
-    values = list(row_pass.row_values(tree_model, trees, [0] * len(rows), frozenset()))
+    values = list(row_pass.row_values(tree_forward, trees, [0] * len(rows), frozenset()))
     for texts, found in zip(rows, values, strict=True):
-        alone = scoring.token_scores(tree_model, texts[:1], batch_size=1)[0]
+        alone = scoring.token_scores(tree_forward.model, texts[:1], batch_size=1)[0]
         assert found.answer.logprobs == pytest.approx(alone.logprobs, rel=1e-4, abs=1e-5)
         assert found.answer.zscores == pytest.approx(alone.zscores, rel=1e-3, abs=1e-4)
         assert found.answer.matches == alone.matches
-        assert found.other_nll == pytest.approx([_plain_nll(tree_model, *text) for text in texts[1:]], rel=1e-4)
+        assert found.other_nll == pytest.approx([_plain_nll(tree_forward.model, *text) for text in texts[1:]], rel=1e-4)
 
 
 @pytest.mark.parametrize("slots", [1, 4, 64])
 def test_generations_that_start_from_trees_are_the_same(
-    tree_model: Any, template: Template, slots: int, monkeypatch: pytest.MonkeyPatch
+    tree_forward: Forward, template: Template, slots: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Answers that the model itself would say, for a while or to their end, save steps and change nothing."""
     monkeypatch.setattr(continuation, "_TOGETHER", 3)  # several attention calls a step, texts move between them
     prompts = [template.encode_prompt(question) for question in QUESTIONS]
-    free = generation.generate(tree_model, prompts, max_new_tokens=24, stop=frozenset(), batch_size=64)
+    free = generation.generate(tree_forward.model, prompts, max_new_tokens=24, stop=frozenset(), batch_size=64)
     stop = frozenset({free[0][12]})
     expected = [text[: text.index(min(stop))] if min(stop) in text else text for text in free]
     trees = []
@@ -226,31 +229,32 @@ def test_generations_that_start_from_trees_are_the_same(
         own = [*text[: number % 30], template.eos]  # from nothing up to the whole generation
         trees.append(tree.tree_of([([*prompt, 7, template.eos], len(prompt)), (prompt + own, len(prompt))]))
     most = [24] * len(prompts)
-    values = list(row_pass.row_values(tree_model, trees, most, stop))
+    values = list(row_pass.row_values(tree_forward, trees, most, stop))
     known = [len(each.begun.tokens) for each in values]
     assert known == [min(number % 30 + 1, len(text)) for number, text in enumerate(expected)]
-    found = dict(continuation.finish(tree_model, (each.begun for each in values), most, stop=stop, slots=slots))
+    found = dict(continuation.finish(tree_forward, (each.begun for each in values), most, stop=stop, slots=slots))
     assert [found[number] for number in range(len(prompts))] == expected
-    assert tree_model.config._attn_implementation == "sdpa"
+    assert tree_forward.model.config._attn_implementation == "sdpa"
 
 
 def test_begun_generations_are_read_as_slots_become_free(template: Template) -> None:
     model = tiny_model("llama")
+    forward = AsItIs(model)
     trees = [tree.tree_of([template.encode(question, "no")]) for question in QUESTIONS]
     taken: list[int] = []
     sizes: list[tuple[int, int]] = []
-    forward = model.model.forward
+    usual = model.model.forward
 
     def counted(*args: Any, **options: Any) -> Any:
         if taken:  # the trees' one pass is over: steps
             sizes.append((len(taken), options["input_ids"].shape[1]))
-        return forward(*args, **options)
+        return usual(*args, **options)
 
     most = [3 + 2 * (index % 5) for index in range(len(trees))]
-    values = row_pass.row_values(model, trees, most, frozenset())
+    values = row_pass.row_values(forward, trees, most, frozenset())
     model.model.forward = counted
     begun = (taken.append(number) or each.begun for number, each in enumerate(values))  # type: ignore[func-returns-value]
-    found = dict(continuation.finish(model, begun, most, stop=frozenset(), slots=8))
+    found = dict(continuation.finish(forward, begun, most, stop=frozenset(), slots=8))
     assert [len(found[number]) for number in range(len(trees))] == most
     assert sizes[0] == (8, 8)
     assert max(size for _, size in sizes) == 8

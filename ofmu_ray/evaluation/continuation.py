@@ -8,24 +8,21 @@ a step attends by the same interface.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
-from transformers import AttentionInterface
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from ofmu_ray.evaluation.tree import attending
+from ofmu_ray.evaluation.forward import Forward
+from ofmu_ray.evaluation.scoring import most_likely
 
-_ATTENTION = "ofmu_slots"
 _REFILL_BELOW = 0.95  # share of slots in use below which others move up and waiting generations are asked for
 _TOGETHER = 32  # slots of one attention call: each call reads keys up to the longest of its texts
 _LEAST_ROOM = 64  # columns
 
 States = Sequence[tuple[torch.Tensor, torch.Tensor]]
-"""Per layer, one text's keys and values [heads, length, width]."""
+"""Per layer, the keys and values of a pass, [tokens, key heads, width]."""
 
 
 class Begun(NamedTuple):
@@ -34,19 +31,22 @@ class Begun(NamedTuple):
     tokens: list[int]
     """New tokens so far."""
     states: States | None
-    """Of the prompt and all of `tokens` but the last; None: ended."""
+    """Of the pass that the prompt and all of `tokens` but the last went through; None: ended."""
+    places: Sequence[int] = ()
+    """Where in the pass they stand."""
 
 
 @torch.inference_mode()
 def finish(
-    model: Any, begun: Iterable[Begun], left: Sequence[int], *, stop: frozenset[int], slots: int
+    forward: Forward, begun: Iterable[Begun], left: Sequence[int], *, stop: frozenset[int], slots: int
 ) -> Iterator[tuple[int, list[int]]]:
     """(number, all new tokens) of every generation, as they end; `slots` of them go on at a time.
 
     `left`: most new tokens of each, `tokens` included. `begun` is read as slots become free, so that the batch stays
     full until the last generations: a step on few rows costs hardly less than one on many.
     """
-    batch = _Batch(model, slots, stop)
+    slots = min(slots, len(left))
+    batch = _Batch(forward, slots, stop)
     waiting = enumerate(begun)
     more = True
     while more or batch.going:
@@ -58,7 +58,7 @@ def finish(
             elif start.states is None:
                 yield number, start.tokens
             else:
-                batch.join(_Text(number, list(start.tokens), left[number], start.states[0][0].shape[1]), start.states)
+                batch.join(_Text(number, list(start.tokens), left[number], len(start.places)), start)
         for text in batch.run(_REFILL_BELOW * (slots if more else len(batch.going))):
             yield text.number, text.tokens
 
@@ -77,21 +77,23 @@ class _Text:
 class _Batch:
     """Generations in their slots."""
 
-    def __init__(self, model: Any, slots: int, stop: frozenset[int]) -> None:
-        self.model = model
+    def __init__(self, forward: Forward, slots: int, stop: frozenset[int]) -> None:
+        self.forward = forward
         self.stop = stop
-        self.device = model.get_input_embeddings().weight.device
+        self.device = forward.model.get_input_embeddings().weight.device
         self.slots = slots
         self.going: dict[int, _Text] = {}
         """Slot -> generation. Slots are taken from 0 on."""
-        self.cache = DynamicCache(config=model.config)
-        self.cache.layers = [_SlotLayer() for _ in self.cache.layers]
+        self.layers: list[_Layer] = []
 
-    def join(self, text: _Text, states: States) -> None:
+    def join(self, text: _Text, begun: Begun) -> None:
         slot = len(self.going)
         self.going[slot] = text
-        for layer, (keys, values) in zip(self.cache.layers, states, strict=True):
-            layer.put(slot, keys, values, self.slots)
+        states = begun.states or ()
+        self.layers = self.layers or [_Layer(keys, values, self.slots) for keys, values in states]
+        places = torch.tensor(begun.places, device=self.device)
+        for layer, (keys, values) in zip(self.layers, states, strict=True):
+            layer.put(slot, keys.index_select(0, places), values.index_select(0, places))
 
     def settle(self) -> None:
         """Let those that go on take the first slots, the longest first, as far as it matters to attention."""
@@ -112,7 +114,7 @@ class _Batch:
         if moves:
             old, new = torch.tensor(moves, device=self.device).T
             longest = max(settled[place].known for _, place in moves)
-            for layer in self.cache.layers:
+            for layer in self.layers:
                 layer.move(old, new, longest)
 
     def run(self, least: float) -> list[_Text]:
@@ -121,27 +123,16 @@ class _Batch:
         if not self.going:
             return ended
         self.used = len(self.going)
-        with attending(self.model, _ATTENTION):
-            while self.going and (not ended or len(self.going) >= least):
-                ended += self._step()
+        while self.going and (not ended or len(self.going) >= least):
+            ended += self._step()
         return ended
 
     def _step(self) -> list[_Text]:
         inputs, columns = [0] * self.used, [0] * self.used  # of a slot whose text has ended: nobody reads its results
         for slot, text in self.going.items():
             inputs[slot], columns[slot] = text.tokens[-1], text.known
-        step = _Step(columns, self.device)
-        token = _now.set(step)
-        try:
-            logits = self.model(
-                input_ids=torch.tensor([inputs], device=self.device),
-                position_ids=step.columns[None],
-                past_key_values=self.cache,
-                use_cache=True,
-            ).logits
-        finally:
-            _now.reset(token)
-        best = logits[0].argmax(dim=-1).tolist()
+        step = _Step(columns, self.layers, self.device)
+        best = most_likely(self.forward(torch.tensor(inputs, device=self.device), step.columns, step)).tolist()
         ended = []
         for slot, text in list(self.going.items()):
             text.known += 1
@@ -154,9 +145,10 @@ class _Batch:
 
 
 class _Step:
-    """Where the states of this step's tokens go, and what the tokens see; the same in all layers."""
+    """Attention of one step: where the states of its tokens go, and what the tokens see; the same in all layers."""
 
-    def __init__(self, columns: Sequence[int], device: torch.device) -> None:
+    def __init__(self, columns: Sequence[int], layers: Sequence[_Layer], device: torch.device) -> None:
+        self.layers = layers
         self.columns = torch.tensor(columns, device=device)
         """Column of each slot's new token, [slots]; it sees the columns up to this one."""
         self.length = max(columns) + 1
@@ -164,76 +156,64 @@ class _Step:
         self.calls: list[tuple[slice, int, torch.Tensor]] = []
         """Slots that attend together, how many columns they look at, and which [slots, 1, 1, columns]."""
         for start in range(0, len(columns), _TOGETHER):
-            together = slice(start, start + _TOGETHER)
+            together = slice(start, min(start + _TOGETHER, len(columns)))
             length = max(columns[together]) + 1
             sees = torch.arange(length, device=device) <= self.columns[together, None]
             self.calls.append((together, length, sees[:, None, None]))
 
+    def __call__(
+        self, layer: int, query_nhd: torch.Tensor, key_nkd: torch.Tensor, value_nkd: torch.Tensor, scale: float | None
+    ) -> torch.Tensor:
+        """See `forward.Attend`; token n is that of slot n."""
+        states = self.layers[layer]
+        states.make_room(self.length)
+        states.keys[self.slots, :, self.columns] = key_nkd
+        states.values[self.slots, :, self.columns] = value_nkd
+        # query heads that share a key head are the rows of one product: no copies of the keys
+        slots, key_heads = key_nkd.shape[:2]
+        grouped = query_nhd.reshape(slots, key_heads, -1, query_nhd.shape[-1])
+        parts = [
+            functional.scaled_dot_product_attention(
+                grouped[some],
+                states.keys[some, :, :length],
+                states.values[some, :, :length],
+                attn_mask=sees,
+                scale=scale,
+            )
+            for some, length, sees in self.calls
+        ]
+        return torch.cat(parts).reshape(slots, -1, value_nkd.shape[-1])
 
-_now: ContextVar[_Step] = ContextVar("now")
 
-
-class _SlotLayer(DynamicLayer):  # type: ignore[misc]
+class _Layer:
     """Keys and values of one layer, [slots, heads, columns, width]. Unused columns hold finite numbers."""
 
-    def put(self, slot: int, keys: torch.Tensor, values: torch.Tensor, slots: int) -> None:
-        """States [heads, length, width] of a text that takes this slot."""
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-            self.keys, self.values = (each.new_zeros(slots, each.shape[0], 0, each.shape[2]) for each in (keys, values))
-        length = keys.shape[1]
-        self._make_room(length)
-        self.keys[slot, :, :length] = keys
-        self.values[slot, :, :length] = values
+    def __init__(self, keys_nkd: torch.Tensor, values_nkd: torch.Tensor, slots: int) -> None:
+        """Room for states like these."""
+        self.keys, self.values = (
+            each.new_zeros(slots, each.shape[1], 0, each.shape[2]) for each in (keys_nkd, values_nkd)
+        )
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """States of the step's tokens, [1, heads, slots, width] -> of all texts, [slots, heads, length, width]."""
-        step = _now.get()
-        self._make_room(step.length)
-        self.keys[step.slots, :, step.columns] = key_states[0].transpose(0, 1)
-        self.values[step.slots, :, step.columns] = value_states[0].transpose(0, 1)
-        used = len(step.slots)
-        return self.keys[:used, :, : step.length], self.values[:used, :, : step.length]
+    def put(self, slot: int, keys_tkd: torch.Tensor, values_tkd: torch.Tensor) -> None:
+        """States [length, heads, width] of a text that takes this slot."""
+        length = keys_tkd.shape[0]
+        self.make_room(length)
+        self.keys[slot, :, :length] = keys_tkd.transpose(0, 1)
+        self.values[slot, :, :length] = values_tkd.transpose(0, 1)
 
     def move(self, old: torch.Tensor, new: torch.Tensor, length: int) -> None:
         """States of the slots `old` to the slots `new`."""
         for states in (self.keys, self.values):
             states[new, :, :length] = states[old, :, :length]
 
-    def _make_room(self, length: int) -> None:
+    def make_room(self, length: int) -> None:
         if length > self.keys.shape[2]:
             self.keys, self.values = (_wider(each, max(_LEAST_ROOM, 2 * length)) for each in (self.keys, self.values))
 
 
 def _wider(states: torch.Tensor, columns: int) -> torch.Tensor:
     slots, heads, used, width = states.shape
-    wider = states.new_zeros(slots, heads, columns, width)
+    wider = states.new_empty(slots, heads, columns, width)
     wider[:, :, :used] = states
+    wider[:, :, used:] = 0
     return wider
-
-
-def _slot_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **options: Any,
-) -> tuple[torch.Tensor, None]:
-    """Queries [1, heads, slots, width] of a step, keys and values of a `_SlotLayer` -> [1, slots, heads, width]."""
-    slots, key_heads = key.shape[:2]
-    # query heads that share a key head are the rows of one product: no copies of the keys
-    grouped = query[0].transpose(0, 1).reshape(slots, key_heads, -1, query.shape[-1])
-    parts = [
-        functional.scaled_dot_product_attention(
-            grouped[some], key[some, :, :length], value[some, :, :length], attn_mask=sees, scale=scaling
-        )
-        for some, length, sees in _now.get().calls
-    ]
-    return torch.cat(parts).reshape(1, slots, -1, value.shape[-1]), None
-
-
-AttentionInterface.register(_ATTENTION, _slot_attention)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers.cache_utils import DynamicCache
 
-from ofmu_ray.evaluation.continuation import Begun
-from ofmu_ray.evaluation.scoring import LOGITS_AT_ONCE, TokenScores, scores_of
+from ofmu_ray.evaluation.continuation import Begun, States
+from ofmu_ray.evaluation.forward import Forward
+from ofmu_ray.evaluation.scoring import LOGITS_AT_ONCE, TokenScores, most_likely, scores_of
 from ofmu_ray.evaluation.tree import Tree, tree_logits
 
 _NODES = {"cpu": 512, "cuda": 16384}  # nodes of one pass: the activations of 512 stay in a processor's second cache
@@ -27,13 +27,16 @@ class RowValues(NamedTuple):
     """The greedy generation, as far as it stays on the row's own texts."""
 
 
-def row_values(model: Any, trees: Sequence[Tree], budgets: Sequence[int], stop: frozenset[int]) -> Iterator[RowValues]:
+def row_values(
+    forward: Forward, trees: Sequence[Tree], budgets: Sequence[int], stop: frozenset[int]
+) -> Iterator[RowValues]:
     """Values of every tree's row, in order. `budgets`: most new tokens of each generation."""
+    model = forward.model
     vocabulary = model.config.get_text_config().vocab_size
     nodes = _NODES["cuda" if model.get_input_embeddings().weight.is_cuda else "cpu"]
     start = 0
     for end in _ends(trees, nodes, LOGITS_AT_ONCE // vocabulary):
-        yield from _pass(model, trees[start:end], budgets[start:end], stop)
+        yield from _pass(forward, trees[start:end], budgets[start:end], stop)
         start = end
 
 
@@ -50,21 +53,20 @@ def _ends(trees: Sequence[Tree], nodes: int, predictors: int) -> Iterator[int]:
 
 
 @torch.inference_mode()
-def _pass(model: Any, trees: Sequence[Tree], budgets: Sequence[int], stop: frozenset[int]) -> list[RowValues]:
-    logits_nv, cache, _ = tree_logits(model, trees)
+def _pass(forward: Forward, trees: Sequence[Tree], budgets: Sequence[int], stop: frozenset[int]) -> list[RowValues]:
+    logits_nv, states = tree_logits(forward, trees)
     first = np.cumsum([0] + [len(tree.tokens) - tree.prompt + 1 for tree in trees])  # each tree's first predictor
     texts = [
         (tree, first[row] - tree.prompt + 1, text) for row, tree in enumerate(trees) for text in range(len(tree.paths))
     ]
     places_n, targets_n, counts = _places([each for each in texts if each[2] == 0], logits_nv.device)
     answers = scores_of(logits_nv[places_n], targets_n, counts)
-    normaliser_n, best_n = _normalised(logits_nv)
     others = [each for each in texts if each[2] > 0]
-    losses = iter(_nll(logits_nv, normaliser_n, others))
-    best = best_n.tolist()
+    losses = iter(_nll(logits_nv, _normaliser(logits_nv), others))
+    best = most_likely(logits_nv).tolist()
     values, offset = [], 0
     for row, tree in enumerate(trees):
-        begun = _begin(tree, best[first[row] : first[row + 1]], budgets[row], stop, cache, offset)
+        begun = _begin(tree, best[first[row] : first[row + 1]], budgets[row], stop, states, offset)
         values.append(RowValues(answers[row], [next(losses) for _ in tree.paths[1:]], begun))
         offset += len(tree.tokens)
     return values
@@ -76,21 +78,20 @@ _Texts = Sequence[tuple[Tree, int, int]]
 
 def _places(texts: _Texts, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """Place in the logits [n] and token [n] of every token of the texts' answers, and how many each text has."""
-    places = [node + shift for tree, shift, text in texts for node in tree.predictors(text)]
-    targets = [token for tree, _, text in texts for token in tree.answers[text]]
+    places = np.concatenate([np.array(tree.predictors(text)) + shift for tree, shift, text in texts])
+    targets = np.concatenate([np.array(tree.answers[text]) for tree, _, text in texts])
     counts = [len(tree.answers[text]) for tree, _, text in texts]
-    return torch.tensor(places, device=device), torch.tensor(targets, device=device), counts
+    return torch.from_numpy(places).to(device), torch.from_numpy(targets).to(device), counts
 
 
-def _normalised(logits_nv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """log of the sum of exponentials [n], and the most likely token [n]."""
-    sums, best = [], []
+def _normaliser(logits_nv: torch.Tensor) -> torch.Tensor:
+    """log of the sum of exponentials, [n]."""
+    sums = []
     for chunk in torch.split(logits_nv, 128):
-        largest_n, best_n = chunk.float().max(dim=-1)
+        chunk = chunk.float()
         # log_softmax takes half the time of logsumexp on a processor
-        sums.append(largest_n - chunk.float().log_softmax(dim=-1).gather(1, best_n[:, None])[:, 0])
-        best.append(best_n)
-    return torch.cat(sums), torch.cat(best)
+        sums.append(chunk.amax(dim=-1) - chunk.log_softmax(dim=-1).amax(dim=-1))
+    return torch.cat(sums)
 
 
 def _nll(logits_nv: torch.Tensor, normaliser_n: torch.Tensor, texts: _Texts) -> list[float]:
@@ -102,9 +103,7 @@ def _nll(logits_nv: torch.Tensor, normaliser_n: torch.Tensor, texts: _Texts) -> 
     return [float(value) for value in np.add.reduceat(nll_n, starts) / counts]
 
 
-def _begin(
-    tree: Tree, best: Sequence[int], budget: int, stop: frozenset[int], cache: DynamicCache, offset: int
-) -> Begun:
+def _begin(tree: Tree, best: Sequence[int], budget: int, stop: frozenset[int], states: States, offset: int) -> Begun:
     """Follow the most likely tokens from the prompt's end for as long as they are nodes of the tree."""
     node, nodes = tree.prompt - 1, list(range(tree.prompt))
     tokens: list[int] = []
@@ -113,15 +112,11 @@ def _begin(
         if token in stop:
             return Begun(tokens, None)
         tokens.append(token)
-        child = tree.children.get((node, token))
+        child = tree.child(node, token)
         if child is None:
             break
         node = child
         nodes.append(node)
     if len(tokens) >= budget:
         return Begun(tokens, None)
-    places = torch.tensor(nodes, device=cache.layers[0].keys.device) + offset
-    return Begun(
-        tokens,
-        [(each.keys[0].index_select(1, places), each.values[0].index_select(1, places)) for each in cache.layers],
-    )
+    return Begun(tokens, states, [node + offset for node in nodes])

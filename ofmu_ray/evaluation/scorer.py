@@ -21,7 +21,7 @@ from ofmu_ray.evaluation.rouge import rouge_l_recall
 from ofmu_ray.evaluation.row_pass import row_values
 from ofmu_ray.evaluation.rows import MEASURED, EvaluationRow, with_row_metrics
 from ofmu_ray.evaluation.scoring import Text, TokenScores, length_sorted, mean_nll, token_scores
-from ofmu_ray.evaluation.tree import takes_trees, tree_of
+from ofmu_ray.evaluation.tree import forward_of, takes_trees, tree_of
 
 _SLOTS = 2  # generations at a time for a batch's row: they bring one token to a step, not a text
 _UNIT_BATCHES = 4  # batches of a unit: generations fill each other's gaps within it, and actors share out whole units
@@ -183,18 +183,19 @@ class Scorer:
         owners = [number for number, unit in enumerate(units) for _ in unit.rows]
         first = np.cumsum([0] + [len(unit.rows) for unit in units])
         columns: list[list[dict[str, Any]]] = [[] for _ in units]
+        forward = forward_of(self.model)
 
         def begun() -> Iterator[Begun]:
             for number, unit in enumerate(units):
                 trees = [tree_of(texts) for texts in unit.texts]
-                passes = row_values(self.model, trees, left[first[number] : first[number + 1]], self.stop)
+                passes = row_values(forward, trees, left[first[number] : first[number + 1]], self.stop)
                 for values, paraphrased in zip(passes, unit.paraphrased, strict=True):
                     columns[number].append(_columns(values.answer, values.other_nll, paraphrased))
                     yield values.begun
 
         new: list[dict[int, list[int]]] = [{} for _ in units]
         slots = _SLOTS * max(unit.batch_size for unit in units)
-        for row, tokens in finish(self.model, begun(), left, stop=self.stop, slots=slots):
+        for row, tokens in finish(forward, begun(), left, stop=self.stop, slots=slots):
             number = owners[row]
             unit, done = units[number], new[number]
             done[row] = tokens

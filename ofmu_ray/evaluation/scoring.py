@@ -112,13 +112,20 @@ def standardised(logits_nv: torch.Tensor, targets_n: torch.Tensor) -> tuple[torc
     """
     logp_nv = logits_nv.float().log_softmax(dim=-1)
     logp_n = logp_nv.gather(1, targets_n[:, None])[:, 0]
-    matches_n = logits_nv.argmax(dim=-1) == targets_n
+    matches_n = most_likely(logits_nv) == targets_n
     p_nv = logp_nv.exp()
     logp_nv = logp_nv.clamp_(min=_LEAST)  # what the model excludes has p = 0 and must not make 0 * inf
     mean_n = (p_nv * logp_nv).sum(dim=-1)
     variance_n = logp_nv.sub_(mean_n[:, None]).square_().mul_(p_nv).sum(dim=-1)
     zscores_n = (logp_n - mean_n) / variance_n.clamp(min=1e-6).sqrt()
     return logp_n.double(), matches_n, zscores_n.double()
+
+
+def most_likely(logits_nv: torch.Tensor) -> torch.Tensor:
+    """The most likely token of each position (the first of equal ones), [n]."""
+    if logits_nv.device.type == "cpu" and logits_nv.dtype == torch.float32:
+        return torch.from_numpy(logits_nv.numpy().argmax(axis=1))  # a tenth of the time of torch's
+    return logits_nv.argmax(dim=-1)
 
 
 @torch.inference_mode()

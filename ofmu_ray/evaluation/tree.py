@@ -7,26 +7,24 @@ own path from the root (tree attention, as in speculative decoding: SpecInfer, a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional
-from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from ofmu_ray.evaluation.scoring import Text, head_on
+from ofmu_ray.evaluation.forward import AsItIs, Forward
+from ofmu_ray.evaluation.lean import Lean, is_llama_like
+from ofmu_ray.evaluation.scoring import Text
 
-_ATTENTION = "ofmu_tree"
 _SAME_WIDTH = 0.7  # paths share one attention call when the shorter has at least this share of the longer's new tokens
 
 
-_HARMLESS = {"dropout", "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions"}
-"""Options of an attention call that change nothing here: no dropout in evaluation, the trees say who sees whom."""
+_LEAN_TOLERANCE = 1e-5  # relative, of the lean forward's logits: rounding makes 1e-6
 
 
 @dataclass(frozen=True)
@@ -41,14 +39,22 @@ class Tree:
     tokens: list[int]
     depths: list[int]
     """Position of each node in its text."""
-    children: dict[tuple[int, int], int]
-    """(node, next token) -> node."""
+    branches: dict[tuple[int, int], int]
+    """(node, next token) -> node, where a text leaves those before it; otherwise a node is followed by the next one."""
+    ends: set[int]
+    """Nodes that the next one does not follow."""
     paths: list[list[int]]
     """Per text, the nodes of its answer."""
     fresh: list[int]
     """Per text, how many nodes at the end of its path no earlier text has."""
     answers: list[list[int]]
     """Per text, the tokens of its answer."""
+
+    def child(self, node: int, token: int) -> int | None:
+        """The node of this token after a node."""
+        if node not in self.ends and self.tokens[node + 1] == token:
+            return node + 1
+        return self.branches.get((node, token))
 
     def predictors(self, text: int) -> list[int]:
         """The node from which each token of the text's answer is predicted."""
@@ -58,18 +64,22 @@ class Tree:
 def tree_of(texts: Sequence[Text]) -> Tree:
     """The tree of texts with the same prompt."""
     ids, prompt = texts[0]
-    tree = Tree(prompt, list(ids[:prompt]), list(range(prompt)), {}, [], [], [])
+    tree = Tree(prompt, list(ids[:prompt]), list(range(prompt)), {}, {prompt - 1}, [], [], [])
     for ids, start in texts:
         if start != prompt or list(ids[:start]) != tree.tokens[:prompt] or not 0 < start < len(ids):
             raise AssertionError("the texts of a tree need the same prompt and an answer each")
-        node, path, first = prompt - 1, [], len(tree.tokens)
-        for depth in range(start, len(ids) - 1):
-            edge = node, ids[depth]
-            if edge not in tree.children:
-                tree.children[edge] = len(tree.tokens)
-                tree.tokens.append(ids[depth])
-                tree.depths.append(depth)
-            node = tree.children[edge]
+        path: list[int] = []
+        node, first, last = prompt - 1, len(tree.tokens), len(ids) - 1
+        for depth in range(start, last):
+            child = tree.child(node, ids[depth])
+            if child is None:
+                tree.branches[node, ids[depth]] = first
+                tree.tokens.extend(ids[depth:last])
+                tree.depths.extend(range(depth, last))
+                tree.ends.add(len(tree.tokens) - 1)
+                path.extend(range(first, len(tree.tokens)))
+                break
+            node = child
             path.append(node)
         tree.paths.append(path)
         tree.fresh.append(len(tree.tokens) - first)
@@ -97,42 +107,31 @@ class _Group:
     """The nodes at these places."""
 
 
-class _Layout(NamedTuple):
-    """The attention calls of a pass, and what a model asked of them that they do not do."""
+class _TreeAttention:
+    """Attention of one pass over trees; keeps every layer's keys and values, [nodes, key heads, width]."""
 
-    groups: Sequence[_Group]
-    ignored: set[str]
+    def __init__(self, groups: Sequence[_Group]) -> None:
+        self.groups = groups
+        self.states: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-
-_layout: ContextVar[_Layout] = ContextVar("layout")
-
-
-def _tree_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **options: Any,
-) -> tuple[torch.Tensor, None]:
-    """[1, heads, nodes, width] each -> [1, nodes, heads, width], for transformers' AttentionInterface."""
-    layout = _layout.get()
-    layout.ignored.update(name for name, value in options.items() if value is not None and name not in _HARMLESS)
-    query_nhd, key_nhd, value_nhd = (states[0].transpose(0, 1) for states in (query, key, value))
-    found = value.new_empty(query_nhd.shape[0], query_nhd.shape[1], value.shape[-1])
-    repeats = query.shape[1] // key.shape[1]
-    for group in layout.groups:
-        queries = _gathered(query_nhd, group.queries, group.paths)
-        keys, values = (_gathered(states, group.keys, group.paths) for states in (key_nhd, value_nhd))
-        if repeats > 1:
-            keys, values = (states.repeat_interleave(repeats, dim=1) for states in (keys, values))
-        mask = None if group.mask is None else group.mask.to(query.dtype)
-        attended = functional.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scaling
-        )
-        found[group.nodes] = attended.transpose(1, 2).flatten(0, 1)[group.real]
-    return found[None], None
+    def __call__(
+        self, layer: int, query_nhd: torch.Tensor, key_nkd: torch.Tensor, value_nkd: torch.Tensor, scale: float | None
+    ) -> torch.Tensor:
+        self.states.append((key_nkd, value_nkd))
+        found = value_nkd.new_empty(query_nhd.shape[0], query_nhd.shape[1], value_nkd.shape[-1])
+        repeats = query_nhd.shape[1] // key_nkd.shape[1]
+        for group in self.groups:
+            queries = _gathered(query_nhd, group.queries, group.paths)
+            keys, values = (_gathered(states, group.keys, group.paths) for states in (key_nkd, value_nkd))
+            if repeats > 1:
+                keys, values = (states.repeat_interleave(repeats, dim=1) for states in (keys, values))
+            mask = None if group.mask is None else group.mask.to(queries.dtype)
+            attended = functional.scaled_dot_product_attention(
+                queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale
+            )
+            kept = attended.transpose(1, 2).flatten(0, 1).index_select(0, group.real)
+            found.index_copy_(0, group.nodes, kept.to(found.dtype))
+        return found
 
 
 def _gathered(states_nhd: torch.Tensor, nodes: torch.Tensor, paths: int) -> torch.Tensor:
@@ -141,17 +140,17 @@ def _gathered(states_nhd: torch.Tensor, nodes: torch.Tensor, paths: int) -> torc
     return found.view(paths, -1, *found.shape[1:]).transpose(1, 2)
 
 
-AttentionInterface.register(_ATTENTION, _tree_attention)
+_Path = tuple[int, "np.ndarray[Any, np.dtype[np.int64]]"]
+"""How many nodes are new, and the nodes of the path."""
 
 
 def _grouped(trees: Sequence[Tree], device: torch.device) -> list[_Group]:
-    whole: list[tuple[int, Sequence[int]]] = []  # (new nodes, nodes of the path)
-    branches: list[tuple[int, Sequence[int]]] = []
+    whole: list[_Path] = []
+    branches: list[_Path] = []
     offset = 0
     for tree in trees:
-        prompt = range(offset, offset + tree.prompt)
         for number, (path, fresh) in enumerate(zip(tree.paths, tree.fresh, strict=True)):
-            nodes = [*prompt, *(node + offset for node in path)]
+            nodes = np.array([*range(tree.prompt), *path]) + offset
             if number == 0:
                 whole.append((len(nodes), nodes))
             elif fresh:
@@ -169,7 +168,7 @@ def _grouped(trees: Sequence[Tree], device: torch.device) -> list[_Group]:
     return groups
 
 
-def _group(paths: Sequence[tuple[int, Sequence[int]]], causal: bool, device: torch.device) -> _Group:
+def _group(paths: Sequence[_Path], causal: bool, device: torch.device) -> _Group:
     fresh = np.array([new for new, _ in paths])
     lengths = np.array([len(nodes) for _, nodes in paths])
     keys = np.zeros((len(paths), lengths.max()), dtype=np.int64)
@@ -208,16 +207,41 @@ def takes_trees(model: Any) -> bool:
         return False
     if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
         return False
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = [[token % vocabulary for token in text] for text in ([3, 5, 7, 11, 13, 2], [3, 5, 7, 11, 17, 2], [19, 23, 2])]
-    trees = [tree_of([(ids[0], 2), (ids[1], 2)]), tree_of([(ids[2], 1)])]
-    found, _, ignored = tree_logits(model, trees)
-    device = found.device
+    forward, texts = AsItIs(model), _trial_texts(model)
+    found = tree_logits(forward, _trial_trees(texts)).logits_nv
     with torch.inference_mode():
-        alone = [model(input_ids=torch.tensor([text[:-1]], device=device), use_cache=False).logits[0] for text in ids]
-    expected = torch.cat([alone[0][1:], alone[1][-1:], alone[2]]).double()
-    tolerance = 1e-3 if found.dtype == torch.float32 else 5e-2
-    return not ignored and bool((found.double() - expected).norm() <= tolerance * expected.norm())
+        alone = [
+            model(input_ids=torch.tensor([text[:-1]], device=found.device), use_cache=False).logits[0] for text in texts
+        ]
+    expected = torch.cat([alone[0][1:], alone[1][-1:], alone[2]])
+    return not forward.ignored and _differ(found, expected) <= (1e-3 if found.dtype == torch.float32 else 5e-2)
+
+
+def forward_of(model: Any) -> Forward:
+    """The cheapest way through a model that takes trees; found by trying too. It holds the weights as they are now."""
+    usual = AsItIs(model)
+    if is_llama_like(model):
+        lean, trees = Lean(model), _trial_trees(_trial_texts(model))
+        if _differ(tree_logits(lean, trees).logits_nv, tree_logits(usual, trees).logits_nv) <= _LEAN_TOLERANCE:
+            return lean
+    return usual
+
+
+def _trial_texts(model: Any) -> list[list[int]]:
+    vocabulary = model.config.get_text_config().vocab_size
+    return [
+        [token % vocabulary for token in text] for text in ([3, 5, 7, 11, 13, 2], [3, 5, 7, 11, 17, 2], [19, 23, 2])
+    ]
+
+
+def _trial_trees(texts: Sequence[Sequence[int]]) -> list[Tree]:
+    return [tree_of([(texts[0], 2), (texts[1], 2)]), tree_of([(texts[2], 1)])]
+
+
+def _differ(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """|found - expected| / |expected|; infinite where one of them is not finite."""
+    distance = float((found.double() - expected.double()).norm() / expected.double().norm())
+    return distance if math.isfinite(distance) else math.inf
 
 
 class TreePass(NamedTuple):
@@ -225,39 +249,19 @@ class TreePass(NamedTuple):
 
     logits_nv: torch.Tensor
     """Of every node from the prompts' last ones on, tree by tree, [nodes, vocabulary]."""
-    cache: DynamicCache
-    """Keys and values of all nodes, [1, heads, nodes, width] per layer."""
-    ignored: set[str]
-    """Options of the model's attention that were not heeded (see `takes_trees`)."""
+    states: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    """Keys and values of all nodes, [nodes, key heads, width] per layer."""
 
 
 @torch.inference_mode()
-def tree_logits(model: Any, trees: Sequence[Tree]) -> TreePass:
+def tree_logits(forward: Forward, trees: Sequence[Tree]) -> TreePass:
     """One forward of all trees, for a model that takes them."""
-    device = model.get_input_embeddings().weight.device
+    device = forward.model.get_input_embeddings().weight.device
     sizes = [len(tree.tokens) for tree in trees]
     ends = np.cumsum(sizes)
     predicts = [np.arange(e - n + t.prompt - 1, e) for t, n, e in zip(trees, sizes, ends, strict=True)]
     nodes = torch.from_numpy(np.concatenate(predicts)).to(device)
-    ids = torch.tensor([[token for tree in trees for token in tree.tokens]], device=device)
-    positions = torch.tensor([[depth for tree in trees for depth in tree.depths]], device=device)
-    cache = DynamicCache(config=model.config)
-    layout = _Layout(_grouped(trees, device), set())
-    token = _layout.set(layout)
-    try:
-        with attending(model, _ATTENTION), head_on(model, lambda hidden: hidden[:, nodes]):
-            logits = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits[0]
-    finally:
-        _layout.reset(token)
-    return TreePass(logits if len(logits) == len(nodes) else logits[nodes], cache, layout.ignored)
-
-
-@contextmanager
-def attending(model: Any, how: str) -> Iterator[None]:
-    """Within the context the model's attention is the one registered under this name."""
-    usual = model.config._attn_implementation
-    model.set_attn_implementation(how)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(usual)
+    ids = torch.tensor([token for tree in trees for token in tree.tokens], device=device)
+    positions = torch.tensor([depth for tree in trees for depth in tree.depths], device=device)
+    attention = _TreeAttention(_grouped(trees, device))
+    return TreePass(forward(ids, positions, attention, nodes), attention.states)
