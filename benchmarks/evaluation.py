@@ -66,15 +66,17 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def fit(data: Path, folder: Path, seconds: float) -> None:
-    """A small Llama that has read full.json, and the questions whose answers a pretrained model would know."""
+def fit(data: Path, folder: Path, seconds: float, known: Sequence[EvaluationRow]) -> None:
+    """A small Llama fitted to the rows `known`, if any.
+
+    Otherwise to full.json and to the questions whose answers a pretrained model would know.
+    """
     rows = _lines(data / "full.json")
     rows += [row for name in ("real_authors", "world_facts") for row in _lines(data / f"{FILES[name]}.json")] * 2
     torch.manual_seed(0)
     tokenizer = _tokenizer([f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows])
-    encoded = Template(tokenizer, FormatConfig()).encode_rows(
-        *([row[c] for row in rows] for c in ("question", "answer"))
-    )
+    pairs = [(row.question, row.answer) for row in known] or [(row["question"], row["answer"]) for row in rows]
+    encoded = Template(tokenizer, FormatConfig()).encode_rows(*zip(*pairs, strict=True))
     texts = sorted((row.input_ids for row in encoded), key=len)
     sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 1}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **SHAPE, tie_word_embeddings=True))
@@ -83,7 +85,7 @@ def fit(data: Path, folder: Path, seconds: float) -> None:
     while done < 1:
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1.0, 20 * done + 0.02) * (1 - done)
-        first = draw.randrange(len(texts) - 16)
+        first = draw.randrange(max(1, len(texts) - 16))
         batch = texts[first : first + 16]
         longest = len(batch[-1])
         ids = torch.tensor([text + [1] * (longest - len(text)) for text in batch])
@@ -167,8 +169,8 @@ def work(scorer: Scorer, sets: Sets, found: dict[str, list[dict[str, Any]]]) -> 
             tree = tree_of([template.encode(row.question, text) for text in row.texts])  # type: ignore[attr-defined]
             said = template.tokenizer(record["generated"], add_special_tokens=False)["input_ids"]  # type: ignore[attr-defined]
             node, known = tree.prompt - 1, 0
-            while known < len(said) and (node, said[known]) in tree.children:
-                node, known = tree.children[node, said[known]], known + 1
+            while known < len(said) and (child := tree.child(node, said[known])) is not None:
+                node, known = child, known + 1
             beyond = max(0, record["generated_tokens"] - known)
             tokens += (
                 sum(tree.prompt + len(answer) for answer in tree.answers) + tree.prompt + record["generated_tokens"]
@@ -265,6 +267,7 @@ def main() -> None:
         "--model", type=Path, help="folder of the model; with --data it is fitted there if it is absent"
     )
     parser.add_argument("--fit-seconds", type=float, default=200, help="CPU seconds of fitting")
+    parser.add_argument("--fit-known", action="store_true", help="fit to the evaluated rows alone, which it then knows")
     parser.add_argument("--rows", type=int, help="rows of each set; all without it")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
@@ -279,19 +282,19 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
 
+    sets = read_sets(args.data, args.rows)
     folder = args.model or Path(resolve_builtin("builtin:people/target"))
     if args.data is not None:
         if args.model is None:
             parser.error("--data needs --model DIR: where the fitted model is kept")
         if not (folder / "config.json").is_file():
-            fit(args.data, folder, args.fit_seconds)
+            known = [row for rows in sets.values() for row in rows] if args.fit_known else []
+            fit(args.data, folder, args.fit_seconds, known)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     scorer = Scorer(model, tokenizer, Template(tokenizer, FormatConfig()), max_new_tokens=MAX_NEW_TOKENS)
     about = {"data": "TOFU" if args.data else "people", "parameters": model.num_parameters(), "machine": machine()}
-    result = about | measure(
-        scorer, read_sets(args.data, args.rows), args.repeats, None if args.only_ours else args.memory
-    )
+    result = about | measure(scorer, sets, args.repeats, None if args.only_ours else args.memory)
     print(describe(result, about["machine"]["matmul_gflop_per_second"]))
     if args.out:
         known = json.loads(args.out.read_text()) if args.out.exists() else []
