@@ -19,7 +19,9 @@ from urllib.parse import urlsplit, urlunsplit
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage import is_uri, local_path
 
-PATIENCE_SECONDS = 5
+CONNECT_SECONDS = 5
+ANSWER_SECONDS = 30
+"""Of a server that is there; one that has just started, on a busy machine, took more than five for its first answer."""
 _PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _SQLITE_MAGIC = b"SQLite format 3\0"
 
@@ -76,7 +78,7 @@ def check_reachable(uri: str) -> None:
         return
     try:
         port = parts.port or _PORTS[_scheme(uri)]
-        socket.create_connection((parts.hostname, port), timeout=PATIENCE_SECONDS).close()
+        socket.create_connection((parts.hostname, port), timeout=CONNECT_SECONDS).close()
     except (OSError, ValueError) as error:
         raise unreachable(uri, error) from None
 
@@ -99,7 +101,7 @@ def client(uri: str) -> Any:
 
 
 @contextmanager
-def impatient(retries: int = 0, timeout_seconds: int = PATIENCE_SECONDS) -> Iterator[None]:
+def impatient(retries: int = 0, timeout_seconds: int = ANSWER_SECONDS) -> Iterator[None]:
     """Few retries and a short timeout for MLflow's HTTP calls in this block.
 
     MLflow offers these settings as environment variables only; they are read at every request and restored here.

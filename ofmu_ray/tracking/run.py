@@ -58,7 +58,8 @@ def start(
             reported may differ); False: always a new run.
 
     Raises:
-        UserError: MLflow is not reachable within seconds, or the experiment was deleted.
+        UserError: MLflow cannot be reached within seconds or does not answer in half a minute, or the experiment was
+            deleted.
     """
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
@@ -118,7 +119,7 @@ def finish(
     figures = {**_figures(metrics or {}), **_numbers(cost or {}, "cost/")}
     client = connection.client(handle.uri)
     try:
-        with connection.impatient(retries=2, timeout_seconds=30):
+        with connection.impatient(retries=2):
             _log_figures(client, handle.run_id, figures)
             for file in files:
                 client.log_artifact(handle.run_id, str(file))
