@@ -87,6 +87,7 @@ def s3_server() -> Iterator[Server]:
     server.start()
     host, port = server.get_host_and_port()
     found = Server(f"http://{host}:{port}")
+    urllib.request.urlopen(f"{found.endpoint}/moto-api/reset", b"").close()  # moto keeps one content per process
     found.client.create_bucket(Bucket=BUCKET)
     try:
         yield found
