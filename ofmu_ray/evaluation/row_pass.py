@@ -13,7 +13,7 @@ from ofmu_ray.evaluation.forward import Forward
 from ofmu_ray.evaluation.scoring import LOGITS_AT_ONCE, TokenScores, most_likely, scores_of
 from ofmu_ray.evaluation.tree import Tree, tree_logits
 
-_NODES = {"cpu": 512, "cuda": 16384}  # nodes of one pass: the activations of 512 stay in a processor's second cache
+_NODES = {"cpu": 1024, "cuda": 16384}  # nodes of one pass: small ones stay in a processor's second cache
 
 
 class RowValues(NamedTuple):

@@ -21,7 +21,7 @@ from ofmu_ray.evaluation.forward import AsItIs, Forward
 from ofmu_ray.evaluation.lean import Lean, is_llama_like
 from ofmu_ray.evaluation.scoring import Text
 
-_SAME_WIDTH = 0.7  # paths share one attention call when the shorter has at least this share of the longer's new tokens
+_SAME_WIDTH = 0.8  # paths share one attention call when the shorter has at least this share of the longer's new tokens
 
 
 _LEAN_TOLERANCE = 1e-5  # relative, of the lean forward's logits: rounding makes 1e-6
