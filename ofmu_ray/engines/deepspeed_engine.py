@@ -21,6 +21,8 @@ from ofmu_ray.engines.shards import FlatShards, Shards, trainable_parameters
 from ofmu_ray.engines.vector_engine import VectorEngine
 from ofmu_ray.errors import UserError
 
+PERSISTENT_BELOW = 10_000  # elements: at stage 3 norms and biases stay whole, as gathering them costs more than they do
+
 
 def import_deepspeed() -> Any:
     """The module, without the MLflow that its autotuner would import: 1.1 CPU seconds and 116 MB of each worker."""
@@ -32,9 +34,6 @@ def import_deepspeed() -> Any:
     finally:
         if hidden:
             del sys.modules["mlflow"]
-
-
-PERSISTENT_BELOW = 10_000  # elements: at stage 3 norms and biases stay whole, as gathering them costs more than they do
 
 
 class DeepSpeedEngine(VectorEngine):
