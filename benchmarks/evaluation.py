@@ -4,7 +4,9 @@
 
 CPU seconds (of the process, one thread) of the four sets of TOFU's layout: losses of right, paraphrased and wrong
 answers, greedy generations with ROUGE-L, and the values that memorisation and membership scores are made of. Both run
-in turn, and their values must agree. benchmarks/README.md says what the figures mean.
+in turn, and their values must agree. The Reference attack needs a second model's losses: the plain evaluation has that
+model in memory and runs it, ours takes them from an earlier evaluation of it, as `ofmu evaluate` does (whose cost is
+shown, and which serves every model that is compared). benchmarks/README.md says what the figures mean.
 
 `--data`: a folder with TOFU's files; a small Llama and its vocabulary are then fitted on full.json (`--model DIR`
 keeps them). Without it the embedded people and the embedded model are evaluated.
@@ -13,6 +15,7 @@ keeps them). Without it the embedded people and the embedded model are evaluated
 from __future__ import annotations
 
 import argparse
+import copy
 import cProfile
 import json
 import random
@@ -31,6 +34,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import EvaluationConfig, FormatConfig
 from ofmu_ray.data.template import Template
+from ofmu_ray.evaluation.membership import reference_score
 from ofmu_ray.evaluation.rows import EvaluationRow, evaluation_rows, with_row_metrics
 from ofmu_ray.evaluation.scorer import Result, Scorer, assemble, plan
 from ofmu_ray.evaluation.tree import tree_of
@@ -114,18 +118,37 @@ def _tokenizer(texts: Sequence[str]) -> Any:
 # ----------------------------------------------------------------------------------------------------------- measuring
 
 
-def ours(scorer: Scorer, sets: Sets) -> dict[str, list[dict[str, Any]]]:
+def reference_of(model: Any) -> Any:
+    """A second model of the same shape and cost, for the Reference attack: this one, its weights off by a tenth."""
+    reference, draw = copy.deepcopy(model), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in reference.parameters():
+            weight.add_(0.1 * weight.std() * torch.randn(weight.shape, generator=draw))
+    return reference
+
+
+def ours(scorer: Scorer, sets: Sets, known: Mapping[str, Sequence[float]] | None) -> dict[str, list[dict[str, Any]]]:
+    """Records of every set's rows. `known`: the reference's losses of the right answers."""
     units = {name: plan(rows, scorer.template, BATCH) for name, rows in sets.items()}
     every = [unit for of in units.values() for unit in of]
     results: dict[str, list[Result]] = {name: [] for name in sets}
     for number, result in scorer.run_all(every):
         results[every[number].set].append(result)
-    return {name: with_row_metrics(assemble(rows, results[name])).to_pylist() for name, rows in sets.items()}
+    found = {name: with_row_metrics(assemble(rows, results[name])).to_pylist() for name, rows in sets.items()}
+    if known is not None:
+        for name, records in found.items():
+            for record, score in zip(
+                records, reference_score([each["answer_nll"] for each in records], known[name]), strict=True
+            ):
+                record["reference"] = float(score)
+    return found
 
 
-def plainly(scorer: Scorer, sets: Sets, memory: str) -> dict[str, dict[str, Any]]:
+def plainly(scorer: Scorer, sets: Sets, memory: str, reference: Any) -> dict[str, dict[str, Any]]:
     return {
-        name: plain.evaluate(scorer.model, scorer.template, rows, MAX_NEW_TOKENS, memory=memory in ("all", name))
+        name: plain.evaluate(
+            scorer.model, scorer.template, rows, MAX_NEW_TOKENS, memory=memory in ("all", name), reference=reference
+        )
         for name, rows in sets.items()
     }
 
@@ -185,7 +208,7 @@ def work(scorer: Scorer, sets: Sets, found: dict[str, list[dict[str, Any]]]) -> 
 def where(scorer: Scorer, sets: Sets) -> dict[str, float]:
     """Shares of one profiled evaluation's time, by where it goes (profiling itself makes Python look dearer)."""
     profile = cProfile.Profile(time.process_time)
-    profile.runcall(ours, scorer, sets)
+    profile.runcall(ours, scorer, sets, None)
     stats = profile.getstats()
 
     def seconds(name: str, own: bool = False) -> float:
@@ -207,17 +230,21 @@ def where(scorer: Scorer, sets: Sets) -> dict[str, float]:
     return {name: part / whole for name, part in parts.items()}
 
 
-def measure(scorer: Scorer, sets: Sets, repeats: int, memory: str | None) -> dict[str, Any]:
-    """Figures of both on these rows; ours alone without `memory`."""
+def measure(scorer: Scorer, sets: Sets, repeats: int, memory: str | None, reference: Scorer | None) -> dict[str, Any]:
+    """Figures of both on these rows; ours alone without `memory`, no Reference attack without `reference`."""
     warm = {name: rows[:2] for name, rows in sets.items()}
-    ours(scorer, warm), plainly(scorer, warm, "all")
+    ours(scorer, warm, None), plainly(scorer, warm, "all", None)
+    known, once = None, 0.0
+    if reference is not None:
+        once, found = cpu_seconds(ours, reference, sets, None)
+        known = {name: [record["answer_nll"] for record in records] for name, records in found.items()}
     seconds: dict[str, list[float]] = {"ours": [], "plain": []}
     difference = None
     for _ in range(repeats):
-        spent, found = cpu_seconds(ours, scorer, sets)
+        spent, found = cpu_seconds(ours, scorer, sets, known)
         seconds["ours"].append(spent)
         if memory:
-            spent, expected = cpu_seconds(plainly, scorer, sets, memory)
+            spent, expected = cpu_seconds(plainly, scorer, sets, memory, reference and reference.model)
             seconds["plain"].append(spent)
             difference = worst_difference(found, expected)
             if difference > TOLERANCE:
@@ -230,6 +257,8 @@ def measure(scorer: Scorer, sets: Sets, repeats: int, memory: str | None) -> dic
         "rows": {name: len(rows) for name, rows in sets.items()},
         "repeats": repeats,
         "plain_memory_sets": memory,
+        "reference_attack": reference is not None,
+        "reference_seconds": once,
         **needed,
         **result,
         "times_faster": median(ratios) if ratios else None,
@@ -255,6 +284,8 @@ def describe(result: dict[str, Any], rate: float) -> str:
         lines.append(
             f"ours is {result['times_faster']:.1f} times faster; worst difference {result['worst_difference']:.0e}"
         )
+    if result["reference_attack"]:
+        lines.append(f"reference evaluated once before: {result['reference_seconds']:.1f} s, in neither of the two")
     lines.append(f"floor {floor:.1f} s ({result['gflop']:.0f} GFLOP at {rate:.0f} GFLOP/s)")
     lines.append("where: " + ", ".join(f"{name} {share:.0%}" for name, share in result["where"].items()))
     return "\n".join(lines)
@@ -276,6 +307,7 @@ def main() -> None:
         default="all",
         help="sets of the plain memorisation and membership scores",
     )
+    parser.add_argument("--no-reference", action="store_true", help="leave the Reference attack out")
     parser.add_argument("--only-ours", action="store_true", help="leave the plain evaluation out")
     parser.add_argument("--out", type=Path, help="JSON file; figures are added to those that stand in it")
     args = parser.parse_args()
@@ -292,9 +324,13 @@ def main() -> None:
             fit(args.data, folder, args.fit_seconds, known)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    scorer = Scorer(model, tokenizer, Template(tokenizer, FormatConfig()), max_new_tokens=MAX_NEW_TOKENS)
+    models = [model] if args.no_reference else [model, reference_of(model)]
+    scorer, *reference = (
+        Scorer(each, tokenizer, Template(tokenizer, FormatConfig()), max_new_tokens=MAX_NEW_TOKENS) for each in models
+    )
     about = {"data": "TOFU" if args.data else "people", "parameters": model.num_parameters(), "machine": machine()}
-    result = about | measure(scorer, sets, args.repeats, None if args.only_ours else args.memory)
+    memory = None if args.only_ours else args.memory
+    result = about | measure(scorer, sets, args.repeats, memory, next(iter(reference), None))
     print(describe(result, about["machine"]["matmul_gflop_per_second"]))
     if args.out:
         known = json.loads(args.out.read_text()) if args.out.exists() else []

@@ -23,9 +23,10 @@ K = 0.4
 
 
 def evaluate(
-    model: Any, template: Template, rows: Sequence[EvaluationRow], max_new_tokens: int, *, memory: bool
+    model: Any, template: Template, rows: Sequence[EvaluationRow], max_new_tokens: int, *, memory: bool, reference: Any
 ) -> dict[str, Any]:
-    """Values of one set's rows, a list each. `memory`: memorisation and membership scores too, six passes."""
+    """Values of one set's rows, a list each. `memory`: memorisation and membership scores too, eight passes, one of
+    them through `reference`, a second model in memory; None: six, without the Reference attack."""
     found: dict[str, Any] = {"answer_nll": _each(model, template, rows, [row.answer for row in rows], _nll)}
     if rows[0].paraphrase is not None:
         paraphrases = [row.paraphrase or "" for row in rows]
@@ -48,6 +49,9 @@ def evaluate(
         found["zlib"] = [
             nll / size for nll, size in zip(_each(model, template, rows, answers, _nll), sizes, strict=True)
         ]
+        if reference is not None:
+            both = (_each(each, template, rows, answers, _nll) for each in (model, reference))
+            found["reference"] = [mine - other for mine, other in zip(*both, strict=True)]
     return found
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import ModelConfig, TrainingConfig, config_hash
 from ofmu_ray.config.evaluate import RETRAINED, EvaluateConfig
 from ofmu_ray.errors import UserError
-from ofmu_ray.storage import atomic_write, is_uri, join, local_file, name_of
+from ofmu_ray.storage import atomic_write, is_uri, join, local_file, name_of, scratch
 from pipelines.checks import Checks
 from pipelines.evaluation import Evaluator, has_tokenizer, read_sets
 from pipelines.nodes import join_cluster
@@ -63,7 +62,7 @@ def evaluate(config: EvaluateConfig, command: list[str]) -> int:
     finally:
         done = status == "FINISHED"
         logged = _logged(figures, further) if done else None
-        with TemporaryDirectory(prefix="ofmu_") as place:
+        with scratch() as place:
             artifacts = [local_file(join(home, name), place) for name in files] if done else []
             tracking.finish(handle, metrics=logged, artifacts=artifacts, status=status)
     print(metrics_table(figures, list(figures)))

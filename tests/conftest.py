@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")  # nobody looks at how much memory each process uses
 
 import pytest
 
@@ -32,6 +33,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONGEST.index(name) if name in LONGEST else len(LONGEST) + (item.path not in slow)
 
     items.sort(key=place)
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> None:
+    """Ray on this machine with two CPUs, as a pipeline starts it; the pipelines find it up.
+
+    It stays up for the next file, as each start costs some ten CPU seconds; a file that needs another Ray ends it.
+    """
+    from ofmu_ray.training.launch import connect
+
+    connect(2)
 
 
 @pytest.fixture(scope="session")

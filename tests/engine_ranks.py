@@ -1,12 +1,13 @@
 """What two gloo ranks (or one) measure on a DeepSpeed engine, against the single-process engine on the whole batch.
 
-Started by torch.multiprocessing; rank 0 writes {case: {quantity: number}} for the tests to judge.
+Started by `run_ranks`; rank 0 writes {case: {quantity: number}} for the tests to judge.
 """
 
 from __future__ import annotations
 
 import datetime
 import math
+import multiprocessing
 import os
 import traceback
 import warnings
@@ -218,7 +219,8 @@ def run_ranks(world: int, cases: list[Any], folder: Path, measure: Measure | Non
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     out = folder / f"measured{world}.pt"
-    torch.multiprocessing.spawn(
-        rank_main, (world, port, cases, str(out), measure or globals()["measure"]), nprocs=world
-    )
+    arguments = (world, port, cases, str(out), measure or globals()["measure"])
+    # forked from a process that has imported what they need, each of them as it was before its first case
+    multiprocessing.set_forkserver_preload(["rank_imports"])
+    torch.multiprocessing.start_processes(rank_main, arguments, world, start_method="forkserver")
     return torch.load(out)  # type: ignore[no-any-return]

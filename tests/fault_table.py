@@ -23,7 +23,6 @@ from typing import Any
 BEGIN, END = "<!-- faults: written by tests/fault_table.py -->", "<!-- end of faults -->"
 PHASES = (
     "tokenising",
-    "start",
     "first gather",
     "inner loop",
     "displaced",

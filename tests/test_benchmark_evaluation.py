@@ -29,6 +29,8 @@ def test_ours_and_the_plain_evaluation_agree(tmp_path: Path) -> None:
     [found] = json.loads(out.read_text())
     assert found["rows"] == dict.fromkeys(("forget", "retain", "real_authors", "world_facts"), 4)
     assert found["worst_difference"] < 1e-4
+    assert found["reference_attack"]
+    assert found["reference_seconds"] > 0
     assert found["generated_tokens"] > 0
     assert found["gflop"] > 0
     assert set(found["where"]) == {"trees", "decoding", "scores of logits", "ROUGE", "tokenising"}

@@ -13,7 +13,6 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
 
 from ofmu_ray.config import METHODS, BenchmarkConfig, OFMUConfig, OptimizerConfig, TrainingConfig, apply_overrides
@@ -57,16 +56,6 @@ def write_config(folder: Path, **changes) -> str:
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    """One local Ray for the benchmarks of this file; the pipelines find it up."""
-    from ofmu_ray.training.launch import connect
-
-    connect(2)
-    yield
-    ray.shutdown()
-
-
 def results(folder: Path) -> dict[str, dict]:
     found = {path.stem: json.loads(path.read_text()) for path in folder.glob("trials/*.json")}
     return {key: result for key, result in found.items() if result["phase"] != "cost"}
@@ -82,7 +71,7 @@ def kill_with_family(driver: subprocess.Popen) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, cluster):
+def finished(tmp_path_factory, local_ray):
     """A benchmark whose driver was killed in the middle, taken up to the end: (storage, status, before the kill)."""
     storage = tmp_path_factory.mktemp("runs")
     words = ["--config", write_config(storage), "--storage", str(storage)]
@@ -212,7 +201,7 @@ def test_mistakes_end_with_status_2_before_any_trial(finished, words, message, c
 
 
 @pytest.mark.slow
-def test_every_method_keeps_the_budget_and_its_cost_is_foreseen(tmp_path, cluster):
+def test_every_method_keeps_the_budget_and_its_cost_is_foreseen(tmp_path, local_ray):
     """Two rounds say what a round costs; then the account ends within one round of it, for all methods."""
     from ofmu_ray.data.prepare import prepare_streams
     from ofmu_ray.engines.models import load_tokenizer

@@ -43,6 +43,7 @@ STORE_BYTES = 80 * 2**20
 def cluster() -> Iterator[None]:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this module
     options = {"include_dashboard": False, "logging_level": logging.ERROR, "log_to_driver": False}
+    ray.shutdown()  # the files' common one has a larger store
     ray.init(num_cpus=2, object_store_memory=STORE_BYTES, **options)
     yield
     ray.shutdown()

@@ -3,14 +3,12 @@
 import json
 import shutil
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 import yaml
 from evaluation_models import tiny_model, tiny_tokenizer
 from s3_server import s3_server
@@ -33,14 +31,7 @@ TABLES = 7 + 6  # checks of the target; those of the retrained model, which is n
 SETS = 5 + 6  # forget, retain, real_authors, world_facts, holdout, and three probes' two sides
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    """One local Ray for the runs of this file; the command finds it up."""
-    from ofmu_ray.training.launch import connect
-
-    connect(2)
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +70,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, data: Path) -> tuple[Path, dict[str, Any], list[str], int]:
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, data: Path, local_ray: None
+) -> tuple[Path, dict[str, Any], list[str], int]:
     """All checks of the built-in models. It is killed in the fourth check, and then goes on."""
     storage, kinds = tmp_path_factory.mktemp("runs"), []
     real = measurements.measure

@@ -6,6 +6,7 @@ import math
 import time
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -166,15 +167,6 @@ def test_batch_size_changes_nothing_but_rounding(model_dir: Path, tmp_path: Path
         _assert_same(_evaluate(model_dir, tmp_path / str(batch_size), config), expected, rel=1e-5)
 
 
-@pytest.fixture
-def cluster() -> Iterator[Any]:
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield ray
-    ray.shutdown()
-
-
 def _kill_actors() -> list[int]:
     """SIGKILL of all evaluation actors of this process's Ray."""
     found = [
@@ -189,7 +181,7 @@ def _kill_actors() -> list[int]:
 
 @pytest.mark.slow
 def test_any_number_of_actors_gives_the_same_rows(
-    model_dir: Path, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
+    model_dir: Path, tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[int] = []
     start = actors._start
@@ -212,10 +204,10 @@ def test_any_number_of_actors_gives_the_same_rows(
 
     killed: list[int] = []
     times: list[float] = []
-    small = EvaluationConfig(max_new_tokens=12, batch_size=2, actors=2)
-    undisturbed = _evaluate(model_dir, tmp_path / "undisturbed", small)
+    small = EvaluationConfig(max_new_tokens=12, batch_size=2)
+    undisturbed = _evaluate(model_dir, tmp_path / "undisturbed", small)  # here, the same batches
     monkeypatch.setattr("ofmu_ray.evaluation.runner.run_units", killing)
-    assert _evaluate(model_dir, tmp_path / "disturbed", small) == undisturbed
+    assert _evaluate(model_dir, tmp_path / "disturbed", replace(small, actors=2)) == undisturbed
     assert killed
     waited = max(after - before for before, after in pairwise(times))
     fault_table.record(

@@ -1,39 +1,27 @@
 """A worker killed at exact points of every phase of one run, which ends with the weights of an undisturbed one."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import fault_table
 import pytest
-import ray
 
 from benchmarks.faults import EVERY, ROUNDS, Fault, difference, make_job, run
-from ofmu_ray.training.launch import connect
 
 pytestmark = pytest.mark.slow
 
 FAULTS = (
-    Fault("worker killed while it loads the model", "start"),
     Fault("worker killed in the first pass", "first_gather", round=1),
-    Fault("worker killed in the inner loop", "inner_loop", round=3),
+    Fault("worker raises an exception", "inner_loop", "raise", round=3),
     Fault("worker killed with displaced weights", "displaced", round=5),
     Fault("worker killed before the outer step", "outer_step", round=6),
     Fault("rank 0 killed in a checkpoint's write", "checkpoint_write", round=8, rank=0),
-    Fault("worker raises an exception", "inner_loop", "raise", round=10),
-    Fault("newest checkpoint damaged, worker killed", "inner_loop", "damage", round=11),
+    Fault("newest checkpoint damaged, worker killed in the inner loop", "inner_loop", "damage", round=11),
     Fault("rank 0 killed in the export", "export", round=ROUNDS, rank=0),
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    connect(2)
-    yield
-    ray.shutdown()
-
-
-def test_a_worker_killed_in_every_phase(tmp_path):
+def test_a_worker_killed_in_every_phase(tmp_path, local_ray):
     undisturbed = make_job(tmp_path, "undisturbed")
     run(undisturbed, ())
     job = make_job(tmp_path, "disturbed")

@@ -83,6 +83,7 @@ def cluster(store, runs) -> Iterator[Cluster]:
         environment = {"RAY_TMPDIR": str(folder)} | store.environment | fault_table.watched(runs)
         for name, value in environment.items():
             patch.setenv(name, value)
+        ray.shutdown()  # the files' common one, which is no cluster
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         try:
             for _ in range(2):

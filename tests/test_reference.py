@@ -250,17 +250,11 @@ def test_batches_hold_every_row_once_and_keep_their_bounds(monkeypatch: pytest.M
 
 @pytest.mark.slow
 def test_actors_give_the_same_values(
-    finished: Any, prepared: Prepared, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    finished: Any, prepared: Prepared, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, local_ray: None
 ):
-    import ray
-
     monkeypatch.setattr(reference, "_SMALL_FLOPS", 0.0)
     monkeypatch.setattr(reference, "BATCH_TOKENS", 256)
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-    try:
-        _, sidecars = computed(prepared, tmp_path, NEEDS[:1])
-    finally:
-        ray.shutdown()
+    _, sidecars = computed(prepared, tmp_path, NEEDS[:1])
     ours, theirs = (
         np.load(Path(json.loads(Path(found["forget"], "sidecar.json").read_text())["tables"]["nll"], "values.npy"))
         for found in (sidecars, finished[2])
@@ -269,20 +263,13 @@ def test_actors_give_the_same_values(
 
 
 @pytest.mark.slow
-def test_a_run_leaves_neither_refusals_nor_forget_text(tmp_path: Path) -> None:
+def test_a_run_leaves_neither_refusals_nor_forget_text(tmp_path: Path, local_ray: None) -> None:
     """DPO needs all there is to know about forget rows; the KL term adds retain rows."""
-    import ray
-
-    from ofmu_ray.training.launch import connect
     from pipelines import cli
 
-    connect(2)
-    try:
-        brief = ["--training.rounds", "2", "--evaluation.enabled", "false", "--tracking.system_metrics", "false"]
-        method = ["--method", "dpo", "--dpo.optimizer.lr", "3e-4", "--dpo.retain_loss", "kl"]
-        assert cli.main(["unlearn", "--storage", str(tmp_path), "--name", "run", *method, *brief]) == 0
-    finally:
-        ray.shutdown()
+    brief = ["--training.rounds", "2", "--evaluation.enabled", "false", "--tracking.system_metrics", "false"]
+    method = ["--method", "dpo", "--dpo.optimizer.lr", "3e-4", "--dpo.retain_loss", "kl"]
+    assert cli.main(["unlearn", "--storage", str(tmp_path), "--name", "run", *method, *brief]) == 0
     series = json.loads((tmp_path / "run" / "training.json").read_text())["series"]
     assert series[0]["forget_loss"] == pytest.approx(2 / 0.1 * np.log(2), rel=1e-4)  # model = untouched model
     assert series[0]["retain_loss"] == pytest.approx(0.0, abs=1e-5)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,6 +88,59 @@ def test_a_failed_folder_keeps_the_old_one(tmp_path: Path) -> None:
         _fail_half_way(str(target))
     assert (target / "weights").read_text() == "old"
     assert os.listdir(tmp_path) == ["model"]
+
+
+LEAVES = """
+import sys
+from pathlib import Path
+from ofmu_ray import storage
+
+with storage.scratch() as scratch, storage.atomic_dir(Path(sys.argv[1])) as beside:
+    for folder in (scratch, beside):
+        (folder / "weights").write_text("of a model that knows it all")
+    print("there", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_process_leaves_goes_with_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what a living one holds stays, as does what others have there."""
+    temporary, target = tmp_path / "tmp", tmp_path / "runs/model"
+    temporary.mkdir()
+    others = temporary / "ofmu_results"
+    others.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", LEAVES, str(target)], env=os.environ | {"TMPDIR": str(temporary)},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+
+    def there() -> list[list[Path]]:
+        return [sorted(set(temporary.iterdir()) - {others}), sorted(target.parent.glob(".*"))]
+
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"there\n"
+        assert [len(folders) for folders in there()] == [2, 2]
+        processes[0].kill()
+        processes[0].wait()
+        with storage.scratch() as mine, storage.atomic_dir(target):
+            found = there()
+            assert mine in found[0]
+            assert [len(folders) for folders in found] == [2, 2]  # this one's and the living one's
+        assert [len(folders) for folders in there()] == [1, 1]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    with storage.scratch(), storage.atomic_dir(target):
+        pass
+    assert there() == [[], []]
+    assert others.is_dir()
 
 
 def test_join_and_locality() -> None:

@@ -11,6 +11,7 @@ import pytest
 import ray
 import torch
 import yaml
+from ray._private.usage import usage_lib
 from ray.autoscaler._private.util import prepare_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,7 +19,7 @@ from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.errors import UserError
 from pipelines import cli
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
 ROOT = Path(__file__).resolve().parent.parent
 FORGET = Path(resolve_builtin("builtin:people/forget.jsonl"))
@@ -27,16 +28,6 @@ COMPONENTS = [
     for part in ("forget", "retain", "real_authors", "world_facts")
     for quantity in ("probability", "rouge", "truth_ratio")
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    """One local Ray for the runs of this file; the pipelines find it up."""
-    from ofmu_ray.training.launch import connect
-
-    connect(2)
-    yield
-    ray.shutdown()
 
 
 def run(storage: Path, name: str, *words: str) -> tuple[int, dict]:
@@ -51,7 +42,7 @@ NO_EVALUATION = ["--evaluation.enabled", "false"]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, local_ray):
     """A run on two workers with ZeRO-3."""
     storage = tmp_path_factory.mktemp("runs")
     options = ["--training.workers", "2", "--training.zero_stage", "3", "--training.rounds", "6"]
@@ -60,7 +51,7 @@ def finished(tmp_path_factory):
     return storage, status, metrics
 
 
-def test_a_local_ray_listens_on_loopback_only(cluster):
+def test_a_local_ray_listens_on_loopback_only(local_ray):
     """Ray's own choice on Linux is all interfaces."""
     ray.get(ray.remote(lambda: None).remote())  # a worker process, which listens too
     addresses = {
@@ -72,7 +63,15 @@ def test_a_local_ray_listens_on_loopback_only(cluster):
     assert addresses == {"127.0.0.1"}
 
 
-def test_what_ray_up_can_start_counts_as_there(cluster, tmp_path, monkeypatch):
+def test_a_local_ray_reports_to_nobody(local_ray):
+    """Neither this process nor Ray's own, which inherit it, tell Ray's makers about the machine."""
+    assert not usage_lib.usage_stats_enabled()
+    families = psutil.Process().children(recursive=True)
+    (head,) = [process for process in families if any("dashboard.py" in word for word in process.cmdline())]
+    assert head.environ()["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+def test_what_ray_up_can_start_counts_as_there(local_ray, tmp_path, monkeypatch):
     """The launcher's own file on the head says how far the cluster grows: a CPU-less head and two nodes at most."""
     from ofmu_ray.training.launch import connect
 

@@ -5,6 +5,7 @@
 | names | paths and URIs as text |
 | places | a file or folder at either: read, write, remove, publish |
 | local | files and folders that move into their place on a disk |
+| scratch | folders for a while, which a kill does not leave behind for ever |
 | folders | folders with a manifest: written and read back, fetched and checked; files to memory-map |
 | manifest | sizes and SHA-256 |
 | patient | S3 that is asked again |
@@ -26,6 +27,7 @@ from ofmu_ray.storage.places import (
     remove_folder,
     write_text,
 )
+from ofmu_ray.storage.scratch import scratch
 from ofmu_ray.storage.trouble import explained
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "read_text",
     "remove_file",
     "remove_folder",
+    "scratch",
     "without_credentials",
     "write_text",
 ]

@@ -21,6 +21,7 @@ from ofmu_ray.storage import local
 from ofmu_ray.storage.manifest import MANIFEST, Files, difference, fingerprints, sha256
 from ofmu_ray.storage.names import PathLike, is_uri, join, local_path, without_credentials
 from ofmu_ray.storage.places import atomic_write, is_file, locate, read_text
+from ofmu_ray.storage.scratch import scratch
 from ofmu_ray.storage.trouble import explained
 
 CHUNK_BYTES = 16 << 20
@@ -39,11 +40,11 @@ def atomic_dir(path: PathLike) -> Iterator[Path]:
         with explained(path), local.whole_folder(local_path(path)) as beside:
             yield beside
         return
-    with tempfile.TemporaryDirectory(prefix="ofmu_") as name:
-        with explained(name, "temporary files"):
-            yield Path(name)
+    with scratch() as folder:
+        with explained(folder, "temporary files"):
+            yield folder
         with explained(path):
-            upload(Path(name), path)
+            upload(folder, path)
 
 
 def upload(folder: Path, target: PathLike) -> None:

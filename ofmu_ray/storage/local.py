@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ofmu_ray.storage.scratch import made
+
 
 def write_whole(target: Path, data: bytes) -> None:
     """Write a file whole; a reader sees the old content or the new, never a part. Folders are made as needed."""
@@ -34,14 +36,10 @@ def whole_folder(target: Path) -> Iterator[Path]:
     neither is there, but never a moment with a half-filled folder.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part"))
-    try:
+    with made(target.parent, f".{target.name}.", ".part") as beside:
         yield beside
         os.chmod(beside, 0o777 & ~umask())
         _swap(beside, target)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
 
 
 def _swap(new: Path, target: Path) -> None:

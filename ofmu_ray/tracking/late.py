@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from ofmu_ray.config import TrackingConfig
 from ofmu_ray.errors import UserError
-from ofmu_ray.storage import PathLike, atomic_write, is_file, join, local_file, read_text, remove_file
+from ofmu_ray.storage import PathLike, atomic_write, is_file, join, local_file, read_text, remove_file, scratch
 from ofmu_ray.tracking.connection import check_reachable, resolve_uri
 from ofmu_ray.tracking.rounds import RoundLogger
 from ofmu_ray.tracking.run import RunHandle, Status, finish
@@ -30,7 +29,7 @@ def conclude(home: PathLike, handle: RunHandle, *, artifacts: Sequence[str], sta
     training = json.loads(read_text(join(home, "training.json")))
     metrics = {name: figures for name, figures in summary.items() if name not in ("cost", "run")}
     done = not training["undelivered"] or _series(handle, training["series"])
-    with TemporaryDirectory(prefix="ofmu_") as place:
+    with scratch() as place:
         files = [local_file(join(home, name), place) for name in artifacts]
         done = done and finish(handle, metrics=metrics, cost=summary["cost"], artifacts=files, status=status)
     if done:

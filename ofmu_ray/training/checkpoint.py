@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -23,7 +22,7 @@ from ofmu_ray.engines.protocol import Engine
 from ofmu_ray.engines.reshard import reshard
 from ofmu_ray.errors import UserError
 from ofmu_ray.methods.protocol import Method
-from ofmu_ray.storage import explained
+from ofmu_ray.storage import explained, scratch
 from ofmu_ray.training import integrity
 from ofmu_ray.training.session import Session
 
@@ -67,7 +66,15 @@ def save(state: LoopState, engine: Engine, method: Method, session: Session) -> 
     Raises:
         StorageError: no room, no rights or no answer, on this machine or in the storage; older checkpoints stay.
     """
-    folder = Path(tempfile.mkdtemp(prefix="ofmu_checkpoint_"))
+    with scratch() as folder:
+        _write(folder, state, engine, method, session)
+        integrity.write_manifest(folder, session.rank, session.world)
+        # the end of a stopped run stands at an earlier round, whose checkpoint must not be written over
+        suffix = "" if state.status == "running" else f"_{state.status}"
+        session.report(folder, f"round_{state.round:06d}{suffix}", state.round)
+
+
+def _write(folder: Path, state: LoopState, engine: Engine, method: Method, session: Session) -> None:
     shard = engine.state_dict()
     with explained(folder, "temporary files"):
         with _shard(folder, session.rank).open("wb", buffering=0) as file:  # else torch hides that the disk is full
@@ -79,10 +86,6 @@ def save(state: LoopState, engine: Engine, method: Method, session: Session) -> 
             readable["account"] = engine.account.state()
             (folder / "state.json").write_text(json.dumps(readable, indent=2) + "\n")
             (folder / "series.jsonl").write_text("".join(json.dumps(row) + "\n" for row in series))
-    integrity.write_manifest(folder, session.rank, session.world)
-    # the end of a stopped run stands at an earlier round, whose checkpoint must not be written over
-    suffix = "" if state.status == "running" else f"_{state.status}"
-    session.report(folder, f"round_{state.round:06d}{suffix}", state.round)
 
 
 @contextmanager

@@ -54,8 +54,11 @@ def connect(workers: int, cpus: float = 1.0, gpus: float = 0.0, patience: float 
         local = "RAY_ADDRESS" not in os.environ and "RAY_JOB_ID" not in os.environ
         if local and needed["CPU"] > (os.cpu_count() or 1):
             raise _too_many("CPUs", needed["CPU"], os.cpu_count() or 1)
-        if local:  # no cloud takes this machine away with a notice: a process less to start
+        if local:
+            # no cloud takes this machine away with a notice: a process less to start
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+            # Ray would tell its makers about the machine and the libraries in use
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         given = _job_environment()
         environment = {"env_vars": {name: value for name, value in WORKER_ENVIRONMENT.items() if name not in given}}
         with _loopback_only() if local else nullcontext():

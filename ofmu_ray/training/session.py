@@ -24,7 +24,7 @@ class Session(Protocol):
         """Where this worker's model belongs."""
 
     def report(self, folder: Path, name: str, done: int) -> None:
-        """Keep this rank's checkpoint files, which are moved away, as checkpoint `name`. Collective."""
+        """Keep this rank's checkpoint files, copied or moved away, as checkpoint `name`. Collective."""
 
     def checkpoints(self) -> Sequence[tuple[str, AbstractContextManager[Path]]]:
         """(name, folder) of the run's checkpoints, newest first. Collective."""
@@ -99,7 +99,6 @@ class LocalSession:
         place = self.folder / f"{max(numbers, default=-1) + 1:06d}_{name}"
         with atomic_dir(place) as beside:
             shutil.copytree(folder, beside, dirs_exist_ok=True)
-        shutil.rmtree(folder)
         for old in self._checkpoints()[: -self.keep]:
             shutil.rmtree(old)
 
