@@ -27,11 +27,14 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_SECONDS = 400
+ROUNDS, EVERY = 18, 6
 OPTIONS = [
-    *("--training.rounds", "24", "--training.checkpoint_every", "8", "--training.batch_size", "4"),
+    *("--training.rounds", str(ROUNDS), "--training.checkpoint_every", str(EVERY), "--training.batch_size", "4"),
     *("--ofmu.preset", "full", "--ofmu.inner_steps", "2"),
     *("--evaluation.enabled", "false", "--tracking.system_metrics", "false"),
 ]
+NEWEST = f"round_{2 * EVERY:06d}"
+"""Of the checkpoints before the end."""
 ROUND_TIMEOUT_SECONDS = 20
 ELASTIC_TOLERANCE = 0.15
 """Of the distance from the target's weights; 0.07 measured. The target is fitted, its gradients are near zero, and
@@ -119,10 +122,11 @@ def kill_with_family(driver: subprocess.Popen[str]) -> float:
 
 @pytest.fixture(scope="module")
 def killed(storage, undisturbed, tmp_path_factory):
-    """When the driver of the run `driver` was killed with its family after round 16, and a copy of what lay there."""
+    """When the driver of the run `driver` was killed with its family, after the second checkpoint, and a copy of what
+    lay there."""
     driver = start(storage, "driver")
     kept = storage / "driver/train/checkpoint_manager_snapshot.json"
-    wait_for(lambda: kept.exists() and "round_000016" in kept.read_text(), driver)
+    wait_for(lambda: kept.exists() and NEWEST in kept.read_text(), driver)
     at = kill_with_family(driver)
     return at, shutil.copytree(storage, tmp_path_factory.mktemp("copy") / "runs")
 
@@ -133,11 +137,11 @@ def test_a_killed_driver_is_resumed_by_its_name(storage, undisturbed, killed):
     at, _ = killed
     kept = storage / "driver/train/checkpoint_manager_snapshot.json"
     assert not (storage / "driver/metrics.json").exists()
-    flip(checkpoint(storage, "driver", 16) / "rank_00001.pt")
+    flip(checkpoint(storage, "driver", 2 * EVERY) / "rank_00001.pt")
     kept.write_text("")  # what a kill within Ray Train's write of it leaves
 
     driver = start(storage, "driver", *TWO_WORKERS, "--training.round_timeout", str(ROUND_TIMEOUT_SECONDS))
-    wait_for(checkpoint(storage, "driver", 16).with_name("round_000016_again").joinpath("manifest.json").exists, driver)
+    wait_for((storage / f"driver/train/{NEWEST}_again/manifest.json").exists, driver)
     stopped, suspended = workers(driver)[-1], time.time()
     stopped.suspend()
     wait(driver, storage, "driver")
@@ -149,7 +153,7 @@ def test_a_killed_driver_is_resumed_by_its_name(storage, undisturbed, killed):
     stands = f"worker stands still (SIGSTOP), limit {ROUND_TIMEOUT_SECONDS} s"
     fault_table.record(stands, phase="any round", at=suspended, rounds=begun, models=models)
     passed, hung = json.loads((storage / "driver/training.json").read_text())["notes"]
-    assert "was passed over: rank_00001.pt does not match its checksum; went on from round 8" in passed
+    assert f"was passed over: rank_00001.pt does not match its checksum; went on from round {EVERY}" in passed
     assert re.match(r"rank [01] hung in round \d+: no sign of life after", hung)
     shown = (storage / "driver.log").read_text()
     for note in (passed, hung):
@@ -159,7 +163,7 @@ def test_a_killed_driver_is_resumed_by_its_name(storage, undisturbed, killed):
     experiment = client.get_experiment_by_name("ofmu").experiment_id
     (run,) = client.search_runs([experiment], "attributes.run_name = 'driver'")
     assert run.info.status == "FINISHED"  # taken up, not begun again
-    assert [m.step for m in client.get_metric_history(run.info.run_id, "forget_loss")] == list(range(1, 25))
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "forget_loss")] == list(range(1, ROUNDS + 1))
 
 
 def test_a_run_in_an_object_store_goes_on_on_another_machine(undisturbed, tmp_path, monkeypatch, capsys):
@@ -177,7 +181,7 @@ def test_a_run_in_an_object_store_goes_on_on_another_machine(undisturbed, tmp_pa
 
         kept = "runs/x/train/checkpoint_manager_snapshot.json"
         driver = begin("first")
-        wait_for(lambda: kept in server.keys("runs/x/train") and b"round_000016" in server.read(kept), driver)
+        wait_for(lambda: kept in server.keys("runs/x/train") and NEWEST.encode() in server.read(kept), driver)
         killed = kill_with_family(driver)
         assert {"runs/x/watched.parquet", "runs/x/plan/plan.json"} <= set(server.keys())
         wait(begin("second"), tmp_path / "second", "x")
@@ -185,7 +189,7 @@ def test_a_run_in_an_object_store_goes_on_on_another_machine(undisturbed, tmp_pa
         begun = [tmp_path / machine / "x.rounds" for machine in ("first", "second")]
         fault_table.record("machine gone, the run at s3://", phase="any round", at=killed, rounds=begun, difference=0.0)
         series = json.loads(server.read("runs/x/training.json"))["series"]
-        assert [row["round"] for row in series] == list(range(1, 25))
+        assert [row["round"] for row in series] == list(range(1, ROUNDS + 1))
         run = ["manifest.json", "metrics.json", "report.html", "rows.parquet", "run.json", "training.json"]
         assert [key for key in server.keys("runs/x/") if "/model/" not in key] == [f"runs/x/{name}" for name in run]
         assert len({key.split("/")[3] for key in server.keys("runs/cache/data/")}) == 1  # of the rows that are kept
@@ -207,7 +211,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(undisturbed, tmp_path):
         assert driver.wait(timeout=PATIENCE_SECONDS) == 1
         ended = time.time()
         told = (tmp_path / "full.log").read_text()
-        assert f"{checkpoint(disk, 'full', 8)} (checkpoint): no room left there: make room" in told
+        assert f"{checkpoint(disk, 'full', EVERY)} (checkpoint): no room left there: make room" in told
         assert "Traceback" not in told
         assert checkpoint(disk, "full", 0).joinpath("manifest.json").exists()
         resize("200m")
@@ -223,10 +227,10 @@ def test_another_configuration_is_refused_and_another_number_of_workers_is_not(k
     at, moved = killed
     assert here(str(moved), "driver", *TWO_WORKERS, "--seed", "5") == 2
     assert "another configuration" in capsys.readouterr().err
-    assert checkpoint(moved, "driver", 16).joinpath("state.json").exists()
+    assert checkpoint(moved, "driver", 2 * EVERY).joinpath("state.json").exists()
     wait(start(moved, "driver", "--training.workers", "1"), moved, "driver")
     training = json.loads((moved / "driver/training.json").read_text())
-    assert [row["round"] for row in training["series"]] == list(range(1, 25))
+    assert [row["round"] for row in training["series"]] == list(range(1, ROUNDS + 1))
     ends = [load_file(moved / name / "model/model.safetensors") for name in ("driver", "undisturbed")]
     begin = load_file(Path(resolve_builtin("builtin:people/target")) / "model.safetensors")
     assert distance(*ends) <= ELASTIC_TOLERANCE * distance(begin, ends[1])
@@ -241,7 +245,7 @@ def test_mlflow_goes_away_for_the_rest_of_a_run(storage, undisturbed, capsys):
     with mlflow_server(storage) as server:
         tracked = ["--tracking.uri", server.uri, *TWO_WORKERS]
         driver = start(storage, "outage", *tracked)
-        wait_for(checkpoint(storage, "outage", 8).joinpath("manifest.json").exists, driver)
+        wait_for(checkpoint(storage, "outage", EVERY).joinpath("manifest.json").exists, driver)
         gone = time.time()
         server.kill()
         wait(driver, storage, "outage")
@@ -254,8 +258,8 @@ def test_mlflow_goes_away_for_the_rest_of_a_run(storage, undisturbed, capsys):
         client = MlflowClient(tracking_uri=server.uri)
         (run,) = client.search_runs([client.get_experiment_by_name("ofmu").experiment_id])
         assert run.info.status == "FINISHED"
-        assert [m.step for m in client.get_metric_history(run.info.run_id, "forget_loss")] == list(range(1, 25))
-        assert run.data.metrics["cost/updates"] == 24 * 3
+        assert [m.step for m in client.get_metric_history(run.info.run_id, "forget_loss")] == list(range(1, ROUNDS + 1))
+        assert run.data.metrics["cost/updates"] == ROUNDS * 3
         assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {"report.html", "metrics.json"}
     fault_table.record(
         "MLflow gone for the rest of the run", phase="any round", at=gone,
