@@ -106,6 +106,7 @@ MISTAKES = {
 def test_mistakes_exit_2_with_one_message(mistake, tmp_path, capsys, monkeypatch):
     import ray
 
+    ray.shutdown()  # another file's
     words, message = MISTAKES[mistake]
     monkeypatch.chdir(tmp_path)
     storage = [] if "--storage" in words else ["--storage", str(tmp_path / "runs")]

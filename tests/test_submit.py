@@ -216,7 +216,9 @@ class Head:
     def start(self, log: str, *words: str, cwd: Path = ROOT) -> subprocess.Popen[bytes]:
         """A command on the user's side; its output goes to a file."""
         with self.folder.joinpath(log).open("wb") as file:
-            return subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, cwd=cwd, env=self.environment)
+            return subprocess.Popen(
+                words, stdout=file, stderr=subprocess.STDOUT, cwd=cwd, env=self.environment, preexec_fn=heed_ctrl_c
+            )
 
     def submit(self, log: str, *words: str, cwd: Path = ROOT) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "pipelines.submit", *words, "--address", self.address]
@@ -243,9 +245,18 @@ class Head:
 
     def stop(self) -> list[psutil.Process]:
         """SIGTERM, as Ctrl-C does to a head in a terminal; what of it is left after a while."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                if "ray::" in " ".join(process.cmdline()):  # the raylet would wait half a minute for its workers
+                    process.kill()
         self.ray.terminate()
         self.ray.wait(timeout=60)
         return psutil.wait_procs(self.processes(), timeout=20)[1]
+
+
+def heed_ctrl_c() -> None:
+    """A shell has what it starts in the background ignore Ctrl-C, the tests perhaps."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="module")

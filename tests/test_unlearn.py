@@ -11,7 +11,7 @@ import pytest
 import ray
 import torch
 import yaml
-from ray._private.usage import usage_lib
+from ray._common.usage import usage_lib
 from ray.autoscaler._private.util import prepare_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
