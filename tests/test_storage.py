@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,20 @@ def test_what_a_killed_process_leaves_goes_with_the_next_one(tmp_path: Path, mon
         pass
     assert there() == [[], []]
     assert others.is_dir()
+
+
+def test_scratch_folders_are_made_by_many_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workers of a node all write their checkpoints at the same time: none takes another's for abandoned."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def use(number: int) -> bool:
+        with storage.scratch() as folder:
+            (folder / "file").write_text(str(number))
+            return (folder / "file").read_text() == str(number)
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(use, range(2000)))
+    assert not list(tmp_path.iterdir())
 
 
 def test_join_and_locality() -> None:

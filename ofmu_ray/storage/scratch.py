@@ -45,10 +45,13 @@ def made(parent: Path, prefix: str, suffix: str) -> Iterator[Path]:
 def _held(parent: Path, prefix: str, suffix: str) -> tuple[Path, int]:
     while True:
         folder = Path(tempfile.mkdtemp(dir=parent, prefix=prefix, suffix=suffix))
-        lock = os.open(folder, os.O_RDONLY)
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # someone took it for abandoned before it was held
+            continue
         with suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():  # nobody took it for abandoned before it was held
+        if folder.exists():
             return folder, lock
         os.close(lock)
 
