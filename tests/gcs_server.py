@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from http.server import ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any, NamedTuple
 
 from cryptography.hazmat.primitives import serialization
@@ -74,8 +75,41 @@ class _Storage(Storage):  # type: ignore[misc]
 
 
 class _Quiet(RequestHandler):  # type: ignore[misc]
+    """One request at a time, for which the emulator's storage is made."""
+
+    turn = Lock()
+    lost = 0
+    """Of so many deletions to come the answer is lost."""
+
     def log_message(self, *_: Any) -> None:
         pass
+
+    def do_GET(self) -> None:
+        with self.turn:
+            super().do_GET()
+
+    def do_POST(self) -> None:
+        with self.turn:
+            super().do_POST()
+
+    def do_PUT(self) -> None:
+        with self.turn:
+            super().do_PUT()
+
+    def do_DELETE(self) -> None:
+        with self.turn:
+            lose = _Quiet.lost > 0
+            if lose:
+                _Quiet.lost -= 1
+                self.wfile = BytesIO()
+            super().do_DELETE()
+        if lose:
+            self.close_connection = True
+
+
+def lose_answers(deletions: int) -> None:
+    """The store deletes, and its answer does not arrive."""
+    _Quiet.lost = deletions
 
 
 def _account() -> dict[str, str]:

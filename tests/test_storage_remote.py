@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
-from gcs_server import gcs_server
+from gcs_server import gcs_server, lose_answers
 from s3_server import BUCKET, Proxy, Server, proxy, s3_server
 
 from ofmu_ray import storage
@@ -164,6 +164,7 @@ def test_googles_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         filesystem, inside = storage.locate(f"{place}.partial-123")
         filesystem.create_dir(inside)
         storage.write_text(f"{place}.partial-123/half", "done")
+        lose_answers(deletions=2)
         storage.remove_folder(place)
         assert google.keys() == ["runs/table/whole"]
         storage.remove_folder(place)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 IMPATIENT_SECONDS = 10
+DELETION_ATTEMPTS = 5
 PARTIAL = ".partial-"
 """Between the name of a folder that is being published and a random one."""
 
@@ -122,7 +123,13 @@ def remove_folder(directory: PathLike) -> None:
     halves = [i.path for i in beside if i.type == FileType.Directory and i.path.startswith(f"{path}{PARTIAL}")]
     for folder in (path, *halves):
         # in a store a folder may have no object of its own: Google's lists none then and cannot delete it
-        filesystem.delete_dir_contents(folder, missing_dir_ok=True)
+        for left in reversed(range(DELETION_ATTEMPTS)):
+            try:
+                filesystem.delete_dir_contents(folder, missing_dir_ok=True)
+                break
+            except FileNotFoundError:  # a deletion whose answer was lost was asked for again, of a file that was gone
+                if not left:
+                    raise
         if filesystem.get_file_info(folder).type == FileType.Directory:
             filesystem.delete_dir(folder)
 
