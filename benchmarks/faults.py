@@ -25,7 +25,7 @@ import ofmu_ray.training.worker as worker_module
 from ofmu_ray.config import OFMUConfig, StopConfig, TrainingConfig, UnlearnConfig
 from ofmu_ray.training.job import WorkerJob
 
-Phase = Literal["first_gather", "inner_loop", "displaced", "outer_step", "checkpoint_write", "export"]
+Phase = Literal["start", "first_gather", "inner_loop", "displaced", "outer_step", "checkpoint_write", "export"]
 ROUNDS, EVERY = 12, 4
 HANG_SECONDS = 15.0
 METHOD = OFMUConfig.from_preset("full", inner_steps=2)
@@ -70,7 +70,7 @@ class Saboteur:
         """The loop reached a phase of round `self.round`."""
         for number, fault in self.faults:
             mark = self.folder / f"fault_{number}"
-            if (fault.phase, fault.round) == (phase, self.round) and not mark.exists():
+            if fault.phase == phase and (phase == "start" or fault.round == self.round) and not mark.exists():
                 mark.write_text(json.dumps({"at": time.time(), "round": self.round}))
                 self.do(fault)
 
@@ -97,6 +97,7 @@ class Saboteur:
         from ofmu_ray.training.loop import Loop
         from ofmu_ray.training.session import RaySession
 
+        before(worker_module, "build_engine", lambda *_: self.at("start"))
         build, rounds = worker_module.build_engine, Loop.round
 
         def build_engine(*arguments: Any) -> Any:

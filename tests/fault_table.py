@@ -23,6 +23,7 @@ from typing import Any
 BEGIN, END = "<!-- faults: written by tests/fault_table.py -->", "<!-- end of faults -->"
 PHASES = (
     "tokenising",
+    "start",
     "first gather",
     "inner loop",
     "displaced",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 PATIENCE_SECONDS = 120
 WITHOUT_JOBS = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-"""No processes for jobs on the server, which evaluate prompts and traces: they take three quarters of its start."""
+"""No processes for jobs on the server, which evaluate prompts and traces: they take most of its start."""
 
 
 class MlflowServer:

@@ -11,12 +11,14 @@ from benchmarks.faults import EVERY, ROUNDS, Fault, difference, make_job, run
 pytestmark = pytest.mark.slow
 
 FAULTS = (
+    Fault("worker killed while it loads the model", "start"),
     Fault("worker killed in the first pass", "first_gather", round=1),
-    Fault("worker raises an exception", "inner_loop", "raise", round=3),
+    Fault("worker killed in the inner loop", "inner_loop", round=3),
     Fault("worker killed with displaced weights", "displaced", round=5),
     Fault("worker killed before the outer step", "outer_step", round=6),
     Fault("rank 0 killed in a checkpoint's write", "checkpoint_write", round=8, rank=0),
-    Fault("newest checkpoint damaged, worker killed in the inner loop", "inner_loop", "damage", round=11),
+    Fault("worker raises an exception", "inner_loop", "raise", round=10),
+    Fault("newest checkpoint damaged, worker killed", "inner_loop", "damage", round=11),
     Fault("rank 0 killed in the export", "export", round=ROUNDS, rank=0),
 )
 

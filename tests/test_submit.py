@@ -245,10 +245,6 @@ class Head:
 
     def stop(self) -> list[psutil.Process]:
         """SIGTERM, as Ctrl-C does to a head in a terminal; what of it is left after a while."""
-        for process in self.processes():
-            with contextlib.suppress(psutil.Error):
-                if "ray::" in " ".join(process.cmdline()):  # the raylet would wait half a minute for its workers
-                    process.kill()
         self.ray.terminate()
         self.ray.wait(timeout=60)
         return psutil.wait_procs(self.processes(), timeout=20)[1]
