@@ -51,8 +51,11 @@ def run_paths(config: UnlearnConfig, where: str = "") -> dict[str, list[str | No
     return {
         f"{where}evaluation.retrained": [config.evaluation.retrained],
         **model_paths(config.model, where),
-        **source_paths(f"{where}data.forget", config.data.forget, config.data.root),
-        **source_paths(f"{where}data.retain", config.data.retain, config.data.root),
+        **{
+            option: paths
+            for name, source in config.data.sources.items()
+            for option, paths in source_paths(f"{where}data.{name}", source, config.data.root).items()
+        },
     }
 
 

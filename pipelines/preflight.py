@@ -149,11 +149,11 @@ def check_machine(training: TrainingConfig) -> None:
 
 
 def check_sources(data: DataConfig) -> None:
-    """Forget and retain sources exist; what their rows hold is checked when they are tokenised."""
+    """The sources exist; what their rows hold is checked when they are tokenised."""
     from ofmu_ray.data import sources
 
-    sources.fragments(data.forget, data.root, stream="forget", option="data.forget")
-    sources.fragments(data.retain, data.root, stream="retain", option="data.retain")
+    for name, source in data.sources.items():
+        sources.fragments(source, data.root, stream=name, option=f"data.{name}")
 
 
 def check_model(config: ModelConfig, option: str = "model.path") -> Any:

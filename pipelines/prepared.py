@@ -67,7 +67,7 @@ def prepare(
     from ofmu_ray.engines.models import load_tokenizer
 
     prepared = prepare_streams(
-        {"forget": base.data.forget, "retain": base.data.retain},
+        base.data.sources,
         base.data.root,
         base.data.format,
         load_tokenizer(base.model),

@@ -239,19 +239,21 @@ def _job(trial: Trial, data: SplitData, work: Path) -> Any:
     from ofmu_ray.data.plan import write_plan
     from ofmu_ray.data.prepare import write_sample
     from ofmu_ray.training.job import WorkerJob
+    from ofmu_ray.training.level import with_level
     from ofmu_ray.training.reference import write_references
 
     config = trial.config
     watched = None
     if config.stop.utility_floor is not None and trial.phase != "cost":
         watched = write_sample(data.prepared.streams["retain"], config.stop.sample, str(work / "watched.parquet"))
+    model = replace(config.model, path=data.model.path, tokenizer=data.model.tokenizer)
     job = WorkerJob(
         run_dir=str(work),
         plan_dir=str(work / "plan"),
         config_hash=trial.key(data),
         seed=config.seed,
-        model=replace(config.model, path=data.model.path, tokenizer=data.model.tokenizer),
-        method=config.method_options,
+        model=model,
+        method=with_level(config.method_options, data.prepared, model, str(data.evaluator.cache)),
         training=config.training,
         stop=config.stop,
         utility_rows=watched,

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ofmu_ray.config import ModelConfig, UnlearnConfig, outcome_hash
+from ofmu_ray.config import BOUNDED, ModelConfig, OFMUConfig, UnlearnConfig, outcome_hash
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage import drop_copies, explained, join, name_of, remove_file, remove_folder
 from pipelines import results
@@ -129,11 +129,12 @@ def _work(run: Run, tokenizer: Any, digest: str, handle: Any) -> results.Outcome
     from ofmu_ray.data.prepare import prepare_streams, write_sample
     from ofmu_ray.training.job import WorkerJob
     from ofmu_ray.training.launch import fit
+    from ofmu_ray.training.level import with_level
 
     config, training, evaluator = run.config, run.config.training, run.evaluator
     with run.phase("data"):
         prepared = prepare_streams(
-            {"forget": config.data.forget, "retain": config.data.retain},
+            config.data.sources,
             config.data.root,
             config.data.format,
             tokenizer,
@@ -151,7 +152,7 @@ def _work(run: Run, tokenizer: Any, digest: str, handle: Any) -> results.Outcome
             config_hash=outcome_hash(config, *(s.fingerprint for s in prepared.streams.values())),
             seed=config.seed,
             model=placed(config.model),
-            method=config.method_options,
+            method=with_level(config.method_options, prepared, placed(config.model), join(run.storage, "cache")),
             training=training,
             stop=config.stop,
             utility_rows=watched,
@@ -167,6 +168,8 @@ def _work(run: Run, tokenizer: Any, digest: str, handle: Any) -> results.Outcome
             seed=config.seed,
         )
     say(f"data    {_data_line(prepared, plan)}")
+    if isinstance(job.method, OFMUConfig) and job.method.forget_loss in BOUNDED:
+        say(f"level   forget up to {job.method.forget_level:.3g} nats a token ({job.method.forget_loss})")
     with run.phase("reference"):
         job = replace(job, sidecars=_references(run, job, prepared, plan))
     with run.phase("evaluation"):

@@ -24,6 +24,17 @@ def row_sums(values_t: torch.Tensor, rows_t: torch.Tensor, rows: int) -> torch.T
     return values_t.new_zeros(rows).index_add(0, rows_t, values_t)
 
 
+def bounded_tokens(nll_t: torch.Tensor, *, level: float) -> tuple[torch.Tensor, int]:
+    """min(nll, level) of each token; mean over tokens. A token beyond the level has no gradient."""
+    return nll_t.clamp(max=level).sum(), len(nll_t)
+
+
+def bounded_rows(nll_r: torch.Tensor, tokens_r: torch.Tensor, *, level: float) -> LossParts:
+    """tokens x min(nll / tokens, level) of each row, `nll_r` being its sum; mean over tokens. A row whose mean token
+    loss is beyond the level has no gradient."""
+    return torch.minimum(nll_r, level * tokens_r).sum(), tokens_r.sum()
+
+
 def weighted_ascent(
     nll_t: torch.Tensor, *, saturation: float = 0.0, importance: float = 0.0
 ) -> tuple[torch.Tensor, int]:

@@ -40,6 +40,12 @@ class ParameterSpace(Protocol):
         Uses `vector` up: what it holds afterwards means nothing.
         """
 
+    def first_moment(self, loop: Loop) -> Vector | None:
+        """The running mean of the gradients that the loop's AdamW has stepped down; None before its first step.
+
+        Not the caller's to change.
+        """
+
     def dot(self, *pairs: tuple[Vector, Vector]) -> list[float]:
         """Inner products over all ranks in float64, one all-reduce for all pairs."""
 

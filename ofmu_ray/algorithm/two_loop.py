@@ -19,6 +19,9 @@ from ofmu_ray.algorithm.curvature import Curvature, Exact, FiniteDifference
 from ofmu_ray.algorithm.similarity import Similarity, SimilarityCoefficients, similarity_coefficients
 from ofmu_ray.algorithm.space import ParameterSpace, Vector, add_, combine, scale_
 
+LEVEL_TOLERANCE = 1e-5
+"""Relative rounding of a mean of fp32 losses that are all at the level."""
+
 
 class Options(Protocol):
     """The options of a round; ofmu_ray.config.OFMUConfig declares and explains them."""
@@ -43,6 +46,8 @@ class Options(Protocol):
     def reuse_retain_gradient(self) -> bool: ...
     @property
     def reuse_forget_gradient(self) -> bool: ...
+    @property
+    def projection(self) -> float: ...
 
 
 @dataclass
@@ -61,6 +66,10 @@ class RoundStats:
     """Norm of the first outer step's direction before clipping."""
     penalty_norm: float | None = None
     """Norm of 2 rho (Hess Phi)(grad Phi)."""
+    conflict_cosine: float | None = None
+    """cos(ascent direction, the outer optimiser's first moment) at the last inner step, before the projection."""
+    skipped_ascents: int | None = None
+    """Inner steps that were not taken because the whole batch was at its level already."""
     inner_gradient_norms: list[float] = field(default_factory=list)
     """|grad Phi| at each inner step, before clipping."""
 
@@ -73,6 +82,7 @@ def two_loop_round(
     *,
     rho: float,
     relative_step: float,
+    level: float | None = None,
 ) -> RoundStats:
     """One round: T inner ascent steps on Phi, then the outer step(s). Collective.
 
@@ -82,8 +92,10 @@ def two_loop_round(
         options: see `Options`.
         rho: rho_k of this round.
         relative_step: |displacement| / |theta| of finite differences.
+        level: largest value of the forget loss; a batch that is there has no gradient, and its step is skipped, which
+            momentum would take otherwise. None: the loss has no bound.
     """
-    stats = RoundStats()
+    stats = RoundStats(skipped_ascents=None if level is None else 0)
     curvature = _curvature(space, options, relative_step)
     phi = _Phi(space, curvature, options)
     penalise = rho > 0.0 and options.penalty_curvature != "none"
@@ -94,17 +106,22 @@ def two_loop_round(
         last = t == options.inner_steps - 1
         batch = next(forget)
         g_f, stats.forget_loss = space.gradient(batch, kind="forget", differenced=curvature.differenced)
+        if level is not None and stats.forget_loss >= level * (1 - LEVEL_TOLERANCE):
+            stats.skipped_ascents = (stats.skipped_ascents or 0) + 1
+            continue
         if phi.stale(t):
             phi.refresh(batch, g_f, lambda: next(retain))
         ascent = phi.gradient(g_f, keep=last and lagged)
         if last and lagged:
             # at the last inner iterate g_f is already there, so the difference costs one pass and not two
             penalty = _forget_penalty(space, curvature, batch, g_f, ascent, rho, stats)
+        if options.projection > 0:
+            project(space, ascent, options.projection, stats)
         norm = space.apply(scale_(ascent, -1.0), "inner")
         stats.inner_gradient_norms.append(norm)
         del g_f, ascent  # a vector each, which the outer step's peak need not carry
     if stats.phi_gradient_norm is None:
-        stats.phi_gradient_norm = stats.inner_gradient_norms[-1]
+        stats.phi_gradient_norm = stats.inner_gradient_norms[-1] if stats.inner_gradient_norms else 0.0
 
     for s in range(options.outer_steps):
         batch = next(retain)
@@ -123,6 +140,22 @@ def two_loop_round(
             stats.outer_gradient_norm = norm
     stats.gradient_cosine = phi.cosine
     return stats
+
+
+def project(space: ParameterSpace, ascent: Vector, share: float, stats: RoundStats) -> None:
+    """Take `share` of what raises the retain loss out of an ascent direction, in place; costs one all-reduce, no pass.
+
+    The retain gradient is the outer optimiser's first moment, the running mean of those that its steps descended. What
+    lowers the retain loss stays (as in PCGrad, Yu et al. 2020, arXiv 2001.06782).
+    """
+    mean = space.first_moment("outer")
+    if mean is None:
+        return
+    conflict, own, other = space.dot((ascent, mean), (ascent, ascent), (mean, mean))
+    if own > 0 and other > 0:
+        stats.conflict_cosine = conflict / math.sqrt(own * other)
+        if conflict > 0:
+            add_(ascent, mean, -share * conflict / other)
 
 
 def batches_per_round(options: Options, *, penalise: bool) -> dict[str, int]:

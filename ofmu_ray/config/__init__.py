@@ -45,6 +45,7 @@ from ofmu_ray.config.evaluation import (
     ProbeConfig,
 )
 from ofmu_ray.config.methods import (
+    BOUNDED,
     METHODS,
     PRESETS,
     FinetuneConfig,
@@ -93,6 +94,7 @@ from ofmu_ray.config.values import (
 )
 
 __all__ = [
+    "BOUNDED",
     "BUILTIN_FORGET",
     "BUILTIN_TARGET",
     "ELASTIC",

@@ -9,6 +9,7 @@ from ofmu_ray.config.ranges import positive, require
 from ofmu_ray.storage import without_credentials
 
 BUILTIN_FORGET = "builtin:people/forget.jsonl"
+BUILTIN_HOLDOUT = "builtin:people/holdout.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,9 @@ class DataConfig:
     """Rows to forget; every one is used, cycled in a new order each time."""
     retain: SourceConfig = field(default_factory=lambda: SourceConfig(path="builtin:people/retain.jsonl"))
     """Rows to keep; streamed."""
+    holdout: SourceConfig | None = None
+    """Rows like the forget rows that the model has never seen: they tell how far to forget (ofmu.forget_level). null:
+    none, except that the built-in forget rows come with theirs."""
     format: FormatConfig = field(default_factory=FormatConfig)
     """How a row becomes tokens."""
     overlap: Literal["error", "drop", "allow"] = "error"
@@ -85,8 +89,15 @@ class DataConfig:
     """Rows that stand twice in one source; allow keeps and reports them."""
 
     def __post_init__(self) -> None:
-        self.forget.check("data.forget")
-        self.retain.check("data.retain")
+        for name, source in self.sources.items():
+            source.check(f"data.{name}")
+
+    @property
+    def sources(self) -> dict[str, SourceConfig]:
+        """The sources that are given, by the names of their streams."""
+        builtin = SourceConfig(path=BUILTIN_HOLDOUT) if self.forget.path == BUILTIN_FORGET else None
+        named = {"forget": self.forget, "retain": self.retain, "holdout": self.holdout or builtin}
+        return {name: source for name, source in named.items() if source is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

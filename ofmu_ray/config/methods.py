@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ofmu_ray.config import baselines
 from ofmu_ray.config.optimizers import OptimizerConfig
 from ofmu_ray.config.ranges import not_negative, positive, require
+from ofmu_ray.errors import UserError
 
-PresetName = Literal["full", "lite"]
+PresetName = Literal["first_order", "lite", "full"]
+ForgetLoss = Literal["nll", "bounded_row", "bounded_token", "npo", "simnpo"]
+BOUNDED: tuple[ForgetLoss, ...] = ("bounded_row", "bounded_token")
+"""Forget losses that count up to a level."""
+DEFAULT_RATE = OptimizerConfig.lr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,13 +23,27 @@ class OFMUConfig:
     """OFMU's two loops (arXiv 2509.22483, Algorithm 1). Costs per round are in the cost table of docs/method.md."""
 
     preset: PresetName = "lite"
-    """Named set of options that the others override: full (the paper's step) or lite (1.7 passes an update)."""
+    """Named set of options that the others override: first_order (one pass an update, a bounded forget loss), lite (1.7
+    passes an update) or full (the paper's step, 4.7)."""
+    forget_loss: ForgetLoss = "nll"
+    """What the inner loop raises on forget answers. nll: the token NLL, without bound; bounded_token: each token's NLL
+    up to forget_level; bounded_row: each row's mean NLL up to forget_level; npo, simnpo: the negated losses of these
+    methods, which fade out."""
+    forget_level: float | str | None = None
+    """Where bounded losses end: nats per token; holdout: the reference model's mean loss on the rows of data.holdout;
+    holdout:Q, their quantile Q of the rows' losses (0 to 1); unigram: entropy of the tokens of retain answers. null:
+    holdout where there are such rows, else unigram."""
+    forget_beta: float = 0.1
+    """Inverse temperature of forget_loss npo (0.1 in its paper) and simnpo."""
+    projection: float = 0.0
+    """Share of g_f's conflict with the retain loss that is taken out of an inner step: its component along the outer
+    optimiser's first moment, where that raises the retain loss (0: none, 1: all; needs outer.name adamw)."""
     beta: float = 0.1
     """Weight of the similarity term in the inner objective Phi = L_f - beta * Sim(g_f, g_r)."""
     inner_steps: int = 5
     """T, ascent steps on Phi per round (paper: 5 to 10)."""
     outer_steps: int = 1
-    """Outer steps per round (paper: 1). Only the first carries the penalty; the others descend the retain loss."""
+    """S, outer steps per round (paper: 1). Only the first carries the penalty; the others descend the retain loss."""
     rho: float = 0.001
     """rho_0, weight of the penalty |grad Phi|^2 in the outer objective (0: no penalty)."""
     rho_growth: float = 1.05
@@ -44,10 +64,12 @@ class OFMUConfig:
     """Hold the retain side of the similarity (g_r and H_r w) from its first refresh for the rest of the round."""
     reuse_forget_gradient: bool = True
     """With penalty_curvature forget: take the penalty at the last inner iterate, whose g_f is already there."""
-    inner: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
+    inner: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5, decay="linear"))
     """Optimiser of the inner loop (ascent on Phi)."""
     outer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
     """Optimiser of the outer loop (descent on F = L_r + rho |grad Phi|^2); its state is its own."""
+    outer_ratio: float | None = None
+    """Learning rate of the outer loop over that of the inner loop, in place of outer.lr; null: outer.lr counts."""
     shared_optimizer: bool = False
     """Both loops step the inner loop's optimiser (moments, clipping, decay), each at its own learning rate: an
     ablation of the separate states."""
@@ -55,15 +77,33 @@ class OFMUConfig:
     def __post_init__(self) -> None:
         not_negative("ofmu", self, "beta", "rho")
         positive("ofmu", self, "inner_steps", "outer_steps", "rho_growth", "relative_step", "decorrelate_every")
+        positive("ofmu", self, "forget_beta", "outer_ratio")
+        require(0 <= self.projection <= 1, "ofmu.projection", self.projection, "in [0, 1]")
         self.inner.check("ofmu.inner")
         self.outer.check("ofmu.outer")
+        self._check_outer()
+        check_level(self.forget_level)
         if self.relative_step is not None:
             require(self.relative_step <= 0.1, "ofmu.relative_step", self.relative_step, "at most 0.1")
 
+    def _check_outer(self) -> None:
+        if self.projection and self.outer.name != "adamw":
+            raise UserError(
+                f"ofmu.projection = {self.projection:g} needs the first moment of ofmu.outer.name adamw; set it to 0 "
+                f"with {self.outer.name}"
+            )
+        if self.outer_ratio is not None and self.outer.lr != DEFAULT_RATE:
+            raise UserError(
+                f"ofmu.outer.lr = {self.outer.lr:g} and ofmu.outer_ratio = {self.outer_ratio:g} both say how fast the "
+                "outer loop learns: give the ratio alone, or --ofmu.outer_ratio null with the rate"
+            )
+
     @property
     def optimizers(self) -> tuple[OptimizerConfig, OptimizerConfig]:
-        """Of the inner and of the outer loop."""
-        return self.inner, self.outer
+        """Of the inner and of the outer loop, the latter at the rate that outer_ratio gives."""
+        if self.outer_ratio is None:
+            return self.inner, self.outer
+        return self.inner, dataclasses.replace(self.outer, lr=self.outer_ratio * self.inner.lr)
 
     @classmethod
     def from_preset(cls, preset: PresetName, **overrides: Any) -> OFMUConfig:
@@ -71,22 +111,57 @@ class OFMUConfig:
         return cls(**{"preset": preset, **PRESETS[preset], **overrides})
 
 
+_PAPER = {
+    "forget_loss": "nll",
+    "projection": 0.0,
+    "beta": 0.1,
+    "rho": 0.001,
+    "inner_steps": 5,
+    "outer_steps": 1,
+    "outer_ratio": None,
+}
 PRESETS: dict[PresetName, dict[str, Any]] = {
-    # the paper's step: every derivative fresh, 14 forget + 14 retain passes for 6 updates
-    "full": {
-        "penalty_curvature": "full",
-        "decorrelate_every": 1,
-        "reuse_retain_gradient": False,
-        "reuse_forget_gradient": False,
+    # one gradient an update: T + S passes a round
+    "first_order": {
+        "forget_loss": "bounded_token",
+        "projection": 0.0,
+        "beta": 0.0,
+        "rho": 0.0,
+        "inner_steps": 3,
+        "outer_steps": 8,
+        "outer_ratio": 0.45,
     },
     # grad Sim and g_r once a round, penalty curvature from L_f alone: 7 forget + 3 retain passes for 6 updates
     "lite": {
+        **_PAPER,
         "penalty_curvature": "forget",
         "decorrelate_every": None,
         "reuse_retain_gradient": True,
         "reuse_forget_gradient": True,
     },
+    # the paper's step: every derivative fresh, 14 forget + 14 retain passes for 6 updates
+    "full": {
+        **_PAPER,
+        "penalty_curvature": "full",
+        "decorrelate_every": 1,
+        "reuse_retain_gradient": False,
+        "reuse_forget_gradient": False,
+    },
 }
+
+
+def check_level(level: float | str | None) -> None:
+    """Raise UserError for a forget_level that is neither a number of nats nor one of the words."""
+    option, shape = "ofmu.forget_level", "nats per token above 0, holdout, holdout:QUANTILE, or unigram"
+    if isinstance(level, str):
+        word, _, quantile = level.partition(":")
+        try:
+            good = level in ("holdout", "unigram") or (word == "holdout" and 0 < float(quantile) < 1)
+        except ValueError:
+            good = False
+        require(good, option, level, shape)
+    elif level is not None:
+        require(level > 0, option, level, shape)
 
 
 @dataclass(frozen=True, kw_only=True)

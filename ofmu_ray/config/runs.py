@@ -78,7 +78,7 @@ class UnlearnConfig:
     """The model to change."""
     data: DataConfig = field(default_factory=DataConfig)
     """Forget and retain rows."""
-    ofmu: OFMUConfig = field(default_factory=OFMUConfig)
+    ofmu: OFMUConfig = field(default_factory=lambda: OFMUConfig.from_preset("first_order"))
     """Options of method ofmu."""
     gradient_ascent: baselines.GradientAscentConfig = field(default_factory=baselines.GradientAscentConfig)
     """Options of method gradient_ascent."""

@@ -100,13 +100,16 @@ class StopConfig:
     """End the run before the round that would exceed this many gradient passes (forget and retain); null: no limit."""
     max_flops: float | None = None
     """The same in FLOPs as the run's account counts them; a round is expected to cost what the rounds before did."""
+    forgotten: int | None = 3
+    """End the run after this many rounds in a row in which every forget row was at its level already
+    (ofmu.forget_level), so that no ascent step was taken; null: never."""
     max_rollbacks: int = 2
     """A round that is not finite sends the run back to its last good checkpoint, at most so often; then it stops."""
     shrink: float = 0.5
     """Factor on both learning rates after each rollback."""
 
     def __post_init__(self) -> None:
-        positive("stop", self, "check_every", "sample", "max_passes", "max_flops")
+        positive("stop", self, "check_every", "sample", "max_passes", "max_flops", "forgotten")
         not_negative("stop", self, "max_rollbacks")
         require(0 < self.shrink < 1, "stop.shrink", self.shrink, "between 0 and 1")
         if self.utility_floor is not None:

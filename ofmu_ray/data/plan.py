@@ -123,6 +123,8 @@ def write_plan(
 ) -> Plan:
     """Decide every batch and write it with Ray Data, or return the plan that stands there already.
 
+    Streams that `batches_per_round` does not name are not in it.
+
     The content of a global batch depends on data and seed, never on `workers`. Ray must be up for a plan of more than
     `SMALL_ROWS` rows, unless it is to be written `here`. Raises AssertionError when `batch_size` does not divide over
     `workers` (which the configuration refuses).
@@ -131,6 +133,7 @@ def write_plan(
     assert batch_size % workers == 0, f"batch of {batch_size} rows over {workers} workers"
     numbers = {"rounds": rounds, "batch_size": batch_size, "workers": workers, "seed": seed}
     numbers["rounds_per_file"] = rounds_per_file
+    streams = {name: stream for name, stream in streams.items() if name in batches_per_round}
     counts = {name: batches_per_round[name] for name in streams}
     content = [VERSION, numbers, counts, {name: stream.fingerprint for name, stream in streams.items()}]
     plan = Plan(

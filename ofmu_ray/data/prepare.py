@@ -59,11 +59,16 @@ class Prepared:
     template: Template
 
 
+def spread(rows: np.ndarray, most: int) -> np.ndarray:
+    """At most `most` of the rows, evenly spread."""
+    at = np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(np.int64)
+    return rows[np.unique(at)]
+
+
 def write_sample(stream: TokenisedStream, count: int, path: str) -> str:
     """Write `count` used rows, evenly spread, to a Parquet file (row_id, input_ids, prompt_tokens); returns `path`."""
-    at = np.unique(np.linspace(0, len(stream.rows) - 1, min(count, len(stream.rows))).round().astype(np.int64))
     names = ["row_id", "input_ids", "prompt_tokens"]
-    table = take_rows(stream.folder, [part for part, _ in stream.parts], stream.rows[at], names)
+    table = take_rows(stream.folder, [part for part, _ in stream.parts], spread(stream.rows, count), names)
     filesystem, inside = locate(path)
     filesystem.create_dir(inside.rpartition("/")[0], recursive=True)
     pq.write_table(table, inside, filesystem=filesystem)

@@ -82,6 +82,13 @@ class LoopOptimizer:
                 if isinstance(value, torch.Tensor) and value.numel() > 1:  # not the step counter
                     state[name] = value.to(device)
 
+    def first_moment(self) -> Vector | None:
+        """AdamW's running mean of the (clipped) gradients, on the parameters' device; None before the first step."""
+        states = [self._optimizer.state.get(parameter, {}) for parameter in self._parameters]
+        if not all("exp_avg" in state for state in states):
+            return None
+        return [state["exp_avg"].to(p.device) for state, p in zip(states, self._parameters, strict=True)]
+
     def state_dict(self) -> dict[str, Any]:
         """A copy in host memory."""
         state: dict[str, Any] = _to_host(self._optimizer.state_dict())

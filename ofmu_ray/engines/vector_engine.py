@@ -224,6 +224,10 @@ class VectorEngine:
             self.account.updates += 1
         return norm
 
+    def first_moment(self, loop: Loop) -> Vector | None:
+        """AdamW's running mean of the loop's gradients; None before its first step. Not the caller's to change."""
+        return self._optimizers[loop].first_moment()
+
     @torch.no_grad()
     def dot(self, *pairs: tuple[Vector, Vector]) -> list[float]:
         """Inner products over all ranks, float64, one all-reduce for all pairs."""

@@ -8,16 +8,29 @@ from typing import Any
 
 import torch
 
+from ofmu_ray.algorithm.losses import (
+    LossParts,
+    bounded_rows,
+    bounded_tokens,
+    simple_negative_preference,
+    token_nll,
+)
 from ofmu_ray.algorithm.schedules import learning_rate
 from ofmu_ray.algorithm.two_loop import batches_per_round, two_loop_round
-from ofmu_ray.config import OFMUConfig
-from ofmu_ray.engines.protocol import DEFAULT_RELATIVE_STEP, Engine, Loop, Vector
+from ofmu_ray.config import BOUNDED, OFMUConfig
+from ofmu_ray.engines.language import answers
+from ofmu_ray.engines.protocol import DEFAULT_RELATIVE_STEP, Engine, Kind, Loop, Loss, Vector
 from ofmu_ray.errors import UserError
+from ofmu_ray.methods.npo import npo_loss
 from ofmu_ray.methods.protocol import Batches, Need, drawn
+from ofmu_ray.methods.simnpo import answer_sums
 
 
 class OFMU:
-    """T ascent steps on Phi = L_f - beta Sim(g_f, g_r), then a descent step on L_r + rho_k |grad Phi|^2.
+    """T ascent steps on Phi = L_f - beta Sim(g_f, g_r), then descent steps on L_r + rho_k |grad Phi|^2.
+
+    L_f is the engine's own loss, or, with a `forget_loss`, that of causal language models which it names. Its level is
+    a number by the time a run starts (ofmu_ray.training.level); without one there is no bound: the engine's own loss.
 
     The loops have an optimiser each; the engine holds both. State: k, the rounds done, which gives rho_k.
     """
@@ -31,7 +44,13 @@ class OFMU:
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return ()
+        return (Need("forget", "nll"),) if self.config.forget_loss == "npo" else ()
+
+    @property
+    def level(self) -> float | None:
+        """Largest value of the forget loss (nats per token); None: no bound."""
+        level = self.config.forget_level
+        return float(level) if self.config.forget_loss in BOUNDED and isinstance(level, int | float) else None
 
     def freeze(self, module: torch.nn.Module) -> None:
         """Nothing: all weights are trained."""
@@ -63,23 +82,25 @@ class OFMU:
             )
         step = config.relative_step or DEFAULT_RELATIVE_STEP[engine.precision, config.difference]
         rho = self.rho
-        inner_lr = learning_rate(config.inner, self.rounds_done, self.rounds)
-        outer_lr = learning_rate(config.outer, self.rounds_done, self.rounds)
+        inner_lr, outer_lr = (learning_rate(rate, self.rounds_done, self.rounds) for rate in config.optimizers)
         if self.rounds is not None:  # on its own, a round leaves the engine's rates as they are
             engine.set_learning_rate("inner", inner_lr)
             engine.set_learning_rate("outer", outer_lr)
+        loss = forget_loss(config, self.level)
+        space: Any = engine if loss is None else _Forgetting(engine, loss)
         stats = two_loop_round(
-            _Shared(engine, inner_lr, outer_lr) if config.shared_optimizer else engine,
+            _Shared(space, inner_lr, outer_lr) if config.shared_optimizer else space,
             drawn(forget_batches, "forget"),
             drawn(retain_batches, "retain"),
             config,
             rho=rho,
             relative_step=step,
+            level=self.level,
         )
         self.rounds_done += 1
         figures = dataclasses.asdict(stats)
         norms = figures.pop("inner_gradient_norms")
-        figures["inner_gradient_norm"] = sum(norms) / len(norms)
+        figures["inner_gradient_norm"] = sum(norms) / len(norms) if norms else 0.0
         figures.update(rho=rho, inner_lr=inner_lr, outer_lr=outer_lr)
         return {name: float(value) for name, value in figures.items() if value is not None}
 
@@ -88,6 +109,45 @@ class OFMU:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.rounds_done = int(state["rounds_done"])
+
+
+def forget_loss(config: OFMUConfig, level: float | None) -> Loss | None:
+    """The loss that the inner loop raises; None: the engine's own."""
+    match config.forget_loss:
+        case "bounded_token" if level is not None:
+            return lambda module, micro: bounded_tokens(token_nll(*answers(module, micro)[:2]), level=level)
+        case "bounded_row" if level is not None:
+            return lambda module, micro: bounded_rows(*answer_sums(module, micro), level=level)
+        case "npo":
+            return lambda module, micro: _negated(npo_loss(module, micro, config.forget_beta))
+        case "simnpo":
+            beta = config.forget_beta
+            return lambda module, micro: _negated(
+                simple_negative_preference(*answer_sums(module, micro), beta=beta, delta=0.0)
+            )
+    return None
+
+
+def _negated(parts: LossParts) -> LossParts:
+    return -parts[0], parts[1]
+
+
+class _Forgetting:
+    """The engine with another loss on forget batches."""
+
+    def __init__(self, engine: Engine, loss: Loss):
+        self._engine, self._loss = engine, loss
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def gradient(self, batch: Any, *, kind: Kind, differenced: bool = False) -> tuple[Vector, float]:
+        loss = self._loss if kind == "forget" else None
+        return self._engine.gradient(batch, loss, kind=kind, differenced=differenced)
+
+    def graph_gradient(self, batch: Any, *, kind: Kind) -> Any:
+        engine: Any = self._engine  # the one that offers double backward takes a loss
+        return engine.graph_gradient(batch, self._loss if kind == "forget" else None, kind=kind)
 
 
 class _Shared:

@@ -83,6 +83,7 @@ class PlanSpace:
         self._optimizers: dict[Loop, OptimizerConfig] = dict(zip(("inner", "outer"), optimizers, strict=True))  # type: ignore[arg-type]
         self._moments: dict[Loop, int] = {"inner": 0, "outer": 0}
         self._saved = 0
+        self._moment = self._vector()  # made outside the meter: it is counted with the moments
         self._peak = 0.0
 
     @property
@@ -114,6 +115,9 @@ class PlanSpace:
         self._displaced += 1
         yield
         self._displaced -= 1
+
+    def first_moment(self, loop: Loop) -> Vector | None:
+        return self._moment if self._moments[loop] else None
 
     def apply(self, vector: Vector, loop: Loop) -> float:
         config = self._optimizers[loop]

@@ -143,6 +143,16 @@ class Loop:
         pairs = ((passes, stop.max_passes), (account.flops, stop.max_flops))
         return any(limit is not None and spent * (rounds + 1) / rounds > limit for spent, limit in pairs)
 
+    def forgotten(self) -> bool:
+        """Whether no ascent step was taken in the last stop.forgotten rounds: every forget row is at its level."""
+        patience, steps = self.job.stop.forgotten, getattr(self.job.method, "inner_steps", None)
+        if patience is None or steps is None or len(self.state.series) < patience:
+            return False
+        if any(figures.get("skipped_ascents") != steps for figures in self.state.series[-patience:]):
+            return False
+        self.state.message = f"forgotten: {patience} rounds in a row had nothing left to forget (stop.forgotten)"
+        return True
+
     def _check_due(self) -> bool:
         stop, at = self.job.stop, self.state.round
         return self.probe is not None and (at % stop.check_every == 0 or at == self.job.training.rounds)

@@ -30,8 +30,8 @@ from ofmu_ray.config import ModelConfig
 from ofmu_ray.data import refusals
 from ofmu_ray.data.batches import IGNORE, collate
 from ofmu_ray.data.plan import Plan, places
-from ofmu_ray.data.prepare import Prepared, TokenisedStream
-from ofmu_ray.data.sidecar import has_table, new_table, read_rows, write_sidecar
+from ofmu_ray.data.prepare import Prepared, TokenisedStream, spread
+from ofmu_ray.data.sidecar import Values, has_table, new_table, read_rows, write_sidecar
 from ofmu_ray.data.tokenise import take_rows
 from ofmu_ray.engines.language import answers
 from ofmu_ray.engines.layers import chosen_layer, decoder_layers, layer_output
@@ -96,7 +96,8 @@ def write_references(
     found = {}
     for stream in dict.fromkeys(need.stream for need in needs):
         mine = [need for need in needs if need.stream == stream]
-        tokens = _Tokens(prepared.streams[stream], plan)
+        whole = prepared.streams[stream]
+        tokens = _Tokens(whole, whole.rows if stream == "forget" else np.unique(places(whole, plan).row))
         answered: str | None = None
         if any(need.quantity.startswith("refusal") for need in mine):
             texts = refusals.read_refusals(refusals_path, root, f"{method}.refusals")
@@ -115,11 +116,31 @@ def write_references(
     return found
 
 
+def holdout_losses(prepared: Prepared, model: ModelConfig, cache: str, most: int = 1000) -> np.ndarray:
+    """Mean token loss of each holdout row's answer under the untouched model (nats), of at most `most` rows, evenly
+    spread; float64 [rows]. Kept in the cache."""
+    stream = prepared.streams["holdout"]
+    tokens = _Tokens(stream, spread(stream.rows, most))
+    folder = _Source(model, cache, "", "ofmu").table(Quantity("nll"), "holdout", tokens.rows, tokens.key)
+    sums = Values(folder).rows([row["row_id"] for row in tokens.rows]).double().numpy()
+    counts = np.array([_answer_tokens(row) for row in tokens.rows])
+    return np.asarray(sums / counts)
+
+
+def unigram_entropy(prepared: Prepared, most: int = 10_000) -> float:
+    """Entropy of the tokens of retain answers (nats), of at most `most` rows: the loss of who knows the vocabulary's
+    frequencies and nothing else."""
+    stream = prepared.streams["retain"]
+    rows = _Tokens(stream, spread(stream.rows, most)).rows
+    tokens = np.concatenate([row["input_ids"][row["prompt_tokens"] :] for row in rows])
+    share = np.unique(tokens, return_counts=True)[1] / len(tokens)
+    return float(-(share * np.log(share)).sum())
+
+
 class _Tokens:
     """The rows of a stream that the run looks at."""
 
-    def __init__(self, stream: TokenisedStream, plan: Plan) -> None:
-        at = stream.rows if stream.name == "forget" else np.unique(places(stream, plan).row)
+    def __init__(self, stream: TokenisedStream, at: np.ndarray) -> None:
         self.key = _digest(stream.fingerprint, hashlib.sha256(at.tobytes()).hexdigest())
         self.table = take_rows(stream.folder, [name for name, _ in stream.parts], at, _ROW)
 

@@ -134,7 +134,7 @@ class Worker:
 def _rounds(loop: Loop, batches: Iterable[dict[str, list[Any]]]) -> bool:
     """Rounds until the run ends, or (False) until one sends it back to a checkpoint."""
     for of_round in loop.watched(batches):
-        if loop.spent():
+        if loop.spent() or loop.forgotten():
             break
         before = loop.progress
         if not loop.round(of_round):

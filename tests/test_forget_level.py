@@ -1,0 +1,225 @@
+"""Bounded forget losses, their level, the projection, and the rounds that have nothing left to forget."""
+
+import dataclasses
+import math
+import types
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from ofmu_ray.algorithm.losses import bounded_rows, bounded_tokens
+from ofmu_ray.algorithm.two_loop import RoundStats, project
+from ofmu_ray.assets import resolve_builtin
+from ofmu_ray.config import ModelConfig, OFMUConfig, OptimizerConfig, StopConfig, UnlearnConfig, apply_overrides
+from ofmu_ray.data.batches import collate
+from ofmu_ray.data.prepare import TokenisedStream
+from ofmu_ray.engines import TorchEngine
+from ofmu_ray.engines.models import load_causal_lm
+from ofmu_ray.errors import UserError
+from ofmu_ray.methods import OFMU
+from ofmu_ray.training.level import with_level
+from ofmu_ray.training.loop import Loop
+
+ROWS = [
+    {"input_ids": [5, 9, 11, 30, 31, 2], "prompt_tokens": 3},
+    {"input_ids": [7, 40, 41, 42, 2], "prompt_tokens": 1},
+]
+
+
+def tiny_model() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    module, tokenizer = load_causal_lm(ModelConfig(path="builtin:people/target"))
+    return module, collate(ROWS, tokenizer.pad_token_id)
+
+
+def bounded(level: float, **options: object) -> OFMUConfig:
+    return OFMUConfig.from_preset("first_order", forget_level=level, **options)
+
+
+def token_losses(module: torch.nn.Module, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    logits = module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    labels = batch["labels"][:, 1:]
+    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
+    return [row[mask] for row, mask in zip(nll, labels != -100, strict=True)]
+
+
+def test_bounded_losses_by_hand() -> None:
+    nll = torch.tensor([1.0, 5.0, 9.0], requires_grad=True)
+    total, count = bounded_tokens(nll, level=6.0)
+    total.backward()
+    assert (float(total), count, nll.grad.tolist()) == (12.0, 3, [1.0, 1.0, 0.0])
+
+    sums, tokens = torch.tensor([8.0, 21.0], requires_grad=True), torch.tensor([4.0, 3.0])
+    total, count = bounded_rows(sums, tokens, level=6.0)  # means of 2 and 7 nats a token
+    total.backward()
+    assert (float(total), float(count), sums.grad.tolist()) == (8.0 + 18.0, 7.0, [1.0, 0.0])
+
+
+@pytest.mark.parametrize("loss", ["nll", "bounded_token", "bounded_row", "simnpo", "npo"])
+def test_one_inner_step_raises_the_named_loss(loss: str) -> None:
+    """One plain gradient step of the inner loop is the step up the written formula, from autograd on plain logits."""
+    module, batch = tiny_model()
+    module.double()
+    # the rows are nonsense to the model: a level in the midst of its token losses cuts some off
+    level = float(torch.cat(token_losses(module, batch)).detach().median())
+    rate, beta = 1e-3, 0.5
+    reference = torch.tensor([10.0, 12.0], dtype=torch.float64)
+    rows = token_losses(module, batch)
+    tokens = sum(len(row) for row in rows)
+    expected = {
+        "nll": lambda: sum(row.sum() for row in rows) / tokens,
+        "bounded_token": lambda: sum(torch.minimum(row, row.new_tensor(level)).sum() for row in rows) / tokens,
+        "bounded_row": lambda: sum(len(row) * row.mean().clamp(max=level) for row in rows) / tokens,
+        "simnpo": lambda: sum(2 / beta * torch.log(torch.sigmoid(beta * row.mean())) for row in rows) / 2,
+        "npo": lambda: (
+            sum(
+                2 / beta * torch.log(torch.sigmoid(beta * (row.sum() - known)))
+                for row, known in zip(rows, reference, strict=True)
+            )
+            / 2
+        ),
+    }[loss]()
+    start = [p.detach().clone() for p in module.parameters()]
+    step = [rate * g for g in torch.autograd.grad(expected, list(module.parameters()))]
+    plain = OptimizerConfig(name="sgd", lr=rate, clip=None)
+    engine = TorchEngine(module, inner=plain, outer=dataclasses.replace(plain, lr=1e-30))
+    options = {"inner_steps": 1, "outer_steps": 1, "forget_beta": beta, "forget_loss": loss}
+    figures = OFMU(bounded(level, **options)).round(engine, [{**batch, "reference_nll": reference}], [batch])
+    assert figures["forget_loss"] == pytest.approx(float(expected), rel=1e-6)
+    for parameter, before, moved in zip(module.parameters(), start, step, strict=True):
+        torch.testing.assert_close(parameter.detach() - before, moved, rtol=1e-3, atol=1e-8)
+
+
+@pytest.mark.parametrize("loss", ["bounded_token", "bounded_row"])
+def test_a_batch_at_its_level_takes_no_step(loss: str) -> None:
+    """Not even that of Adam's momentum; and the round says so."""
+    module, batch = tiny_model()
+    far, near = bounded(1e3, forget_loss=loss, outer_steps=1), bounded(1e-6, forget_loss=loss, outer_steps=1)
+    still = OptimizerConfig(name="sgd", lr=1e-30, clip=None)
+    engine = TorchEngine(module, inner=OptimizerConfig(lr=1e-4), outer=still)
+    before = engine.weights()
+    assert OFMU(far).round(engine, [batch], [batch])["skipped_ascents"] == 0
+    moved = engine.weights()
+    assert not torch.equal(before[0], moved[0])
+    figures = OFMU(near).round(engine, [batch], [batch])
+    assert figures["skipped_ascents"] == near.inner_steps
+    assert figures["inner_gradient_norm"] == 0
+    assert torch.equal(engine.weights()[0], moved[0])
+    assert engine.account.gradient_passes == {"forget": 6, "retain": 2}
+
+
+def test_projection_takes_out_what_raises_the_retain_loss() -> None:
+    class Space:
+        def __init__(self, mean: list[float] | None):
+            self.mean = None if mean is None else [torch.tensor(mean)]
+
+        def first_moment(self, loop: str) -> list[torch.Tensor] | None:
+            assert loop == "outer"
+            return self.mean
+
+        def dot(self, *pairs: tuple[list[torch.Tensor], list[torch.Tensor]]) -> list[float]:
+            return [float(a[0] @ b[0]) for a, b in pairs]
+
+    def projected(mean: list[float] | None, share: float) -> tuple[list[float], RoundStats]:
+        ascent, stats = [torch.tensor([3.0, 4.0])], RoundStats()
+        project(Space(mean), ascent, share, stats)  # type: ignore[arg-type]
+        return ascent[0].tolist(), stats
+
+    assert projected([2.0, 0.0], 1.0)[0] == [0.0, 4.0]
+    found, stats = projected([2.0, 0.0], 0.5)
+    assert (found, stats.conflict_cosine) == ([1.5, 4.0], pytest.approx(0.6))
+    assert projected([-2.0, 0.0], 1.0)[0] == [3.0, 4.0]  # what lowers the retain loss stays
+    assert projected(None, 1.0) == ([3.0, 4.0], RoundStats())
+    assert projected([0.0, 0.0], 1.0)[0] == [3.0, 4.0]
+
+
+def test_first_moment_is_the_running_mean_of_the_gradients() -> None:
+    module, batch = tiny_model()
+    engine = TorchEngine(module, outer=OptimizerConfig(lr=1e-4, beta1=0.5, clip=None))
+    assert engine.first_moment("outer") is None
+    expected = torch.zeros(engine.numel)
+    for _ in range(2):
+        gradient, _ = engine.gradient(batch, kind="retain")
+        expected = 0.5 * expected + 0.5 * gradient[0]
+        engine.apply(gradient, "outer")
+    moment = engine.first_moment("outer")
+    assert moment is not None
+    torch.testing.assert_close(moment[0], expected, rtol=1e-5, atol=1e-8)
+    assert engine.first_moment("inner") is None
+
+
+def test_first_order_makes_one_pass_an_update() -> None:
+    module, batch = tiny_model()
+    engine = TorchEngine(module)
+    method = OFMU(bounded(8.0, inner_steps=4, outer_steps=5, projection=0.5))
+    assert method.batches_per_round() == {"forget": 4, "retain": 5}
+    method.round(engine, [batch], [batch])
+    assert engine.account.gradient_passes == {"forget": 4, "retain": 5}
+    assert engine.account.updates == 9
+
+
+def written_stream(folder, name: str, rows: list[dict[str, object]]) -> TokenisedStream:
+    folder.mkdir(parents=True)
+    table = pa.table(
+        {key: [row[key] for row in rows] for key in rows[0]} | {"row_id": [f"{name}:{i}" for i in range(len(rows))]}
+    )
+    pq.write_table(table, folder / "part.parquet")
+    lengths = np.array([len(row["input_ids"]) for row in rows], dtype=np.int32)  # type: ignore[arg-type]
+    return TokenisedStream(name, str(folder), (("part.parquet", len(rows)),), np.arange(len(rows)), lengths, name)
+
+
+def test_level_from_holdout_rows_and_from_frequencies(tmp_path) -> None:
+    holdout = written_stream(tmp_path / "holdout", "holdout", ROWS)  # type: ignore[arg-type]
+    retain = written_stream(tmp_path / "retain", "retain", [{"input_ids": [3, 3, 5, 5, 6, 7], "prompt_tokens": 2}])
+    prepared = types.SimpleNamespace(streams={"retain": retain, "holdout": holdout})
+    model = ModelConfig(path=resolve_builtin("builtin:people/target"))
+    module, batch = tiny_model()
+    losses = [float(row.mean()) for row in token_losses(module, batch)]
+
+    def level(wanted: float | str | None, streams: object = prepared, loss: str = "bounded_token") -> object:
+        config = OFMUConfig(forget_loss=loss, forget_level=wanted)  # type: ignore[arg-type]
+        found = with_level(config, streams, model, str(tmp_path / "cache"))  # type: ignore[arg-type]
+        return found.forget_level  # type: ignore[union-attr]
+
+    assert level("holdout") == pytest.approx(np.mean(losses), rel=1e-5)
+    assert level(None) == level("holdout")
+    assert level("holdout:0.75") == pytest.approx(np.quantile(losses, 0.75), rel=1e-5)
+    # answers 5 5 6 7: one token in two, two in four
+    entropy = 0.5 * math.log(2) + 0.5 * math.log(4)
+    assert level("unigram") == pytest.approx(entropy)
+    assert level(None, types.SimpleNamespace(streams={"retain": retain})) == pytest.approx(entropy)
+    assert level(3) == 3.0
+    assert level(None, loss="nll") is None
+    with pytest.raises(UserError, match=r"ofmu\.forget_level = 'holdout'.*data\.holdout"):
+        level("holdout", types.SimpleNamespace(streams={"retain": retain}))
+
+
+@pytest.mark.parametrize("level", [0.0, -1.0, "hold", "holdout:2", "holdout:x", "unigram:0.5"])
+def test_levels_that_mean_nothing_are_refused(level: float | str) -> None:
+    with pytest.raises(UserError, match=r"ofmu\.forget_level = .*: must be nats per token"):
+        OFMUConfig(forget_level=level)
+
+
+def test_two_rates_for_the_outer_loop_are_refused() -> None:
+    given = {"ofmu.outer.lr": 1e-3}
+    with pytest.raises(UserError, match=r"ofmu\.outer\.lr = 0\.001 and ofmu\.outer_ratio"):
+        apply_overrides(UnlearnConfig(), given)
+    assert apply_overrides(UnlearnConfig(), {**given, "ofmu.outer_ratio": None}).ofmu.optimizers[1].lr == 1e-3
+    inner, outer = apply_overrides(UnlearnConfig(), {"ofmu.inner.lr": 1e-3, "ofmu.outer_ratio": 0.5}).ofmu.optimizers
+    assert (inner.lr, outer.lr) == (1e-3, 5e-4)
+    with pytest.raises(UserError, match=r"ofmu\.projection = 0\.5 needs the first moment"):
+        OFMUConfig(projection=0.5, outer=OptimizerConfig(name="sgd"))
+
+
+@pytest.mark.parametrize(
+    ("skipped", "patience", "ends"),
+    [([0, 3, 3], 2, True), ([3, 0, 3], 2, False), ([3], 2, False), ([3, 3], None, False), ([3, 2], 1, False)],
+)
+def test_a_run_ends_when_nothing_is_left_to_forget(skipped: list[int], patience: int | None, ends: bool) -> None:
+    loop = Loop.__new__(Loop)
+    loop.job = types.SimpleNamespace(stop=StopConfig(forgotten=patience), method=bounded(5.0))  # type: ignore[assignment]
+    loop.state = types.SimpleNamespace(series=[{"skipped_ascents": n} for n in skipped], message="")  # type: ignore[assignment]
+    assert loop.forgotten() is ends
+    assert ("stop.forgotten" in loop.state.message) is ends
