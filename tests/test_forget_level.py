@@ -63,7 +63,7 @@ def test_one_inner_step_raises_the_named_loss(loss: str) -> None:
     module, batch = tiny_model()
     module.double()
     # the rows are nonsense to the model: a level in the midst of its token losses cuts some off
-    level = float(torch.cat(token_losses(module, batch)).detach().median())
+    level = 1.01 * float(torch.cat(token_losses(module, batch)).detach().median())
     rate, beta = 1e-3, 0.5
     reference = torch.tensor([10.0, 12.0], dtype=torch.float64)
     rows = token_losses(module, batch)
@@ -153,7 +153,7 @@ def test_first_moment_is_the_running_mean_of_the_gradients() -> None:
 def test_first_order_makes_one_pass_an_update() -> None:
     module, batch = tiny_model()
     engine = TorchEngine(module)
-    method = OFMU(bounded(8.0, inner_steps=4, outer_steps=5, projection=0.5))
+    method = OFMU(bounded(1e3, inner_steps=4, outer_steps=5, projection=0.5))
     assert method.batches_per_round() == {"forget": 4, "retain": 5}
     method.round(engine, [batch], [batch])
     assert engine.account.gradient_passes == {"forget": 4, "retain": 5}
