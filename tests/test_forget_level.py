@@ -202,11 +202,9 @@ def test_levels_that_mean_nothing_are_refused(level: float | str) -> None:
         OFMUConfig(forget_level=level)
 
 
-def test_two_rates_for_the_outer_loop_are_refused() -> None:
-    given = {"ofmu.outer.lr": 1e-3}
-    with pytest.raises(UserError, match=r"ofmu\.outer\.lr = 0\.001 and ofmu\.outer_ratio"):
-        apply_overrides(UnlearnConfig(), given)
-    assert apply_overrides(UnlearnConfig(), {**given, "ofmu.outer_ratio": None}).ofmu.optimizers[1].lr == 1e-3
+def test_the_outer_rate_follows_the_inner_one_unless_it_is_given() -> None:
+    given = {"ofmu.inner.lr": 1e-3, "ofmu.outer.lr": 1e-4}
+    assert apply_overrides(UnlearnConfig(), given).ofmu.optimizers[1].lr == 1e-4
     inner, outer = apply_overrides(UnlearnConfig(), {"ofmu.inner.lr": 1e-3, "ofmu.outer_ratio": 0.5}).ofmu.optimizers
     assert (inner.lr, outer.lr) == (1e-3, 5e-4)
     with pytest.raises(UserError, match=r"ofmu\.projection = 0\.5 needs the first moment"):

@@ -11,7 +11,7 @@ from pipelines.search import Search, Seen, Suggestion, without_other_batches
 from tune_spaces import SPACES, Choice, Integers, Knob, LogUniform, Space, Uniform, ZeroOrLogUniform
 from tune_spaces.optuna_space import ON, told
 
-BASE = UnlearnConfig()
+BASE = apply_overrides(UnlearnConfig(), {"ofmu.preset": "lite"})
 GOAL = Goal("forget_quality", "model_utility", 0.5)
 
 

@@ -28,7 +28,7 @@ BASE = UnlearnConfig()
 def test_every_method_has_a_space_of_its_own_fields_with_sources():
     assert set(SPACES) == set(LABELS)
     for label, space in SPACES.items():
-        space.check(BASE)
+        space.check(apply_overrides(BASE, LABELS[label]))
         for knob in space.knobs:
             assert knob.field.split(".")[0] == label.removesuffix("_full").removesuffix("_lite")
             assert len(knob.why) > 20
@@ -58,11 +58,12 @@ def test_draws_cover_each_range_once_per_part(count, seed):
 
 
 def test_a_field_without_its_condition_is_not_drawn():
-    draws = SPACES["ofmu"].with_priors({"ofmu.rho": Choice((0.0, 1e-3))}).draws(8, 0, BASE)
+    lite = apply_overrides(BASE, LABELS["ofmu_lite"])
+    draws = SPACES["ofmu_lite"].with_priors({"ofmu.rho": Choice((0.0, 1e-3))}).draws(8, 0, lite)
     assert {("ofmu.rho_growth" in draw, draw["ofmu.rho"] > 0) for draw in draws} == {(True, True), (False, False)}
-    fixed = SPACES["ofmu"].with_priors({"ofmu.rho": None})
-    without = apply_overrides(BASE, {"ofmu.rho": 0})
-    assert all("ofmu.rho_growth" in draw for draw in fixed.draws(3, 0, BASE))
+    fixed = SPACES["ofmu_lite"].with_priors({"ofmu.rho": None})
+    without = apply_overrides(lite, {"ofmu.rho": 0})
+    assert all("ofmu.rho_growth" in draw for draw in fixed.draws(3, 0, lite))
     assert not any("ofmu.rho_growth" in draw for draw in fixed.draws(3, 0, without))
 
 
@@ -168,7 +169,7 @@ def test_a_preset_comes_before_the_fields_beside_it():
         ({"npo.beta": -1.0}, "npo.beta = -1.0: must be greater than 0"),
         ({"ofmu.inner_steps": 2.5}, "ofmu.inner_steps = 2.5: must be int"),
         ({"ofmu.inner_steps": True}, "must be int"),
-        ({"ofmu.preset": "ful"}, "must be full, lite"),
+        ({"ofmu.preset": "ful"}, "must be first_order, lite, full"),
         ({"npo": 3}, "npo = 3"),
     ],
 )

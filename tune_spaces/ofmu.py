@@ -1,38 +1,11 @@
-"""Search space of OFMU: what its two presets have in common."""
+"""Search space of OFMU with its default preset, first_order."""
 
-from tune_spaces.spaces import Choice, Integers, Knob, Space, Uniform, ZeroOrLogUniform, rate
+from tune_spaces.spaces import Choice, Knob, LogUniform, Space, rate
 
 SPACE = Space(
     (
         rate("ofmu.inner.lr"),
-        rate("ofmu.outer.lr"),
-        Knob(
-            "ofmu.inner_steps",
-            Integers(1, 6),
-            "up to the shorter end of the paper's 5 to 10 (arXiv 2509.22483), for small budgets",
-        ),
-        Knob(
-            "ofmu.outer_steps",
-            Integers(1, 8),
-            "1 in the paper; small models gained from more (docs/decisions.md)",
-        ),
-        Knob(
-            "ofmu.beta",
-            ZeroOrLogUniform(0.01, 1.0),
-            "a decade around the default 0.1, and none: it did not earn its passes in the ablation (docs/results.md)",
-        ),
-        Knob(
-            "ofmu.rho",
-            ZeroOrLogUniform(1e-5, 1e-2),
-            "small, and none: the penalty slows forgetting down (docs/decisions.md)",
-        ),
-        Knob(
-            "ofmu.rho_growth", Uniform(1.0, 1.1), "around the default; the paper asks for more than 1", given="ofmu.rho"
-        ),
-        Knob(
-            "ofmu.inner.decay",
-            Choice(("constant", "linear")),
-            "constant in the paper; a constant rate collapsed utility in the ablation (docs/results.md)",
-        ),
+        Knob("ofmu.outer_ratio", LogUniform(0.25, 0.8), "every good draw had 0.4 to 0.5 (docs/decisions.md)"),
+        Knob("ofmu.forget_loss", Choice(("bounded_row", "bounded_token")), "both forgot best on some data"),
     )
 )

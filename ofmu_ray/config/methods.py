@@ -16,6 +16,7 @@ ForgetLoss = Literal["nll", "bounded_row", "bounded_token", "npo", "simnpo"]
 BOUNDED: tuple[ForgetLoss, ...] = ("bounded_row", "bounded_token")
 """Forget losses that count up to a level."""
 DEFAULT_RATE = OptimizerConfig.lr
+"""An outer.lr that nobody has set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ class OFMUConfig:
     outer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
     """Optimiser of the outer loop (descent on F = L_r + rho |grad Phi|^2); its state is its own."""
     outer_ratio: float | None = None
-    """Learning rate of the outer loop over that of the inner loop, in place of outer.lr; null: outer.lr counts."""
+    """Learning rate of the outer loop over that of the inner loop, unless outer.lr is given; null: outer.lr counts."""
     shared_optimizer: bool = False
     """Both loops step the inner loop's optimiser (moments, clipping, decay), each at its own learning rate: an
     ablation of the separate states."""
@@ -81,27 +82,22 @@ class OFMUConfig:
         require(0 <= self.projection <= 1, "ofmu.projection", self.projection, "in [0, 1]")
         self.inner.check("ofmu.inner")
         self.outer.check("ofmu.outer")
-        self._check_outer()
+        self._check_projection()
         check_level(self.forget_level)
         if self.relative_step is not None:
             require(self.relative_step <= 0.1, "ofmu.relative_step", self.relative_step, "at most 0.1")
 
-    def _check_outer(self) -> None:
+    def _check_projection(self) -> None:
         if self.projection and self.outer.name != "adamw":
             raise UserError(
                 f"ofmu.projection = {self.projection:g} needs the first moment of ofmu.outer.name adamw; set it to 0 "
                 f"with {self.outer.name}"
             )
-        if self.outer_ratio is not None and self.outer.lr != DEFAULT_RATE:
-            raise UserError(
-                f"ofmu.outer.lr = {self.outer.lr:g} and ofmu.outer_ratio = {self.outer_ratio:g} both say how fast the "
-                "outer loop learns: give the ratio alone, or --ofmu.outer_ratio null with the rate"
-            )
 
     @property
     def optimizers(self) -> tuple[OptimizerConfig, OptimizerConfig]:
-        """Of the inner and of the outer loop, the latter at the rate that outer_ratio gives."""
-        if self.outer_ratio is None:
+        """Of the inner and of the outer loop; outer_ratio gives the latter's rate where outer.lr was left alone."""
+        if self.outer_ratio is None or self.outer.lr != DEFAULT_RATE:
             return self.inner, self.outer
         return self.inner, dataclasses.replace(self.outer, lr=self.outer_ratio * self.inner.lr)
 
