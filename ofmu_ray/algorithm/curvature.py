@@ -3,19 +3,21 @@
     H v  ~ (g(theta + s v) - g(theta)) / s             forward: one extra pass, g(theta) is already there
     H v  ~ (g(theta + s v) - g(theta - s v)) / 2s      central: two extra passes
 
-on one and the same batch; s is chosen so that the displacement has norm relative_step * |theta|. The Hessian of Phi
-is the same difference of grad Phi itself.
+on one and the same batch; s is chosen so that the displacement has norm relative_step * |theta|, a fixed one or one
+that is measured for each product (`steps`). The Hessian of Phi is the same difference of grad Phi itself.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import torch
 
 from ofmu_ray.algorithm.similarity import Similarity
-from ofmu_ray.algorithm.space import Kind, ParameterSpace, Vector, combine
+from ofmu_ray.algorithm.space import Kind, ParameterSpace, Vector, add_, combine, scale_
+from ofmu_ray.algorithm.steps import LONGEST, SHORTEST, START, WALKS, Estimate, Product, Step, Steps
 
 # A displacement so small that it cannot be told from rounding has no usable difference.
 TINY = 1e-30
@@ -31,8 +33,13 @@ class Curvature(Protocol):
     differenced: bool
     """Whether base gradients enter a difference (so that the engine computes them as exactly as it can)."""
 
-    def hessian_vector(self, batch: Any, kind: Kind, base: Vector, direction: Vector, norm: float) -> Vector:
-        """H v for the loss on `batch`; `base` is its gradient at theta, `norm` the norm of v = `direction`."""
+    def hessian_vector(
+        self, batch: Any, kind: Kind, base: Vector, direction: Vector, norm: float, *, penalty: bool = False
+    ) -> Vector:
+        """H v for the loss on `batch`; `base` is its gradient at theta, `norm` the norm of v = `direction`.
+
+        `penalty`: the product is the penalty's and not the similarity's.
+        """
 
     def phi_hessian_vector(
         self, phi: Callable[[], Vector], base: Vector, norm: float, batches: tuple[Any, Any], beta: float
@@ -41,6 +48,9 @@ class Curvature(Protocol):
 
     def nested(self) -> Curvature:
         """The same for a grad Phi that is itself differenced."""
+
+    def error(self, product: Product) -> float | None:
+        """Estimated norm of the error of the last such product; None: not known."""
 
 
 class FiniteDifference:
@@ -54,7 +64,9 @@ class FiniteDifference:
         self.relative_step = relative_step
         self.step = relative_step * space.parameters_norm()
 
-    def hessian_vector(self, batch: Any, kind: Kind, base: Vector, direction: Vector, norm: float) -> Vector:
+    def hessian_vector(
+        self, batch: Any, kind: Kind, base: Vector, direction: Vector, norm: float, *, penalty: bool = False
+    ) -> Vector:
         def gradient() -> Vector:
             return self.space.gradient(batch, kind=kind, differenced=True)[0]
 
@@ -69,17 +81,146 @@ class FiniteDifference:
         """Longer steps, for a grad Phi that is itself differenced."""
         return FiniteDifference(self.space, self.difference, self.relative_step * NESTED_STEP_RATIO[self.difference])
 
+    def error(self, product: Product) -> float | None:
+        return None
+
     def _difference(self, function: Callable[[], Vector], base: Vector, direction: Vector, norm: float) -> Vector:
         if norm < TINY:  # e.g. Sim is stationary because the gradients are parallel
             return [torch.zeros_like(x) for x in direction]
-        s = self.step / norm
-        with self.space.displaced(direction, s):
-            plus = function()
-        if self.difference == "forward":
-            return combine(1.0 / s, plus, -1.0 / s, base, out=plus)
-        with self.space.displaced(direction, -s):
-            minus = function()
-        return combine(0.5 / s, plus, -0.5 / s, minus, out=plus)
+        return _quotient(self.space, function, base, direction, self.step / norm, self.difference == "central")
+
+
+class MeasuredDifference:
+    """Differences whose steps are chosen for each product by what four gradients say of noise and curvature.
+
+    Between checks a product costs a forward or a central difference, as its last check decided.
+    """
+
+    differenced = True
+
+    def __init__(self, space: ParameterSpace, steps: Steps, *, nested: bool = False):
+        self.space, self.steps, self._nested = space, steps, nested
+        self.theta = space.parameters_norm()
+        self._errors: dict[Product, float] = {}
+
+    def hessian_vector(
+        self, batch: Any, kind: Kind, base: Vector, direction: Vector, norm: float, *, penalty: bool = False
+    ) -> Vector:
+        def gradient() -> Vector:
+            return self.space.gradient(batch, kind=kind, differenced=True)[0]
+
+        return self._difference("penalty" if penalty else kind, gradient, base, direction, norm)
+
+    def phi_hessian_vector(
+        self, phi: Callable[[], Vector], base: Vector, norm: float, batches: tuple[Any, Any], beta: float
+    ) -> Vector:
+        return self._difference("penalty", phi, base, base, norm)
+
+    def nested(self) -> MeasuredDifference:
+        """The same steps for the penalty; longer ones, unchecked, for the halves of grad Sim inside grad Phi."""
+        return MeasuredDifference(self.space, self.steps, nested=True)
+
+    def error(self, product: Product) -> float | None:
+        return self._errors.get(product)
+
+    def _difference(
+        self, product: Product, function: Callable[[], Vector], base: Vector, direction: Vector, norm: float
+    ) -> Vector:
+        if norm < TINY:
+            self._errors[product] = 0.0
+            return [torch.zeros_like(x) for x in direction]
+        inside = self._nested and product != "penalty"
+        curved = None
+        if not inside:
+            gradient = math.sqrt(self.space.dot((base, base))[0])
+            if self.steps.due(product, gradient):
+                curved = self._check(product, function, base, direction, norm, gradient)
+        step = self.steps.products[product]
+        self._errors[product] = norm * step.error
+        if curved is not None:
+            return curved
+        ratio = NESTED_STEP_RATIO["central" if step.central else "forward"] if inside else 1.0
+        length = step.relative * ratio * self.theta
+        return _quotient(self.space, function, base, direction, length / norm, step.central)
+
+    def _check(
+        self,
+        product: Product,
+        function: Callable[[], Vector],
+        base: Vector,
+        direction: Vector,
+        norm: float,
+        gradient: float,
+    ) -> Vector:
+        """Choose the product's step anew; the product itself, by the better of the check's central differences."""
+        before = self.steps.products.get(product)
+        h = (START if before is None else before.probe) * self.theta
+
+        def pair(length: float) -> tuple[Vector, Vector]:
+            return _sum_and_difference(self.space, function, base, direction, length / norm)
+
+        long, short = pair(h), pair(h / 4)
+        last = 0
+        for walk in range(WALKS + 1):
+            found = self._estimate(h, long, short, gradient)
+            move = -1 if found is None else found.move(self.steps.difference)
+            if not move or move == -last or walk == WALKS or not SHORTEST < 4.0**move * h / self.theta < LONGEST:
+                break
+            last = move
+            if move < 0:
+                long, h = short, h / 4
+                del short
+                short = pair(h / 4)
+            else:
+                short, h = long, h * 4
+                del long
+                long = pair(h)
+        self.steps.products[product] = self._chosen(found, h, gradient)
+        if found is not None and found.error(True, h / 4) < found.error(True, h):
+            return scale_(short[1], 2 * norm / h)
+        return scale_(long[1], norm / (2 * h))
+
+    def _estimate(
+        self, h: float, long: tuple[Vector, Vector], short: tuple[Vector, Vector], gradient: float
+    ) -> Estimate | None:
+        (s, d), (x, y) = long, short
+        sums = self.space.dot((s, s), (s, x), (x, x), (d, d), (d, y), (y, y))
+        eps = torch.finfo(s[0].dtype).eps
+        return Estimate.of(h, sums, gradient, eps) if all(map(math.isfinite, sums)) else None
+
+    def _chosen(self, found: Estimate | None, h: float, gradient: float) -> Step:
+        if found is None:  # a gradient that is not finite: the round will say so
+            return Step(h / self.theta, self.steps.difference != "forward", math.inf, START, gradient, self.steps.round)
+        central = found.central(self.steps.difference)
+        best = found.best(central) / self.theta
+        # whole powers of 2: other engines, whose rounding differs, then take the same step most of the time
+        relative = 2.0 ** round(math.log2(min(max(best, SHORTEST), LONGEST)))
+        error = found.error(central, relative * self.theta)
+        return Step(relative, central, error, h / self.theta, gradient, self.steps.round)
+
+
+def _quotient(
+    space: ParameterSpace, function: Callable[[], Vector], base: Vector, direction: Vector, s: float, central: bool
+) -> Vector:
+    with space.displaced(direction, s):
+        plus = function()
+    if not central:
+        return combine(1.0 / s, plus, -1.0 / s, base, out=plus)
+    with space.displaced(direction, -s):
+        minus = function()
+    return combine(0.5 / s, plus, -0.5 / s, minus, out=plus)
+
+
+def _sum_and_difference(
+    space: ParameterSpace, function: Callable[[], Vector], base: Vector, direction: Vector, s: float
+) -> tuple[Vector, Vector]:
+    """g(s) + g(-s) - 2 g(0) and g(s) - g(-s), in the place of the two gradients."""
+    with space.displaced(direction, s):
+        plus = function()
+    with space.displaced(direction, -s):
+        minus = function()
+    difference = add_(plus, minus, -1.0)
+    return add_(scale_(add_(minus, base, -1.0), 2.0), difference), difference
 
 
 class Exact:
@@ -91,7 +232,9 @@ class Exact:
         self.space = space
         self.similarity = similarity
 
-    def hessian_vector(self, batch: Any, kind: Kind, base: Vector, direction: Vector, norm: float) -> Vector:
+    def hessian_vector(
+        self, batch: Any, kind: Kind, base: Vector, direction: Vector, norm: float, *, penalty: bool = False
+    ) -> Vector:
         _, g = self.space.graph_gradient(batch, kind=kind)
         v = self.space.as_tensors(direction)
         return self.space.as_vector(self._grad(_inner(g, v)))
@@ -110,6 +253,10 @@ class Exact:
     def nested(self) -> Exact:
         """Double backward has no step."""
         return self
+
+    def error(self, product: Product) -> float | None:
+        """Not known: that of rounding."""
+        return None
 
     def _grad(self, scalar: torch.Tensor, create_graph: bool = False) -> list[torch.Tensor]:
         parameters = list(self.space.parameters())

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from ofmu_ray.algorithm.curvature import Curvature, Exact, FiniteDifference
+from ofmu_ray.algorithm.curvature import Curvature, Exact, FiniteDifference, MeasuredDifference
 from ofmu_ray.algorithm.similarity import Similarity, SimilarityCoefficients, similarity_coefficients
 from ofmu_ray.algorithm.space import ParameterSpace, Vector, add_, combine, scale_
+from ofmu_ray.algorithm.steps import Difference, Steps
 
 LEVEL_TOLERANCE = 1e-5
 """Relative rounding of a mean of fp32 losses that are all at the level."""
@@ -37,7 +38,7 @@ class Options(Protocol):
     @property
     def curvature(self) -> Literal["finite_difference", "exact"]: ...
     @property
-    def difference(self) -> Literal["forward", "central"]: ...
+    def difference(self) -> Difference: ...
     @property
     def penalty_curvature(self) -> Literal["full", "forget", "none"]: ...
     @property
@@ -70,6 +71,12 @@ class RoundStats:
     """cos(ascent direction, the outer optimiser's first moment) at the last inner step, before the projection."""
     skipped_ascents: int | None = None
     """Inner steps that were not taken because the whole batch was at its level already."""
+    penalty_ratio: float | None = None
+    """The same beside |grad L_r|."""
+    similarity_error: float | None = None
+    """Estimated |error of grad Sim| / |grad Sim| of the last refresh (measured steps only)."""
+    difference_error: float | None = None
+    """beta times that error beside |g_f|."""
     inner_gradient_norms: list[float] = field(default_factory=list)
     """|grad Phi| at each inner step, before clipping."""
 
@@ -81,7 +88,7 @@ def two_loop_round(
     options: Options,
     *,
     rho: float,
-    relative_step: float,
+    steps: Steps | float,
     level: float | None = None,
 ) -> RoundStats:
     """One round: T inner ascent steps on Phi, then the outer step(s). Collective.
@@ -91,12 +98,12 @@ def two_loop_round(
         forget, retain: batches, drawn as the options need them (`batches_per_round`).
         options: see `Options`.
         rho: rho_k of this round.
-        relative_step: |displacement| / |theta| of finite differences.
+        steps: of finite differences: measured ones, kept from round to round, or a fixed |displacement| / |theta|.
         level: largest value of the forget loss; a batch that is there has no gradient, and its step is skipped, which
             momentum would take otherwise. None: the loss has no bound.
     """
     stats = RoundStats(skipped_ascents=None if level is None else 0)
-    curvature = _curvature(space, options, relative_step)
+    curvature = _curvature(space, options, steps)
     phi = _Phi(space, curvature, options)
     penalise = rho > 0.0 and options.penalty_curvature != "none"
     lagged = penalise and options.penalty_curvature == "forget" and options.reuse_forget_gradient
@@ -105,7 +112,8 @@ def two_loop_round(
     for t in range(options.inner_steps):
         last = t == options.inner_steps - 1
         batch = next(forget)
-        g_f, stats.forget_loss = space.gradient(batch, kind="forget", differenced=curvature.differenced)
+        enters = curvature.differenced and (phi.stale(t) or (last and lagged))
+        g_f, stats.forget_loss = space.gradient(batch, kind="forget", differenced=enters)
         if level is not None and stats.forget_loss >= level * (1 - LEVEL_TOLERANCE):
             stats.skipped_ascents = (stats.skipped_ascents or 0) + 1
             continue
@@ -125,7 +133,8 @@ def two_loop_round(
 
     for s in range(options.outer_steps):
         batch = next(retain)
-        g_r, loss = space.gradient(batch, kind="retain", differenced=curvature.differenced and s == 0)
+        enters = curvature.differenced and s == 0 and penalise and not lagged
+        g_r, loss = space.gradient(batch, kind="retain", differenced=enters)
         if s == 0:
             stats.retain_loss = loss
             if penalise and not lagged:
@@ -133,12 +142,14 @@ def two_loop_round(
                     phi = phi.nested()
                 penalty = phi.penalty(next(forget), batch, g_r, rho, stats)
             if penalty is not None:
+                stats.penalty_ratio = _ratio(stats.penalty_norm, math.sqrt(space.dot((g_r, g_r))[0]))
                 add_(g_r, penalty)
                 penalty = None
         norm = space.apply(g_r, "outer")
         if s == 0:
             stats.outer_gradient_norm = norm
     stats.gradient_cosine = phi.cosine
+    stats.similarity_error, stats.difference_error = phi.errors
     return stats
 
 
@@ -172,10 +183,16 @@ def _refresh_steps(options: Options) -> range:
     return range(0, options.inner_steps, options.decorrelate_every or options.inner_steps)
 
 
-def _curvature(space: ParameterSpace, options: Options, relative_step: float) -> Curvature:
+def _ratio(a: float | None, b: float) -> float | None:
+    return None if a is None or b == 0.0 else a / b
+
+
+def _curvature(space: ParameterSpace, options: Options, steps: Steps | float) -> Curvature:
     if options.curvature == "exact":
         return Exact(space, options.similarity)
-    return FiniteDifference(space, options.difference, relative_step)
+    if isinstance(steps, Steps):
+        return MeasuredDifference(space, steps)
+    return FiniteDifference(space, "central" if options.difference == "central" else "forward", steps)
 
 
 class _Phi:
@@ -184,6 +201,8 @@ class _Phi:
     def __init__(self, space: ParameterSpace, curvature: Curvature, options: Options):
         self.space, self.curvature, self.options = space, curvature, options
         self.cosine: float | None = None
+        self.errors: tuple[float | None, float | None] = None, None
+        """Estimated error of grad Sim: beside |grad Sim|, and beta times it beside |g_f|."""
         self._sim: Vector | None = None
         self._g_r: Vector | None = None
         self._retain_half: Vector | None = None
@@ -192,7 +211,7 @@ class _Phi:
     def nested(self) -> _Phi:
         """grad Phi anew, for a difference of itself: takes over the room and holds nothing else."""
         other = _Phi(self.space, self.curvature.nested(), self.options)
-        other._direction = self._direction
+        other._direction, other.errors = self._direction, self.errors
         return other
 
     def stale(self, step: int) -> bool:
@@ -214,12 +233,22 @@ class _Phi:
             k = self._coefficients(g_f, self._g_r)
             assert self._retain_half is not None
             self._sim = add_(self._forget_half(forget_batch, g_f, self._g_r, k), self._retain_half)
+            self._judge(g_f)
             return
         batch = retain_batch()
         g_r, _ = self.space.gradient(batch, kind="retain", differenced=self.curvature.differenced)
         self._sim, retain_half = self._similarity_gradient(forget_batch, batch, g_f, g_r)
+        self._judge(g_f)
         if self.options.reuse_retain_gradient and len(_refresh_steps(self.options)) > 1:
             self._g_r, self._retain_half = g_r, retain_half
+
+    def _judge(self, g_f: Vector) -> None:
+        halves = self.curvature.error("forget"), self.curvature.error("retain")
+        if halves[0] is None or halves[1] is None or self._sim is None:
+            return
+        error = math.hypot(halves[0], halves[1])
+        sim, forget = map(math.sqrt, self.space.dot((self._sim, self._sim), (g_f, g_f)))
+        self.errors = _ratio(error, sim), _ratio(self.options.beta * error, forget)
 
     def penalty(self, forget_batch: Any, retain_batch: Any, g_r: Vector, rho: float, stats: RoundStats) -> Vector:
         """2 rho (Hess Phi)(grad Phi) at theta; g_r = grad L_r there. Curvature of Phi (`full`) or of L_f alone."""
@@ -274,7 +303,7 @@ def _forget_penalty(
 ) -> Vector:
     """2 rho H_f v: the penalty's gradient with the curvature of L_f alone."""
     norm = math.sqrt(space.dot((v, v))[0])
-    curved = curvature.hessian_vector(batch, "forget", g_f, v, norm)
+    curved = curvature.hessian_vector(batch, "forget", g_f, v, norm, penalty=True)
     return _scaled_penalty(space, curved, norm, rho, stats)
 
 

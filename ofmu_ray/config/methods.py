@@ -48,15 +48,22 @@ class OFMUConfig:
     rho: float = 0.001
     """rho_0, weight of the penalty |grad Phi|^2 in the outer objective (0: no penalty)."""
     rho_growth: float = 1.05
-    """gamma of the schedule rho_{k+1} = gamma * rho_k."""
+    """gamma of the schedule rho_k = min(rho_max, rho * gamma^k)."""
+    rho_max: float | None = None
+    """Bound of the schedule; null: ten times rho."""
     similarity: Literal["cosine", "squared_cosine"] = "cosine"
     """Sim: the paper's cosine, or its square (which also pushes negative cosines to zero)."""
     curvature: Literal["finite_difference", "exact"] = "finite_difference"
     """Hessian-vector products: differences of gradients (every engine) or double backward (engine torch only)."""
-    difference: Literal["forward", "central"] = "forward"
-    """Finite differences: forward (one extra pass each) or central (two, more exact)."""
+    difference: Literal["auto", "forward", "central"] = "auto"
+    """Finite differences: forward (one extra pass each), central (two, more exact), or auto: central ones for the
+    products whose forward difference is estimated to err by more than 0.5 %."""
     relative_step: float | None = None
-    """Norm of the displacement relative to the norm of the weights; null: measured default per precision."""
+    """Norm of the displacement relative to that of the weights, the same always (auto is then forward); null: chosen
+    for each product by a measurement of rounding and curvature."""
+    step_check_every: int = 20
+    """Rounds between these measurements (4 to 12 passes a product, in the account); a gradient whose norm has changed
+    fourfold asks for one sooner."""
     penalty_curvature: Literal["full", "forget", "none"] = "forget"
     """Curvature in the penalty's gradient 2 rho (Hess Phi)(grad Phi): of Phi, of L_f alone, or no penalty at all."""
     decorrelate_every: int | None = None
@@ -77,7 +84,8 @@ class OFMUConfig:
 
     def __post_init__(self) -> None:
         not_negative("ofmu", self, "beta", "rho")
-        positive("ofmu", self, "inner_steps", "outer_steps", "rho_growth", "relative_step", "decorrelate_every")
+        positive("ofmu", self, "inner_steps", "outer_steps", "decorrelate_every")
+        positive("ofmu", self, "rho_growth", "rho_max", "relative_step", "step_check_every")
         positive("ofmu", self, "forget_beta", "outer_ratio")
         require(0 <= self.projection <= 1, "ofmu.projection", self.projection, "in [0, 1]")
         self.inner.check("ofmu.inner")
@@ -86,6 +94,13 @@ class OFMUConfig:
         check_level(self.forget_level)
         if self.relative_step is not None:
             require(self.relative_step <= 0.1, "ofmu.relative_step", self.relative_step, "at most 0.1")
+        if self.rho_max is not None:
+            require(self.rho_max >= self.rho, "ofmu.rho_max", self.rho_max, f"at least ofmu.rho ({self.rho:g})")
+
+    @property
+    def penalises(self) -> bool:
+        """Whether outer steps carry the penalty."""
+        return self.rho > 0 and self.penalty_curvature != "none"
 
     def _check_projection(self) -> None:
         if self.projection and self.outer.name != "adamw":

@@ -142,6 +142,13 @@ class UnlearnConfig:
         return frozenset(METHODS) - {self.method}
 
     def _check_curvature(self) -> None:
+        differenced = self.ofmu.beta > 0 or self.ofmu.penalises
+        if differenced and self.ofmu.curvature == "finite_difference" and self.model.precision == "bf16":
+            raise UserError(
+                "model.precision = bf16 with ofmu.curvature = finite_difference: differences of gradients at weights "
+                "that are rounded to bf16 are mostly noise (docs/precision.md); use --model.precision bf16_autocast, "
+                "or do without similarity and penalty: --ofmu.beta 0 --ofmu.rho 0"
+            )
         exact = self.ofmu.curvature == "exact"
         if exact and self.training.engine != "torch":
             raise UserError(

@@ -10,21 +10,10 @@ import torch
 
 from ofmu_ray.algorithm.space import Kind, Loop, ParameterSpace, Vector
 
-__all__ = ["DEFAULT_RELATIVE_STEP", "Batch", "Engine", "Kind", "Loop", "Loss", "PassAccount", "Vector"]
+__all__ = ["Batch", "Engine", "Kind", "Loop", "Loss", "PassAccount", "Vector"]
 
 # loss_fn(module, batch) -> a scalar mean loss, or (sum of token losses, number of tokens) of one micro-batch.
 Loss = Callable[[torch.nn.Module, Any], torch.Tensor | tuple[torch.Tensor, torch.Tensor | int]]
-
-# Norm of a finite difference's displacement relative to |theta|, by (precision, difference): docs/precision.md has the
-# measurements (benchmarks/difference_error.py).
-DEFAULT_RELATIVE_STEP: dict[tuple[str, str], float] = {
-    ("fp32", "forward"): 1e-5,
-    ("fp32", "central"): 3e-5,
-    ("bf16_autocast", "forward"): 1e-5,
-    ("bf16_autocast", "central"): 3e-5,
-    ("bf16", "forward"): 1e-3,
-    ("bf16", "central"): 1e-3,
-}
 
 
 @dataclass(frozen=True)

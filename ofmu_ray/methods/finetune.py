@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ class Finetune:
     """Descends the mean loss of one batch per round, with the engine's outer optimiser."""
 
     name = "finetune"
+    notes: Sequence[str] = ()
 
     def __init__(self, config: FinetuneConfig, rounds: int | None = None):
         self.config, self.rounds = config, rounds

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from ofmu_ray.algorithm.losses import (
     token_nll,
 )
 from ofmu_ray.algorithm.schedules import learning_rate
-from ofmu_ray.algorithm.two_loop import batches_per_round, two_loop_round
+from ofmu_ray.algorithm.steps import Steps
+from ofmu_ray.algorithm.two_loop import RoundStats, batches_per_round, two_loop_round
 from ofmu_ray.config import BOUNDED, OFMUConfig
 from ofmu_ray.engines.language import answers
-from ofmu_ray.engines.protocol import DEFAULT_RELATIVE_STEP, Engine, Kind, Loop, Loss, Vector
+from ofmu_ray.engines.protocol import Engine, Kind, Loop, Loss, Vector
 from ofmu_ray.errors import UserError
 from ofmu_ray.methods.npo import npo_loss
 from ofmu_ray.methods.protocol import Batches, Need, drawn
@@ -32,7 +34,8 @@ class OFMU:
     L_f is the engine's own loss, or, with a `forget_loss`, that of causal language models which it names. Its level is
     a number by the time a run starts (ofmu_ray.training.level); without one there is no bound: the engine's own loss.
 
-    The loops have an optimiser each; the engine holds both. State: k, the rounds done, which gives rho_k.
+    The loops have an optimiser each; the engine holds both. State: k, the rounds done, which gives rho_k, the steps of
+    finite differences, and what the user was told already.
     """
 
     name = "ofmu"
@@ -41,6 +44,9 @@ class OFMU:
         """`rounds` of the whole run, for the courses of the learning rates; None: the engine's rates, as they are."""
         self.config, self.rounds = config or OFMUConfig(), rounds
         self.rounds_done = 0
+        self.steps = Steps(self.config.difference, self.config.step_check_every)
+        self.notes: Sequence[str] = ()
+        self._told: list[str] = []
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -60,8 +66,14 @@ class OFMU:
 
     @property
     def rho(self) -> float:
-        """rho_k = rho_0 gamma^k of the next round."""
-        return self.config.rho * self.config.rho_growth**self.rounds_done
+        """rho_k = min(rho_max, rho_0 gamma^k) of the next round."""
+        config = self.config
+        if config.rho == 0.0:
+            return 0.0
+        limit = 10.0 * config.rho if config.rho_max is None else config.rho_max
+        if self.rounds_done * math.log(config.rho_growth) >= math.log(limit / config.rho):
+            return limit  # gamma^k may be beyond what a float holds
+        return config.rho * config.rho_growth**self.rounds_done
 
     def batches_per_round(self) -> dict[str, int]:
         return batches_per_round(self.config, penalise=self.config.rho > 0)
@@ -80,8 +92,7 @@ class OFMU:
                 f"ofmu.curvature = exact: {type(engine).__name__} has no double backward; use the torch engine or "
                 "ofmu.curvature = finite_difference"
             )
-        step = config.relative_step or DEFAULT_RELATIVE_STEP[engine.precision, config.difference]
-        rho = self.rho
+        rho, self.steps.round = self.rho, self.rounds_done
         inner_lr, outer_lr = (learning_rate(rate, self.rounds_done, self.rounds) for rate in config.optimizers)
         if self.rounds is not None:  # on its own, a round leaves the engine's rates as they are
             engine.set_learning_rate("inner", inner_lr)
@@ -94,21 +105,50 @@ class OFMU:
             drawn(retain_batches, "retain"),
             config,
             rho=rho,
-            relative_step=step,
+            steps=config.relative_step or self.steps,
             level=self.level,
         )
         self.rounds_done += 1
+        self._judge(stats)
         figures = dataclasses.asdict(stats)
         norms = figures.pop("inner_gradient_norms")
         figures["inner_gradient_norm"] = sum(norms) / len(norms) if norms else 0.0
         figures.update(rho=rho, inner_lr=inner_lr, outer_lr=outer_lr)
         return {name: float(value) for name, value in figures.items() if value is not None}
 
+    def _judge(self, stats: RoundStats) -> None:
+        self.notes = ()
+        if (stats.difference_error or 0.0) > 0.1:
+            self._note(
+                "difference_error",
+                f"beta times the estimated error of grad Sim is {stats.difference_error:.2g} |g_f| (the error is "
+                f"{stats.similarity_error:.1%} of grad Sim): lower ofmu.beta, or set ofmu.difference = central",
+            )
+        if (stats.penalty_ratio or 0.0) > 1.0:
+            self._note(
+                "penalty_ratio",
+                f"the penalty is {stats.penalty_ratio:.2g} times the retain gradient, so that outer steps follow it "
+                "rather than the retain loss: lower ofmu.rho or ofmu.rho_max",
+            )
+
+    def _note(self, figure: str, sentence: str) -> None:
+        """Once a run for each figure."""
+        if figure not in self._told:
+            self._told.append(figure)
+            self.notes = [*self.notes, f"round {self.rounds_done}: {sentence}"]
+
     def state_dict(self) -> dict[str, Any]:
-        return {"rounds_done": self.rounds_done, "rho": self.rho}
+        return {
+            "rounds_done": self.rounds_done,
+            "rho": self.rho,
+            "steps": self.steps.state_dict(),
+            "told": list(self._told),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.rounds_done = int(state["rounds_done"])
+        self.steps.load_state_dict(state["steps"])
+        self._told = list(state["told"])
 
 
 def forget_loss(config: OFMUConfig, level: float | None) -> Loss | None:

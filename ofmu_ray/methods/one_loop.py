@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -31,6 +31,7 @@ class OneLoop(Generic[C]):
     name: str
     forget_weight: float = 1.0
     retain_weight: float = 0.0
+    notes: Sequence[str] = ()
     work: float = 1.0
     """Share of the model's operations that the losses run."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any, Literal, Protocol
@@ -40,6 +40,8 @@ class Method(Protocol):
     """One file in this folder each."""
 
     name: str
+    notes: Sequence[str]
+    """What the user should know of the last round, in sentences."""
 
     @property
     def needs(self) -> tuple[Need, ...]:

@@ -84,6 +84,7 @@ class Loop:
         figures["tokens_per_second"] = (self.engine.account.tokens - tokens) / seconds
         good = self._finite(figures) and self._useful(figures)
         self._log(figures)
+        self._note(*self.method.notes)
         last = state.round == training.rounds
         due = state.round % training.checkpoint_every == 0 or self._check_due()
         if good and due and not last:
@@ -192,6 +193,12 @@ class Loop:
         if self.display is not None:
             self.display.update.remote(self.state.round, figures)
 
+    def _note(self, *sentences: str) -> None:
+        self.state.notes.extend(sentences)
+        if self.display is not None and self.session.rank == 0:
+            for sentence in sentences:
+                self.display.note.remote(sentence)
+
     def roll_back(self) -> bool:
         """After a round that was not finite: to the last good checkpoint, with shorter steps. False: not (any more).
 
@@ -204,13 +211,11 @@ class Loop:
         state = self.state
         state.rollbacks += 1
         state.learning_rate_factor *= stop.shrink
-        state.notes.append(
+        self._note(
             f"{bad.message.partition(';')[0]}: back to round {state.round}, learning rates x "
             f"{state.learning_rate_factor:g} from there (rollback {state.rollbacks} of at most {stop.max_rollbacks})"
         )
         self.engine.scale_learning_rates(state.learning_rate_factor)
-        if self.display is not None and self.session.rank == 0:
-            self.display.note.remote(state.notes[-1])
         if self.logger is not None:
             self.logger.rewind(state.round)
         checkpoint.save(state, self.engine, self.method, self.session)  # a kill must not make it forget the cost
