@@ -54,7 +54,7 @@ def write(
     training = outcome.training
     summary = {
         **outcome.metrics,
-        "aggregate": _aggregate(outcome.tables),
+        **_aggregate(outcome.tables),
         "cost": _cost(outcome),
         "run": {
             "name": name_of(home),
@@ -152,13 +152,14 @@ def _generations(outcome: Outcome, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _aggregate(tables: dict[str, Any]) -> dict[str, Any]:
-    """OpenUnlearning's aggregate of the unlearned model, with its parts; empty without an evaluation."""
+    """OpenUnlearning's aggregate of the unlearned model, with its parts; nothing without an evaluation."""
     from ofmu_ray.evaluation.aggregate import aggregate_figures, aggregate_inputs
 
     if tables.get("after") is None:
         return {}
     model, target, retrained = (aggregate_inputs(tables.get(name)) for name in ("after", "before", "retrained"))
-    return {name: figure.to_json() for name, figure in aggregate_figures(model, target, retrained).items()}
+    found = aggregate_figures(model, target, retrained)
+    return {"aggregate": {name: figure.to_json() for name, figure in found.items()}}
 
 
 def _cost(outcome: Outcome) -> dict[str, Any]:
