@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import sys
@@ -19,6 +20,7 @@ from ofmu_ray.config import (
     to_dict,
 )
 from ofmu_ray.errors import UserError
+from ofmu_ray.evaluation.goal import Choice, Goal, select
 from pipelines import benchmark_results as results
 from pipelines.evaluation import Evaluator
 from pipelines.nodes import join_cluster, run_paths
@@ -26,6 +28,7 @@ from pipelines.parse import fail, parse
 from pipelines.pool import Pool
 from pipelines.preflight import check_machine, prepare_folder, public
 from pipelines.prepared import checked, prepare
+from pipelines.rule import goal_of, reference_figure
 from pipelines.terminal import say
 from pipelines.trial import PRIVATE, SplitData, Trial, cost_signature, read_result, result_path, write_failure
 from tune_spaces import Space, parse_priors, space_for
@@ -70,7 +73,9 @@ def benchmark(config: BenchmarkConfig, command: list[str]) -> int:
             say(f"benchmark {folder}")
             bench = Benchmark(config, storage, evaluators, spaces, handle)
             complete = bench.run()
-        files = results.write(bench.folder, config, bench.data, bench.references, bench.done, bench.selected, command)
+        files = results.write(
+            bench.folder, config, bench.data, bench.references, bench.done, bench.selected, bench.goals, command
+        )
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -129,11 +134,13 @@ class Benchmark:
         """Split -> target and retrained -> per-row values."""
         self.done: list[tuple[Trial, dict[str, Any]]] = []
         self.selected: dict[tuple[str, str], results.Chosen] = {}
+        self.goals: dict[str, Goal] = {}
         for split, evaluator in evaluators.items():
             base = config.run(split, config.methods[0])
             self.data[split], self.references[split] = prepare(split, base, storage, self.folder, evaluator)
         seeds, methods, splits = len(config.seeds), len(config.methods), len(config.splits)
-        self.total = splits * (methods * (config.tuning.trials + seeds) + len(config.ablation.variants) * seeds)
+        draws = config.tuning.trials + config.tuning.refine
+        self.total = splits * (methods * (draws + seeds) + len(config.ablation.variants) * seeds)
         self.pool = Pool(config.base, self.data, config.concurrency)
         self.seconds: list[float] = []
         self.costs: dict[str, dict[str, float] | str] = {}
@@ -143,22 +150,22 @@ class Benchmark:
         """All phases; False: some method has no reported run."""
         config = self.config
         try:
-            draws = {
-                (split, label): self.spaces[label].draws(
-                    config.tuning.trials, config.tuning.seed, config.run(split, label)
-                )
-                for split in config.splits
-                for label in config.methods
-            }
-            self._execute(
-                [
-                    (label, split, "tune", number, config.tuning.seed, options)
-                    for (split, label), drawn in draws.items()
-                    for number, options in enumerate(drawn)
-                ]
+            tuning = config.tuning
+            bases = {(split, label): config.run(split, label) for split in config.splits for label in config.methods}
+            self._tune(
+                {
+                    (split, label): self.spaces[label].draws(tuning.trials, tuning.seed, base)
+                    for (split, label), base in bases.items()
+                }
             )
             for split in config.splits:
-                self._select(split)
+                self.goals[split] = self._goal(split)
+                if self.goals[split].sound is None:
+                    say(f"select  {split}: generations are missing or shorter than the references': none is degenerate")
+            if tuning.refine:
+                self._tune(self._refined(bases), first=tuning.trials)
+            for split, label in bases:
+                self._select(split, label)
             reported = [(label, split, "report", choice) for (split, label), choice in self.selected.items()]
             reported += [
                 (variant, split, "ablation", choice)
@@ -284,24 +291,64 @@ class Benchmark:
 
     # -------------------------------------------------------------------------------------------------- choosing
 
-    def _select(self, split: str) -> None:
-        """The rule's choice for each method, by figures on the sampled rows; the floor by the target's on the same."""
-        from ofmu_ray.evaluation.comparison import select
+    def _tune(self, draws: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], first: int = 0) -> None:
+        """The tuning trials of these draws, by split and label; `first`: number of the first draw of each."""
+        seed = self.config.tuning.seed
+        self._execute(
+            [
+                (label, split, "tune", number, seed, options)
+                for (split, label), drawn in draws.items()
+                for number, options in enumerate(drawn, start=first)
+            ]
+        )
 
-        rule, config = self.config.rule, self.config
-        target = results.target_figure(self.data[split], self.references[split], config.tuning.rows, rule.utility)
-        for label in config.methods:
-            mine = [(trial, result) for trial, result in self.done if (trial.method, trial.split) == (label, split)]
-            rows = [results.trial_row(trial, result) for trial, result in mine]
-            choice = select(rows, rule.objective, rule.utility, rule.floor * target)
+    def _refined(self, bases: Mapping[tuple[str, str], UnlearnConfig]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+        """A second round of draws, around what the rule chooses of the first; a method without a choice has none."""
+        tuning, found = self.config.tuning, {}
+        for (split, label), base in bases.items():
+            choice = self._choice(split, label)
             if choice is None:
-                say(f"select  {label} {split}: no trial has {rule.objective} and {rule.utility}; not reported")
+                self.total -= tuning.refine
                 continue
-            number = int(choice.trial["trial"])
-            options = next(dict(trial.options) for trial, _ in mine if trial.trial == number)
-            self.selected[split, label] = results.Chosen(number, options, choice.floor_missed)
-            missed = " (no trial reaches the floor)" if choice.floor_missed else ""
-            say(f"select  {label} {split}: trial {number}{missed}")
+            number, options = int(choice.trial["trial"]), json.loads(choice.trial["options"])
+            space = self.spaces[label].around(options, f"around trial {number}")
+            # another seed than the first round's, or both would divide their ranges alike
+            found[split, label] = space.draws(tuning.refine, (tuning.seed, 1), base)
+        return found
+
+    def _goal(self, split: str) -> Goal:
+        """The rule's numbers: figures of target and retrained model on the rows that tuning trials are judged on."""
+        rule, tuning = self.config.rule, self.config.tuning
+        known = self.data[split], self.references[split]
+        target = reference_figure(*known, tuning.rows, "target", rule.utility)
+        return goal_of(
+            *known,
+            objective=rule.objective,
+            utility=rule.utility,
+            floor=math.nan if target is None else rule.floor * target,
+            rows=tuning.rows,
+            longest=tuning.max_new_tokens,
+        )
+
+    def _choice(self, split: str, label: str) -> Choice | None:
+        goal = self.goals[split]
+        rows = [
+            results.trial_row(trial, result, sound=goal.sound)
+            for trial, result in self.done
+            if (trial.method, trial.split) == (label, split)
+        ]
+        return select(rows, goal)
+
+    def _select(self, split: str, label: str) -> None:
+        """The rule's choice for a method, by figures on the sampled rows; the floor by the target's on the same."""
+        choice, rule = self._choice(split, label), self.config.rule
+        if choice is None:
+            say(f"select  {label} {split}: no trial has {rule.objective} and {rule.utility}; not reported")
+            return
+        number, options = int(choice.trial["trial"]), json.loads(choice.trial["options"])
+        self.selected[split, label] = results.Chosen(number, options, choice.floor_missed, choice.degenerate)
+        notes = ["no trial reaches the floor"] * choice.floor_missed + ["all are degenerate"] * choice.degenerate
+        say(f"select  {label} {split}: trial {number}" + (f" ({'; '.join(notes)})" if notes else ""))
 
     def discard(self) -> None:
         """Delete what holds the forget rows' text, and what killed runs left."""

@@ -6,13 +6,17 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ofmu_ray.config import BenchmarkConfig
+from ofmu_ray.evaluation.comparison import plain
+from ofmu_ray.evaluation.degeneration import Sound
+from ofmu_ray.evaluation.goal import Goal
 from ofmu_ray.storage import atomic_write
 from pipelines.preflight import public
+from pipelines.rule import cut, marks, sound_of
 from pipelines.trial import SplitData, Trial, result_path
 
 COSTS = (
@@ -28,6 +32,7 @@ class Chosen:
     trial: int
     options: Mapping[str, Any]
     floor_missed: bool
+    degenerate: bool = False
 
 
 def round_cost(result: Mapping[str, Any], data: SplitData) -> dict[str, float]:
@@ -47,19 +52,10 @@ def round_cost(result: Mapping[str, Any], data: SplitData) -> dict[str, float]:
     }
 
 
-def target_figure(data: SplitData, tables: Mapping[str, Any], rows: int | None, name: str) -> float:
-    """A figure of the target on the rows that tuning trials are judged on."""
-    from ofmu_ray.evaluation.sample import Sample
-    from ofmu_ray.evaluation.summary import summarise
-
-    sample = Sample.of(data.evaluator.sets, rows)
-    cut = {model: sample.cut(table) for model, table in tables.items()}
-    figure = summarise(cut["target"], cut["retrained"], bootstrap_samples=1)[name]
-    return float("nan") if figure.value is None else figure.value
-
-
-def trial_row(trial: Trial, result: Mapping[str, Any], selected: bool = False) -> dict[str, Any]:
-    """One row of the trials table."""
+def trial_row(
+    trial: Trial, result: Mapping[str, Any], selected: bool = False, sound: Sound | None = None
+) -> dict[str, Any]:
+    """One row of the trials table; `sound`: what its generations are held against."""
     row = {
         "method": trial.method,
         "split": trial.split,
@@ -74,9 +70,8 @@ def trial_row(trial: Trial, result: Mapping[str, Any], selected: bool = False) -
         "budget": trial.budget,
         **{name: result.get(name) for name in COSTS},
     }
-    for name, figure in (result.get("figures") or {}).items():
-        row |= {name: figure.get("value"), f"{name}_low": figure.get("low"), f"{name}_high": figure.get("high")}
-    return row
+    figures = plain(result.get("figures") or {})
+    return row | marks(figures, sound) | figures
 
 
 def write(
@@ -86,39 +81,21 @@ def write(
     references: Mapping[str, Mapping[str, Any]],
     done: Sequence[tuple[Trial, dict[str, Any]]],
     selected: Mapping[tuple[str, str], Chosen],
+    goals: Mapping[str, Goal],
     command: list[str],
 ) -> list[Path]:
     """trials.parquet, rows.parquet (no text), benchmark.json and the report; returns their paths."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from ofmu_ray.evaluation.summary import summarise
     from ofmu_ray.reporting.benchmark import write_benchmark_report
     from ofmu_ray.reporting.manifest import code_version, package_versions
 
     done = sorted(done, key=lambda one: _place(one[0], config))
-    rows = [trial_row(trial, result, _is_chosen(trial, selected)) for trial, result in done]
+    rows, parts = _rows(folder, data, references, done, selected, goals)
     names = list(dict.fromkeys(name for row in rows for name in row))
     trials = pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
-    parts = [
-        _labelled(table, (model, split, "reference", None, None))
-        for split, tables in references.items()
-        for model, table in tables.items()
-        if table is not None
-    ]
-    for trial, result in done:
-        if "figures" in result:
-            found = pq.read_table(result_path(folder, trial.key(data[trial.split])).with_suffix(".parquet"))
-            parts.append(_labelled(found, (trial.method, trial.split, trial.phase, trial.trial, trial.config.seed)))
     all_rows = pa.concat_tables(parts, promote_options="permissive")
-    figures = {
-        split: {
-            model: {name: figure.to_json() for name, figure in _figures(summarise, table, tables, config).items()}
-            for model, table in tables.items()
-            if table is not None
-        }
-        for split, tables in references.items()
-    }
     settings = {
         "name": config.name,
         "command": command,
@@ -126,13 +103,10 @@ def write(
         "code": code_version(),
         "packages": package_versions(("torch", "ray", "transformers")),
         "machine": machine(),
-        "references": figures,
-        "chosen": [
-            {"split": split, "method": label, "trial": choice.trial, "options": dict(choice.options),
-             "floor_missed": choice.floor_missed}
-            for (split, label), choice in selected.items()
-        ],
-    }  # fmt: skip
+        "references": {split: _figures(tables, config) for split, tables in references.items()},
+        "goals": {split: asdict(goal) for split, goal in goals.items()},
+        "chosen": [{"split": split, "method": label, **asdict(choice)} for (split, label), choice in selected.items()],
+    }
     paths = [folder / "trials.parquet", folder / "rows.parquet", folder / "benchmark.json"]
     for path, table in zip(paths, (trials, all_rows), strict=False):
         buffer = pa.BufferOutputStream()
@@ -140,6 +114,48 @@ def write(
         atomic_write(path, buffer.getvalue().to_pybytes())
     atomic_write(paths[-1], json.dumps(settings, indent=1) + "\n")
     return [*paths, *map(Path, write_benchmark_report(folder, trials, all_rows, settings))]
+
+
+def _rows(
+    folder: Path,
+    data: Mapping[str, SplitData],
+    references: Mapping[str, Mapping[str, Any]],
+    done: Sequence[tuple[Trial, dict[str, Any]]],
+    selected: Mapping[tuple[str, str], Chosen],
+    goals: Mapping[str, Goal],
+) -> tuple[list[dict[str, Any]], list[Any]]:
+    """The rows of the trials table, and the per-row values of all models."""
+    import pyarrow.parquet as pq
+
+    from ofmu_ray.evaluation.aggregate import aggregate_figures, aggregate_inputs
+
+    parts = [
+        _labelled(table, (model, split, "reference", None, None))
+        for split, tables in references.items()
+        for model, table in tables.items()
+        if table is not None
+    ]
+    sound = {split: sound_of(data[split], tables, None) for split, tables in references.items()}
+    inputs: dict[tuple[str, int | None], dict[str, Any]] = {}
+    rows = []
+    for trial, result in done:
+        known = data[trial.split]
+        beside = sound[trial.split]
+        if trial.phase == "tune":
+            beside = goals[trial.split].sound if trial.split in goals else None
+        row = trial_row(trial, result, _is_chosen(trial, selected), beside)
+        if "figures" in result:
+            table = pq.read_table(result_path(folder, trial.key(known)).with_suffix(".parquet"))
+            parts.append(_labelled(table, (trial.method, trial.split, trial.phase, trial.trial, trial.config.seed)))
+            place = trial.split, trial.rows
+            if place not in inputs:
+                tables = cut(known, references[trial.split], trial.rows)
+                inputs[place] = {model: aggregate_inputs(each) for model, each in tables.items()}
+            found = aggregate_figures(aggregate_inputs(table), **inputs[place])
+            row |= plain({name: figure.to_json() for name, figure in found.items()})
+            row["aggregate_absent"] = found["aggregate"].reason if found["aggregate"].value is None else None
+        rows.append(row)
+    return rows, parts
 
 
 def machine() -> str:
@@ -150,9 +166,24 @@ def machine() -> str:
     return f"{os.cpu_count()} CPUs, {device}, {platform.system()}"
 
 
-def _figures(summarise: Any, table: Any, tables: Mapping[str, Any], config: BenchmarkConfig) -> Any:
-    samples = config.base.evaluation.bootstrap_samples
-    return summarise(table, tables["retrained"], bootstrap_samples=samples, seed=config.tuning.seed)
+def _figures(tables: Mapping[str, Any], config: BenchmarkConfig) -> dict[str, Any]:
+    """Figures of target and retrained model on all rows."""
+    from ofmu_ray.evaluation.aggregate import aggregate_figures, aggregate_inputs
+    from ofmu_ray.evaluation.summary import summarise
+
+    inputs = {model: aggregate_inputs(table) for model, table in tables.items()}
+    samples, retrained = config.base.evaluation.bootstrap_samples, tables["retrained"]
+    return {
+        model: {
+            name: figure.to_json()
+            for name, figure in (
+                summarise(table, retrained, bootstrap_samples=samples, seed=config.tuning.seed)
+                | aggregate_figures(inputs[model], **inputs)
+            ).items()
+        }
+        for model, table in tables.items()
+        if table is not None
+    }
 
 
 def _place(trial: Trial, config: BenchmarkConfig) -> tuple[int, ...]:

@@ -54,6 +54,7 @@ def write(
     training = outcome.training
     summary = {
         **outcome.metrics,
+        **_aggregate(outcome.tables),
         "cost": _cost(outcome),
         "run": {
             "name": name_of(home),
@@ -61,6 +62,7 @@ def write(
             "status": training["status"],
             "message": training["message"],
             "notes": training["notes"],
+            **_generations(outcome, config),
             "rounds": training["round"],
             "seed": config["seed"],
             "config_hash": config_hash,
@@ -135,6 +137,31 @@ def _models(home: PathLike, config: dict[str, Any]) -> dict[str, str | None]:
     }
 
 
+def _generations(outcome: Outcome, config: dict[str, Any]) -> dict[str, Any]:
+    """Whether the answers to forget prompts are degenerate, and the sentence that says so; nulls where none knows."""
+    from ofmu_ray.evaluation.comparison import plain
+    from ofmu_ray.evaluation.degeneration import failed_measures, words
+    from ofmu_ray.evaluation.summary import sound_generations
+
+    before, retrained = outcome.tables.get("before"), outcome.tables.get("retrained")
+    samples, seed = config["evaluation"]["bootstrap_samples"], config["seed"]
+    sound = sound_generations(before, retrained, bootstrap_samples=samples, seed=seed)
+    after = plain(outcome.metrics.get("after") or {})
+    failed = failed_measures(after, sound)
+    return {"degenerate": None if failed is None else bool(failed), "generations": words(after, sound)}
+
+
+def _aggregate(tables: dict[str, Any]) -> dict[str, Any]:
+    """OpenUnlearning's aggregate of the unlearned model, with its parts; nothing without an evaluation."""
+    from ofmu_ray.evaluation.aggregate import aggregate_figures, aggregate_inputs
+
+    if tables.get("after") is None:
+        return {}
+    model, target, retrained = (aggregate_inputs(tables.get(name)) for name in ("after", "before", "retrained"))
+    found = aggregate_figures(model, target, retrained)
+    return {"aggregate": {name: figure.to_json() for name, figure in found.items()}}
+
+
 def _cost(outcome: Outcome) -> dict[str, Any]:
     training = outcome.training
     account = training["account"]
@@ -161,6 +188,8 @@ def show(summary: dict[str, Any]) -> None:
     """Print figures and paths: the figures on stdout, the rest as progress."""
     if summary.get("before"):
         print(metrics_table(summary))
+        if summary["run"].get("generations"):
+            print(summary["run"]["generations"])
     cost = summary["cost"]
     passes = cost["gradient_passes"]
     print(

@@ -126,11 +126,12 @@ class Search:
         if not measured or one.status == "failed":
             return create_trial(state=TrialState.FAIL, **known)
         height, utility = measured[-1]
+        known["constraints"] = {"degenerate": float(self.goal.degenerate(one.figures[-1]) or 0.0)}
         if self.config.kind == "multi_objective":  # what ended early counts with what it had reached
             cost = [-math.log10(max(one.flops or 1.0, 1.0))] if self.config.cost else []
             return create_trial(state=TrialState.COMPLETE, values=[height, utility, *cost], **known)
         missing = 0.0 if self.goal.floor is None else self._share(one) * self.goal.floor - utility
-        known["constraints"] = {"utility below the floor": missing}
+        known["constraints"]["utility below the floor"] = missing
         if one.status == "stopped":
             steps = {step: height for step, (height, _) in enumerate(measured, start=1)}
             return create_trial(state=TrialState.PRUNED, intermediate_values=steps, **known)

@@ -14,9 +14,10 @@ from typing import Any
 from ofmu_ray.config import SweepConfig, flatten, to_dict
 from ofmu_ray.config.benchmark import LABELS
 from ofmu_ray.errors import UserError
+from ofmu_ray.evaluation.comparison import plain
 from pipelines import sweep_choice as choice
 from pipelines import sweep_results as results
-from pipelines.benchmark_results import duration, target_figure
+from pipelines.benchmark_results import duration
 from pipelines.evaluation import Evaluator
 from pipelines.nodes import join_cluster, run_paths
 from pipelines.parse import fail, parse
@@ -24,8 +25,9 @@ from pipelines.placement import check_disk, concurrency
 from pipelines.pool import Pool
 from pipelines.preflight import check_machine, claim, prepare_folder, public
 from pipelines.prepared import checked, prepare
+from pipelines.rule import goal_of, reference_figure
 from pipelines.search import Search, without_other_batches
-from pipelines.sweep_ledger import Ledger, values
+from pipelines.sweep_ledger import Ledger
 from pipelines.terminal import say
 from pipelines.trial import PRIVATE, Trial, read_result
 from tune_spaces import Space, parse_priors, read_space, space_for
@@ -154,22 +156,17 @@ def _begin(
     data, tables = prepare("sweep", run, storage, folder, evaluator)
     rows = select.rows
 
-    def figure(model: str, name: str) -> float | None:
-        if tables[model] is None:
-            return None
-        found = target_figure(data, {"target": tables[model], "retrained": tables["retrained"]}, rows, name)
-        return None if found != found else found
-
-    reference = figure(select.relative_to, select.utility)
+    reference = reference_figure(data, tables, rows, select.relative_to, select.utility)
     if reference is None:
         raise UserError(f"select.utility = {select.utility}: the {select.relative_to} model has no such figure")
-    from ofmu_ray.evaluation.goal import Goal
-
-    goal = Goal(
+    goal = goal_of(
+        data,
+        tables,
         objective=select.objective,
         utility=select.utility,
         floor=select.utility_floor * reference,
-        retrained_objective=figure("retrained", select.objective),
+        rows=rows,
+        longest=select.max_new_tokens,
     )
     say(f"select  best {select.objective} with {select.utility} >= {goal.floor:.4g} "
         f"({select.utility_floor:g} x {select.relative_to}: {reference:.4g})")  # fmt: skip
@@ -243,7 +240,7 @@ def _confirm(ledger: Ledger, chosen: int) -> list[tuple[int, dict[str, Any]]]:
     try:
         for trial, result in pool.run([trial for trial in trials if known[trial.config.seed] is None]):
             known[trial.config.seed] = result
-            found = values(result.get("figures") or {})
+            found = plain(result.get("figures") or {})
             goal = ledger.search.goal
             cells = [f"{n} {found[n]:.3g}" for n in (goal.objective, goal.utility) if found.get(n) is not None]
             say(f"confirm seed {trial.config.seed}: {', '.join(cells) or result.get('message', '')}")

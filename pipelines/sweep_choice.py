@@ -13,8 +13,9 @@ from typing import Any
 import yaml
 
 from ofmu_ray.config import UnlearnConfig, apply_overrides, to_dict
+from ofmu_ray.evaluation.comparison import plain
 from ofmu_ray.storage import atomic_dir, atomic_write
-from pipelines.sweep_ledger import Ledger, ranked, values
+from pipelines.sweep_ledger import Ledger, ranked
 from pipelines.trial import model_path
 from tune_spaces import Choice, Integers, LogUniform, Prior, Uniform, ZeroOrLogUniform
 
@@ -31,7 +32,7 @@ class Outcome:
 
     chosen: int | None = None
     nearest: int | None = None
-    """The trial with the highest utility, where none reaches the floor."""
+    """The first in the rule's order, where none may be chosen: all miss the floor or are degenerate."""
     front: list[int] = field(default_factory=list)
     figures: dict[str, Any] | None = None
     """Of the chosen trial's model, on all rows."""
@@ -40,14 +41,12 @@ class Outcome:
 
 
 def choose(ledger: Ledger) -> Outcome:
-    """The rule's choice among the trials that came to their end, and the Pareto front of all of them."""
+    """The rule's choice among the trials that came to their end, and the Pareto front of those not degenerate."""
     goal, numbers = ledger.search.goal, range(len(ledger.suggestions))
     order = ranked(ledger, numbers)
-    found = {number: values((ledger.result(number) or {})["figures"]) for number in order}
-    outcome = Outcome(front=pareto(ledger, order))
-    enough = [number for number in order if goal.enough(found[number])]
-    if enough:
-        outcome.chosen = enough[0]
+    outcome = Outcome(front=pareto(ledger, sound_only(ledger, order)))
+    if order and goal.eligible(plain((ledger.result(order[0]) or {})["figures"])):
+        outcome.chosen = order[0]
     elif order:
         outcome.nearest = order[0]
     return outcome
@@ -61,10 +60,16 @@ def pareto(ledger: Ledger, numbers: Sequence[int]) -> list[int]:
     return [numbers[int(index)] for index in pareto_front(points)] if points else []
 
 
+def sound_only(ledger: Ledger, numbers: Sequence[int]) -> list[int]:
+    """Those of the trials with figures that are not degenerate."""
+    found = {number: plain((ledger.result(number) or {})["figures"]) for number in numbers}
+    return [number for number in numbers if not ledger.search.goal.degenerate(found[number])]
+
+
 def plane(ledger: Ledger, numbers: Sequence[int]) -> list[tuple[float, float]]:
     """(objective on its scale from 0 to 1, utility) of trials with figures."""
     goal = ledger.search.goal
-    found = [values((ledger.result(number) or {})["figures"]) for number in numbers]
+    found = [plain((ledger.result(number) or {})["figures"]) for number in numbers]
     return [(float(goal.height(one) or 0.0), float(one[goal.utility])) for one in found]
 
 
@@ -123,7 +128,7 @@ def priors(ledger: Ledger) -> dict[str, str]:
     (space_file), on more rows or a larger model. Empty with fewer than three such trials."""
     goal = ledger.search.goal
     order = ranked(ledger, range(len(ledger.suggestions)))
-    good = [n for n in order if goal.enough(values((ledger.result(n) or {})["figures"]))]
+    good = [n for n in order if goal.eligible(plain((ledger.result(n) or {})["figures"]))]
     if len(good) < PRIORS_FROM:
         return {}
     best = good[: max(PRIORS_FROM, math.ceil(len(good) / 3))]

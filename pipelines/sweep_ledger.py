@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ofmu_ray.config import SweepConfig, UnlearnConfig, apply_overrides, config_hash
+from ofmu_ray.evaluation.comparison import plain
 from ofmu_ray.storage import atomic_write
 from ofmu_ray.training import stages
 from pipelines.search import Search, Seen, Suggestion
@@ -136,9 +137,9 @@ class Ledger:
         suggestion, result = self.suggestions[number], self.result(number)
         if result is None:
             return Seen(suggestion, "running")
-        figures = [values(one["figures"]) for one in result.get("evaluations") or []]
+        figures = [plain(one["figures"]) for one in result.get("evaluations") or []]
         if result.get("figures"):
-            figures.append(values(result["figures"]))
+            figures.append(plain(result["figures"]))
         return Seen(suggestion, result["status"], figures, result.get("flops"))
 
     def forget_failures(self) -> None:
@@ -161,22 +162,15 @@ class Ledger:
         return go if known is None else known
 
 
-def values(figures: dict[str, Any]) -> dict[str, Any]:
-    """Figures as plain numbers (None: absent)."""
-    return {name: figure.get("value") for name, figure in figures.items()}
-
-
 def ranked(ledger: Ledger, numbers: Sequence[int]) -> list[int]:
     """Trials that came to their end with figures, the rule's best first; ties by cost or order (select.tie_break)."""
-    from ofmu_ray.evaluation.goal import FAILED
-
     found = []
     for number in numbers:
         result = ledger.result(number)
         if result is None or not result.get("figures"):
             continue
-        score = ledger.search.goal.score(values(result["figures"]))
-        if score > FAILED:
+        rank = ledger.search.goal.rank(plain(result["figures"]))
+        if rank is not None:
             cost = result["flops"] if ledger.config.select.tie_break == "cost" else 0.0
-            found.append((-score, cost, number))
+            found.append((rank, cost, number))
     return [number for _, _, number in sorted(found)]

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ofmu_ray.evaluation.comparison import plain
+from ofmu_ray.evaluation.degeneration import words
 from ofmu_ray.storage import atomic_write
 from pipelines.benchmark_results import COSTS, duration, machine
 from pipelines.preflight import public
-from pipelines.sweep_choice import BEST, Outcome, plane, priors
-from pipelines.sweep_ledger import Ledger, ranked, values
+from pipelines.rule import marks
+from pipelines.sweep_choice import BEST, Outcome, plane, priors, sound_only
+from pipelines.sweep_ledger import Ledger, ranked
 from pipelines.trial import result_path
 from tune_spaces import Space
 
@@ -35,16 +39,17 @@ def trial_rows(ledger: Ledger, outcome: Outcome) -> list[dict[str, Any]]:
             | {
                 "stage": ledger.stage_count if whole else len(evaluations),
                 "selected": number == outcome.chosen,
-                "feasible": goal.enough(values(figures)) if figures else None,
+                "feasible": goal.enough(plain(figures)) if figures else None,
+                **marks(plain(figures), goal.sound),
                 "front": number in outcome.front,
                 "parent": suggestion.parent,
             }
         )
     for _, result in outcome.confirmed:
         figures = result.get("figures") or {}
-        extra = {"stage": ledger.stage_count, "selected": False, "front": False, "parent": None}
-        enough = goal.enough(values(figures)) if figures else None
-        rows.append(_row(result, outcome.chosen, "confirm", ledger, figures) | extra | {"feasible": enough})
+        extra: dict[str, Any] = {"stage": ledger.stage_count, "selected": False, "front": False, "parent": None}
+        extra |= {"feasible": goal.enough(plain(figures)) if figures else None, **marks(plain(figures), goal.sound)}
+        rows.append(_row(result, outcome.chosen, "confirm", ledger, figures) | extra)
     return rows
 
 
@@ -65,9 +70,7 @@ def _row(
     evaluations = result.get("evaluations") or []
     if row["flops"] is None and evaluations:  # a run that failed after an evaluation
         row["flops"] = evaluations[-1]["account"]["flops"]
-    for name, figure in figures.items():
-        row |= {name: figure.get("value"), f"{name}_low": figure.get("low"), f"{name}_high": figure.get("high")}
-    return row
+    return row | plain(figures)
 
 
 def stage_rows(ledger: Ledger) -> list[dict[str, Any]]:
@@ -75,7 +78,7 @@ def stage_rows(ledger: Ledger) -> list[dict[str, Any]]:
     goal, rows = ledger.search.goal, []
     for number in range(len(ledger.suggestions)):
         for one in ledger.evaluations(number):
-            found = values(one["figures"])
+            found = plain(one["figures"])
             rows.append(
                 {
                     "number": number,
@@ -103,7 +106,7 @@ def settings(
 
     config, goal = ledger.config, ledger.search.goal
     ends = [found["ended"] for n in range(len(ledger.suggestions)) if (found := ledger.result(n))]
-    points = plane(ledger, ranked(ledger, range(len(ledger.suggestions))))
+    points = plane(ledger, sound_only(ledger, ranked(ledger, range(len(ledger.suggestions)))))
     objectives = [goal.objective, goal.utility] if config.search.kind == "multi_objective" else []
     chosen = None
     if outcome.chosen is not None:
@@ -131,6 +134,7 @@ def settings(
             "utility_floor": config.select.utility_floor,
             "relative_to": config.select.relative_to,
             "tie_break": config.select.tie_break,
+            "sound": goal.sound and asdict(goal.sound),
             "objectives": [*objectives, *(["flops"] if config.search.cost else [])],
             "higher_is_better": {name: sense(name) == "high" for name in (goal.objective, goal.utility)}
             | {"flops": False},
@@ -216,12 +220,12 @@ def line(ledger: Ledger, number: int) -> str:
     result, goal = ledger.result(number), ledger.search.goal
     if result is None:
         found = ledger.evaluations(number)
-        figures, status = (values(found[-1]["figures"]) if found else {}), f"stopped after {len(found)} evaluations"
+        figures, status = (plain(found[-1]["figures"]) if found else {}), f"stopped after {len(found)} evaluations"
         seconds = 0.0
     else:
         evaluations = result.get("evaluations") or []
         last = result.get("figures") or (evaluations[-1]["figures"] if evaluations else {})
-        figures, seconds = values(last), result.get("total_seconds") or 0.0
+        figures, seconds = plain(last), result.get("total_seconds") or 0.0
         status = "" if result["status"] == "finished" else f"{result['status']}: {result.get('message', '')}"
     shown = [f"{name} {figures[name]:.3g}" for name in (goal.objective, goal.utility) if figures.get(name) is not None]
     return ", ".join([*shown, *([status] if status else []), *([duration(seconds)] if seconds else [])])
@@ -232,7 +236,7 @@ def summary(ledger: Ledger, outcome: Outcome) -> str:
     goal, lines = ledger.search.goal, []
 
     def shown(number: int) -> str:
-        found = values((ledger.result(number) or {})["figures"])
+        found = plain((ledger.result(number) or {})["figures"])
         cells = [f"{name} {found[name]:<10.4g}" for name in (goal.objective, goal.utility)]
         options = [f"{name}={value}" for name, value in ledger.suggestions[number].options.items()]
         return f"  trial {number:<5}" + " ".join([*cells, *options])
@@ -249,11 +253,15 @@ def summary(ledger: Ledger, outcome: Outcome) -> str:
                 interval = f" [{ends[0]:.3g}, {ends[1]:.3g}]" if None not in ends else ""
                 lines.append(f"  {name} {figure['value']:.4g}{interval}")
         for seed, result in outcome.confirmed:
-            found = values(result.get("figures") or {})
+            found = plain(result.get("figures") or {})
             cells = [f"{n} {found[n]:.4g}" for n in (goal.objective, goal.utility) if found.get(n) is not None]
             lines.append(f"  seed {seed}: " + (", ".join(cells) or f"{result['status']}: {result.get('message', '')}"))
     elif outcome.nearest is not None:
-        lines += ["", f"no trial has {goal.utility} >= {goal.floor:.4g}; the nearest:", shown(outcome.nearest)]
+        nearest = plain((ledger.result(outcome.nearest) or {})["figures"])
+        why = f"no trial has {goal.utility} >= {goal.floor:.4g}"
+        if goal.degenerate(nearest):
+            why = f"all trials are degenerate ({words(nearest, goal.sound)})"
+        lines += ["", f"{why}; the nearest:", shown(outcome.nearest)]
     else:
         lines += ["", "no trial came to its end with figures"]
     return "\n".join(lines)

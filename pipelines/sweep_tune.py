@@ -22,7 +22,8 @@ from ray.tune.search import Searcher
 
 from ofmu_ray.config import EarlyConfig, TrackingConfig
 from ofmu_ray.errors import UserError
-from pipelines.sweep_ledger import Ledger, values
+from ofmu_ray.evaluation.comparison import plain
+from pipelines.sweep_ledger import Ledger
 from pipelines.trial import Watch, run_trial, write_failure
 
 POLL_SECONDS = 0.1
@@ -174,7 +175,7 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]
 
     def _told(self, figures: dict[str, Any], *, done: bool) -> dict[str, Any]:
         share = 1.0 if done else self.ledger.search.share
-        score = self.ledger.search.goal.score(values(figures), share)
+        score = self.ledger.search.goal.score(plain(figures), share)
         return {"number": self.number, "stage": self.stage, "score": score, "done": done}
 
     def cleanup(self) -> None:

@@ -308,6 +308,41 @@ def test_a_killed_benchmark_shows_what_is_there(tmp_path: Path) -> None:
     assert (only["method"], only["seeds_low"], only["result"]) == ("npo", "", "")
 
 
+def test_degenerate_runs_are_marked_and_count_for_nothing(tmp_path: Path) -> None:
+    """npo is the better one by construction, but most of its runs babble, and so does the best trial of grad_diff."""
+    trials, rows = make_split("people", ablation=False, methods={name: METHODS[name] for name in ("npo", "grad_diff")})
+    for one in trials:
+        one["degenerate"] = one["method"] == "npo" and not (one["phase"] == "report" and one["seed"] == 1)
+        one["degenerate_by"] = "repetition" if one["degenerate"] else ""
+        repetition = 0.8 if one["degenerate"] else 0.0
+        one |= {f"forget_repetition{end}": repetition for end in ("", "_low", "_high")}
+    tuned = [one for one in trials if (one["method"], one["phase"]) == ("grad_diff", "tune")]
+    best = max(tuned, key=lambda one: one["forget_quality"])
+    best |= {f"forget_repetition{end}": 0.9 for end in ("", "_low", "_high")} | {"degenerate": True}
+    goal = {"objective": "forget_quality", "utility": "model_utility", "floor": 0.0, "retrained_objective": 1.0,
+            "sound": {"of": "retrained", "bounds": {"repetition": [0.0, 0.0, 0.05]}}}  # fmt: skip
+    write_benchmark_report(tmp_path, trials, pa.concat_tables(rows), make_settings(goals={"people": goal}))
+    page = (tmp_path / "report.html").read_text()
+    table = _Page(page).table("Method", "KS distance to retrained ↓", "Passes")
+    assert table["npo"]["KS distance to retrained ↓"][1] == "⊘"
+    assert table["npo"]["Method"] == ["npo", "3 of 3 seeds", "2 degenerate"]
+    assert table["grad_diff"]["KS distance to retrained ↓"][1] == "★"
+    results = {(row["method"], row["figure"]): row["result"] for row in read_csv(tmp_path / "results.csv")}
+    assert (results["npo", "ks_statistic"], results["grad_diff", "ks_statistic"]) == ("degenerate", "best")
+    assert results["npo", "model_utility"] != "degenerate"
+    selected = {row["method"]: row for row in read_csv(tmp_path / "selected.csv")}
+    assert [selected[name]["degenerate"] for name in ("npo", "grad_diff")] == ["True", "False"]
+    second = max((one for one in tuned if one is not best), key=lambda one: one["forget_quality"])
+    if second["trial"] != 0:
+        assert f"grad_diff: trial 0 was used, but the rule chooses {second['trial']}." in page
+    areas = {row["method"]: row for row in read_csv(tmp_path / "hypervolume.csv")}
+    [lone] = [one for one in trials if one["method"] == "npo" and not one["degenerate"]]
+    expected = lone["model_utility"] / float(areas["npo"]["utility_of_1"]) * (1 - lone["ks_statistic"])
+    assert float(areas["npo"]["hypervolume"]) == pytest.approx(expected)
+    assert float(areas["npo"]["hypervolume_all_runs"]) > float(areas["npo"]["hypervolume"])
+    assert (areas["npo"]["degenerate"], areas["grad_diff"]["degenerate"]) == ("8", "1")
+
+
 @pytest.mark.parametrize("count", [0, 1, 24])
 def test_without_rows_nothing_is_claimed_about_the_floor(tmp_path: Path, count: int) -> None:
     trials, _ = make_split("people", ablation=False, methods={name: METHODS[name] for name in ("npo", "grad_diff")})

@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import ks_2samp, spearmanr, ttest_rel
 
-from ofmu_ray.evaluation.comparison import geometric_mean, hypervolume, pareto_front, select, sensitivity
+from ofmu_ray.evaluation.comparison import geometric_mean, hypervolume, pareto_front, sensitivity
+from ofmu_ray.evaluation.degeneration import Sound
+from ofmu_ray.evaluation.goal import Goal, select
 from ofmu_ray.evaluation.paired import Draws, PairedTest, Resamples, holm, is_forgetting, paired_test, verdicts
 from ofmu_ray.evaluation.summary import summarise
 
@@ -27,7 +29,7 @@ def trial(number: int, quality: float | None, utility: float | None, **more: Any
 
 
 def chosen(trials: list[dict[str, Any]], floor: float = 0.6) -> tuple[int, bool] | None:
-    choice = select(trials, "forget_quality", "model_utility", floor)
+    choice = select(trials, Goal("forget_quality", "model_utility", floor))
     return None if choice is None else (choice.trial["trial"], choice.floor_missed)
 
 
@@ -50,6 +52,48 @@ def test_only_tuning_trials_with_both_figures_count() -> None:
     others = [trial(0, None, 0.9), trial(1, 0.9, None), trial(2, 0.9, float("nan")), trial(3, 0.9, 0.9, phase="report")]
     assert chosen(others) is None
     assert chosen([*others, trial(4, 0.1, 0.7)]) == (4, False)
+
+
+@pytest.mark.parametrize(
+    ("objective", "retrained", "values", "best"),
+    [
+        ("forget_quality", None, (0.1, 0.3, 0.2), 1),
+        ("retain_probability", None, (0.1, 0.3, 0.2), 1),
+        ("ks_statistic", None, (0.1, 0.3, 0.2), 0),
+        ("forget_probability", 0.22, (0.1, 0.3, 0.2), 2),  # near the retrained model's, from either side
+        ("forget_probability", 0.28, (0.1, 0.3, 0.2), 1),
+        ("forget_probability", None, (0.1, 0.3, 0.2), 0),  # without one: low
+    ],
+)
+def test_the_objective_is_chosen_by_its_direction(
+    objective: str, retrained: float | None, values: tuple[float, ...], best: int
+) -> None:
+    trials = [trial(number, None, 0.7) | {objective: value} for number, value in enumerate(values)]
+    choice = select(trials, Goal(objective, "model_utility", 0.6, retrained))
+    assert choice is not None
+    assert choice.trial["trial"] == best
+
+
+def babble(number: int, quality: float, utility: float, repetition: float) -> dict[str, Any]:
+    ends = {"forget_repetition_low": repetition - 0.05, "forget_repetition_high": repetition + 0.05}
+    return trial(number, quality, utility, forget_repetition=repetition, **ends)
+
+
+def test_degenerate_trials_are_ranked_last_and_marked_when_there_are_no_others() -> None:
+    goal = Goal("forget_quality", "model_utility", 0.6, sound=Sound("retrained", {"repetition": (0.02, 0.0, 0.05)}))
+    loud, sound, poor = babble(0, 0.9, 0.8, 0.7), babble(1, 0.2, 0.7, 0.05), babble(2, 0.5, 0.3, 0.02)
+    for trials, number, missed, degenerate in (
+        ([loud, sound, poor], 1, False, False),
+        ([loud, poor], 2, True, False),  # not before one that merely misses the floor
+        ([loud, babble(3, 0.95, 0.5, 0.8)], 0, False, True),
+        ([babble(3, 0.95, 0.5, 0.8), babble(4, 0.1, 0.55, 0.8)], 4, True, True),
+    ):
+        choice = select(trials, goal)
+        assert choice is not None
+        assert (choice.trial["trial"], choice.floor_missed, choice.degenerate) == (number, missed, degenerate)
+        ranks = [(goal.rank(one), -goal.score(one)) for one in trials]
+        assert sorted(ranks) == sorted(ranks, key=lambda pair: pair[1])  # schedulers see the same order
+    assert goal.degenerate(trial(5, 0.9, 0.9)) is None  # nothing was generated
 
 
 def test_the_geometric_mean_of_p_values() -> None:
@@ -260,7 +304,7 @@ def test_the_method_that_is_better_by_construction_is_marked_and_its_equal_too()
 
 
 def test_a_method_below_the_floor_is_never_best() -> None:
-    found = verdicts(scores({"good": 0.0, "far": 0.15}), barred={"good"})
+    found = verdicts(scores({"good": 0.0, "far": 0.15}), barred={"good": "below the utility floor"})
     assert {method: verdict.result for method, verdict in found.items()} == {
         "good": "below the utility floor",
         "far": "best",

@@ -68,7 +68,8 @@ def make_data(**changes: Any) -> ReportData:
         "title": "ofmu-lite-3f9a1c2e",
         "config": config,
         "metrics": figures,
-        "run": {"status": "finished", "message": "", "rounds": 60, "model": "runs/x/model", "mlflow": "mlflow ui"},
+        "run": {"status": "finished", "message": "", "rounds": 60, "model": "runs/x/model", "mlflow": "mlflow ui",
+                "generations": "answers to forget prompts: repetition 0.76 (retrained 0.00): degenerate"},
         "cost": {
             "gradient_passes": {"forget": 420, "retain": 180}, "tokens": 412_345, "flops": 1.31e12, "updates": 360,
             "seconds": {"start": 5.1, "data": 9.7, "evaluation": 21.4, "training": 75.2},
@@ -201,6 +202,10 @@ def test_the_header_names_the_model_that_was_changed(page: str) -> None:
     assert facts["engine"] == "deepspeed ZeRO-2"
     assert facts["rounds"] == "60"
     assert "mlflow" not in facts
+
+
+def test_a_degenerate_model_is_called_so(page: str) -> None:
+    assert "<p>Answers to forget prompts: repetition 0.76 (retrained 0.00): degenerate.</p>" in page
 
 
 def test_absent_figures_say_why(page: str) -> None:

@@ -6,6 +6,7 @@ import statistics
 import pytest
 
 from ofmu_ray.config import SearchConfig, UnlearnConfig, apply_overrides
+from ofmu_ray.evaluation.degeneration import Sound
 from ofmu_ray.evaluation.goal import Goal
 from pipelines.search import Search, Seen, Suggestion, without_other_batches
 from tune_spaces import SPACES, Choice, Integers, Knob, LogUniform, Space, Uniform, ZeroOrLogUniform
@@ -37,6 +38,17 @@ def searched(made: Search, trials: int, judge) -> list[Seen]:
         apply_overrides(BASE, found.options)
         seen.append(judge(found))
     return seen
+
+
+@pytest.mark.parametrize("kind", ["tpe", "multi_objective"])
+def test_the_estimator_is_told_of_degenerate_trials(kind):
+    goal = Goal("forget_quality", "model_utility", 0.5, sound=Sound("retrained", {"repetition": (0.0, 0.0, 0.05)}))
+    made = Search(SearchConfig(kind=kind), SPACES["ofmu_lite"], BASE, goal)
+    one = ended(made.suggest(0, []), 0.5)
+    for repetition, violated in ((0.0, 0.0), (0.9, 1.0)):
+        ends = {f"forget_repetition{end}": repetition for end in ("", "_low", "_high")}
+        told_of = made._told(Seen(one.suggestion, "finished", [dict(one.figures[0]) | ends]))
+        assert max(0.0, *told_of.constraints.values()) == violated
 
 
 @pytest.mark.parametrize("kind", ["random", "tpe", "multi_objective"])

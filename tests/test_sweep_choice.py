@@ -5,6 +5,7 @@ import json
 import pytest
 
 from ofmu_ray.config import ModelConfig, SweepConfig, UnlearnConfig, apply_overrides
+from ofmu_ray.evaluation.degeneration import Sound
 from ofmu_ray.evaluation.goal import Goal
 from pipelines.search import Search, Suggestion
 from pipelines.sweep_choice import choose, priors, prune_models
@@ -12,13 +13,14 @@ from pipelines.sweep_ledger import Ledger
 from pipelines.trial import SplitData, model_path, result_path
 from tune_spaces import SPACES, parse_prior
 
+GOAL = Goal("forget_quality", "model_utility", 0.5, sound=Sound("retrained", {"repetition": (0.0, 0.0, 0.05)}))
 RATES = (1e-5, 2e-5, 3e-5, 5e-5, 8e-5, 4e-6)
 
 
 def ledger_of(folder, trials, **select) -> Ledger:
     """Finished trials (forget quality, utility, FLOPs), and None for one that was ended early."""
     config = apply_overrides(SweepConfig(name="s", storage=str(folder)), {"select": select, "keep_models": 2})
-    search = Search(config.search, SPACES["ofmu_lite"], UnlearnConfig(), Goal("forget_quality", "model_utility", 0.5))
+    search = Search(config.search, SPACES["ofmu_lite"], UnlearnConfig(), GOAL)
     data = SplitData("sweep", str(folder), None, None, None, "of the test", ModelConfig())
     folder.mkdir(exist_ok=True)
     made = Ledger(config, search, data)
@@ -28,8 +30,10 @@ def ledger_of(folder, trials, **select) -> Ledger:
         made.suggestions.append(Suggestion(number, options | rho))
         result = {"status": "stopped", "evaluations": [], "options": options, "flops": 1.0}
         if trial is not None:
-            quality, utility, flops = trial
+            quality, utility, flops, *repetition = trial
             figures = {"forget_quality": {"value": quality}, "model_utility": {"value": utility}}
+            for value in repetition:
+                figures["forget_repetition"] = {"value": value, "low": value - 0.02, "high": value + 0.02}
             result |= {"status": "finished", "figures": figures, "flops": flops}
         path = result_path(folder, made.key(number))
         path.parent.mkdir(exist_ok=True)
@@ -52,6 +56,14 @@ def test_without_enough_utility_the_nearest_is_named(tmp_path):
     outcome = choose(ledger_of(tmp_path, [(0.9, 0.2, 1.0), None, (0.1, 0.45, 1.0)]))
     assert (outcome.chosen, outcome.nearest, outcome.front) == (None, 2, [2, 0])
     assert choose(ledger_of(tmp_path / "none", [])).front == []
+
+
+def test_degenerate_trials_are_not_chosen_and_on_no_front(tmp_path):
+    loud, calm = (0.9, 0.7, 1.0, 0.8), (0.2, 0.6, 1.0, 0.01)
+    outcome = choose(ledger_of(tmp_path / "two", [loud, calm]))
+    assert (outcome.chosen, outcome.front) == (1, [1])
+    outcome = choose(ledger_of(tmp_path / "one", [loud]))
+    assert (outcome.chosen, outcome.nearest, outcome.front) == (None, 0, [])
 
 
 def test_models_beyond_the_best_go(tmp_path):

@@ -67,6 +67,39 @@ def test_a_field_without_its_condition_is_not_drawn():
     assert not any("ofmu.rho_growth" in draw for draw in fixed.draws(3, 0, without))
 
 
+def test_a_second_round_is_drawn_around_the_best():
+    space = Space(
+        (
+            Knob("ofmu.inner.lr", LogUniform(1e-6, 1e-2), "wide"),
+            Knob("ofmu.beta", Uniform(0.0, 0.8), "wide"),
+            Knob("ofmu.inner_steps", Integers(1, 17), "wide"),
+            Knob("ofmu.rho", ZeroOrLogUniform(1e-8, 1.0), "wide"),
+            Knob("ofmu.rho_growth", Uniform(1.0, 1.1), "wide", given="ofmu.rho"),
+            Knob("ofmu.inner.decay", Choice(("constant", "linear")), "wide"),
+        )
+    )
+    best = {"ofmu.inner.lr": 1e-4, "ofmu.beta": 0.05, "ofmu.inner_steps": 17, "ofmu.rho": 1e-3, "ofmu.rho_growth": 1.05,
+            "ofmu.inner.decay": "linear"}  # fmt: skip
+    near = {knob.field: knob.prior for knob in space.around(best, "near").knobs}
+    rate, rho = near["ofmu.inner.lr"], near["ofmu.rho"]
+    assert isinstance(rate, LogUniform)
+    assert isinstance(rho, LogUniform)
+    assert (rate.low, rate.high) == pytest.approx((1e-4 / 10**0.5, 1e-4 * 10**0.5))  # an eighth of four decades
+    assert (rho.low, rho.high) == pytest.approx((1e-4, 1e-2))
+    assert str(near["ofmu.beta"]) == "uniform(0, 0.15)"  # cut off where the prior ends
+    assert near["ofmu.inner_steps"] == Integers(15, 17)
+    assert near["ofmu.inner.decay"] == Choice(("linear",))
+    draws = space.around(best, "near").draws(6, (3, 1), BASE)
+    assert draws == space.around(best, "near").draws(6, (3, 1), BASE)
+    assert len({draw["ofmu.inner.lr"] for draw in draws}) == 6
+    for draw in draws:
+        apply_overrides(BASE, draw)
+    off = {name: value for name, value in best.items() if name != "ofmu.rho_growth"} | {"ofmu.rho": 0.0}
+    left = space.around(off, "near")
+    assert {draw["ofmu.rho"] for draw in left.draws(3, 0, BASE)} == {0.0}
+    assert "ofmu.rho_growth" not in {knob.field for knob in left.knobs}
+
+
 def test_priors_as_text():
     pairs = {
         "loguniform(1e-5, 1e-3)": LogUniform(1e-5, 1e-3),

@@ -88,7 +88,11 @@ def test_what_ray_up_can_start_counts_as_there(local_ray, tmp_path, monkeypatch)
 def test_a_run_leaves_what_the_contract_names(finished):
     storage, status, metrics = finished
     assert status == 0
-    assert set(metrics) == {"before", "after", "retrained", "cost", "run"}
+    assert set(metrics) == {"before", "after", "retrained", "aggregate", "cost", "run"}
+    assert 0 <= metrics["aggregate"]["aggregate"]["value"] <= 1
+    verdict = "degenerate" if metrics["run"]["degenerate"] else "not degenerate"
+    assert metrics["run"]["generations"].startswith("answers to forget prompts: ")
+    assert metrics["run"]["generations"].endswith(f"): {verdict}")
     for role in ("before", "after", "retrained"):
         for name in ("forget_quality", "model_utility", *COMPONENTS):
             figure = metrics[role][name]
@@ -171,7 +175,9 @@ def test_a_finished_run_is_shown_and_its_name_is_not_reused(finished, capsys):
     options = ["--training.workers", "2", "--training.zero_stage", "3", "--training.rounds", "6"]
     evaluation = ["--evaluation.max_new_tokens", "20", "--evaluation.bootstrap_samples", "50"]
     assert run(storage, "two", *BRIEF, *options, *evaluation) == (0, metrics)
-    assert "finished already" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "finished already" in shown.err
+    assert metrics["run"]["generations"] in shown.out
     assert run(storage, "two", *BRIEF, "--seed", "1")[0] == 2
     assert "choose another --name" in capsys.readouterr().err
 

@@ -23,6 +23,10 @@ Overrides = dict[str, Any]
 """Dotted field -> value."""
 
 
+NEAR = 1 / 8
+"""Share of a range to either side of a value that counts as near it."""
+
+
 class Prior(Protocol):
     """A distribution of one field's values; `str` of it is what `parse_prior` reads."""
 
@@ -125,6 +129,22 @@ class Choice:
 
     def __str__(self) -> str:
         return f"choice({', '.join('null' if option is None else str(option) for option in self.options)})"
+
+
+def _around(prior: Prior, value: Any) -> Prior:
+    """A quarter of the prior's range, around a value."""
+    if isinstance(prior, ZeroOrLogUniform) and value:
+        prior = prior.positive
+    if isinstance(prior, LogUniform):
+        factor = (prior.high / prior.low) ** NEAR
+        return LogUniform(max(prior.low, value / factor), min(prior.high, value * factor))
+    if isinstance(prior, Uniform):
+        reach = NEAR * (prior.high - prior.low)
+        return Uniform(max(prior.low, value - reach), min(prior.high, value + reach))
+    if isinstance(prior, Integers):
+        steps = max(1, round(NEAR * (prior.high - prior.low)))
+        return Integers(max(prior.low, value - steps), min(prior.high, value + steps))
+    return Choice((value,))
 
 
 def _require(condition: bool, prior: object, need: str) -> None:
@@ -264,6 +284,15 @@ class Space:
         ]
         new = [Knob(field, prior, why) for field, prior in priors.items() if prior and field not in known]
         return Space((*kept, *new))
+
+    def around(self, options: Overrides, why: str) -> Space:
+        """The middle quarter of each field's range around its value in `options` (of the logarithm's range, where the
+        prior is one of it), cut off where the prior ends; choices stay, and so do fields that were not drawn."""
+        priors: dict[str, Prior | None] = {
+            knob.field: _around(knob.prior, options[knob.field]) if knob.field in options else None
+            for knob in self.knobs
+        }
+        return self.with_priors(priors, why)
 
     def check(self, base: UnlearnConfig) -> None:
         """Every field exists and takes its prior's values. Raises UserError, with the closest field otherwise."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ofmu_ray.config.evaluation import EvaluationConfig
 from ofmu_ray.config.methods import METHODS
 from ofmu_ray.config.overrides import apply_overrides, merged, nested
-from ofmu_ray.config.ranges import positive, require
+from ofmu_ray.config.ranges import not_negative, positive, require
 from ofmu_ray.config.runs import UnlearnConfig
 from ofmu_ray.config.values import close_match
 from ofmu_ray.errors import UserError
@@ -50,6 +50,8 @@ class TuningConfig:
 
     trials: int = 4
     """Draws from the method's search space (tune_spaces/), per method and split."""
+    refine: int = 0
+    """Further draws, per method and split, from a quarter of each range around the best of these `trials`."""
     seed: int = 0
     """Seed of the draws and of the tuning runs; not one of `seeds`."""
     rows: int | None = 100
@@ -63,14 +65,17 @@ class TuningConfig:
 
     def __post_init__(self) -> None:
         positive("tuning", self, "trials", "rows", "lr_scale")
+        not_negative("tuning", self, "refine")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RuleConfig:
-    """Which of a method's tuning trials is chosen: the best objective among those with enough utility."""
+    """Which of a method's tuning trials is chosen: the best objective among those with enough utility whose answers to
+    forget prompts are not degenerate."""
 
     objective: str = "forget_quality"
-    """Figure that is to be high."""
+    """Figure (docs/metrics.md): forget_quality and figures of other rows are to be high, KS distance low, the other
+    forget figures near the retrained model's (low without one)."""
     utility: str = "model_utility"
     """Figure that must not fall below floor x the target's."""
     floor: float = 0.9

@@ -1,7 +1,8 @@
-"""Comparing methods over many runs: the rule that chooses trials, Pareto fronts, hypervolume, sensitivity.
+"""Comparing methods over many runs: Pareto fronts, hypervolume, sensitivity.
 
 A trial is a mapping with the figures of one run as plain numbers (None: absent), `phase`, `trial`, `flops` and
-`options` (JSON text of dotted overrides). The paired tests between methods are in `paired.py`.
+`options` (JSON text of dotted overrides). The rule that chooses trials is in `goal.py`, the paired tests between
+methods are in `paired.py`.
 """
 
 from __future__ import annotations
@@ -20,46 +21,18 @@ from ofmu_ray.evaluation.metrics import FloatArray
 Trial = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The trial whose options a method's reported runs use."""
-
-    trial: Trial
-    floor_missed: bool
-    """No trial had enough utility, and this one came nearest."""
-
-
 def number_of(trial: Trial, name: str) -> float | None:
     """A trial's figure; None where it is absent or not finite."""
     value = trial.get(name)
     return float(value) if value is not None and math.isfinite(value) else None
 
 
-def select(trials: Sequence[Trial], objective: str, utility: str, floor: float) -> Choice | None:
-    """The one rule: of the tuning trials with `utility` >= `floor`, the one with the highest `objective`.
-
-    `trials`: of one method and split; only those of phase "tune" with both figures count, and None says that there is
-    none. `floor` is in units of the figure `utility` (fraction x the target's). Ties: fewer FLOPs, then the lower trial
-    number. Where no trial reaches the floor, the one with the highest utility is taken and marked `floor_missed`.
-    """
-    candidates = [
-        (trial, goal, kept)
-        for trial in trials
-        if trial.get("phase") == "tune"
-        and (goal := number_of(trial, objective)) is not None
-        and (kept := number_of(trial, utility)) is not None
-    ]
-    if not candidates:
-        return None
-
-    def cheaper(trial: Trial) -> tuple[float, int]:
-        flops = number_of(trial, "flops")
-        return math.inf if flops is None else flops, int(trial.get("trial") or 0)
-
-    enough = [candidate for candidate in candidates if candidate[2] >= floor]
-    if enough:
-        return Choice(min(enough, key=lambda found: (-found[1], *cheaper(found[0])))[0], floor_missed=False)
-    return Choice(min(candidates, key=lambda found: (-found[2], -found[1], *cheaper(found[0])))[0], floor_missed=True)
+def plain(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Figures as written down (`Figure.to_json`) as plain numbers: NAME, NAME_low, NAME_high (None: absent)."""
+    found: dict[str, Any] = {}
+    for name, figure in figures.items():
+        found |= {name: figure.get("value"), f"{name}_low": figure.get("low"), f"{name}_high": figure.get("high")}
+    return found
 
 
 def geometric_mean(values: Sequence[float]) -> float:

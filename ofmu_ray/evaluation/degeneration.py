@@ -1,10 +1,66 @@
-"""Signs of a damaged generator in what it generates; apart from forgetting (see also `metrics.repetition`)."""
+"""Signs of a damaged generator in what it generates (see also `metrics.repetition`), and when they make a model
+degenerate; apart from forgetting."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+MEASURES = {"repetition": "repetition", "empty": "empty answers", "ngram_entropy": "n-gram entropy"}
+"""What tells a damaged generator -> in words. More of the first two, or less of the last, is worse."""
+
+Bounds = tuple[float, float, float]
+"""A figure's value and the ends of its 95 % interval."""
+
+
+@dataclass(frozen=True)
+class Sound:
+    """Generations that are taken for sound."""
+
+    of: str
+    """Whose they are: "retrained", or "target on holdout rows" and "target on retain rows" where there is none."""
+    bounds: Mapping[str, Bounds]
+    """By measure."""
+
+
+def failed_measures(figures: Mapping[str, Any], sound: Sound | None) -> tuple[str, ...] | None:
+    """The measures in which a model's answers to forget prompts are worse than sound ones; None: not known.
+
+    `figures`: plain numbers, `forget_repetition`, `forget_repetition_low` and so on. Worse is a measure whose
+    difference has a 95 % interval on the wrong side of 0, built from the two figures' intervals (MOVER: Zou and Donner
+    2008, https://doi.org/10.1002/sim.3095). A value merely outside the other's interval is no sign: both are estimates.
+    """
+    if sound is None:
+        return None
+    known, failed = False, []
+    for name, (other, other_low, other_high) in sound.bounds.items():
+        value, low, high = (figures.get(f"forget_{name}{end}") for end in ("", "_low", "_high"))
+        if value is None or low is None or high is None:
+            continue
+        known = True
+        if name == "ngram_entropy":
+            worse = other - value > math.hypot(high - value, other - other_low)
+        else:
+            worse = value - other > math.hypot(value - low, other_high - other)
+        if worse:
+            failed.append(name)
+    return tuple(failed) if known else None
+
+
+def words(figures: Mapping[str, Any], sound: Sound | None) -> str | None:
+    """The verdict on a model's answers to forget prompts as a sentence; None: not known."""
+    failed = failed_measures(figures, sound)
+    if failed is None or sound is None:
+        return None
+    shown = [
+        f"{MEASURES[name]} {figures[f'forget_{name}']:.2f} ({sound.of} {sound.bounds[name][0]:.2f})"
+        for name in failed or [name for name in MEASURES if name in sound.bounds]
+        if figures.get(f"forget_{name}") is not None
+    ]
+    return f"answers to forget prompts: {', '.join(shown)}: {'degenerate' if failed else 'not degenerate'}"
 
 
 def ngram_entropy(tokens: Sequence[int]) -> float:

@@ -1,13 +1,15 @@
-"""What a search is after, as one rule: the best objective among the models with enough utility."""
+"""The one rule of benchmarks and sweeps: the best objective among the models with enough utility whose generations are
+sound."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ofmu_ray.evaluation.comparison import number_of
+from ofmu_ray.evaluation.comparison import Trial, number_of
+from ofmu_ray.evaluation.degeneration import Sound, failed_measures
 
 Sense = Literal["high", "low", "retrained"]
 SMALLEST_P = 1e-300
@@ -37,6 +39,9 @@ class Goal:
     retrained_objective: float | None = None
     """The retrained model's objective, for figures that should match it; None: these are to be low."""
 
+    sound: Sound | None = None
+    """Generations beside which a model's are degenerate; None: no model is."""
+
     def goodness(self, figures: Mapping[str, Any]) -> float | None:
         """The objective so that more is better, in units of the figure; None where it is absent."""
         value = number_of(figures, self.objective)
@@ -54,6 +59,26 @@ class Goal:
         value = number_of(figures, self.utility)
         return None if value is None else self.floor is None or value >= self.floor
 
+    def degenerate(self, figures: Mapping[str, Any]) -> bool | None:
+        """Whether the answers to forget prompts are worse than sound ones; None where that is not known."""
+        failed = failed_measures(figures, self.sound)
+        return None if failed is None else bool(failed)
+
+    def eligible(self, figures: Mapping[str, Any]) -> bool:
+        """Whether the rule recommends such a model, if it has no better one: enough utility, and not degenerate."""
+        return bool(self.enough(figures)) and not self.degenerate(figures)
+
+    def rank(self, figures: Mapping[str, Any]) -> tuple[bool, bool, float, float] | None:
+        """Place in the rule's order, lowest first; None where a figure is absent.
+
+        Degenerate models come last; then those without enough utility, by utility; the others by their objective.
+        """
+        goodness, utility = self.goodness(figures), number_of(figures, self.utility)
+        if goodness is None or utility is None:
+            return None
+        missed = not self.enough(figures)
+        return bool(self.degenerate(figures)), missed, -utility if missed else -goodness, -goodness
+
     def height(self, figures: Mapping[str, Any]) -> float | None:
         """The objective on a scale from 0 to 1 whose order is that of `goodness`; p-values by their logarithm."""
         goodness = self.goodness(figures)
@@ -64,7 +89,8 @@ class Goal:
         return 0.5 + _squashed(goodness) / 2
 
     def score(self, figures: Mapping[str, Any], share: float = 1.0) -> float:
-        """One number whose order is that of the rule: in [0, 1] with enough utility, in [-1, 0) without, else FAILED.
+        """One number whose order is that of `rank`: in [0, 1] with enough utility, in [-1, 0) without, in (-2, -1) for
+        degenerate models, else FAILED.
 
         Bounded, because schedulers interpolate between scores. `share` of the floor is enough.
         """
@@ -72,7 +98,40 @@ class Goal:
         if height is None or utility is None:
             return FAILED
         missing = 0.0 if self.floor is None else share * self.floor - utility
-        return height if missing <= 0 else -_squashed(missing)
+        score = height if missing <= 0 else -_squashed(missing)
+        return 0.49 * score - 1.5 if self.degenerate(figures) else score
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The trial whose options a method's reported runs use."""
+
+    trial: Trial
+    floor_missed: bool = False
+    """No trial had enough utility, and this one came nearest."""
+    degenerate: bool = False
+    """All trials were degenerate."""
+
+
+def select(trials: Sequence[Trial], goal: Goal) -> Choice | None:
+    """The first of the tuning trials in the rule's order; None: no tuning trial has both figures.
+
+    `trials`: of one method and split. Ties: fewer FLOPs, then the lower trial number.
+    """
+
+    def cheaper(trial: Trial) -> tuple[float, int]:
+        flops = number_of(trial, "flops")
+        return math.inf if flops is None else flops, int(trial.get("trial") or 0)
+
+    ranked = [
+        (rank, cheaper(trial), trial)
+        for trial in trials
+        if trial.get("phase") == "tune" and (rank := goal.rank(trial)) is not None
+    ]
+    if not ranked:
+        return None
+    (degenerate, missed, *_), _, trial = min(ranked, key=lambda place: place[:2])
+    return Choice(trial, floor_missed=missed, degenerate=degenerate)
 
 
 def _squashed(value: float) -> float:

@@ -14,7 +14,7 @@ of which those with the best method are read: which one is best was chosen from 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
@@ -26,7 +26,7 @@ from ofmu_ray.evaluation import metrics
 from ofmu_ray.evaluation.columns import clusters_of, finite, rows_of
 from ofmu_ray.evaluation.metrics import FloatArray
 
-Result = Literal["best", "not significantly worse", "worse", "below the utility floor", "not tested"]
+Result = Literal["best", "not significantly worse", "worse", "below the utility floor", "degenerate", "not tested"]
 _SETS = ("forget", "retain", "real_authors", "world_facts")
 _COLUMNS = {"probability": "probability", "rouge": "rouge_l_recall", "truth_ratio": "truth_ratio"}
 _DISTANCES = ("forget_quality", "ks_statistic")
@@ -242,13 +242,14 @@ class Verdict:
 
 
 def verdicts(
-    scores: Mapping[str, Mapping[int, Draws]], barred: Collection[str] = (), level: float = 0.05
+    scores: Mapping[str, Mapping[int, Draws]], barred: Mapping[str, Result] | None = None, level: float = 0.05
 ) -> dict[str, Verdict]:
     """Method -> (seed -> score, higher is better) -> who is best, and who is not significantly worse than it.
 
-    `barred`: methods that cannot be best in this figure because they missed the utility floor; they are not compared.
+    `barred`: methods that cannot be best in this figure, and why; they are not compared.
     """
-    found = {method: Verdict("below the utility floor") for method in scores if method in barred}
+    barred = barred or {}
+    found = {method: Verdict(barred[method]) for method in scores if method in barred}
     means = {
         method: float(np.mean([draws.value for draws in seeds.values()]))
         for method, seeds in scores.items()

@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ofmu_ray.evaluation import membership, memorisation, metrics
 from ofmu_ray.evaluation.columns import clusters_of, finite, of_tokens, rows_of, same_rows
+from ofmu_ray.evaluation.degeneration import MEASURES, Bounds, Sound
 from ofmu_ray.evaluation.intervals import (
     Clusters,
     Figure,
@@ -116,6 +118,50 @@ def _generation_and_memory(rows: pa.Table, name: str, clusters: Clusters, option
     }
     found |= {f"{name}_{metric}": finite(rows, name, column) for metric, column in _DEGENERATION.items()}
     return {figure: _mean(values, clusters, figure, options) for figure, values in found.items()}
+
+
+def sound_generations(
+    target: pa.Table | None,
+    retrained: pa.Table | None,
+    *,
+    bootstrap_samples: int = 1000,
+    seed: int = 0,
+    longest: int | None = None,
+) -> Sound | None:
+    """What a model's answers to forget prompts are held against: the retrained model's to the same prompts; where there
+    is none, the target's to prompts of holdout rows, which it never saw either, else to those of the retain rows.
+
+    `longest`: of the other model's generations (tokens). None where nothing was generated, or where generations so
+    short could not be compared: those of the reference are longer.
+    """
+    options = {"samples": bootstrap_samples, "seed": seed}
+    sources = [("retrained", retrained, "forget")] if retrained is not None else []
+    sources += [(f"target on {name} rows", target, name) for name in ("holdout", "retain") if retrained is None]
+    for whose, table, name in sources:
+        rows = None if table is None else rows_of(table, name)
+        if rows is None or not rows.num_rows:
+            continue
+        bounds: dict[str, Bounds] = {}
+        for measure in MEASURES:
+            values = finite(rows, name, _DEGENERATION[measure])
+            found = _bounds(measure, _mean(values, clusters_of(rows), f"{name}_{measure}", options))
+            if found is not None:
+                bounds[measure] = found
+        if bounds:
+            tokens = pc.max(rows["generated_tokens"]).as_py()
+            return Sound(whose, bounds) if longest is None or longest >= tokens else None
+    return None
+
+
+def _bounds(measure: str, figure: Figure) -> Bounds | None:
+    if figure.value is None or figure.low is None or figure.high is None:
+        return None
+    high = figure.high
+    if measure != "ngram_entropy" and figure.value == 0.0 and figure.n:
+        # resampling nothing but zeros says that the mean is 0 for sure; the exact bound on the share of rows that are
+        # not 0 (Clopper and Pearson, 1934), and so on the mean of values up to 1, is
+        high = 1.0 - 0.025 ** (1.0 / figure.n)
+    return figure.value, figure.low, high
 
 
 def _utility(

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from ofmu_ray.evaluation.comparison import Trial, hypervolume, number_of, pareto_front, sensitivity
+from ofmu_ray.evaluation.goal import sense
 from ofmu_ray.reporting import benchmark_runs, figures
 from ofmu_ray.reporting import benchmark_tables as tables
 from ofmu_ray.reporting.benchmark_plots import Point, cost_plot, plane, sensitivity_plot
@@ -72,15 +73,17 @@ def _head(benchmark: Benchmark) -> Head:
         "runs": f"{len(trials)} of {planned}",
         "methods": str(len({trial["method"] for trial in trials if trial["phase"] != "ablation"})),
         "splits": ", ".join(benchmark.splits),
+        "draws of a method": _draws(settings),
         "seeds": ", ".join(map(str, settings.seeds)) or "–",
         "budget of a run": per_run,
         **settings.facts,
     }
     utility, objective = (figures.label(name).lower() for name in (benchmark.utility, benchmark.objective))
     rule = (
-        f"The rule: of a method's tuning trials with at least {benchmark.floor:g} × the target's {utility}, the one "
-        f"with the best {objective}; ties go to the cheaper one. Its options run again with fresh seeds, and only "
-        "these runs are summarised and compared; all are in the plots, in the lists of every run and in trials.csv."
+        f"The rule: of a method's tuning trials with at least {benchmark.floor:g} × the target's {utility} whose "
+        f"answers to forget prompts are not degenerate, the one with the best {objective} ({_aim(benchmark)}); ties go "
+        "to the cheaper one. Its options run again with fresh seeds, and only these runs are summarised and compared; "
+        "all are in the plots, in the lists of every run and in trials.csv."
     )
     reading = (
         "Intervals are 95 %: over seeds by Student's t, over rows by the bootstrap at these seeds (of whole clusters "
@@ -90,6 +93,17 @@ def _head(benchmark: Benchmark) -> Head:
     done = len(trials) >= planned
     status = "complete" if done else f"{len(trials)} of {planned} runs"
     return Head(status, done, {name: words for name, words in facts.items() if words}, [rule, reading])
+
+
+def _aim(benchmark: Benchmark) -> str:
+    """Which way the objective is better."""
+    return {"high": "high", "low": "low", "retrained": "near the retrained model's"}[sense(benchmark.objective)]
+
+
+def _draws(settings: BenchmarkSettings) -> str:
+    if not settings.refine or settings.draws is None:
+        return "" if settings.draws is None else str(settings.draws)
+    return f"{settings.draws}, then {settings.refine} around the best of them"
 
 
 def _unit(unit: str) -> str:
@@ -120,6 +134,10 @@ def _results(benchmark: Benchmark, found: SplitResults) -> Section:
         return Section(found.split, notes, more=[benchmark_runs.runs_table(benchmark, found.split)])
     if any(found.verdicts.values()):
         notes.append(tables.LEGEND)
+    absent = {
+        str(run["aggregate_absent"]) for runs in found.runs.values() for run in runs if run.get("aggregate_absent")
+    }
+    notes += [f"No aggregate of OpenUnlearning: {reason}." for reason in sorted(absent)]
     more = [tables.tests_table(benchmark, found), tables.other_figures_table(benchmark, found)]
     return Section(
         found.split, notes, [tables.results_table(benchmark, found)],
@@ -145,10 +163,10 @@ def _plane(benchmark: Benchmark, found: SplitResults) -> Section:
     label = figures.label(benchmark.utility).lower()
     x_label = f"{label} / the target's" if relative else label
     floor = benchmark.floor if relative else None
-    table = _areas(split, points, floor, references.get("target"))
+    table = _areas(split, points, floor, references.get("target"), (scale["report"] or 1.0) if relative else 1.0)
     notes = [
         "Up and to the right is better. Solid: reported runs; faint: tuning trials, which may be judged on fewer rows. "
-        "Lines: each method's Pareto front over both; hover a point for its run."
+        "Hollow: degenerate runs. Lines: each method's Pareto front over both without these; hover a point for its run."
     ]
     return Section(title, notes, plots=[plane(title, points, references, floor, x_label)], more=[table], level=3)
 
@@ -159,7 +177,8 @@ def _points(benchmark: Benchmark, split: str, method: str, scale: Mapping[str, f
         distance, utility = number_of(run, "ks_statistic"), number_of(run, benchmark.utility)
         if distance is not None and utility is not None:
             x = utility / (scale.get(run["phase"]) or 1.0)
-            points.append(Point(x, 1.0 - distance, _hover(run, x), run["phase"] == "report"))
+            bad = bool(run.get("degenerate"))
+            points.append(Point(x, 1.0 - distance, _hover(run, x), run["phase"] == "report", bad))
     return points
 
 
@@ -167,37 +186,50 @@ def _hover(run: Trial, x: float) -> str:
     which = f"trial {run.get('trial')}" if run["phase"] == "tune" else f"seed {run.get('seed')}"
     quality, distance = number_of(run, "forget_quality"), number_of(run, "ks_statistic")
     logarithm = "" if not quality else f", log10 of forget quality {np.log10(quality):.2f}"
-    return f"{run['method']}, {run['phase']} {which}: utility {x:.3f}, 1 − KS {1 - (distance or 0):.3f}{logarithm}"
+    bad = f", degenerate ({run.get('degenerate_by')})" if run.get("degenerate") else ""
+    return f"{run['method']}, {run['phase']} {which}: utility {x:.3f}, 1 − KS {1 - (distance or 0):.3f}{logarithm}{bad}"
 
 
-def _areas(split: str, points: Mapping[str, Sequence[Point]], floor: float | None, target: Point | None) -> Table:
-    """Hypervolume of each method's front: from the origin, and above what the floor asks and the target has."""
+def _areas(
+    split: str, points: Mapping[str, Sequence[Point]], floor: float | None, target: Point | None, scale: float
+) -> Table:
+    """Hypervolume of each method's front: from the origin, and above what the floor asks and the target has.
+
+    `scale`: model utility where x is 1.
+    """
     corner = None if floor is None or target is None else (floor, target.y)
     rows, records = [], []
     for method, runs in points.items():
-        plain = [(run.x, run.y) for run in runs]
-        front = pareto_front(plain)
-        whole, useful = hypervolume(plain, (0.0, 0.0)), None if corner is None else hypervolume(plain, corner)
+        everything = [(run.x, run.y) for run in runs]
+        sound = [(run.x, run.y) for run in runs if not run.degenerate]
+        front = pareto_front(sound)
+        areas = {
+            "hypervolume": hypervolume(sound, (0.0, 0.0)),
+            "hypervolume_all_runs": hypervolume(everything, (0.0, 0.0)),
+            "hypervolume_above_target": None if corner is None else hypervolume(sound, corner),
+        }
+        above = areas["hypervolume_above_target"]
         rows.append(
             cells(
-                method,
-                str(len(runs)),
-                str(len(front)),
-                figures.number(whole),
-                "–" if useful is None else f"{useful:.4f}",
+                method, f"{len(runs)}", f"{len(runs) - len(sound)}", f"{len(front)}",
+                figures.number(areas["hypervolume"]), figures.number(areas["hypervolume_all_runs"]),
+                "–" if above is None else f"{above:.4f}",
             )
-        )
-        records.append(
-            {"split": split, "method": method, "runs": len(runs), "front": len(front), "hypervolume": whole,
-             "hypervolume_above_target": useful, "corner_utility": corner and corner[0],
-             "corner_score": corner and corner[1]}
         )  # fmt: skip
-    above = "" if corner is None else f" and above ({corner[0]:g}, {corner[1]:.3f}), the floor and what the target has"
-    caption = (
-        f"Area that a method's front dominates, from the origin{above}. Noise and more runs can only make it larger: "
-        "compare methods with as many runs."
+        records.append(
+            {"split": split, "method": method, "runs": len(runs), "degenerate": len(runs) - len(sound),
+             "front": len(front), **areas, "corner_utility": corner and corner[0],
+             "corner_score": corner and corner[1], "utility_of_1": scale}
+        )  # fmt: skip
+    above_words = (
+        "" if corner is None else f" and above ({corner[0]:g}, {corner[1]:.3f}), the floor and what the target has"
     )
-    header = ["Method", "Runs", "On the front", "Hypervolume", "Above floor and target"]
+    caption = (
+        f"Area of this plane, 1 − KS distance against utility, that a method's front dominates, from the origin"
+        f"{above_words}; degenerate runs count only where all runs are said to. Noise and more runs can only make it "
+        "larger: compare methods with as many runs."
+    )
+    header = ["Method", "Runs", "Degenerate", "On the front", "Hypervolume", "All runs", "Above floor and target"]
     return Table(name="hypervolume", caption=caption, header=header, rows=rows, records=records)
 
 

@@ -21,6 +21,8 @@ class Point:
     """Shown on hover."""
     reported: bool = True
     """A reported run (solid); else a tuning trial (faint)."""
+    degenerate: bool = False
+    """Drawn hollow, and on no front."""
 
 
 # Colour and shape of the n-th method: told apart without colour, and 24 of them before a pair repeats.
@@ -51,14 +53,16 @@ def plane(
                       textcoords="offset points", color=INK, fontsize=8, ha="right", va="top")  # fmt: skip
     for index, runs in enumerate(points.values()):
         colour, marker = _style(index)
-        front = [runs[place] for place in pareto_front([(run.x, run.y) for run in runs])]
+        sound = [run for run in runs if not run.degenerate]
+        front = [sound[place] for place in pareto_front([(run.x, run.y) for run in sound])]
         axes.plot(
             [run.x for run in front], [run.y for run in front], color=colour, linewidth=1.2, drawstyle="steps-pre",
             alpha=0.8, zorder=2,
         )  # fmt: skip
         for run in runs:
             look = {"alpha": 1.0, "markersize": 7.0, "zorder": 4} if run.reported else {"alpha": 0.4, "markersize": 5.0}
-            axes.plot(run.x, run.y, marker, color=colour, markeredgewidth=0, gid=f"point-{len(words)}", **look)
+            hollow = {"fillstyle": "none", "markeredgewidth": 1.2} if run.degenerate else {"markeredgewidth": 0}
+            axes.plot(run.x, run.y, marker, color=colour, gid=f"point-{len(words)}", **look, **hollow)
             words.append(run.words)
     for name, run in references.items():
         axes.plot(run.x, run.y, "*" if name == "retrained" else "X", color=INK, markersize=9, zorder=5,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,12 +11,13 @@ import numpy as np
 import pyarrow as pa
 
 from ofmu_ray.evaluation.comparison import Trial, geometric_mean, number_of
+from ofmu_ray.evaluation.goal import Goal
 from ofmu_ray.evaluation.intervals import Figure, over_seeds
-from ofmu_ray.evaluation.paired import TESTED, Draws, Resamples, Verdict, is_forgetting, turned, verdicts
+from ofmu_ray.evaluation.paired import TESTED, Draws, Resamples, Result, Verdict, is_forgetting, turned, verdicts
 from ofmu_ray.reporting.benchmark_settings import BenchmarkSettings
 
 REFERENCES = ("target", "retrained")
-FIRST_FIGURES = ("forget_quality", "ks_statistic", "model_utility", "forget_truth_ratio")
+FIRST_FIGURES = ("forget_quality", "ks_statistic", "aggregate", "model_utility", "forget_truth_ratio")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class SplitResults:
     target_utility: float | None
     missed: set[str]
     """Methods whose mean utility over the reported seeds is below the floor."""
+    degenerate: set[str]
+    """Methods more than half of whose reported runs are degenerate."""
     mismatches: list[str] = field(default_factory=list)
     """Runs whose recorded figures are not those of their rows."""
 
@@ -121,6 +125,13 @@ class Benchmark:
             draws = self.figure(split, "target", None, self.utility)
         return draws.value if isinstance(draws, Draws) else None
 
+    def goal(self, split: str) -> Goal:
+        """The rule of a split, as the benchmark wrote it down; without that, from the target's rows."""
+        if split in self.settings.goals:
+            return self.settings.goals[split]
+        target = self.target_utility(split, "tune")
+        return Goal(self.objective, self.utility, math.nan if target is None else self.floor * target)
+
     def scores(self, split: str, method: str, name: str, *phases: str) -> dict[int, Draws]:
         """Seed -> figure turned so that higher is better, with resamples where the run's rows are known."""
         found: dict[int, Draws] = {}
@@ -178,15 +189,22 @@ def split_results(benchmark: Benchmark, split: str) -> SplitResults:
         for method, summary in summaries[benchmark.utility].items()
         if target is not None and (summary.over_seeds.value or 0.0) < benchmark.floor * target
     }
+    degenerate = {
+        method for method, found in runs.items() if 2 * sum(bool(run.get("degenerate")) for run in found) > len(found)
+    }
+    barred: dict[str, Result] = dict.fromkeys(degenerate, "degenerate") | dict.fromkeys(
+        missed, "below the utility floor"
+    )
     return SplitResults(
         split,
         methods,
         runs,
         summaries,
-        {name: _verdicts(benchmark, split, methods, name, missed) for name in benchmark.figures if name in TESTED},
+        {name: _verdicts(benchmark, split, methods, name, barred) for name in benchmark.figures if name in TESTED},
         {model: benchmark.reference(split, model) for model in REFERENCES},
         target,
         missed,
+        degenerate,
         [words for method in methods for words in _mismatches(method, runs[method], rows[method])],
     )
 
@@ -221,11 +239,11 @@ def _summary(name: str, runs: Sequence[Trial], draws: Mapping[int, Draws]) -> Su
 
 
 def _verdicts(
-    benchmark: Benchmark, split: str, methods: Sequence[str], name: str, missed: set[str]
+    benchmark: Benchmark, split: str, methods: Sequence[str], name: str, barred: Mapping[str, Result]
 ) -> dict[str, Verdict]:
     scores = {method: benchmark.scores(split, method, name, "report") for method in methods}
     scores = {method: seeds for method, seeds in scores.items() if seeds}
-    return verdicts(scores, barred=missed if is_forgetting(name) else ()) if len(scores) > 1 else {}
+    return verdicts(scores, barred if is_forgetting(name) else None) if len(scores) > 1 else {}
 
 
 def _mismatches(method: str, runs: Sequence[Trial], rows: Mapping[str, Mapping[int, Draws]]) -> list[str]:

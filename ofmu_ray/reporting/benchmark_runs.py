@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ofmu_ray.evaluation.comparison import Trial, number_of, select
+from ofmu_ray.evaluation.comparison import Trial, number_of
+from ofmu_ray.evaluation.goal import select
 from ofmu_ray.reporting import figures
 from ofmu_ray.reporting.benchmark_results import Benchmark
 from ofmu_ray.reporting.tables import Cell, Table, cells
@@ -21,20 +22,19 @@ def selected_table(benchmark: Benchmark, split: str) -> tuple[Table | None, list
         marked = next((trial for trial in tuned if trial.get("selected")), None)
         if not tuned:
             continue
-        choice = None
-        if target is not None:
-            choice = select(tuned, benchmark.objective, benchmark.utility, benchmark.floor * target)
+        choice = select(tuned, benchmark.goal(split)) if target is not None else None
         if marked is not None and choice is not None and choice.trial["trial"] != marked["trial"]:
             notes.append(f"{method}: trial {marked['trial']} was used, but the rule chooses {choice.trial['trial']}.")
         chosen = marked or (choice.trial if choice else None)
         done = sum(number_of(trial, benchmark.objective) is not None for trial in tuned)
         utility = None if chosen is None else number_of(chosen, benchmark.utility)
         share = (f"{utility / target:.3f} of the target's",) if utility and target else ()
-        missed = choice is not None and choice.floor_missed
+        missed, degenerate = choice is not None and choice.floor_missed, choice is not None and choice.degenerate
+        why = ("no trial reaches the floor ▽",) * missed + ("all trials are degenerate ⊘",) * degenerate
         rows.append(
             cells(
                 method,
-                Cell(options_words(chosen) if chosen else "none yet", ("no trial reaches the floor ▽",) * missed),
+                Cell(options_words(chosen) if chosen else "none yet", why),
                 "–" if chosen is None else str(chosen["trial"]),
                 f"{done} of {len(tuned)}",
                 figures.number(None if chosen is None else number_of(chosen, benchmark.objective)),
@@ -44,13 +44,18 @@ def selected_table(benchmark: Benchmark, split: str) -> tuple[Table | None, list
         records.append(
             {
                 "split": split, "method": method, "trial": chosen["trial"] if chosen else None,
-                "options": chosen.get("options") if chosen else None, "floor_missed": missed,
+                "options": chosen.get("options") if chosen else None, "floor_missed": missed, "degenerate": degenerate,
                 "trials": len(tuned), "trials_with_figures": done,
             }
         )  # fmt: skip
     header = ["Method", "Options", "Trial", "Trials with figures", figures.label(benchmark.objective),
               figures.label(benchmark.utility)]  # fmt: skip
-    caption = "Options chosen by the rule, and the chosen trial's figures on the rows that tuning is judged on"
+    refine = benchmark.settings.refine
+    second = f" (the last {refine} of a method's draws are from a quarter of each range around the best of the others)"
+    caption = (
+        f"Options chosen by the rule{second if refine else ''}, and the chosen trial's figures on the rows that tuning "
+        "is judged on"
+    )
     table = Table(name="selected", caption=caption, header=header, rows=rows, words=2, records=records)
     return (table if rows else None), notes
 
@@ -77,7 +82,7 @@ def runs_table(benchmark: Benchmark, split: str) -> Table:
         rows.append(
             cells(
                 trial["method"], trial["phase"], f"{number}{', chosen' if trial.get('selected') else ''}",
-                str(trial.get("status")).replace("_", " "),
+                str(trial.get("status")).replace("_", " ") + ", degenerate ⊘" * bool(trial.get("degenerate")),
                 *(figures.number(number_of(trial, name)) for name in names),
                 "–" if used is None or not budget else f"{100 * used / budget:.1f} %",
                 figures.duration(number_of(trial, "train_seconds") or 0.0),

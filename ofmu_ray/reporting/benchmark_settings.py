@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ofmu_ray.evaluation.degeneration import Sound
+from ofmu_ray.evaluation.goal import Goal
+
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkSettings:
@@ -27,6 +30,12 @@ class BenchmarkSettings:
     command: str = ""
     facts: Mapping[str, str] = field(default_factory=dict)
     """More for the head of the page: the model, the machine, versions."""
+    goals: Mapping[str, Goal] = field(default_factory=dict)
+    """Split -> the rule with its numbers."""
+    draws: int | None = None
+    """Draws of the first round of tuning, per method and split."""
+    refine: int = 0
+    """Draws of the second round of tuning, per method and split."""
     samples: int = 1000
     """Resamples of the rows."""
 
@@ -47,15 +56,23 @@ class BenchmarkSettings:
             ablation_of=ablation.get("of") if ablation.get("variants") else None,
             command=command if isinstance(command, str) else shlex.join(command),
             facts=facts(found, base),
+            goals={split: _goal(goal) for split, goal in (found.get("goals") or {}).items()},
+            draws=(config.get("tuning") or {}).get("trials"),
+            refine=int((config.get("tuning") or {}).get("refine") or 0),
             samples=(base.get("evaluation") or {}).get("bootstrap_samples") or 1000,
         )
+
+
+def _goal(found: Mapping[str, Any]) -> Goal:
+    return Goal(**{**found, "sound": found["sound"] and Sound(**found["sound"])})
 
 
 def _planned_runs(config: Mapping[str, Any]) -> int | None:
     if not {"methods", "splits", "seeds", "tuning"} <= config.keys():
         return None
     seeds, variants = len(config["seeds"]), len((config.get("ablation") or {}).get("variants") or {})
-    per_split = len(config["methods"]) * (int(config["tuning"]["trials"]) + seeds) + variants * seeds
+    draws = int(config["tuning"]["trials"]) + int(config["tuning"].get("refine") or 0)
+    per_split = len(config["methods"]) * (draws + seeds) + variants * seeds
     return per_split * len(config["splits"])
 
 

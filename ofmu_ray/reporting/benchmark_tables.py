@@ -15,11 +15,12 @@ from ofmu_ray.reporting.benchmark_results import FIRST_FIGURES, Benchmark, Split
 from ofmu_ray.reporting.published import PUBLISHED, SOURCE, URL_TEXT
 from ofmu_ray.reporting.tables import Cell, Table, cells
 
-MARKS = {"best": "★", "not significantly worse": "≈", "below the utility floor": "▽"}
+MARKS = {"best": "★", "not significantly worse": "≈", "below the utility floor": "▽", "degenerate": "⊘"}
 LEGEND = (
     "★ best mean · ≈ not significantly worse than the best (two-sided paired test over rows and seeds, p ≥ 0.05 after "
-    "Holm's correction over all pairs of methods of the split) · ▽ misses the utility floor, so its forgetting is not "
-    "ranked · no mark: worse than the best, or not tested"
+    "Holm's correction over all pairs of methods of the split) · ▽ misses the utility floor, ⊘ most of its runs answer "
+    "forget prompts worse than the retrained model (repetition, empty answers, n-gram entropy), so its forgetting is "
+    "not ranked · no mark: worse than the best, or not tested"
 )
 _COSTS = (
     "forget_passes", "retain_passes", "updates", "tokens", "flops", "train_seconds", "total_seconds",
@@ -47,9 +48,11 @@ def results_table(benchmark: Benchmark, found: SplitResults) -> Table:
     """Methods x first figures and costs, the retrained model and the target below them."""
     first = [*FIRST_FIGURES, benchmark.objective, benchmark.utility]
     names = [name for name in dict.fromkeys(first) if name in found.summaries]
+    if not found.summaries.get("aggregate"):  # absent in every run; a note says why
+        names = [name for name in names if name != "aggregate"]
     rows = []
     for method in found.methods:
-        head = Cell(method, (_seeds_words(benchmark, found, method),))
+        head = Cell(method, _seeds_words(benchmark, found, method))
         shown = [_figure_cell(benchmark, found, name, method) for name in names]
         rows.append([head, *shown, *_cost_cells(found.runs[method])])
     for model in ("retrained", "target"):
@@ -125,10 +128,11 @@ def _reference_cell(benchmark: Benchmark, found: SplitResults, name: str, model:
     return Cell(figures.number(draws.value), (f"rows {span(*interval)}",) if interval and not same else ())
 
 
-def _seeds_words(benchmark: Benchmark, found: SplitResults, method: str) -> str:
+def _seeds_words(benchmark: Benchmark, found: SplitResults, method: str) -> tuple[str, ...]:
     there = {run["seed"] for run in found.runs[method] if number_of(run, benchmark.objective) is not None}
     planned = len(benchmark.settings.seeds) or len(found.runs[method])
-    return f"{len(there)} of {planned} seeds"
+    bad = sum(bool(run.get("degenerate")) for run in found.runs[method])
+    return (f"{len(there)} of {planned} seeds", *([f"{bad} degenerate"] if bad else []))
 
 
 def _cost_cells(runs: Sequence[Trial]) -> list[Cell]:

@@ -66,6 +66,8 @@ def label(name: str) -> str:
     if name.startswith("probes_") and name.endswith("_variance"):
         figure = name.removeprefix("probes_").removesuffix("_variance").replace("_", " ")
         return f"Variance of {figure} over probes"
+    if name == "aggregate":
+        return "Aggregate (OpenUnlearning)"
     if name == "privleak":
         return "PrivLeak"
     if name.startswith("mia_"):

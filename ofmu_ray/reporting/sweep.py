@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ofmu_ray.evaluation import degeneration
 from ofmu_ray.evaluation.comparison import Trial, number_of
 from ofmu_ray.evaluation.importance import MINIMUM_TRIALS, RELIABLE_ORDER
 from ofmu_ray.reporting import figures
@@ -151,6 +152,12 @@ def _nothing(sweep: Sweep) -> list[str]:
     utility = noun(sweep.utility)
     if sweep.nearest is not None:
         reached = number_of(sweep.nearest, sweep.utility)
+        if sweep.goal.degenerate(sweep.nearest):
+            return [
+                f"All trials that came to their end are degenerate; trial {sweep.nearest['number']} stands first in "
+                f"the rule's order ({degeneration.words(sweep.nearest, sweep.goal.sound)}). Nothing is recommended.",
+                "Widen the space towards smaller learning rates or fewer rounds.",
+            ]
         return [
             f"No trial meets the floor: the {utility} must be at least {_floor(sweep)}, and the nearest trial, "
             f"{sweep.nearest['number']}, has {figures.number(reached)}. Nothing is recommended.",

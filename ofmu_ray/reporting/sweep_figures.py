@@ -70,7 +70,7 @@ def parallel_figure(sweep: Sweep) -> Plot | None:
     order = sorted(range(len(trials)), key=lambda place: sweep.goal.score(trials[place]))
     ranks: dict[int, float] = {place: rank / (len(trials) - 1) for rank, place in enumerate(order)}
     traces = [
-        Trace(ranks[place], sweep.goal.enough(trial) is not False, trial is sweep.recommended,
+        Trace(ranks[place], sweep.goal.eligible(trial), trial is sweep.recommended,
               _words(sweep, trial, utility[place], float(trial[sweep.objective])))
         for place, trial in enumerate(trials)
     ]  # fmt: skip
@@ -101,7 +101,7 @@ def progress_figures(sweep: Sweep) -> list[Plot]:
         y, x = float(trial[sweep.objective]), float(trial[sweep.utility])
         known: dict[str, Any] = {
             "y": sweep.axis.place(y),
-            "enough": sweep.goal.enough(trial) is not False,
+            "enough": sweep.goal.eligible(trial),
             "words": _words(sweep, trial, x, y),
         }
         over_flops.append(Reached(spent, **known))

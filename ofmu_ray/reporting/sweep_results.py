@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from ofmu_ray.evaluation.comparison import Trial, number_of
+from ofmu_ray.evaluation.degeneration import Sound
 from ofmu_ray.evaluation.goal import Goal, sense
 from ofmu_ray.evaluation.importance import Importance, importances
 from ofmu_ray.reporting import figures
@@ -70,7 +71,9 @@ class Sweep:
     @cached_property
     def goal(self) -> Goal:
         """The rule with its numbers."""
-        return Goal(self.objective, self.utility, self.floor, self.reference("retrained", self.objective))
+        sound = self.rule.get("sound")
+        aim = self.reference("retrained", self.objective)
+        return Goal(self.objective, self.utility, self.floor, aim, sound and Sound(**sound))
 
     @property
     def whole(self) -> list[Trial]:
@@ -85,12 +88,12 @@ class Sweep:
 
     @property
     def enough(self) -> list[Trial]:
-        """Of these, the ones whose utility reaches the floor."""
-        return [trial for trial in self.whole if self.goal.enough(trial)]
+        """Of these, the ones whose utility reaches the floor and that are not degenerate."""
+        return [trial for trial in self.whole if self.goal.eligible(trial)]
 
     @property
     def nearest(self) -> Trial | None:
-        """Where no trial reaches the floor, the one that comes nearest."""
+        """Where no trial may be chosen, the first in the rule's order."""
         number = self.settings.get("nearest")
         if number is None and self.chosen is not None and self.chosen.get("floor_missed"):
             number = self.chosen["number"]

@@ -98,7 +98,7 @@ def candidates_table(sweep: Sweep) -> Table | None:
         for trial in shown
     ]  # fmt: skip
     header = ["Trial", "Options", heading(sweep.objective), heading(sweep.utility)]
-    caption = "The trial nearest to the floor and the Pareto front, by falling utility"
+    caption = "The trial that the rule places first and the Pareto front, by falling utility"
     return Table(name="", caption=caption, header=header, rows=rows, words=2)
 
 
@@ -214,7 +214,8 @@ def trials_table(sweep: Sweep) -> Table | None:
     rows = []
     for trial in (*trials, *sweep.fresh):
         drawn, chosen = options(trial), trial is sweep.recommended
-        marks = "chosen" if chosen else "front" if trial.get("front") else ""
+        degenerate = sweep.goal.degenerate(trial)
+        marks = "chosen" if chosen else "degenerate" if degenerate else "front" if trial.get("front") else ""
         fresh = trial.get("phase") == "confirm"
         number = Cell(
             f"seed {trial.get('seed')}" if fresh else str(trial["number"]), (marks,) * bool(marks), strong=chosen

@@ -1,0 +1,108 @@
+"""When generations are degenerate: against closed forms and known truth, from figures as they are written down."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from ofmu_ray.evaluation.comparison import plain
+from ofmu_ray.evaluation.degeneration import Sound, failed_measures, words
+from ofmu_ray.evaluation.summary import sound_generations, summarise
+
+RETRAINED = Sound(
+    "retrained", {"repetition": (0.0, 0.0, 0.04), "empty": (0.02, 0.0, 0.05), "ngram_entropy": (3.4, 3.2, 3.6)}
+)
+
+
+def figures(**values: tuple[float, float, float]) -> dict[str, Any]:
+    ends = zip(("", "_low", "_high"), zip(*values.values(), strict=True), strict=True)
+    return {f"forget_{name}{end}": value for end, found in ends for name, value in zip(values, found, strict=True)}
+
+
+def test_the_interval_of_the_difference_decides() -> None:
+    """Independent normal estimates: half-widths add in quadrature, so that 0.3 apart is just not enough for these."""
+    half = 0.2 * math.sqrt(2)
+    for gap, failed in ((half - 1e-9, ()), (half + 1e-9, ("ngram_entropy",))):
+        value = 3.4 - gap
+        assert failed_measures(figures(ngram_entropy=(value, value - 0.2, value + 0.2)), RETRAINED) == failed
+    assert failed_measures(figures(ngram_entropy=(9.0, 8.9, 9.1), repetition=(0.0, 0.0, 0.0)), RETRAINED) == ()
+    both = figures(repetition=(0.76, 0.7, 0.8), empty=(0.02, 0.0, 0.1), ngram_entropy=(0.8, 0.7, 0.9))
+    assert failed_measures(both, RETRAINED) == ("repetition", "ngram_entropy")
+
+
+def test_what_is_not_measured_is_not_known() -> None:
+    assert failed_measures({}, RETRAINED) is None
+    assert failed_measures({"forget_repetition": 0.9, "forget_repetition_low": None}, RETRAINED) is None
+    assert failed_measures(figures(repetition=(0.9, 0.8, 1.0)), None) is None
+    assert words({}, RETRAINED) is None
+
+
+def test_the_verdict_in_words() -> None:
+    loud = figures(repetition=(0.76, 0.7, 0.8), empty=(0.0, 0.0, 0.0), ngram_entropy=(3.4, 3.3, 3.5))
+    assert words(loud, RETRAINED) == "answers to forget prompts: repetition 0.76 (retrained 0.00): degenerate"
+    calm = figures(repetition=(0.01, 0.0, 0.02))
+    assert words(calm, RETRAINED) == "answers to forget prompts: repetition 0.01 (retrained 0.00): not degenerate"
+
+
+def rows(name: str, rng: np.random.Generator, size: int = 100, loud: float = 0.02, tokens: int = 12) -> pa.Table:
+    """Generations of a set: a share `loud` of them repeats itself, and the entropy falls with it."""
+    bad = rng.random(size) < loud
+    return pa.table(
+        {
+            "row_id": [f"{name}-{index}" for index in range(size)], "set": [name] * size, "index": range(size),
+            "generated_empty": rng.random(size) < 0.01, "repetition": np.where(bad, rng.uniform(0.4, 0.9, size), 0.0),
+            "generated_entropy": np.where(bad, 1.0, rng.normal(3.4, 0.4, size)), "generated_tokens": [tokens] * size,
+        }
+    )  # fmt: skip
+
+
+def judged(table: pa.Table) -> dict[str, Any]:
+    return plain({name: figure.to_json() for name, figure in summarise(table, bootstrap_samples=200).items()})
+
+
+@pytest.mark.parametrize(("loud", "least", "most"), [(0.02, 0, 10), (0.4, 100, 100)])
+def test_equally_good_models_are_rarely_marked_and_broken_ones_always(loud: float, least: int, most: int) -> None:
+    """Of 100 pairs; a value merely outside the other's interval would mark one equal pair in five."""
+    rng = np.random.default_rng(0)
+    marked = outside = 0
+    for _ in range(100):
+        sound = sound_generations(None, rows("forget", rng), bootstrap_samples=200)
+        found = judged(rows("forget", rng, loud=loud))
+        marked += bool(failed_measures(found, sound))
+        assert sound is not None
+        outside += any(
+            found[f"forget_{name}"] > high if name != "ngram_entropy" else found[f"forget_{name}"] < low
+            for name, (_, low, high) in sound.bounds.items()
+        )
+    assert least <= marked <= most
+    assert outside >= (15 if loud < 0.1 else 100)
+
+
+def test_nothing_but_zeros_has_an_interval_too() -> None:
+    """The resampled interval of 100 zeros has no width; four repetitive rows in a hundred are no proof of anything."""
+    silent = rows("forget", np.random.default_rng(0), loud=0.0)
+    sound = sound_generations(None, silent, bootstrap_samples=50)
+    assert sound is not None
+    assert sound.bounds["repetition"] == (0.0, 0.0, pytest.approx(0.0362, abs=1e-4))  # Clopper and Pearson of 0 in 100
+    assert failed_measures(figures(repetition=(0.04, 0.01, 0.08)), sound) == ()
+    assert failed_measures(figures(repetition=(0.09, 0.04, 0.15)), sound) == ("repetition",)
+
+
+def test_without_a_retrained_model_the_target_on_rows_that_it_never_saw() -> None:
+    rng = np.random.default_rng(0)
+    forget, retain, holdout = rows("forget", rng, loud=0.9), rows("retain", rng), rows("holdout", rng, loud=0.1)
+    target = pa.concat_tables([forget, retain, holdout])
+    found = sound_generations(target, None, bootstrap_samples=20)
+    assert found is not None
+    assert found.of == "target on holdout rows"
+    assert found.bounds["repetition"][0] == pytest.approx(np.mean(holdout["repetition"].to_numpy()))
+    without = sound_generations(pa.concat_tables([forget, retain]), None, bootstrap_samples=20)
+    assert without is not None
+    assert without.of == "target on retain rows"
+    assert sound_generations(forget, None) is None
+    assert sound_generations(target, forget, bootstrap_samples=20, longest=12) is not None
+    assert sound_generations(target, forget, bootstrap_samples=20, longest=11) is None  # cut off: not comparable
