@@ -2,6 +2,7 @@
 
 from ofmu_ray.config import UnlearnConfig
 from tune_spaces import (
+    altpo,
     blur,
     ceu,
     dpo,
@@ -47,6 +48,7 @@ SPACES: dict[str, Space] = {
     "rmu": rmu.SPACE,
     "idk": idk.SPACE,
     "dpo": dpo.SPACE,
+    "altpo": altpo.SPACE,
     "undial": undial.SPACE,
     "wga": wga.SPACE,
     "satimp": satimp.SPACE,

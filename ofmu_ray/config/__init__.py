@@ -6,6 +6,7 @@ before any worker starts. Nothing here imports torch or Ray.
 """
 
 from ofmu_ray.config.baselines import (
+    AltPOConfig,
     BLURConfig,
     CEUConfig,
     DPOConfig,
@@ -101,6 +102,7 @@ __all__ = [
     "PRESETS",
     "WHERE_KEPT",
     "AblationConfig",
+    "AltPOConfig",
     "BLURConfig",
     "BenchmarkConfig",
     "BudgetConfig",

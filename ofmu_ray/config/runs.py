@@ -94,6 +94,8 @@ class UnlearnConfig:
     """Options of method idk."""
     dpo: baselines.DPOConfig = field(default_factory=baselines.DPOConfig)
     """Options of method dpo."""
+    altpo: baselines.AltPOConfig = field(default_factory=baselines.AltPOConfig)
+    """Options of method altpo."""
     undial: baselines.UNDIALConfig = field(default_factory=baselines.UNDIALConfig)
     """Options of method undial."""
     wga: baselines.WGAConfig = field(default_factory=baselines.WGAConfig)

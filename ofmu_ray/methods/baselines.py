@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ofmu_ray import config
+from ofmu_ray.methods.altpo import AltPO
 from ofmu_ray.methods.blur import BLUR
 from ofmu_ray.methods.ceu import CEU
 from ofmu_ray.methods.dpo import DPO
@@ -30,6 +31,7 @@ BASELINES: dict[type, type[OneLoop[Any]]] = {
     config.RMUConfig: RMU,
     config.IDKConfig: IDK,
     config.DPOConfig: DPO,
+    config.AltPOConfig: AltPO,
     config.UNDIALConfig: UNDIAL,
     config.WGAConfig: WGA,
     config.SatImpConfig: SatImp,
