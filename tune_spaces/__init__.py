@@ -6,6 +6,7 @@ from tune_spaces import (
     blur,
     ceu,
     dpo,
+    dualoptim,
     grad_diff,
     gradient_ascent,
     idk,
@@ -57,6 +58,7 @@ SPACES: dict[str, Space] = {
     "task_arithmetic": task_arithmetic.SPACE,
     "retain_finetune": retain_finetune.SPACE,
     "blur": blur.SPACE,
+    "dualoptim": dualoptim.SPACE,
 }
 """Label -> space. Learning rates are for models of 1 B parameters and more (`Space.scaled`)."""
 

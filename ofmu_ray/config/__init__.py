@@ -10,6 +10,7 @@ from ofmu_ray.config.baselines import (
     BLURConfig,
     CEUConfig,
     DPOConfig,
+    DualOptimConfig,
     GradDiffConfig,
     GradientAscentConfig,
     IDKConfig,
@@ -63,6 +64,7 @@ from ofmu_ray.config.models import (
 )
 from ofmu_ray.config.optimizers import (
     OptimizerConfig,
+    SharedBaseConfig,
 )
 from ofmu_ray.config.overrides import (
     apply_overrides,
@@ -109,6 +111,7 @@ __all__ = [
     "CEUConfig",
     "DPOConfig",
     "DataConfig",
+    "DualOptimConfig",
     "EarlyConfig",
     "EvaluationConfig",
     "EvaluationSetsConfig",
@@ -137,6 +140,7 @@ __all__ = [
     "ScratchConfig",
     "SearchConfig",
     "SelectConfig",
+    "SharedBaseConfig",
     "SimNPOConfig",
     "SourceConfig",
     "StopConfig",

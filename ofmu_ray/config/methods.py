@@ -125,6 +125,7 @@ MethodName = Literal[
     "task_arithmetic",
     "retain_finetune",
     "blur",
+    "dualoptim",
 ]
 
 MethodConfig = OFMUConfig | FinetuneConfig | baselines.OneLoopConfig
@@ -148,5 +149,6 @@ METHODS: dict[MethodName, type[OFMUConfig] | type[baselines.OneLoopConfig]] = {
     "task_arithmetic": baselines.TaskArithmeticConfig,
     "retain_finetune": baselines.RetainFinetuneConfig,
     "blur": baselines.BLURConfig,
+    "dualoptim": baselines.DualOptimConfig,
 }
 """Method -> its options, which stand in the section of the same name."""

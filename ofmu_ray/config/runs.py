@@ -112,6 +112,8 @@ class UnlearnConfig:
     """Options of method retain_finetune."""
     blur: baselines.BLURConfig = field(default_factory=baselines.BLURConfig)
     """Options of method blur."""
+    dualoptim: baselines.DualOptimConfig = field(default_factory=baselines.DualOptimConfig)
+    """Options of method dualoptim."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """How the loop runs."""
     stop: StopConfig = field(default_factory=StopConfig)

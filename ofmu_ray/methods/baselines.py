@@ -9,6 +9,7 @@ from ofmu_ray.methods.altpo import AltPO
 from ofmu_ray.methods.blur import BLUR
 from ofmu_ray.methods.ceu import CEU
 from ofmu_ray.methods.dpo import DPO
+from ofmu_ray.methods.dualoptim import DualOptim
 from ofmu_ray.methods.grad_diff import GradDiff
 from ofmu_ray.methods.gradient_ascent import GradientAscent
 from ofmu_ray.methods.idk import IDK
@@ -40,5 +41,6 @@ BASELINES: dict[type, type[OneLoop[Any]]] = {
     config.TaskArithmeticConfig: TaskArithmetic,
     config.RetainFinetuneConfig: RetainFinetune,
     config.BLURConfig: BLUR,
+    config.DualOptimConfig: DualOptim,
 }
 """Options -> method."""
