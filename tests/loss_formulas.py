@@ -71,7 +71,7 @@ def simnpo(logits: torch.Tensor, micro: Micro, options: Any) -> torch.Tensor:
 
 
 def npo(logits: torch.Tensor, micro: Micro, options: Any) -> torch.Tensor:
-    """Of BLUR's options."""
+    """Of BLUR's and DualOptim's options."""
     terms = []
     for row, reference in zip(log_probabilities(logits, micro["labels"]), micro["reference_nll"], strict=True):
         ratio = torch.exp(sum(row) + reference)  # pi / pi_ref of the whole answer
@@ -109,6 +109,16 @@ def kl(logits: torch.Tensor, micro: Micro, _: Any = None) -> torch.Tensor:
     return mean(terms)
 
 
+def entropy(logits: torch.Tensor, micro: Micro, _: Any = None) -> torch.Tensor:
+    words = logits.shape[-1]
+    found = flat(predictions(logits, micro["labels"]))
+    return mean([sum(1 / words * (math.log(1 / words) - lp) for lp in log_softmax(z)) for z, _ in found])
+
+
+def dualoptim(logits: torch.Tensor, micro: Micro, options: Any) -> torch.Tensor:
+    return {"entropy": entropy, "npo": npo, "nll": ascent}[options.forget_loss](logits, micro, options)
+
+
 FORGET = {
     "gradient_ascent": ascent,
     "grad_diff": ascent,
@@ -118,5 +128,6 @@ FORGET = {
     "ceu": ceu,
     "pdu": margin,
     "blur": blur,
+    "dualoptim": dualoptim,
 }
 """Method -> forget loss."""

@@ -36,6 +36,8 @@ OPTIONS: dict[str, config.OneLoopConfig] = {
     "task_arithmetic-sgd": config.TaskArithmeticConfig(optimizer=MOMENTUM, scale=2.0),
     "retain_finetune": config.RetainFinetuneConfig(optimizer=ADAMW),
     "blur": config.BLURConfig(optimizer=ADAMW),
+    "dualoptim": config.DualOptimConfig(optimizer=ADAMW, forget_lr_ratio=0.5, retain_steps=2, base_beta1=0.8),
+    "dualoptim-apart": config.DualOptimConfig(optimizer=ADAMW, retain_steps=2, shared_base=False, forget_loss="npo"),
     "blur-nll": config.BLURConfig(optimizer=ADAMW, forget_loss="nll", forget_weight=0.3),
 }
 """Variant -> options: small models need larger learning rates than the defaults'."""
@@ -83,11 +85,11 @@ def reference(untouched: torch.nn.Module, micro: dict[str, torch.Tensor]) -> dic
 def build_engine(case: Case, module: torch.nn.Module) -> Any:
     from ofmu_ray.engines import DeepSpeedEngine, TorchEngine, deepspeed_engine
 
-    optimizer = OPTIONS[case.variant].optimizer
+    inner, outer = OPTIONS[case.variant].optimizers
     if case.stage is None:
-        return TorchEngine(module, inner=optimizer, outer=optimizer)
+        return TorchEngine(module, inner=inner, outer=outer)
     deepspeed_engine._PERSISTENT_BELOW = 100  # else stage 3 would keep every matrix of so small a model whole
-    return DeepSpeedEngine(module, inner=optimizer, outer=optimizer, zero_stage=case.stage)  # type: ignore[arg-type]
+    return DeepSpeedEngine(module, inner=inner, outer=outer, zero_stage=case.stage)  # type: ignore[arg-type]
 
 
 def started(case: Case) -> tuple[Any, Any]:

@@ -26,6 +26,7 @@ OPTIONS: dict[str, Any] = {
     "npo-kl": config.NPOConfig(optimizer=SGD, retain_loss="kl"),
     "idk": config.IDKConfig(optimizer=SGD),
     "dpo": config.DPOConfig(optimizer=SGD, beta=0.3, retain_weight=0.5),
+    "altpo": config.AltPOConfig(optimizer=SGD, beta=0.4, retain_weight=0.5),
     "undial": config.UNDIALConfig(optimizer=SGD, beta=3.0),
     "rmu": config.RMUConfig(optimizer=SGD, steering=3.0),
     "rmu-peer": config.RMUConfig(optimizer=SGD, reduction="peer_broadcast", train_layers=1, retain_weight=0.7),
@@ -56,7 +57,7 @@ def rounds(case: Case, world: int, rank: int) -> list[dict[str, list[Batch]]]:
     counts = build_method(OPTIONS[case.variant]).batches_per_round()
     lanes = {s: lane(s, counts[s], ROUNDS, world, rank, case.micro) if counts[s] else [[]] * ROUNDS for s in counts}
     found = [{s: lanes[s][at] for s in lanes} for at in range(ROUNDS)]
-    if case.variant in ("idk", "dpo"):
+    if case.variant in ("idk", "dpo", "altpo"):
         for streams in found:
             streams["forget"] = [refused(batch) for batch in streams["forget"]]
     return found

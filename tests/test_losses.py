@@ -31,6 +31,9 @@ VARIANTS: dict[str, config.OneLoopConfig] = {
     "pdu-peer": config.PDUConfig(positions="peer_unshifted"),
     "blur": config.BLURConfig(),
     "blur-nll": config.BLURConfig(forget_loss="nll"),
+    "dualoptim": config.DualOptimConfig(),
+    "dualoptim-npo": config.DualOptimConfig(forget_loss="npo", npo_beta=0.4),
+    "dualoptim-nll": config.DualOptimConfig(forget_loss="nll"),
 }
 
 

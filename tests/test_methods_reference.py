@@ -1,4 +1,4 @@
-"""NPO, IDK, DPO, UNDIAL and RMU against plain loops with a resident reference model, and the same on every engine."""
+"""The methods that need the untouched model against plain loops with a resident one, and the same on every engine."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ def distance(model: Any, micro: Any, target: torch.Tensor, reduction: str) -> to
 
 def forget_loss(name: str, options: Any, model: Any, reference: Any, micro: Any, u: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        refused = name in ("idk", "dpo")
+        refused = name in ("idk", "dpo", "altpo")
         before, refusal_before = row_nll(reference, micro), row_nll(reference, micro, "refusal_") if refused else None
         z_ref = answer_logits(reference, micro)
     if name == "npo":
         return -2 / options.beta * log_sigmoid(options.beta * (row_nll(model, micro) - before)).mean()
-    if name == "dpo":
+    if name in ("dpo", "altpo"):
         refusal_gain = -row_nll(model, micro, "refusal_") + refusal_before
         answer_gain = -row_nll(model, micro) + before
         return -2 / options.beta * log_sigmoid(options.beta * (refusal_gain - answer_gain)).mean()

@@ -2,9 +2,11 @@
 
 from ofmu_ray.config import UnlearnConfig
 from tune_spaces import (
+    altpo,
     blur,
     ceu,
     dpo,
+    dualoptim,
     grad_diff,
     gradient_ascent,
     idk,
@@ -47,6 +49,7 @@ SPACES: dict[str, Space] = {
     "rmu": rmu.SPACE,
     "idk": idk.SPACE,
     "dpo": dpo.SPACE,
+    "altpo": altpo.SPACE,
     "undial": undial.SPACE,
     "wga": wga.SPACE,
     "satimp": satimp.SPACE,
@@ -55,6 +58,7 @@ SPACES: dict[str, Space] = {
     "task_arithmetic": task_arithmetic.SPACE,
     "retain_finetune": retain_finetune.SPACE,
     "blur": blur.SPACE,
+    "dualoptim": dualoptim.SPACE,
 }
 """Label -> space. Learning rates are for models of 1 B parameters and more (`Space.scaled`)."""
 

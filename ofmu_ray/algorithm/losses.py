@@ -7,6 +7,8 @@ rows that no split of the batch changes. All losses are minimised; nats througho
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn import functional
 
@@ -81,6 +83,14 @@ def logit_margin(logits_tv: torch.Tensor) -> tuple[torch.Tensor, int]:
     The forget loss of PDU (Entesari et al. 2025, arXiv 2506.05314).
     """
     return (logits_tv.amax(1) - logits_tv.mean(1)).square().sum(), len(logits_tv)
+
+
+def kl_from_uniform(logits_tv: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """KL(uniform || model) of the next-token distributions; mean over tokens.
+
+    ME, "maximise entropy" (Yuan et al. 2024, arXiv 2410.08109).
+    """
+    return -(logits_tv.log_softmax(1).mean(1) + math.log(logits_tv.shape[1])).sum(), len(logits_tv)
 
 
 def kl_from_reference(logits_tv: torch.Tensor, reference_logprobs_tv: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -6,9 +6,11 @@ before any worker starts. Nothing here imports torch or Ray.
 """
 
 from ofmu_ray.config.baselines import (
+    AltPOConfig,
     BLURConfig,
     CEUConfig,
     DPOConfig,
+    DualOptimConfig,
     GradDiffConfig,
     GradientAscentConfig,
     IDKConfig,
@@ -63,6 +65,7 @@ from ofmu_ray.config.models import (
 )
 from ofmu_ray.config.optimizers import (
     OptimizerConfig,
+    SharedBaseConfig,
 )
 from ofmu_ray.config.overrides import (
     apply_overrides,
@@ -103,12 +106,14 @@ __all__ = [
     "PRESETS",
     "WHERE_KEPT",
     "AblationConfig",
+    "AltPOConfig",
     "BLURConfig",
     "BenchmarkConfig",
     "BudgetConfig",
     "CEUConfig",
     "DPOConfig",
     "DataConfig",
+    "DualOptimConfig",
     "EarlyConfig",
     "EvaluationConfig",
     "EvaluationSetsConfig",
@@ -137,6 +142,7 @@ __all__ = [
     "ScratchConfig",
     "SearchConfig",
     "SelectConfig",
+    "SharedBaseConfig",
     "SimNPOConfig",
     "SourceConfig",
     "StopConfig",

@@ -202,6 +202,7 @@ MethodName = Literal[
     "rmu",
     "idk",
     "dpo",
+    "altpo",
     "undial",
     "wga",
     "satimp",
@@ -210,6 +211,7 @@ MethodName = Literal[
     "task_arithmetic",
     "retain_finetune",
     "blur",
+    "dualoptim",
 ]
 
 MethodConfig = OFMUConfig | FinetuneConfig | baselines.OneLoopConfig
@@ -224,6 +226,7 @@ METHODS: dict[MethodName, type[OFMUConfig] | type[baselines.OneLoopConfig]] = {
     "rmu": baselines.RMUConfig,
     "idk": baselines.IDKConfig,
     "dpo": baselines.DPOConfig,
+    "altpo": baselines.AltPOConfig,
     "undial": baselines.UNDIALConfig,
     "wga": baselines.WGAConfig,
     "satimp": baselines.SatImpConfig,
@@ -232,5 +235,6 @@ METHODS: dict[MethodName, type[OFMUConfig] | type[baselines.OneLoopConfig]] = {
     "task_arithmetic": baselines.TaskArithmeticConfig,
     "retain_finetune": baselines.RetainFinetuneConfig,
     "blur": baselines.BLURConfig,
+    "dualoptim": baselines.DualOptimConfig,
 }
 """Method -> its options, which stand in the section of the same name."""

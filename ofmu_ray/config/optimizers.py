@@ -41,3 +41,13 @@ class OptimizerConfig:
         for name in ("momentum", "beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"{section}.{name}", value, "at least 0 and less than 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedBaseConfig(OptimizerConfig):
+    """AdamW whose moments are what is left of common ones, which the steps of both loops feed (DualOptim+)."""
+
+    base_beta1: float
+    """First-moment decay of the common state."""
+    base_beta2: float
+    """Second-moment decay of the common state."""

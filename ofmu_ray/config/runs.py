@@ -94,6 +94,8 @@ class UnlearnConfig:
     """Options of method idk."""
     dpo: baselines.DPOConfig = field(default_factory=baselines.DPOConfig)
     """Options of method dpo."""
+    altpo: baselines.AltPOConfig = field(default_factory=baselines.AltPOConfig)
+    """Options of method altpo."""
     undial: baselines.UNDIALConfig = field(default_factory=baselines.UNDIALConfig)
     """Options of method undial."""
     wga: baselines.WGAConfig = field(default_factory=baselines.WGAConfig)
@@ -110,6 +112,8 @@ class UnlearnConfig:
     """Options of method retain_finetune."""
     blur: baselines.BLURConfig = field(default_factory=baselines.BLURConfig)
     """Options of method blur."""
+    dualoptim: baselines.DualOptimConfig = field(default_factory=baselines.DualOptimConfig)
+    """Options of method dualoptim."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """How the loop runs."""
     stop: StopConfig = field(default_factory=StopConfig)

@@ -93,23 +93,27 @@ def _round(
     table: pa.Table, plan: Plan, micro_batch_size: int, pad_id: int, sidecars: Mapping[str, Sidecar]
 ) -> RoundBatches:
     batches: RoundBatches = {}
-    at = 0
+    number, at = table["position"][0].as_py() // plan.rows_per_round, 0
     for name in plan.streams:
         batches[name] = []
-        for _ in range(plan.batches_per_round[name]):
+        for batch in range(plan.batches_per_round[name]):
+            # the epoch in which the global batch begins, whatever the number of workers
+            epoch = (number * plan.batches_per_round[name] + batch) * plan.batch_size // plan.rows[name]
             rows = table.slice(at, plan.share).to_pylist()
             pieces = [rows[start : start + micro_batch_size] for start in range(0, len(rows), micro_batch_size)]
-            micro = [_collate_with(sidecars.get(name), piece, pad_id) for piece in pieces]
+            micro = [_collate_with(sidecars.get(name), piece, pad_id, epoch) for piece in pieces]
             batches[name].append(Batch(micro=micro, row_ids=[row["row_id"] for row in rows]))
             at += plan.share
     return batches
 
 
-def _collate_with(sidecar: Sidecar | None, rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
+def _collate_with(
+    sidecar: Sidecar | None, rows: Sequence[Mapping[str, Any]], pad_id: int, epoch: int
+) -> dict[str, torch.Tensor]:
     batch = collate(rows, pad_id)
     if sidecar is not None:
         row_ids = [row["row_id"] for row in rows]
-        batch |= sidecar.values(row_ids)
-        if refusals := sidecar.refusals(row_ids):
+        batch |= sidecar.values(row_ids, epoch)
+        if refusals := sidecar.refusals(row_ids, epoch):
             batch |= {REFUSAL + name: tensor for name, tensor in collate(refusals, pad_id).items()}
     return batch

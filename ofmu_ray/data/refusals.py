@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -44,20 +44,22 @@ def chosen(row_id: str, count: int, seed: int) -> int:
 def refusal_rows(rows: pa.Table, texts: Sequence[str], template: Template, seed: int) -> list[dict[str, Any]]:
     """The rows' prompts with a refusal and EOS in place of the answer: {row_id, input_ids, prompt_tokens} each.
 
-    `rows`: row_id, input_ids, prompt_tokens. The refusal's tokens do not depend on the question, because the layout
-    ends the prompt (a row's first tokens) before the answer; a row too long for max_length loses the refusal's end,
-    never EOS.
+    `rows`: row_id, input_ids, prompt_tokens.
     """
-    encoded = [template.encode("?", text) for text in texts]
-    answers = [ids[prompt:-1] for ids, prompt in encoded]
-    room = template.config.max_length - 1  # EOS
-    found = []
-    for row in rows.to_pylist():
-        prompt = row["input_ids"][: row["prompt_tokens"]]
-        answer = answers[chosen(row["row_id"], len(texts), seed)]
-        ids = [*(prompt + answer)[:room], template.eos]
-        found.append({"row_id": row["row_id"], "input_ids": ids, "prompt_tokens": len(prompt)})
-    return found
+    answers = answer_tokens(texts, template)
+    return [with_answer(row, answers[chosen(row["row_id"], len(texts), seed)], template) for row in rows.to_pylist()]
+
+
+def answer_tokens(texts: Sequence[str], template: Template) -> list[list[int]]:
+    """The tokens of answers, without EOS; they do not depend on the question, because the layout ends the prompt."""
+    return [row.input_ids[row.prompt_tokens : -1] for row in template.encode_rows(["?"] * len(texts), texts)]
+
+
+def with_answer(row: Mapping[str, Any], answer: Sequence[int], template: Template) -> dict[str, Any]:
+    """The row with these tokens and EOS as its answer; what is too long for max_length loses its end, never EOS."""
+    prompt = list(row["input_ids"][: row["prompt_tokens"]])
+    ids = [*[*prompt, *answer][: template.config.max_length - 1], template.eos]
+    return {"row_id": row["row_id"], "input_ids": ids, "prompt_tokens": len(prompt)}
 
 
 def write_refusals(path: str, rows: Sequence[dict[str, Any]]) -> str:

@@ -2,14 +2,15 @@
 
 A table of values is a folder with `index.parquet` (row_id, entries: how many the row has), `values.npy` (all entries,
 row after row) and `table.json`. A stream's sidecar is a folder with `sidecar.json`, which names its tables and its
-refusals; the tables themselves may lie elsewhere, in the cache. Collation adds, in the rows' order:
+refusals (or alternatives, of which a row has several: epoch e takes number e modulo how many there are); the tables
+themselves may lie elsewhere, in the cache. Collation adds, in the rows' order:
 
 | quantity | key | shape |
 |---|---|---|
 | nll | reference_nll | [rows] |
 | logits | reference_logprobs | [answer tokens, vocabulary] |
 | activations | reference_activations | [answer tokens, width] |
-| refusal | refusal_input_ids, refusal_attention_mask, refusal_labels | int64 [rows, longest] |
+| refusal, alternative | refusal_input_ids, refusal_attention_mask, refusal_labels | int64 [rows, longest] |
 | refusal_nll | refusal_reference_nll | [rows] |
 
 Values are memory-mapped: a worker holds the index, and reads the rows that it is at (of a table at a URI, from a copy
@@ -69,14 +70,28 @@ class Sidecar:
         self._tables = {KEYS[quantity]: Values(path) for quantity, path in content["tables"].items()}
         refusals = content["refusals"]
         self._refusals = {row["row_id"]: row for row in read_rows(refusals).to_pylist()} if refusals else {}
+        self._alternatives: int | None = content.get("alternatives")
 
-    def values(self, row_ids: Sequence[str]) -> dict[str, torch.Tensor]:
+    def values(self, row_ids: Sequence[str], epoch: int = 0) -> dict[str, torch.Tensor]:
         """The numbers of these rows, by their names in a micro-batch."""
-        return {key: table.rows(row_ids) for key, table in self._tables.items()}
+        texts = self._text_ids(row_ids, epoch)
+        return {
+            key: table.rows(texts if key == KEYS["refusal_nll"] else row_ids) for key, table in self._tables.items()
+        }
 
-    def refusals(self, row_ids: Sequence[str]) -> list[dict[str, Any]]:
-        """The refusals to these rows, as rows (input_ids, prompt_tokens); [] when the stream has none."""
-        return [self._refusals[row_id] for row_id in row_ids] if self._refusals else []
+    def refusals(self, row_ids: Sequence[str], epoch: int = 0) -> list[dict[str, Any]]:
+        """The refusals or alternatives to these rows, as rows (input_ids, prompt_tokens); [] when there are none."""
+        return [self._refusals[text] for text in self._text_ids(row_ids, epoch)] if self._refusals else []
+
+    def _text_ids(self, row_ids: Sequence[str], epoch: int) -> list[str]:
+        if self._alternatives is None:
+            return list(row_ids)
+        return [alternative_id(row_id, epoch % self._alternatives) for row_id in row_ids]
+
+
+def alternative_id(row_id: str, number: int) -> str:
+    """Under which id a row's alternative of this number (from 0) is stored."""
+    return f"{row_id}/{number}"
 
 
 def open_sidecars(folders: Mapping[str, str] | None) -> dict[str, Sidecar]:
@@ -84,11 +99,16 @@ def open_sidecars(folders: Mapping[str, str] | None) -> dict[str, Sidecar]:
     return {stream: Sidecar(folder) for stream, folder in (folders or {}).items()}
 
 
-def write_sidecar(folder: str, tables: Mapping[str, str], refusals: str | None) -> str:
-    """Name the tables (quantity -> folder) and the refusals (a Parquet file) of a stream; returns `folder`."""
+def write_sidecar(folder: str, tables: Mapping[str, str], refusals: str | None, alternatives: int | None = None) -> str:
+    """Name the tables (quantity -> folder) and the refusals (a Parquet file) of a stream; returns `folder`.
+
+    `alternatives`: how many of them each row has, where the file holds alternatives under their own ids.
+    """
     filesystem, inside = locate(folder)
     filesystem.create_dir(inside, recursive=True)
-    write_text(join(folder, MARKER), json.dumps({"tables": dict(tables), "refusals": refusals}))
+    write_text(
+        join(folder, MARKER), json.dumps({"tables": dict(tables), "refusals": refusals, "alternatives": alternatives})
+    )
     return folder
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ofmu_ray.config import OptimizerConfig
+from ofmu_ray.config import OptimizerConfig, SharedBaseConfig
 from ofmu_ray.engines.protocol import Vector
 
 _CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
@@ -17,21 +17,27 @@ _CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 class LoopOptimizer:
     """torch.optim.SGD or AdamW whose parameters are flat master shards and whose gradient is a vector.
 
-    Both rules are elementwise, so a step on shards is the step on the whole. The moments belong to one loop; with
-    `offload` they wait in host memory between steps.
+    Both rules are elementwise, so a step on shards is the step on the whole. The moments belong to one loop (those
+    that a SharedBaseConfig shares, to `beside`); with `offload` they wait in host memory between steps.
     """
 
-    def __init__(self, masters: Vector, config: OptimizerConfig, *, offload: bool = False) -> None:
+    def __init__(
+        self, masters: Vector, config: OptimizerConfig, *, offload: bool = False, beside: LoopOptimizer | None = None
+    ) -> None:
         self.config = config
         self.factor = 1.0
         """On the learning rate of every step from now on."""
         self._offload = offload
         # parameters of our own that share the masters' storage: a step writes through
         self._parameters: list[torch.Tensor] = [torch.nn.Parameter(master, requires_grad=True) for master in masters]
+        self._beside = beside
         self._optimizer = self._build()
 
     def _build(self) -> torch.optim.Optimizer:
         config = self.config
+        if isinstance(config, SharedBaseConfig):
+            common = self._beside._optimizer if self._beside else None
+            return SharedBaseAdamW(self._parameters, config, common)
         if config.name == "sgd":  # torch's weight_decay for SGD is not decoupled: `step` does it
             return torch.optim.SGD(self._parameters, lr=config.lr, momentum=config.momentum, foreach=True)
         return torch.optim.AdamW(
@@ -76,7 +82,10 @@ class LoopOptimizer:
     def _move_moments(self, *, to_parameters: bool) -> None:
         if not self._offload:
             return
-        for parameter, state in self._optimizer.state.items():
+        states = [*self._optimizer.state.items()]
+        if self._beside and isinstance(self.config, SharedBaseConfig):
+            states += self._beside._optimizer.state.items()
+        for parameter, state in states:
             device = parameter.device if to_parameters else torch.device("cpu")
             for name, value in state.items():
                 if isinstance(value, torch.Tensor) and value.numel() > 1:  # not the step counter
@@ -98,6 +107,53 @@ class LoopOptimizer:
         """Continue from `state_dict`, to the bit."""
         self._optimizer.load_state_dict(copy.deepcopy(state))
         self._move_moments(to_parameters=False)
+
+
+class SharedBaseAdamW(torch.optim.Optimizer):
+    """AdamW of DualOptim+ (Zhong et al. 2026, arXiv 2605.21539; the fp32 step of CityU-MLO/DualOptimPlus).
+
+    b, c: moments of all gradients that both loops step down; m, v: of what this loop's gradients add to them. With ^
+    for the correction of a moment that starts at 0, those of b and c as they were before the step:
+
+        m <- beta1 m + (1 - beta1) (g - b^)        v <- beta2 v + (1 - beta2) (g^2 - c^)
+        theta <- (1 - lr decay) theta - lr (m^ + b^) / (sqrt|v^ + c^| + eps)
+        b <- base_beta1 b + (1 - base_beta1) g     c <- base_beta2 c + (1 - base_beta2) g^2
+    """
+
+    def __init__(
+        self, parameters: list[torch.Tensor], config: SharedBaseConfig, common: torch.optim.Optimizer | None
+    ) -> None:
+        super().__init__(parameters, {"lr": config.lr})
+        self.config, self._common = config, common or self
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step down the parameters' gradients."""
+        config, (group,), (shared,) = self.config, self.param_groups, self._common.param_groups
+        lr = group["lr"]
+        for parameter, key in zip(group["params"], shared["params"], strict=True):
+            own, base, g = self.state[parameter], self._common.state[key], parameter.grad
+            if "b" not in base:
+                base.update(base_steps=0, b=torch.zeros_like(g), c=torch.zeros_like(g))
+            if "m" not in own:
+                own.update(steps=0, m=torch.zeros_like(g), v=torch.zeros_like(g))
+            own["steps"] += 1
+            b = _corrected(base["b"], config.base_beta1, base["base_steps"])
+            c = _corrected(base["c"], config.base_beta2, base["base_steps"])
+            own["m"].lerp_(g - b, 1 - config.beta1)
+            own["v"].lerp_(g.square() - c, 1 - config.beta2)
+            first = _corrected(own["m"], config.beta1, own["steps"]) + b
+            second = _corrected(own["v"], config.beta2, own["steps"]) + c
+            parameter.mul_(1 - lr * config.weight_decay)
+            parameter.addcdiv_(first, second.abs_().sqrt_().add_(config.eps), value=-lr)
+            base["base_steps"] += 1
+            base["b"].lerp_(g, 1 - config.base_beta1)
+            base["c"].lerp_(g.square(), 1 - config.base_beta2)
+
+
+def _corrected(moment: torch.Tensor, decay: float, steps: int) -> torch.Tensor:
+    """A new tensor: the moment without the pull of its start at 0."""
+    return moment / (1 - decay**steps) if steps else moment.clone()
 
 
 def _to_host(value: Any) -> Any:

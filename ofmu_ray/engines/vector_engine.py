@@ -60,10 +60,9 @@ class VectorEngine:
         """Trainable parameters of the whole model."""
         self._numel_all = sum(_numel(parameter) for parameter in module.parameters())
         moved = offload == "optimizer"
-        self._optimizers: dict[Loop, LoopOptimizer] = {
-            "inner": LoopOptimizer(shards.masters, inner or OptimizerConfig(), offload=moved),
-            "outer": LoopOptimizer(shards.masters, outer or OptimizerConfig(), offload=moved),
-        }
+        first = LoopOptimizer(shards.masters, inner or OptimizerConfig(), offload=moved)
+        second = LoopOptimizer(shards.masters, outer or OptimizerConfig(), offload=moved, beside=first)
+        self._optimizers: dict[Loop, LoopOptimizer] = {"inner": first, "outer": second}
         self._displacements: list[tuple[Vector, float]] = []
         self._saved: Vector | None = None
         self._saved_is_current = False

@@ -1,17 +1,45 @@
-"""Batched greedy generation: what the model says to a prompt, token by token, until it ends the text."""
+"""Batched generation, greedy or sampled: what the model says to a prompt, token by token, until it ends the text."""
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ofmu_ray.evaluation.scoring import head_on, length_sorted
 
 _COMPACT_BELOW = 0.75  # share of unfinished rows below which finished rows leave the batch
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Sampling at a temperature, each text from random numbers of its own: batches and their order do not enter."""
+
+    temperature: float
+    top_k: int
+    """Only the likeliest so many tokens are drawn."""
+    uniforms: np.ndarray
+    """float64 [texts, tokens] in [0, 1)."""
+
+    @classmethod
+    def of(cls, names: Sequence[str], max_new_tokens: int, temperature: float, top_k: int) -> Draws:
+        """The random numbers that belong to these names."""
+        seeds = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "big") for name in names]
+        return cls(temperature, top_k, np.stack([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds]))
+
+    def tokens(self, logits_bv: torch.Tensor, rows: Sequence[int], steps: Sequence[int]) -> torch.Tensor:
+        """int64 [rows, 1]: where each row's number of this step lies among the cumulated probabilities."""
+        likeliest_bk, tokens_bk = logits_bv.double().topk(min(self.top_k, logits_bv.shape[1]))
+        cumulated_bk = (likeliest_bk / self.temperature).softmax(1).cumsum(1)
+        uniforms_b1 = torch.from_numpy(self.uniforms[list(rows), list(steps)])[:, None].to(logits_bv.device)
+        at_b1 = torch.searchsorted(cumulated_bk, uniforms_b1 * cumulated_bk[:, -1:], right=True)
+        return tokens_bk.gather(1, at_b1.clamp(max=tokens_bk.shape[1] - 1))
 
 
 def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
@@ -41,9 +69,17 @@ def generate(
 
 @torch.inference_mode()
 def generate_batch(
-    model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop: frozenset[int]
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop: frozenset[int],
+    draws: Draws | None = None,
 ) -> list[list[int]]:
-    """`generate` for prompts that go through the model together. Prompts are padded on the left."""
+    """`generate` for prompts that go through the model together, with `draws` sampled instead of greedy.
+
+    Prompts are padded on the left.
+    """
     device = model.get_input_embeddings().weight.device
     left = budgets(model, [len(prompt) for prompt in prompts], max_new_tokens)
     texts: list[list[int]] = [[] for _ in prompts]
@@ -54,12 +90,17 @@ def generate_batch(
         ids = [[prompts[row][0]] * pad + list(prompts[row]) for row, pad in zip(live, padding, strict=True)]
         decoding = _Decoding(model, _cache(model), torch.tensor(ids, device=device), padding)
         while live:
-            live = _run(decoding, live, texts, left, stop)
+            live = _run(decoding, live, texts, left, stop, draws)
     return texts
 
 
 def _run(
-    decoding: _Decoding, live: list[int], texts: list[list[int]], left: Sequence[int], stop: frozenset[int]
+    decoding: _Decoding,
+    live: list[int],
+    texts: list[list[int]],
+    left: Sequence[int],
+    stop: frozenset[int],
+    draws: Draws | None,
 ) -> list[int]:
     """Append to the texts of `live` (the batch's rows in order) until many have ended; which have not.
 
@@ -68,7 +109,9 @@ def _run(
     rows = len(live)
     going = list(range(rows))
     while going and len(going) >= _COMPACT_BELOW * rows:
-        tokens = decoding.next_tokens()
+        # a text that has ended goes on unread: any of its numbers will do
+        steps = [min(len(texts[row]), left[row] - 1) for row in live]
+        tokens = decoding.next_tokens(draws, live, steps)
         going = [at for at in going if _append(texts[live[at]], tokens[at], left[live[at]], stop)]
     decoding.keep(going)
     return [live[at] for at in going]
@@ -145,8 +188,8 @@ class _Decoding:
         self.padded = any(padding)
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
-    def next_tokens(self) -> list[int]:
-        """The most likely next token of each row, which also becomes the next step's input."""
+    def next_tokens(self, draws: Draws | None, rows: Sequence[int], steps: Sequence[int]) -> list[int]:
+        """The next token of each row, the most likely or a drawn one, which also becomes the next step's input."""
         seen, self.length = self.length, self.length + self.inputs_bt.shape[1]
         columns = torch.arange(self.length, device=self.inputs_bt.device)
         extra: dict[str, torch.Tensor] = {}
@@ -156,7 +199,8 @@ class _Decoding:
             extra["position_ids"] = (columns[seen:] - self.padding_b[:, None]).clamp(min=0)
         with head_on(self.model, lambda hidden: hidden[:, -1:]):
             output = self.model(input_ids=self.inputs_bt, past_key_values=self.cache, use_cache=True, **extra)
-        self.inputs_bt = output.logits[:, -1].argmax(dim=-1, keepdim=True)
+        logits_bv = output.logits[:, -1]
+        self.inputs_bt = draws.tokens(logits_bv, rows, steps) if draws else logits_bv.argmax(dim=-1, keepdim=True)
         return list(self.inputs_bt[:, 0].tolist())
 
     def keep(self, positions: Sequence[int]) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from ofmu_ray import config
+from ofmu_ray.methods.altpo import AltPO
 from ofmu_ray.methods.blur import BLUR
 from ofmu_ray.methods.ceu import CEU
 from ofmu_ray.methods.dpo import DPO
+from ofmu_ray.methods.dualoptim import DualOptim
 from ofmu_ray.methods.grad_diff import GradDiff
 from ofmu_ray.methods.gradient_ascent import GradientAscent
 from ofmu_ray.methods.idk import IDK
@@ -30,6 +32,7 @@ BASELINES: dict[type, type[OneLoop[Any]]] = {
     config.RMUConfig: RMU,
     config.IDKConfig: IDK,
     config.DPOConfig: DPO,
+    config.AltPOConfig: AltPO,
     config.UNDIALConfig: UNDIAL,
     config.WGAConfig: WGA,
     config.SatImpConfig: SatImp,
@@ -38,5 +41,6 @@ BASELINES: dict[type, type[OneLoop[Any]]] = {
     config.TaskArithmeticConfig: TaskArithmetic,
     config.RetainFinetuneConfig: RetainFinetune,
     config.BLURConfig: BLUR,
+    config.DualOptimConfig: DualOptim,
 }
 """Options -> method."""

@@ -15,6 +15,14 @@ from ofmu_ray.methods.one_loop import Weighted
 from ofmu_ray.methods.protocol import REFUSAL, Need
 
 
+def preference_loss(module: torch.nn.Module, micro: Mapping[str, Any], beta: float) -> LossParts:
+    """`preferred_refusals` on a micro-batch that holds answers, the texts preferred to them, and reference values."""
+    nll_r, refusal_nll_r = answer_nll(module, micro), answer_nll(module, micro, REFUSAL)
+    references = (micro[name].to(nll_r.dtype) for name in ("reference_nll", "refusal_reference_nll"))
+    reference_nll_r, reference_refusal_nll_r = references
+    return preferred_refusals(nll_r, reference_nll_r, refusal_nll_r, reference_refusal_nll_r, beta=beta)
+
+
 class DPO(Weighted[DPOConfig]):
     """Minimises gamma `preferred_refusals` + alpha R; answer and refusal each go through the model."""
 
@@ -26,7 +34,4 @@ class DPO(Weighted[DPOConfig]):
         return (*own, *super().needs)
 
     def forget_loss(self, module: torch.nn.Module, micro: Mapping[str, Any]) -> LossParts:
-        nll_r, refusal_nll_r = answer_nll(module, micro), answer_nll(module, micro, REFUSAL)
-        references = (micro[name].to(nll_r.dtype) for name in ("reference_nll", "refusal_reference_nll"))
-        reference_nll_r, reference_refusal_nll_r = references
-        return preferred_refusals(nll_r, reference_nll_r, refusal_nll_r, reference_refusal_nll_r, beta=self.config.beta)
+        return preference_loss(module, micro, self.config.beta)

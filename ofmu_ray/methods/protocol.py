@@ -15,10 +15,23 @@ from ofmu_ray.errors import UserError
 Batches = Iterable[Any]
 
 
-Quantity = Literal["nll", "logits", "activations", "refusal", "refusal_nll"]
+Quantity = Literal["nll", "logits", "activations", "refusal", "alternative", "refusal_nll"]
 
 REFUSAL = "refusal_"
-"""Prefix of the names of a refusal's tokens in a micro-batch."""
+"""Prefix of the names, in a micro-batch, of the text that stands for an answer: a refusal or an alternative."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How alternatives are drawn from the untouched model."""
+
+    count: int
+    """Alternatives of each row."""
+    temperature: float
+    top_k: int
+    max_new_tokens: int
+    prompt: str | None = None
+    """What the model is asked instead of the question, with {question} and {answer}; None: the question."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +41,14 @@ class Need:
     The collated micro-batches of the stream then hold it (ofmu_ray.data.sidecar says under which names). nll: sum of
     the answer's token losses under the untouched model; logits: its log-probabilities of every next token at the
     answer's tokens; activations: what its layer `layer` puts out there (None: engines.layers.chosen_layer); refusal: a
-    refusal to the row's question, as tokens; refusal_nll: the sum of the refusal's token losses under that model.
+    refusal to the row's question, as tokens; alternative: answers that the model itself gives, drawn by `sampling`, one
+    an epoch; refusal_nll: the sum of that text's token losses under that model.
     """
 
     stream: str
     quantity: Quantity
     layer: int | None = None
+    sampling: Sampling | None = None
 
 
 class Method(Protocol):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from ofmu_ray.algorithm.schedules import learning_rate
 from ofmu_ray.algorithm.space import Vector, add_, scale_
 from ofmu_ray.config import TaskArithmeticConfig
@@ -19,10 +21,19 @@ class TaskArithmetic(OneLoop[TaskArithmeticConfig]):
 
     and its step phi <- phi - lr u(g) is theta <- theta + s lr u(g): a step down -g with s times the learning rate,
     exact for SGD and AdamW, whose update u is odd in g. Rounding of theta reaches phi (1 + 1/s) times as large.
+
+    With LoRA the weights are what counts, theta_0 + B A, which is not linear in both factors: one of them is frozen at
+    its random start and the other, 0 at first, is mirrored, so that the product of the fit is negated exactly.
     """
 
     name = "task_arithmetic"
     start_weights: Vector
+
+    def freeze(self, module: torch.nn.Module) -> None:
+        """Of each adapter, the factor that does not start at 0."""
+        for name, parameter in module.named_parameters():
+            if ".lora_A." in name or ".lora_embedding_B" in name:
+                parameter.requires_grad_(False)
 
     def start(self, engine: Engine) -> None:
         """Keep theta_0 (one copy of this rank's share); a resumed run reads it from the untouched model again."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ofmu_ray.config import OptimizerConfig
+from ofmu_ray.config import OptimizerConfig, SharedBaseConfig
 from ofmu_ray.engines.language import causal_lm_loss
 from ofmu_ray.engines.protocol import Batch, Kind, Loop, Loss, PassAccount, Vector
 from ofmu_ray.errors import UserError
@@ -123,6 +123,8 @@ class PlanSpace:
         config = self._optimizers[loop]
         adam = config.name == "adamw"
         self._moments[loop] = 2 if adam else int(config.momentum > 0)
+        if isinstance(config, SharedBaseConfig) and loop == "inner":
+            self._moments[loop] += 2  # the common ones
         self._grown(self.meter.live)
         self.round.refreshes += 1
         self.round.steps[config.name] = self.round.steps.get(config.name, 0) + 1

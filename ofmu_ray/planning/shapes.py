@@ -79,7 +79,7 @@ def micro_batch(
     batch = _texts(rows, tokens, prompt)
     answer = rows * (tokens - prompt)
     for need in needs:
-        if need.quantity in ("refusal", "refusal_nll"):
+        if need.quantity in ("refusal", "alternative", "refusal_nll"):
             batch |= {REFUSAL + name: tensor for name, tensor in _texts(rows, tokens, prompt).items()}
         sizes: dict[str, tuple[int, ...]] = {
             "nll": (rows,),

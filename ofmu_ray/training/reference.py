@@ -2,8 +2,8 @@
 
 Each quantity of a stream becomes a table (ofmu_ray.data.sidecar) under <cache>/reference/<hash of weights, tokens,
 rows, quantity and this code>, so that the runs of a sweep compute it once. What would give a forget row's text away
-lies in the run's own folder instead, which goes with the run: refusals, which begin with the question, and
-log-probabilities and activations of forget rows, because the likeliest words of a model that knows a text spell it.
+lies in the run's own folder instead, which goes with the run: refusals and alternatives, which begin with the question,
+and log-probabilities and activations of forget rows, because the likeliest words of a model that knows a text spell it.
 
 Small jobs run in this process; others on Ray Data actors, one CPU or GPU each, which load the model once.
 """
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from ofmu_ray.algorithm.losses import row_sums, token_nll
 from ofmu_ray.assets import model_source, resolve_builtin
 from ofmu_ray.config import ModelConfig
-from ofmu_ray.data import refusals
+from ofmu_ray.data import alternatives, refusals
 from ofmu_ray.data.batches import IGNORE, collate
 from ofmu_ray.data.plan import Plan, places
 from ofmu_ray.data.prepare import Prepared, TokenisedStream, spread
@@ -39,7 +39,8 @@ from ofmu_ray.engines.models import load_causal_lm
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.actors import device_kind
 from ofmu_ray.evaluation.cache import model_fingerprint, weights_folder
-from ofmu_ray.methods.protocol import Need
+from ofmu_ray.evaluation.generation import Draws, generate_batch, stop_ids
+from ofmu_ray.methods.protocol import Need, Sampling
 from ofmu_ray.storage import is_file, join
 
 BATCH_TOKENS = 4096
@@ -53,7 +54,7 @@ activation, at most 2e-4 of any probability."""
 _LOGITS_AT_ONCE = 1 << 25  # elements of one forward pass: 128 MiB of fp32
 _SMALL_FLOPS = 5e11  # about ten seconds of one core: starting actors would take longer
 _MOST_ACTORS = 8
-_CODE = ("training/reference.py", "engines/layers.py", "engines/language.py")
+_CODE = ("training/reference.py", "engines/layers.py", "engines/language.py", "evaluation/generation.py")
 _ROW = ["row_id", "input_ids", "prompt_tokens"]
 
 Row = Mapping[str, Any]
@@ -65,8 +66,11 @@ class Quantity:
     """What is computed of every row."""
 
     name: str
-    """nll, logits or activations."""
+    """nll, logits, activations or alternative."""
     layer: int | None = None
+    sampling: Sampling | None = None
+    seed: int = 0
+    """Of `sampling`."""
 
 
 def write_references(
@@ -99,7 +103,10 @@ def write_references(
         whole = prepared.streams[stream]
         tokens = _Tokens(whole, whole.rows if stream == "forget" else np.unique(places(whole, plan).row))
         answered: str | None = None
-        if any(need.quantity.startswith("refusal") for need in mine):
+        sampling = next((need.sampling for need in mine if need.sampling), None)
+        if sampling is not None:
+            answered = source.alternatives(stream, tokens, sampling, prepared, seed)
+        elif any(need.quantity.startswith("refusal") for need in mine):
             texts = refusals.read_refusals(refusals_path, root, f"{method}.refusals")
             answered = source.refusals(tokens, texts, prepared, seed)
         tables = {}
@@ -109,10 +116,10 @@ def write_references(
                 rows = read_rows(answered).to_pylist()
                 key = Path(answered).stem
                 tables["refusal_nll"] = source.table(Quantity("nll"), f"{stream}_refusal", rows, key)
-            elif need.quantity != "refusal":
+            elif need.quantity not in ("refusal", "alternative"):
                 quantity = Quantity(need.quantity, need.layer)
                 tables[need.quantity] = source.table(quantity, stream, tokens.rows, tokens.key)
-        found[stream] = write_sidecar(join(folder, stream), tables, answered)
+        found[stream] = write_sidecar(join(folder, stream), tables, answered, sampling.count if sampling else None)
     return found
 
 
@@ -172,6 +179,27 @@ class _Source:
             refusals.write_refusals(path, rows)
         return path
 
+    def alternatives(self, stream: str, tokens: _Tokens, sampling: Sampling, prepared: Prepared, seed: int) -> str:
+        """Path of the rows' alternatives, whose name is a hash of what they are drawn from."""
+        quantity = Quantity("alternative", sampling=sampling, seed=seed)
+        key = _digest(
+            self.fingerprint, tokens.key, prepared.template.fingerprint(), json.dumps(asdict(quantity), sort_keys=True)
+        )
+        path = join(self.private, f"{key}.parquet")
+        if not is_file(path):
+            rows = tokens.rows
+            asked = alternatives.asked(rows, sampling.count, sampling.prompt, prepared.template)
+            drawn: list[np.ndarray] = [np.empty(0)] * len(asked)
+            lengths = np.array([len(row["input_ids"]) + sampling.max_new_tokens for row in asked])
+            wide = np.full(len(asked), _text_config(self.model).vocab_size)
+            for numbers, found in self._measured(quantity, stream, asked, lengths, wide):
+                for number, ids in zip(numbers, found, strict=True):
+                    drawn[number] = ids
+            refusals.write_refusals(
+                path, alternatives.answered(rows, [ids.tolist() for ids in drawn], prepared.template)
+            )
+        return path
+
     def table(self, quantity: Quantity, stream: str, rows: Sequence[Row], rows_key: str) -> str:
         """Folder of the table, computed if it is not there."""
         tells = stream == "forget" and quantity.name != "nll"
@@ -191,7 +219,9 @@ class _Source:
         self._refuse_large(quantity, stream, int(entries.sum()), shape, bytes_fp32 // 2)
         about = {"quantity": quantity.name, "layer": quantity.layer, "stream": stream, "dtype": dtype}
         with new_table(folder, [row["row_id"] for row in rows], entries, shape, dtype, about) as (values, starts):
-            for numbers, found in self._measured(quantity, stream, rows, counts, config.vocab_size):
+            lengths = np.array([len(row["input_ids"]) for row in rows])
+            wide = counts * (1 if quantity.name == "activations" else config.vocab_size)
+            for numbers, found in self._measured(quantity, stream, rows, lengths, wide):
                 for number, piece in zip(numbers, found, strict=True):
                     values[starts[number] : starts[number] + entries[number]] = piece
         return folder
@@ -206,11 +236,9 @@ class _Source:
             )
 
     def _measured(
-        self, quantity: Quantity, stream: str, rows: Sequence[Row], counts: np.ndarray, vocabulary: int
+        self, quantity: Quantity, stream: str, rows: Sequence[Row], lengths: np.ndarray, wide: np.ndarray
     ) -> Iterator[tuple[list[int], list[np.ndarray]]]:
-        """(numbers of rows, values of each) until every row has come once."""
-        lengths = np.array([len(row["input_ids"]) for row in rows])
-        wide = counts * (1 if quantity.name == "activations" else vocabulary)
+        """(numbers of rows, values of each) until every row has come once; `lengths`, `wide`: as in `cut`."""
         batches = cut(lengths, wide)
         jobs = [(numbers, [rows[number] for number in numbers]) for numbers in batches]
         flops = 2 * sum(file.stat().st_size for file in self.weights.glob("*.safetensors")) / 4 * lengths.sum()
@@ -247,12 +275,16 @@ class Reference:
     def __init__(self, model: ModelConfig, quantity: Quantity, device: str) -> None:
         self.module, tokenizer = load_causal_lm(model)
         self.module.to(device).eval()
+        self.stop = stop_ids(self.module, tokenizer)
         self.quantity, self.device, self.pad_id = quantity, torch.device(device), tokenizer.pad_token_id
         self.autocast = model.precision == "bf16_autocast"
 
     @torch.no_grad()
     def values(self, rows: Sequence[Row]) -> list[np.ndarray]:
-        """Values of each row: nll float64 [1]; logits and activations fp32 [answer tokens, vocabulary or width]."""
+        """Values of each row: nll float64 [1]; logits and activations fp32 [answer tokens, vocabulary or width];
+        alternative int64 [tokens drawn after the row's]."""
+        if self.quantity.sampling is not None:
+            return self._drawn(rows, self.quantity.sampling)
         batch = {name: tensor.to(self.device) for name, tensor in collate(rows, self.pad_id).items()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             if self.quantity.name == "activations":
@@ -265,6 +297,15 @@ class Reference:
                     return [*sums[:, None].cpu().numpy()]
                 found = logits_tv.float().log_softmax(1)
         return [piece.numpy() for piece in torch.split(found.cpu(), [_answer_tokens(row) for row in rows])]
+
+    def _drawn(self, rows: Sequence[Row], sampling: Sampling) -> list[np.ndarray]:
+        names = [f"{self.quantity.seed}/{row['row_id']}" for row in rows]
+        most = sampling.max_new_tokens
+        draws = Draws.of(names, most, sampling.temperature, sampling.top_k)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            prompts = [row["input_ids"] for row in rows]
+            new = generate_batch(self.module, prompts, max_new_tokens=most, stop=self.stop, draws=draws)
+        return [np.array(ids, dtype=np.int64) for ids in new]
 
 
 def _here(model: ModelConfig, quantity: Quantity, jobs: Sequence[Job]) -> Iterator[tuple[list[int], list[np.ndarray]]]:
