@@ -149,7 +149,7 @@ class AltPOConfig(WeightedConfig):
     alternatives: int = 5
     """Alternatives drawn of each forget row before the first round (the authors: 5); an epoch uses one of them."""
     temperature: float | None = None
-    """Temperature they are drawn at; null: 1 with `prompt` (as the authors), else 2 (at 1 a fitted model repeats)."""
+    """Temperature they are drawn at; null: 1 with `prompt` (as the authors), else 2: at 1, fitted models repeat it."""
     top_k: int = 50
     """Tokens they are drawn from, the likeliest ones (transformers' default, which the authors leave)."""
     max_new_tokens: int = 200
