@@ -1,18 +1,20 @@
-"""Error of finite-difference Hessian-vector products by precision, difference and step; defaults come from here.
+"""Error of grad Sim by finite differences: steps measured as a run measures them, beside fixed ones.
 
-    python benchmarks/difference_error.py [--steps 400]
+    python benchmarks/difference_error.py [--model DIR ...] [--out benchmarks/difference_error.json]
 
-Fits a small Llama to the embedded corpus, then compares H_f g_f and grad Sim = H_f u + H_r w with double backward in
-float64 at the same (for bf16: rounded) weights. Prints Markdown.
+For the shipped target, a small Qwen2 that is fitted to the same rows first, and the models in DIR: all weights and LoRA
+of rank 8, fp32 and bf16_autocast, at the start and after five rounds of OFMU (30 updates). Reference: double backward
+in float64, eager attention, 6 forget and 6 retain rows. Prints Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,19 @@ import torch
 import transformers
 
 from ofmu_ray.algorithm import similarity_gradient
-from ofmu_ray.algorithm.curvature import Exact, FiniteDifference
+from ofmu_ray.algorithm.curvature import Curvature, Exact, FiniteDifference, MeasuredDifference
 from ofmu_ray.algorithm.space import Vector, combine
+from ofmu_ray.algorithm.steps import Steps
 from ofmu_ray.assets import resolve_builtin
-from ofmu_ray.config import OptimizerConfig
+from ofmu_ray.config import LoraConfig, ModelConfig, OFMUConfig, OptimizerConfig
 from ofmu_ray.engines import TorchEngine
+from ofmu_ray.engines.models import add_lora, load_causal_lm
+from ofmu_ray.methods import OFMU
 
-SWEEP = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6)
+FIXED = (1e-5, 1e-4, 1e-3)
+"""Relative steps of the forward differences beside the measured ones."""
+ROWS = 6
+UPDATES = 30
 Batches = dict[str, dict[str, torch.Tensor]]
 
 
@@ -43,48 +51,54 @@ def token_batch(tokenizer: Any, pairs: list[tuple[str, str]]) -> dict[str, torch
         ids.append(torch.tensor(prompt + reply))
         labels.append(torch.tensor([-100] * len(prompt) + reply))
     pad = torch.nn.utils.rnn.pad_sequence
-    mask = pad([torch.ones_like(row) for row in ids], batch_first=True)
     return {
         "input_ids": pad(ids, batch_first=True),
-        "attention_mask": mask,
+        "attention_mask": pad([torch.ones_like(row) for row in ids], batch_first=True),
         "labels": pad(labels, batch_first=True, padding_value=-100),
     }
 
 
-def fitted_model(tokenizer: Any, steps: int) -> torch.nn.Module:
+def drawn(tokenizer: Any, name: str, seed: int, count: int = ROWS) -> Iterator[dict[str, torch.Tensor]]:
+    table, generator = rows(name), torch.Generator().manual_seed(seed)
+    while True:
+        picked = torch.randint(len(table), (count,), generator=generator).tolist()
+        yield token_batch(tokenizer, [table[i] for i in picked])
+
+
+def small_qwen(steps: int) -> tuple[torch.nn.Module, Any]:
+    """A Qwen2 of 0.4 M parameters, fitted to all rows."""
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
+    tokenizer = transformers.AutoTokenizer.from_pretrained(resolve_builtin("builtin:people/tokenizer"))
+    config = transformers.Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=344,
-        num_hidden_layers=4,
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=3,
         num_attention_heads=4,
+        num_key_value_heads=2,
         tie_word_embeddings=True,
         attn_implementation="eager",
     )
-    module = transformers.LlamaForCausalLM(config)
-    engine = TorchEngine(module, inner=OptimizerConfig(lr=2e-3))
-    full = rows("full")
-    generator = torch.Generator().manual_seed(0)
-    for step in range(steps):
+    engine = TorchEngine(transformers.Qwen2ForCausalLM(config), inner=OptimizerConfig(lr=2e-3))
+    for step, batch in enumerate(itertools.islice(drawn(tokenizer, "full", 0, 10), steps)):
         engine.set_learning_rate("inner", 2e-3 * (1 - 0.9 * step / steps))
-        picked = torch.randint(len(full), (10,), generator=generator).tolist()
-        gradient, loss = engine.gradient(token_batch(tokenizer, [full[i] for i in picked]))
-        engine.apply(gradient, "inner")
-    print(f"{engine.numel} parameters, {steps} steps, last loss {loss:.3f}, |theta| {engine.parameters_norm():.1f}\n")
-    return copy.deepcopy(module)
+        engine.apply(engine.gradient(batch)[0], "inner")
+    return copy.deepcopy(engine.module), tokenizer
 
 
-def exact(module: torch.nn.Module, batches: Batches) -> tuple[Vector, Vector, Vector, Vector]:
-    """H_f g_f, grad Sim and the two vectors u and w, in float64."""
+def exact(module: torch.nn.Module, batches: Batches) -> Vector:
+    """grad Sim in float64."""
     engine = TorchEngine(copy.deepcopy(module).double())
-    curvature = Exact(engine, "cosine")
-    g_f, g_r = (engine.gradient(batches[kind])[0] for kind in ("forget", "retain"))
+    return similarity(engine, Exact(engine, "cosine"), batches)
+
+
+def similarity(engine: TorchEngine, curvature: Curvature, batches: Batches) -> Vector:
+    """grad Sim = H_f u + H_r w as a round of OFMU takes it."""
+    g_f, g_r = (engine.gradient(batches[kind], differenced=True)[0] for kind in ("forget", "retain"))
     _, u, w = similarity_gradient(g_f, g_r)
-    h_g = curvature.hessian_vector(batches["forget"], "forget", g_f, g_f, 1.0)
-    h_u = curvature.hessian_vector(batches["forget"], "forget", g_f, u, 1.0)
-    h_w = curvature.hessian_vector(batches["retain"], "retain", g_r, w, 1.0)
-    return h_g, combine(1.0, h_u, 1.0, h_w), u, w
+    norms = [math.sqrt(engine.dot((v, v))[0]) for v in (u, w)]
+    h_u = curvature.hessian_vector(batches["forget"], "forget", g_f, list(u), norms[0])
+    return combine(1.0, h_u, 1.0, curvature.hessian_vector(batches["retain"], "retain", g_r, list(w), norms[1]))
 
 
 def relative_error(found: Vector, expected: Vector) -> float:
@@ -92,47 +106,88 @@ def relative_error(found: Vector, expected: Vector) -> float:
     return float(difference.norm() / torch.cat(expected).norm())
 
 
-def errors(engine: TorchEngine, batches: Batches, reference: Any, difference: Any) -> list[tuple[float, float]]:
-    h_g, grad_sim, u, w = reference
-    g_f, g_r = (engine.gradient(batches[kind], differenced=True)[0] for kind in ("forget", "retain"))
-    u32, w32 = ([v[0].float()] for v in (u, w))
-    found = []
-    for step in SWEEP:
-        curvature = FiniteDifference(engine, difference, step)
-
-        def product(kind: Any, base: Vector, direction: Vector, by: FiniteDifference = curvature) -> Vector:
-            norm = math.sqrt(engine.dot((direction, direction))[0])
-            return by.hessian_vector(batches[kind], kind, base, direction, norm)
-
-        similarity = combine(1.0, product("forget", g_f, u32), 1.0, product("retain", g_r, w32))
-        found.append((relative_error(product("forget", g_f, g_f), h_g), relative_error(similarity, grad_sim)))
+def measured(engine: TorchEngine, steps: Steps, batches: Batches, expected: Vector) -> dict[str, Any]:
+    """With the run's own steps, twice: checked where that is due, and as the rounds after it do."""
+    found: dict[str, Any] = {f"fixed_{step:g}": 0.0 for step in FIXED}
+    for step in FIXED:
+        by = FiniteDifference(engine, "forward", step)
+        found[f"fixed_{step:g}"] = relative_error(similarity(engine, by, batches), expected)
+    before = sum(engine.account.gradient_passes.values())
+    found["measured"] = relative_error(similarity(engine, MeasuredDifference(engine, steps), batches), expected)
+    found["passes"] = sum(engine.account.gradient_passes.values()) - before - 2
+    curvature = MeasuredDifference(engine, steps)
+    by_steps = similarity(engine, curvature, batches)
+    found["between_checks"] = relative_error(by_steps, expected)
+    error = math.hypot(*(curvature.error(kind) or 0.0 for kind in ("forget", "retain")))  # type: ignore[arg-type]
+    found["estimated"] = error / math.sqrt(engine.dot((by_steps, by_steps))[0])
+    found["steps"] = {
+        kind: {"relative": step.relative, "central": step.central} for kind, step in steps.products.items()
+    }
     return found
 
 
-def report(module: torch.nn.Module, batches: Batches, show: Callable[[str], None] = print) -> None:
-    show("| precision | difference | quantity | " + " | ".join(f"{s:.0e}" for s in SWEEP) + " |")
-    show("|---" * (3 + len(SWEEP)) + "|")
-    for precision in ("fp32", "bf16_autocast", "bf16"):
-        engine = TorchEngine(copy.deepcopy(module), precision=precision)  # type: ignore[arg-type]
-        reference = exact(engine.module, batches)
-        for difference in ("forward", "central"):
-            both = errors(engine, batches, reference, difference)
-            for index, quantity in enumerate(("H_f g_f", "grad Sim")):
-                best = min(pair[index] for pair in both)
-                cells = [
-                    f"{'**' if p[index] == best else ''}{p[index]:.1e}{'**' if p[index] == best else ''}" for p in both
-                ]
-                show(f"| {precision} | {difference} | {quantity} | " + " | ".join(cells) + " |")
+def case(module: torch.nn.Module, tokenizer: Any, precision: Any, rate: float) -> Iterator[dict[str, Any]]:
+    """At the start, and after the updates."""
+    optimizer = OptimizerConfig(lr=rate)
+    engine = TorchEngine(module, precision=precision, inner=optimizer, outer=optimizer)
+    method = OFMU(OFMUConfig.from_preset("lite", beta=0.1))
+    batches = {name: token_batch(tokenizer, rows(name)[:ROWS]) for name in ("forget", "retain")}
+    streams = drawn(tokenizer, "forget", 1), drawn(tokenizer, "retain", 2)
+    while True:
+        method.steps.round = method.rounds_done
+        found = measured(engine, copy.deepcopy(method.steps), batches, exact(engine.module, batches))
+        yield {"precision": precision, "updates": engine.account.updates, **found}
+        if engine.account.updates >= UPDATES:
+            return
+        while engine.account.updates < UPDATES:
+            method.round(engine, *streams)
+
+
+def models(args: argparse.Namespace) -> Iterator[tuple[str, torch.nn.Module, Any, float]]:
+    """Name, model, tokenizer and the rate of the updates."""
+    if not args.only_given:
+        for rate in (1e-4, 1e-3):
+            module, tokenizer = load_causal_lm(ModelConfig(attention="eager"))
+            yield f"target, rate {rate:g}", module, tokenizer, rate
+        yield "small Qwen2", *small_qwen(args.steps), 1e-4
+    for path in args.model:
+        module, tokenizer = load_causal_lm(ModelConfig(path=path, attention="eager"))
+        yield Path(path).name, module, tokenizer, 1e-5
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    names = ["between_checks", "measured", "estimated", *(f"fixed_{step:g}" for step in FIXED)]
+    heads = ["model", "weights", "precision", "updates", "between checks", "at a check", "estimated"]
+    heads += [f"fixed {step:g}" for step in FIXED]
+    lines = ["| " + " | ".join([*heads, "passes, first check"]) + " |", "|---" * (len(heads) + 1) + "|"]
+    for one in records:
+        cells = [one["model"], one["weights"], one["precision"], str(one["updates"])]
+        cells += [f"{one[name]:.2%}" for name in names] + [str(one["passes"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=400, help="optimiser steps of the fit")
-    steps = parser.parse_args().steps
-    tokenizer = transformers.AutoTokenizer.from_pretrained(resolve_builtin("builtin:people/tokenizer"))
-    module = fitted_model(tokenizer, steps)
-    batches = {name: token_batch(tokenizer, rows(name)[:10]) for name in ("forget", "retain")}
-    report(module, batches)
+    parser.add_argument("--steps", type=int, default=400, help="optimiser steps that fit the small Qwen2")
+    parser.add_argument("--model", action="append", default=[], help="another model's directory (may be repeated)")
+    parser.add_argument("--only-given", action="store_true", help="leave the target and the Qwen2 out")
+    parser.add_argument("--precision", action="append", default=[], help="default: fp32 and bf16_autocast")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    args = parser.parse_args()
+    records = []
+    for name, module, tokenizer, rate in models(args):
+        for weights, precision in itertools.product(("all", "LoRA"), args.precision or ("fp32", "bf16_autocast")):
+            torch.manual_seed(0)
+            changed = copy.deepcopy(module)
+            if weights == "LoRA":
+                changed = add_lora(changed, LoraConfig(rank=8))
+            for record in case(changed, tokenizer, precision, rate):
+                records.append({"model": name, "weights": weights, **record})
+                print(json.dumps(records[-1]), flush=True)
+                if args.out:
+                    args.out.write_text(json.dumps({"records": records}, indent=1) + "\n")
+    print(table(records))
 
 
 if __name__ == "__main__":

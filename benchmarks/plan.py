@@ -101,7 +101,7 @@ def two_rounds(
     """An engine after two rounds, with the method and its batches: forget and retain."""
     engine = started(size, stage, rows)
     batches = [[batch_of(size, rows, tokens, seed)] for seed in (0, 1)]
-    method = OFMU(OFMUConfig.from_preset(preset, inner_steps=INNER_STEPS))
+    method = OFMU(OFMUConfig.from_preset(preset, inner_steps=INNER_STEPS, relative_step=1e-4))
     for _ in range(2):
         method.round(engine, *batches)
     return engine, method, batches
@@ -132,7 +132,8 @@ def measured(size: str, stage: int, rows: int, tokens: int, preset: Any, timed: 
 
 
 def predicted(size: str, stage: int, workers: int, rows: int, tokens: int, preset: Any, clock: Any) -> dict[str, Any]:
-    config = replace(OFMUConfig.from_preset(preset, inner_steps=INNER_STEPS), inner=OPTIMIZER, outer=OPTIMIZER)
+    config = OFMUConfig.from_preset(preset, inner_steps=INNER_STEPS, relative_step=1e-4)
+    config = replace(config, inner=OPTIMIZER, outer=OPTIMIZER)
     training = TrainingConfig(workers=workers, zero_stage=stage, batch_size=rows * workers)  # type: ignore[arg-type]
     length = Rows(tokens, float(tokens), tokens // 3)
     lengths = {"forget": length, "retain": length}

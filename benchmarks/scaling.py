@@ -44,7 +44,7 @@ SHAPES = {
 }
 SEVEN_BILLION = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
 OPTIMIZER = OptimizerConfig(name="adamw", lr=1e-6)
-METHOD = replace(OFMUConfig.from_preset("lite"), inner=OPTIMIZER, outer=OPTIMIZER)
+METHOD = replace(OFMUConfig.from_preset("lite", relative_step=1e-4), inner=OPTIMIZER, outer=OPTIMIZER)
 
 
 def shape_of(size: str) -> Any:

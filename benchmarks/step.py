@@ -66,8 +66,8 @@ def methods() -> dict[str, Any]:
     return {
         "gradient ascent": GradientAscent(),
         "GradDiff": GradDiff(),
-        "OFMU full": OFMU(OFMUConfig.from_preset("full")),
-        "OFMU lite": OFMU(OFMUConfig.from_preset("lite")),
+        "OFMU full": OFMU(OFMUConfig.from_preset("full", relative_step=1e-4)),
+        "OFMU lite": OFMU(OFMUConfig.from_preset("lite", relative_step=1e-4)),
     }
 
 

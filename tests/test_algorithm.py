@@ -218,7 +218,7 @@ def test_passes_and_updates_per_round(preset, options, forget, retain):
     """The cost table of docs/method.md, by the engine's own account; batches drawn as batches_per_round says."""
     module = small_network([3, 4, 2], 0)
     engine = TorchEngine(module, regression)
-    method = OFMU(OFMUConfig.from_preset(preset, inner_steps=5, **options))
+    method = OFMU(OFMUConfig.from_preset(preset, inner_steps=5, **{"relative_step": 1e-3, **options}))
     streams = {
         name: iter([(torch.randn(5, 3).double(), torch.randn(5, 2).double()) for _ in range(count)])
         for name, count in method.batches_per_round().items()

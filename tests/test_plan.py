@@ -93,7 +93,7 @@ def test_parameters_counted_as_the_real_model_has_them(kind: str, variant: str) 
 @pytest.mark.parametrize("preset", ["full", "lite"])
 @pytest.mark.parametrize("steps", [(1, 1), (5, 3)])
 def test_replayed_passes_and_updates_are_those_of_a_real_round(preset: Any, steps: tuple[int, int]) -> None:
-    config = OFMUConfig.from_preset(preset, inner_steps=steps[0], outer_steps=steps[1])
+    config = OFMUConfig.from_preset(preset, inner_steps=steps[0], outer_steps=steps[1], relative_step=1e-3)
     engine = TorchEngine(tiny_model(), inner=config.inner, outer=config.outer)
     batches = [[Batch([token_batch([9, 12], seed)])] for seed in (0, 1)]
     build_method(config, 4).round(engine, *batches)
@@ -176,8 +176,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*words, "--plan.price_per_gpu_hour", "2", "--plan.json", str(out)]) == 0
     found = json.loads(out.read_text())
     assert found["model"]["parameters"] == 541_536
-    assert found["round"]["gradient_passes"] == {"forget": 7, "retain": 3}
-    assert found["run"]["gradient_passes"] == {"forget": 70, "retain": 30}
+    assert found["round"]["gradient_passes"] == {"forget": 9, "retain": 4}  # auto, at most
+    assert found["run"]["gradient_passes"] == {"forget": 90, "retain": 40}
     assert found["memory"]["peak_bytes"] == sum(found["memory"]["components"].values())
     assert found["run"]["cost"] == pytest.approx(found["run"]["seconds"] / 3600 * 2 * 2)
     shown = capsys.readouterr().out
