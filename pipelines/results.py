@@ -56,20 +56,7 @@ def write(
         **outcome.metrics,
         **_aggregate(outcome.tables),
         "cost": _cost(outcome),
-        "run": {
-            "name": name_of(home),
-            "method": config["method"],
-            "status": training["status"],
-            "message": training["message"],
-            "notes": training["notes"],
-            **_generations(outcome, config),
-            "rounds": training["round"],
-            "seed": config["seed"],
-            "config_hash": config_hash,
-            "model": join(home, "model"),
-            "report": join(home, "report.html"),
-            "mlflow": mlflow,
-        },
+        "run": {**_run(home, outcome, config), "config_hash": config_hash, "mlflow": mlflow},
     }
     manifest = build_manifest(
         name=name_of(home),
@@ -160,6 +147,23 @@ def _aggregate(tables: dict[str, Any]) -> dict[str, Any]:
     model, target, retrained = (aggregate_inputs(tables.get(name)) for name in ("after", "before", "retrained"))
     found = aggregate_figures(model, target, retrained)
     return {"aggregate": {name: figure.to_json() for name, figure in found.items()}}
+
+
+def _run(home: PathLike, outcome: Outcome, config: dict[str, Any]) -> dict[str, Any]:
+    """What became of the run, and where it lies."""
+    training = outcome.training
+    return {
+        "name": name_of(home),
+        "method": config["method"],
+        "status": training["status"],
+        "message": training["message"],
+        "notes": training["notes"],
+        **_generations(outcome, config),
+        "rounds": training["round"],
+        "seed": config["seed"],
+        "model": join(home, "model"),
+        "report": join(home, "report.html"),
+    }
 
 
 def _cost(outcome: Outcome) -> dict[str, Any]:

@@ -192,9 +192,9 @@ def split_results(benchmark: Benchmark, split: str) -> SplitResults:
     degenerate = {
         method for method, found in runs.items() if 2 * sum(bool(run.get("degenerate")) for run in found) > len(found)
     }
-    barred: dict[str, Result] = dict.fromkeys(degenerate, "degenerate") | dict.fromkeys(
-        missed, "below the utility floor"
-    )
+    barred: dict[str, Result] = {
+        method: "below the utility floor" if method in missed else "degenerate" for method in missed | degenerate
+    }
     return SplitResults(
         split,
         methods,
