@@ -68,6 +68,10 @@ def methods() -> dict[str, Any]:
         "GradDiff": GradDiff(),
         "OFMU full": OFMU(OFMUConfig.from_preset("full", relative_step=1e-4)),
         "OFMU lite": OFMU(OFMUConfig.from_preset("lite", relative_step=1e-4)),
+        # a level that no token reaches, so that no step is skipped
+        "OFMU first_order": OFMU(
+            OFMUConfig.from_preset("first_order", inner_steps=3, outer_steps=3, projection=0.6, forget_level=1e3)
+        ),
     }
 
 
