@@ -171,7 +171,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=400, help="optimiser steps that fit the small Qwen2")
+    parser.add_argument("--steps", type=int, default=200, help="optimiser steps that fit the small Qwen2")
     parser.add_argument("--model", action="append", default=[], help="another model's directory (may be repeated)")
     parser.add_argument("--only-given", action="store_true", help="leave the target and the Qwen2 out")
     parser.add_argument("--precision", action="append", default=[], help="default: fp32 and bf16_autocast")

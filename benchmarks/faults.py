@@ -28,7 +28,7 @@ from ofmu_ray.training.job import WorkerJob
 Phase = Literal["start", "first_gather", "inner_loop", "displaced", "outer_step", "checkpoint_write", "export"]
 ROUNDS, EVERY = 12, 4
 HANG_SECONDS = 15.0
-METHOD = OFMUConfig.from_preset("full", inner_steps=2)
+METHOD = OFMUConfig.from_preset("full", inner_steps=2, relative_step=1e-3)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ofmu_ray.data.prepare import TokenisedStream
 from ofmu_ray.training.job import WorkerJob
 
 ROUNDS = 8
-METHOD = OFMUConfig.from_preset("lite", inner_steps=2)
+METHOD = OFMUConfig.from_preset("lite", inner_steps=2, relative_step=1e-3)
 
 
 ROWS = {"forget": 9, "retain": 14}

@@ -28,7 +28,13 @@ from pipelines.trial import SplitData, Trial, run_trial
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 3e10
 LABELS = {
-    "lite": {"method": "ofmu", "ofmu.preset": "lite", "ofmu.inner_steps": 2, "ofmu.outer_steps": 2},
+    "lite": {
+        "method": "ofmu",
+        "ofmu.preset": "lite",
+        "ofmu.inner_steps": 2,
+        "ofmu.outer_steps": 2,
+        "ofmu.relative_step": 1e-4,
+    },
     "no_such_layer": {"method": "rmu", "rmu.layer": 99},
     "explosive": {"method": "gradient_ascent", "gradient_ascent.optimizer": {"name": "sgd", "lr": 1e30, "clip": None}},
 }

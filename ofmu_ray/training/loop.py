@@ -84,7 +84,8 @@ class Loop:
         figures["tokens_per_second"] = (self.engine.account.tokens - tokens) / seconds
         good = self._finite(figures) and self._useful(figures)
         self._log(figures)
-        self._note(*self.method.notes)
+        if good:
+            self._note(*self.method.notes)
         last = state.round == training.rounds
         due = state.round % training.checkpoint_every == 0 or self._check_due()
         if good and due and not last:
