@@ -183,7 +183,7 @@ def test_tables_report_and_mlflow(finished):
     assert "ofmu benchmark" in (folder / "report.md").read_text()
     assert "2, then 1 around the best of them" in (folder / "report.md").read_text()
     finished_runs = [trial for trial in pq.read_table(folder / "trials.parquet").to_pylist() if trial["model_utility"]]
-    assert all(0 <= trial["aggregate"] <= 1 for trial in finished_runs)
+    assert all(0 <= trial["memorisation_score"] <= 1 for trial in finished_runs)
     assert {trial["degenerate"] for trial in finished_runs} <= {True, False}
     assert "<html" in (folder / "report.html").read_text()
     import mlflow

@@ -89,7 +89,8 @@ def test_a_run_leaves_what_the_contract_names(finished):
     storage, status, metrics = finished
     assert status == 0
     assert set(metrics) == {"before", "after", "retrained", "aggregate", "cost", "run"}
-    assert 0 <= metrics["aggregate"]["aggregate"]["value"] <= 1
+    assert 0 < metrics["aggregate"]["memorisation_score"]["value"] < 1
+    assert "evaluation.sets.holdout" in metrics["aggregate"]["aggregate"]["reason"]  # a run leaves them out for time
     verdict = "degenerate" if metrics["run"]["degenerate"] else "not degenerate"
     assert metrics["run"]["generations"].startswith("answers to forget prompts: ")
     assert metrics["run"]["generations"].endswith(f"): {verdict}")
