@@ -263,12 +263,13 @@ def test_actors_give_the_same_values(
 
 
 @pytest.mark.slow
-def test_a_run_leaves_neither_refusals_nor_forget_text(tmp_path: Path, local_ray: None) -> None:
-    """DPO needs all there is to know about forget rows; the KL term adds retain rows."""
+@pytest.mark.parametrize("name", ["dpo", "altpo"])
+def test_a_run_leaves_neither_refusals_nor_forget_text(name: str, tmp_path: Path, local_ray: None) -> None:
+    """They need all there is to know about forget rows; the KL term adds retain rows."""
     from pipelines import cli
 
     brief = ["--training.rounds", "2", "--evaluation.enabled", "false", "--tracking.system_metrics", "false"]
-    method = ["--method", "dpo", "--dpo.optimizer.lr", "3e-4", "--dpo.retain_loss", "kl"]
+    method = ["--method", name, f"--{name}.optimizer.lr", "3e-4", f"--{name}.retain_loss", "kl"]
     assert cli.main(["unlearn", "--storage", str(tmp_path), "--name", "run", *method, *brief]) == 0
     series = json.loads((tmp_path / "run" / "training.json").read_text())["series"]
     assert series[0]["forget_loss"] == pytest.approx(2 / 0.1 * np.log(2), rel=1e-4)  # model = untouched model

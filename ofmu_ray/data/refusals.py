@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ofmu_ray.config import SourceConfig
 from ofmu_ray.data import checks, sources
 from ofmu_ray.data.checks import Problems
-from ofmu_ray.data.sidecar import write_rows
 from ofmu_ray.data.sources import Broken
 from ofmu_ray.data.template import Template
+from ofmu_ray.storage import atomic_write
 
 BUILTIN = "builtin:refusals.jsonl"
 
@@ -63,7 +65,12 @@ def with_answer(row: Mapping[str, Any], answer: Sequence[int], template: Templat
 
 
 def write_refusals(path: str, rows: Sequence[dict[str, Any]]) -> str:
-    """Write refusal rows to a Parquet file; returns `path`. They hold the questions: the file goes with the run."""
+    """Write refusal rows to a Parquet file; returns `path`. They hold the questions: the file goes with the run.
+
+    It appears whole: several trials may write and read the same one.
+    """
     schema = pa.schema([("row_id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("prompt_tokens", pa.int32())])
-    write_rows(path, pa.Table.from_pylist(list(rows), schema=schema))
+    content = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), content)
+    atomic_write(path, content.getvalue())
     return path
