@@ -17,7 +17,7 @@ import torch.distributed as dist
 from engine_models import VOCABULARY, tiny_model
 from engine_ranks import all_ranks
 
-from ofmu_ray.config import OFMUConfig, OptimizerConfig
+from ofmu_ray.config import OFMUConfig, OptimizerConfig, PresetName
 from ofmu_ray.data.batches import collate
 from ofmu_ray.data.order import batch_order, lane_slots
 from ofmu_ray.engines import Batch
@@ -27,8 +27,14 @@ ROUNDS = 10
 BATCH = 4
 """Rows of a global batch."""
 ROWS = {"forget": 10, "retain": 17}
-SHORT = {"full": {"inner_steps": 2}, "lite": {"inner_steps": 3}}
-"""Fewer inner steps than a run takes: 8 + 8 and 5 + 3 passes a round."""
+SHORT: dict[str, dict[str, Any]] = {
+    "full": {"inner_steps": 2, "beta": 1.0, "rho": 0.02},
+    "lite": {"inner_steps": 3, "beta": 1.0, "rho": 0.02},
+    "first_order": {"inner_steps": 2, "outer_steps": 3, "projection": 0.6, "forget_level": 5.0},
+}
+"""Fewer steps than a run takes: 8 + 8, 5 + 3 and 2 + 3 passes a round. The level lies in the midst of the losses."""
+LOSSES: dict[str, Any] = {"llama": "bounded_token", "neox": "bounded_row", "qwen2": "simnpo"}
+"""Forget losses of first_order."""
 OPTIMIZERS = {
     "sgd": OptimizerConfig(name="sgd", lr=0.05, clip=1.0),
     "adamw": OptimizerConfig(name="adamw", lr=2e-3, clip=1.0, eps=1e-3),
@@ -42,7 +48,7 @@ class Case:
     model: str = "llama"
     stage: int | None = None
     """None: TorchEngine."""
-    preset: Literal["full", "lite"] = "lite"
+    preset: PresetName = "lite"
     optimizer: Literal["sgd", "adamw"] = "sgd"
     micro: int | None = None
     """Rows of a micro-batch; None: the rank's whole share."""
@@ -66,11 +72,11 @@ class Case:
 
 def config(case: Case) -> OFMUConfig:
     optimizer = OPTIMIZERS[case.optimizer]
+    loss = {"forget_loss": LOSSES[case.model]} if case.preset == "first_order" else {}
     return OFMUConfig.from_preset(
         case.preset,
         **SHORT[case.preset],
-        beta=1.0,
-        rho=0.02,
+        **loss,
         curvature=case.curvature,
         relative_step=case.relative_step,
         inner=optimizer,

@@ -1,12 +1,11 @@
 """Search space of SimNPO."""
 
-from tune_spaces.spaces import Choice, Knob, LogUniform, Space, Uniform, rate
+from tune_spaces.spaces import Knob, LogUniform, Space, Uniform, rate
 
 SPACE = Space(
     (
         rate("simnpo.optimizer.lr"),
         Knob("simnpo.beta", Uniform(2.0, 5.5), "around OpenUnlearning's 4.5"),
-        Knob("simnpo.delta", Choice((0.0, 1.0)), "OpenUnlearning's 0, and a margin of one nat per token"),
         Knob(
             "simnpo.forget_weight",
             LogUniform(0.06, 1.0),
