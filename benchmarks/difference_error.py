@@ -4,8 +4,8 @@
 
 For the shipped target, a small Qwen2 that is fitted to the same rows first, and the models in DIR: all weights and LoRA
 of rank 8, fp32 and bf16_autocast, at the start and after five rounds of OFMU (30 updates). A model of 135 M parameters
-takes some 12 GB with all weights, 4 GB with LoRA. Reference: double backward in float64, eager attention, 6 forget and 6
-retain rows. Prints Markdown.
+takes some 12 GB with all weights, 4 GB with LoRA. Reference: double backward in float64, eager attention, 6 forget and
+6 retain rows. Prints Markdown.
 """
 
 from __future__ import annotations
