@@ -221,24 +221,3 @@ def test_a_run_ends_when_nothing_is_left_to_forget(skipped: list[int], patience:
     loop.state = types.SimpleNamespace(series=[{"skipped_ascents": n} for n in skipped], message="")  # type: ignore[assignment]
     assert loop.forgotten() is ends
     assert ("stop.forgotten" in loop.state.message) is ends
-
-
-def test_the_outer_loop_can_hold_the_reference_distribution() -> None:
-    """retain_loss kl: 0 and without gradient at the reference model itself, the KL divergence away from it."""
-    module, batch = tiny_model()
-    labels = batch["labels"][:, 1:]
-    with torch.no_grad():
-        logits = module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-    reference = logits.log_softmax(-1)[labels != -100]
-    method = OFMU(bounded(1e3, inner_steps=1, outer_steps=1, retain_loss="kl"))
-    assert [(need.stream, need.quantity) for need in method.needs] == [("retain", "logits")]
-    engine = TorchEngine(module, inner=OptimizerConfig(name="sgd", lr=1e-2, clip=None), outer=OptimizerConfig(lr=1e-30))
-    rows = {**batch, "reference_logprobs": reference}
-    start = engine.weights()
-    figures = method.round(engine, [batch], [rows])
-    with torch.no_grad():
-        moved = module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-    moved = moved.log_softmax(-1)[labels != -100]
-    expected = (reference.exp() * (reference - moved)).sum(1).mean()
-    assert not torch.equal(engine.weights()[0], start[0])
-    assert figures["retain_loss"] == pytest.approx(float(expected), rel=1e-4)

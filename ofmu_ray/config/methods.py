@@ -36,8 +36,6 @@ class OFMUConfig:
     holdout where there are such rows, else unigram."""
     forget_beta: float = 0.1
     """Inverse temperature of forget_loss npo (0.1 in its paper) and simnpo."""
-    retain_loss: Literal["nll", "kl"] = "nll"
-    """L_r. nll: mean token NLL of retain answers; kl: KL(reference model || model) at the tokens of retain answers."""
     projection: float = 0.0
     """Share of g_f's conflict with the retain loss that is taken out of an inner step: its component along the outer
     optimiser's first moment, where that raises the retain loss (0: none, 1: all; needs outer.name adamw)."""

@@ -13,7 +13,6 @@ from ofmu_ray.algorithm.losses import (
     LossParts,
     bounded_rows,
     bounded_tokens,
-    kl_from_reference,
     simple_negative_preference,
     token_nll,
 )
@@ -51,8 +50,7 @@ class OFMU:
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        forget = (Need("forget", "nll"),) if self.config.forget_loss == "npo" else ()
-        return (*forget, Need("retain", "logits")) if self.config.retain_loss == "kl" else forget
+        return (Need("forget", "nll"),) if self.config.forget_loss == "npo" else ()
 
     @property
     def level(self) -> float | None:
@@ -99,8 +97,8 @@ class OFMU:
         if self.rounds is not None:  # on its own, a round leaves the engine's rates as they are
             engine.set_learning_rate("inner", inner_lr)
             engine.set_learning_rate("outer", outer_lr)
-        losses: dict[Kind, Loss | None] = {"forget": forget_loss(config, self.level), "retain": retain_loss(config)}
-        space: Any = _WithLosses(engine, losses) if any(losses.values()) else engine
+        loss = forget_loss(config, self.level)
+        space: Any = engine if loss is None else _Forgetting(engine, loss)
         stats = two_loop_round(
             _Shared(space, inner_lr, outer_lr) if config.shared_optimizer else space,
             drawn(forget_batches, "forget"),
@@ -174,28 +172,22 @@ def _negated(parts: LossParts) -> LossParts:
     return -parts[0], parts[1]
 
 
-def retain_loss(config: OFMUConfig) -> Loss | None:
-    """The loss that the outer loop lowers; None: the engine's own."""
-    if config.retain_loss == "nll":
-        return None
-    return lambda module, micro: kl_from_reference(answers(module, micro).logits_tv, micro["reference_logprobs"])
+class _Forgetting:
+    """The engine with another loss on forget batches."""
 
-
-class _WithLosses:
-    """The engine with losses by kind of batch in place of its own; None: its own."""
-
-    def __init__(self, engine: Engine, losses: Mapping[Kind, Loss | None]):
-        self._engine, self._losses = engine, losses
+    def __init__(self, engine: Engine, loss: Loss):
+        self._engine, self._loss = engine, loss
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
     def gradient(self, batch: Any, *, kind: Kind, differenced: bool = False) -> tuple[Vector, float]:
-        return self._engine.gradient(batch, self._losses[kind], kind=kind, differenced=differenced)
+        loss = self._loss if kind == "forget" else None
+        return self._engine.gradient(batch, loss, kind=kind, differenced=differenced)
 
     def graph_gradient(self, batch: Any, *, kind: Kind) -> Any:
         engine: Any = self._engine  # the one that offers double backward takes a loss
-        return engine.graph_gradient(batch, self._losses[kind], kind=kind)
+        return engine.graph_gradient(batch, self._loss if kind == "forget" else None, kind=kind)
 
 
 class _Shared:
