@@ -56,7 +56,8 @@ def checked(
 
 
 def _generated(figure: str) -> bool:
-    return figure == "model_utility" or figure.endswith(("rouge", "_empty", "_repetition", "_length", "_ngram_entropy"))
+    measures = ("rouge", "_empty", "_repetition", "_length", "_ngram_entropy", "_ngram_variety")
+    return figure == "model_utility" or figure.endswith(measures)
 
 
 def prepare(

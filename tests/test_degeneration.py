@@ -10,12 +10,16 @@ import pyarrow as pa
 import pytest
 
 from ofmu_ray.evaluation.comparison import plain
-from ofmu_ray.evaluation.degeneration import Sound, failed_measures, words
+from ofmu_ray.evaluation.degeneration import Sound, failed_measures, ngram_entropy, ngram_variety, words
 from ofmu_ray.evaluation.summary import sound_generations, summarise
 
 RETRAINED = Sound(
-    "retrained", {"repetition": (0.0, 0.0, 0.04), "empty": (0.02, 0.0, 0.05), "ngram_entropy": (3.4, 3.2, 3.6)}
+    "retrained", {"repetition": (0.0, 0.0, 0.04), "empty": (0.02, 0.0, 0.05), "ngram_variety": (0.9, 0.85, 0.95)}
 )
+
+
+LARGEST = (math.log2(11) + 2 * math.log2(10)) / 3
+"""Largest entropy of a text of 12 tokens."""
 
 
 def figures(**values: tuple[float, float, float]) -> dict[str, Any]:
@@ -24,14 +28,14 @@ def figures(**values: tuple[float, float, float]) -> dict[str, Any]:
 
 
 def test_the_interval_of_the_difference_decides() -> None:
-    """Independent normal estimates: half-widths add in quadrature, so that 0.3 apart is just not enough for these."""
-    half = 0.2 * math.sqrt(2)
-    for gap, failed in ((half - 1e-9, ()), (half + 1e-9, ("ngram_entropy",))):
-        value = 3.4 - gap
-        assert failed_measures(figures(ngram_entropy=(value, value - 0.2, value + 0.2)), RETRAINED) == failed
-    assert failed_measures(figures(ngram_entropy=(9.0, 8.9, 9.1), repetition=(0.0, 0.0, 0.0)), RETRAINED) == ()
-    both = figures(repetition=(0.76, 0.7, 0.8), empty=(0.02, 0.0, 0.1), ngram_entropy=(0.8, 0.7, 0.9))
-    assert failed_measures(both, RETRAINED) == ("repetition", "ngram_entropy")
+    """Independent normal estimates: half-widths add in quadrature, so that 0.07 apart is just not enough for these."""
+    half = 0.05 * math.sqrt(2)
+    for gap, failed in ((half - 1e-9, ()), (half + 1e-9, ("ngram_variety",))):
+        value = 0.9 - gap
+        assert failed_measures(figures(ngram_variety=(value, value - 0.05, value + 0.05)), RETRAINED) == failed
+    assert failed_measures(figures(ngram_variety=(1.0, 0.99, 1.0), repetition=(0.0, 0.0, 0.0)), RETRAINED) == ()
+    both = figures(repetition=(0.76, 0.7, 0.8), empty=(0.02, 0.0, 0.1), ngram_variety=(0.3, 0.2, 0.4))
+    assert failed_measures(both, RETRAINED) == ("repetition", "ngram_variety")
 
 
 def test_what_is_not_measured_is_not_known() -> None:
@@ -42,7 +46,7 @@ def test_what_is_not_measured_is_not_known() -> None:
 
 
 def test_the_verdict_in_words() -> None:
-    loud = figures(repetition=(0.76, 0.7, 0.8), empty=(0.0, 0.0, 0.0), ngram_entropy=(3.4, 3.3, 3.5))
+    loud = figures(repetition=(0.76, 0.7, 0.8), empty=(0.0, 0.0, 0.0), ngram_variety=(0.9, 0.85, 0.95))
     assert words(loud, RETRAINED) == "answers to forget prompts: repetition 0.76 (retrained 0.00): degenerate"
     calm = figures(repetition=(0.01, 0.0, 0.02))
     assert words(calm, RETRAINED) == "answers to forget prompts: repetition 0.01 (retrained 0.00): not degenerate"
@@ -55,7 +59,8 @@ def rows(name: str, rng: np.random.Generator, size: int = 100, loud: float = 0.0
         {
             "row_id": [f"{name}-{index}" for index in range(size)], "set": [name] * size, "index": range(size),
             "generated_empty": rng.random(size) < 0.01, "repetition": np.where(bad, rng.uniform(0.4, 0.9, size), 0.0),
-            "generated_entropy": np.where(bad, 1.0, rng.normal(3.4, 0.4, size)), "generated_tokens": [tokens] * size,
+            "generated_entropy": np.where(bad, 1.0, LARGEST - rng.exponential(0.05, size)),
+            "generated_tokens": [tokens] * size,
         }
     )  # fmt: skip
 
@@ -75,11 +80,25 @@ def test_equally_good_models_are_rarely_marked_and_broken_ones_always(loud: floa
         marked += bool(failed_measures(found, sound))
         assert sound is not None
         outside += any(
-            found[f"forget_{name}"] > high if name != "ngram_entropy" else found[f"forget_{name}"] < low
+            found[f"forget_{name}"] > high if name != "ngram_variety" else found[f"forget_{name}"] < low
             for name, (_, low, high) in sound.bounds.items()
         )
     assert least <= marked <= most
     assert outside >= (15 if loud < 0.1 else 100)
+
+
+def test_variety_does_not_ask_for_length() -> None:
+    """A text without a repeated bigram has all the variety there is, whatever its length; one word over and over, none.
+
+    The entropy alone would mark the built-in target itself beside the retrained model, whose answers are longer.
+    """
+    texts = [list(range(12)), list(range(40)), [1, 2, 3], [7], [], [5] * 30]
+    entropy = np.array([ngram_entropy(text) for text in texts])
+    found = ngram_variety(entropy, np.array([float(len(text)) for text in texts]))
+    assert found.tolist() == pytest.approx([1, 1, 1, 1, 1, 0])
+    half = ngram_variety(np.array([ngram_entropy([1, 2, 3, 4] * 3)]), np.array([12.0]))
+    assert 0.5 < half[0] < 0.7
+    assert np.isnan(ngram_variety(np.array([np.nan]), np.array([4.0])))[0]
 
 
 def test_nothing_but_zeros_has_an_interval_too() -> None:

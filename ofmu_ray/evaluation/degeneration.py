@@ -9,7 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-MEASURES = {"repetition": "repetition", "empty": "empty answers", "ngram_entropy": "n-gram entropy"}
+import numpy as np
+
+from ofmu_ray.evaluation.metrics import FloatArray
+
+MEASURES = {"repetition": "repetition", "empty": "empty answers", "ngram_variety": "n-gram variety"}
 """What tells a damaged generator -> in words. More of the first two, or less of the last, is worse."""
 
 Bounds = tuple[float, float, float]
@@ -41,7 +45,7 @@ def failed_measures(figures: Mapping[str, Any], sound: Sound | None) -> tuple[st
         if value is None or low is None or high is None:
             continue
         known = True
-        if name == "ngram_entropy":
+        if name == "ngram_variety":
             worse = other - value > math.hypot(high - value, other - other_low)
         else:
             worse = value - other > math.hypot(value - low, other_high - other)
@@ -72,6 +76,16 @@ def ngram_entropy(tokens: Sequence[int]) -> float:
     of similar lengths. A text without trigrams has H_3 = 0.
     """
     return (_entropy(tokens, 2) + 2.0 * _entropy(tokens, 3)) / 3.0
+
+
+def ngram_variety(entropy: FloatArray, tokens: FloatArray) -> FloatArray:
+    """Share of the largest n-gram entropy that a text of as many tokens can have, in [0, 1]: 1 where no bigram and no
+    trigram occurs twice, and for texts too short to have two of them. [rows], [rows] -> [rows]."""
+    bigrams, trigrams = (np.log2(np.maximum(tokens - short, 1.0)) for short in (1, 2))
+    largest = (bigrams + 2.0 * trigrams) / 3.0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.where(largest > 0, np.round(entropy / largest, 12), 1.0)
+    return np.where(np.isnan(entropy + tokens), np.nan, share)
 
 
 def _entropy(tokens: Sequence[int], n: int) -> float:

@@ -16,7 +16,7 @@ SMALLEST_P = 1e-300
 FAILED = -2.0
 """Score of a run without figures: below all others."""
 
-_DEGENERATION = ("_empty", "_repetition", "_length", "_ngram_entropy")
+_DEGENERATION = ("_empty", "_repetition", "_length", "_ngram_entropy", "_ngram_variety")
 
 
 def sense(name: str) -> Sense:

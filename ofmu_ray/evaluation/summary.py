@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from ofmu_ray.evaluation import membership, memorisation, metrics
 from ofmu_ray.evaluation.columns import clusters_of, finite, of_tokens, rows_of, same_rows
-from ofmu_ray.evaluation.degeneration import MEASURES, Bounds, Sound
+from ofmu_ray.evaluation.degeneration import MEASURES, Bounds, Sound, ngram_variety
 from ofmu_ray.evaluation.intervals import (
     Clusters,
     Figure,
@@ -45,7 +45,7 @@ FIGURES = (
     "model_utility",
     *(f"{name}_{metric}" for name in SETS for metric in _COLUMNS),
     *_MEMORISATION,
-    *(f"{name}_{metric}" for name in ("forget", "retain") for metric in _DEGENERATION),
+    *(f"{name}_{metric}" for name in ("forget", "retain") for metric in (*_DEGENERATION, "ngram_variety")),
 )
 """Every name that `summarise` gives of a table with forget and retain rows, in the order of reports."""
 
@@ -116,8 +116,18 @@ def _generation_and_memory(rows: pa.Table, name: str, clusters: Clusters, option
         for figure, value in _MEMORISATION.items()
         if figure.startswith(f"{name}_")
     }
-    found |= {f"{name}_{metric}": finite(rows, name, column) for metric, column in _DEGENERATION.items()}
+    found |= {f"{name}_{metric}": _generations(rows, name, metric) for metric in (*_DEGENERATION, "ngram_variety")}
     return {figure: _mean(values, clusters, figure, options) for figure, values in found.items()}
+
+
+def _generations(rows: pa.Table, name: str, metric: str) -> FloatArray | str:
+    """A measure of each generation, [rows]; or why there is none."""
+    if metric != "ngram_variety":
+        return finite(rows, name, _DEGENERATION[metric])
+    entropy, tokens = (finite(rows, name, column) for column in ("generated_entropy", "generated_tokens"))
+    if isinstance(entropy, str) or isinstance(tokens, str):
+        return entropy if isinstance(entropy, str) else tokens
+    return ngram_variety(entropy, tokens)
 
 
 def sound_generations(
@@ -143,7 +153,7 @@ def sound_generations(
             continue
         bounds: dict[str, Bounds] = {}
         for measure in MEASURES:
-            values = finite(rows, name, _DEGENERATION[measure])
+            values = _generations(rows, name, measure)
             found = _bounds(measure, _mean(values, clusters_of(rows), f"{name}_{measure}", options))
             if found is not None:
                 bounds[measure] = found
@@ -156,12 +166,15 @@ def sound_generations(
 def _bounds(measure: str, figure: Figure) -> Bounds | None:
     if figure.value is None or figure.low is None or figure.high is None:
         return None
-    high = figure.high
-    if measure != "ngram_entropy" and figure.value == 0.0 and figure.n:
-        # resampling nothing but zeros says that the mean is 0 for sure; the exact bound on the share of rows that are
-        # not 0 (Clopper and Pearson, 1934), and so on the mean of values up to 1, is
-        high = 1.0 - 0.025 ** (1.0 / figure.n)
-    return figure.value, figure.low, high
+    low, high = figure.low, figure.high
+    # resampling nothing but zeros (of variety: ones) says that the mean is 0 for sure; the exact bound on the share of
+    # rows that are not 0 (Clopper and Pearson, 1934), and so on the mean of values in [0, 1], is
+    room = 1.0 - 0.025 ** (1.0 / figure.n) if figure.n else 0.0
+    if measure == "ngram_variety":
+        low = 1.0 - room if figure.value == 1.0 else low
+    elif figure.value == 0.0:
+        high = room
+    return figure.value, low, high
 
 
 def _utility(

@@ -13,7 +13,7 @@ from ofmu_ray.reporting.page import page_environment, yaml_text
 from ofmu_ray.storage import PathLike, atomic_write
 
 RETRAINED = "retrained"
-_GENERATIONS = ("_empty", "_repetition", "_length", "_ngram_entropy")
+_GENERATIONS = ("_empty", "_repetition", "_length", "_ngram_entropy", "_ngram_variety")
 _NOTES = {
     "Forgetting": "What the forget rows score should match a model retrained without them, not fall below it.",
     "Membership inference": "Forget rows (members) against holdout rows. The two can differ in themselves, so that the "

@@ -24,6 +24,7 @@ _METRICS = {
     "repetition": "repetition of 4-grams",
     "length": "generated tokens",
     "ngram_entropy": "n-gram entropy (bits)",
+    "ngram_variety": "n-gram variety",
 }
 _ATTACKS = {
     "loss": "loss",
