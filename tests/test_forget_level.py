@@ -103,8 +103,10 @@ def test_a_batch_at_its_level_takes_no_step(loss: str) -> None:
     assert OFMU(far).round(engine, [batch], [batch])["skipped_ascents"] == 0
     moved = engine.weights()
     assert not torch.equal(before[0], moved[0])
-    figures = OFMU(near).round(engine, [batch], [batch])
+    method = OFMU(near)
+    figures = method.round(engine, [batch], [batch])
     assert figures["skipped_ascents"] == near.inner_steps
+    assert ["no ascent step taken" in note for note in method.notes] == [True]
     assert figures["inner_gradient_norm"] == 0
     assert torch.equal(engine.weights()[0], moved[0])
     assert engine.account.gradient_passes == {"forget": 6, "retain": 2}

@@ -130,6 +130,11 @@ class OFMU:
                 f"the penalty is {stats.penalty_ratio:.2g} times the retain gradient, so that outer steps follow it "
                 "rather than the retain loss: lower ofmu.rho or ofmu.rho_max",
             )
+        if stats.skipped_ascents == self.config.inner_steps:
+            self._note(
+                "skipped_ascents",
+                f"all forget rows of the round were at their level of {self.level:.3g} nats a token: no ascent step taken",
+            )
 
     def _note(self, figure: str, sentence: str) -> None:
         """Once a run for each figure."""
