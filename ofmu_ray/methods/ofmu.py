@@ -133,7 +133,7 @@ class OFMU:
         if stats.skipped_ascents == self.config.inner_steps:
             self._note(
                 "skipped_ascents",
-                f"all forget rows of the round are at their level ({self.level:.3g} nats a token): no ascent step taken",
+                f"all forget rows of the round are at their level of {self.level:.3g} nats: no ascent step taken",
             )
 
     def _note(self, figure: str, sentence: str) -> None:
