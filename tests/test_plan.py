@@ -176,8 +176,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*words, "--plan.price_per_gpu_hour", "2", "--plan.json", str(out)]) == 0
     found = json.loads(out.read_text())
     assert found["model"]["parameters"] == 541_536
-    assert found["round"]["gradient_passes"] == {"forget": 9, "retain": 4}  # auto, at most
-    assert found["run"]["gradient_passes"] == {"forget": 90, "retain": 40}
+    assert found["round"]["gradient_passes"] == {"forget": 3, "retain": 8}
+    assert found["run"]["gradient_passes"] == {"forget": 30, "retain": 80}
+    assert cli.main([*words, "--ofmu.preset", "lite", "--plan.json", str(out)]) == 0
+    lite = json.loads(out.read_text())
+    assert lite["round"]["gradient_passes"] == {"forget": 9, "retain": 4}  # auto, at most
     assert found["memory"]["peak_bytes"] == sum(found["memory"]["components"].values())
     assert found["run"]["cost"] == pytest.approx(found["run"]["seconds"] / 3600 * 2 * 2)
     shown = capsys.readouterr().out

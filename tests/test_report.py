@@ -198,7 +198,7 @@ def test_plots_are_valid_and_follow_the_pages_colours(page: str) -> None:
 def test_the_header_names_the_model_that_was_changed(page: str) -> None:
     facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
     assert facts["model"] == "builtin:people/target"
-    assert facts["method"] == "ofmu (lite)"
+    assert facts["method"] == "ofmu (first_order)"
     assert facts["engine"] == "deepspeed ZeRO-2"
     assert facts["rounds"] == "60"
     assert "mlflow" not in facts
@@ -273,7 +273,7 @@ def test_the_card_has_front_matter_figures_and_no_text(tmp_path: Path) -> None:
     assert "machine-unlearning" in yaml.safe_load(front)["tags"]
     assert "| Forget quality | ↑ better | 2.4e-11 (0.000 – 0.050) | 0.310 (0.260 – 0.360) |" in body
     options = yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])
-    assert options["ofmu"]["inner_steps"] == 5
+    assert options["ofmu"]["inner_steps"] == 3
     assert SECRET not in card
 
 

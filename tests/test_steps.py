@@ -215,4 +215,5 @@ def test_bf16_weights_are_refused_where_something_is_differenced() -> None:
     assert UnlearnConfig(model=bf16, ofmu=OFMUConfig(beta=0.0, rho=0.0)).model is bf16
     assert UnlearnConfig(model=bf16, ofmu=OFMUConfig(beta=0.0, penalty_curvature="none")).model is bf16
     assert UnlearnConfig(model=bf16, method="npo").model is bf16
-    assert UnlearnConfig(model=ModelConfig(precision="bf16_autocast")).ofmu.beta > 0
+    assert UnlearnConfig(model=ModelConfig(precision="bf16_autocast"), ofmu=OFMUConfig()).ofmu.beta > 0
+    assert UnlearnConfig(model=bf16).ofmu.preset == "first_order"  # no difference is taken
