@@ -38,6 +38,7 @@ def run(storage: Path, name: str, *words: str) -> tuple[int, dict]:
 
 
 BRIEF = ["--training.batch_size", "8", "--ofmu.inner.lr", "5e-4", "--ofmu.outer.lr", "5e-4", "--ofmu.inner_steps", "3"]
+BRIEF += ["--ofmu.preset", "lite"]  # differences and the penalty too, which the default does without
 NO_EVALUATION = ["--evaluation.enabled", "false"]
 
 
@@ -213,6 +214,25 @@ def test_workers_and_stages_do_not_change_the_outcome(finished, tmp_path):
     ]
     for figure in ("forget_loss", "retain_loss", "gradient_cosine", "phi_gradient_norm", "outer_gradient_norm"):
         assert first[0][figure] == pytest.approx(first[1][figure], rel=0.02), figure
+
+
+def test_the_default_forgets_up_to_the_level_of_unseen_rows(local_ray, tmp_path, capsys):
+    """One pass an update by the run's account; rows at their level take no ascent step, and end the run."""
+    options = ["--training.rounds", "4", "--ofmu.inner.lr", "1e-3", *NO_EVALUATION]
+    status, metrics = run(tmp_path, "default", *options)
+    assert status == 0
+    assert "forget up to 5.32 nats a token (bounded_token)" in capsys.readouterr().err
+    assert metrics["cost"]["gradient_passes"] == {"forget": 4 * 3, "retain": 4 * 8}
+    assert metrics["cost"]["updates"] == 4 * 11
+    losses = [row["forget_loss"] for row in json.loads((tmp_path / "default/training.json").read_text())["series"]]
+    assert losses == sorted(losses)
+    assert losses[-1] < 5.33
+
+    low = ["--ofmu.forget_level", "1e-5", "--ofmu.forget_loss", "bounded_row", "--stop.forgotten", "2"]
+    status, metrics = run(tmp_path, "done", *options, *low)
+    assert status == 0
+    assert metrics["run"]["rounds"] == 2
+    assert "stop.forgotten" in metrics["run"]["message"]
 
 
 def test_utility_floor_keeps_the_last_good_model(tmp_path, capsys):
