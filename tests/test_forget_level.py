@@ -211,6 +211,8 @@ def test_the_outer_rate_follows_the_inner_one_unless_it_is_given() -> None:
     assert (inner.lr, outer.lr) == (1e-3, 5e-4)
     with pytest.raises(UserError, match=r"ofmu\.projection = 0\.5 needs the first moment"):
         OFMUConfig(projection=0.5, outer=OptimizerConfig(name="sgd"))
+    with pytest.raises(UserError, match=r"ofmu\.projection needs a first moment of retain gradients alone"):
+        OFMUConfig(projection=0.5, shared_optimizer=True)
 
 
 @pytest.mark.parametrize(

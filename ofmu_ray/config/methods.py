@@ -108,6 +108,10 @@ class OFMUConfig:
                 f"ofmu.projection = {self.projection:g} needs the first moment of ofmu.outer.name adamw; set it to 0 "
                 f"with {self.outer.name}"
             )
+        if self.projection and self.shared_optimizer:
+            raise UserError(
+                "ofmu.projection needs a first moment of retain gradients alone: set ofmu.shared_optimizer false"
+            )
 
     @property
     def optimizers(self) -> tuple[OptimizerConfig, OptimizerConfig]:
