@@ -194,14 +194,23 @@ def test_level_from_holdout_rows_and_from_frequencies(tmp_path) -> None:
     assert level(None, types.SimpleNamespace(streams={"retain": retain})) == pytest.approx(entropy)
     assert level(3) == 3.0
     assert level(None, loss="nll") is None
-    with pytest.raises(UserError, match=r"ofmu\.forget_level = 'holdout'.*data\.holdout"):
-        level("holdout", types.SimpleNamespace(streams={"retain": retain}))
 
 
 @pytest.mark.parametrize("level", [0.0, -1.0, "hold", "holdout:2", "holdout:x", "unigram:0.5"])
 def test_levels_that_mean_nothing_are_refused(level: float | str) -> None:
     with pytest.raises(UserError, match=r"ofmu\.forget_level = .*: must be nats per token"):
         OFMUConfig(forget_level=level)
+
+
+def test_a_level_from_holdout_rows_needs_them() -> None:
+    """Said when the configuration is built: before a name is claimed or Ray is started."""
+    own = {"data.forget.path": "mine.jsonl", "ofmu.forget_level": "holdout:0.5"}
+    with pytest.raises(UserError, match=r"ofmu\.forget_level = 'holdout:0\.5'.*data\.holdout"):
+        apply_overrides(UnlearnConfig(), own)
+    apply_overrides(UnlearnConfig(), {"ofmu.forget_level": "holdout"})  # the built-in rows have theirs
+    apply_overrides(UnlearnConfig(), {**own, "data.holdout": {"path": "unseen.jsonl"}})
+    apply_overrides(UnlearnConfig(), {**own, "ofmu.forget_loss": "nll"})
+    apply_overrides(UnlearnConfig(), {**own, "method": "npo"})
 
 
 def test_the_outer_rate_follows_the_inner_one_unless_it_is_given() -> None:

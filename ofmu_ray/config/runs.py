@@ -9,7 +9,7 @@ from typing import Any
 from ofmu_ray.config import baselines
 from ofmu_ray.config.data import BUILTIN_FORGET, DataConfig, TrainDataConfig
 from ofmu_ray.config.evaluation import EvaluationConfig, ProbeConfig
-from ofmu_ray.config.methods import METHODS, FinetuneConfig, MethodConfig, MethodName, OFMUConfig
+from ofmu_ray.config.methods import BOUNDED, METHODS, FinetuneConfig, MethodConfig, MethodName, OFMUConfig
 from ofmu_ray.config.models import BUILTIN_TARGET, ModelConfig, ScratchConfig
 from ofmu_ray.config.ranges import not_negative, require
 from ofmu_ray.config.training import StopConfig, TrainingConfig
@@ -133,6 +133,7 @@ class UnlearnConfig:
                 section.check(name)
         if self.method == "ofmu":
             self._check_curvature()
+            self._check_level()
 
     @property
     def method_options(self) -> MethodConfig:
@@ -144,6 +145,15 @@ class UnlearnConfig:
     def unused_sections(self) -> frozenset[str]:
         """Sections that do not count: those of the methods that were not chosen."""
         return frozenset(METHODS) - {self.method}
+
+    def _check_level(self) -> None:
+        level = self.ofmu.forget_level
+        asks = isinstance(level, str) and level.startswith("holdout") and self.ofmu.forget_loss in BOUNDED
+        if asks and "holdout" not in self.data.sources:
+            raise UserError(
+                f"ofmu.forget_level = {level!r}: no rows that the model has never seen are given; name some in "
+                "data.holdout, or give the level in nats per token"
+            )
 
     def _check_curvature(self) -> None:
         differenced = self.ofmu.beta > 0 or self.ofmu.penalises

@@ -8,21 +8,19 @@ import numpy as np
 
 from ofmu_ray.config import BOUNDED, MethodConfig, ModelConfig, OFMUConfig
 from ofmu_ray.data.prepare import Prepared
-from ofmu_ray.errors import UserError
 from ofmu_ray.training.reference import holdout_losses, unigram_entropy
 
 
 def with_level(method: MethodConfig, prepared: Prepared, model: ModelConfig, cache: str) -> MethodConfig:
     """The method's options with `forget_level` as nats per token; other methods' and unbounded losses' as they are.
 
+    That a level from holdout rows has such rows is checked when the configuration is built.
+
     Args:
         method: the options of the run's method.
         prepared: the run's streams, `holdout` among them where data.holdout is given.
         model: the model to change, before any step.
         cache: folder of the storage's caches.
-
-    Raises:
-        UserError: the level asks for holdout rows, and there are none.
     """
     if not isinstance(method, OFMUConfig) or method.forget_loss not in BOUNDED:
         return method
@@ -37,11 +35,6 @@ def with_level(method: MethodConfig, prepared: Prepared, model: ModelConfig, cac
 def _measured(level: str, prepared: Prepared, model: ModelConfig, cache: str) -> float:
     if level == "unigram":
         return unigram_entropy(prepared)
-    if "holdout" not in prepared.streams:
-        raise UserError(
-            f"ofmu.forget_level = {level!r}: no rows that the model has never seen are given; name some in "
-            "data.holdout, or give the level in nats per token"
-        )
     losses = holdout_losses(prepared, model, cache)
     _, _, quantile = level.partition(":")
     return float(np.quantile(losses, float(quantile)) if quantile else losses.mean())
