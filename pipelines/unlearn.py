@@ -134,7 +134,7 @@ def _work(run: Run, tokenizer: Any, digest: str, handle: Any) -> results.Outcome
     config, training, evaluator = run.config, run.config.training, run.evaluator
     with run.phase("data"):
         prepared = prepare_streams(
-            config.data.sources,
+            config.sources,
             config.data.root,
             config.data.format,
             tokenizer,

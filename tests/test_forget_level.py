@@ -213,6 +213,15 @@ def test_a_level_from_holdout_rows_needs_them() -> None:
     apply_overrides(UnlearnConfig(), {**own, "method": "npo"})
 
 
+def test_holdout_rows_are_read_only_where_they_decide() -> None:
+    def streams(**changes: object) -> set[str]:
+        return set(apply_overrides(UnlearnConfig(), {f"ofmu.{name}": value for name, value in changes.items()}).sources)
+
+    assert streams() == streams(forget_level="holdout:0.5") == {"forget", "retain", "holdout"}
+    assert streams(forget_level=5.0) == streams(forget_level="unigram") == streams(forget_loss="nll")
+    assert streams(preset="full") == set(UnlearnConfig(method="npo").sources) == {"forget", "retain"}
+
+
 def test_the_outer_rate_follows_the_inner_one_unless_it_is_given() -> None:
     given = {"ofmu.inner.lr": 1e-3, "ofmu.outer.lr": 1e-4}
     assert apply_overrides(UnlearnConfig(), given).ofmu.optimizers[1].lr == 1e-4

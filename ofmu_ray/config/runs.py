@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ofmu_ray.config import baselines
-from ofmu_ray.config.data import BUILTIN_FORGET, DataConfig, TrainDataConfig
+from ofmu_ray.config.data import BUILTIN_FORGET, DataConfig, SourceConfig, TrainDataConfig
 from ofmu_ray.config.evaluation import EvaluationConfig, ProbeConfig
 from ofmu_ray.config.methods import BOUNDED, METHODS, FinetuneConfig, MethodConfig, MethodName, OFMUConfig
 from ofmu_ray.config.models import BUILTIN_TARGET, ModelConfig, ScratchConfig
@@ -145,6 +145,13 @@ class UnlearnConfig:
     def unused_sections(self) -> frozenset[str]:
         """Sections that do not count: those of the methods that were not chosen."""
         return frozenset(METHODS) - {self.method}
+
+    @property
+    def sources(self) -> dict[str, SourceConfig]:
+        """The rows that the run reads, by stream: holdout rows only where they decide how far to forget."""
+        level, bounded = self.ofmu.forget_level, self.method == "ofmu" and self.ofmu.forget_loss in BOUNDED
+        holdout = bounded and (level is None or str(level).startswith("holdout"))
+        return {name: source for name, source in self.data.sources.items() if holdout or name != "holdout"}
 
     def _check_level(self) -> None:
         level = self.ofmu.forget_level
