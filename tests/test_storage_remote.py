@@ -186,7 +186,8 @@ def test_a_run_in_googles_store(tmp_path: Path) -> None:
             assert shown in done.stdout + done.stderr
         run = ["manifest.json", "metrics.json", "report.html", "run.json", "training.json"]
         assert [key for key in google.keys("runs/x/") if "/model/" not in key] == [f"runs/x/{name}" for name in run]
-        assert len({key.split("/")[3] for key in google.keys("runs/cache/data/")}) == 1  # of the rows that are kept
+        # of the rows that are kept and of the holdout rows
+        assert len({key.split("/")[3] for key in google.keys("runs/cache/data/")}) == 2
         assert json.loads(google.read("runs/x/metrics.json"))["run"]["status"] == "finished"
         weights = json.loads(google.read("runs/x/model/manifest.json"))["files"]["model.safetensors"]
         assert weights["bytes"] == len(google.read("runs/x/model/model.safetensors"))
