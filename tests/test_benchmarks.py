@@ -32,4 +32,5 @@ def test_step_counts_passes(tmp_path: Path) -> None:
         assert all(row["updates"] == 6 for row in rows.values())
         assert rows["OFMU full"]["passes_per_update"] <= 4.8
         assert rows["OFMU lite"]["passes_per_update"] <= 1.7
+        assert rows["OFMU first_order"]["passes_per_update"] == 1.0
     assert "OFMU lite" in done.stdout
