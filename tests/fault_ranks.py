@@ -22,7 +22,7 @@ from ofmu_ray.training.worker import Worker
 AFTER = 5
 """Rounds before the interruption; the last checkpoint is that of round 4."""
 MOMENTS = OptimizerConfig(name="adamw", lr=2e-3, clip=1.0, eps=1e-3), OptimizerConfig(name="sgd", lr=0.05, momentum=0.5)
-METHOD = OFMUConfig.from_preset("lite", inner_steps=2, relative_step=1e-3, inner=MOMENTS[0], outer=MOMENTS[1])
+METHOD = OFMUConfig.from_preset("lite", inner_steps=2, relative_step=1e-3, rho=1e-7, inner=MOMENTS[0], outer=MOMENTS[1])
 
 
 @dataclass(frozen=True)
