@@ -33,7 +33,7 @@ from pipelines.submit import JOBS, OWN, check, split
 from pipelines.upload import load_environment, packed
 
 ROOT = Path(__file__).resolve().parent.parent
-PATIENCE_SECONDS = 300
+PATIENCE_SECONDS = 600
 
 # --------------------------------------------------------------------------------------------------- without a cluster
 
