@@ -16,6 +16,9 @@ from ofmu_ray.evaluation.metrics import FloatArray
 MEASURES = {"repetition": "repetition", "empty": "empty answers", "ngram_variety": "n-gram variety"}
 """What tells a damaged generator -> in words. More of the first two, or less of the last, is worse."""
 
+MARGIN = 0.05
+"""Difference in a measure below which nobody would call a model's answers degenerate, however certain it is."""
+
 Bounds = tuple[float, float, float]
 """A figure's value and the ends of its 95 % interval."""
 
@@ -33,9 +36,11 @@ class Sound:
 def failed_measures(figures: Mapping[str, Any], sound: Sound | None) -> tuple[str, ...] | None:
     """The measures in which a model's answers to forget prompts are worse than sound ones; None: not known.
 
-    `figures`: plain numbers, `forget_repetition`, `forget_repetition_low` and so on. Worse is a measure whose
-    difference has a 95 % interval on the wrong side of 0, built from the two figures' intervals (MOVER: Zou and Donner
-    2008, https://doi.org/10.1002/sim.3095). A value merely outside the other's interval is no sign: both are estimates.
+    `figures`: plain numbers, `forget_repetition`, `forget_repetition_low` and so on. A measure is worse when it differs
+    by more than `MARGIN` and the 95 % interval of the difference lies on the wrong side of 0. That interval is built
+    from the two metrics' own (MOVER: Zou and Donner 2008, https://doi.org/10.1002/sim.3095). A value merely outside the
+    other's interval is no sign, as both are estimates; and with rows enough, 0.5 % against 0.1 % of repeated 4-grams is
+    significant and means nothing.
     """
     if sound is None:
         return None
@@ -46,9 +51,9 @@ def failed_measures(figures: Mapping[str, Any], sound: Sound | None) -> tuple[st
             continue
         known = True
         if name == "ngram_variety":
-            worse = other - value > math.hypot(high - value, other - other_low)
+            worse = other - value > max(MARGIN, math.hypot(high - value, other - other_low))
         else:
-            worse = value - other > math.hypot(value - low, other_high - other)
+            worse = value - other > max(MARGIN, math.hypot(value - low, other_high - other))
         if worse:
             failed.append(name)
     return tuple(failed) if known else None
