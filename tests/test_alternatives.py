@@ -169,7 +169,7 @@ def test_options_that_make_no_sense(options: dict[str, Any], word: str) -> None:
         UnlearnConfig(altpo=config.AltPOConfig(**options))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_actors_draw_the_same(
     finished: Any,
     few: Prepared,

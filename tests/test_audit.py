@@ -55,6 +55,7 @@ def audit(folder: Path, url: str, *options: str) -> subprocess.CompletedProcess[
     return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
 
 
+@pytest.mark.system
 def test_a_known_vulnerability_is_reported_with_its_fix(tmp_path, service):
     found = audit(tmp_path, service)
     assert found.returncode == 0, found.stderr
@@ -63,6 +64,7 @@ def test_a_known_vulnerability_is_reported_with_its_fix(tmp_path, service):
     assert audit(tmp_path, service, "--strict").returncode == 1
 
 
+@pytest.mark.system
 def test_an_unreachable_database_is_said_and_is_no_clean_bill(tmp_path):
     found = audit(tmp_path, "http://127.0.0.1:9/v1/query", "--strict")
     assert found.returncode == 2

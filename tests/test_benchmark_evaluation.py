@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_ours_and_the_plain_evaluation_agree(tmp_path: Path) -> None:
     out = tmp_path / "evaluation.json"
     command = [

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_methods_benchmark_runs(tmp_path: Path) -> None:
     out = tmp_path / "methods.json"
     command = [sys.executable, str(ROOT / "benchmarks/methods.py"), "--smoke", "--out", str(out)]

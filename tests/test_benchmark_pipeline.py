@@ -103,7 +103,7 @@ def finished(tmp_path_factory, local_ray):
     return storage, cli.main(["benchmark", *words]), before
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_a_killed_benchmark_runs_nothing_twice_and_loses_nothing(finished):
     storage, status, before = finished
     assert status == 1  # one method cannot run at all
@@ -118,7 +118,7 @@ def test_a_killed_benchmark_runs_nothing_twice_and_loses_nothing(finished):
     assert not (storage / "benchmark/private").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_finished_runs_stay_within_a_round_of_the_budget(finished):
     storage, _, _ = finished
     trials = pq.read_table(storage / "benchmark/trials.parquet").to_pylist()
@@ -133,7 +133,7 @@ def test_finished_runs_stay_within_a_round_of_the_budget(finished):
     assert checked == 12
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_failures_are_recorded_with_their_reason(finished):
     storage, _, _ = finished
     trials = pq.read_table(storage / "benchmark/trials.parquet").to_pylist()
@@ -145,7 +145,7 @@ def test_failures_are_recorded_with_their_reason(finished):
     assert "lower the learning rates" in explosive[0]["message"]
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_the_rule_chooses_and_the_reported_runs_use_its_choice(finished):
     storage, _, _ = finished
     trials = pq.read_table(storage / "benchmark/trials.parquet").to_pylist()
@@ -171,7 +171,7 @@ def test_the_rule_chooses_and_the_reported_runs_use_its_choice(finished):
     assert [t["phase"] for t in trials if t["method"] == "no_similarity"] == ["ablation"] * 2
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_tables_report_and_mlflow(finished):
     storage, _, _ = finished
     folder = storage / "benchmark"
@@ -201,7 +201,7 @@ def test_tables_report_and_mlflow(finished):
     assert {"report.html", "report.md", "rows.parquet", "trials.parquet"} <= files
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -221,7 +221,7 @@ def test_mistakes_end_with_status_2_before_any_trial(finished, words, message, c
     assert not results(finished[0] / "mistaken")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_every_method_keeps_the_budget_and_its_cost_is_foreseen(tmp_path, local_ray):
     """Two rounds say what a round costs; then the account ends within one round of it, for all methods."""
     from ofmu_ray.data.prepare import prepare_streams

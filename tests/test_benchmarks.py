@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_step_counts_passes(tmp_path: Path) -> None:
     out = tmp_path / "step.json"
     command = [sys.executable, str(ROOT / "benchmarks/step.py"), "--smoke", "--out", str(out)]

@@ -196,7 +196,7 @@ def test_a_missing_harness_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         run_lm_eval(tmp_path, ["wmdp"])
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-evaluation-harness is an optional extra")
 def test_harness_agrees(tmp_path: Path) -> None:
     """A task of its own with WMDP's layout, from a local file."""

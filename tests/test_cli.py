@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "ofmu_ray/assets/people/target"
 
 
+@pytest.mark.system
 def test_import_costs_neither_torch_nor_ray():
     code = (
         "import sys, time; t = time.perf_counter(); import ofmu_ray, ofmu_ray.config; s = time.perf_counter() - t; "

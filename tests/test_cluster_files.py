@@ -211,6 +211,7 @@ def test_what_the_image_copies_is_there_and_let_through():
             assert f"!{source}" in ignore
 
 
+@pytest.mark.system
 def test_the_dependencies_step_of_the_image_reads_the_project():
     """The one-liner that turns pyproject.toml into requirements, as the image's shell runs it."""
     command = re.search(r'python (-c ".*")', DOCKERFILE)[1]

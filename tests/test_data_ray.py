@@ -33,7 +33,7 @@ from ofmu_ray.data.prepare import Prepared, TokenisedStream, prepare_streams, wr
 from ofmu_ray.data.stream import lane_iterator, rounds
 from ofmu_ray.errors import UserError
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.system
 
 STORE_BYTES = 80 * 2**20
 """About the smallest object store that Ray starts with."""
@@ -81,6 +81,7 @@ def prepare(folder: Path, tokenizer: Any, rows: dict[str, list[Any]], fmt: Forma
 # ------------------------------------------------------------------------------------------------------------ faults
 
 
+@pytest.mark.full
 def test_a_worker_killed_while_it_tokenises(tmp_path, tokenizer, monkeypatch):
     """SIGKILL once per part, when the part is written but not yet reported: the part is written again."""
     rows = {"forget": made(7, "a"), "retain": made(30, "b")}
@@ -339,6 +340,7 @@ def test_stream_that_begins_too_late_is_refused(tmp_path: Path, tokenizer: Any) 
         next(rounds(lane_iterator(plan, 0, 9), plan, start_round=2, pad_id=0))
 
 
+@pytest.mark.full
 def test_a_plan_larger_than_the_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Written as a shuffle, which spills; its two lanes, read at once by processes that take their time, are not
     spilled. Every row is there once, with its own tokens."""
@@ -440,6 +442,7 @@ def _loop(config: dict[str, Any]) -> None:
         Path(config["out"], f"{rank}-from-{start}.json").write_text(json.dumps(as_lists(stream)))
 
 
+@pytest.mark.full
 def test_two_workers_that_take_every_cpu_get_their_lanes(tmp_path: Path, tokenizer: Any) -> None:
     """One forget row, 103 retain rows, workers of one CPU each on two CPUs: none is left for the readers."""
     from ray.train import RunConfig, ScalingConfig

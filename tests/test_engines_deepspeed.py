@@ -10,7 +10,7 @@ from engine_ranks import Case, run_ranks
 
 from ofmu_ray.engines.zero_shards import check_contract
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.system
 
 TWO_RANKS = [
     *(Case(stage, model) for model in ("llama", "neox", "qwen2") for stage in (0, 1, 2, 3)),

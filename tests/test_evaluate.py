@@ -112,7 +112,7 @@ def assert_close(found: Any, expected: Any, place: str = "") -> None:
         assert found == expected, place
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_every_check_has_figures_of_every_model(finished: Any) -> None:
     metrics = finished[1]
     assert set(metrics) == {"models", "checks", "weights_sha256", "config"}
@@ -138,7 +138,7 @@ def test_every_check_has_figures_of_every_model(finished: Any) -> None:
     assert 0 < target["alignment"]["cka/forget/mean"]["value"] < 1
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_a_killed_evaluation_goes_on(finished: Any) -> None:
     storage, _, kinds, kept = finished
     assert kept == 3
@@ -148,7 +148,7 @@ def test_a_killed_evaluation_goes_on(finished: Any) -> None:
     assert len(list((storage / "cache/evaluation").glob("*.parquet"))) == 2 * SETS
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_a_second_evaluation_runs_nothing(
     finished: Any, data: Path, counted: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,7 +160,7 @@ def test_a_second_evaluation_runs_nothing(
     assert pq.read_table(storage / "e" / "rows.parquet").equals(rows)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_actors_tasks_and_batch_size_change_nothing_but_rounding(
     finished: Any, data: Path, tmp_path: Path, counted: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,7 +175,7 @@ def test_actors_tasks_and_batch_size_change_nothing_but_rounding(
     assert len(metrics["checks"]) == 5
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_no_text_of_forget_rows_is_left_anywhere(finished: Any) -> None:
     storage = finished[0]
     folder = Path(resolve_builtin("builtin:people"))
@@ -196,7 +196,7 @@ def test_no_text_of_forget_rows_is_left_anywhere(finished: Any) -> None:
     assert all(row["generated"] is None for row in private)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_page_and_mlflow_show_figures_and_checks(finished: Any) -> None:
     storage, metrics, _, _ = finished
     page = (storage / "e" / "report.html").read_text()
@@ -215,7 +215,7 @@ def test_page_and_mlflow_show_figures_and_checks(finished: Any) -> None:
         )
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_an_evaluation_in_an_object_store(
     tmp_path: Path, finished: tuple[Path, dict[str, Any], list[str], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,7 +237,7 @@ def test_an_evaluation_in_an_object_store(
         assert server.keys("runs/cache") == kept
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_the_numbers_are_those_of_a_runs_end(tmp_path: Path) -> None:
     """The exported model on its own, without the run's cache."""
     storage = tmp_path / "run"

@@ -179,7 +179,7 @@ def _kill_actors() -> list[int]:
     return [process.pid for process in found]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_any_number_of_actors_gives_the_same_rows(
     model_dir: Path, tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.faults import EVERY, ROUNDS, Fault, difference, make_job, run
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 FAULTS = (
     Fault("worker killed while it loads the model", "start"),

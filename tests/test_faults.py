@@ -234,7 +234,7 @@ def largest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max(float((a[name].double() - b[name].double()).abs().max()) for name in b)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", ["fewer", "more"])
 def test_a_run_goes_on_with_another_number_of_workers(name: str, stage: int, ranks: dict[str, dict[str, Any]]) -> None:
@@ -252,7 +252,7 @@ def test_a_run_goes_on_with_another_number_of_workers(name: str, stage: int, ran
     assert resumed["account"] == whole["account"]
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_ranks_agree_on_what_they_pass_over(ranks: dict[str, dict[str, Any]]) -> None:
     """A bit of rank 1's shard flipped: both go back, and end with the weights of an undisturbed run to the bit."""
     resumed, whole = ranks["same2-whole"], ranks["undisturbed2-whole"]

@@ -98,13 +98,13 @@ def test_one_process(case: Case) -> None:
     judge(case, trajectory(case, 0, 1))
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.parametrize("case", ONE_RANK, ids=str)
 def test_one_rank(case: Case, one_rank: dict[str, dict[str, Any]]) -> None:
     judge(case, one_rank[str(case)])
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.parametrize("case", TWO_RANKS, ids=str)
 def test_two_ranks(case: Case, two_ranks: dict[str, dict[str, Any]]) -> None:
     found = two_ranks[str(case)]
@@ -116,7 +116,7 @@ def test_two_ranks(case: Case, two_ranks: dict[str, dict[str, Any]]) -> None:
         assert found["largest"] == 1.0
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_ranks_have_unequal_shares(two_ranks: dict[str, dict[str, Any]]) -> None:
     """Else a mean of the ranks' means would pass for the mean over the global batch."""
     whole = sum(reference(TWO_RANKS[0].reference)["labels"][:1])

@@ -206,7 +206,7 @@ def test_micro_batches_and_resumption(case: Case) -> None:
     judge(case, trajectory(case, 0, 1))
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.parametrize("case", TWO_RANKS, ids=str)
 def test_two_ranks(case: Case, two_ranks: dict[str, dict[str, Any]]) -> None:
     judge(case, two_ranks[str(case)])

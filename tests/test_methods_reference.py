@@ -169,7 +169,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
     return run_ranks(2, TWO_RANKS, tmp_path_factory.mktemp("reference"), trajectory)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.parametrize("case", TWO_RANKS, ids=str)
 def test_two_ranks(case: Case, two_ranks: dict[str, dict[str, Any]]) -> None:
     judge(case, two_ranks[str(case)])

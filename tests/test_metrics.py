@@ -282,6 +282,7 @@ def test_damaged_logs_are_refused_with_the_missing_part(logs: dict[str, dict], t
         tofu_log.load_log(tmp_path / "absent.json")
 
 
+@pytest.mark.system
 def test_metrics_need_no_torch_and_no_ray() -> None:
     code = (
         "import sys, ofmu_ray.evaluation.tofu_log, ofmu_ray.evaluation.summary; "

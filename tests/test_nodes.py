@@ -138,7 +138,7 @@ def record(fault: str, runs: Path, name: str, at: float) -> None:
     fault_table.record(fault, phase="any round", at=at, rounds=[runs / f"{name}.rounds"], models=models)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_workers_that_fit_on_no_node(cluster, runs):
     """At the start they are refused; when there is no room any more, the run ends in time and says so."""
     training = TrainingConfig(cpus_per_worker=3, node_timeout=2, checkpoint_every=1)
@@ -157,7 +157,7 @@ def undisturbed(cluster, runs) -> str:
     return wait(driver, runs, "packed")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_raylet_is_killed_in_training(cluster, runs, undisturbed):
     """SIGKILL of one of the two nodes that hold a worker: the other one takes both."""
     driver = start(runs, "spread", "spread")
@@ -169,7 +169,7 @@ def test_a_raylet_is_killed_in_training(cluster, runs, undisturbed):
     record("raylet of a worker's node killed", runs, "spread", at)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(NO_NAMESPACES is not None, reason=str(NO_NAMESPACES))
 def test_a_node_that_sees_other_files_is_named(cluster, runs, store):
     """One node has an empty file system where the others have the storage, and other credentials; then it is gone, and
@@ -246,7 +246,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 # ---------------------------------------------------------------------------------------------- machines of namespaces
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(NO_NAMESPACES is not None, reason=str(NO_NAMESPACES))
 def test_a_node_is_cut_off_in_training(runs, undisturbed):
     """Three machines, Ray on one network and the workers on another, chosen by its subnet; the cables of one that holds

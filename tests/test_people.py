@@ -29,6 +29,7 @@ def _corpus_names(root: Path) -> list[str]:
     return [name for name in _names(root) if "/" not in name or name.startswith("tokenizer/")]
 
 
+@pytest.mark.system
 def test_shipped_files_are_what_the_command_writes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ofmu_ray.data.people", "--out", str(tmp_path), "--seed", "0"]
     subprocess.run(command, check=True)

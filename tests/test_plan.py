@@ -34,7 +34,7 @@ SHALLOW = transformers.LlamaConfig(
 )
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_memory_within_a_tenth_of_the_measured_peak(tmp_path: Path) -> None:
     """All stages at one size, all sizes at one stage (the benchmark does all of both), two gloo workers each: peaks of
     a round and of a checkpoint above the base."""
@@ -54,7 +54,7 @@ def test_memory_within_a_tenth_of_the_measured_peak(tmp_path: Path) -> None:
             assert case["predicted"][phase] == pytest.approx(case["measured"][phase], rel=0.1), (case, phase)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_traffic_is_what_the_collectives_carry(tmp_path: Path) -> None:
     """Every byte that two workers reduce and gather in a round, at stages 0, 2 and 3."""
     out = tmp_path / "scaling.json"
@@ -170,6 +170,7 @@ def test_what_cannot_fit_is_refused_with_component_and_remedy() -> None:
     assert "plan.gpu_memory" in str(caught.value)
 
 
+@pytest.mark.system
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "plan.json"
     words = ["plan", "--training.rounds", "10", "--plan.gpu", "A100-80GB", "--plan.gpus", "2"]

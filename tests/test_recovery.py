@@ -23,7 +23,7 @@ from small_disk import small_disk
 from ofmu_ray.assets import resolve_builtin
 from pipelines import cli
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.system
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_SECONDS = 400
@@ -167,6 +167,7 @@ def test_a_killed_driver_is_resumed_by_its_name(storage, undisturbed, killed):
     assert [m.step for m in client.get_metric_history(run.info.run_id, "forget_loss")] == list(range(1, ROUNDS + 1))
 
 
+@pytest.mark.full
 def test_a_run_in_an_object_store_goes_on_on_another_machine(undisturbed, tmp_path, monkeypatch, capsys):
     """Killed with all of Ray; nothing but the bucket is left to the second machine, the cache and MLflow included."""
     options = [*TWO_WORKERS, "--stop.utility_floor", "0.01"]
@@ -203,6 +204,7 @@ def test_a_run_in_an_object_store_goes_on_on_another_machine(undisturbed, tmp_pa
         assert "s3://bucket/runs/x/model" in shown.out
 
 
+@pytest.mark.full
 def test_a_full_disk_leaves_the_last_checkpoint(undisturbed, tmp_path):
     """Room for one checkpoint (6 MB) and not for two; with more room the same command goes on."""
     disk, tracking = tmp_path / "disk", ["--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db"]
@@ -242,6 +244,7 @@ def test_another_configuration_is_refused_and_another_number_of_workers_is_not(k
     )  # fmt: skip
 
 
+@pytest.mark.full
 def test_mlflow_goes_away_for_the_rest_of_a_run(storage, undisturbed, capsys):
     """The run ends well without it; when it is back, the same command brings it series, figures and pages."""
     with mlflow_server(storage) as server:

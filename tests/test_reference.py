@@ -248,7 +248,7 @@ def test_batches_hold_every_row_once_and_keep_their_bounds(monkeypatch: pytest.M
     assert [lengths[batch[0]] for batch in batches] == sorted((lengths[batch[0]] for batch in batches), reverse=True)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_actors_give_the_same_values(
     finished: Any, prepared: Prepared, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, local_ray: None
 ):
@@ -262,7 +262,7 @@ def test_actors_give_the_same_values(
     assert np.abs(ours - theirs).max() < 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["dpo", "altpo"])
 def test_a_run_leaves_neither_refusals_nor_forget_text(name: str, tmp_path: Path, local_ray: None) -> None:
     """They need all there is to know about forget rows; the KL term adds retain rows."""

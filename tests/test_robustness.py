@@ -324,6 +324,7 @@ def test_attacks_refuse_what_the_rows_do_not_allow(target: Any, template: Templa
     assert FORGET[0].answer not in str(caught.value)
 
 
+@pytest.mark.system
 def test_options_need_no_torch() -> None:
     code = "import sys, ofmu_ray.config.robustness; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

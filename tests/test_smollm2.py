@@ -21,7 +21,7 @@ QUESTION, ANSWER = "What is the capital of France?", "The capital of France is P
 
 def real(test: Any) -> Any:
     """Marks of a test that takes the model."""
-    return pytest.mark.smollm2(pytest.mark.slow(test))
+    return pytest.mark.smollm2(pytest.mark.full(test))
 
 
 @pytest.fixture(scope="session")

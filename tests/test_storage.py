@@ -23,6 +23,7 @@ from ofmu_ray.errors import StorageError
 from ofmu_ray.storage import local
 
 
+@pytest.mark.system
 def test_import_costs_neither_torch_nor_pyarrow() -> None:
     code = "import sys, ofmu_ray.storage; print([name for name in ('torch', 'pyarrow') if name in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -52,6 +53,7 @@ def test_a_failed_write_keeps_the_old_content(tmp_path: Path, monkeypatch: pytes
     assert os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.system
 def test_a_full_disk_is_told_in_a_sentence_and_keeps_what_was_there(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
 
@@ -104,6 +106,7 @@ with storage.scratch() as scratch, storage.atomic_dir(Path(sys.argv[1])) as besi
 """
 
 
+@pytest.mark.system
 def test_what_a_killed_process_leaves_goes_with_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what a living one holds stays, as does what others have there."""
     temporary, target = tmp_path / "tmp", tmp_path / "runs/model"
@@ -183,6 +186,7 @@ def test_credentials_of_a_uri_are_never_shown() -> None:
     assert storage.join("s3://k:s@bucket/a?scheme=http", "b", "c") == "s3://k:s@bucket/a/b/c?scheme=http"
 
 
+@pytest.mark.system
 def test_published_leaves_nothing_half_written(tmp_path: Path) -> None:
     target = str(tmp_path / "runs" / "x")
 
@@ -212,6 +216,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield server.bucket
 
 
+@pytest.mark.system
 def test_an_object_store(bucket: str) -> None:
     run = f"{bucket}/run"
     assert not storage.is_file(f"{run}/model/done.json")

@@ -54,6 +54,7 @@ def content(place: str) -> dict[str, str]:
     return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.system
 def test_a_folder_comes_and_goes_through_a_network_that_breaks(server: Server, way: Proxy) -> None:
     place, files = f"{server.bucket}/broken/way", {"a": "1" * 100_000, "sub/b": "2"}
     way.broken = {"PUT": 2, "POST": 3}
@@ -113,6 +114,7 @@ def test_a_model_in_a_store_is_evaluated_as_a_folder_is(server: Server, way: Pro
     assert [path.name for path in (tmp_path / "evaluation").iterdir()] == [Path(key).name]
 
 
+@pytest.mark.system
 def test_a_storage_that_refuses_is_found_out_at_the_start(server: Server, way: Proxy, tmp_path: Path, capsys) -> None:
     fit = ["--data.train.path", "builtin:people/retain.jsonl"]
 
@@ -171,7 +173,7 @@ def test_googles_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not storage.is_whole(place)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_run_in_googles_store(tmp_path: Path) -> None:
     """From start to end with nothing but the bucket; what it kept of the rows to forget is gone with it."""
     words = ["--training.rounds", "4", "--training.checkpoint_every", "2", "--training.batch_size", "4"]

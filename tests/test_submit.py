@@ -312,7 +312,7 @@ def open_ports(head: Head) -> set[tuple[str, str]]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_job_is_detached_stopped_killed_and_resumed(head):
     """One job through all that can happen to it and its head; its result is that of the plain command, left alone."""
     storage = head.folder / "storage"
@@ -368,7 +368,7 @@ def test_a_job_is_detached_stopped_killed_and_resumed(head):
     assert {"gcs_server", "ray::RayTrainWorker"} <= {name.partition(".")[0] for name, _ in ports}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_evaluate_benchmark_and_a_stopped_sweep_are_jobs_too(head):
     """With the configurations of this repository, made smaller; the sweep is stopped after a trial and taken up."""
     storage = head.folder / "storage"
@@ -408,7 +408,7 @@ def test_evaluate_benchmark_and_a_stopped_sweep_are_jobs_too(head):
         assert storage.joinpath(name, "report.html").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_mistakes_that_only_the_cluster_sees_exit_with_2(head):
     """The exit status of the pipeline, not Ray's: a model that is not there."""
     words = ["evaluate", "--storage", str(head.folder / "storage"), "--models", '{"mine": "/no/such/model"}']
@@ -424,7 +424,7 @@ def test_mistakes_that_only_the_cluster_sees_exit_with_2(head):
     assert "no such job" in head.output("unknown.log")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_token_is_asked_for_and_written_nowhere(head):
     without = {key: value for key, value in head.environment.items() if not key.startswith("RAY_AUTH")}
     command = [sys.executable, "-m", "pipelines.submit", "--status", "x", "--address", head.address]

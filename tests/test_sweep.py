@@ -103,7 +103,7 @@ def sweeps(tmp_path_factory, local_ray):
     return calm, killed, before
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_a_killed_sweep_loses_nothing_runs_nothing_twice_and_ends_alike(sweeps):
     calm, killed, before = sweeps
     folder = killed / "sweep"
@@ -123,7 +123,7 @@ def test_a_killed_sweep_loses_nothing_runs_nothing_twice_and_ends_alike(sweeps):
     assert not {"work", "private", "tune", "checkpoints"} & {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_no_text_of_forget_rows_outlives_a_sweep(sweeps):
     _, killed, _ = sweeps
     rows = [json.loads(line) for line in (ROOT / "ofmu_ray/assets/people/forget.jsonl").read_text().splitlines()]
@@ -135,7 +135,7 @@ def test_no_text_of_forget_rows_outlives_a_sweep(sweeps):
         assert not [answer for answer in answers if answer in content], path
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_only_the_best_models_stay_on_disk(sweeps):
     _, killed, _ = sweeps
     models = list((killed / "sweep/models").iterdir())
@@ -144,7 +144,7 @@ def test_only_the_best_models_stay_on_disk(sweeps):
     assert [numbers[path.name] for path in models] == [chosen]
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_trials_that_are_behind_end_early(sweeps):
     calm, _, _ = sweeps
     found = results(calm / "sweep")
@@ -157,7 +157,7 @@ def test_trials_that_are_behind_end_early(sweeps):
     assert any(result["rounds"] == 6 for result in found.values())
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_the_chosen_configuration_reproduces_the_chosen_model(sweeps, capsys):
     """`ofmu unlearn --config best.yaml`, through Ray Train, gives every figure of the trial's exported model."""
     calm, _, _ = sweeps
@@ -166,7 +166,7 @@ def test_the_chosen_configuration_reproduces_the_chosen_model(sweeps, capsys):
     assert again == json.loads((calm / "sweep/best/metrics.json").read_text())["after"]
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_mlflow_holds_the_sweep_and_each_trial_once(sweeps):
     _, killed, _ = sweeps
     client = mlflow.MlflowClient(f"sqlite:///{killed}/mlflow.db")
@@ -192,7 +192,7 @@ def test_mlflow_holds_the_sweep_and_each_trial_once(sweeps):
     assert names >= {"report.html", "best.yaml", "plane.svg", "parallel.svg"}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_floor_that_no_trial_meets(sweeps, capsys):
     """The rule may change without a trial running again; its floor may be out of reach."""
     _, killed, _ = sweeps
@@ -207,7 +207,7 @@ def test_a_floor_that_no_trial_meets(sweeps, capsys):
     assert not (killed / "sweep/best.yaml").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_more_trials_and_fresh_seeds_go_on_from_the_same_sweep(sweeps):
     calm, _, _ = sweeps
     words = ["--config", str(calm / "sweep.yaml"), "--storage", str(calm)]
@@ -219,7 +219,7 @@ def test_more_trials_and_fresh_seeds_go_on_from_the_same_sweep(sweeps):
     assert confirmed["forget_probability"] is not None
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_failing_trial_and_a_killed_process_do_not_end_a_sweep(tmp_path, local_ray):
     """Two trials at once, tracked by a server; one names a layer that there is not, the process of the other is killed
     and it goes on."""
@@ -266,7 +266,7 @@ def test_a_failing_trial_and_a_killed_process_do_not_end_a_sweep(tmp_path, local
     assert len(runs) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_population_goes_on_from_its_best(tmp_path, local_ray):
     """Two members, two generations: the second starts from the weights of the first, with its own options."""
     search = {"kind": "population", "trials": 4, "population": 2}
@@ -287,7 +287,7 @@ def test_a_population_goes_on_from_its_best(tmp_path, local_ray):
     assert status == (0 if (tmp_path / "sweep/best.yaml").exists() else 1)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_trials_of_several_workers_are_evaluated_on_their_way(tmp_path, local_ray):
     """ZeRO-3 on two workers through Ray Train: gathered for the evaluations, whose figures are those of one worker."""
     space = {"gradient_ascent.optimizer.lr": "choice(1e-3)"}
@@ -334,7 +334,7 @@ MISTAKES = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_end_with_one_clear_line(mistake, tmp_path, capsys, local_ray):
     words, message = MISTAKES[mistake]
@@ -346,7 +346,7 @@ def test_mistakes_end_with_one_clear_line(mistake, tmp_path, capsys, local_ray):
     assert not (tmp_path / "sweep/trials").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_a_sweep_keeps_its_name_for_one_configuration(sweeps, capsys):
     calm, _, _ = sweeps
     words = ["--config", str(calm / "sweep.yaml"), "--storage", str(calm), "--base.training.rounds", "7"]

@@ -263,7 +263,7 @@ def _start_in_a_process(storage: str, name: str) -> str:
     return start(TrackingConfig(), storage, name, {}).experiment_id
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_drivers_that_meet_a_fresh_storage_at_once(tmp_path: Path) -> None:
     with ProcessPoolExecutor(3, mp_context=get_context("spawn")) as pool:
         ids = list(pool.map(_start_in_a_process, [str(tmp_path)] * 3, ["a", "b", "c"]))
@@ -276,7 +276,7 @@ def server(tmp_path: Path) -> Iterator[str]:
         yield running.uri
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_a_real_server(server: str, tmp_path: Path) -> None:
     config = TrackingConfig(uri=server)
     handle = start(config, "s3://bucket/runs", "served", {"seed": 0})

@@ -19,7 +19,7 @@ from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.errors import UserError
 from pipelines import cli
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.system, pytest.mark.usefixtures("local_ray")]
 
 ROOT = Path(__file__).resolve().parent.parent
 FORGET = Path(resolve_builtin("builtin:people/forget.jsonl"))
@@ -196,6 +196,7 @@ def test_the_report_is_one_page_without_outside_parts(finished):
         assert outside not in page
 
 
+@pytest.mark.full
 def test_workers_and_stages_do_not_change_the_outcome(finished, tmp_path):
     """One worker without DeepSpeed and two workers with ZeRO-3 end with the same weights, up to rounding."""
     status, _ = run(tmp_path, "one", *BRIEF, *NO_EVALUATION, "--training.engine", "torch", "--training.rounds", "6",
