@@ -15,7 +15,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from ofmu_ray.config import FormatConfig
 from ofmu_ray.data.template import Template
 from ofmu_ray.evaluation import continuation, generation, row_pass, scoring, tree
-from ofmu_ray.evaluation.forward import AsItIs, Forward
+from ofmu_ray.evaluation.forward import Forward
 from ofmu_ray.evaluation.rouge import rouge_l_recall
 from ofmu_ray.evaluation.scorer import Scorer
 
@@ -36,11 +36,9 @@ def model(request: pytest.FixtureRequest) -> Any:
 _TREE_MODELS = ["llama", "qwen2", "gpt_neox", "gpt2"]
 
 
-@pytest.fixture(scope="module", params=[*_TREE_MODELS, "llama as it is"])
+@pytest.fixture(scope="module", params=_TREE_MODELS)
 def tree_forward(request: pytest.FixtureRequest) -> Forward:
-    if request.param == "llama as it is":
-        return AsItIs(tiny_model("llama"))
-    return tree.forward_of(tiny_model(request.param))
+    return Forward(tiny_model(request.param))
 
 
 def _plain_nll(model: Any, ids: list[int], prompt: int) -> float:
@@ -239,7 +237,7 @@ def test_generations_that_start_from_trees_are_the_same(
 
 def test_begun_generations_are_read_as_slots_become_free(template: Template) -> None:
     model = tiny_model("llama")
-    forward = AsItIs(model)
+    forward = Forward(model)
     trees = [tree.tree_of([template.encode(question, "no")]) for question in QUESTIONS]
     taken: list[int] = []
     sizes: list[tuple[int, int]] = []

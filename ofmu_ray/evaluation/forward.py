@@ -1,7 +1,7 @@
 """A model's forward over tokens that are no batch of rows: each has a position, and the caller says who sees whom.
 
-Trees of texts (`tree.py`) and steps of generations (`continuation.py`) go through a model in this form. `AsItIs` runs
-any model that asks transformers' AttentionInterface for its attention; `lean.py` a cheaper way where it applies.
+Trees of texts (`tree.py`) and steps of generations (`continuation.py`) go through a model in this form. It works
+for any model that asks transformers' AttentionInterface for its attention.
 """
 
 from __future__ import annotations
@@ -31,21 +31,8 @@ class Attend(Protocol):
         ...
 
 
-class Forward(Protocol):
-    """Logits of some of the tokens of a pass."""
-
-    @property
-    def model(self) -> Any: ...
-
-    def __call__(
-        self, ids_n: torch.Tensor, positions_n: torch.Tensor, attend: Attend, predicting_m: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Logits [m, vocabulary] of the tokens at the places `predicting_m`, or of all of them."""
-        ...
-
-
-class AsItIs:
-    """The model's own forward, its attention done by the caller."""
+class Forward:
+    """The model's own forward, with attention by the caller."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -55,6 +42,7 @@ class AsItIs:
     def __call__(
         self, ids_n: torch.Tensor, positions_n: torch.Tensor, attend: Attend, predicting_m: torch.Tensor | None = None
     ) -> torch.Tensor:
+        """Logits [m, vocabulary] of the tokens at the places `predicting_m`, or of all of them."""
         call = _Call(attend, self.ignored)
         token = _now.set(call)
         try:

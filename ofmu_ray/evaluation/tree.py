@@ -17,14 +17,10 @@ import torch
 from torch.nn import functional
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from ofmu_ray.evaluation.forward import AsItIs, Forward
-from ofmu_ray.evaluation.lean import Lean, is_llama_like
+from ofmu_ray.evaluation.forward import Forward
 from ofmu_ray.evaluation.scoring import Text
 
 _SAME_WIDTH = 0.8  # paths share one attention call when the shorter has at least this share of the longer's new tokens
-
-
-_LEAN_TOLERANCE = 1e-5  # relative, of the lean forward's logits: rounding makes 1e-6
 
 
 @dataclass(frozen=True)
@@ -207,7 +203,7 @@ def takes_trees(model: Any) -> bool:
         return False
     if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
         return False
-    forward, texts = AsItIs(model), _trial_texts(model)
+    forward, texts = Forward(model), _trial_texts(model)
     found = tree_logits(forward, _trial_trees(texts)).logits_nv
     with torch.inference_mode():
         alone = [
@@ -215,16 +211,6 @@ def takes_trees(model: Any) -> bool:
         ]
     expected = torch.cat([alone[0][1:], alone[1][-1:], alone[2]])
     return not forward.ignored and _differ(found, expected) <= (1e-3 if found.dtype == torch.float32 else 5e-2)
-
-
-def forward_of(model: Any) -> Forward:
-    """The cheapest way through a model that takes trees; found by trying too. It holds the weights as they are now."""
-    usual = AsItIs(model)
-    if is_llama_like(model):
-        lean, trees = Lean(model), _trial_trees(_trial_texts(model))
-        if _differ(tree_logits(lean, trees).logits_nv, tree_logits(usual, trees).logits_nv) <= _LEAN_TOLERANCE:
-            return lean
-    return usual
 
 
 def _trial_texts(model: Any) -> list[list[int]]:
