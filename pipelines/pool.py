@@ -77,8 +77,10 @@ class Pool:
             try:
                 result = ray.get(done)
                 idle.append(actor)
-            except ray.exceptions.RayActorError as error:  # killed, most likely for its memory
+            # killed: by Ray for its memory (OutOfMemoryError is no RayActorError), or by the operating system
+            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
                 self.actors.remove(actor)
+                ray.kill(actor)
                 result = write_failure(trial, self.data[trial.split], f"its process ended: {type(error).__name__}")
             yield trial, result
 

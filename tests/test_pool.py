@@ -1,0 +1,65 @@
+"""The pool of warm processes: what the end of one of them costs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+
+from ofmu_ray.config import UnlearnConfig, apply_overrides
+from pipelines import pool
+from pipelines.trial import Trial
+
+
+class Actor:
+    """Its processes end as told by the trial's number; those that are left do their work."""
+
+    def __init__(self, threads: int) -> None:
+        self.done = 0
+
+    def run(self, trial: Trial, data: Any) -> dict[str, Any]:
+        if trial.trial == 1:
+            raise ray.exceptions.OutOfMemoryError("the node ran low on memory")
+        if trial.trial == 2:
+            os._exit(1)
+        self.done += 1
+        return {"status": "finished", "done": self.done}
+
+
+def test_a_process_that_is_killed_is_a_failed_trial(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For its memory, which is no RayActorError, or otherwise; the trials after it run."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+    monkeypatch.setattr(pool, "TrialActor", Actor)
+    config = apply_overrides(UnlearnConfig(), {"training.engine": "torch"})
+    trials = [
+        Trial(
+            method="ofmu",
+            split="a",
+            phase="tune",
+            trial=number,
+            config=config,
+            options={},
+            budget_unit="flops",
+            budget=1.0,
+        )
+        for number in range(5)
+    ]
+    data: Any = {"a": SimpleNamespace(folder=str(tmp_path), fingerprint="0")}
+    run = pool.Pool(config, data, 1)
+    try:
+        found = {trial.trial: result for trial, result in run.run(trials)}
+    finally:
+        run.close()
+    statuses = [found[number]["status"] for number in range(5)]
+    assert statuses == ["finished", "failed", "failed", "finished", "finished"], found
+    assert "OutOfMemoryError" in found[1]["message"]
+    assert "ActorDiedError" in found[2]["message"]
+    assert [found[number].get("done") for number in (0, 3, 4)] == [1, 1, 2]
+    assert len(list((tmp_path / "trials").glob("*.json"))) == 2  # what the driver writes down for them
