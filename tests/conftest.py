@@ -14,7 +14,7 @@ os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")  # nobody looks at
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LONGEST = ("test_sweep", "test_recovery", "test_unlearn", "test_submit", "test_benchmark_pipeline", "test_evaluate")
+LONGEST = ("test_submit", "test_recovery", "test_sweep", "test_unlearn", "test_benchmark_pipeline", "test_evaluate")
 """Files of two minutes and more."""
 PROCESSES = ("subprocess.Popen", "os.fork", "os.posix_spawn")
 """Audit events of a new process."""

@@ -37,10 +37,11 @@ def test_the_best_objective_with_enough_utility_is_chosen() -> None:
     assert chosen([trial(0, 0.9, 0.5), trial(1, 0.3, 0.6), trial(2, 0.2, 0.7)]) == (1, False)
 
 
-def test_ties_go_to_the_cheaper_trial_then_to_the_lower_number() -> None:
-    assert chosen([trial(0, 0.3, 0.7, flops=2e12), trial(1, 0.3, 0.6)]) == (1, False)
-    assert chosen([trial(1, 0.3, 0.7), trial(0, 0.3, 0.6)]) == (0, False)
-    assert chosen([trial(0, 0.3, 0.7, flops=None), trial(1, 0.3, 0.6)]) == (1, False)
+def test_ties_go_to_more_utility_then_to_the_cheaper_trial_then_to_the_lower_number() -> None:
+    assert chosen([trial(0, 0.3, 0.6), trial(1, 0.3, 0.7, flops=2e12)]) == (1, False)
+    assert chosen([trial(0, 0.3, 0.7, flops=2e12), trial(1, 0.3, 0.7)]) == (1, False)
+    assert chosen([trial(1, 0.3, 0.7), trial(0, 0.3, 0.7)]) == (0, False)
+    assert chosen([trial(0, 0.3, 0.7, flops=None), trial(1, 0.3, 0.7)]) == (1, False)
 
 
 def test_without_enough_utility_the_nearest_to_the_floor_is_chosen_and_marked() -> None:

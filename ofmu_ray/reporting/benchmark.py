@@ -82,7 +82,8 @@ def _head(benchmark: Benchmark) -> Head:
     rule = (
         f"The rule: of a method's tuning trials with at least {benchmark.floor:g} × the target's {utility} whose "
         f"answers to forget prompts are not degenerate, the one with the best {objective} ({_aim(benchmark)}); ties go "
-        "to the cheaper one. Its options run again with fresh seeds, and only these runs are summarised and compared; "
+        "to the one with more utility, then to the cheaper one. Its options run again with fresh seeds, and only these "
+        "runs are summarised and compared; "
         "all are in the plots, in the lists of every run and in trials.csv."
     )
     reading = (
