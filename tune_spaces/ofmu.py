@@ -10,6 +10,6 @@ SPACE = Space(
             "the upper end of the other methods' range: the bounded loss makes large rates safe, and no draw below "
             "forgot anything on TOFU forget05 (docs/decisions.md)",
         ),
-        Knob("ofmu.outer_ratio", LogUniform(0.3, 0.65), "every good draw had 0.3 to 0.5 (docs/decisions.md)"),
+        Knob("ofmu.outer_ratio", LogUniform(0.3, 0.65), "good draws had 0.3 to 0.6 (docs/decisions.md)"),
     )
 )
