@@ -39,7 +39,7 @@ def test_the_interval_of_the_difference_decides() -> None:
 
 
 def test_a_difference_that_nobody_would_notice_is_not_degenerate() -> None:
-    """Both certain: 1.2 % of repeated 4-grams where the retrained model has 0.2 %, as on TOFU; and 6 %."""
+    """Both certain: 1.2 % of repeated 4-grams where the retrained model has 0.2 %; and 6 %."""
     certain = Sound("retrained", {"repetition": (0.002, 0.001, 0.003)})
     assert failed_measures(figures(repetition=(0.012, 0.006, 0.020)), certain) == ()
     assert failed_measures(figures(repetition=(0.06, 0.05, 0.07)), certain) == ("repetition",)

@@ -19,7 +19,7 @@ MARKS = {"best": "★", "not significantly worse": "≈", "below the utility flo
 LEGEND = (
     "★ best mean · ≈ not significantly worse than the best (two-sided paired test over rows and seeds, p ≥ 0.05 after "
     "Holm's correction over all pairs of methods of the split) · ▽ misses the utility floor, ⊘ most of its runs answer "
-    "forget prompts worse than the retrained model (repetition, empty answers, n-gram entropy), so its forgetting is "
+    "forget prompts worse than the retrained model (repetition, empty answers, n-gram variety), so its forgetting is "
     "not ranked · no mark: worse than the best, or not tested"
 )
 _COSTS = (
