@@ -39,8 +39,8 @@ def failed_measures(figures: Mapping[str, Any], sound: Sound | None) -> tuple[st
     `figures`: plain numbers, `forget_repetition`, `forget_repetition_low` and so on. A measure is worse when it differs
     by more than `MARGIN` and the 95 % interval of the difference lies on the wrong side of 0. That interval is built
     from the two metrics' own (MOVER: Zou and Donner 2008, https://doi.org/10.1002/sim.3095). A value merely outside the
-    other's interval is no sign, as both are estimates; and 0.7 % against 0.3 % of repeated 4-grams can be significant and
-    still mean nothing.
+    other's interval is no sign, as both are estimates; and 0.7 % against 0.3 % of repeated 4-grams can be significant
+    and still mean nothing.
     """
     if sound is None:
         return None
