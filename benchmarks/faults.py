@@ -146,9 +146,9 @@ def make_job(
     folder: Path, name: str, rounds: int = ROUNDS, every: int = EVERY, timeout: float = HANG_SECONDS, **options: Any
 ) -> WorkerJob:
     """OFMU on the built-in people, two workers at ZeRO stage 2, with its plan written."""
-    from ofmu_ray.data.plan import write_plan
+    from ofmu_ray.data.batch_plan import write_plan
     from ofmu_ray.data.prepare import prepare_streams
-    from ofmu_ray.engines.models import load_tokenizer
+    from ofmu_ray.models.loading import load_tokenizer
 
     training = TrainingConfig(
         workers=2, rounds=rounds, batch_size=4, checkpoint_every=every, max_failures=100, round_timeout=timeout

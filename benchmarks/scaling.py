@@ -198,7 +198,7 @@ def planner(shape: Any, batch: int, tokens: int, device: Any, precision: Any = "
 
 def ray_loop(config: dict[str, Any]) -> None:
     """`ofmu_ray.training.worker.worker_loop` with a clock around the rounds."""
-    from ofmu_ray.data.plan import read_plan
+    from ofmu_ray.data.batch_plan import read_plan
     from ofmu_ray.data.stream import lane_iterator, rounds
     from ofmu_ray.training.session import RaySession
     from ofmu_ray.training.worker import Worker
@@ -228,9 +228,9 @@ def ray_overhead(workers: int, rounds: int) -> dict[str, Any]:
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from ofmu_ray.data.plan import write_plan
+    from ofmu_ray.data.batch_plan import write_plan
     from ofmu_ray.data.prepare import prepare_streams
-    from ofmu_ray.engines.models import load_tokenizer
+    from ofmu_ray.models.loading import load_tokenizer
     from ofmu_ray.training.job import WorkerJob
     from ofmu_ray.training.launch import WORKER_ENVIRONMENT, Progress, connect
 

@@ -50,8 +50,8 @@ def volumes(folder: Path) -> list[float]:
     """Hypervolume after the first half of the trials and after all."""
     import pyarrow.parquet as pq
 
-    from ofmu_ray.evaluation.comparison import hypervolume
-    from ofmu_ray.evaluation.goal import Goal
+    from ofmu_ray.metrics.fronts import hypervolume
+    from ofmu_ray.metrics.rule import Goal
 
     goal = Goal("forget_quality", "retain_probability", None)
     rows = [row for row in pq.read_table(folder / "trials.parquet").to_pylist() if row["phase"] == "search"]

@@ -29,9 +29,9 @@ from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import FormatConfig, ModelConfig, OFMUConfig, OptimizerConfig
 from ofmu_ray.data.batches import collate
 from ofmu_ray.data.template import Template
-from ofmu_ray.engines import Batch, DeepSpeedEngine, TorchEngine, load_causal_lm
-from ofmu_ray.engines.models import load_tokenizer
+from ofmu_ray.engines import Batch, DeepSpeedEngine, TorchEngine
 from ofmu_ray.methods import OFMU
+from ofmu_ray.models.loading import load_causal_lm, load_tokenizer
 
 ROWS = 8
 """Rows of a batch."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ofmu_ray.cluster.join import join_cluster, run_paths
 from ofmu_ray.config import (
     LABELS,
     BenchmarkConfig,
@@ -20,17 +21,16 @@ from ofmu_ray.config import (
     to_dict,
 )
 from ofmu_ray.errors import UserError
-from ofmu_ray.evaluation.goal import Choice, Goal, select
-from pipelines import benchmark_results as results
-from pipelines.evaluation import Evaluator
-from pipelines.nodes import join_cluster, run_paths
+from ofmu_ray.metrics.rule import Choice, Goal, select
+from ofmu_ray.runs.evaluator import Evaluator
+from ofmu_ray.runs.pool import Pool
+from ofmu_ray.runs.preflight import check_machine, prepare_folder, public
+from ofmu_ray.runs.trial import PRIVATE, SplitData, Trial, cost_signature, read_result, result_path, write_failure
+from ofmu_ray.runs.trial_data import checked, prepare
+from ofmu_ray.search import benchmark_output as results
+from ofmu_ray.search.judging import goal_of, reference_figure
 from pipelines.parse import fail, parse
-from pipelines.pool import Pool
-from pipelines.preflight import check_machine, prepare_folder, public
-from pipelines.prepared import checked, prepare
-from pipelines.rule import goal_of, reference_figure
 from pipelines.terminal import say
-from pipelines.trial import PRIVATE, SplitData, Trial, cost_signature, read_result, result_path, write_failure
 from tune_spaces import Space, parse_priors, space_for
 
 PROG = "ofmu benchmark"

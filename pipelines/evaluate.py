@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from ofmu_ray.assets import resolve_builtin
+from ofmu_ray.cluster.join import join_cluster
 from ofmu_ray.config import ModelConfig, TrainingConfig, config_hash
 from ofmu_ray.config.evaluate import RETRAINED, EvaluateConfig
 from ofmu_ray.errors import UserError
+from ofmu_ray.runs.attack_tasks import Checks
+from ofmu_ray.runs.evaluator import Evaluator, has_tokenizer, read_sets
+from ofmu_ray.runs.outcome import write_rows
+from ofmu_ray.runs.preflight import check_model, prepare_storage, public
 from ofmu_ray.storage import atomic_write, is_uri, join, local_file, name_of, scratch
-from pipelines.checks import Checks
-from pipelines.evaluation import Evaluator, has_tokenizer, read_sets
-from pipelines.nodes import join_cluster
 from pipelines.parse import fail, parse
-from pipelines.preflight import check_model, prepare_storage, public
-from pipelines.results import write_rows
 from pipelines.terminal import metrics_table, say
 
 PROG = "ofmu evaluate"
@@ -135,7 +135,7 @@ def _write(
 ) -> list[str]:
     """rows.parquet, report.html and, last, metrics.json; returns the names of those that MLflow keeps."""
     from ofmu_ray.evaluation.cache import model_fingerprint, weights_folder
-    from ofmu_ray.reporting.comparison import ComparisonData, write_comparison
+    from ofmu_ray.reporting.evaluation_page import ComparisonData, write_comparison
 
     write_rows(join(home, "rows.parquet"), tables)
     write_comparison(

@@ -88,7 +88,7 @@ def _rows(config: PlanConfig) -> dict[str, Any]:
         tokens = config.plan.row_tokens
         return {stream: Rows(tokens, float(tokens), tokens // 3) for stream in ("forget", "retain")}
     from ofmu_ray.data.template import Template
-    from ofmu_ray.engines.models import load_tokenizer
+    from ofmu_ray.models.loading import load_tokenizer
 
     template = Template(load_tokenizer(config.model), config.data.format)
     return {stream: _counted(config, stream, template) for stream in ("forget", "retain")}

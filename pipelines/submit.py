@@ -20,9 +20,9 @@ from ofmu_ray.config.evaluate import EvaluateConfig
 from ofmu_ray.config.submit import SubmitConfig
 from ofmu_ray.config.sweep import SweepConfig
 from ofmu_ray.errors import UserError
+from ofmu_ray.runs.preflight import check_job_storage
 from ofmu_ray.storage import without_credentials
 from pipelines.parse import fail, parse
-from pipelines.preflight import check_job_storage
 from pipelines.terminal import say
 
 PROG = "ofmu submit"
@@ -89,8 +89,8 @@ def submit(config: SubmitConfig, command: str, options: list[str]) -> int:
     Raises:
         UserError: the command's configuration is wrong, or would not reach the cluster; no cluster answers.
     """
-    from pipelines.jobs import Jobs
-    from pipelines.upload import load_environment, packed
+    from ofmu_ray.cluster.job_server import Jobs
+    from ofmu_ray.cluster.upload import load_environment, packed
 
     if config.attach or config.status or config.stop:
         raise UserError("attach, status and stop take a submission id and no COMMAND")
@@ -163,7 +163,7 @@ def plain_command(config: SubmitConfig, submission: str, entrypoint: str) -> str
 
 def _control(config: SubmitConfig) -> int:
     """Follow, show or stop a job that was submitted before."""
-    from pipelines.jobs import Jobs
+    from ofmu_ray.cluster.job_server import Jobs
 
     if config.attach:
         return Jobs(config.address).follow(config.attach)

@@ -11,25 +11,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ofmu_ray.cluster.join import join_cluster, run_paths
 from ofmu_ray.config import SweepConfig, flatten, to_dict
 from ofmu_ray.config.benchmark import LABELS
 from ofmu_ray.errors import UserError
-from ofmu_ray.evaluation.comparison import plain
-from pipelines import sweep_choice as choice
-from pipelines import sweep_results as results
-from pipelines.benchmark_results import duration
-from pipelines.evaluation import Evaluator
-from pipelines.nodes import join_cluster, run_paths
+from ofmu_ray.metrics.fronts import plain
+from ofmu_ray.runs.evaluator import Evaluator
+from ofmu_ray.runs.pool import Pool
+from ofmu_ray.runs.preflight import check_machine, claim, prepare_folder, public
+from ofmu_ray.runs.trial import PRIVATE, Trial, read_result
+from ofmu_ray.runs.trial_data import checked, prepare
+from ofmu_ray.search import choice
+from ofmu_ray.search import sweep_output as results
+from ofmu_ray.search.benchmark_output import duration
+from ofmu_ray.search.capacity import check_disk, concurrency
+from ofmu_ray.search.judging import goal_of, reference_figure
+from ofmu_ray.search.ledger import Ledger
+from ofmu_ray.search.suggest import Search, without_other_batches
 from pipelines.parse import fail, parse
-from pipelines.placement import check_disk, concurrency
-from pipelines.pool import Pool
-from pipelines.preflight import check_machine, claim, prepare_folder, public
-from pipelines.prepared import checked, prepare
-from pipelines.rule import goal_of, reference_figure
-from pipelines.search import Search, without_other_batches
-from pipelines.sweep_ledger import Ledger
 from pipelines.terminal import say
-from pipelines.trial import PRIVATE, Trial, read_result
 from tune_spaces import Space, parse_priors, read_space, space_for
 
 PROG = "ofmu sweep"
@@ -188,7 +188,7 @@ def _references(ledger: Ledger, tables: dict[str, Any]) -> dict[str, Any]:
 
 def _run_trials(ledger: Ledger, handle: Any, at_once: int) -> bool:
     """All trials that have not ended; True: every one has ended now."""
-    from pipelines import sweep_tune
+    from ofmu_ray.search import tuner as sweep_tune
 
     training, trials = ledger.config.base.training, ledger.config.search.trials
     local = training.engine == "torch" and training.workers == 1

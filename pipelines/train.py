@@ -9,12 +9,12 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from ofmu_ray.cluster.join import join_cluster, model_paths, source_paths
 from ofmu_ray.config import ModelConfig, StopConfig, TrainConfig, outcome_hash
 from ofmu_ray.errors import UserError
+from ofmu_ray.runs.preflight import check_machine, check_model, claim, placed, prepare_storage, public
 from ofmu_ray.storage import atomic_write, explained, is_file, is_whole, join, name_of, remove_folder
-from pipelines.nodes import join_cluster, model_paths, source_paths
 from pipelines.parse import fail, parse
-from pipelines.preflight import check_machine, check_model, claim, placed, prepare_storage, public
 from pipelines.terminal import say
 
 PROG = "ofmu train"
@@ -52,7 +52,7 @@ def _fit(
     config: TrainConfig, model: ModelConfig, tokenizer: Any, storage: str, home: str, digest: str
 ) -> dict[str, Any]:
     from ofmu_ray import tracking
-    from ofmu_ray.data.plan import write_plan
+    from ofmu_ray.data.batch_plan import write_plan
     from ofmu_ray.data.prepare import prepare_streams
     from ofmu_ray.training.job import WorkerJob
     from ofmu_ray.training.launch import fit
@@ -124,7 +124,7 @@ def _initial_model(config: TrainConfig, home: str) -> ModelConfig:
     """A Llama from the scratch options with seeded random weights, saved beside the run's model."""
     folder = join(home, "initial")
     if not is_whole(folder):
-        from ofmu_ray.training.scratch import write_initial_model
+        from ofmu_ray.models.initial import write_initial_model
 
         write_initial_model(folder, config)
     return ModelConfig(path=folder)

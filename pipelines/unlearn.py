@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ofmu_ray.cluster.join import join_cluster, run_paths
 from ofmu_ray.config import BOUNDED, ModelConfig, OFMUConfig, UnlearnConfig, outcome_hash
 from ofmu_ray.errors import UserError
+from ofmu_ray.runs import outcome as results
+from ofmu_ray.runs.evaluator import Evaluator
+from ofmu_ray.runs.preflight import check_machine, check_model, check_sources, claim, placed, prepare_storage, public
 from ofmu_ray.storage import drop_copies, explained, join, name_of, remove_file, remove_folder
-from pipelines import results
-from pipelines.evaluation import Evaluator
-from pipelines.nodes import join_cluster, run_paths
 from pipelines.parse import fail, parse
-from pipelines.preflight import check_machine, check_model, check_sources, claim, placed, prepare_storage, public
 from pipelines.terminal import say
 
 PROG = "ofmu unlearn"
@@ -125,11 +125,11 @@ def _run(run: Run, tokenizer: Any, digest: str) -> int:
 
 def _work(run: Run, tokenizer: Any, digest: str, handle: Any) -> results.Outcome:
     """Data, evaluation before, the two loops, evaluation after."""
-    from ofmu_ray.data.plan import write_plan
+    from ofmu_ray.data.batch_plan import write_plan
     from ofmu_ray.data.prepare import prepare_streams, write_sample
+    from ofmu_ray.features.level import with_level
     from ofmu_ray.training.job import WorkerJob
     from ofmu_ray.training.launch import fit
-    from ofmu_ray.training.level import with_level
 
     config, training, evaluator = run.config, run.config.training, run.evaluator
     with run.phase("data"):
@@ -197,7 +197,7 @@ def _work(run: Run, tokenizer: Any, digest: str, handle: Any) -> results.Outcome
 
 def _references(run: Run, job: Any, prepared: Any, plan: Any) -> dict[str, str]:
     """What the method needs to know about rows under the untouched model: sidecars by stream."""
-    from ofmu_ray.training.reference import write_references
+    from ofmu_ray.features.reference import write_references
 
     return write_references(
         job.build_method().needs,

@@ -41,7 +41,7 @@ class Case:
 
 
 def build_module(case: Case) -> torch.nn.Module:
-    from ofmu_ray.engines.models import add_lora
+    from ofmu_ray.models.loading import add_lora
 
     module: Any = tiny_model(case.model, tie=case.variant == "tied")
     if case.variant == "frozen":

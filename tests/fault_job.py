@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ofmu_ray.config import ModelConfig, OFMUConfig, StopConfig, TrainingConfig
-from ofmu_ray.data.plan import write_plan
+from ofmu_ray.data.batch_plan import write_plan
 from ofmu_ray.data.prepare import TokenisedStream
 from ofmu_ray.training.job import WorkerJob
 

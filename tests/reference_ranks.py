@@ -16,8 +16,8 @@ from invariant_ranks import close, lane, seeded_model
 
 from ofmu_ray import config
 from ofmu_ray.engines import Batch
-from ofmu_ray.engines.models import disable_dropout
 from ofmu_ray.methods import build_method
+from ofmu_ray.models.loading import disable_dropout
 
 ROUNDS = 3
 SGD = config.OptimizerConfig(name="sgd", lr=0.02, clip=None)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from test_metrics_summary import SIZES, _table, _values
 
-from ofmu_ray.evaluation.aggregate import AGGREGATE, aggregate_figures, aggregate_inputs, privacy_score
-from ofmu_ray.evaluation.intervals import Figure
-from ofmu_ray.evaluation.summary import summarise
+from ofmu_ray.metrics.aggregate import AGGREGATE, aggregate_figures, aggregate_inputs, privacy_score
+from ofmu_ray.metrics.intervals import Figure
+from ofmu_ray.metrics.summary import summarise
 
 
 def test_the_scores_by_hand() -> None:

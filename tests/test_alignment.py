@@ -15,10 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ofmu_ray.assets import resolve_builtin
-from ofmu_ray.config import FormatConfig
-from ofmu_ray.data.template import Template
-from ofmu_ray.errors import UserError
-from ofmu_ray.evaluation.alignment import (
+from ofmu_ray.attacks.alignment import (
     align,
     alignment_table,
     alignment_texts,
@@ -27,6 +24,9 @@ from ofmu_ray.evaluation.alignment import (
     representations,
     row_cosines,
 )
+from ofmu_ray.config import FormatConfig
+from ofmu_ray.data.template import Template
+from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.rows import evaluation_rows
 
 TEXTS = [

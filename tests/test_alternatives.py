@@ -15,16 +15,15 @@ from test_reference import TARGET, answer, close, model, prepared, template  # n
 
 from ofmu_ray import config
 from ofmu_ray.config import UnlearnConfig
-from ofmu_ray.data import alternatives
+from ofmu_ray.data.batch_plan import write_plan
 from ofmu_ray.data.batches import local_rounds
-from ofmu_ray.data.plan import write_plan
 from ofmu_ray.data.prepare import Prepared
 from ofmu_ray.data.template import Template
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.generation import Draws
+from ofmu_ray.features import alternatives, reference
+from ofmu_ray.features.reference import write_references
 from ofmu_ray.methods import build_method
-from ofmu_ray.training import reference
-from ofmu_ray.training.reference import write_references
 
 COUNT, ROWS, BATCH = 3, 8, 4
 ROUNDS = 2 * COUNT * ROWS // BATCH  # every alternative twice

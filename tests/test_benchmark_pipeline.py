@@ -18,12 +18,12 @@ import torch
 from ofmu_ray.config import METHODS, BenchmarkConfig, OFMUConfig, OptimizerConfig, TrainingConfig, apply_overrides
 from ofmu_ray.engines import TorchEngine
 from ofmu_ray.evaluation.sample import spread
-from ofmu_ray.evaluation.summary import summarise
 from ofmu_ray.methods import OFMU
+from ofmu_ray.metrics.summary import summarise
+from ofmu_ray.runs.evaluator import Evaluator
+from ofmu_ray.runs.trial import SplitData, Trial, run_trial
+from ofmu_ray.search.benchmark_output import round_cost
 from pipelines import cli
-from pipelines.benchmark_results import round_cost
-from pipelines.evaluation import Evaluator
-from pipelines.trial import SplitData, Trial, run_trial
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 3e10
@@ -225,7 +225,7 @@ def test_mistakes_end_with_status_2_before_any_trial(finished, words, message, c
 def test_every_method_keeps_the_budget_and_its_cost_is_foreseen(tmp_path, local_ray):
     """Two rounds say what a round costs; then the account ends within one round of it, for all methods."""
     from ofmu_ray.data.prepare import prepare_streams
-    from ofmu_ray.engines.models import load_tokenizer
+    from ofmu_ray.models.loading import load_tokenizer
 
     labels = {name: ({"npo.retain_loss": "kl"} if name == "npo" else {}) | {"method": name} for name in METHODS}
     labels["ofmu"] |= {"ofmu.inner_steps": 2}

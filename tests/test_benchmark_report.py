@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ofmu_ray.evaluation.summary import summarise
+from ofmu_ray.metrics.summary import summarise
 from ofmu_ray.reporting import figures
 from ofmu_ray.reporting.benchmark import write_benchmark_report
 from ofmu_ray.reporting.tables import Cell, Table, cells, csv_text, markdown

@@ -6,11 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ofmu_ray.evaluation.alignment import LayerAlignment, alignment_table
-from ofmu_ray.evaluation.check_figures import check_figures
-from ofmu_ray.evaluation.intervals import Figure
-from ofmu_ray.reporting.check_tables import check_table
-from ofmu_ray.reporting.comparison import ComparisonData, grouped, render_comparison
+from ofmu_ray.attacks.alignment import LayerAlignment, alignment_table
+from ofmu_ray.metrics.attack_summary import check_figures
+from ofmu_ray.metrics.intervals import Figure
+from ofmu_ray.reporting.attack_tables import check_table
+from ofmu_ray.reporting.evaluation_page import ComparisonData, grouped, render_comparison
 
 SAMPLING = {"samples": 200, "seed": 0}
 

@@ -17,11 +17,11 @@ from evaluation_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from ofmu_ray.attacks import multiple_choice as choice
+from ofmu_ray.attacks.lm_eval import run_lm_eval
+from ofmu_ray.attacks.multiple_choice import ChoiceRow, choice_figures, choice_rows, choice_table, prompt
 from ofmu_ray.config import SourceConfig
 from ofmu_ray.errors import UserError
-from ofmu_ray.evaluation import choice
-from ofmu_ray.evaluation.choice import ChoiceRow, choice_figures, choice_rows, choice_table, prompt
-from ofmu_ray.evaluation.lm_eval import run_lm_eval
 
 CELLS = [
     {

@@ -169,7 +169,7 @@ def test_configurations_refuse_what_cannot_run_together():
 
 
 def test_what_is_written_down_holds_no_credentials():
-    from pipelines.preflight import public
+    from ofmu_ray.runs.preflight import public
 
     words = ["--tracking.uri", "http://me:secret@host:5000", "--data.forget.path", "s3://key:secret@b/f.jsonl?secret=1"]
     written = public(parse(UnlearnConfig, words, "x"))

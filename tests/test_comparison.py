@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import ks_2samp, spearmanr, ttest_rel
 
-from ofmu_ray.evaluation.comparison import geometric_mean, hypervolume, pareto_front, sensitivity
-from ofmu_ray.evaluation.degeneration import Sound
-from ofmu_ray.evaluation.goal import Goal, select
-from ofmu_ray.evaluation.paired import Draws, PairedTest, Resamples, holm, is_forgetting, paired_test, verdicts
-from ofmu_ray.evaluation.summary import summarise
+from ofmu_ray.metrics.degeneration import Sound
+from ofmu_ray.metrics.fronts import geometric_mean, hypervolume, pareto_front, sensitivity
+from ofmu_ray.metrics.paired import Draws, PairedTest, Resamples, holm, is_forgetting, paired_test, verdicts
+from ofmu_ray.metrics.rule import Goal, select
+from ofmu_ray.metrics.summary import summarise
 
 # ------------------------------------------------------------------------------------------------------------- rule
 

@@ -27,8 +27,8 @@ from transformers import PreTrainedTokenizerFast
 
 import ofmu_ray.data.prepare as prepare_module
 from ofmu_ray.config import FormatConfig, SourceConfig
+from ofmu_ray.data.batch_plan import Plan, read_plan, write_plan
 from ofmu_ray.data.batches import local_rounds
-from ofmu_ray.data.plan import Plan, read_plan, write_plan
 from ofmu_ray.data.prepare import Prepared, TokenisedStream, prepare_streams, write_sample
 from ofmu_ray.data.stream import lane_iterator, rounds
 from ofmu_ray.errors import UserError
@@ -312,8 +312,8 @@ def test_ray_data_writes_the_plan_that_this_process_writes(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = planned(tmp_path / "here", tokenizer, forget=7)
-    monkeypatch.setattr("ofmu_ray.data.plan.SMALL_ROWS", 0)
-    monkeypatch.setattr("ofmu_ray.data.plan._write_lanes_here", lambda *_: pytest.fail("not a Ray Data job"))
+    monkeypatch.setattr("ofmu_ray.data.batch_plan.SMALL_ROWS", 0)
+    monkeypatch.setattr("ofmu_ray.data.batch_plan._write_lanes_here", lambda *_: pytest.fail("not a Ray Data job"))
     there = planned(tmp_path / "there", tokenizer, forget=7)
     assert there.fingerprint == here.fingerprint
     names = [path.relative_to(here.folder) for path in sorted(Path(here.folder).rglob("*.parquet"))]
@@ -357,7 +357,7 @@ def test_a_plan_larger_than_the_object_store(tmp_path: Path, monkeypatch: pytest
     stream = TokenisedStream("retain", str(folder), tuple(files), np.arange(rows), lengths, "tokens")
     numbers = {"rounds": 100, "batch_size": 20, "workers": 2, "seed": 0}
     assert table.nbytes > 1.5 * STORE_BYTES
-    monkeypatch.setattr("ofmu_ray.data.plan.SMALL_ROWS", 0)
+    monkeypatch.setattr("ofmu_ray.data.batch_plan.SMALL_ROWS", 0)
     before = spilled()
     plan = write_plan({"retain": stream}, str(tmp_path / "plan"), batches_per_round={"retain": 1}, **numbers)
     assert spilled() > before

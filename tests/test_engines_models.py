@@ -13,9 +13,9 @@ from engine_models import freeze, tiny_model, token_batch
 
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import LoraConfig, ModelConfig, OptimizerConfig
-from ofmu_ray.engines import TorchEngine, causal_lm_loss, load_causal_lm
-from ofmu_ray.engines.models import add_lora, disable_dropout, freeze_matching
+from ofmu_ray.engines import TorchEngine, causal_lm_loss
 from ofmu_ray.errors import UserError
+from ofmu_ray.models.loading import add_lora, disable_dropout, freeze_matching, load_causal_lm
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,9 @@ from evaluation_models import tiny_model, tiny_tokenizer
 from s3_server import s3_server
 
 from ofmu_ray.assets import resolve_builtin
-from ofmu_ray.evaluation import checks as measurements
-from pipelines import checks, cli
+from ofmu_ray.attacks import measurement as measurements
+from ofmu_ray.runs import attack_tasks as checks
+from pipelines import cli
 
 TARGET = "builtin:people/target"
 SMALL = {"max_rows": 10, "max_new_tokens": 8, "bootstrap_samples": 40}

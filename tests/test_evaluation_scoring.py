@@ -14,10 +14,11 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from ofmu_ray.config import FormatConfig
 from ofmu_ray.data.template import Template
-from ofmu_ray.evaluation import continuation, generation, row_pass, scoring, tree
-from ofmu_ray.evaluation.forward import Forward
-from ofmu_ray.evaluation.rouge import rouge_l_recall
+from ofmu_ray.evaluation import continuation, generation, row_pass, scoring
 from ofmu_ray.evaluation.scorer import Scorer
+from ofmu_ray.metrics.rouge import rouge_l_recall
+from ofmu_ray.models import tree
+from ofmu_ray.models.forward import Forward
 
 QUESTIONS = [f"{'who is ' * (1 + index % 5)}person {index}?" for index in range(23)]
 ANSWERS = [f"the answer {'is long ' * (index % 7)}{index}" for index in range(23)]

@@ -17,15 +17,15 @@ from engine_ranks import run_ranks
 from fault_job import METHOD, ROUNDS, make_job
 from fault_ranks import Part, start
 
+from ofmu_ray.cluster.watchdog import WAITING, Sign, verdict
 from ofmu_ray.config import OptimizerConfig, StopConfig
+from ofmu_ray.data.batch_plan import read_plan
 from ofmu_ray.data.batches import local_rounds
-from ofmu_ray.data.plan import read_plan
 from ofmu_ray.errors import UserError
-from ofmu_ray.storage.manifest import fingerprint
+from ofmu_ray.storage.checksums import fingerprint
 from ofmu_ray.training.job import WorkerJob
 from ofmu_ray.training.loop import Loop
 from ofmu_ray.training.session import LocalSession
-from ofmu_ray.training.watchdog import WAITING, Sign, verdict
 from ofmu_ray.training.worker import Worker, run_local
 
 FIRST = 5

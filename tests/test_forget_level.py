@@ -17,10 +17,10 @@ from ofmu_ray.config import ModelConfig, OFMUConfig, OptimizerConfig, StopConfig
 from ofmu_ray.data.batches import collate
 from ofmu_ray.data.prepare import TokenisedStream
 from ofmu_ray.engines import TorchEngine
-from ofmu_ray.engines.models import load_causal_lm
 from ofmu_ray.errors import UserError
+from ofmu_ray.features.level import with_level
 from ofmu_ray.methods import OFMU
-from ofmu_ray.training.level import with_level
+from ofmu_ray.models.loading import load_causal_lm
 from ofmu_ray.training.loop import Loop
 
 ROWS = [

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ofmu_ray.evaluation.goal import FAILED, Goal, sense
+from ofmu_ray.metrics.rule import FAILED, Goal, sense
 
 finite = st.floats(-1e3, 1e3, allow_nan=False)
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from evaluation_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 
+from ofmu_ray.attacks.gradient_norm import gradient_norms
 from ofmu_ray.config import FormatConfig
 from ofmu_ray.data.template import Template
-from ofmu_ray.evaluation.gradient_norm import gradient_norms
 
 TEXTS = [
     Template(tiny_tokenizer(), FormatConfig()).encode(f"who is person {row}?", "the answer " * (1 + row) + "is long")

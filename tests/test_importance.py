@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ofmu_ray.evaluation.importance import MINIMUM_TRIALS, Importance, importances
+from ofmu_ray.attacks.importance import MINIMUM_TRIALS, Importance, importances
 
 SPACE = [
     {"field": "ofmu.inner.lr", "prior": "loguniform(1e-6, 1e-3)"},

@@ -21,9 +21,9 @@ from method_ranks import OPTIONS, ROUNDS, Case, batches, run, trajectory
 from ofmu_ray import config
 from ofmu_ray.config import UnlearnConfig
 from ofmu_ray.engines import TorchEngine
-from ofmu_ray.engines.models import add_lora
 from ofmu_ray.errors import UserError
 from ofmu_ray.methods import build_method
+from ofmu_ray.models.loading import add_lora
 
 WEIGHTS = 2e-4
 """Of the distance from the start to the end: other orders of fp32 sums; measured at most 2e-5."""

@@ -15,8 +15,10 @@ import pytest
 from scipy import stats
 
 from ofmu_ray.errors import UserError
-from ofmu_ray.evaluation import intervals, metrics, tofu_log
-from ofmu_ray.evaluation.rouge import rouge_l_recall
+from ofmu_ray.evaluation import tofu_log
+from ofmu_ray.metrics import functions as metrics
+from ofmu_ray.metrics import intervals
+from ofmu_ray.metrics.rouge import rouge_l_recall
 
 # ------------------------------------------------------------------------------------------------- by hand
 
@@ -285,7 +287,7 @@ def test_damaged_logs_are_refused_with_the_missing_part(logs: dict[str, dict], t
 @pytest.mark.system
 def test_metrics_need_no_torch_and_no_ray() -> None:
     code = (
-        "import sys, ofmu_ray.evaluation.tofu_log, ofmu_ray.evaluation.summary; "
+        "import sys, ofmu_ray.evaluation.tofu_log, ofmu_ray.metrics.summary; "
         "sys.exit(bool({'torch', 'ray', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

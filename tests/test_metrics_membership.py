@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from ofmu_ray.evaluation import intervals, membership
+from ofmu_ray.metrics import intervals, membership
 
 SCORES = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=25)
 

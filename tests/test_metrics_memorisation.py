@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from ofmu_ray.evaluation.degeneration import ngram_entropy
-from ofmu_ray.evaluation.memorisation import (
+from ofmu_ray.metrics.degeneration import ngram_entropy
+from ofmu_ray.metrics.memorisation import (
     exact_memorisation,
     extraction_strength,
     extraction_strength_with_floor,

@@ -15,9 +15,10 @@ from sklearn.metrics import roc_auc_score
 
 from ofmu_ray.data.evaluation_rows import evaluation_rows
 from ofmu_ray.errors import UserError
-from ofmu_ray.evaluation import intervals, membership, memorisation, metrics
 from ofmu_ray.evaluation.rows import MEASURED, with_row_metrics
-from ofmu_ray.evaluation.summary import FIGURES, MEMBERSHIP_FIGURES, summarise
+from ofmu_ray.metrics import functions as metrics
+from ofmu_ray.metrics import intervals, membership, memorisation
+from ofmu_ray.metrics.summary import FIGURES, MEMBERSHIP_FIGURES, summarise
 from ofmu_ray.reporting.figures import DOWN, MATCH, UP, direction, label
 
 # ------------------------------------------------------------------------------------------------- by clusters

@@ -4,7 +4,7 @@ import pytest
 
 from ofmu_ray.config import ModelConfig, TrainingConfig
 from ofmu_ray.errors import UserError
-from pipelines.placement import check_disk, concurrency
+from ofmu_ray.search.capacity import check_disk, concurrency
 
 TWO = TrainingConfig(engine="deepspeed", workers=2, batch_size=8)
 

@@ -77,11 +77,11 @@ def test_parameters_counted_as_the_real_model_has_them(kind: str, variant: str) 
     empty = empty_model(real.config, config)
     assert all(parameter.is_meta for parameter in empty.parameters())
     if variant == "lora":
-        from ofmu_ray.engines.models import add_lora
+        from ofmu_ray.models.loading import add_lora
 
         real = add_lora(real, LoraConfig(rank=2))
     if variant == "frozen":
-        from ofmu_ray.engines.models import freeze_matching
+        from ofmu_ray.models.loading import freeze_matching
 
         freeze_matching(real, ["embed"])
     total, trainable = parameter_counts(real)

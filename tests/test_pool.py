@@ -12,8 +12,8 @@ import pytest
 import ray
 
 from ofmu_ray.config import UnlearnConfig, apply_overrides
-from pipelines import pool
-from pipelines.trial import Trial
+from ofmu_ray.runs import pool
+from ofmu_ray.runs.trial import Trial
 
 
 class Actor:

@@ -15,19 +15,18 @@ from transformers import AutoModelForCausalLM
 
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import FormatConfig, ModelConfig, SourceConfig
-from ofmu_ray.data import refusals
+from ofmu_ray.data.batch_plan import write_plan
 from ofmu_ray.data.batches import local_rounds
-from ofmu_ray.data.checks import DataReport
-from ofmu_ray.data.plan import write_plan
 from ofmu_ray.data.prepare import Prepared, TokenisedStream
+from ofmu_ray.data.row_checks import DataReport
 from ofmu_ray.data.sources import fragments
 from ofmu_ray.data.template import Template
 from ofmu_ray.data.tokenise import PartJob, tokenise
-from ofmu_ray.engines.models import load_tokenizer
 from ofmu_ray.errors import UserError
+from ofmu_ray.features import reference, refusals
+from ofmu_ray.features.reference import cut, write_references
 from ofmu_ray.methods.protocol import Need
-from ofmu_ray.training import reference
-from ofmu_ray.training.reference import cut, write_references
+from ofmu_ray.models.loading import load_tokenizer
 
 TARGET = ModelConfig()
 NEEDS = (

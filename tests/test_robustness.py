@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ofmu_ray.assets import resolve_builtin
+from ofmu_ray.attacks import curves, prefix, quantisation, relearning
 from ofmu_ray.config import FormatConfig
 from ofmu_ray.config.robustness import PrefixOptions, QuantiseOptions, RelearnOptions
 from ofmu_ray.data.template import Template
 from ofmu_ray.errors import UserError
-from ofmu_ray.evaluation.robustness import curves, prefix, quantisation, relearning
 from ofmu_ray.evaluation.rows import EvaluationRow, evaluation_rows
 from ofmu_ray.evaluation.scorer import Scorer
 

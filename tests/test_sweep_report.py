@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ofmu_ray.evaluation.goal import Goal
-from ofmu_ray.evaluation.importance import MINIMUM_TRIALS
+from ofmu_ray.attacks.importance import MINIMUM_TRIALS
+from ofmu_ray.metrics.rule import Goal
 from ofmu_ray.reporting import figures
 from ofmu_ray.reporting.sweep import write_sweep_report
 from ofmu_ray.reporting.sweep_parallel import scale

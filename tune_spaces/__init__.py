@@ -1,6 +1,20 @@
 """What is tuned of each method, and in which ranges: one file per method, one table of them here."""
 
 from ofmu_ray.config import UnlearnConfig
+from ofmu_ray.config.spaces import (
+    Choice,
+    Integers,
+    Knob,
+    LogUniform,
+    Overrides,
+    Prior,
+    Space,
+    Uniform,
+    ZeroOrLogUniform,
+    parse_prior,
+    parse_priors,
+)
+from ofmu_ray.search.space_files import read_space
 from tune_spaces import (
     altpo,
     blur,
@@ -22,20 +36,6 @@ from tune_spaces import (
     task_arithmetic,
     undial,
     wga,
-)
-from tune_spaces.files import read_space
-from tune_spaces.spaces import (
-    Choice,
-    Integers,
-    Knob,
-    LogUniform,
-    Overrides,
-    Prior,
-    Space,
-    Uniform,
-    ZeroOrLogUniform,
-    parse_prior,
-    parse_priors,
 )
 
 SPACES: dict[str, Space] = {

@@ -1,6 +1,6 @@
 """Search space of AltPO."""
 
-from tune_spaces.spaces import NEAR_ONE, Knob, LogUniform, Space, rate
+from ofmu_ray.config.spaces import NEAR_ONE, Knob, LogUniform, Space, rate
 
 SPACE = Space(
     (

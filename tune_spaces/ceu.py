@@ -1,5 +1,5 @@
 """Search space of CE-U."""
 
-from tune_spaces.spaces import Space, rate
+from ofmu_ray.config.spaces import Space, rate
 
 SPACE = Space((rate("ceu.optimizer.lr"),))

@@ -1,6 +1,6 @@
 """Search space of DualOptim+."""
 
-from tune_spaces.spaces import Knob, LogUniform, Space, rate
+from ofmu_ray.config.spaces import Knob, LogUniform, Space, rate
 
 SPACE = Space(
     (

@@ -1,5 +1,5 @@
 """Search space of gradient ascent."""
 
-from tune_spaces.spaces import Space, rate
+from ofmu_ray.config.spaces import Space, rate
 
 SPACE = Space((rate("gradient_ascent.optimizer.lr"),))

@@ -1,6 +1,6 @@
 """Search space of OFMU with its default preset, first_order."""
 
-from tune_spaces.spaces import Knob, LogUniform, Space
+from ofmu_ray.config.spaces import Knob, LogUniform, Space
 
 SPACE = Space(
     (

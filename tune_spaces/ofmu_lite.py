@@ -1,6 +1,6 @@
 """Search space of OFMU with the preset lite: the penalty at the last inner iterate only."""
 
-from tune_spaces.spaces import Choice, Integers, Knob, Space, Uniform, ZeroOrLogUniform, rate
+from ofmu_ray.config.spaces import Choice, Integers, Knob, Space, Uniform, ZeroOrLogUniform, rate
 
 SPACE = Space(
     (

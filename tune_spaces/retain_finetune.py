@@ -1,5 +1,5 @@
 """Search space of fine-tuning on retain rows."""
 
-from tune_spaces.spaces import Space, rate
+from ofmu_ray.config.spaces import Space, rate
 
 SPACE = Space((rate("retain_finetune.optimizer.lr"),))

@@ -1,6 +1,6 @@
 """Search space of SatImp."""
 
-from tune_spaces.spaces import Knob, LogUniform, Space, Uniform, rate
+from ofmu_ray.config.spaces import Knob, LogUniform, Space, Uniform, rate
 
 SPACE = Space(
     (

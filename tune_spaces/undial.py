@@ -1,6 +1,6 @@
 """Search space of UNDIAL."""
 
-from tune_spaces.spaces import Choice, Knob, LogUniform, Space, rate
+from ofmu_ray.config.spaces import Choice, Knob, LogUniform, Space, rate
 
 SPACE = Space(
     (

@@ -1,6 +1,6 @@
 """Search space of WGA."""
 
-from tune_spaces.spaces import NEAR_ONE, Knob, LogUniform, Space, Uniform, rate
+from ofmu_ray.config.spaces import NEAR_ONE, Knob, LogUniform, Space, Uniform, rate
 
 SPACE = Space(
     (

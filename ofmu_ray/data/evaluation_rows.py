@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ofmu_ray.config import FormatConfig, SourceConfig
-from ofmu_ray.data import checks, sources
-from ofmu_ray.data.checks import Problems
+from ofmu_ray.data import row_checks as checks
+from ofmu_ray.data import sources
+from ofmu_ray.data.row_checks import Problems
 from ofmu_ray.data.sources import Broken
 
 PARAPHRASED, PERTURBED = "paraphrased_answer", "perturbed_answer"

@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from ofmu_ray.config import FormatConfig, SourceConfig
-from ofmu_ray.data import checks, sources
-from ofmu_ray.data.checks import DataReport, OverlapReport, Policy, Problems, StreamReport
+from ofmu_ray.data import row_checks as checks
+from ofmu_ray.data import sources
+from ofmu_ray.data.row_checks import DataReport, OverlapReport, Policy, Problems, StreamReport
 from ofmu_ray.data.template import Template
 from ofmu_ray.data.tokenise import Columns, Part, PartJob, load_columns, take_rows, tokenise
 from ofmu_ray.errors import UserError
@@ -30,7 +31,7 @@ from ofmu_ray.storage import (
 )
 
 MARKER = "stream.json"
-_CODE = ("sources.py", "checks.py", "template.py", "tokenise.py")
+_CODE = ("sources.py", "row_checks.py", "template.py", "tokenise.py")
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _tokenise(
     """Write the parts and the marker of each stream; problems by stream."""
     if not todo:
         return {}
-    from ofmu_ray.data.jobs import run_tasks
+    from ofmu_ray.data.ray_data import run_tasks
 
     items = [
         PartJob(piece, join(places[name], f"part-{index:06d}.parquet"))

@@ -13,10 +13,10 @@ from typing import Any
 import ray.data
 from ray.data import DataIterator
 
+from ofmu_ray.cluster.nodes import here, on
+from ofmu_ray.data.batch_plan import Plan
 from ofmu_ray.data.batches import RoundBatches, assemble
-from ofmu_ray.data.lanes import lane_files, read_ahead
-from ofmu_ray.data.plan import Plan
-from ofmu_ray.nodes import here, on
+from ofmu_ray.data.shards import lane_files, read_ahead
 
 STORE_SHARE = 0.25
 """Part of a node's object store that its lanes may fill. Ray Data overshoots: at 0.5 it came to 0.85."""

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ofmu_ray.data.checks import Problems, digests, pair
+from ofmu_ray.data.row_checks import Problems, digests, pair
 from ofmu_ray.data.sources import Broken, Fragment, read
 from ofmu_ray.data.template import Template
 from ofmu_ray.storage import join, locate

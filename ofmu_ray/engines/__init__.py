@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ofmu_ray.engines.deepspeed_engine import DeepSpeedEngine
     from ofmu_ray.engines.language import causal_lm_loss
-    from ofmu_ray.engines.models import load_causal_lm
     from ofmu_ray.engines.protocol import Batch, Engine, Loss, PassAccount, Vector
     from ofmu_ray.engines.torch_engine import TorchEngine
 
@@ -24,7 +23,6 @@ _HOMES = {
     "TorchEngine": "torch_engine",
     "Vector": "protocol",
     "causal_lm_loss": "language",
-    "load_causal_lm": "models",
 }
 
 __all__ = [
@@ -36,7 +34,6 @@ __all__ = [
     "TorchEngine",
     "Vector",
     "causal_lm_loss",
-    "load_causal_lm",
 ]
 
 

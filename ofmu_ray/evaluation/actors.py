@@ -16,7 +16,7 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.scorer import Result, Scorer, Unit
 
 if TYPE_CHECKING:
-    from ofmu_ray.nodes import Node
+    from ofmu_ray.cluster.nodes import Node
 
 _MOST_ACTORS = 8
 _SMALL_FLOPS = 5e11  # about ten seconds of one core: starting actors would take longer
@@ -167,7 +167,7 @@ def _start(ray: Any, model: str, actors: int | None, units: int) -> list[Any]:
 
 def holders(model: str, resource: str) -> list[Node]:
     """The nodes with CPUs or GPUs where a model's weights lie, in a folder or in the hub's cache; all, if on none."""
-    from ofmu_ray.nodes import alive, on_each
+    from ofmu_ray.cluster.nodes import alive, on_each
 
     nodes = [node for node in alive() if node.resources.get(resource, 0) >= 1] or alive()
     if len(nodes) == 1:

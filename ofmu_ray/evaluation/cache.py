@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ofmu_ray.errors import UserError
-from ofmu_ray.evaluation.metrics import METRIC_VERSION
 from ofmu_ray.evaluation.rows import MEASURED, EvaluationRow, without_private_text
+from ofmu_ray.metrics.functions import METRIC_VERSION
 from ofmu_ray.storage import PathLike, atomic_write, fetched, is_file, is_uri, join, locate
 
 _MODEL_FILES = ("*.safetensors", "config.json", "generation_config.json", "*.py")

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from ofmu_ray.evaluation.forward import Forward
 from ofmu_ray.evaluation.scoring import most_likely
+from ofmu_ray.models.forward import Forward
 
 _REFILL_BELOW = 0.95  # share of slots in use below which others move up and waiting generations are asked for
 _TOGETHER = 32  # slots of one attention call: each call reads keys up to the longest of its texts

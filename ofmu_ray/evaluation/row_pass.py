@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from ofmu_ray.evaluation.continuation import Begun, States
-from ofmu_ray.evaluation.forward import Forward
 from ofmu_ray.evaluation.scoring import LOGITS_AT_ONCE, TokenScores, most_likely, scores_of
-from ofmu_ray.evaluation.tree import Tree, tree_logits
+from ofmu_ray.models.forward import Forward
+from ofmu_ray.models.tree import Tree, tree_logits
 
 _NODES = {"cpu": 1024, "cuda": 16384}  # nodes of one pass: small ones stay in a processor's second cache
 

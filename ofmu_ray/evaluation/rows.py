@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from ofmu_ray.config import FormatConfig
 from ofmu_ray.errors import UserError
-from ofmu_ray.evaluation import metrics
+from ofmu_ray.metrics import functions as metrics
 
 OPTION_SETS = frozenset({"real_authors", "world_facts"})
 """Sets whose probability is normalised over the options and whose truth ratio starts from the answer itself."""

@@ -18,7 +18,7 @@ from ofmu_ray.evaluation.actors import Loading, device_kind, run_units
 from ofmu_ray.evaluation.cache import EvaluationCache, cache_key, model_fingerprint, weights_folder
 from ofmu_ray.evaluation.rows import EvaluationRow, evaluation_rows, is_private, with_row_metrics, without_private_text
 from ofmu_ray.evaluation.scorer import Result, Scorer, Unit, assemble, plan
-from ofmu_ray.evaluation.summary import summarise
+from ofmu_ray.metrics.summary import summarise
 from ofmu_ray.storage import PathLike
 
 __all__ = ["evaluate_live", "evaluate_model", "summarise"]

@@ -12,17 +12,17 @@ import numpy as np
 import pyarrow as pa
 
 from ofmu_ray.errors import UserError
-from ofmu_ray.evaluation import metrics
 from ofmu_ray.evaluation.continuation import Begun, finish
-from ofmu_ray.evaluation.degeneration import ngram_entropy
-from ofmu_ray.evaluation.forward import Forward
 from ofmu_ray.evaluation.generation import budgets, generate, stop_ids
-from ofmu_ray.evaluation.metrics import FloatArray
-from ofmu_ray.evaluation.rouge import rouge_l_recall
 from ofmu_ray.evaluation.row_pass import row_values
 from ofmu_ray.evaluation.rows import MEASURED, EvaluationRow, with_row_metrics
 from ofmu_ray.evaluation.scoring import Text, TokenScores, length_sorted, mean_nll, token_scores
-from ofmu_ray.evaluation.tree import takes_trees, tree_of
+from ofmu_ray.metrics import functions as metrics
+from ofmu_ray.metrics.degeneration import ngram_entropy
+from ofmu_ray.metrics.functions import FloatArray
+from ofmu_ray.metrics.rouge import rouge_l_recall
+from ofmu_ray.models.forward import Forward
+from ofmu_ray.models.tree import takes_trees, tree_of
 
 _SLOTS = 2  # generations at a time for a batch's row: they bring one token to a step, not a text
 _UNIT_BATCHES = 4  # batches of a unit: generations fill each other's gaps within it, and actors share out whole units

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ofmu_ray.evaluation.metrics import FloatArray
+from ofmu_ray.metrics.functions import FloatArray
 
 Text = tuple[Sequence[int], int]
 """Token ids of prompt and answer (BOS and EOS included), and the number of prompt tokens."""

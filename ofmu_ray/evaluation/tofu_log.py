@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from ofmu_ray.errors import UserError
-from ofmu_ray.evaluation import metrics
-from ofmu_ray.evaluation.metrics import FloatArray
-from ofmu_ray.evaluation.rouge import rouge_l_recall
+from ofmu_ray.metrics import functions as metrics
+from ofmu_ray.metrics.functions import FloatArray
+from ofmu_ray.metrics.rouge import rouge_l_recall
 
 Log = Mapping[str, Any]
 

@@ -32,7 +32,7 @@ class OFMU:
     """T ascent steps on Phi = L_f - beta Sim(g_f, g_r), then descent steps on L_r + rho_k |grad Phi|^2.
 
     L_f is the engine's own loss, or, with a `forget_loss`, that of causal language models which it names. Its level is
-    a number by the time a run starts (ofmu_ray.training.level); without one there is no bound: the engine's own loss.
+    a number by the time a run starts (ofmu_ray.features.level); without one there is no bound: the engine's own loss.
 
     The loops have an optimiser each; the engine holds both. State: k, the rounds done, which gives rho_k, the steps of
     finite differences, and what the user was told already.

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ofmu_ray.evaluation.comparison import Trial, hypervolume, number_of, pareto_front, sensitivity
-from ofmu_ray.evaluation.goal import sense
+from ofmu_ray.metrics.fronts import Trial, hypervolume, number_of, pareto_front, sensitivity
+from ofmu_ray.metrics.rule import sense
 from ofmu_ray.reporting import benchmark_runs, figures
 from ofmu_ray.reporting import benchmark_tables as tables
 from ofmu_ray.reporting.benchmark_plots import Point, cost_plot, plane, sensitivity_plot

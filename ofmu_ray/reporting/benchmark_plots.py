@@ -6,7 +6,7 @@ import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ofmu_ray.evaluation.comparison import Sensitivity, pareto_front
+from ofmu_ray.metrics.fronts import Sensitivity, pareto_front
 from ofmu_ray.reporting.marks import COLOURS, SHAPES, Key, Plot, with_words
 from ofmu_ray.reporting.plots import FAINT, INK, inline_svg, new_axes
 

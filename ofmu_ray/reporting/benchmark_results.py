@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ofmu_ray.evaluation.comparison import Trial, geometric_mean, number_of
-from ofmu_ray.evaluation.goal import Goal
-from ofmu_ray.evaluation.intervals import Figure, over_seeds
-from ofmu_ray.evaluation.paired import TESTED, Draws, Resamples, Result, Verdict, is_forgetting, turned, verdicts
+from ofmu_ray.metrics.fronts import Trial, geometric_mean, number_of
+from ofmu_ray.metrics.intervals import Figure, over_seeds
+from ofmu_ray.metrics.paired import TESTED, Draws, Resamples, Result, Verdict, is_forgetting, turned, verdicts
+from ofmu_ray.metrics.rule import Goal
 from ofmu_ray.reporting.benchmark_settings import BenchmarkSettings
 
 REFERENCES = ("target", "retrained")

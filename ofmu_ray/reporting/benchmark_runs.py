@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ofmu_ray.evaluation.comparison import Trial, number_of
-from ofmu_ray.evaluation.goal import select
+from ofmu_ray.metrics.fronts import Trial, number_of
+from ofmu_ray.metrics.rule import select
 from ofmu_ray.reporting import figures
 from ofmu_ray.reporting.benchmark_results import Benchmark
 from ofmu_ray.reporting.tables import Cell, Table, cells

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ofmu_ray.evaluation.degeneration import Sound
-from ofmu_ray.evaluation.goal import Goal
+from ofmu_ray.metrics.degeneration import Sound
+from ofmu_ray.metrics.rule import Goal
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ofmu_ray.evaluation import metrics
-from ofmu_ray.evaluation.comparison import Trial, number_of
-from ofmu_ray.evaluation.paired import Draws, Verdict, holm, paired_test
+from ofmu_ray.metrics import functions as metrics
+from ofmu_ray.metrics.fronts import Trial, number_of
+from ofmu_ray.metrics.paired import Draws, Verdict, holm, paired_test
 from ofmu_ray.reporting import figures
 from ofmu_ray.reporting.benchmark_results import FIRST_FIGURES, Benchmark, SplitResults
 from ofmu_ray.reporting.published import PUBLISHED, SOURCE, URL_TEXT

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ofmu_ray.evaluation.goal import sense
+from ofmu_ray.metrics.rule import sense
 
 UP, DOWN, MATCH = "↑ better", "↓ better", "match retrained"
 MODELS = ("before", "after", "retrained")

@@ -145,7 +145,7 @@ class KolmogorovSmirnov:
 
 def kolmogorov_smirnov(ratios: NDArray[np.float64], retrained: NDArray[np.float64]) -> KolmogorovSmirnov:
     """The test and where its distance lies (the smallest ratio that attains it)."""
-    from ofmu_ray.evaluation.metrics import forget_quality
+    from ofmu_ray.metrics.functions import forget_quality
 
     p_value, distance = forget_quality(ratios, retrained)
     points = np.sort(np.concatenate([ratios, retrained]))

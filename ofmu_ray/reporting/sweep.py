@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ofmu_ray.evaluation import degeneration
-from ofmu_ray.evaluation.comparison import Trial, number_of
-from ofmu_ray.evaluation.importance import MINIMUM_TRIALS, RELIABLE_ORDER
+from ofmu_ray.attacks.importance import MINIMUM_TRIALS, RELIABLE_ORDER
+from ofmu_ray.metrics import degeneration
+from ofmu_ray.metrics.fronts import Trial, number_of
 from ofmu_ray.reporting import figures
 from ofmu_ray.reporting import sweep_tables as tables
 from ofmu_ray.reporting.benchmark_settings import facts

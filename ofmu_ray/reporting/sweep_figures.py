@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ofmu_ray.evaluation.comparison import Trial, number_of
+from ofmu_ray.metrics.fronts import Trial, number_of
 from ofmu_ray.reporting import figures
 from ofmu_ray.reporting.marks import Plot
 from ofmu_ray.reporting.sweep_parallel import Trace, parallel_plot, scale

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ofmu_ray.evaluation.comparison import pareto_front
-from ofmu_ray.evaluation.importance import Importance
+from ofmu_ray.attacks.importance import Importance
+from ofmu_ray.metrics.fronts import pareto_front
 from ofmu_ray.reporting import figures
 from ofmu_ray.reporting.marks import COLOURS, SHAPES, Key, Plot, with_words
 from ofmu_ray.reporting.plots import FAINT, INK, inline_svg, new_axes

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ofmu_ray.evaluation.comparison import Trial, number_of
-from ofmu_ray.evaluation.degeneration import Sound
-from ofmu_ray.evaluation.goal import Goal, sense
-from ofmu_ray.evaluation.importance import Importance, importances
+from ofmu_ray.attacks.importance import Importance, importances
+from ofmu_ray.metrics.degeneration import Sound
+from ofmu_ray.metrics.fronts import Trial, number_of
+from ofmu_ray.metrics.rule import Goal, sense
 from ofmu_ray.reporting import figures
 
 WITHOUT_RESULT = ("failed", "stopped")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ofmu_ray.evaluation.comparison import Trial, geometric_mean, number_of, sensitivity
-from ofmu_ray.evaluation.intervals import over_seeds
+from ofmu_ray.metrics.fronts import Trial, geometric_mean, number_of, sensitivity
+from ofmu_ray.metrics.intervals import over_seeds
 from ofmu_ray.reporting import figures
 from ofmu_ray.reporting.benchmark_tables import heading, span
 from ofmu_ray.reporting.sweep_plots import importance_words

@@ -18,7 +18,7 @@ from typing import IO
 
 from ofmu_ray.errors import StorageError, UserError
 from ofmu_ray.storage import local
-from ofmu_ray.storage.manifest import MANIFEST, Files, difference, fingerprints, sha256
+from ofmu_ray.storage.checksums import MANIFEST, Files, difference, fingerprints, sha256
 from ofmu_ray.storage.names import PathLike, is_uri, join, local_path, without_credentials
 from ofmu_ray.storage.places import atomic_write, is_file, locate, read_text
 from ofmu_ray.storage.scratch import scratch

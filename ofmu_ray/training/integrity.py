@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ofmu_ray.storage.manifest import MANIFEST, Files, difference, fingerprints
+from ofmu_ray.storage.checksums import MANIFEST, Files, difference, fingerprints
 
 
 def write_manifest(folder: Path, rank: int, world: int) -> None:

@@ -19,7 +19,7 @@ class WorkerJob:
     run_dir: str
     """Folder or URI of the run; the exported model goes to <run_dir>/model."""
     plan_dir: str
-    """The batch plan (ofmu_ray.data.plan)."""
+    """The batch plan (ofmu_ray.data.batch_plan)."""
     config_hash: str
     """Stands in every checkpoint: a checkpoint of another configuration is refused."""
     seed: int

@@ -15,8 +15,8 @@ from typing import Any
 import ray
 import yaml
 
+from ofmu_ray.cluster.nodes import alive, here, on, room
 from ofmu_ray.errors import UserError, causes
-from ofmu_ray.nodes import alive, here, on, room
 from ofmu_ray.storage import is_uri, join, locate, read_text
 from ofmu_ray.training.job import WorkerJob
 from ofmu_ray.training.progress import Display, Progress
@@ -189,9 +189,9 @@ def fit(job: WorkerJob, title: str) -> dict[str, Any]:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    from ofmu_ray.cluster.rendezvous import OneInterface
+    from ofmu_ray.cluster.shared_files import SharedFiles
     from ofmu_ray.training import registry
-    from ofmu_ray.training.rendezvous import OneInterface
-    from ofmu_ray.training.shared_files import SharedFiles
     from ofmu_ray.training.worker import worker_loop
 
     if not is_uri(job.run_dir):  # an object is there or not, never torn

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from ofmu_ray.cluster.watchdog import Watchdog
 from ofmu_ray.engines.protocol import Engine
 from ofmu_ray.errors import UserError
 from ofmu_ray.methods.protocol import Method
@@ -19,7 +20,6 @@ from ofmu_ray.training.checkpoint import LoopState
 from ofmu_ray.training.job import WorkerJob
 from ofmu_ray.training.session import Session
 from ofmu_ray.training.utility import UtilityProbe
-from ofmu_ray.training.watchdog import Watchdog
 
 
 class Begun(Protocol):

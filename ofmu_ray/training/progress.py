@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from ofmu_ray.training.watchdog import Sign
+from ofmu_ray.cluster.watchdog import Sign
 
 POLL_SECONDS = 0.5
 

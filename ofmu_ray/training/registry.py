@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from ofmu_ray.storage import atomic_write
-from ofmu_ray.storage.manifest import MANIFEST
+from ofmu_ray.storage.checksums import MANIFEST
 
 
 def mend(folder: Path) -> None:

@@ -60,7 +60,7 @@ class Stages:
         if weights is None or rank != 0:
             return None
         from ofmu_ray.evaluation.runner import evaluate_live
-        from ofmu_ray.evaluation.summary import summarise
+        from ofmu_ray.metrics.summary import summarise
 
         model = _copy(module, weights)
         table = evaluate_live(model, tokenizer, self.sample.sets, self.format, self.evaluation, label="stage")

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from ofmu_ray.cluster.watchdog import Watchdog
+from ofmu_ray.data.batch_plan import read_plan
 from ofmu_ray.data.batches import local_rounds
-from ofmu_ray.data.plan import read_plan
 from ofmu_ray.data.stream import lane_iterator, rounds
-from ofmu_ray.engines.models import load_causal_lm
 from ofmu_ray.engines.protocol import Engine
 from ofmu_ray.errors import UserError
+from ofmu_ray.models.loading import load_causal_lm
 from ofmu_ray.training import checkpoint, integrity
 from ofmu_ray.training.checkpoint import LoopState
 from ofmu_ray.training.export import export_model
@@ -21,7 +22,6 @@ from ofmu_ray.training.job import WorkerJob
 from ofmu_ray.training.loop import Loop
 from ofmu_ray.training.session import LocalSession, RaySession, Session
 from ofmu_ray.training.utility import UtilityProbe
-from ofmu_ray.training.watchdog import Watchdog
 
 
 def worker_loop(config: dict[str, Any]) -> None:

@@ -1,0 +1,205 @@
+"""How alike two models represent the same answers, layer by layer: centred kernel alignment (CKA) and cosine.
+
+The reference is the retrained model (does forgetting reach the representations, or the output only?) or the original
+target (how far has the model moved?). CKA is the linear one of Kornblith et al. 2019
+(https://arxiv.org/abs/1905.00414): 1 for representations that differ by a rotation, a scale and a shift, so it also
+compares models that were trained from different starts and models of different widths. With fewer rows than features
+it is large even for unrelated representations, and larger still when rows are resampled: it comes without an interval,
+and beside it stands the debiased one, which has neither trouble. The cosine compares the same coordinates, which means
+something only between a model and a descendant of it or of its parent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from ofmu_ray.errors import UserError
+from ofmu_ray.evaluation.rows import EvaluationRow
+from ofmu_ray.evaluation.scoring import Text, head_on, length_sorted
+from ofmu_ray.metrics.functions import FloatArray
+from ofmu_ray.metrics.intervals import Clusters, Figure, mean_figure, resampled_estimates
+
+Pooling = Literal["mean", "last"]
+
+_CONSTANT = 1e-12  # variance, relative to the mean square, below which a layer's representations are all the same
+
+
+@dataclass(frozen=True)
+class LayerAlignment:
+    """One set and layer; layer 0 is the embeddings, the last one the output of the final norm."""
+
+    set: str
+    layer: int
+    cka: Figure
+    cka_debiased: Figure
+    cosine: Figure
+
+
+def alignment_texts(sets: Mapping[str, Sequence[EvaluationRow]], template: Any) -> dict[str, list[Text]]:
+    """The answers of each set, and as `SET_paraphrase` the paraphrased answers of a set whose rows all have one."""
+    texts = {}
+    for name, rows in sets.items():
+        answers = {name: [row.answer for row in rows]}
+        paraphrases = [row.paraphrase for row in rows if row.paraphrase is not None]
+        if paraphrases and len(paraphrases) == len(rows):
+            answers[f"{name}_paraphrase"] = paraphrases
+        for part, some in answers.items():
+            encoded = template.encode_rows([row.question for row in rows], some)
+            texts[part] = [(row.input_ids, row.prompt_tokens) for row in encoded]
+    return texts
+
+
+@torch.inference_mode()
+def representations(
+    model: Any, texts: Sequence[Text], *, batch_size: int = 32, pooling: Pooling = "mean"
+) -> list[FloatArray]:
+    """Each layer's hidden states (embeddings first) at the answers' tokens, pooled: layers x [texts, width] float64.
+
+    mean: over the answer's tokens; last: its last token. EOS does not count, as nothing is predicted from there. One
+    batch is in memory at a time, and no logits are computed. Every text needs two answer tokens (the last is EOS).
+    """
+    device = model.get_input_embeddings().weight.device
+    pooled: list[list[torch.Tensor]] = [[] for _ in texts]
+    for batch in length_sorted([len(ids) for ids, _ in texts], batch_size):
+        ids_bt = torch.zeros(len(batch), max(len(texts[row][0]) for row in batch), dtype=torch.long)
+        weights_bt = torch.zeros(ids_bt.shape)
+        for place, row in enumerate(batch):
+            ids, prompt = texts[row]
+            if not 0 < prompt < len(ids) - 1:
+                raise AssertionError(
+                    f"a text of {len(ids)} tokens with {prompt} prompt tokens has no answer beside EOS"
+                )
+            ids_bt[place, : len(ids)] = torch.as_tensor(ids)
+            first = prompt if pooling == "mean" else len(ids) - 2
+            weights_bt[place, first : len(ids) - 1] = 1 / (len(ids) - 1 - first)
+        # padding stands on the right, where a causal model's answer tokens never look: no attention mask needed
+        with head_on(model, lambda hidden: hidden[:, :0]):
+            states = model(input_ids=ids_bt.to(device), use_cache=False, output_hidden_states=True).hidden_states
+        weights = weights_bt.to(device)
+        layers_lbd = torch.stack([torch.einsum("bt,btd->bd", weights, state.float()) for state in states])
+        for place, row in enumerate(batch):
+            pooled[row] = list(layers_lbd[:, place].double().cpu())
+    return [torch.stack(layer).numpy() for layer in zip(*pooled, strict=True)]
+
+
+def align(
+    model: Sequence[FloatArray],
+    reference: Sequence[FloatArray],
+    *,
+    set_name: str,
+    samples: int,
+    seed: int,
+    name: str,
+    clusters: Clusters = None,
+) -> list[LayerAlignment]:
+    """Alignment of two models' `representations` of the same texts, with intervals over texts.
+
+    `name` separates the random streams of figures that share a seed; all layers of a set are resampled alike.
+
+    Raises UserError when the models differ in their number of layers.
+    """
+    if len(model) != len(reference):
+        raise UserError(
+            f"alignment: the model has {len(model) - 1} layers and the reference {len(reference) - 1}; "
+            "layers can be compared one by one only between models of the same depth"
+        )
+    stream: dict[str, Any] = {"samples": samples, "seed": seed, "name": f"{name}/{set_name}", "clusters": clusters}
+    return [
+        LayerAlignment(set_name, layer, *_cka_figures(x, y, **stream), _cosine_figure(x, y, **stream))
+        for layer, (x, y) in enumerate(zip(model, reference, strict=True))
+    ]
+
+
+def alignment_table(rows: Sequence[LayerAlignment]) -> pa.Table:
+    """set, layer, and per measure: value, low, high and the reason for what is absent."""
+    table: dict[str, list[Any]] = {"set": [row.set for row in rows], "layer": [row.layer for row in rows]}
+    for measure in ("cka", "cka_debiased", "cosine"):
+        figures = [getattr(row, measure) for row in rows]
+        for part in ("value", "low", "high", "reason"):
+            column = measure if part == "value" else f"{measure}_{part}"
+            table[column] = [getattr(figure, part) for figure in figures]
+    numbers = [name for name in table if name.startswith("c") and not name.endswith("_reason")]
+    types = {"set": pa.string(), "layer": pa.int32()} | {name: pa.float64() for name in numbers}
+    return pa.table({name: pa.array(column, types.get(name, pa.string())) for name, column in table.items()})
+
+
+# ------------------------------------------------------------------------------------------------------- measures
+
+
+def linear_cka(x: FloatArray, y: FloatArray) -> float:
+    """||Y'X||_F^2 / (||X'X||_F ||Y'Y||_F) of the column-centred X [rows, p], Y [rows, q]; in [0, 1], NaN if one is 0.
+
+    The form over features (Kornblith et al. 2019), whose matrices do not grow with the rows.
+    """
+    x, y = x - x.mean(axis=0), y - y.mean(axis=0)
+    norms = np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
+    return float(np.linalg.norm(y.T @ x) ** 2 / norms) if norms > 0 else float("nan")
+
+
+def debiased_cka(gram_x: FloatArray, gram_y: FloatArray, weights: FloatArray) -> FloatArray:
+    """CKA from unbiased estimates of HSIC, of Gram matrices [rows, rows]; rows count `weights` times [draws, rows].
+
+    The estimate is that of Song et al. 2012 (https://jmlr.org/papers/v13/song12a.html), which pairs no row with itself
+    (nor with its copies), and so stays near 0 for unrelated representations of any width. It may be below 0, and is NaN
+    where an estimate of a model with itself is not positive. Needs four rows. Returns [draws].
+    """
+    gram_x, gram_y = (gram - np.diag(np.diag(gram)) for gram in (gram_x, gram_y))
+    n = weights.sum(axis=1)
+    drawn_x, drawn_y = weights @ gram_x, weights @ gram_y
+    total_x, total_y = (np.einsum("dn,dn->d", drawn, weights) for drawn in (drawn_x, drawn_y))
+
+    def hsic(product: FloatArray, drawn: tuple[FloatArray, FloatArray], totals: FloatArray) -> FloatArray:
+        """Without its factor 1 / (n (n - 3)), which the ratio loses."""
+        pairs = np.einsum("dn,dn->d", weights @ product, weights)
+        rows = np.einsum("dn,dn,dn->d", weights, *drawn)
+        return np.asarray(pairs - 2 * rows / (n - 2) + totals / ((n - 1) * (n - 2)))
+
+    both = hsic(gram_x * gram_y, (drawn_x, drawn_y), total_x * total_y)
+    own = hsic(gram_x**2, (drawn_x, drawn_x), total_x**2), hsic(gram_y**2, (drawn_y, drawn_y), total_y**2)
+    positive = np.minimum(*own) > 0
+    return np.where(positive, both / np.sqrt(np.where(positive, own[0] * own[1], 1.0)), np.nan)
+
+
+def row_cosines(x: FloatArray, y: FloatArray) -> FloatArray:
+    """Cosine of each row of X with the same row of Y, [rows, width] x 2 -> [rows]; 0 where one of them is 0."""
+    norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+    return np.asarray(np.einsum("nd,nd->n", x, y) / np.where(norms > 0, norms, 1.0))
+
+
+def _cka_figures(
+    x: FloatArray, y: FloatArray, *, samples: int, seed: int, name: str, clusters: Clusters
+) -> tuple[Figure, Figure]:
+    """(CKA without an interval, debiased CKA)."""
+    if _constant(x) or _constant(y):
+        absent = Figure.absent("a layer represents all rows alike, so there is nothing to align")
+        return absent, absent
+    plain = Figure(linear_cka(x, y), n=len(x), reason="no interval: resampling rows raises CKA; see debiased CKA")
+    if len(x) < 4:
+        return plain, Figure.absent("debiased CKA needs four rows")
+    x, y = x - x.mean(axis=0), y - y.mean(axis=0)  # the Gram matrices then lose no digits to the mean
+    gram_x, gram_y = x @ x.T, y @ y.T
+    value = float(debiased_cka(gram_x, gram_y, np.ones((1, len(x))))[0])
+    if np.isnan(value):
+        return plain, Figure.absent("debiased CKA is not defined: a model's own estimate is not positive")
+
+    def cka(weights: FloatArray) -> FloatArray:
+        return debiased_cka(gram_x, gram_y, weights)
+
+    estimate = resampled_estimates(cka, [value], [(len(x), clusters)], samples, seed, name)[0]
+    return plain, estimate.figure()
+
+
+def _cosine_figure(x: FloatArray, y: FloatArray, **stream: Any) -> Figure:
+    if x.shape[1] != y.shape[1]:
+        return Figure.absent(f"the models' hidden sizes differ ({x.shape[1]} and {y.shape[1]})")
+    return mean_figure(row_cosines(x, y), **stream)
+
+
+def _constant(x: FloatArray) -> bool:
+    return bool(((x - x.mean(axis=0)) ** 2).mean() <= _CONSTANT * (x**2).mean())

@@ -1,0 +1,60 @@
+"""GradNorm membership inference: how strongly a model would still be pulled towards an answer.
+
+An answer that was trained on lies near a minimum of its own loss, so its gradient is small: a larger value means
+"less likely a member". Per row, L is the mean negative log-likelihood of the answer's tokens without EOS, and the
+value is the mean over the parameter tensors W of ||dL/dW||_p (as in OpenUnlearning; not the whole gradient's norm).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from ofmu_ray.evaluation.scoring import Text, head_on
+from ofmu_ray.metrics.functions import FloatArray
+
+
+def gradient_norms(model: Any, texts: Sequence[Text], *, p: float = 2.0) -> FloatArray:
+    """Mean over parameter tensors of the p-norm of each row's gradient, [rows] float64.
+
+    Rows go through one at a time, as their gradients are needed one at a time. The model runs in eval mode, without
+    dropout, so that the value is a function of the row (OpenUnlearning switches to training mode); its mode and its
+    `.grad` stay as they were. Tensors that do not require a gradient, or that the loss does not reach, do not count;
+    tied tensors count once.
+
+    Every text needs one prompt token and two answer tokens (the last is EOS).
+    """
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    if not weights:
+        raise AssertionError("no parameter requires a gradient")
+    training = model.training
+    model.eval()
+    try:
+        return np.array([_gradient_norm(model, weights, text, p) for text in texts], dtype=np.float64)
+    finally:
+        model.train(training)
+
+
+def _gradient_norm(model: Any, weights: Sequence[torch.Tensor], text: Text, p: float) -> float:
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(_answer_loss(model, text), weights, allow_unused=True)
+    norms = [torch.linalg.vector_norm(g, p, dtype=torch.float64) for g in gradients if g is not None]
+    return float(torch.stack([norm.cpu() for norm in norms]).mean())
+
+
+def _answer_loss(model: Any, text: Text) -> torch.Tensor:
+    """Mean negative log-likelihood of the answer's tokens (nats), EOS left out."""
+    ids, prompt = text
+    if not 0 < prompt < len(ids) - 1:
+        raise AssertionError(f"a text of {len(ids)} tokens with {prompt} prompt tokens has no answer beside EOS")
+    device = model.get_input_embeddings().weight.device
+    inputs = torch.as_tensor(ids[:-1], device=device)[None]  # nothing that counts is predicted from EOS
+    with head_on(model, lambda hidden: hidden[:, prompt - 1 : -1]):
+        logits = model(input_ids=inputs, use_cache=False).logits[0]
+    if len(logits) == inputs.shape[1]:  # a model that does not call its head as a module: all positions came back
+        logits = logits[prompt - 1 : -1]
+    return functional.cross_entropy(logits.float(), inputs[0, prompt:])

@@ -1,0 +1,114 @@
+"""Tasks of lm-evaluation-harness on an exported model (https://github.com/EleutherAI/lm-evaluation-harness).
+
+The harness is an optional extra, imported when it is asked for. It loads the model and the tasks' data by itself: from
+the hub or its offline cache, or from the files that a task's own YAML names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ofmu_ray.errors import UserError
+from ofmu_ray.metrics.intervals import Figure
+
+_OPTION = "tasks"
+_NORMAL_95 = 1.959963984540054  # 97.5 % point of the normal distribution
+
+
+def run_lm_eval(
+    model_dir: str | Path,
+    tasks: Sequence[str],
+    *,
+    include_path: str | Path | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    chat_template: bool = False,
+    device: str | None = None,
+) -> dict[str, dict[str, Figure]]:
+    """Task (or group) -> metric -> figure, as the harness computes them.
+
+    `tasks`: names or patterns of the harness's tasks and of those in the folder `include_path`. `num_fewshot`, `limit`
+    (first n rows per task): None leaves what the task says, or all rows. A figure's interval is the value plus and
+    minus 1.96 of the harness's standard errors, over rows; a metric without one has a reason instead. Metrics with a
+    filter other than "none" are named `metric,filter`. The model is fp32 on a CPU, as stored on a GPU. The harness
+    seeds Python's, NumPy's and torch's global generators with its own defaults.
+
+    Raises UserError: the extra is missing, there is no such task, or a task's data cannot be loaded.
+    """
+    harness = _harness()
+    manager = import_module("lm_eval.tasks").TaskManager(
+        include_path=None if include_path is None else str(include_path)
+    )
+    _check_names(tasks, manager.all_tasks, include_path)
+    place = device or _device()
+    dtype = "float32" if place == "cpu" else "auto"
+    try:
+        found = harness.simple_evaluate(
+            model="hf",
+            model_args={"pretrained": str(model_dir), "dtype": dtype},
+            tasks=list(tasks),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_size=batch_size,
+            device=place,
+            apply_chat_template=chat_template,
+            task_manager=manager,
+            log_samples=False,
+        )
+    except OSError as error:  # no such data set, no such file, no connection
+        raise UserError(
+            f"{_OPTION} = {', '.join(tasks)}: a task's data or the model {model_dir} cannot be loaded "
+            f"({type(error).__name__}); check the network, the offline cache or the task's data_files"
+        ) from None
+    counts = {name: count["effective"] for name, count in found["n-samples"].items()}
+    return {name: _figures(values, counts.get(name)) for name, values in found["results"].items()}
+
+
+def _harness() -> Any:
+    try:
+        return import_module("lm_eval")
+    except ImportError as error:
+        if error.name and error.name.partition(".")[0] != "lm_eval":
+            raise  # a broken installation says more about itself
+        raise UserError("lm-evaluation-harness is not installed: pip install 'ofmu-ray[lm-eval]'") from None
+
+
+def _check_names(tasks: Sequence[str], known: Sequence[str], include_path: str | Path | None) -> None:
+    if not tasks:
+        raise UserError(f"{_OPTION} is empty: name tasks of lm-evaluation-harness, such as wmdp or mmlu")
+    unknown = [name for name in tasks if name not in known and "*" not in name and not Path(name).is_file()]
+    if unknown:
+        where = "" if include_path is None else f" or under {include_path}"
+        raise UserError(
+            f"{_OPTION}: no task {', '.join(unknown)} in lm-evaluation-harness{where}; "
+            "`lm-eval ls tasks` lists what there is"
+        )
+
+
+def _figures(values: Mapping[str, Any], n: int | None) -> dict[str, Figure]:
+    """The harness's {"metric,filter": value, "metric_stderr,filter": error, "alias": ...} as figures."""
+    figures = {}
+    for key, value in values.items():
+        metric, _, kind = key.partition(",")
+        if not isinstance(value, int | float) or not kind or metric.endswith("_stderr"):
+            continue
+        error = values.get(f"{metric}_stderr,{kind}")
+        figures[metric if kind == "none" else key] = _figure(float(value), error, n)
+    return figures
+
+
+def _figure(value: float, error: object, n: int | None) -> Figure:
+    if not isinstance(error, int | float) or not math.isfinite(error):
+        return Figure(value, n=n, reason="no interval: the harness gives no standard error of this metric")
+    return Figure(value, value - _NORMAL_95 * error, value + _NORMAL_95 * error, n)
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,134 @@
+"""Quantisation attack: does rounding the weights bring back what unlearning removed?
+
+Round-to-nearest (RTN) of the weights alone is computed here by rounding and scaling back: a weight-only kernel
+multiplies by these same values. Activations stay as they are. bitsandbytes' formats need a GPU and their package.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import torch
+
+from ofmu_ray.attacks.texts import answer_texts, measured
+from ofmu_ray.config.robustness import QuantiseOptions
+from ofmu_ray.errors import UserError
+from ofmu_ray.evaluation.rows import EvaluationRow
+from ofmu_ray.evaluation.scorer import RowTemplate
+from ofmu_ray.evaluation.scoring import mean_nll
+
+FULL = "full"
+BitsAndBytes = Literal["bnb_int8", "bnb_nf4"]
+
+
+def quantisation_attack(
+    model: Any,
+    template: RowTemplate,
+    rows: Sequence[EvaluationRow],
+    options: QuantiseOptions,
+    *,
+    batch_size: int = 64,
+) -> pa.Table:
+    """Answer losses as the model stands ("full") and with its weights rounded ("rtn8", "rtn4").
+
+    Columns of `texts.measured` plus `scheme`. The weights are the model's own again afterwards, to the bit.
+    """
+    texts = answer_texts(rows, template)
+    tables = [measured(rows, mean_nll(model, texts, batch_size), scheme=FULL)]
+    for bits in options.bits:
+        with quantised(model, bits, group_size=options.group(bits), head=options.head):
+            tables.append(measured(rows, mean_nll(model, texts, batch_size), scheme=f"rtn{bits}"))
+    return pa.concat_tables(tables)
+
+
+@contextmanager
+def quantised(model: Any, bits: int, *, group_size: int | None = None, head: bool = False) -> Iterator[int]:
+    """Within the context the linear layers' weights are rounded (`rtn`); yields the number of rounded weights.
+
+    Rounded are torch's Linear and GPT-2's Conv1D layers, each per output channel; norms, embeddings and experts that a
+    model keeps in fused tensors are not. The output head is left out unless `head`, as is usual for weight-only
+    formats; rounding a head that is tied rounds the input embedding with it. Only the parameters' data is swapped: the
+    given tensors are never written to, and stand in the model again afterwards.
+
+    Raises UserError when there is nothing to round.
+    """
+    found = _linear_weights(model, head)
+    if not found:
+        raise UserError("checks.quantise: the model has no linear layer to round; leave this check out")
+    given = [(weight, weight.data) for weight, _ in found]
+    try:
+        for weight, transposed in found:
+            weight.data = rtn(weight.data.T, bits, group_size).T if transposed else rtn(weight.data, bits, group_size)
+        yield sum(weight.numel() for weight, _ in found)
+    finally:
+        for weight, data in given:
+            weight.data = data
+
+
+def rtn(weight: torch.Tensor, bits: int, group_size: int | None = None) -> torch.Tensor:
+    """Symmetric round-to-nearest of [out, in] to integers of `bits` bits and back, in the weight's own dtype.
+
+    A group of `group_size` neighbouring inputs of one output channel shares a scale (None: the whole channel; a
+    channel's last group may be shorter): s = max |w| / (2^(bits-1) - 1), and w becomes s * round(w / s). Halves round
+    to even; a group of zeros stays zero. Computed in fp32.
+    """
+    outputs, inputs = weight.shape
+    width = min(group_size or inputs, inputs)
+    padded = torch.nn.functional.pad(weight.float(), (0, -inputs % width))  # zeros change no maximum
+    groups = padded.reshape(outputs, -1, width)
+    scale = groups.abs().amax(dim=-1, keepdim=True) / (2 ** (bits - 1) - 1)
+    scale[scale == 0] = 1.0
+    rounded: torch.Tensor = (groups / scale).round_() * scale
+    return rounded.reshape(outputs, -1)[:, :inputs].to(weight.dtype).contiguous()
+
+
+def bitsandbytes_missing() -> str | None:
+    """Why bitsandbytes' formats cannot be used here; None when they can."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return "bitsandbytes is not installed (pip install bitsandbytes)"
+    if not torch.cuda.is_available():
+        return "bitsandbytes' formats are measured on a CUDA device, and there is none"
+    return None
+
+
+def load_bitsandbytes(folder: str | Path, scheme: BitsAndBytes, *, trust_remote_code: bool = False) -> Any:
+    """The folder's model in bitsandbytes' int8 (arXiv 2208.07339) or NF4 (arXiv 2305.14314), in eval mode on the GPU.
+
+    Its defaults: the output head keeps its weights; int8 rounds activations too. Raises UserError with the reason
+    when it cannot be used here.
+    """
+    reason = bitsandbytes_missing()
+    if reason is not None:
+        raise UserError(f"checks.quantise: {scheme} is not available: {reason}")
+    return _load_bitsandbytes(folder, scheme, "cuda", trust_remote_code)
+
+
+def _load_bitsandbytes(folder: str | Path, scheme: BitsAndBytes, device: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    config = BitsAndBytesConfig(**(nf4 if scheme == "bnb_nf4" else {"load_in_8bit": True}))
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        quantization_config=config,
+        device_map={"": device},
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+    ).eval()
+
+
+def _linear_weights(model: Any, head: bool) -> list[tuple[torch.Tensor, bool]]:
+    """Each linear layer's weight once, and whether it is stored [in, out]."""
+    from transformers.pytorch_utils import Conv1D
+
+    kept = set() if head else {id(model.get_output_embeddings().weight)}
+    found: dict[int, tuple[torch.Tensor, bool]] = {}
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and id(module.weight) not in kept:
+            found.setdefault(id(module.weight), (module.weight, isinstance(module, Conv1D)))
+    return list(found.values())

@@ -1,0 +1,42 @@
+"""Evaluation rows as tokens, and their answers' losses: what the attacks share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from ofmu_ray.errors import UserError
+from ofmu_ray.evaluation.rows import EvaluationRow
+from ofmu_ray.evaluation.scorer import RowTemplate
+from ofmu_ray.evaluation.scoring import Text
+from ofmu_ray.metrics.functions import FloatArray, probability
+
+
+def answer_texts(rows: Sequence[EvaluationRow], template: RowTemplate) -> list[Text]:
+    """Each row's question and right answer. UserError, naming the row, when no token of the answer is left."""
+    encoded = template.encode_rows([row.question for row in rows], [row.answer for row in rows])
+    for row, text in zip(rows, encoded, strict=True):
+        if text.only_prompt:
+            raise UserError(
+                f"evaluation.sets.{row.set}: row {row.row_id} has no answer token left within data.format.max_length; "
+                "raise it"
+            )
+    return [(text.input_ids, text.prompt_tokens) for text in encoded]
+
+
+def measured(rows: Sequence[EvaluationRow], nll: FloatArray, **columns: Any) -> pa.Table:
+    """Columns row_id, cluster, answer_nll (mean over tokens, EOS counted; nats), probability, and `columns`.
+
+    A value of `columns` is an array [rows], or a text or number that all rows share.
+    """
+    table: dict[str, Any] = {
+        "row_id": pa.array([row.row_id for row in rows], pa.string()),
+        "cluster": pa.array([row.cluster for row in rows], pa.string()),
+        "answer_nll": pa.array(nll, pa.float64()),
+        "probability": pa.array(probability(nll), pa.float64()),
+    }
+    for name, value in columns.items():
+        table[name] = pa.repeat(value, len(rows)) if isinstance(value, (str, int)) else value
+    return pa.table(table)

@@ -1,0 +1,144 @@
+"""How the workers start: whether their nodes see the same files, how they find one another and what they talk over.
+
+They talk over one network interface of each node, and nothing else.
+
+By default it is the interface that carries the node's address in the Ray cluster (on one machine: loopback). gloo and
+NCCL would each choose by rules of their own (the host's name; the first interface that is up), and torch's rendezvous
+would listen on all interfaces.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import psutil
+from ray.exceptions import RayTaskError
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+
+from ofmu_ray.cluster.shared_files import SharedFiles
+from ofmu_ray.errors import UserError
+
+MEETING_SECONDS = 300
+"""How long workers that have started wait for each other; Ray ends those whose peer has died sooner."""
+
+_listeners: list[socket.socket] = []
+"""Rank 0's open socket, between the call that opens it and the one that hands it to torch."""
+
+
+@dataclass
+class OneInterface(TorchConfig):  # type: ignore[misc]
+    """Ray Train's set-up of torch.distributed on one network interface of each node (`training.network_interface`)."""
+
+    interface: str | None = None
+    shared: SharedFiles | None = None
+    """What every worker's node must see before anything else; None: it is not looked for."""
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _Backend
+
+
+class _Backend(_TorchBackend):  # type: ignore[misc]
+    """Replaces the rendezvous; how Ray Train ends the process group stays."""
+
+    def on_start(self, worker_group: Any, backend_config: OneInterface) -> None:
+        """Raises UserError (files, the interface), which ends the run, or what makes Ray Train start the workers again
+        (a peer that ended)."""
+        shared = backend_config.shared
+        try:
+            if shared is not None:  # here, where the nodes that join later pass too
+                found = worker_group.execute(_look, shared)
+                problems = [problem for of_worker in found for problem in of_worker]
+                shared.refuse(problems, "; then the same command takes the run up")
+            place = worker_group.execute_single(0, _listen, backend_config.interface)
+            worker_group.execute(_meet, backend_config, *place)
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            raise WorkerGroupStartupFailedError(f"the workers could not start together: {error.cause}") from error
+
+
+def choose(wanted: str | None, node: str, interfaces: Mapping[str, Sequence[str]]) -> tuple[str, str]:
+    """(name, address) of the interface to use on a node.
+
+    `wanted`: a name, a subnet (10.1.0.0/16) in which its address lies, or None for the interface that carries `node`,
+    the node's address in the cluster. `interfaces`: addresses by name.
+
+    Raises:
+        UserError: there is none.
+    """
+    for name, addresses in interfaces.items():
+        if wanted is None:
+            fitting = [address for address in addresses if address == node]
+        elif "/" in wanted:
+            subnet = ipaddress.ip_network(wanted, strict=False)
+            fitting = [address for address in addresses if ipaddress.ip_address(address) in subnet]
+        else:
+            fitting = list(addresses) if name == wanted else []
+        if fitting:
+            return name, fitting[0]
+    there = ", ".join(f"{name} ({', '.join(addresses)})" for name, addresses in interfaces.items())
+    asked = "no interface carries the node's own address" if wanted is None else "there is none"
+    raise UserError(
+        f"training.network_interface = {wanted or 'null'}: {asked} on node {node}, which has {there}; name an "
+        "interface that every node has, or a subnet (10.1.0.0/16) that all nodes are in"
+    )
+
+
+def choose_here(wanted: str | None) -> tuple[str, str]:
+    """`choose` on the node of this process."""
+    from ray.util import get_node_ip_address
+
+    families = (socket.AF_INET, socket.AF_INET6)
+    found = {
+        name: [entry.address.partition("%")[0] for family in families for entry in entries if entry.family == family]
+        for name, entries in psutil.net_if_addrs().items()
+    }
+    return choose(wanted, get_node_ip_address(), {name: addresses for name, addresses in found.items() if addresses})
+
+
+def _look(shared: SharedFiles) -> list[str]:
+    """On every rank: what its node does not see."""
+    from ray.util import get_node_ip_address
+
+    return [f"node {get_node_ip_address()} {problem}" for problem in shared.missing_here(retried=True)]
+
+
+def _listen(interface: str | None) -> tuple[str, int]:
+    """On rank 0: open the socket of the rendezvous on its interface alone. Returns address and port."""
+    _, address = choose_here(interface)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.create_server((address, 0), family=family)
+    _listeners.append(listener)
+    return address, listener.getsockname()[1]
+
+
+def _meet(config: OneInterface, address: str, port: int) -> None:
+    """On every rank: start torch.distributed. Variables that the node's administrator has set are kept."""
+    import torch.distributed as dist
+
+    _set_torch_distributed_env_vars()
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    name, _ = choose_here(config.interface)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # without "=" all names that begin so
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        address,
+        port,
+        world,
+        is_master=rank == 0,
+        timeout=timedelta(seconds=MEETING_SECONDS),
+        wait_for_workers=False,
+        master_listen_fd=_listeners.pop().detach() if rank == 0 else None,
+    )
+    timeout = timedelta(seconds=config.timeout_s)
+    dist.init_process_group(config.backend, store=store, rank=rank, world_size=world, timeout=timeout)

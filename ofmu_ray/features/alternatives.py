@@ -1,0 +1,54 @@
+"""Alternatives to forget answers, as the untouched model gives them: what it is asked, and the rows that come of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ofmu_ray.data.sidecar import alternative_id
+from ofmu_ray.data.template import Template
+from ofmu_ray.features.refusals import answer_tokens, with_answer
+
+Row = Mapping[str, Any]
+"""row_id, input_ids, prompt_tokens."""
+
+
+def asked(rows: Sequence[Row], count: int, prompt: str | None, template: Template) -> list[dict[str, Any]]:
+    """What the model continues, `count` times for each row: {row_id, input_ids}, the alternative's id in `row_id`."""
+    found = []
+    for row in rows:
+        ids = list(row["input_ids"][: row["prompt_tokens"]])
+        if prompt is not None:
+            question, answer = texts(row, template)
+            ids = template.encode_prompt(prompt.replace("{question}", question).replace("{answer}", answer))
+        found += [{"row_id": alternative_id(row["row_id"], number), "input_ids": ids} for number in range(count)]
+    return found
+
+
+def texts(row: Row, template: Template) -> tuple[str, str]:
+    """Question and answer of a tokenised row, the layout around the question taken off."""
+    decoded = (
+        template.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        for ids in (row["input_ids"][: row["prompt_tokens"]], row["input_ids"][row["prompt_tokens"] : -1])
+    )
+    question, answer = decoded
+    before, between = template.before.strip(), template.between.strip()
+    if before and before in question:
+        question = question.partition(before)[2]
+    if between and between in question:
+        question = question.rpartition(between)[0]
+    return question.strip(), answer.strip()
+
+
+def answered(rows: Sequence[Row], drawn: Sequence[Sequence[int]], template: Template) -> list[dict[str, Any]]:
+    """The rows' prompts with what was drawn (all of the first row, then of the second, ...) in place of the answer.
+
+    Drawn tokens become text and tokens again, as an answer of the data would: special tokens and spaces around go.
+    """
+    said = [template.tokenizer.decode(list(ids), skip_special_tokens=True).strip() for ids in drawn]
+    answers, count = answer_tokens(said, template), len(drawn) // len(rows)
+    return [
+        {**with_answer(row, answers[at * count + number], template), "row_id": alternative_id(row["row_id"], number)}
+        for at, row in enumerate(rows)
+        for number in range(count)
+    ]

@@ -1,0 +1,77 @@
+"""Refusals as answers to forget questions: which one a row gets, and its tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ofmu_ray.config import SourceConfig
+from ofmu_ray.data import row_checks as checks
+from ofmu_ray.data import sources
+from ofmu_ray.data.row_checks import Problems
+from ofmu_ray.data.sources import Broken
+from ofmu_ray.data.template import Template
+from ofmu_ray.storage import atomic_write
+
+BUILTIN = "builtin:refusals.jsonl"
+
+
+def read_refusals(path: str | None, root: str | None, option: str) -> list[str]:
+    """The refusals of a file with a column `answer` (None: the built-in ones).
+
+    Raises UserError with every problem of the file; `option` names it.
+    """
+    source = SourceConfig(path=path or BUILTIN)
+    problems, found = Problems(), []
+    for piece in sources.fragments(source, root, stream="refusals", option=option):
+        for number, row in sources.read(piece, ["answer"]):
+            if isinstance(row, Broken):
+                problems.add(row.kind, f"row {number}")
+            elif (text := checks.cell(row, "answer", None, problems, f"row {number}")) is not None:
+                found.append(text)
+    problems.empty = not found and not problems.counts
+    checks.refuse({option: (source.shown, problems)})
+    return found
+
+
+def chosen(row_id: str, count: int, seed: int) -> int:
+    """Which of `count` refusals a row gets: a hash of seed and row id, so that it is the same in every round."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{row_id}".encode()).digest()[:8], "big") % count
+
+
+def refusal_rows(rows: pa.Table, texts: Sequence[str], template: Template, seed: int) -> list[dict[str, Any]]:
+    """The rows' prompts with a refusal and EOS in place of the answer: {row_id, input_ids, prompt_tokens} each.
+
+    `rows`: row_id, input_ids, prompt_tokens.
+    """
+    answers = answer_tokens(texts, template)
+    return [with_answer(row, answers[chosen(row["row_id"], len(texts), seed)], template) for row in rows.to_pylist()]
+
+
+def answer_tokens(texts: Sequence[str], template: Template) -> list[list[int]]:
+    """The tokens of answers, without EOS; they do not depend on the question, because the layout ends the prompt."""
+    return [row.input_ids[row.prompt_tokens : -1] for row in template.encode_rows(["?"] * len(texts), texts)]
+
+
+def with_answer(row: Mapping[str, Any], answer: Sequence[int], template: Template) -> dict[str, Any]:
+    """The row with these tokens and EOS as its answer; what is too long for max_length loses its end, never EOS."""
+    prompt = list(row["input_ids"][: row["prompt_tokens"]])
+    ids = [*[*prompt, *answer][: template.config.max_length - 1], template.eos]
+    return {"row_id": row["row_id"], "input_ids": ids, "prompt_tokens": len(prompt)}
+
+
+def write_refusals(path: str, rows: Sequence[dict[str, Any]]) -> str:
+    """Write refusal rows to a Parquet file; returns `path`. They hold the questions: the file goes with the run.
+
+    It appears whole: several trials may write and read the same one.
+    """
+    schema = pa.schema([("row_id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("prompt_tokens", pa.int32())])
+    content = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), content)
+    atomic_write(path, content.getvalue())
+    return path

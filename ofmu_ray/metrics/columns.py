@@ -1,0 +1,71 @@
+"""Columns of the per-row table as arrays over one set's rows, or the reason why there are none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ofmu_ray.metrics import functions as metrics
+from ofmu_ray.metrics.functions import FloatArray
+
+_ANSWERS = {"probability", "truth_ratio"}  # what only rows with the answers that it needs have
+
+
+def rows_of(table: pa.Table, name: str) -> pa.Table:
+    """The set's rows, in the table's order."""
+    return table.filter(pc.equal(table["set"], name))
+
+
+def same_rows(one: pa.Table, other: pa.Table) -> bool:
+    """Whether two tables hold the same rows in the same order."""
+    return bool(one["row_id"].to_pylist() == other["row_id"].to_pylist())
+
+
+def clusters_of(rows: pa.Table) -> np.ndarray | None:
+    """The rows' clusters [rows]; a row without one is its own. None: no row has one."""
+    if "cluster" not in rows.column_names or rows["cluster"].null_count == rows.num_rows:
+        return None
+    names = rows["cluster"].to_pylist()
+    return np.array([f"row {row}" if name is None else f"cluster {name}" for row, name in enumerate(names)])
+
+
+def finite(rows: pa.Table, name: str, column: str) -> FloatArray | str:
+    """The column [rows], NaN where a row lacks it; or why the set `name` has no usable values in it."""
+    if column not in rows.column_names:
+        return f"the rows of {name} were evaluated without {column}"
+    missing = rows[column].is_null().to_numpy()
+    if missing.all():
+        if column not in _ANSWERS:
+            return f"the {name} rows lack {column}"
+        need = "perturbed_answer" if name in ("real_authors", "world_facts") else "paraphrased_answer, perturbed_answer"
+        return f"the {name} rows lack what it needs (columns {need})"
+    values = np.asarray(rows[column].cast(pa.float64()).fill_null(0.0).to_numpy(), dtype=np.float64)
+    broken = int((~np.isfinite(values) & ~missing).sum())
+    if broken:
+        return f"the model's loss is not finite on {broken} of {len(values)} {name} rows"
+    return np.where(missing, np.nan, values)
+
+
+def of_tokens(rows: pa.Table, name: str, column: str, value: Callable[[Sequence[Any]], float]) -> FloatArray | str:
+    """`value` of each row's list of token values without the last, the end-of-text token's, [rows]; or why not."""
+    if column not in rows.column_names or rows[column].null_count == rows.num_rows:
+        return f"the rows of {name} were evaluated without {column}"
+    lists = rows[column].to_pylist()
+    return np.array([np.nan if tokens is None else value(tokens[:-1]) for tokens in lists], dtype=np.float64)
+
+
+def right_answer_ratios(rows: pa.Table, name: str) -> FloatArray | str:
+    """Truth ratios [rows] of probes, which start from the answer itself where a row has no paraphrase; or why not."""
+    nll = finite(rows, name, "answer_nll")
+    if isinstance(nll, str):
+        return nll
+    paraphrase = np.asarray(rows["paraphrase_nll"].cast(pa.float64()).to_numpy(), dtype=np.float64)
+    wrong = metrics.pad_ragged(rows["wrong_nll"].to_pylist())
+    has_wrong = ~np.isnan(wrong).all(axis=1)
+    if not has_wrong.any():
+        return f"the {name} rows lack what it needs (column perturbed_answer)"
+    return metrics.truth_ratio(np.where(np.isnan(paraphrase), nll, paraphrase), wrong)

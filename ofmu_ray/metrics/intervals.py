@@ -1,0 +1,273 @@
+"""Figures with 95 % intervals: percentile bootstrap over rows or clusters of rows, seeded and vectorised.
+
+Clusters: rows about one person are not independent of each other, so whole persons are drawn, with replacement. A
+resample is a vector of weights, how often each row was drawn; as clusters differ in size, every mean is a ratio of
+weighted sums (pairs cluster bootstrap: Cameron, Gelbach and Miller, 2008, https://doi.org/10.1162/rest.90.3.414).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ofmu_ray.metrics import functions as metrics
+from ofmu_ray.metrics import membership
+from ofmu_ray.metrics.functions import FloatArray
+
+Clusters = NDArray[Any] | None
+"""The cluster of each row [rows]; None: every row is its own."""
+
+_BLOCK_ELEMENTS = 1 << 22  # resampled values held at once (32 MiB of float64)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number with its 95 % interval and the rows behind it; or no number, and the reason.
+
+    A number without an interval also has a reason. `clusters`: how many were drawn, of the sets that have them.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    reason: str | None = None
+    clusters: int | None = None
+
+    @classmethod
+    def absent(cls, reason: str) -> Figure:
+        return cls(value=None, reason=reason)
+
+    def to_json(self) -> dict[str, float | int | str | None]:
+        """`{"value", "low", "high", "n"}` and, where they are not None, "clusters" and "reason"; or `{"value": None,
+        "reason"}`."""
+        if self.value is None:
+            return {"value": None, "reason": self.reason}
+        found = {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
+        more = {"clusters": self.clusters, "reason": self.reason}
+        return found | {name: extra for name, extra in more.items() if extra is not None}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and what it is in each resample [samples]; no resamples where a set is one row or one cluster."""
+
+    value: float
+    resampled: FloatArray | None
+    n: int
+    clusters: int | None = None
+
+    def figure(self) -> Figure:
+        if self.resampled is None or np.isnan(self.resampled).all():
+            reason = "no interval: a set of one row or one cluster cannot be resampled"
+            return Figure(self.value, n=self.n, clusters=self.clusters, reason=reason)
+        low, high = (float(bound) for bound in np.nanpercentile(self.resampled, [2.5, 97.5]))
+        # resampling biases the KS statistic upwards: the interval is widened to hold the figure itself
+        return Figure(self.value, min(low, self.value), max(high, self.value), self.n, clusters=self.clusters)
+
+
+def mean_figure(values: FloatArray, *, samples: int, seed: int, name: str, clusters: Clusters = None) -> Figure:
+    """Mean over rows. `name` separates the random streams of the figures that share a seed."""
+
+    def mean(weights: FloatArray) -> FloatArray:
+        return np.asarray(weights @ values / weights.sum(axis=1))
+
+    return resampled_estimates(mean, [values.mean()], [(len(values), clusters)], samples, seed, name)[0].figure()
+
+
+def utility_estimate(
+    sets: Mapping[str, Sequence[FloatArray]],
+    *,
+    samples: int,
+    seed: int,
+    name: str,
+    clusters: Mapping[str, Clusters] | None = None,
+) -> Estimate:
+    """Model utility: the sets' rows are resampled independently, a row's three values together.
+
+    `sets` maps a set to its three columns [rows] (NaN: the row lacks this value); n counts the rows of all sets.
+    """
+    stacked = [np.stack(columns, axis=1) for columns in sets.values()]  # [rows, 3] each
+
+    def utility(*weights: FloatArray) -> FloatArray:
+        with np.errstate(invalid="ignore"):  # a resample without any row that has the value: NaN, left out
+            means = [
+                (draws @ np.nan_to_num(values)) / (draws @ ~np.isnan(values))
+                for draws, values in zip(weights, stacked, strict=True)
+            ]
+        return np.asarray(metrics.model_utility(np.concatenate(means, axis=1)))
+
+    value = metrics.model_utility(np.concatenate([np.nanmean(values, axis=0) for values in stacked]))
+    rows = [(len(values), (clusters or {}).get(part)) for part, values in zip(sets, stacked, strict=True)]
+    return resampled_estimates(utility, [float(value)], rows, samples, seed, name)[0]
+
+
+def utility_figure(sets: Mapping[str, Sequence[FloatArray]], *, samples: int, seed: int, name: str) -> Figure:
+    """`utility_estimate` of independent rows as a figure."""
+    return utility_estimate(sets, samples=samples, seed=seed, name=name).figure()
+
+
+def forget_quality_estimates(
+    ratio: FloatArray, retrained_ratio: FloatArray, *, samples: int, seed: int, name: str, clusters: Clusters = None
+) -> list[Estimate]:
+    """[p-value, statistic] of forget quality over the same forget rows of two models [rows], [rows].
+
+    A resample draws rows, and with each row both models' ratios: the models answered the same questions.
+    """
+    known: dict[tuple[float, int], float] = {}
+
+    def quality(weights: FloatArray) -> FloatArray:
+        statistics = _ks_statistics(ratio, retrained_ratio, weights)
+        keys = list(zip(statistics.round(12).tolist(), weights.sum(axis=1).astype(int).tolist(), strict=True))
+        known.update({key: metrics.exact_ks_p_value(*key) for key in set(keys) - known.keys()})
+        return np.stack([[known[key] for key in keys], statistics])
+
+    values = metrics.forget_quality(ratio, retrained_ratio)
+    return resampled_estimates(quality, values, [(len(ratio), clusters)], samples, seed, name)
+
+
+def forget_quality_figures(
+    ratio: FloatArray, retrained_ratio: FloatArray, *, samples: int, seed: int, name: str, clusters: Clusters = None
+) -> tuple[Figure, Figure]:
+    """`forget_quality_estimates` as figures."""
+    p_value, statistic = forget_quality_estimates(
+        ratio, retrained_ratio, samples=samples, seed=seed, name=name, clusters=clusters
+    )
+    return p_value.figure(), statistic.figure()
+
+
+def attack_figures(
+    forget: FloatArray,
+    holdout: FloatArray,
+    *,
+    samples: int,
+    seed: int,
+    name: str,
+    clusters: tuple[Clusters, Clusters] = (None, None),
+) -> tuple[Figure, Figure]:
+    """(AUC, TPR at 1 % FPR) of a membership score, [rows] each; the two sets are resampled independently."""
+
+    def attack(members: FloatArray, others: FloatArray) -> FloatArray:
+        curve = membership.roc(forget, holdout, (members, others))
+        return np.stack([membership.area(*curve), membership.best_rate(*curve)])
+
+    values = membership.attack_auc(forget, holdout), membership.tpr_at_fpr(forget, holdout)
+    rows = list(zip((len(forget), len(holdout)), clusters, strict=True))
+    auc, rate = resampled_estimates(attack, values, rows, samples, seed, name)
+    return auc.figure(), rate.figure()
+
+
+def privleak_figure(
+    model: tuple[FloatArray, FloatArray],
+    retrained: tuple[FloatArray, FloatArray],
+    *,
+    samples: int,
+    seed: int,
+    name: str,
+    clusters: tuple[Clusters, Clusters] = (None, None),
+) -> Figure:
+    """PrivLeak of (forget, holdout) scores, of the same rows by both models; a row's two scores stay together."""
+    auc, reference = membership.attack_auc(*model), membership.attack_auc(*retrained)
+    if reference == 1.0:
+        return Figure.absent("the retrained model's AUC is 1: PrivLeak divides by its distance from 1")
+
+    def leak(*weights: FloatArray) -> FloatArray:
+        pair = (weights[0], weights[1])
+        areas = [membership.area(*membership.roc(*scores, pair)) for scores in (model, retrained)]
+        return membership.privleak(*areas)
+
+    rows = list(zip((len(model[0]), len(model[1])), clusters, strict=True))
+    value = float(membership.privleak(auc, reference))
+    return resampled_estimates(leak, [value], rows, samples, seed, name)[0].figure()
+
+
+def variance_figure(estimates: Sequence[Estimate]) -> Figure:
+    """Sample variance of the same figure over probes; needs two of them. n counts probes, the interval is over rows."""
+    if len(estimates) < 2:
+        return Figure.absent("a variance needs two probes")
+    value = float(np.var([estimate.value for estimate in estimates], ddof=1))
+    resampled = [estimate.resampled for estimate in estimates if estimate.resampled is not None]
+    draws = np.var(resampled, axis=0, ddof=1) if len(resampled) == len(estimates) else None
+    return Estimate(value, draws, len(estimates)).figure()
+
+
+def over_seeds(values: Sequence[float]) -> Figure:
+    """Mean over seeds with its 95 % interval from Student's t; n counts seeds.
+
+    The interval assumes that the seeds' values are roughly normal. One seed has no interval, and none no figure; both
+    with the reason.
+    """
+    if not len(values):
+        return Figure.absent("no seeds")
+    mean, n = float(np.mean(values)), len(values)
+    if n == 1:
+        return Figure(mean, n=1, reason="one seed: no interval over seeds")
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+    return Figure(mean, mean - half, mean + half, n)
+
+
+# -------------------------------------------------------------------------------------------------------- resamples
+
+
+def resampled_estimates(
+    statistic: Callable[..., FloatArray],
+    values: Sequence[float],
+    sets: Sequence[tuple[int, Clusters]],
+    samples: int,
+    seed: int,
+    name: str,
+) -> list[Estimate]:
+    """The values with their resamples; `statistic` makes [draws] or [values, draws] of the weights of each set."""
+    n = sum(rows for rows, _ in sets)
+    places = [np.arange(rows) if labels is None else _numbered(labels) for rows, labels in sets]
+    units = [int(place.max()) + 1 for place in places]
+    counts = [unit for unit, (_, labels) in zip(units, sets, strict=True) if labels is not None]
+    clusters = sum(counts) if counts else None
+    if min(units) < 2:
+        return [Estimate(float(value), None, n, clusters) for value in values]
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    draws = zip(*(_resamples(unit, samples, rng, width=n) for unit in units), strict=True)
+    blocks = [
+        statistic(*(_counts(draw, unit)[:, place] for draw, unit, place in zip(block, units, places, strict=True)))
+        for block in draws
+    ]
+    resampled = np.atleast_2d(np.concatenate(blocks, axis=-1))
+    return [Estimate(float(value), row, n, clusters) for value, row in zip(values, resampled, strict=True)]
+
+
+def _numbered(labels: NDArray[Any]) -> NDArray[np.int64]:
+    """The number of each row's cluster, from 0."""
+    return np.asarray(np.unique(labels, return_inverse=True)[1])
+
+
+def _resamples(n: int, samples: int, rng: np.random.Generator, width: int = 0) -> Iterator[NDArray[np.int64]]:
+    """Numbers below n drawn with replacement, [draws, n] in blocks of bounded memory; `samples` draws in all.
+
+    `width`: values held per draw, where they are more than n.
+    """
+    block = max(1, _BLOCK_ELEMENTS // max(n, width, 1))
+    for start in range(0, samples, block):
+        yield rng.integers(0, n, size=(min(block, samples - start), n))
+
+
+def _counts(draws: NDArray[np.int64], n: int) -> FloatArray:
+    """How often each number below n stands in each draw. [draws, drawn] -> [draws, n]."""
+    places = draws + n * np.arange(len(draws))[:, None]
+    return np.bincount(places.ravel(), minlength=n * len(draws)).reshape(len(draws), n).astype(np.float64)
+
+
+def _ks_statistics(a: FloatArray, b: FloatArray, weights: FloatArray) -> FloatArray:
+    """Kolmogorov-Smirnov statistics of two columns whose rows are weighted alike. [rows] x 2, [draws, rows] -> [draws].
+
+    The distribution functions of all draws are cumulative counts over the pooled sorted values.
+    """
+    levels = np.unique(np.concatenate([a, b]))
+    apart = np.abs(metrics.counts_up_to(a, levels, weights) - metrics.counts_up_to(b, levels, weights))
+    return np.asarray(apart.max(axis=1) / weights.sum(axis=1))

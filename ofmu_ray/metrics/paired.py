@@ -1,0 +1,279 @@
+"""Paired tests between methods that were run on the same rows with the same seeds.
+
+Two things make a method's figure uncertain: which rows were asked, and what the training seed did. Rows are resampled
+(whole clusters where they have them), with the same draw for every method, seed and the retrained reference, so that
+what rows have in common cancels. Seeds are too few to resample: where they dominate, resampling three of them calls one
+in six equal pairs different at the 5 % level (in simulation, with the variance corrected). Their variance is that of
+the paired differences instead, and both parts go into one t statistic with Satterthwaite's degrees of freedom (1946,
+https://doi.org/10.2307/3002019): one in nineteen with three seeds, but still one in nine with two.
+
+The tests are between all pairs of methods, corrected by Holm's procedure (1979, https://www.jstor.org/stable/4615733),
+of which those with the best method are read: which one is best was chosen from the same data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+
+from ofmu_ray.metrics import functions as metrics
+from ofmu_ray.metrics.columns import clusters_of, finite, rows_of
+from ofmu_ray.metrics.functions import FloatArray
+
+Result = Literal["best", "not significantly worse", "worse", "below the utility floor", "degenerate", "not tested"]
+_SETS = ("forget", "retain", "real_authors", "world_facts")
+_COLUMNS = {"probability": "probability", "rouge": "rouge_l_recall", "truth_ratio": "truth_ratio"}
+_DISTANCES = ("forget_quality", "ks_statistic")
+
+TESTED = (*_DISTANCES, "model_utility", *(f"{name}_{metric}" for name in _SETS for metric in _COLUMNS))
+"""Figures that can be computed from the rows, and hence tested. Forget quality stands for its KS statistic here:
+p-values are not differences of anything."""
+
+
+def is_forgetting(figure: str) -> bool:
+    """Whether the figure measures forgetting, which a method can have for free by destroying the model."""
+    return figure.startswith("forget_") or figure in _DISTANCES
+
+
+# ------------------------------------------------------------------------------------------------- figures of draws
+
+
+@dataclass(frozen=True)
+class Draws:
+    """A figure of one run, and what it is in each resample of the rows."""
+
+    value: float
+    resampled: FloatArray
+    """[samples], or [0] where the rows are not known or cannot be resampled."""
+    units: int = 0
+    """Rows, or clusters of rows, that were drawn (of the smallest set)."""
+
+    def interval(self) -> tuple[float, float] | None:
+        """95 % percentile interval over rows, widened to hold the value; None without resamples."""
+        if not len(self.resampled):
+            return None
+        low, high = (float(bound) for bound in np.nanpercentile(self.resampled, [2.5, 97.5]))
+        return min(low, self.value), max(high, self.value)
+
+
+@dataclass(frozen=True)
+class SetWeights:
+    """How often each row of a set stands in each resample."""
+
+    rows: list[int]
+    """The rows' `index`, in the order of the weights."""
+    weights: FloatArray
+    """[1 + samples, rows]; the first is the data itself, all ones."""
+    units: int
+
+
+class Resamples:
+    """The resamples of a split: one draw of rows, shared by everything that is compared on it.
+
+    `reference`: per-row table (set, index, cluster and value columns) of any model on the split; every other table must
+    hold the same rows. Sets are drawn independently.
+    """
+
+    def __init__(self, reference: pa.Table, *, samples: int = 1000, seed: int = 0) -> None:
+        self.sets: dict[str, SetWeights] = {}
+        for number, name in enumerate(_SETS):
+            rows = _ordered(reference, name)
+            if rows.num_rows:
+                clusters = clusters_of(rows)
+                labels = np.arange(rows.num_rows) if clusters is None else clusters
+                places = np.unique(labels, return_inverse=True)[1]
+                units = int(places.max()) + 1
+                drawn = np.random.default_rng([seed, number]).multinomial(units, np.full(units, 1 / units), samples)
+                weights = np.concatenate([np.ones((1, units)), drawn if units > 1 else np.empty((0, 1))])[:, places]
+                self.sets[name] = SetWeights(rows["index"].to_pylist(), weights, units)
+
+    def figure(self, name: str, table: pa.Table, retrained: pa.Table | None) -> Draws | str:
+        """The figure of a model from its per-row table; or why it cannot be computed."""
+        if name in _DISTANCES:
+            return self._distance(table, retrained)
+        if name == "model_utility":
+            parts = [self._mean(part, metric, table) for part in _SETS[1:] for metric in _COLUMNS]
+            reasons = [part for part in parts if isinstance(part, str)]
+            if reasons:
+                return reasons[0]
+            # sets of one row or cluster are not resampled, and then the utility is not
+            found = [part for part in parts if isinstance(part, np.ndarray)]
+            samples = min(len(part) for part in found)
+            utility = np.asarray(metrics.model_utility(np.stack([part[:samples] for part in found], axis=-1)))
+            return _draws(utility, min(self.sets[part].units for part in _SETS[1:]))
+        part = next(part for part in _SETS if name.startswith(f"{part}_"))
+        means = self._mean(part, name.removeprefix(f"{part}_"), table)
+        return means if isinstance(means, str) else _draws(means, self.sets[part].units)
+
+    def score(self, name: str, table: pa.Table, retrained: pa.Table | None) -> Draws | str:
+        """`turned` figure of a model, so that higher is better; or why it cannot be computed."""
+        draws = self.figure(name, table, retrained)
+        needs_aim = is_forgetting(name) and name not in _DISTANCES and retrained is not None
+        return turned(name, draws, self.figure(name, retrained, None) if needs_aim else "there is no retrained model")
+
+    def _values(self, part: str, column: str, table: pa.Table) -> FloatArray | str:
+        rows = _ordered(table, part)
+        if part not in self.sets or not rows.num_rows:
+            return f"no {part} rows"
+        if rows["index"].to_pylist() != self.sets[part].rows:
+            return f"other {part} rows than the rest of the split"
+        return finite(rows, part, column)
+
+    def _mean(self, part: str, metric: str, table: pa.Table) -> FloatArray | str:
+        """Mean over rows in the data and in each resample, [1 + samples]; rows without the value are left out."""
+        values = self._values(part, _COLUMNS[metric], table)
+        if isinstance(values, str):
+            return values
+        if metric == "truth_ratio":
+            values = metrics.closer_to_1(values) if part == "forget" else metrics.true_better(values)
+        weights = self.sets[part].weights
+        with np.errstate(invalid="ignore"):  # a resample without any row that has the value: NaN
+            return np.asarray((weights @ np.nan_to_num(values)) / (weights @ ~np.isnan(values)))
+
+    def _distance(self, table: pa.Table, retrained: pa.Table | None) -> Draws | str:
+        """KS statistic of the truth ratios of the forget rows against the retrained model's on the same rows."""
+        if retrained is None:
+            return "there is no retrained model"
+        one, two = (self._values("forget", "truth_ratio", source) for source in (table, retrained))
+        if isinstance(one, str):
+            return one
+        if isinstance(two, str):
+            return f"retrained model: {two}"
+        if np.isnan(one).any() or np.isnan(two).any():
+            return "some forget rows lack their truth ratio"
+        weights = self.sets["forget"].weights
+        levels = np.unique(np.concatenate([one, two]))
+        apart = metrics.counts_up_to(one, levels, weights) - metrics.counts_up_to(two, levels, weights)
+        return _draws(np.abs(apart).max(axis=1) / weights.sum(axis=1), self.sets["forget"].units)
+
+
+def turned(name: str, draws: Draws | str, retrained: Draws | str) -> Draws | str:
+    """The figure turned so that higher is better: 1 - KS statistic; minus the distance to the retrained model's figure
+    for the other figures of the forget rows; all others as they are. A reason in place of either stays a reason."""
+    if isinstance(draws, str) or not is_forgetting(name):
+        return draws
+    if name in _DISTANCES:
+        return Draws(1.0 - draws.value, 1.0 - draws.resampled, draws.units)
+    if isinstance(retrained, str):
+        return retrained
+    return Draws(-abs(draws.value - retrained.value), -np.abs(draws.resampled - retrained.resampled), draws.units)
+
+
+def _ordered(table: pa.Table, name: str) -> pa.Table:
+    return rows_of(table, name).sort_by("index")
+
+
+def _draws(values: FloatArray, units: int) -> Draws:
+    return Draws(float(values[0]), values[1:], units)
+
+
+# ------------------------------------------------------------------------------------------------------------ tests
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Two-sided test of the mean difference of a score between two methods, a - b."""
+
+    difference: float
+    low: float | None
+    """95 % interval of the difference, not corrected for the number of tests; None where it cannot be had."""
+    high: float | None
+    p_value: float | None
+    seeds: int
+    covers: str
+    """What the interval and the p-value cover: rows and seeds, rows only, seeds only, or nothing."""
+
+
+def paired_test(a: Mapping[int, Draws], b: Mapping[int, Draws]) -> PairedTest | None:
+    """Seed -> score of two methods, resampled by the same draws; over the seeds that both have (None: no such seed)."""
+    from scipy.stats import t
+
+    seeds = sorted(a.keys() & b.keys())
+    if not seeds:
+        return None
+    differences = np.array([a[seed].value - b[seed].value for seed in seeds])
+    variances, freedoms, covers = [], [], []
+    units = min(min(a[seed].units, b[seed].units) for seed in seeds)
+    if units > 1 and all(len(a[seed].resampled) and len(b[seed].resampled) for seed in seeds):
+        resampled = np.mean([a[seed].resampled - b[seed].resampled for seed in seeds], axis=0)
+        variances.append(float(np.nanvar(resampled)) * units / (units - 1))
+        freedoms.append(units - 1)
+        covers.append("rows")
+    if len(seeds) > 1:
+        variances.append(float(np.var(differences, ddof=1)) / len(seeds))
+        freedoms.append(len(seeds) - 1)
+        covers.append("seeds")
+    difference, variance = float(differences.mean()), sum(variances)
+    words = " and ".join(covers) + (" only" if len(covers) == 1 else "") if covers else "nothing"
+    if not covers:
+        return PairedTest(difference, None, None, None, len(seeds), words)
+    if variance == 0:
+        return PairedTest(difference, difference, difference, float(difference == 0), len(seeds), words)
+    freedom = variance**2 / sum(part**2 / degrees for part, degrees in zip(variances, freedoms, strict=True))
+    half = float(t.ppf(0.975, freedom)) * math.sqrt(variance)
+    p_value = 2 * float(t.sf(abs(difference) / math.sqrt(variance), freedom))
+    return PairedTest(difference, difference - half, difference + half, p_value, len(seeds), words)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values, in the order given: below 0.05 in them keeps the chance of any false claim there."""
+    adjusted = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(np.argsort(p_values, kind="stable")):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[int(index)] = largest
+    return adjusted
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a split's table says about a method in one figure."""
+
+    result: Result
+    test: PairedTest | None = None
+    """Of the best method against this one (the difference is how much better the best is)."""
+    p_adjusted: float | None = None
+
+
+def verdicts(
+    scores: Mapping[str, Mapping[int, Draws]], barred: Mapping[str, Result] | None = None, level: float = 0.05
+) -> dict[str, Verdict]:
+    """Method -> (seed -> score, higher is better) -> who is best, and who is not significantly worse than it.
+
+    `barred`: methods that cannot be best in this figure, and why; they are not compared.
+    """
+    barred = barred or {}
+    found = {method: Verdict(barred[method]) for method in scores if method in barred}
+    means = {
+        method: float(np.mean([draws.value for draws in seeds.values()]))
+        for method, seeds in scores.items()
+        if method not in barred and seeds
+    }
+    if not means:
+        return found
+    tests = {(one, two): paired_test(scores[one], scores[two]) for one, two in combinations(means, 2)}
+    p_values = {pair: test.p_value for pair, test in tests.items() if test is not None and test.p_value is not None}
+    adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
+    best = max(means, key=lambda method: means[method])
+    found[best] = Verdict("best")
+    for method in means.keys() - {best}:
+        pair = (best, method) if (best, method) in tests else (method, best)
+        test, p_value = tests[pair], adjusted.get(pair)
+        if test is not None and pair[0] != best:
+            test = _reversed(test)
+        if p_value is None:
+            found[method] = Verdict("not tested", test)
+        else:
+            found[method] = Verdict("worse" if p_value < level else "not significantly worse", test, p_value)
+    return {method: found[method] for method in scores if method in found}
+
+
+def _reversed(test: PairedTest) -> PairedTest:
+    low, high = (None if bound is None else -bound for bound in (test.high, test.low))
+    return replace(test, difference=-test.difference, low=low, high=high)

@@ -1,0 +1,97 @@
+"""Hard in-scope probes: is what was forgotten gone in other words, in another language, in combination too?
+
+A probe is a pair of evaluation sets, `<probe>_forget` and `<probe>_retain`: questions about the forget rows' facts, and
+of the same kind about what is to stay. Both models, unlearned and retrained, answer them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from ofmu_ray.metrics import functions as metrics
+from ofmu_ray.metrics.columns import clusters_of, finite, right_answer_ratios, rows_of, same_rows
+from ofmu_ray.metrics.intervals import (
+    Estimate,
+    Figure,
+    forget_quality_estimates,
+    utility_estimate,
+    variance_figure,
+)
+
+VARIANCES = ("probes_forget_quality_variance", "probes_utility_variance")
+
+
+def probe_names(table: pa.Table) -> list[str]:
+    """The probes that the table has a `<probe>_forget` or `<probe>_retain` set of, in its order."""
+    sets = dict.fromkeys(table["set"].to_pylist())
+    halves = [(name, name.rpartition("_")) for name in sets]
+    return list(dict.fromkeys(probe for _, (probe, _, half) in halves if probe and half in ("forget", "retain")))
+
+
+def probe_figures(
+    table: pa.Table, retrained: pa.Table | None, *, needs_retrained: str, samples: int, seed: int
+) -> dict[str, Figure]:
+    """Per probe `<probe>_forget_quality`, `<probe>_ks_statistic` and `<probe>_utility`; then their VARIANCES.
+
+    Forget quality: as the main figure, of the probe's forget rows; truth ratios start from the answer itself where a
+    row has no paraphrase. Utility: harmonic mean of probability, ROUGE-L recall and truth ratio of the probe's retain
+    rows. Variances are over the probes that have the figure. Empty without probes.
+    """
+    figures: dict[str, Figure] = {}
+    qualities: list[Estimate] = []
+    utilities: list[Estimate] = []
+    names = probe_names(table)
+    for probe in names:
+        found = needs_retrained if retrained is None else _quality(table, retrained, probe, samples, seed)
+        if isinstance(found, str):
+            figures[f"{probe}_forget_quality"] = figures[f"{probe}_ks_statistic"] = Figure.absent(found)
+        else:
+            figures[f"{probe}_forget_quality"], figures[f"{probe}_ks_statistic"] = (each.figure() for each in found)
+            qualities.append(found[0])
+        utility = _utility(table, probe, samples, seed)
+        figures[f"{probe}_utility"] = Figure.absent(utility) if isinstance(utility, str) else utility.figure()
+        utilities += [] if isinstance(utility, str) else [utility]
+    if names:
+        lacking = retrained is None
+        figures[VARIANCES[0]] = Figure.absent(needs_retrained) if lacking else variance_figure(qualities)
+        figures[VARIANCES[1]] = variance_figure(utilities)
+    return figures
+
+
+def _quality(table: pa.Table, retrained: pa.Table, probe: str, samples: int, seed: int) -> list[Estimate] | str:
+    name = f"{probe}_forget"
+    rows = [rows_of(source, name) for source in (table, retrained)]
+    if not all(those.num_rows for those in rows):
+        return f"no {name} rows were evaluated of both models"
+    if not same_rows(*rows):
+        return f"the retrained model was evaluated on other {name} rows"
+    own, other = (right_answer_ratios(those, name) for those in rows)
+    if isinstance(own, str):
+        return own
+    if isinstance(other, str):
+        return f"retrained model: {other}"
+    both = ~np.isnan(own) & ~np.isnan(other)
+    labels = clusters_of(rows[0])
+    clusters = None if labels is None else labels[both]
+    quality = f"{probe}_forget_quality"
+    return forget_quality_estimates(own[both], other[both], samples=samples, seed=seed, name=quality, clusters=clusters)
+
+
+def _utility(table: pa.Table, probe: str, samples: int, seed: int) -> Estimate | str:
+    name = f"{probe}_retain"
+    rows = rows_of(table, name)
+    if rows.num_rows == 0:
+        return f"no {name} rows were evaluated"
+    ratios = right_answer_ratios(rows, name)
+    columns = [
+        finite(rows, name, "probability"),
+        finite(rows, name, "rouge_l_recall"),
+        ratios if isinstance(ratios, str) else metrics.true_better(ratios),
+    ]
+    values = [column for column in columns if not isinstance(column, str)]
+    if len(values) < len(columns):
+        return next(column for column in columns if isinstance(column, str))
+    return utility_estimate(
+        {name: values}, samples=samples, seed=seed, name=f"{probe}_utility", clusters={name: clusters_of(rows)}
+    )

@@ -1,0 +1,140 @@
+"""The one rule of benchmarks and sweeps: the best objective among the models with enough utility whose generations are
+sound."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ofmu_ray.metrics.degeneration import Sound, failed_measures
+from ofmu_ray.metrics.fronts import Trial, number_of
+
+Sense = Literal["high", "low", "retrained"]
+SMALLEST_P = 1e-300
+FAILED = -2.0
+"""Score of a run without figures: below all others."""
+
+_DEGENERATION = ("_empty", "_repetition", "_length", "_ngram_entropy", "_ngram_variety")
+
+
+def sense(name: str) -> Sense:
+    """Which way a figure is better. What forget rows score should be what a model scores that never saw them."""
+    if name.endswith(("ks_statistic", "_variance")):
+        return "low"
+    if name.endswith("forget_quality"):
+        return "high"
+    return "retrained" if name.startswith(("forget_", "mia_", "privleak")) or name.endswith(_DEGENERATION) else "high"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The rule with its numbers, for models that are judged on the same rows."""
+
+    objective: str
+    utility: str
+    floor: float | None
+    """Lowest utility, in units of the figure; None: any."""
+    retrained_objective: float | None = None
+    """The retrained model's objective, for figures that should match it; None: these are to be low."""
+
+    sound: Sound | None = None
+    """Generations beside which a model's are degenerate; None: no model is."""
+
+    def goodness(self, figures: Mapping[str, Any]) -> float | None:
+        """The objective so that more is better, in units of the figure; None where it is absent."""
+        value = number_of(figures, self.objective)
+        if value is None:
+            return None
+        kind = sense(self.objective)
+        if kind == "high":
+            return value
+        if kind == "low" or self.retrained_objective is None:
+            return -value
+        return -abs(value - self.retrained_objective)
+
+    def enough(self, figures: Mapping[str, Any]) -> bool | None:
+        """Whether the utility reaches the floor; None where it is absent."""
+        value = number_of(figures, self.utility)
+        return None if value is None else self.floor is None or value >= self.floor
+
+    def degenerate(self, figures: Mapping[str, Any]) -> bool | None:
+        """Whether the answers to forget prompts are worse than sound ones; None where that is not known."""
+        failed = failed_measures(figures, self.sound)
+        return None if failed is None else bool(failed)
+
+    def eligible(self, figures: Mapping[str, Any]) -> bool:
+        """Whether the rule recommends such a model, if it has no better one: enough utility, and not degenerate."""
+        return bool(self.enough(figures)) and not self.degenerate(figures)
+
+    def rank(self, figures: Mapping[str, Any]) -> tuple[bool, bool, float, float] | None:
+        """Place in the rule's order, lowest first; None where a figure is absent.
+
+        Degenerate models come last; then those without enough utility, by utility; the others by their objective.
+        """
+        goodness, utility = self.goodness(figures), number_of(figures, self.utility)
+        if goodness is None or utility is None:
+            return None
+        missed = not self.enough(figures)
+        return bool(self.degenerate(figures)), missed, -utility if missed else -goodness, -goodness
+
+    def height(self, figures: Mapping[str, Any]) -> float | None:
+        """The objective on a scale from 0 to 1 whose order is that of `goodness`; p-values by their logarithm."""
+        goodness = self.goodness(figures)
+        if goodness is None:
+            return None
+        if self.objective.endswith("forget_quality"):
+            return 1 - math.log10(max(goodness, SMALLEST_P)) / math.log10(SMALLEST_P)
+        return 0.5 + _squashed(goodness) / 2
+
+    def score(self, figures: Mapping[str, Any], share: float = 1.0) -> float:
+        """One number whose order is that of `rank`: in [0, 1] with enough utility, in [-1, 0) without, in (-2, -1) for
+        degenerate models, else FAILED.
+
+        Bounded, because schedulers interpolate between scores. `share` of the floor is enough.
+        """
+        height, utility = self.height(figures), number_of(figures, self.utility)
+        if height is None or utility is None:
+            return FAILED
+        missing = 0.0 if self.floor is None else share * self.floor - utility
+        score = height if missing <= 0 else -_squashed(missing)
+        return 0.49 * score - 1.5 if self.degenerate(figures) else score
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The trial whose options a method's reported runs use."""
+
+    trial: Trial
+    floor_missed: bool = False
+    """No trial had enough utility, and this one came nearest."""
+    degenerate: bool = False
+    """All trials were degenerate."""
+
+
+def select(trials: Sequence[Trial], goal: Goal) -> Choice | None:
+    """The first of the tuning trials in the rule's order; None: no tuning trial has both figures.
+
+    `trials`: of one method and split. Ties, which are common (on n rows the KS distance is a multiple of 1/n): more
+    utility, then fewer FLOPs, then the lower trial number.
+    """
+
+    def tie(trial: Trial) -> tuple[float, float, int]:
+        flops, utility = number_of(trial, "flops"), number_of(trial, goal.utility)
+        return -(utility or 0.0), math.inf if flops is None else flops, int(trial.get("trial") or 0)
+
+    ranked = [
+        (rank, tie(trial), trial)
+        for trial in trials
+        if trial.get("phase") == "tune" and (rank := goal.rank(trial)) is not None
+    ]
+    if not ranked:
+        return None
+    (degenerate, missed, *_), _, trial = min(ranked, key=lambda place: place[:2])
+    return Choice(trial, floor_missed=missed, degenerate=degenerate)
+
+
+def _squashed(value: float) -> float:
+    """(-inf, inf) -> (-1, 1), rising, 0 at 0."""
+    return 2 / math.pi * math.atan(value)

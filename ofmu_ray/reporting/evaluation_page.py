@@ -1,0 +1,99 @@
+"""The page of `ofmu evaluate`: any number of models side by side, one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ofmu_ray.reporting import figures
+from ofmu_ray.reporting.attack_tables import Group, Row, check_table, model_row
+from ofmu_ray.reporting.page import page_environment, yaml_text
+from ofmu_ray.storage import PathLike, atomic_write
+
+RETRAINED = "retrained"
+_GENERATIONS = ("_empty", "_repetition", "_length", "_ngram_entropy", "_ngram_variety")
+_NOTES = {
+    "Forgetting": "What the forget rows score should match a model retrained without them, not fall below it.",
+    "Membership inference": "Forget rows (members) against holdout rows. The two can differ in themselves, so that the "
+    "retrained model's AUC need not be 0.5: compare with the retrained model.",
+    "Generations": "A damaged model is empty or repeats itself; that is not forgetting.",
+    "Probes": "The same facts asked in another way.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonData:
+    """All that the page shows, as plain values."""
+
+    title: str
+    metrics: Mapping[str, Mapping[str, Any]]
+    """Model -> figures as in metrics.json; the retrained model among them, last."""
+    models: Mapping[str, str]
+    """Model -> its folder or hub name."""
+    checks: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    """Check -> model -> figures as in metrics.json."""
+    tokenizers: int = 1
+    """How many different ones the models have."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    command: Sequence[str] = ()
+    open_command: str | None = None
+    """How to open the run in MLflow."""
+
+
+def write_comparison(path: PathLike, data: ComparisonData) -> None:
+    """Write the page; it appears whole or not at all."""
+    atomic_write(path, render_comparison(data))
+
+
+def render_comparison(data: ComparisonData) -> str:
+    """The page as HTML."""
+    groups, absent = grouped(data.metrics)
+    template = page_environment().get_template("comparison.html.j2")
+    return str(
+        template.render(
+            data=data,
+            models=list(data.metrics),
+            groups=groups,
+            absent=absent,
+            checks=[check_table(name, found, list(data.metrics)) for name, found in data.checks.items()],
+            command=shlex.join(data.command),
+            config_yaml=yaml_text(data.config),
+        )
+    )
+
+
+def grouped(metrics: Mapping[str, Mapping[str, Any]]) -> tuple[list[Group], list[tuple[str, list[str]]]]:
+    """The figures that some model has, by group; and (reason, labels) of those that none has."""
+    names = list(dict.fromkeys(name for found in metrics.values() for name in found))
+    rows: dict[str, list[Row]] = {}
+    absent: dict[str, list[str]] = {}
+    for name in sorted(names, key=lambda name: (_group(name)[0], names.index(name))):
+        label, of_models = figures.label(name), {model: found.get(name) for model, found in metrics.items()}
+        if name.startswith("mia_"):  # the heading says it
+            label = label.removeprefix("Membership ")
+            label = label[0].upper() + label[1:]
+        row = model_row(label, figures.direction(name), of_models)
+        if any(cell.value is not None for cell in row.cells.values()):
+            rows.setdefault(_group(name)[1], []).append(row)
+        else:
+            reason = next((cell.reason for cell in row.cells.values() if cell.reason), "not measured")
+            absent.setdefault(reason, []).append(row.label)
+    groups = [Group(title, found, note=_NOTES.get(title, "")) for title, found in rows.items()]
+    return groups, list(absent.items())
+
+
+def _group(name: str) -> tuple[int, str]:
+    """(place on the page, title) of the group of a figure."""
+    if name.startswith("mia_") or name == "privleak":
+        return 4, "Membership inference"
+    if name.endswith(("_extraction_strength", "_exact_memorisation")):
+        return 2, "Memorisation"
+    if name.endswith(_GENERATIONS):
+        return 3, "Generations"
+    if name in ("forget_quality", "ks_statistic", "forget_truth_ratio", "forget_probability", "forget_rouge"):
+        return 0, "Forgetting"
+    if name == "model_utility" or name.startswith(("retain_", "real_authors_", "world_facts_")):
+        return 1, "Utility"
+    return 5, "Probes"

@@ -1,0 +1,245 @@
+"""The further measurements of `ofmu evaluate`: which are asked for, run here or as Ray tasks, kept in the cache."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ofmu_ray.assets import model_source, resolve_builtin
+from ofmu_ray.config import SourceConfig
+from ofmu_ray.config.evaluate import RETRAINED, EvaluateConfig
+from ofmu_ray.config.robustness import PrefixOptions, RelearnOptions
+from ofmu_ray.errors import UserError
+from ofmu_ray.runs.evaluator import Evaluator
+
+Figures = dict[str, dict[str, Any]]
+"""Model -> name -> {"value", "low", "high", "n"}."""
+GRADIENT_NORM = "gradient_norm"
+_SMALL_FLOPS = 1e12  # about twenty seconds of one core: processes of their own would take as long to start
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A check that the configuration asks for; of every model."""
+
+    name: str
+    kind: Any
+    options: Mapping[str, Any]
+    rows: Mapping[str, Sequence[Any]]
+
+
+class Checks:
+    """Checks of all models; a check that is in the cache is not run again.
+
+    What the rows or the models cannot give is refused when it is built, before anything is measured.
+    """
+
+    def __init__(self, config: EvaluateConfig, evaluator: Evaluator, models: Mapping[str, str]):
+        self.config, self.evaluator, self.models = config, evaluator, models
+        self.wanted = list(self._wanted())
+        self.found: dict[tuple[str, str], Any] = {}
+        if config.checks.lm_eval and importlib.util.find_spec("lm_eval") is None:
+            raise UserError(
+                "checks.lm_eval: lm-evaluation-harness is not installed: pip install 'ofmu-ray[lm-eval]', "
+                "or leave the option out"
+            )
+        if config.checks.alignment:
+            self._check_depths()
+
+    def _wanted(self) -> Iterator[Wanted]:
+        checks = self.config.checks
+        if checks.relearn is not None:
+            _check_relearn(checks.relearn, self.evaluator)
+            yield Wanted("relearn", "relearn", asdict(checks.relearn), self._rows("forget", "retain"))
+        if checks.quantise is not None:
+            yield Wanted("quantise", "quantise", asdict(checks.quantise), self._rows("forget", "retain"))
+        if checks.prefix is not None:
+            _check_prefix(checks.prefix, self.evaluator)
+            yield Wanted("prefix", "prefix", asdict(checks.prefix), self._rows("forget", "retain"))
+        if checks.alignment:
+            yield Wanted("alignment", "alignment", self._sampling, self._rows("forget", "retain"))
+        if checks.gradient_norm:
+            yield Wanted(GRADIENT_NORM, GRADIENT_NORM, {}, self._rows("forget", "holdout"))
+        for number, choice in enumerate(checks.choice):
+            from ofmu_ray.attacks.multiple_choice import choice_rows
+
+            source = SourceConfig(
+                path=choice.path,
+                format=choice.format,
+                hub_config=choice.hub_config,
+                hub_split=choice.hub_split,
+                limit=choice.limit,
+            )
+            option = f"checks.choice[{number}]"
+            rows = choice_rows(source, self.config.data.root, name=choice.name, option=option)
+            yield Wanted(f"choice/{choice.name}", "choice", {"scoring": choice.scoring}, {choice.name: rows})
+
+    @property
+    def _sampling(self) -> dict[str, int]:
+        return {"samples": self.config.evaluation.bootstrap_samples, "seed": self.config.seed}
+
+    def _rows(self, *names: str) -> dict[str, Any]:
+        from ofmu_ray.evaluation.rows import evaluation_rows
+
+        return {name: evaluation_rows(name, self.evaluator.sets[name], self.evaluator.row_format) for name in names}
+
+    def _check_depths(self) -> None:
+        depths = {label: self.evaluator.model_config(path).num_hidden_layers for label, path in self.models.items()}
+        for label, depth in depths.items():
+            if depth != depths[RETRAINED]:
+                raise UserError(
+                    f"checks.alignment: models.{label} has {depth} layers, evaluation.retrained {depths[RETRAINED]}, "
+                    "and layers are compared one by one: leave this check or this model out"
+                )
+
+    def measure(self) -> None:
+        """Run what is not in the cache: here when it is little, otherwise as Ray tasks of one CPU or GPU each."""
+        from tqdm import tqdm
+
+        from ofmu_ray.evaluation.actors import device_kind
+        from ofmu_ray.evaluation.cache import TableCache
+
+        device, cache = device_kind(), TableCache(self.evaluator.cache, "checks")
+        missing = []
+        for place, check in self._checks():
+            stored = cache.load(check.key(device))
+            if stored is None:
+                missing.append((place, check))
+            else:
+                self.found[place] = stored
+        here = device == "cpu" and sum(check.flops for _, check in missing) < _SMALL_FLOPS
+        bar = tqdm(total=len(missing), desc="checks", disable=not sys.stderr.isatty() or not missing)
+        with bar:
+            for number, table in _here(missing, device) if here else _by_tasks(missing, device):
+                place, check = missing[number]
+                cache.save(check.key(device), table)
+                self.found[place] = table
+                bar.update()
+
+    def with_gradient_norms(self, tables: dict[str, Any]) -> dict[str, Any]:
+        """The models' tables with the column that the GradNorm attack reads, if it was measured."""
+        import pyarrow as pa
+
+        joined = {}
+        for label, table in tables.items():
+            norms = self.found.get((GRADIENT_NORM, label))
+            if norms is not None:
+                values = dict(zip(norms["row_id"].to_pylist(), norms["answer_gradient_norm"].to_pylist(), strict=True))
+                column = pa.array([values.get(row) for row in table["row_id"].to_pylist()], pa.float64())
+                table = table.append_column("answer_gradient_norm", column)
+            joined[label] = table
+        return joined
+
+    def figures(self) -> dict[str, Figures]:
+        """The figures by check and model; those of the harness are computed here."""
+        from ofmu_ray.metrics.attack_summary import check_figures
+
+        figures: dict[str, Figures] = {}
+        for wanted in self.wanted:
+            if wanted.kind == GRADIENT_NORM:
+                continue  # a column of the tables
+            reference = self.found.get((wanted.name, RETRAINED))
+            tables = {label: self.found[wanted.name, label] for label in self.models if self._concerns(wanted, label)}
+            figures[wanted.name] = {
+                label: {
+                    name: figure.to_json()
+                    for name, figure in check_figures(wanted.kind, table, reference, **self._sampling).items()
+                }
+                for label, table in tables.items()
+            }
+        if self.config.checks.lm_eval:
+            figures["lm_eval"] = self._lm_eval()
+        return figures
+
+    def _lm_eval(self) -> Figures:
+        from ofmu_ray.attacks.lm_eval import run_lm_eval
+
+        found: Figures = {}
+        for label, path in self.models.items():
+            tasks = run_lm_eval(model_source(path), self.config.checks.lm_eval)
+            found[label] = {
+                f"{task}/{metric}": figure.to_json()
+                for task, metrics in tasks.items()
+                for metric, figure in metrics.items()
+            }
+        return found
+
+    def _concerns(self, wanted: Wanted, label: str) -> bool:
+        return wanted.kind != "alignment" or label != RETRAINED  # which is what the others are aligned with
+
+    def _checks(self) -> Iterator[tuple[tuple[str, str], Any]]:
+        """((check, model), what to run) of all that is wanted, one model after the other."""
+        from ofmu_ray.evaluation.cache import model_fingerprint, weights_folder
+        from ofmu_ray.attacks.measurement import Check
+
+        if not self.wanted:
+            return
+        loadings = {label: self.evaluator.loading(path) for label, path in self.models.items()}
+        prints = {
+            label: model_fingerprint(weights_folder(resolve_builtin(path))) for label, path in self.models.items()
+        }
+        for label in self.models:
+            for wanted in self.wanted:
+                if self._concerns(wanted, label):
+                    compared = wanted.kind == "alignment"
+                    check = Check(
+                        wanted.kind,
+                        loadings[label],
+                        prints[label],
+                        wanted.rows,
+                        wanted.options,
+                        reference=loadings[RETRAINED] if compared else None,
+                        reference_weights=prints[RETRAINED] if compared else "",
+                        batch_size=self.config.evaluation.batch_size,
+                    )
+                    yield (wanted.name, label), check
+
+
+Missing = Sequence[tuple[tuple[str, str], Any]]
+
+
+def _here(missing: Missing, device: str) -> Iterator[tuple[int, Any]]:
+    """(number, table) of each check, in this process."""
+    from ofmu_ray.attacks.measurement import measure
+
+    for number, (_, check) in enumerate(missing):
+        yield number, measure(check, device)
+
+
+def _by_tasks(missing: Missing, device: str) -> Iterator[tuple[int, Any]]:
+    """(number, table) of each check in the order of completion. A failed one ends the others that wait."""
+    import ray
+
+    from ofmu_ray.attacks.measurement import measure
+    from ofmu_ray.training.launch import user_error_within
+
+    task = ray.remote(measure).options(**({"num_gpus": 1} if device == "cuda" else {"num_cpus": 1}))
+    running = {task.remote(check, device): number for number, (_, check) in enumerate(missing)}
+    waiting = list(running)
+    try:
+        while waiting:
+            done, waiting = ray.wait(waiting)
+            yield running[done[0]], ray.get(done[0])
+    except ray.exceptions.RayTaskError as error:
+        raise user_error_within(error) or error from None
+    finally:
+        for one in waiting:
+            ray.cancel(one)
+
+
+def _check_relearn(options: RelearnOptions, evaluator: Evaluator) -> None:
+    rows = len(evaluator.sets[options.on])
+    if options.rows >= rows:
+        raise UserError(
+            f"checks.relearn.rows = {options.rows}: there are {rows} {options.on} rows, and one at least has to stay "
+            "out of the attack; lower it"
+        )
+
+
+def _check_prefix(options: PrefixOptions, evaluator: Evaluator) -> None:
+    rows = len(evaluator.sets["retain"])
+    if options.shots > rows:
+        raise UserError(f"checks.prefix.shots = {options.shots}: there are {rows} retain rows to draw from; lower it")

@@ -1,0 +1,181 @@
+"""Evaluation as the pipelines use it: which rows, which models, which figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ofmu_ray.assets import model_source, resolve_builtin
+from ofmu_ray.config import DataConfig, EvaluationConfig, FormatConfig, SourceConfig, UnlearnConfig
+from ofmu_ray.errors import UserError
+from ofmu_ray.storage import PathLike, join
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+"""A folder with one of them holds a tokenizer."""
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Evaluates models on the rows that a configuration names; results are cached under <storage>/cache.
+
+    Rows are read, and refused if they are not usable, when it is built: before any worker starts.
+    """
+
+    evaluation: EvaluationConfig
+    data: DataConfig
+    tokenizer: str
+    """Folder or hub name."""
+    cache: PathLike
+    seed: int = 0
+    """Of the intervals."""
+    reveal_text: bool = False
+    trust_remote_code: bool = False
+    sets: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    own_tokenizers: bool = False
+    """A model that comes with a tokenizer is evaluated with that one, the others with `tokenizer`."""
+
+    @classmethod
+    def of(cls, config: UnlearnConfig, storage: PathLike) -> Evaluator:
+        """The evaluation at the end of a run."""
+        return cls(
+            config.evaluation,
+            config.data,
+            config.model.tokenizer or config.model.path,
+            join(storage, "cache"),
+            config.seed,
+            config.report.reveal_text,
+            config.model.trust_remote_code,
+            sets=read_sets(config.evaluation, config.data) if config.evaluation.enabled else {},
+        )
+
+    def table(self, model: str | None, label: str) -> Any:
+        """Per-row values of a model as a pyarrow Table; None: no such model, or evaluation is off."""
+        if model is None or not self.evaluation.enabled:
+            return None
+        from ofmu_ray.evaluation.runner import evaluate_model
+
+        return evaluate_model(
+            resolve_builtin(model),
+            resolve_builtin(self.tokenizer_of(model)),
+            self.sets,
+            self.row_format,
+            self.evaluation,
+            self.cache,
+            label=label,
+            reveal_text=self.reveal_text,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def tokenizer_of(self, model: str) -> str:
+        """Folder or hub name of the tokenizer that this model is evaluated with; a hub model has its own."""
+        return model if self.own_tokenizers and has_tokenizer(model) else self.tokenizer
+
+    @property
+    def row_format(self) -> FormatConfig:
+        """How the rows of `sets` become tokens: their columns are renamed already."""
+        return replace(self.data.format, question="question", answer="answer")
+
+    def model_config(self, model: str) -> Any:
+        """The text part of the model's configuration (transformers)."""
+        from transformers import AutoConfig
+
+        path = model_source(model, "model")
+        return AutoConfig.from_pretrained(path, trust_remote_code=self.trust_remote_code).get_text_config()
+
+    def check_vocabulary(self, model: str, option: str) -> None:
+        """UserError when the rows have tokens that the model does not know: its tokenizer is another one."""
+        from ofmu_ray.evaluation.rows import evaluation_rows
+
+        template, known = self.loading(model).template, self.model_config(model).vocab_size
+        if len(template.tokenizer) <= known:
+            return
+        rows = [row for name, found in self.sets.items() for row in evaluation_rows(name, found, self.row_format)]
+        pairs = [(row.question, text) for row in rows for text in row.texts]
+        encoded = template.encode_rows([question for question, _ in pairs], [text for _, text in pairs])
+        largest = max(max(row.input_ids) for row in encoded)
+        if largest >= known:
+            raise UserError(
+                f"{option} = {model!r}: it knows {known} tokens, and the rows have token number {largest} with the "
+                f"tokenizer {self.tokenizer_of(model)!r}; put the model's own tokenizer into its folder, or leave out "
+                "the option tokenizer"
+            )
+
+    def loading(self, model: str) -> Any:
+        """How a process comes by a model (ofmu_ray.evaluation.actors.Loading)."""
+        from ofmu_ray.evaluation.runner import loading_of
+
+        return loading_of(
+            resolve_builtin(model),
+            resolve_builtin(self.tokenizer_of(model)),
+            self.row_format,
+            max_new_tokens=self.evaluation.max_new_tokens,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def texts(self) -> dict[str, tuple[str, str]]:
+        """Question and answer by row id; those of forget rows only if the report may reveal them."""
+        from ofmu_ray.evaluation.rows import is_private
+
+        return {
+            f"{name}-{index}": (row["question"], row["answer"])
+            for name, rows in self.sets.items()
+            if self.reveal_text or not is_private(name)
+            for index, row in enumerate(rows)
+        }
+
+    def figures(self, table: Any, retrained: Any) -> dict[str, Any] | None:
+        """Figures of a model, each {"value", "low", "high", "n"} or {"value": null, "reason"}; None without a table."""
+        if table is None:
+            return None
+        from ofmu_ray.metrics.summary import summarise
+
+        found = summarise(table, retrained, bootstrap_samples=self.evaluation.bootstrap_samples, seed=self.seed)
+        return {name: figure.to_json() for name, figure in found.items()}
+
+    def metrics(self, *, before: Any, after: Any, retrained: Any) -> dict[str, Any]:
+        """Figures of a run's three models."""
+        tables = {"before": before, "after": after, "retrained": retrained}
+        return {name: self.figures(table, retrained) for name, table in tables.items()}
+
+
+def has_tokenizer(model: str) -> bool:
+    """Whether a model comes with a tokenizer; one on the hub is taken to."""
+    folder = Path(model_source(model, "model"))
+    return not folder.is_dir() or any((folder / name).exists() for name in TOKENIZER_FILES)
+
+
+def read_sets(evaluation: EvaluationConfig, data: DataConfig) -> dict[str, list[dict[str, Any]]]:
+    """The rows of every set that the configuration names, checked.
+
+    Raises:
+        UserError: a file that is not there, or rows that cannot be used, with all problems of a file.
+    """
+    from ofmu_ray.data.evaluation_rows import evaluation_rows
+
+    sets, limit, question = evaluation.sets, evaluation.max_rows, data.format.question
+    sources: dict[str, tuple[str, str | SourceConfig | None, str]] = {
+        name: (f"evaluation.sets.{name}", rows, question) if rows else (f"data.{name}", fallback, question)
+        for name, rows, fallback in (("forget", sets.forget, data.forget), ("retain", sets.retain, data.retain))
+    }
+    for name in ("real_authors", "world_facts", "holdout"):
+        sources[name] = f"evaluation.sets.{name}", getattr(sets, name), question
+    for probe in sets.probes if isinstance(sets.probes, list) else ():
+        for side in ("forget", "retain"):
+            option = f"evaluation.sets.probes.{probe.name}.{side}"
+            sources[f"{probe.name}_{side}"] = option, getattr(probe, side), probe.question
+    clusters = evaluation.clusters if isinstance(evaluation.clusters, dict) else {}
+    return {
+        name: evaluation_rows(
+            source,
+            data.root,
+            limit,
+            name=name,
+            option=option,
+            fmt=replace(data.format, question=column),
+            cluster=clusters.get(name),
+        )
+        for name, (option, source, column) in sources.items()
+        if source is not None
+    }

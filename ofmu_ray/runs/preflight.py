@@ -1,0 +1,215 @@
+"""What can be found out before any worker starts: the machine, the storage, the models."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ofmu_ray.assets import model_source
+from ofmu_ray.config import DataConfig, ModelConfig, TrainingConfig, to_dict
+from ofmu_ray.errors import StorageError, UserError
+from ofmu_ray.storage import (
+    PathLike,
+    atomic_write,
+    is_file,
+    is_uri,
+    join,
+    local_path,
+    locate,
+    name_of,
+    read_text,
+    without_credentials,
+)
+from ofmu_ray.storage.trouble import refusal
+
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""What Ray sets in the process of a submitted job, and nowhere else."""
+UPLOADS = "working_dir_files"
+"""Ray's folder of unpacked working directories on a node."""
+
+
+def prepare_storage(storage: str) -> str:
+    """The storage, where files can be written, read and deleted: an absolute path, or a URI.
+
+    Raises:
+        UserError: they cannot, or the URI holds credentials, which would be written down with the run.
+    """
+    if is_uri(storage):
+        _probe_store(storage)
+        return storage
+    return str(prepare_folder(storage))
+
+
+def _probe_store(storage: str) -> None:
+    shown = without_credentials(storage)
+    if "@" in storage or any(f"{word}=" in storage for word in ("access_key", "secret_key", "session_token")):
+        raise UserError(
+            f"storage = {shown!r} comes with credentials, and a storage's name is written down in many places: give "
+            "them as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in a profile, or as a role of the nodes"
+        )
+    path = join(storage, f".writable.{uuid.uuid4().hex[:12]}")
+    filesystem, inside = locate(path, wait=False)
+    try:
+        with filesystem.open_output_stream(inside) as file:
+            file.write(b"OFMU")
+        with filesystem.open_input_stream(inside) as file:
+            file.readall()
+        filesystem.delete_file(inside)
+    except OSError as error:
+        reason = refusal(error) or f"not writable ({error})"
+        raise UserError(f"storage = {shown!r}: {reason}") from None
+
+
+def prepare_folder(storage: str) -> Path:
+    """The storage as a folder, absolute and writable, for commands that need one."""
+    if is_uri(storage):
+        raise UserError(
+            f"storage = {without_credentials(storage)!r}: this command needs a folder that all nodes share (NFS, EFS, "
+            "Filestore, Lustre); `ofmu unlearn`, `train` and `evaluate` take URIs, and data and models may lie at one"
+        )
+    path = local_path(storage)
+    if JOB_VARIABLE in os.environ:
+        check_job_storage(storage)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".writable.{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"storage = {storage!r}: not writable ({error.strerror}); choose another folder with --storage"
+        ) from None
+    return path
+
+
+def check_job_storage(storage: str) -> None:
+    """A submitted job runs in a copy of the uploaded folder on the head node, which is removed after it.
+
+    Raises:
+        UserError: `storage` is relative, or lies in the job's own working directory.
+    """
+    if is_uri(storage):
+        return
+    text = os.path.expanduser(storage.removeprefix("file://"))
+    upload = next((path for path in (Path.cwd(), *Path.cwd().parents) if path.parent.name == UPLOADS), None)
+    inside = upload is not None and local_path(storage).is_relative_to(upload)
+    if inside or not os.path.isabs(text):
+        raise UserError(
+            f"storage = {storage!r}: a submitted job's own folder is removed with all that was written there; name the "
+            "folder that all nodes share by its absolute path (--storage /mnt/...), or a URI (s3://, gs://)"
+        )
+
+
+def public(config: Any) -> dict[str, Any]:
+    """A configuration as MLflow, manifest, report and model card may hold it: URIs without user, password and query."""
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cleaned(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [cleaned(item) for item in value]
+        return without_credentials(value) if isinstance(value, str) and is_uri(value) else value
+
+    content: dict[str, Any] = cleaned(to_dict(config))
+    return content
+
+
+def claim(home: PathLike, config_hash: str, *, write: bool = False) -> None:
+    """A run's home belongs to one configuration: that of its first start (run.json).
+
+    Raises:
+        UserError: a run with other options has this name, finished or not; nothing of it is touched.
+    """
+    path = join(home, "run.json")
+    if is_file(path):
+        theirs = json.loads(read_text(path))["config_hash"]
+        if theirs != config_hash:
+            raise UserError(
+                f"name = {name_of(home)!r}: a run with another configuration has this name (hash {theirs}, now "
+                f"{config_hash}); choose another --name, or give the options it was started with"
+            )
+    elif write:
+        atomic_write(path, json.dumps({"config_hash": config_hash}) + "\n")
+
+
+def check_machine(training: TrainingConfig) -> None:
+    """More workers than CPUs, GPUs that are not there: said before Ray is started, where Ray would run here."""
+    if "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ:
+        return  # the cluster's resources are counted once it is joined (ofmu_ray.training.launch.connect)
+    needed, found = training.workers * training.cpus_per_worker, os.cpu_count() or 1
+    if needed > found:
+        raise UserError(
+            f"training.workers x training.cpus_per_worker = {training.workers} x {training.cpus_per_worker:g} = "
+            f"{needed:g} CPUs, but this machine has {found}: lower one of them, or join a cluster (RAY_ADDRESS)"
+        )
+
+
+def check_sources(data: DataConfig) -> None:
+    """The sources exist; what their rows hold is checked when they are tokenised."""
+    from ofmu_ray.data import sources
+
+    for name, source in data.sources.items():
+        sources.fragments(source, data.root, stream=name, option=f"data.{name}")
+
+
+def check_model(config: ModelConfig, option: str = "model.path") -> Any:
+    """Load configuration and tokenizer and look into the weights' headers; returns the tokenizer.
+
+    Raises:
+        UserError: no such folder, no weights, unreadable weights, no tokenizer, or a tokenizer without EOS.
+    """
+    from ofmu_ray.models.loading import load_tokenizer
+
+    try:
+        path = model_source(config.path, option)
+    except StorageError as error:  # nothing has started: the user's to correct
+        raise UserError(str(error)) from None
+    if Path(path).is_dir():
+        _check_weights(Path(path), option, config.trust_remote_code)
+    elif path.startswith((".", "/", "~")) or config.path.startswith("builtin:"):
+        raise UserError(f"{option} = {config.path!r}: no such folder")
+    _check_config(path, option, config)
+    tokenizer = load_tokenizer(config)
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{option} = {config.path!r}: its tokenizer has no end-of-sequence token, which answers must end with; "
+            "set eos_token in tokenizer_config.json or name another tokenizer with --model.tokenizer"
+        )
+    return tokenizer
+
+
+def placed(config: ModelConfig) -> ModelConfig:
+    """The same model for a worker, whose working directory is another: local folders as absolute paths."""
+
+    def absolute(path: str | None) -> str | None:
+        return str(Path(path).absolute()) if path is not None and Path(path).is_dir() else path
+
+    return replace(config, path=absolute(config.path) or config.path, tokenizer=absolute(config.tokenizer))
+
+
+def _check_config(path: str, option: str, config: ModelConfig) -> None:
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and its own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{option} = {config.path!r}: the model does not load: {reason}") from None
+
+
+def _check_weights(folder: Path, option: str, trusted: bool) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files and not trusted:
+        raise UserError(f"{option} = {str(folder)!r}: no *.safetensors there; convert the weights with save_pretrained")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as weights:
+                weights.keys()
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{option}: {file} is not a readable safetensors file ({error})") from None

@@ -1,0 +1,408 @@
+"""One unlearning run as a value: trained, evaluated and written down, in a warm process or through Ray Train."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ofmu_ray.config import ModelConfig, UnlearnConfig, config_hash, flatten, to_dict
+from ofmu_ray.storage import atomic_write
+from ofmu_ray.runs.evaluator import Evaluator
+
+PRIVATE = "private"
+"""Folder of a benchmark for what would give forget rows' text away; it goes when the benchmark ends."""
+
+
+@dataclass(frozen=True)
+class SplitData:
+    """What all runs on a split share, prepared once by the driver."""
+
+    name: str
+    folder: str
+    """The benchmark's folder."""
+    prepared: Any
+    """ofmu_ray.data.prepare.Prepared: the tokenised streams."""
+    evaluator: Evaluator
+    retrained: Any
+    """Per-row values of the retrained model (pyarrow Table), or None."""
+    fingerprint: str
+    """Digest of the target's and the retrained model's weights, of the rows and of the evaluation rows."""
+    model: ModelConfig
+    """The target, as the driver found it: a run's process may have another working directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A run that is to be done."""
+
+    method: str
+    split: str
+    phase: str
+    """tune, report, ablation, or cost: two rounds whose account says what a round costs."""
+    trial: int
+    config: UnlearnConfig
+    options: Mapping[str, Any]
+    """What was drawn or chosen: dotted overrides."""
+    budget_unit: str
+    budget: float
+    rows: int | None = None
+    """Rows of each set it is judged on, evenly spread; None: all."""
+
+    def key(self, data: SplitData) -> str:
+        """Digest of all that decides the result."""
+        from ofmu_ray.metrics.functions import METRIC_VERSION
+
+        run = [self.method, self.phase, str(self.trial), self.budget_unit, repr(self.budget), str(self.rows)]
+        return config_hash(self.config, *run, str(METRIC_VERSION), data.fingerprint)
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        number = f"seed {self.config.seed}" if self.phase != "tune" else str(self.trial)
+        return f"{self.method} {self.split} {self.phase} {number}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """What a sweep wants of its trials besides their result."""
+
+    stages: int
+    """Evaluations of a run, the last one at its end."""
+    tracking: Any = None
+    """MLflow run of the trial, for its series."""
+    parent: str | None = None
+    """Key of the trial whose weights and optimisers this one goes on from."""
+
+
+def result_path(folder: str | Path, key: str) -> Path:
+    """Where a finished run is written down; its rows lie beside it as Parquet."""
+    return Path(folder) / "trials" / f"{key}.json"
+
+
+def read_result(folder: str | Path, key: str) -> dict[str, Any] | None:
+    """What `run_trial` wrote, or None."""
+    path = result_path(folder, key)
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def model_path(folder: str | Path, key: str) -> Path:
+    """Where the model of a finished trial lies, as long as it is kept."""
+    return Path(folder) / "models" / key
+
+
+def checkpoint_path(folder: str | Path, key: str) -> Path:
+    """Where the checkpoints of a trial lie that others go on from."""
+    return Path(folder) / "checkpoints" / key
+
+
+def work_path(folder: str | Path, key: str) -> Path:
+    """Where a trial's plan, checkpoints and stages lie while it runs."""
+    return Path(folder) / "work" / key
+
+
+def run_trial(trial: Trial, data: SplitData, *, local: bool, watch: Watch | None = None) -> dict[str, Any]:
+    """Run, evaluate, and write <folder>/trials/<key>.json whole, whatever happens; returns its content.
+
+    `local`: in this process (engine torch, one worker); otherwise through Ray Train, from the driver. An exception is
+    a result with status `failed`, so that one bad draw does not end a benchmark. With `watch` the model is kept
+    (`model_path`), and so are the checkpoints of a run that was ended early (`checkpoint_path`).
+    """
+    started = time.perf_counter()
+    work = work_path(data.folder, trial.key(data))
+    try:
+        result = _run(trial, data, work, local, watch)
+    except Exception as error:  # out of memory, an option that this model does not take, a bug in one method
+        result = {"status": "failed", "message": reason(error)}
+        _free_device()
+    evaluations = {} if watch is None else {"evaluations": published(work)}
+    total = {"total_seconds": time.perf_counter() - started}
+    content = _written(trial, data, result | evaluations | total)
+    shutil.rmtree(work, ignore_errors=True)  # last, so that a kill before it loses nothing
+    return content
+
+
+def published(work: Path) -> list[dict[str, Any]]:
+    """The evaluations of a run on its way, oldest first."""
+    return [json.loads(path.read_text()) for path in sorted((work / "stages").glob("*.json"))]
+
+
+def write_failure(trial: Trial, data: SplitData, message: str) -> dict[str, Any]:
+    """The result of a run that could not even fail by itself."""
+    return _written(trial, data, {"status": "failed", "message": message, "total_seconds": 0.0})
+
+
+def _written(trial: Trial, data: SplitData, result: Mapping[str, Any]) -> dict[str, Any]:
+    known = {name: getattr(trial, name) for name in ("method", "split", "phase", "trial", "budget_unit", "budget")}
+    known |= {"seed": trial.config.seed, "options": dict(trial.options), "ended": time.time()}
+    content: dict[str, Any] = _finite({**known, **result})
+    atomic_write(result_path(data.folder, trial.key(data)), json.dumps(content, indent=1) + "\n")
+    return content
+
+
+def reason(error: BaseException) -> str:
+    """One line about an exception, without the text of rows (which no exception of this project holds)."""
+    from ofmu_ray.training.launch import user_error_within
+
+    mistake = user_error_within(error)
+    if mistake is not None:
+        return str(mistake)
+    line = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {line[:300]}"
+
+
+def _run(trial: Trial, data: SplitData, work: Path, local: bool, watch: Watch | None) -> dict[str, Any]:
+    from ofmu_ray.training.export import export_model
+    from ofmu_ray.training.worker import run_local
+
+    clock = _Clock()
+    job = _job(trial, data, work)
+    if watch is not None:
+        job = replace(job, tracking=watch.tracking, stages=_stages(trial, data, work, watch.stages))
+        if watch.parent is not None:
+            job = replace(job, start_from=str(checkpoint_path(data.folder, watch.parent)))
+    _reset_peak()
+    clock.lap("start_seconds")
+    if local:
+        worker = run_local(job)
+        summary = vars(worker.state) | {"account": worker.engine.account.state()}
+    else:
+        from ofmu_ray.training.launch import fit
+
+        summary = fit(job, trial.name)
+    clock.lap("run_seconds")
+    account = summary["account"]
+    found = {
+        "status": summary["status"],
+        "message": summary["message"],
+        "rounds": summary["round"],
+        "forget_passes": account["gradient_passes"]["forget"],
+        "retain_passes": account["gradient_passes"]["retain"],
+        "updates": account["updates"],
+        "tokens": account["tokens"],
+        "flops": account["flops"],
+        "train_seconds": summary["train_seconds"],
+        "peak_memory_bytes": summary["peak_memory_bytes"],
+    }
+    if trial.phase == "cost":
+        found["mean_tokens"] = _mean_tokens(job.plan_dir)
+        return found | _last_round(found, summary["series"]) | clock.laps
+    if summary["status"] == "stopped":
+        [last] = (work / "train").glob("*round_*_stopped")
+        _move(last, checkpoint_path(data.folder, trial.key(data)))
+    else:
+        evaluator = sampled(data.evaluator, trial)
+        table = (
+            _live_table(worker, evaluator, trial.name) if local else evaluator.table(str(work / "model"), trial.name)
+        )
+        found["figures"] = _judge(table, trial, data)
+        clock.lap("evaluation_seconds")
+        if watch is not None:
+            if local:
+                export_model(job, worker.engine, worker.module, worker.tokenizer, worker.state, 0)
+            _move(work / "model", model_path(data.folder, trial.key(data)))
+    return found | clock.laps
+
+
+def _last_round(found: Mapping[str, Any], series: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What the last round cost by itself: finite differences measure their steps in the first one, which costs more."""
+    if len(series) < 2:
+        return {}
+    names = ("forget_passes", "retain_passes")
+    passes = {name: series[-1][name] - series[-2][name] for name in names}
+    share = sum(passes.values()) / sum(found[name] for name in names)
+    return {**passes, "rounds": 1, "flops": found["flops"] * share}
+
+
+def _move(folder: Path, place: Path) -> None:
+    shutil.rmtree(place, ignore_errors=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(folder, place)
+
+
+def _stages(trial: Trial, data: SplitData, work: Path, count: int) -> Any:
+    """Evaluations on the way, on the rows that the trial is judged on."""
+    from ofmu_ray.evaluation.sample import Sample
+    from ofmu_ray.training.stages import Stages
+
+    return Stages(
+        folder=str(work / "stages"),
+        count=count,
+        sample=Sample.of(data.evaluator.sets, trial.rows),
+        format=data.evaluator.row_format,
+        evaluation=trial.config.evaluation,
+        retrained=data.retrained,
+        seed=trial.config.seed,
+    )
+
+
+def _job(trial: Trial, data: SplitData, work: Path) -> Any:
+    """The worker's job, its batch plan and what the method needs to know about rows written."""
+    from ofmu_ray.data.batch_plan import write_plan
+    from ofmu_ray.data.prepare import write_sample
+    from ofmu_ray.training.job import WorkerJob
+    from ofmu_ray.features.level import with_level
+    from ofmu_ray.features.reference import write_references
+
+    config = trial.config
+    watched = None
+    if config.stop.utility_floor is not None and trial.phase != "cost":
+        watched = write_sample(data.prepared.streams["retain"], config.stop.sample, str(work / "watched.parquet"))
+    model = replace(config.model, path=data.model.path, tokenizer=data.model.tokenizer)
+    job = WorkerJob(
+        run_dir=str(work),
+        plan_dir=str(work / "plan"),
+        config_hash=trial.key(data),
+        seed=config.seed,
+        model=model,
+        method=with_level(config.method_options, data.prepared, model, str(data.evaluator.cache)),
+        training=config.training,
+        stop=config.stop,
+        utility_rows=watched,
+    )
+    method = job.build_method()
+    plan = write_plan(
+        data.prepared.streams,
+        job.plan_dir,
+        batches_per_round=method.batches_per_round(),
+        rounds=config.training.rounds,
+        batch_size=config.training.batch_size,
+        workers=config.training.workers,
+        seed=config.seed,
+        here=True,  # a Ray Data job could wait for ever for the CPUs that the pool holds
+    )
+    sidecars = write_references(
+        method.needs,
+        data.prepared,
+        plan,
+        job.model,
+        folder=str(work / "sidecars"),
+        cache=str(data.evaluator.cache),
+        private=str(Path(data.folder) / PRIVATE),
+        refusals_path=getattr(job.method, "refusals", None),
+        root=config.data.root,
+        seed=config.seed,
+        method=config.method,
+    )
+    return replace(job, sidecars=sidecars)
+
+
+def _mean_tokens(plan_dir: str) -> dict[str, float]:
+    """Mean tokens of the rows of each stream in a plan."""
+    from ofmu_ray.data.shards import lane_files, read_pieces
+    from ofmu_ray.data.batch_plan import read_plan
+
+    plan = read_plan(plan_dir)
+    tokens: dict[str, list[int]] = {name: [] for name in plan.streams}
+    order = [name for name in plan.streams for _ in range(plan.batches_per_round[name] * plan.share)]
+    for lane in range(plan.workers):
+        for path in lane_files(plan, lane):
+            for table in read_pieces(path):
+                for position, ids in zip(table["position"].to_pylist(), table["input_ids"].to_pylist(), strict=True):
+                    tokens[order[position % plan.rows_per_round]].append(len(ids))
+    return {name: sum(found) / len(found) for name, found in tokens.items() if found}
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+
+
+def sampled(evaluator: Evaluator, trial: Trial) -> Evaluator:
+    """The evaluator of the run's own options, on its sample of rows."""
+    from ofmu_ray.evaluation.sample import Sample
+
+    sample = Sample.of(evaluator.sets, trial.rows)
+    return replace(evaluator, evaluation=trial.config.evaluation, sets=sample.sets)
+
+
+def _live_table(worker: Any, evaluator: Evaluator, label: str) -> Any:
+    """Per-row values of the model that the worker holds, as the evaluation of its export would give them."""
+    from ofmu_ray.evaluation.runner import evaluate_live
+
+    module = worker.module.get_base_model() if worker.job.model.lora is not None else worker.module
+    if worker.session.device.type == "cpu":
+        module = module.float()  # as an exported model is loaded there; the worker does not go on
+    fmt = evaluator.row_format
+    return evaluate_live(module, worker.tokenizer, evaluator.sets, fmt, evaluator.evaluation, label=label)
+
+
+def _judge(table: Any, trial: Trial, data: SplitData) -> dict[str, Any]:
+    """Figures of the run; its rows are kept beside its result, named as in the whole sets."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from ofmu_ray.evaluation.sample import Sample
+    from ofmu_ray.metrics.summary import summarise
+
+    sample = Sample.of(data.evaluator.sets, trial.rows)
+    table, retrained = sample.named(table), sample.cut(data.retrained)
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, compression="zstd")
+    atomic_write(result_path(data.folder, trial.key(data)).with_suffix(".parquet"), buffer.getvalue().to_pybytes())
+    config = trial.config
+    found = summarise(table, retrained, bootstrap_samples=config.evaluation.bootstrap_samples, seed=config.seed)
+    return {name: figure.to_json() for name, figure in found.items()}
+
+
+def cost_signature(config: UnlearnConfig) -> dict[str, Any]:
+    """What decides the cost of a round: the method's options, of real numbers only whether they are 0."""
+    chosen = flatten(to_dict(config.method_options))
+    rates = ("optimizer.", "inner.", "outer.")
+    return {
+        name: bool(value) if isinstance(value, float) else value
+        for name, value in chosen.items()
+        if not name.startswith(rates)
+    } | {"method": config.method}
+
+
+class _Clock:
+    """Seconds between laps."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self.last = now - self.last, now
+
+
+def _reset_peak() -> None:
+    """Let the peak of this process's memory begin anew, so that a warm process does not report an earlier run's.
+
+    The resident set still holds the interpreter and what the allocator keeps. Where Linux does not allow it (or on
+    another system) the peak stays that of all runs of the process.
+    """
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return
+
+
+def _free_device() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity, which JSON does not have, as null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

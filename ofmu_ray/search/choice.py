@@ -1,0 +1,161 @@
+"""What a sweep chooses: by the rule, with its model and configuration, and as priors for the next one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import yaml
+
+from ofmu_ray.config import UnlearnConfig, apply_overrides, to_dict
+from ofmu_ray.config.spaces import Choice, Integers, LogUniform, Prior, Uniform, ZeroOrLogUniform
+from ofmu_ray.metrics.fronts import plain
+from ofmu_ray.runs.trial import model_path
+from ofmu_ray.search.ledger import Ledger, ranked
+from ofmu_ray.storage import atomic_dir, atomic_write
+
+BEST = "best"
+WIDER = 1.5
+"""Factor by which an exported prior reaches beyond the values of the best trials."""
+PRIORS_FROM = 3
+"""Trials with enough utility that an export of priors needs."""
+
+
+@dataclass
+class Outcome:
+    """What came of a sweep."""
+
+    chosen: int | None = None
+    nearest: int | None = None
+    """The first in the rule's order, where none may be chosen: all miss the floor or are degenerate."""
+    front: list[int] = field(default_factory=list)
+    figures: dict[str, Any] | None = None
+    """Of the chosen trial's model, on all rows."""
+    confirmed: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+    """(fresh seed, result) of the chosen options, on all rows."""
+
+
+def choose(ledger: Ledger) -> Outcome:
+    """The rule's choice among the trials that came to their end, and the Pareto front of those not degenerate."""
+    goal, numbers = ledger.search.goal, range(len(ledger.suggestions))
+    order = ranked(ledger, numbers)
+    outcome = Outcome(front=pareto(ledger, sound_only(ledger, order)))
+    if order and goal.eligible(plain((ledger.result(order[0]) or {})["figures"])):
+        outcome.chosen = order[0]
+    elif order:
+        outcome.nearest = order[0]
+    return outcome
+
+
+def pareto(ledger: Ledger, numbers: Sequence[int]) -> list[int]:
+    """Trials that no other one beats in objective and utility, by rising objective."""
+    from ofmu_ray.metrics.fronts import pareto_front
+
+    points = plane(ledger, numbers)
+    return [numbers[int(index)] for index in pareto_front(points)] if points else []
+
+
+def sound_only(ledger: Ledger, numbers: Sequence[int]) -> list[int]:
+    """Those of the trials with figures that are not degenerate."""
+    found = {number: plain((ledger.result(number) or {})["figures"]) for number in numbers}
+    return [number for number in numbers if not ledger.search.goal.degenerate(found[number])]
+
+
+def plane(ledger: Ledger, numbers: Sequence[int]) -> list[tuple[float, float]]:
+    """(objective on its scale from 0 to 1, utility) of trials with figures."""
+    goal = ledger.search.goal
+    found = [plain((ledger.result(number) or {})["figures"]) for number in numbers]
+    return [(float(goal.height(one) or 0.0), float(one[goal.utility])) for one in found]
+
+
+def prune_models(ledger: Ledger) -> None:
+    """Keep the models of the best trials only (keep_models), and no checkpoints that nothing goes on from."""
+    kept = set(ranked(ledger, range(len(ledger.suggestions)))[: ledger.config.keep_models])
+    for number in range(len(ledger.suggestions)):
+        if number not in kept and ledger.result(number) is not None:
+            shutil.rmtree(model_path(ledger.folder, ledger.key(number)), ignore_errors=True)
+    if ledger.config.search.kind != "population":
+        shutil.rmtree(ledger.folder / "checkpoints", ignore_errors=True)
+
+
+def best_config(ledger: Ledger, number: int) -> UnlearnConfig:
+    """The chosen trial as a run of its own: evaluated as the base says."""
+    config = apply_overrides(ledger.config.run, ledger.suggestions[number].options)
+    return replace(config, name=f"{ledger.config.name}-best", storage=ledger.config.storage)
+
+
+def export(ledger: Ledger, outcome: Outcome, retrained: Any) -> None:
+    """<folder>/best.yaml, best/model and best/metrics.json of the chosen trial; figures on all rows go to `outcome`.
+
+    Where no trial has enough utility, what an earlier start chose is removed: it would not be this sweep's choice.
+    """
+    folder, number = ledger.folder, outcome.chosen
+    if number is None:
+        shutil.rmtree(folder / BEST, ignore_errors=True)
+        (folder / "best.yaml").unlink(missing_ok=True)
+        return
+    config = best_config(ledger, number)
+    head = f"# Trial {number} of sweep {ledger.config.name}: ofmu unlearn --config {folder / 'best.yaml'}\n"
+    if ledger.suggestions[number].parent is not None:
+        head += "# Its model went on from other members' weights: a run of these options alone gives another one.\n"
+    atomic_write(folder / "best.yaml", head + yaml.safe_dump(to_dict(config), sort_keys=False))
+    model = model_path(folder, ledger.key(number))
+    with atomic_dir(folder / BEST / "model") as beside:
+        shutil.copytree(model, beside, dirs_exist_ok=True, copy_function=_linked)
+    evaluator = replace(ledger.data.evaluator, evaluation=config.evaluation, seed=config.seed)
+    table = evaluator.table(str(folder / BEST / "model"), "best")
+    outcome.figures = evaluator.figures(table, retrained)
+    atomic_write(folder / BEST / "metrics.json", json.dumps({"after": outcome.figures}, indent=1) + "\n")
+
+
+def _linked(source: str, place: str) -> None:
+    try:
+        os.link(source, place)  # the same file twice, where the file system can: no second copy of the weights
+    except OSError:
+        shutil.copy2(source, place)
+
+
+# ----------------------------------------------------------------------------------------------------------- priors
+
+
+def priors(ledger: Ledger) -> dict[str, str]:
+    """Narrower priors by field, from the better third of the trials with enough utility: for a second sweep
+    (space_file), on more rows or a larger model. Empty with fewer than three such trials."""
+    goal = ledger.search.goal
+    order = ranked(ledger, range(len(ledger.suggestions)))
+    good = [n for n in order if goal.eligible(plain((ledger.result(n) or {})["figures"]))]
+    if len(good) < PRIORS_FROM:
+        return {}
+    best = good[: max(PRIORS_FROM, math.ceil(len(good) / 3))]
+    found = {}
+    for knob in ledger.search.space.knobs:
+        options = [ledger.suggestions[n].options for n in best]
+        drawn = [one[knob.field] for one in options if knob.field in one]
+        if drawn:
+            found[knob.field] = str(_narrowed(knob.prior, drawn))
+    return found
+
+
+def _narrowed(prior: Prior, drawn: Sequence[Any]) -> Prior:
+    if isinstance(prior, Choice):
+        return Choice(tuple(option for option in prior.options if option in drawn))
+    if isinstance(prior, ZeroOrLogUniform):
+        there = [value for value in drawn if value]
+        if not there:
+            return Choice((0.0,))
+        positive = _narrowed(prior.positive, there)
+        assert isinstance(positive, LogUniform)
+        return positive if len(there) == len(drawn) else replace(prior, low=positive.low, high=positive.high)
+    if isinstance(prior, LogUniform):
+        low, high = max(prior.low, min(drawn) / WIDER), min(prior.high, max(drawn) * WIDER)
+        return LogUniform(float(f"{low:.3g}"), float(f"{max(low, high):.3g}"))
+    if isinstance(prior, Integers):
+        return Integers(max(prior.low, min(drawn) - 1), min(prior.high, max(drawn) + 1))
+    assert isinstance(prior, Uniform)
+    margin = (WIDER - 1) / 2 * (max(drawn) - min(drawn))
+    return Uniform(max(prior.low, min(drawn) - margin), min(prior.high, max(drawn) + margin))

@@ -1,0 +1,176 @@
+"""What a sweep has suggested, decided and found, all of it on storage: the driver may be killed at any moment."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ofmu_ray.config import SweepConfig, UnlearnConfig, apply_overrides, config_hash
+from ofmu_ray.metrics.fronts import plain
+from ofmu_ray.runs.trial import SplitData, Trial, published, read_result, result_path, work_path
+from ofmu_ray.search.suggest import Search, Seen, Suggestion
+from ofmu_ray.storage import atomic_write
+from ofmu_ray.training import stages
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepTrial(Trial):
+    """A trial of a sweep: the same options are the same trial, whatever its number."""
+
+    stages: int
+    parent: str | None = None
+    """Key of the trial that it goes on from."""
+
+    def key(self, data: SplitData) -> str:
+        from ofmu_ray.metrics.functions import METRIC_VERSION
+
+        run = ["sweep", self.phase, str(self.rows), str(self.stages), str(self.parent)]
+        return config_hash(self.config, *run, str(METRIC_VERSION), data.fingerprint)
+
+
+@dataclass
+class Ledger:
+    """The trials of a sweep."""
+
+    config: SweepConfig
+    search: Search
+    data: SplitData
+    suggestions: list[Suggestion] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path:
+        """The sweep's folder."""
+        return Path(self.data.folder)
+
+    @property
+    def stage_count(self) -> int:
+        """Evaluations of a trial that is not ended early."""
+        search, early = self.config.search, self.config.early
+        return search.generations if search.kind == "population" else early.stages
+
+    # -------------------------------------------------------------------------------------------------- suggestions
+
+    def read(self) -> None:
+        """Take up what stands in suggestions.jsonl; a line that a kill cut off is as if it had not been written."""
+        path, found = self._journal, []
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                content = json.loads(line)
+            except json.JSONDecodeError:
+                break
+            found.append(Suggestion(content["number"], content["options"], content["parent"]))
+        self.suggestions = found
+
+    def suggestion(self, number: int) -> Suggestion | None:
+        """The trial of a number: as it was suggested once, or else a new suggestion, which is written down first."""
+        if number < len(self.suggestions):
+            return self.suggestions[number]
+        assert number == len(self.suggestions), "trials are suggested in their order"
+        found = self.search.suggest(number, self.seen())
+        if found is not None:
+            self.suggestions.append(found)
+            lines = [json.dumps({**asdict(one), "time": time.time()}) for one in (found,)]
+            self._journal.parent.mkdir(parents=True, exist_ok=True)
+            kept = self._journal.read_text().splitlines()[:number] if self._journal.exists() else []
+            atomic_write(self._journal, "\n".join([*kept, *lines]) + "\n")
+        return found
+
+    @property
+    def _journal(self) -> Path:
+        return self.folder / "suggestions.jsonl"
+
+    def started(self) -> float | None:
+        """When the first trial was suggested (seconds since the epoch)."""
+        lines = self._journal.read_text().splitlines() if self._journal.exists() else []
+        return float(json.loads(lines[0])["time"]) if lines else None
+
+    # ------------------------------------------------------------------------------------------------------- trials
+
+    def trial(self, number: int) -> SweepTrial:
+        """The trial of a number that was suggested."""
+        if number >= len(self.suggestions):
+            self.read()  # in a trial's process, where nothing is suggested
+        one = self.suggestions[number]
+        return SweepTrial(
+            method=self.config.label,
+            split=self.data.name,
+            phase="tune",
+            trial=number,
+            config=self.configured(one.options),
+            options=one.options,
+            budget_unit="",
+            budget=0.0,
+            rows=self.config.select.rows,
+            stages=self.stage_count,
+            parent=None if one.parent is None else self.key(one.parent),
+        )
+
+    def configured(self, options: dict[str, Any]) -> UnlearnConfig:
+        """The run of a trial's options, as trials are evaluated."""
+        config = apply_overrides(self.config.run, options)
+        longest = self.config.select.max_new_tokens
+        return config if longest is None else apply_overrides(config, {"evaluation.max_new_tokens": longest})
+
+    def key(self, number: int) -> str:
+        """Under which a trial's result stands."""
+        return self.trial(number).key(self.data)
+
+    def result(self, number: int) -> dict[str, Any] | None:
+        """What was written of a trial that has ended."""
+        return read_result(self.folder, self.key(number))
+
+    def evaluations(self, number: int) -> list[dict[str, Any]]:
+        """A trial's evaluations on its way so far, oldest first."""
+        result = self.result(number)
+        found = published(work_path(self.folder, self.key(number))) if result is None else result.get("evaluations")
+        return found or []
+
+    def seen(self) -> list[Seen]:
+        """All trials so far, in their order."""
+        return [self._seen(number) for number in range(len(self.suggestions))]
+
+    def _seen(self, number: int) -> Seen:
+        suggestion, result = self.suggestions[number], self.result(number)
+        if result is None:
+            return Seen(suggestion, "running")
+        figures = [plain(one["figures"]) for one in result.get("evaluations") or []]
+        if result.get("figures"):
+            figures.append(plain(result["figures"]))
+        return Seen(suggestion, result["status"], figures, result.get("flops"))
+
+    def forget_failures(self) -> None:
+        """Let trials that failed run again."""
+        for number in range(len(self.suggestions)):
+            found = self.result(number)
+            if found is not None and found["status"] == "failed":
+                result_path(self.folder, self.key(number)).unlink()
+
+    # ---------------------------------------------------------------------------------------------------- decisions
+
+    def decide(self, number: int, stage: int, *, go: bool) -> bool:
+        """Whether a trial goes on after a stage: as it was decided once, or else `go`, which is written down."""
+        if self.result(number) is not None:
+            return True  # it has ended already and is only told again
+        folder = work_path(self.folder, self.key(number)) / "stages"
+        known = stages.decision(folder, stage)
+        if known is None:
+            stages.decide(folder, stage, go=go)
+        return go if known is None else known
+
+
+def ranked(ledger: Ledger, numbers: Sequence[int]) -> list[int]:
+    """Trials that came to their end with figures, the rule's best first; ties by cost or order (select.tie_break)."""
+    found = []
+    for number in numbers:
+        result = ledger.result(number)
+        if result is None or not result.get("figures"):
+            continue
+        rank = ledger.search.goal.rank(plain(result["figures"]))
+        if rank is not None:
+            cost = result["flops"] if ledger.config.select.tie_break == "cost" else 0.0
+            found.append((rank, cost, number))
+    return [number for _, _, number in sorted(found)]

@@ -1,0 +1,278 @@
+"""A sweep on Ray Tune: the ledger's trials as a search algorithm, schedulers that write their decisions down, and the
+trainable that runs a trial."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+# read when Tune is imported: no boxes on the terminal, which the sweep has lines of its own for, no log files, and
+# trials in the driver's working directory, which relative paths start from
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+
+from ray import tune
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.search import Searcher
+
+from ofmu_ray.config import EarlyConfig, TrackingConfig
+from ofmu_ray.errors import UserError
+from ofmu_ray.metrics.fronts import plain
+from ofmu_ray.runs.trial import Watch, run_trial, write_failure
+from ofmu_ray.search.ledger import Ledger
+
+POLL_SECONDS = 0.1
+
+
+_LEDGERS: dict[str, Ledger] = {}
+"""By folder. Tune writes its arguments into the sweep's folder, and a ledger's data hold the text of forget rows."""
+
+
+class _Held:
+    """Something that Tune copies and writes down, and that therefore only names its ledger."""
+
+    folder: str
+
+    @property
+    def ledger(self) -> Ledger:
+        return _LEDGERS[self.folder]
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self
+
+
+class LedgerSearch(_Held, Searcher):  # type: ignore[misc]
+    """The ledger's trials in their order; those that have ended are told again, for the scheduler's sake."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder, self.next = folder, 0
+        self.exhausted = False
+        """The space held nothing new before all trials were suggested."""
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        if self.next >= self.ledger.config.search.trials:
+            return str(Searcher.FINISHED)
+        found = self.ledger.suggestion(self.next)
+        if found is None:
+            if self.ledger.search.waits(self.next, self.ledger.seen()):
+                return None
+            self.exhausted = True
+            return str(Searcher.FINISHED)
+        self.next += 1
+        return {"number": found.number, "key": self.ledger.key(found.number)}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Nothing: results are read from the ledger."""
+
+    def save(self, checkpoint_path: str) -> None:
+        Path(checkpoint_path).touch()  # Tune's own snapshots are not used: a sweep goes on from its ledger
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise AssertionError("a sweep goes on from its ledger")
+
+
+class _Deciding(_Held):
+    """Writes a scheduler's decisions into the ledger, where the trial's workers wait for them."""
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        action = super().on_trial_result(controller, trial, result)  # type: ignore[misc]
+        go = self.ledger.decide(result["number"], result["stage"], go=action != TrialScheduler.STOP)
+        return str(TrialScheduler.CONTINUE if go else TrialScheduler.STOP)
+
+
+class _All(_Deciding, FIFOScheduler):  # type: ignore[misc]
+    """Every trial to its end."""
+
+
+class _Halving(_Deciding, AsyncHyperBandScheduler):  # type: ignore[misc]
+    """Asynchronous successive halving."""
+
+
+class _Median(_Deciding, MedianStoppingRule):  # type: ignore[misc]
+    """Trials below the median of the others end."""
+
+
+class _Generations(_Deciding, FIFOScheduler):  # type: ignore[misc]
+    """Every trial of a population ends with its generation; the last generation at the run's end."""
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        generation = result["number"] // self.ledger.config.search.population
+        go = self.ledger.decide(result["number"], result["stage"], go=result["stage"] <= generation)
+        return str(TrialScheduler.CONTINUE if go else TrialScheduler.STOP)
+
+
+def scheduler(early: EarlyConfig, ledger: Ledger) -> TrialScheduler:
+    """The scheduler of a sweep."""
+    made: Any
+    if ledger.config.search.kind == "population":
+        made = _Generations()
+    elif early.kind == "asha":
+        made = _Halving(
+            time_attr="stage", metric="score", mode="max", max_t=early.stages, grace_period=early.grace,
+            reduction_factor=early.reduction_factor,
+        )  # fmt: skip
+    elif early.kind == "median":
+        made = _Median(time_attr="stage", metric="score", mode="max", grace_period=early.grace)
+    else:
+        made = _All()
+    made.folder = str(ledger.folder)
+    return made
+
+
+class TrialRun(tune.Trainable):  # type: ignore[misc]
+    """One trial, in a thread of an actor that stays warm for the next; a step lasts until the next evaluation."""
+
+    def setup(
+        self, config: dict[str, Any], ledger: Any = None, parent: Any = None, tracking: Any = None, local: bool = True
+    ) -> None:
+        import torch
+
+        torch.set_num_threads(max(1, int(ledger.config.base.training.cpus_per_worker)))
+        self.ledger: Ledger = ledger
+        self.parent, self.tracking, self.local = parent, tracking, local
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._join()
+        self._begin(new_config)
+        return True
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        self.number, self.stage = int(config["number"]), 0
+        self.thread: threading.Thread | None = None
+        key = self.ledger.key(self.number)
+        assert key == config["key"], "this node has another version of the code than the driver"
+        if self.ledger.result(self.number) is None:
+            self.thread = threading.Thread(target=self._run, daemon=True)
+            self.thread.start()
+
+    def _run(self) -> None:
+        trial = self.ledger.trial(self.number)
+        handle = child_run(self.tracking, self.ledger, self.number, self.parent)
+        watch = Watch(stages=trial.stages, tracking=handle, parent=trial.parent)
+        run_trial(trial, self.ledger.data, local=self.local, watch=watch)
+
+    def step(self) -> dict[str, Any]:
+        while True:
+            ended = self.thread is None or not self.thread.is_alive()
+            for found in self.ledger.evaluations(self.number):
+                if found["stage"] > self.stage:
+                    self.stage = found["stage"]
+                    return self._told(found["figures"], done=False)
+            if ended:
+                result = self.ledger.result(self.number)
+                assert result is not None, f"trial {self.number} ended without a result"
+                whole = result["status"] not in ("stopped", "failed")
+                self.stage = self.ledger.stage_count if whole else self.stage
+                return self._told(result.get("figures") or {}, done=True)
+            time.sleep(POLL_SECONDS)
+
+    def _told(self, figures: dict[str, Any], *, done: bool) -> dict[str, Any]:
+        share = 1.0 if done else self.ledger.search.share
+        score = self.ledger.search.goal.score(plain(figures), share)
+        return {"number": self.number, "stage": self.stage, "score": score, "done": done}
+
+    def cleanup(self) -> None:
+        self._join()
+
+    def _join(self) -> None:
+        """Wait for a trial that was ended early to write its result; one whose driver goes away is left as it is."""
+        if self.thread is None or not self.thread.is_alive():
+            return
+        from ofmu_ray.runs.trial import work_path
+        from ofmu_ray.training.stages import decision
+
+        folder = work_path(self.ledger.folder, self.ledger.key(self.number)) / "stages"
+        if decision(folder, self.stage) is False:
+            self.thread.join()
+
+
+def child_run(
+    tracking: TrackingConfig, ledger: Ledger, number: int, parent: Any, result: Mapping[str, Any] | None = None
+) -> Any:
+    """The MLflow run of a trial, begun or found again; None where MLflow does not answer: the trial needs it not."""
+    from ofmu_ray import tracking as mlflow
+
+    suggestion, ended = ledger.suggestions[number], result or {"status": "running"}
+    options = {"method": ledger.config.label, "trial": number, "parent": suggestion.parent, **suggestion.options}
+    tags = {
+        "mlflow.parentRunId": parent.run_id,
+        "ofmu.kind": "trial",
+        "ofmu.status": ended["status"],
+        "ofmu.message": ended.get("message", ""),
+    }
+    name = f"{ledger.config.name}/{number:04d}"
+    try:
+        return mlflow.start(tracking, str(ledger.folder.parent), name, options, tags)
+    except UserError:
+        return None
+
+
+_ENDED: dict[str, Callable[[int], None]] = {}
+"""By folder: who is told of trials that have ended."""
+
+
+class _Told(_Held, tune.Callback):  # type: ignore[misc]
+    """Tells of trials that have ended, and writes down those that could not do so themselves."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        _ENDED[self.folder](trial.config["number"])
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        number = trial.config["number"]
+        if self.ledger.result(number) is None:  # killed more often than training.max_failures, perhaps for its memory
+            write_failure(self.ledger.trial(number), self.ledger.data, "its process ended")
+        _ENDED[self.folder](number)
+
+
+def run(
+    ledger: Ledger, parent: Any, concurrency: int, on_end: Callable[[int], None], *, local: bool
+) -> tuple[bool, bool]:
+    """Run all trials that have not ended. Returns (every trial has ended, the space was exhausted).
+
+    `on_end` is told the number of each trial that ends, in this process.
+    """
+    import shutil
+
+    training, folder = ledger.config.base.training, ledger.folder / "tune"
+    shutil.rmtree(folder, ignore_errors=True)
+    share = {"CPU": training.cpus_per_worker} | ({"GPU": training.gpus_per_worker} if training.gpus_per_worker else {})
+    # a trial of several workers only drives its Ray Train job, which has its own place: it needs none for itself
+    bundle = share if local else {"node:__internal_head__": 0.001}
+    _LEDGERS[str(ledger.folder)] = ledger
+    search = LedgerSearch(str(ledger.folder))
+    _ENDED[str(ledger.folder)] = on_end
+    trainable = tune.with_parameters(
+        TrialRun, ledger=ledger, parent=parent, tracking=ledger.config.base.tracking, local=local
+    )
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, tune.PlacementGroupFactory([bundle])),
+        tune_config=tune.TuneConfig(
+            search_alg=search,
+            scheduler=scheduler(ledger.config.early, ledger),
+            num_samples=ledger.config.search.trials,
+            max_concurrent_trials=concurrency,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(ledger.folder),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=training.max_failures),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # a run keeps its own
+            callbacks=[_Told(str(ledger.folder))],
+        ),
+    )
+    tuner.fit()
+    shutil.rmtree(folder, ignore_errors=True)
+    ended = [ledger.result(number) is not None for number in range(len(ledger.suggestions))]
+    return all(ended) and (len(ended) == ledger.config.search.trials or search.exhausted), search.exhausted
