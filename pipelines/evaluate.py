@@ -14,8 +14,8 @@ from ofmu_ray.config.evaluate import RETRAINED, EvaluateConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.runs.attack_tasks import Checks
 from ofmu_ray.runs.evaluator import Evaluator, has_tokenizer, read_sets
-from ofmu_ray.runs.outcome import write_rows
 from ofmu_ray.runs.preflight import check_model, prepare_storage, public
+from ofmu_ray.runs.writing import write_rows
 from ofmu_ray.storage import atomic_write, is_uri, join, local_file, name_of, scratch
 from pipelines.parse import fail, parse
 from pipelines.terminal import metrics_table, say

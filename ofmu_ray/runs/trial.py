@@ -12,11 +12,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ofmu_ray.config import ModelConfig, UnlearnConfig, config_hash, flatten, to_dict
 from ofmu_ray.storage import atomic_write
 from ofmu_ray.runs.evaluator import Evaluator
+from ofmu_ray.runs.job import Spec, make_job, with_references
+
+if TYPE_CHECKING:
+    from ofmu_ray.training.job import WorkerJob
 
 PRIVATE = "private"
 """Folder of a benchmark for what would give forget rows' text away; it goes when the benchmark ends."""
@@ -244,55 +248,12 @@ def _stages(trial: Trial, data: SplitData, work: Path, count: int) -> Any:
     )
 
 
-def _job(trial: Trial, data: SplitData, work: Path) -> Any:
+def _job(trial: Trial, data: SplitData, work: Path) -> WorkerJob:
     """The worker's job, its batch plan and what the method needs to know about rows written."""
-    from ofmu_ray.data.batch_plan import write_plan
-    from ofmu_ray.data.prepare import write_sample
-    from ofmu_ray.training.job import WorkerJob
-    from ofmu_ray.features.level import with_level
-    from ofmu_ray.features.reference import write_references
-
-    config = trial.config
-    watched = None
-    if config.stop.utility_floor is not None and trial.phase != "cost":
-        watched = write_sample(data.prepared.streams["retain"], config.stop.sample, str(work / "watched.parquet"))
-    model = replace(config.model, path=data.model.path, tokenizer=data.model.tokenizer)
-    job = WorkerJob(
-        run_dir=str(work),
-        plan_dir=str(work / "plan"),
-        config_hash=trial.key(data),
-        seed=config.seed,
-        model=model,
-        method=with_level(config.method_options, data.prepared, model, str(data.evaluator.cache)),
-        training=config.training,
-        stop=config.stop,
-        utility_rows=watched,
-    )
-    method = job.build_method()
-    plan = write_plan(
-        data.prepared.streams,
-        job.plan_dir,
-        batches_per_round=method.batches_per_round(),
-        rounds=config.training.rounds,
-        batch_size=config.training.batch_size,
-        workers=config.training.workers,
-        seed=config.seed,
-        here=True,  # a Ray Data job could wait for ever for the CPUs that the pool holds
-    )
-    sidecars = write_references(
-        method.needs,
-        data.prepared,
-        plan,
-        job.model,
-        folder=str(work / "sidecars"),
-        cache=str(data.evaluator.cache),
-        private=str(Path(data.folder) / PRIVATE),
-        refusals_path=getattr(job.method, "refusals", None),
-        root=config.data.root,
-        seed=config.seed,
-        method=config.method,
-    )
-    return replace(job, sidecars=sidecars)
+    model = replace(trial.config.model, path=data.model.path, tokenizer=data.model.tokenizer)
+    spec, cache = Spec.of(trial.config, model), str(data.evaluator.cache)
+    job, plan = make_job(spec, data.prepared, str(work), cache, trial.key(data), here=True)
+    return with_references(job, spec, data.prepared, plan, cache, private=str(Path(data.folder) / PRIVATE))
 
 
 def _mean_tokens(plan_dir: str) -> dict[str, float]:

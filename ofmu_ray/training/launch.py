@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,11 +14,12 @@ from typing import Any
 import ray
 import yaml
 
+from ofmu_ray import progress
 from ofmu_ray.cluster.nodes import alive, here, on, room
 from ofmu_ray.errors import UserError, causes
 from ofmu_ray.storage import is_uri, join, locate, read_text
 from ofmu_ray.training.job import WorkerJob
-from ofmu_ray.training.progress import Display, Progress
+from ofmu_ray.training.progress import Progress, Watch
 
 WORKER_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -154,7 +154,7 @@ def _grow(workers: int, cpus: float, gpus: float, patience: float) -> None:
     """
     from ray.autoscaler.sdk import request_resources
 
-    print("nodes   waiting for the cluster to grow", file=sys.stderr, flush=True)
+    progress.note("nodes", "waiting for the cluster to grow")
     end = time.monotonic() + patience
     bundle = {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
     request_resources(bundles=[bundle] * workers)
@@ -205,7 +205,7 @@ def fit(job: WorkerJob, title: str) -> dict[str, Any]:
     filesystem, inside = locate(job.run_dir)
     read: dict[str, list[str | None]] = {"model.path": [job.model.path], "model.tokenizer": [job.model.tokenizer]}
     shared = SharedFiles.of(job.run_dir, join(job.run_dir, "train"), read)
-    progress = Progress.options(scheduling_strategy=on(here())).remote()  # type: ignore[attr-defined]
+    actor = Progress.options(scheduling_strategy=on(here())).remote()  # type: ignore[attr-defined]
     # a collective must not give up before the watchdog, which says who was to blame
     patience = max(COLLECTIVE_TIMEOUT_SECONDS, ceil(training.round_timeout or 0) + 60)
     # both are Ray Train's: it asks so often, so long each time, whether there is room for all workers
@@ -214,7 +214,7 @@ def fit(job: WorkerJob, title: str) -> dict[str, Any]:
     attempts = ceil(training.node_timeout / placing)
     trainer = TorchTrainer(
         worker_loop,
-        train_loop_config={"job": job, "progress": progress},
+        train_loop_config={"job": job, "progress": actor},
         scaling_config=ScalingConfig(
             num_workers=training.workers,
             use_gpu=gpu,
@@ -238,7 +238,7 @@ def fit(job: WorkerJob, title: str) -> dict[str, Any]:
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | {"OMP_NUM_THREADS": threads}},
         ),
     )
-    with Display(progress, training.rounds, title):
+    with Watch(actor, training.rounds, title):
         try:
             trainer.fit()
         except Exception as error:

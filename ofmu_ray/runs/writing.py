@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ofmu_ray.assets import resolve_builtin
-from ofmu_ray.storage import PathLike, atomic_write, is_file, join, name_of, read_text
-from pipelines.terminal import metrics_table, say
+from ofmu_ray.runs.job import remove_text
+from ofmu_ray.runs.outcome import cost_of
+from ofmu_ray.storage import PathLike, atomic_write, join, name_of
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """A finished run, before it is written down."""
+class Results:
+    """A run that has ended, before it is written down."""
 
     training: dict[str, Any]
     """training.json: status, series, seconds, account."""
@@ -32,44 +33,38 @@ class Outcome:
     """Wall-clock seconds by phase."""
     plan: str
     """Fingerprint of the batch sequence."""
-    discard: Callable[[], None]
-    """Deletes what holds the forget rows' text; before the run counts as finished, so that a kill leaves none."""
-
-
-def read(home: PathLike) -> dict[str, Any] | None:
-    """metrics.json of a finished run; None when there is none."""
-    path = join(home, "metrics.json")
-    return json.loads(read_text(path)) if is_file(path) else None
 
 
 def write(
-    home: PathLike, outcome: Outcome, config: dict[str, Any], config_hash: str, command: list[str], mlflow: str
+    home: str, results: Results, config: dict[str, Any], config_hash: str, command: Sequence[str], mlflow: str
 ) -> list[str]:
-    """Write everything to a run's folder or URI, metrics.json last (it marks the run as finished).
+    """Write everything to a run's folder or URI, and delete what holds the forget rows' text.
+
+    metrics.json comes last: it marks the run as finished, so that a kill before it leaves a run that resumes.
 
     Returns the names of the files that MLflow keeps as artifacts.
     """
     from ofmu_ray.reporting import ReportData, build_manifest, write_model_card, write_report
 
-    training = outcome.training
+    training = results.training
     summary = {
-        **outcome.metrics,
-        **_aggregate(outcome.tables),
-        "cost": _cost(outcome),
-        "run": {**_run(home, outcome, config), "config_hash": config_hash, "mlflow": mlflow},
+        **results.metrics,
+        **_aggregate(results.tables),
+        "cost": cost_of(training, results.seconds),
+        "run": {**_run(home, results, config), "config_hash": config_hash, "mlflow": mlflow},
     }
     manifest = build_manifest(
         name=name_of(home),
         config=config,
         config_hash=config_hash,
         seed=config["seed"],
-        data=outcome.data,
+        data=results.data,
         models={role: path and resolve_builtin(path) for role, path in _models(home, config).items()},
         command=shlex.join(command),
-        extra={"plan_sha256": outcome.plan},
+        extra={"plan_sha256": results.plan},
     )
     atomic_write(join(home, "manifest.json"), json.dumps(manifest, indent=2) + "\n")
-    tables = {label: table for label, table in outcome.tables.items() if table is not None}
+    tables = {label: table for label, table in results.tables.items() if table is not None}
     if tables:
         write_rows(join(home, "rows.parquet"), tables)
     write_report(
@@ -77,15 +72,15 @@ def write(
         ReportData(
             title=name_of(home),
             config=config,
-            metrics=outcome.metrics,
+            metrics=results.metrics,
             run=summary["run"],
             cost=summary["cost"],
             series=training["series"],
             tables=tables,
-            texts=outcome.texts,
-            data=outcome.data,
+            texts=results.texts,
+            data=results.data,
             manifest=manifest,
-            command=command,
+            command=list(command),
             open_command=mlflow,
             samples=config["report"]["samples"],
             reveal_text=config["report"]["reveal_text"],
@@ -95,12 +90,12 @@ def write(
         join(home, "model"),
         name=name_of(home),
         config=config,
-        metrics=outcome.metrics,
-        data=outcome.data,
+        metrics=results.metrics,
+        data=results.data,
         config_hash=config_hash,
         rounds=training["round"],
     )
-    outcome.discard()
+    remove_text(home)  # before the run counts as finished, so that a kill leaves none
     atomic_write(join(home, "metrics.json"), json.dumps(_json(summary), indent=2) + "\n")
     return ["report.html", "manifest.json", "metrics.json"]
 
@@ -124,16 +119,16 @@ def _models(home: PathLike, config: dict[str, Any]) -> dict[str, str | None]:
     }
 
 
-def _generations(outcome: Outcome, config: dict[str, Any]) -> dict[str, Any]:
+def _generations(results: Results, config: dict[str, Any]) -> dict[str, Any]:
     """Whether the answers to forget prompts are degenerate, and the sentence that says so; nulls where none knows."""
     from ofmu_ray.metrics.fronts import plain
     from ofmu_ray.metrics.degeneration import failed_measures, words
     from ofmu_ray.metrics.summary import sound_generations
 
-    before, retrained = outcome.tables.get("before"), outcome.tables.get("retrained")
+    before, retrained = results.tables.get("before"), results.tables.get("retrained")
     samples, seed = config["evaluation"]["bootstrap_samples"], config["seed"]
     sound = sound_generations(before, retrained, bootstrap_samples=samples, seed=seed)
-    after = plain(outcome.metrics.get("after") or {})
+    after = plain(results.metrics.get("after") or {})
     failed = failed_measures(after, sound)
     return {"degenerate": None if failed is None else bool(failed), "generations": words(after, sound)}
 
@@ -149,33 +144,20 @@ def _aggregate(tables: dict[str, Any]) -> dict[str, Any]:
     return {"aggregate": {name: figure.to_json() for name, figure in found.items()}}
 
 
-def _run(home: PathLike, outcome: Outcome, config: dict[str, Any]) -> dict[str, Any]:
+def _run(home: PathLike, results: Results, config: dict[str, Any]) -> dict[str, Any]:
     """What became of the run, and where it lies."""
-    training = outcome.training
+    training = results.training
     return {
         "name": name_of(home),
         "method": config["method"],
         "status": training["status"],
         "message": training["message"],
         "notes": training["notes"],
-        **_generations(outcome, config),
+        **_generations(results, config),
         "rounds": training["round"],
         "seed": config["seed"],
         "model": join(home, "model"),
         "report": join(home, "report.html"),
-    }
-
-
-def _cost(outcome: Outcome) -> dict[str, Any]:
-    training = outcome.training
-    account = training["account"]
-    return {
-        "gradient_passes": account["gradient_passes"],
-        "tokens": account["tokens"],
-        "flops": account["flops"],
-        "updates": account["updates"],
-        "seconds": {**outcome.seconds, "rounds": training["train_seconds"]},
-        "peak_memory_bytes": training["peak_memory_bytes"],
     }
 
 
@@ -187,21 +169,3 @@ def _json(value: Any) -> Any:
         return [_json(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
-
-def show(summary: dict[str, Any]) -> None:
-    """Print figures and paths: the figures on stdout, the rest as progress."""
-    if summary.get("before"):
-        print(metrics_table(summary))
-        if summary["run"].get("generations"):
-            print(summary["run"]["generations"])
-    cost = summary["cost"]
-    passes = cost["gradient_passes"]
-    print(
-        f"\ncost    {passes['forget']} forget + {passes['retain']} retain passes, {cost['updates']} updates, "
-        f"{cost['tokens']} tokens, {cost['flops']:.2e} FLOPs, {cost['seconds']['rounds']:.1f} s in rounds, "
-        f"{sum(s for name, s in cost['seconds'].items() if name != 'rounds'):.1f} s in all"
-    )
-    run = summary["run"]
-    print(f"model   {run['model']}\nreport  {run['report']}\nmlflow  {run['mlflow']}")
-    if run["message"]:
-        say(f"stopped {run['message']}")
