@@ -32,7 +32,7 @@ class Terminal(Listener):
         self._bars: list[Any] = []
 
     def note(self, topic: str, text: str) -> None:
-        line = f"{topic:<7} {text}"
+        line = f"{topic:<7} {text}" if topic else text
         if self._bars:
             self._bars[-1].write(line, file=sys.stderr)
             sys.stderr.flush()
