@@ -146,6 +146,7 @@ def make_job(
     folder: Path, name: str, rounds: int = ROUNDS, every: int = EVERY, timeout: float = HANG_SECONDS, **options: Any
 ) -> WorkerJob:
     """OFMU on the built-in people, two workers at ZeRO stage 2, with its plan written."""
+    from ofmu_ray.data.answers import AnswerEncoder
     from ofmu_ray.data.batch_plan import write_plan
     from ofmu_ray.data.prepare import prepare_streams
     from ofmu_ray.models.loading import load_tokenizer
@@ -156,7 +157,7 @@ def make_job(
     config = UnlearnConfig(training=training, ofmu=METHOD)
     data, tokenizer = config.data, load_tokenizer(config.model)
     sources = {"forget": data.forget, "retain": data.retain}
-    prepared = prepare_streams(sources, None, data.format, tokenizer, str(folder))
+    prepared = prepare_streams(sources, None, AnswerEncoder(tokenizer, data.format), str(folder))
     run = folder / name
     job = WorkerJob(
         run_dir=str(run), plan_dir=str(run / "plan"), config_hash="faults", seed=0, model=config.model,

@@ -12,9 +12,10 @@ from ofmu_ray.cluster.join import join_cluster
 from ofmu_ray.config import ModelConfig, TrainingConfig, config_hash
 from ofmu_ray.config.evaluate import RETRAINED, EvaluateConfig
 from ofmu_ray.errors import UserError
+from ofmu_ray.evaluation.evaluator import Evaluator, has_tokenizer, read_sets
+from ofmu_ray.models.checks import check_model
 from ofmu_ray.runs.attack_tasks import Checks
-from ofmu_ray.runs.evaluator import Evaluator, has_tokenizer, read_sets
-from ofmu_ray.runs.preflight import check_model, prepare_storage, public
+from ofmu_ray.runs.preflight import prepare_storage, public
 from ofmu_ray.runs.writing import write_rows
 from ofmu_ray.storage import atomic_write, is_uri, join, local_file, name_of, scratch
 from pipelines.parse import fail, parse

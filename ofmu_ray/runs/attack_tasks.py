@@ -13,7 +13,7 @@ from ofmu_ray.config import SourceConfig
 from ofmu_ray.config.evaluate import RETRAINED, EvaluateConfig
 from ofmu_ray.config.robustness import PrefixOptions, RelearnOptions
 from ofmu_ray.errors import UserError
-from ofmu_ray.runs.evaluator import Evaluator
+from ofmu_ray.evaluation.evaluator import Evaluator
 
 Figures = dict[str, dict[str, Any]]
 """Model -> name -> {"value", "low", "high", "n"}."""

@@ -15,6 +15,7 @@ from ofmu_ray.cluster.watchdog import Watchdog
 from ofmu_ray.engines.protocol import Engine
 from ofmu_ray.errors import UserError
 from ofmu_ray.methods.protocol import Method
+from ofmu_ray.tasks.protocol import Task
 from ofmu_ray.training import checkpoint
 from ofmu_ray.training.checkpoint import LoopState
 from ofmu_ray.training.job import WorkerJob
@@ -30,8 +31,9 @@ class Begun(Protocol):
     engine: Engine
     method: Method
     probe: UtilityProbe | None
+    task: Task
     module: torch.nn.Module
-    tokenizer: Any
+    processor: Any
     state: LoopState
     progress: Any
     watchdog: Watchdog
@@ -43,7 +45,7 @@ class Loop:
     def __init__(self, worker: Begun):
         job, session = worker.job, worker.session
         self.job, self.engine, self.method, self.probe = job, worker.engine, worker.method, worker.probe
-        self.module, self.tokenizer = worker.module, worker.tokenizer
+        self.task, self.module, self.processor = worker.task, worker.module, worker.processor
         self.state, self.session, self.display = worker.state, session, worker.progress
         self.watchdog = worker.watchdog
         self.logger = None
@@ -115,7 +117,9 @@ class Loop:
         if found is None:
             checkpoint.save(self.state, self.engine, self.method, self.session)  # the decision may take its time
         self.watchdog.end()
-        figures = stages.measure(self.engine, self.module, self.tokenizer, self.session.rank) if found is None else None
+        figures = None
+        if found is None:
+            figures = stages.measure(self.task, self.engine, self.module, self.processor, self.session.rank)
         if figures is not None:
             state, account = self.state, self.engine.account.state()
             spent = {"round": state.round, "train_seconds": state.train_seconds, "account": account}

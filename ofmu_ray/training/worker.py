@@ -12,9 +12,9 @@ from ofmu_ray.cluster.watchdog import Watchdog
 from ofmu_ray.data.batch_plan import read_plan
 from ofmu_ray.data.batches import local_rounds
 from ofmu_ray.data.stream import lane_iterator, rounds
-from ofmu_ray.engines.protocol import Engine
+from ofmu_ray.engines.protocol import Engine, Loss
 from ofmu_ray.errors import UserError
-from ofmu_ray.models.loading import load_causal_lm
+from ofmu_ray.tasks import task_named
 from ofmu_ray.training import checkpoint, integrity
 from ofmu_ray.training.checkpoint import LoopState
 from ofmu_ray.training.export import export_model
@@ -39,7 +39,7 @@ def worker_loop(config: dict[str, Any]) -> None:
 
     worker.run(source)
     watchdog.begin("the export")
-    export_model(job, worker.engine, worker.module, worker.tokenizer, worker.state, session.rank)
+    export_model(job, worker.engine, worker.module, worker.processor, worker.state, session.rank)
     watchdog.close()
 
 
@@ -61,14 +61,15 @@ class Worker:
     def __init__(self, job: WorkerJob, session: Session, progress: Any = None, watchdog: Watchdog | None = None):
         torch.manual_seed(job.seed)
         self.job, self.session = job, session
-        self.module, self.tokenizer = load_causal_lm(job.model)
+        self.task = task_named(job.task)
+        self.module, self.processor = self.task.load(job.model)
+        self.collate = self.task.collate(self.processor)
         self.method = job.build_method()
         self.method.freeze(self.module)
-        self.engine = build_engine(job, self.module, session.device)
+        self.engine = build_engine(job, self.module, self.task.loss, session.device)
         self.method.start(self.engine)
-        rank, world = session.rank, session.world
-        rows, pad_id = job.utility_rows, self.tokenizer.pad_token_id
-        self.probe = UtilityProbe(rows, rank, world, pad_id) if rows else None
+        rows, ranks = job.utility_rows, (session.rank, session.world)
+        self.probe = UtilityProbe(self.task, self.collate, rows, *ranks) if rows else None
         self.progress = progress
         """Actor that tells the driver how far rank 0 is and what was survived, or None."""
         self.watchdog = watchdog or Watchdog(session.rank, None, None)
@@ -119,7 +120,7 @@ class Worker:
         training = self.job.training
         options = {
             "micro_batch_size": training.micro_batch_size or training.batch_size // self.session.world,
-            "pad_id": self.tokenizer.pad_token_id,
+            "collate": self.collate,
             "sidecars": self.job.sidecars,
         }
         loop = Loop(self)
@@ -148,8 +149,8 @@ def _rounds(loop: Loop, batches: Iterable[dict[str, list[Any]]]) -> bool:
     return True
 
 
-def build_engine(job: WorkerJob, module: torch.nn.Module, device: torch.device) -> Engine:
-    """The engine that training.engine names, on a device."""
+def build_engine(job: WorkerJob, module: torch.nn.Module, loss: Loss, device: torch.device) -> Engine:
+    """The engine that training.engine names, on a device; `loss` is the task's."""
     training = job.training
     inner, outer = job.method.optimizers
     module = module.to(device)
@@ -157,11 +158,12 @@ def build_engine(job: WorkerJob, module: torch.nn.Module, device: torch.device) 
     if training.engine == "torch":
         from ofmu_ray.engines import TorchEngine
 
-        return TorchEngine(module, inner=inner, outer=outer, precision=precision, offload=offload)
+        return TorchEngine(module, loss_fn=loss, inner=inner, outer=outer, precision=precision, offload=offload)
     from ofmu_ray.engines import DeepSpeedEngine
 
     return DeepSpeedEngine(
         module,
+        loss_fn=loss,
         inner=inner,
         outer=outer,
         zero_stage=training.zero_stage,
