@@ -172,8 +172,8 @@ class Checks:
 
     def _checks(self) -> Iterator[tuple[tuple[str, str], Any]]:
         """((check, model), what to run) of all that is wanted, one model after the other."""
-        from ofmu_ray.evaluation.cache import model_fingerprint, weights_folder
         from ofmu_ray.attacks.measurement import Check
+        from ofmu_ray.evaluation.cache import model_fingerprint, weights_folder
 
         if not self.wanted:
             return

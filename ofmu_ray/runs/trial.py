@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ofmu_ray.config import ModelConfig, UnlearnConfig, config_hash, flatten, to_dict
-from ofmu_ray.storage import atomic_write
 from ofmu_ray.runs.job import Spec, make_job, with_references
+from ofmu_ray.storage import atomic_write
 
 if TYPE_CHECKING:
     from ofmu_ray.training.job import WorkerJob
@@ -254,8 +254,8 @@ def _job(trial: Trial, data: SplitData, work: Path) -> WorkerJob:
 
 def _mean_tokens(plan_dir: str) -> dict[str, float]:
     """Mean tokens of the rows of each stream in a plan."""
-    from ofmu_ray.data.shards import lane_files, read_pieces
     from ofmu_ray.data.batch_plan import read_plan
+    from ofmu_ray.data.shards import lane_files, read_pieces
 
     plan = read_plan(plan_dir)
     tokens: dict[str, list[int]] = {name: [] for name in plan.streams}

@@ -11,10 +11,10 @@ from typing import Any
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import ModelConfig, UnlearnConfig, close_match
 from ofmu_ray.errors import UserError
-from ofmu_ray.tasks import task_named
 from ofmu_ray.models.checks import placed
 from ofmu_ray.runs.preflight import check_sources
 from ofmu_ray.runs.trial import PRIVATE, SplitData
+from ofmu_ray.tasks import task_named
 
 
 def checked(
