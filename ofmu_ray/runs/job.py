@@ -121,7 +121,7 @@ def with_references(
 
 
 def remove_text(folder: str) -> None:
-    """Delete the rows' tokens, the batch plan, sidecars and watched rows: they hold text that must not outlive a run."""
+    """Delete tokens, batch plan, sidecars and watched rows: they hold text that must not outlive a run."""
     for name in (TOKENS, PLAN, SIDECARS):
         remove_folder(join(folder, name))
     remove_file(join(folder, WATCHED))
