@@ -197,7 +197,7 @@ def planner(shape: Any, batch: int, tokens: int, device: Any, precision: Any = "
 
 
 def ray_loop(config: dict[str, Any]) -> None:
-    """`ofmu_ray.training.worker.worker_loop` with a clock around the rounds."""
+    """`ofmu_ray.training.start.worker_loop` with a clock around the rounds."""
     from ofmu_ray.data.batch_plan import read_plan
     from ofmu_ray.data.stream import lane_iterator, rounds
     from ofmu_ray.training.session import RaySession

@@ -165,7 +165,7 @@ def reason(error: BaseException) -> str:
 
 def _run(trial: Trial, data: SplitData, work: Path, local: bool, watch: Watch | None) -> dict[str, Any]:
     from ofmu_ray.training.export import export_model
-    from ofmu_ray.training.worker import run_local
+    from ofmu_ray.training.start import run_local
 
     clock = _Clock()
     job = _job(trial, data, work)
