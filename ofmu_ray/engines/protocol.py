@@ -16,6 +16,11 @@ __all__ = ["Batch", "Engine", "Kind", "Loop", "Loss", "PassAccount", "Vector"]
 Loss = Callable[[torch.nn.Module, Any], torch.Tensor | tuple[torch.Tensor, torch.Tensor | int]]
 
 
+def sum_and_count(result: torch.Tensor | tuple[torch.Tensor, torch.Tensor | int]) -> tuple[torch.Tensor, Any]:
+    """What a loss gave, as a sum and the count to divide it by."""
+    return result if isinstance(result, tuple) else (result, 1)
+
+
 @dataclass(frozen=True)
 class Batch:
     """This rank's share of a global batch: micro-batches for the engine's loss, all of one kind."""
@@ -53,6 +58,8 @@ class Engine(ParameterSpace, Protocol):
     """One model, its parameters as sharded fp32 vectors, one optimiser per loop."""
 
     account: PassAccount
+    loss_fn: Loss
+    """The task's loss, which a gradient is of when no other is given."""
     precision: str
 
     @property

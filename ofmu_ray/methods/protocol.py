@@ -59,6 +59,10 @@ class Method(Protocol):
     """What the user should know of the last round, in sentences."""
 
     @property
+    def asks(self) -> frozenset[str]:
+        """What its losses take for granted of the task (`Task.offers`)."""
+
+    @property
     def needs(self) -> tuple[Need, ...]:
         """What has to be known about rows beforehand; () for most methods."""
 
