@@ -17,9 +17,6 @@ Batches = Iterable[Any]
 
 Quantity = Literal["nll", "logits", "activations", "refusal", "alternative", "refusal_nll"]
 
-REFUSAL = "refusal_"
-"""Prefix of the names, in a micro-batch, of the text that stands for an answer: a refusal or an alternative."""
-
 
 @dataclass(frozen=True)
 class Sampling:
