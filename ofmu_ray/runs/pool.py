@@ -16,7 +16,7 @@ class TrialActor:
         import torch
 
         import ofmu_ray.evaluation.scorer
-        import ofmu_ray.training.worker  # noqa: F401
+        import ofmu_ray.training.start  # noqa: F401
 
         torch.set_num_threads(threads)
 

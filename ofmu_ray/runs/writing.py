@@ -27,6 +27,8 @@ class Results:
     """Per-row values (pyarrow Tables) by model."""
     texts: dict[str, tuple[str, str]]
     """Row id -> (question, answer), for the samples of the report."""
+    verdict: dict[str, Any]
+    """What only all models together tell (`Evaluation.verdict`)."""
     data: dict[str, Any]
     """The data report."""
     seconds: dict[str, float]
@@ -49,7 +51,7 @@ def write(
     training = results.training
     summary = {
         **results.metrics,
-        **_aggregate(results.tables),
+        **{name: found for name, found in results.verdict.items() if name != "run"},
         "cost": cost_of(training, results.seconds),
         "run": {**_run(home, results, config), "config_hash": config_hash, "mlflow": mlflow},
     }
@@ -119,31 +121,6 @@ def _models(home: PathLike, config: dict[str, Any]) -> dict[str, str | None]:
     }
 
 
-def _generations(results: Results, config: dict[str, Any]) -> dict[str, Any]:
-    """Whether the answers to forget prompts are degenerate, and the sentence that says so; nulls where none knows."""
-    from ofmu_ray.metrics.fronts import plain
-    from ofmu_ray.metrics.degeneration import failed_measures, words
-    from ofmu_ray.metrics.summary import sound_generations
-
-    before, retrained = results.tables.get("before"), results.tables.get("retrained")
-    samples, seed = config["evaluation"]["bootstrap_samples"], config["seed"]
-    sound = sound_generations(before, retrained, bootstrap_samples=samples, seed=seed)
-    after = plain(results.metrics.get("after") or {})
-    failed = failed_measures(after, sound)
-    return {"degenerate": None if failed is None else bool(failed), "generations": words(after, sound)}
-
-
-def _aggregate(tables: dict[str, Any]) -> dict[str, Any]:
-    """OpenUnlearning's aggregate of the unlearned model, with its parts; nothing without an evaluation."""
-    from ofmu_ray.metrics.aggregate import aggregate_figures, aggregate_inputs
-
-    if tables.get("after") is None:
-        return {}
-    model, target, retrained = (aggregate_inputs(tables.get(name)) for name in ("after", "before", "retrained"))
-    found = aggregate_figures(model, target, retrained)
-    return {"aggregate": {name: figure.to_json() for name, figure in found.items()}}
-
-
 def _run(home: PathLike, results: Results, config: dict[str, Any]) -> dict[str, Any]:
     """What became of the run, and where it lies."""
     training = results.training
@@ -153,7 +130,7 @@ def _run(home: PathLike, results: Results, config: dict[str, Any]) -> dict[str, 
         "status": training["status"],
         "message": training["message"],
         "notes": training["notes"],
-        **_generations(results, config),
+        **results.verdict.get("run", {}),
         "rounds": training["round"],
         "seed": config["seed"],
         "model": join(home, "model"),
@@ -168,4 +145,3 @@ def _json(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_json(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-

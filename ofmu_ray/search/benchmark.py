@@ -23,7 +23,6 @@ from ofmu_ray.config import (
 )
 from ofmu_ray.errors import UserError
 from ofmu_ray.metrics.rule import Choice, Goal, select
-from ofmu_ray.runs.evaluator import Evaluator
 from ofmu_ray.runs.pool import Pool
 from ofmu_ray.runs.preflight import check_machine, prepare_folder, public
 from ofmu_ray.runs.trial import PRIVATE, SplitData, Trial, cost_signature, read_result, result_path, write_failure
@@ -112,7 +111,7 @@ def space_of(config: BenchmarkConfig, label: str) -> Space:
     return space
 
 
-def _checked_split(config: BenchmarkConfig, split: str, storage: Path) -> Evaluator:
+def _checked_split(config: BenchmarkConfig, split: str, storage: Path) -> Any:
     rule = config.rule
     asked = {"rule.objective": rule.objective, "rule.utility": rule.utility}
     generation = "tuning.max_new_tokens", config.tuning.max_new_tokens
@@ -126,7 +125,7 @@ class Benchmark:
         self,
         config: BenchmarkConfig,
         storage: Path,
-        evaluators: Mapping[str, Evaluator],
+        evaluators: Mapping[str, Any],
         spaces: Mapping[str, Space],
         handle: Any,
     ) -> None:

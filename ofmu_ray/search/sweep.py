@@ -16,8 +16,8 @@ from ofmu_ray.cluster.join import join_cluster, run_paths
 from ofmu_ray.config import SweepConfig, flatten, to_dict
 from ofmu_ray.config.benchmark import LABELS
 from ofmu_ray.errors import UserError
+from ofmu_ray.evaluation.evaluator import Evaluator
 from ofmu_ray.metrics.fronts import plain
-from ofmu_ray.runs.evaluator import Evaluator
 from ofmu_ray.runs.pool import Pool
 from ofmu_ray.runs.preflight import check_machine, claim, prepare_folder, public
 from ofmu_ray.runs.trial import PRIVATE, Trial, read_result

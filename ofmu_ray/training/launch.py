@@ -192,7 +192,7 @@ def fit(job: WorkerJob, title: str) -> dict[str, Any]:
     from ofmu_ray.cluster.rendezvous import OneInterface
     from ofmu_ray.cluster.shared_files import SharedFiles
     from ofmu_ray.training import registry
-    from ofmu_ray.training.worker import worker_loop
+    from ofmu_ray.training.start import worker_loop
 
     if not is_uri(job.run_dir):  # an object is there or not, never torn
         registry.mend(Path(job.run_dir) / "train")
