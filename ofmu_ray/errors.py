@@ -21,6 +21,11 @@ class StorageError(UserError):
     status = 1
 
 
+def user_error_within(error: BaseException | None) -> UserError | None:
+    """The user's mistake inside an error that Ray wrapped, if there is one."""
+    return next((cause for cause in causes(error) if isinstance(cause, UserError)), None)
+
+
 def causes(error: BaseException | None) -> Iterator[BaseException]:
     """An error and all that it came from as a traceback would show it, also where Ray wrapped it."""
     seen: set[int] = set()

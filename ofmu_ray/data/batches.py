@@ -9,11 +9,10 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from ofmu_ray.data.batch import REFUSAL, Batch
 from ofmu_ray.data.batch_plan import Plan
 from ofmu_ray.data.shards import lane_files, read_pieces
 from ofmu_ray.data.sidecar import Sidecar, open_sidecars
-from ofmu_ray.engines.protocol import Batch
-from ofmu_ray.methods.protocol import REFUSAL
 
 IGNORE = -100
 """Label of tokens without a loss (torch's cross_entropy default)."""

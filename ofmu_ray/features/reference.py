@@ -334,7 +334,7 @@ def _on_actors(
     import ray.data
 
     from ofmu_ray.data.ray_data import quiet
-    from ofmu_ray.training.launch import user_error_within
+    from ofmu_ray.errors import user_error_within
 
     device = device_kind()
     free = int(ray.available_resources().get("GPU" if device == "cuda" else "CPU", 0))

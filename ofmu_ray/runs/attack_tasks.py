@@ -214,7 +214,7 @@ def _by_tasks(missing: Missing, device: str) -> Iterator[tuple[int, Any]]:
     import ray
 
     from ofmu_ray.attacks.measurement import measure
-    from ofmu_ray.training.launch import user_error_within
+    from ofmu_ray.errors import user_error_within
 
     task = ray.remote(measure).options(**({"num_gpus": 1} if device == "cuda" else {"num_cpus": 1}))
     running = {task.remote(check, device): number for number, (_, check) in enumerate(missing)}

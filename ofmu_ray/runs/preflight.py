@@ -6,9 +6,9 @@ import json
 import os
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ofmu_ray.config import DataConfig, TrainingConfig, to_dict
+from ofmu_ray.config import DataConfig, TrainingConfig, UnlearnConfig, to_dict
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage import (
     PathLike,
@@ -23,6 +23,9 @@ from ofmu_ray.storage import (
     without_credentials,
 )
 from ofmu_ray.storage.trouble import refusal
+
+if TYPE_CHECKING:
+    from ofmu_ray.tasks.protocol import Task
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """What Ray sets in the process of a submitted job, and nowhere else."""
@@ -143,6 +146,35 @@ def check_machine(training: TrainingConfig) -> None:
         raise UserError(
             f"training.workers x training.cpus_per_worker = {training.workers} x {training.cpus_per_worker:g} = "
             f"{needed:g} CPUs, but this machine has {found}: lower one of them, or join a cluster (RAY_ADDRESS)"
+        )
+
+
+def check_method(task: Task, config: UnlearnConfig) -> None:
+    """UserError when the method's losses need what the task does not have."""
+    from ofmu_ray.methods import build_method
+
+    missing = build_method(config.method_options).asks - task.offers
+    if missing:
+        loss = f" with ofmu.forget_loss = {config.ofmu.forget_loss}" if config.method == "ofmu" else ""
+        raise UserError(
+            f"method = {config.method}{loss} needs {', '.join(sorted(missing))} of a language model, which task = "
+            f"{config.task!r} does not have: choose another method, or for ofmu --ofmu.forget_loss nll"
+        )
+
+
+def check_task_on_nodes(name: str) -> None:
+    """UserError when a node's processes do not find the task's module. Ray must be up."""
+    from ofmu_ray.cluster.nodes import alive, on_each
+    from ofmu_ray.tasks import importable, is_builtin
+
+    if is_builtin(name):
+        return
+    answers = on_each(alive(), importable, name)
+    missing = [node.address for node, found in answers.items() if found is not True]
+    if missing:
+        raise UserError(
+            f"task = {name!r}: processes on {', '.join(missing)} cannot import it; install the module there, or put "
+            "its folder on PYTHONPATH before Ray starts (for a submitted job: env_vars in runtime_env.yaml)"
         )
 
 

@@ -19,7 +19,15 @@ from ofmu_ray.config import BOUNDED, ModelConfig, OFMUConfig, TrainConfig, Unlea
 from ofmu_ray.models.checks import placed
 from ofmu_ray.runs.job import TOKENS, Spec, make_job, remove_text, with_references
 from ofmu_ray.runs.outcome import Outcome, cost_of, read_trained, read_unlearned
-from ofmu_ray.runs.preflight import check_machine, check_sources, claim, prepare_storage, public
+from ofmu_ray.runs.preflight import (
+    check_machine,
+    check_method,
+    check_sources,
+    check_task_on_nodes,
+    claim,
+    prepare_storage,
+    public,
+)
 from ofmu_ray.runs.writing import Results
 from ofmu_ray.storage import atomic_write, drop_copies, explained, is_whole, join, name_of, remove_folder
 from ofmu_ray.tasks import task_named
@@ -135,6 +143,7 @@ def _unlearn(begun: Run, config: UnlearnConfig) -> Outcome:
     from ofmu_ray.runs import writing
 
     task = task_named(config.task)
+    check_method(task, config)
     processor = task.check_model(config.model)
     if config.evaluation.enabled and config.evaluation.retrained:
         task.check_model(ModelConfig(path=config.evaluation.retrained), "evaluation.retrained")
@@ -146,6 +155,7 @@ def _unlearn(begun: Run, config: UnlearnConfig) -> Outcome:
         with begun.phase("start"):
             progress.note("run", begun.home)
             join_cluster(config.training, begun.storage, run_paths(config))
+            check_task_on_nodes(config.task)
         results = _work(begun, config, evaluation, encoder, handle)
         finished = results.training["status"] == "finished"
     link = tracking.open_command(handle)
@@ -234,6 +244,7 @@ def _train(begun: Run, config: TrainConfig) -> Outcome:
     with _tracked(begun, {"ofmu.kind": "train"}) as handle:
         rows_at = source_paths("data.train", config.data.train, config.data.root)
         join_cluster(config.training, begun.storage, model_paths(model) | rows_at)
+        check_task_on_nodes(config.task)
         prepared = prepare_streams(
             {"train": config.data.train},
             config.data.root,

@@ -154,7 +154,7 @@ def _written(trial: Trial, data: SplitData, result: Mapping[str, Any]) -> dict[s
 
 def reason(error: BaseException) -> str:
     """One line about an exception, without the text of rows (which no exception of this project holds)."""
-    from ofmu_ray.training.launch import user_error_within
+    from ofmu_ray.errors import user_error_within
 
     mistake = user_error_within(error)
     if mistake is not None:

@@ -16,7 +16,7 @@ import yaml
 
 from ofmu_ray import progress
 from ofmu_ray.cluster.nodes import alive, here, on, room
-from ofmu_ray.errors import UserError, causes
+from ofmu_ray.errors import UserError, user_error_within
 from ofmu_ray.storage import is_uri, join, locate, read_text
 from ofmu_ray.training.job import WorkerJob
 from ofmu_ray.training.progress import Progress, Watch
@@ -263,8 +263,3 @@ def _no_room(error: Exception, job: WorkerJob) -> UserError | None:
         f"nodes came to have room for {found}; the same command takes the run up from its last checkpoint when there "
         "is room, or with fewer workers (--training.workers)"
     )
-
-
-def user_error_within(error: BaseException | None) -> UserError | None:
-    """The user's mistake inside an error that Ray wrapped, if there is one."""
-    return next((cause for cause in causes(error) if isinstance(cause, UserError)), None)
