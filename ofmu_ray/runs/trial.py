@@ -168,7 +168,7 @@ def _run(trial: Trial, data: SplitData, work: Path, local: bool, watch: Watch | 
     from ofmu_ray.training.start import run_local
 
     clock = _Clock()
-    job = _job(trial, data, work)
+    job = job_of(trial, data, work)
     if watch is not None:
         job = replace(job, tracking=watch.tracking, stages=_stages(trial, data, work, watch.stages))
         if watch.parent is not None:
@@ -244,7 +244,7 @@ def _stages(trial: Trial, data: SplitData, work: Path, count: int) -> Any:
     return Stages(folder=str(work / "stages"), count=count, evaluation=evaluation, retrained=data.retrained)
 
 
-def _job(trial: Trial, data: SplitData, work: Path) -> WorkerJob:
+def job_of(trial: Trial, data: SplitData, work: Path) -> WorkerJob:
     """The worker's job, its batch plan and what the method needs to know about rows written."""
     model = replace(trial.config.model, path=data.model.path, tokenizer=data.model.tokenizer)
     spec, cache = Spec.of(trial.config, model), str(data.evaluator.cache)
