@@ -38,7 +38,8 @@ def parse(config_class: type[Config], arguments: Sequence[str], prog: str) -> Co
     Raises:
         UserError: unknown option (with the closest known one), wrong type, value out of range, missing file.
     """
-    parser = parser_for(config_class, prog)
+    kind: Any = config_class
+    parser = parser_for(kind, prog)
     known = [option.removeprefix("--") for option in parser._option_string_actions if option.startswith("--")]
     try:
         # print_config would print the defaults of the wrong preset, so the preset is looked for without it
