@@ -12,7 +12,8 @@ from typing import Any
 from ofmu_ray.attacks.importance import Importance, importances
 from ofmu_ray.metrics.degeneration import Sound
 from ofmu_ray.metrics.fronts import Trial, number_of
-from ofmu_ray.metrics.rule import Goal, sense
+from ofmu_ray.metrics.registry import metric
+from ofmu_ray.metrics.rule import Goal
 from ofmu_ray.reporting import figures
 
 WITHOUT_RESULT = ("failed", "stopped")
@@ -119,7 +120,7 @@ class Sweep:
     @cached_property
     def axis(self) -> Axis:
         """The objective's axis."""
-        label, kind = noun(self.objective), sense(self.objective)
+        label, kind = noun(self.objective), metric(self.objective).better
         if kind == "retrained":
             reference = self.reference("retrained", self.objective)
             words = label if reference is None else f"distance of {label} to the retrained model's"
