@@ -25,12 +25,12 @@ from ofmu_ray.config import EvaluationConfig, FormatConfig
 from ofmu_ray.data.template import Template
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation import actors
-from ofmu_ray.evaluation.cache import model_fingerprint
 from ofmu_ray.evaluation.rows import evaluation_rows, without_private_text
 from ofmu_ray.evaluation.runner import evaluate_live, evaluate_model, summarise
 from ofmu_ray.evaluation.scorer import Scorer
 from ofmu_ray.evaluation.scoring import token_scores
 from ofmu_ray.metrics.rouge import rouge_l_recall
+from ofmu_ray.models.source import model_fingerprint
 
 CONFIG = EvaluationConfig(max_new_tokens=12, batch_size=8, bootstrap_samples=50)
 
