@@ -69,7 +69,9 @@ def benchmark(config: BenchmarkConfig, command: list[str]) -> int:
     try:
         with tracking.system_metrics(handle, enabled=config.base.tracking.system_metrics):
             by_split = [run_paths(config.run(split, config.methods[0]), f"{split}: ") for split in config.splits]
-            join_cluster(training, storage, {option: paths for found in by_split for option, paths in found.items()})
+            join_cluster(
+                training, storage, {option: paths for found in by_split for option, paths in found.items()}, say
+            )
             say(f"benchmark {folder}")
             bench = Benchmark(config, storage, evaluators, spaces, handle)
             complete = bench.run()

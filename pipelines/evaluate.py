@@ -44,7 +44,7 @@ def evaluate(config: EvaluateConfig, command: list[str]) -> int:
     for label, path in models.items():
         _check(path, _option(label), evaluator)
     checks = Checks(config, evaluator, models)
-    join_cluster(TrainingConfig(), storage, {_option(label): [path] for label, path in models.items()})
+    join_cluster(TrainingConfig(), storage, {_option(label): [path] for label, path in models.items()}, say)
     handle = tracking.start(config.tracking, storage, name_of(home), public(config), {"ofmu.kind": "evaluate"})
     status: Any = "FAILED"
     try:

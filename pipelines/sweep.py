@@ -103,7 +103,7 @@ def sweep(config: SweepConfig, command: list[str]) -> int:
     complete = False
     try:
         with tracking.system_metrics(handle, enabled=run.tracking.system_metrics):
-            join_cluster(training, storage, run_paths(run, "base."))
+            join_cluster(training, storage, run_paths(run, "base."), say)
             at_once = concurrency(training, config.concurrency)
             claim(folder, digest, write=True)
             say(f"sweep   {folder}")

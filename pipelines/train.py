@@ -60,7 +60,7 @@ def _fit(
     handle = tracking.start(config.tracking, storage, name_of(home), public(config), {"ofmu.kind": "train"})
     training = config.training
     rows_at = source_paths("data.train", config.data.train, config.data.root)
-    join_cluster(training, storage, model_paths(model) | rows_at)
+    join_cluster(training, storage, model_paths(model) | rows_at, say)
     prepared = prepare_streams(
         {"train": config.data.train},
         config.data.root,

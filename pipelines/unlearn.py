@@ -103,7 +103,7 @@ def _run(run: Run, tokenizer: Any, digest: str) -> int:
         with tracking.system_metrics(handle, enabled=config.tracking.system_metrics):
             with run.phase("start"):
                 say(f"run     {run.home}")
-                join_cluster(config.training, run.storage, run_paths(config))
+                join_cluster(config.training, run.storage, run_paths(config), say)
             outcome = _work(run, tokenizer, digest, handle)
         status = "FINISHED" if outcome.training["status"] == "finished" else "FAILED"
     except KeyboardInterrupt:

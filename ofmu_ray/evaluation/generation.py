@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers import DynamicCache, DynamicLayer
 
 from ofmu_ray.evaluation.scoring import head_on, length_sorted
 

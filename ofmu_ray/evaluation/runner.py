@@ -11,10 +11,11 @@ from typing import Any
 import pyarrow as pa
 
 from ofmu_ray.assets import model_source
+from ofmu_ray.cluster.map_tasks import device_kind
 from ofmu_ray.config import EvaluationConfig, FormatConfig
 from ofmu_ray.data.template import Template
 from ofmu_ray.errors import UserError
-from ofmu_ray.evaluation.actors import Loading, device_kind, run_units
+from ofmu_ray.evaluation.actors import Loading, run_units
 from ofmu_ray.evaluation.cache import EvaluationCache, cache_key, model_fingerprint, weights_folder
 from ofmu_ray.evaluation.rows import EvaluationRow, evaluation_rows, is_private, with_row_metrics, without_private_text
 from ofmu_ray.evaluation.scorer import Result, Scorer, Unit, assemble, plan

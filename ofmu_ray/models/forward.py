@@ -15,6 +15,7 @@ import torch
 from transformers import AttentionInterface
 
 from ofmu_ray.evaluation.scoring import head_on
+from ofmu_ray.internals.transformers_private import attention_of
 
 _ATTENTION = "ofmu"
 _HARMLESS = {"dropout", "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions"}
@@ -95,7 +96,7 @@ AttentionInterface.register(_ATTENTION, _attention)
 @contextmanager
 def _attending(model: Any) -> Iterator[None]:
     """Within the context the model's attention is `_attention`."""
-    usual = model.config._attn_implementation
+    usual = attention_of(model)
     model.set_attn_implementation(_ATTENTION)
     try:
         yield
