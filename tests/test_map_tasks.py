@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -53,15 +54,19 @@ def by_value() -> None:
 
 
 def processes() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if "WarmProcess" in " ".join(p.cmdline())]
+    alive = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    return [process for process in alive if "WarmProcess" in " ".join(process.cmdline())]
 
 
 def gone() -> bool:
     """Whether the processes end; what Ray kills takes a moment."""
     end = time.monotonic() + 30
-    while processes() and time.monotonic() < end:
+    while time.monotonic() < end:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if not processes():
+                return True
         time.sleep(0.1)
-    return not processes()
+    return False
 
 
 def test_an_item_whose_process_ends_is_handed_back(local_ray: None, tmp_path: Path) -> None:
@@ -78,10 +83,10 @@ def test_an_item_whose_process_ends_is_handed_back(local_ray: None, tmp_path: Pa
 
 
 def test_retries_are_the_callers_choice(local_ray: None, tmp_path: Path) -> None:
-    with ProcessPool(partial(make, tmp_path), 2, cpus=0.5, retries=1) as pool:
+    with ProcessPool(partial(make, tmp_path), 1, cpus=2, retries=1) as pool:
         found: dict[int, Any] = dict(pool.map(["exits once", "a", "exits"]))
-    assert found[0][0] == "exits once"
-    assert found[1][0] == "a"
+    assert found[0] == ("exits once", 1, "2")  # a thread per CPU
+    assert found[1] == ("a", 2, "2")
     assert isinstance(found[2], ProcessDied)
 
 
@@ -89,7 +94,7 @@ def test_work_that_needs_every_item(local_ray: None, tmp_path: Path, monkeypatch
     items = ["a", "exits once", "b"]
     assert {number: value[0] for number, value in map_tasks(partial(make, tmp_path), items)} == dict(enumerate(items))
     monkeypatch.setattr(module, "RETRIES", 0)
-    with pytest.raises(ProcessDied, match="its process ended: .*OutOfMemoryError"):
+    with pytest.raises(ProcessDied, match=r"its process ended: .*OutOfMemoryError"):
         list(map_tasks(partial(make, tmp_path), ["memory"], most=1))
     with pytest.raises(UserError, match="an option is wrong"):
         list(map_tasks(partial(make, tmp_path), ["mistake", "a"]))

@@ -86,12 +86,7 @@ def connect(
 
 def worker_environment(cpus: float) -> dict[str, str]:
     """Variables of a process with so many CPUs: a thread for each."""
-    return WORKER_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads(cpus))}
-
-
-def threads(cpus: float) -> int:
-    """Threads of a process with so many CPUs."""
-    return max(1, int(cpus))
+    return WORKER_ENVIRONMENT | {"OMP_NUM_THREADS": str(max(1, int(cpus)))}
 
 
 def _job_environment() -> dict[str, str]:

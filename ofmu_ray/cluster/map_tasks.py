@@ -34,10 +34,7 @@ class ProcessDied(RuntimeError):
 class WarmProcess:
     """The remote side: keeps the function that `make` gave."""
 
-    def __init__(self, threads: int) -> None:
-        import torch
-
-        torch.set_num_threads(threads)
+    def __init__(self) -> None:
         self.function: Callable[[Any], Any] | None = None
 
     def run(self, make: list[Any], item: Any) -> Any:
@@ -136,7 +133,7 @@ class ProcessPool(Generic[Item, Result]):
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        from ofmu_ray.cluster.connect import threads, worker_environment
+        from ofmu_ray.cluster.connect import worker_environment
 
         options: dict[str, Any] = {"num_cpus": self.cpus, "num_gpus": self.gpus}
         if self.nodes:  # soft: elsewhere, if that node ends
@@ -144,7 +141,7 @@ class ProcessPool(Generic[Item, Result]):
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=True)
         self._started += 1
         environment = {"env_vars": worker_environment(self.cpus)}
-        return ray.remote(WarmProcess).options(**options, runtime_env=environment).remote(threads(self.cpus))
+        return ray.remote(WarmProcess).options(**options, runtime_env=environment).remote()
 
     def close(self) -> None:
         """End the processes."""
