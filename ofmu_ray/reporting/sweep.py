@@ -35,9 +35,8 @@ def write_sweep_report(
 
     Args:
         trials: one mapping per run: `number`, `phase` (search; confirm: the chosen options on a fresh seed and all
-            rows), `seed`, `status`, `message`, `options` (JSON text), `stage` of `stages` evaluations, costs as in
-            metrics.json's `cost`, `ended_seconds` since the sweep began, `selected`, `feasible`, `front`, `parent`,
-            and figures as NAME, NAME_low, NAME_high.
+            rows), `seed`, `status`, `message`, `options` (JSON text), `stage` of `stages` evaluations, `flops`,
+            `front`, and figures as NAME, NAME_low, NAME_high; trials.csv has whatever else they hold.
         stages: one mapping per evaluation on the way: `number`, `stage`, `flops`, `train_seconds`, the rule's figures.
         settings: `name`, `command`, `config`, `method`, `machine`, `code`, `packages`, `seconds`, `rule`, `search`,
             `space`, `references` and `chosen` or `nearest`, as in sweep.json.
@@ -72,9 +71,6 @@ def _head(sweep: Sweep) -> Head:
     }
     status = f"recommended: trial {sweep.recommended['number']}" if sweep.recommended else "nothing to recommend"
     return Head(status, sweep.recommended is not None, {name: str(words) for name, words in found.items() if words})
-
-
-# ------------------------------------------------------------------------------------------------------ the answer
 
 
 def _recommendation(sweep: Sweep) -> Section:
@@ -178,18 +174,15 @@ def _certainty(sweep: Sweep) -> Section:
     return Section("How sure", lead=notes)
 
 
-# ------------------------------------------------------------------------------------------------ what it rests on
-
-
 def _best(sweep: Sweep, plane: Plot | None) -> Section:
     if plane is None:
         return Section("The best trials", ["No trial has been evaluated yet."] if sweep.trials else ())
     without = sum(sweep.place(trial) is None for trial in sweep.trials)
     notes = [
-        "In the order of the rule, with the Pareto front and the fresh seeds, which are evaluated on all rows. All "
-        "trials: trials.csv. MLflow has the rest: select this sweep's trials there and compare them.",
-        "Plot: up and to the right is better; line: the Pareto front of the trials that ran to their end; ★ retrained "
-        f"model, ✖ target.{f' {without} trials without an evaluation are not drawn.' if without else ''}",
+        "In the order of the rule, then the fresh seeds, which are evaluated on all rows. All trials: trials.csv. MLflow "
+        "has the rest: select this sweep's trials there and compare them.",
+        "Plot: up and to the right is better; line: the Pareto front of the trials that ran to their end, with their "
+        f"numbers; ★ retrained model, ✖ target.{f' {without} trials have no evaluation.' if without else ''}",
     ]
     return Section("The best trials", notes, some(tables.best_table(sweep)), plots=[plane])
 
@@ -211,7 +204,13 @@ def _options(sweep: Sweep) -> Section:
         )
     elif count < MINIMUM_TRIALS:
         notes.append(f"{count} trials ran to their end; importances mean nothing below {MINIMUM_TRIALS}.")
-    if plot is not None:
-        notes.append("Plot: a line still moving at its end says that more trials might help; grey: not by the rule.")
     table = some(tables.options_table(sweep))
+    notes.append(
+        "Rank: Spearman's correlation; it sees rising and falling only, and few trials give large ones by chance."
+    )
+    if plot is not None:
+        notes.append(
+            "Plot: line: the best that the rule could choose so far; grey: trials that it could not. A line that still "
+            "moves at its end says that more trials might help."
+        )
     return Section("What was searched, and what mattered", notes if table else (), table, plots=[plot] if plot else [])

@@ -96,6 +96,8 @@ def history_plot(sweep: Sweep) -> Plot | None:
             axes.set_yscale("log")
         if sweep.axis.falling:
             axes.invert_yaxis()
+        for legend in filter(None, [axes.get_legend()]):
+            legend.remove()  # the page's words say it
         axes.set(title="", xlabel="trials that ran to their end", ylabel=sweep.axis.label)
         plot = Plot("The best so far", inline_svg(axes.figure, "The best so far"), [], wide=True)
         pyplot.close(axes.figure)

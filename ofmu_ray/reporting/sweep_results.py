@@ -115,8 +115,9 @@ class Sweep:
     def place(self, trial: Trial) -> tuple[float, float] | None:
         """Where a trial stands in the plane, at its last evaluation if it did not come to its end."""
         # a fresh seed has the chosen trial's number, but none of its evaluations
-        known = trial if trial.get("phase") == "confirm" else {**self._last.get(trial["number"], {}), **_known(trial)}
-        return self._place(*(number_of(known, name) for name in (self.utility, self.objective)))
+        last = {} if trial.get("phase") == "confirm" else self._last.get(trial["number"], {})
+        names = (self.utility, self.objective)
+        return self._place(*(number_of(last if trial.get(name) is None else trial, name) for name in names))
 
     def reference_place(self, model: str) -> tuple[float, float] | None:
         """The same of the target or the retrained model."""
@@ -149,10 +150,6 @@ def options(trial: Trial) -> dict[str, Any]:
     """Dotted field -> value."""
     found: dict[str, Any] = json.loads(trial.get("options") or "{}")
     return found
-
-
-def _known(trial: Trial) -> Trial:
-    return {name: value for name, value in trial.items() if value is not None}
 
 
 def _rest(trial: Trial) -> float:

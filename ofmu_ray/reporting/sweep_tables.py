@@ -63,8 +63,7 @@ def fresh_cell(fresh: Sequence[Trial], name: str) -> Cell:
 
 def _figure(trial: Trial, name: str) -> Cell:
     low, high = number_of(trial, f"{name}_low"), number_of(trial, f"{name}_high")
-    interval = (span(low, high),) if low is not None and high is not None else ()
-    return Cell(figures.number(number_of(trial, name)), interval)
+    return Cell(figures.number(number_of(trial, name)), () if low is None or high is None else (span(low, high),))
 
 
 def _reference(figure: Mapping[str, Any] | None) -> Cell:
@@ -73,8 +72,9 @@ def _reference(figure: Mapping[str, Any] | None) -> Cell:
 
 
 def best_table(sweep: Sweep) -> Table | None:
-    """The first trials in the order of the rule, further ones of the front, and the fresh seeds."""
-    shown = sweep.whole[:BEST] + [trial for trial in sweep.whole[BEST:] if trial.get("front")]
+    """The first trials in the order of the rule and the fresh seeds; where nothing is recommended, the front too."""
+    front = [] if sweep.recommended else [trial for trial in sweep.whole[BEST:] if trial.get("front")]
+    shown = [*sweep.whole[:BEST], *front]
     fields = [str(knob["field"]) for knob in sweep.space]
     rows = []
     for trial in (*shown, *sweep.fresh):
@@ -128,10 +128,10 @@ def options_table(sweep: Sweep) -> Table | None:
 
 
 def _mattered(row: Importance | None, rank: float | None) -> Cell:
-    lines = () if rank is None else (f"rank correlation {rank:+.2f}",)
+    lines = () if rank is None else (f"rank {rank:+.2f}",)
     if row is None:
         return Cell("–", lines)
-    return Cell(f"{row.share:.2f}", (f"{span(row.low, row.high)}, p = {figures.number(row.p_value)}", *lines))
+    return Cell(f"{row.share:.2f}", (span(row.low, row.high), f"p = {figures.number(row.p_value)}", *lines))
 
 
 def failures_table(sweep: Sweep) -> Table | None:
