@@ -9,7 +9,7 @@ PYTEST = $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loads
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install install-dev quickstart models models-smollm2 unit test test-all lint types audit format lock clean
+.PHONY: install install-dev quickstart models models-smollm2 unit test test-all lint types audit docs format lock clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -66,6 +66,10 @@ types: install-dev
 # which pins have known vulnerabilities; a report (see .ci/audit.py)
 audit: install-dev
 	$(BIN)/python .ci/audit.py constraints.txt
+
+# the site, into build/site; a broken link or an unknown name in docs/api.md is an error
+docs: install-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: install-dev
 	$(BIN)/ruff check --fix .

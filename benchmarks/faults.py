@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from safetensors.torch import load_file
 
+import ofmu_ray.training.start as start_module
 import ofmu_ray.training.worker as worker_module
 from ofmu_ray.config import OFMUConfig, StopConfig, TrainingConfig, UnlearnConfig
 from ofmu_ray.training.job import WorkerJob
@@ -55,7 +56,7 @@ def faulty_loop(config: dict[str, Any]) -> None:
     real_loop(config)
 
 
-real_loop = worker_module.worker_loop
+real_loop = start_module.worker_loop
 
 
 class Saboteur:
@@ -94,23 +95,23 @@ class Saboteur:
     def arm(self) -> None:
         """Put the points of `at` into the loop, the engine, the session and the export."""
         from ofmu_ray.training import export
-        from ofmu_ray.training.loop import Loop
         from ofmu_ray.training.session import RaySession
+        from ofmu_ray.training.worker import Worker
 
         before(worker_module, "build_engine", lambda *_: self.at("start"))
-        build, rounds = worker_module.build_engine, Loop.round
+        build, rounds = worker_module.build_engine, Worker.round
 
         def build_engine(*arguments: Any) -> Any:
             engine = build(*arguments)
             self.watch(engine)
             return engine
 
-        def round_(loop: Any, batches: Any) -> bool:
-            self.begin(loop.state.round + 1)
-            return rounds(loop, batches)
+        def round_(worker: Any, batches: Any) -> bool:
+            self.begin(worker.state.round + 1)
+            return rounds(worker, batches)
 
         worker_module.build_engine = build_engine
-        Loop.round = round_  # type: ignore[method-assign]
+        Worker.round = round_  # type: ignore[method-assign]
         before(RaySession, "report", lambda *_: self.at("checkpoint_write"))
         before(export, "atomic_write", lambda *_: self.at("export"))  # the model is written, the run is not
 
@@ -146,6 +147,7 @@ def make_job(
     folder: Path, name: str, rounds: int = ROUNDS, every: int = EVERY, timeout: float = HANG_SECONDS, **options: Any
 ) -> WorkerJob:
     """OFMU on the built-in people, two workers at ZeRO stage 2, with its plan written."""
+    from ofmu_ray.data.answers import AnswerEncoder
     from ofmu_ray.data.batch_plan import write_plan
     from ofmu_ray.data.prepare import prepare_streams
     from ofmu_ray.models.loading import load_tokenizer
@@ -156,7 +158,7 @@ def make_job(
     config = UnlearnConfig(training=training, ofmu=METHOD)
     data, tokenizer = config.data, load_tokenizer(config.model)
     sources = {"forget": data.forget, "retain": data.retain}
-    prepared = prepare_streams(sources, None, data.format, tokenizer, str(folder))
+    prepared = prepare_streams(sources, None, AnswerEncoder(tokenizer, data.format), str(folder))
     run = folder / name
     job = WorkerJob(
         run_dir=str(run), plan_dir=str(run / "plan"), config_hash="faults", seed=0, model=config.model,
@@ -177,11 +179,11 @@ def run(job: WorkerJob, faults: Sequence[Fault]) -> dict[str, Any]:
     folder = Path(job.run_dir)
     (folder / "faults.json").write_text(json.dumps([asdict(fault) for fault in faults]))
     started = time.perf_counter()
-    worker_module.worker_loop = faulty_loop  # what `fit` gives to Ray Train
+    start_module.worker_loop = faulty_loop  # what `fit` gives to Ray Train
     try:
         summary = fit(job, "faults")
     finally:
-        worker_module.worker_loop = real_loop
+        start_module.worker_loop = real_loop
     begun = [json.loads(line) for line in (folder / "rounds_0").read_text().splitlines()]
     costs = []
     for number, fault in enumerate(faults):

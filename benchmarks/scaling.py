@@ -197,7 +197,7 @@ def planner(shape: Any, batch: int, tokens: int, device: Any, precision: Any = "
 
 
 def ray_loop(config: dict[str, Any]) -> None:
-    """`ofmu_ray.training.worker.worker_loop` with a clock around the rounds."""
+    """`ofmu_ray.training.start.worker_loop` with a clock around the rounds."""
     from ofmu_ray.data.batch_plan import read_plan
     from ofmu_ray.data.stream import lane_iterator, rounds
     from ofmu_ray.training.session import RaySession
@@ -229,6 +229,7 @@ def ray_overhead(workers: int, rounds: int) -> dict[str, Any]:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from ofmu_ray.cluster.connect import connect, worker_environment
+    from ofmu_ray.data.answers import AnswerEncoder
     from ofmu_ray.data.batch_plan import write_plan
     from ofmu_ray.data.prepare import prepare_streams
     from ofmu_ray.models.loading import load_tokenizer
@@ -240,8 +241,8 @@ def ray_overhead(workers: int, rounds: int) -> dict[str, Any]:
     connect(workers)
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare_streams(
-            {"forget": config.data.forget, "retain": config.data.retain}, None, config.data.format,
-            load_tokenizer(config.model), folder,
+            {"forget": config.data.forget, "retain": config.data.retain}, None,
+            AnswerEncoder(load_tokenizer(config.model), config.data.format), folder,
         )  # fmt: skip
         job = WorkerJob(
             run_dir=folder, plan_dir=f"{folder}/plan", config_hash="scaling", seed=0, model=config.model,

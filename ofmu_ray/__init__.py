@@ -1,6 +1,42 @@
 """OFMU-Ray: bi-level machine unlearning (OFMU, arXiv 2509.22483) on Ray, DeepSpeed, MLflow and transformers.
 
+    from ofmu_ray import unlearn
+    from ofmu_ray.config import UnlearnConfig
+
+    outcome = unlearn(UnlearnConfig(name="mine"))
+    print(outcome.status, outcome.model, outcome.metrics["after"]["forget_quality"])
+
 Importing the package imports neither torch nor Ray; each room imports what it needs where it needs it.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ofmu_ray.config import TrainConfig, UnlearnConfig
+    from ofmu_ray.progress import Listener
+    from ofmu_ray.runs.outcome import Outcome
+
 __version__ = "0.1.0"
+__all__ = ["train", "unlearn"]
+
+
+def unlearn(config: UnlearnConfig, listener: Listener | None = None) -> Outcome:
+    """Make a model forget; the same as `ofmu unlearn`.
+
+    A killed run resumes under the same name, and a finished one is read, not repeated. `listener` hears of progress.
+
+    Raises:
+        UserError: something in the configuration, the data or the cluster must change; the message says what.
+    """
+    from ofmu_ray.runs.run import run
+
+    return run(config, listener)
+
+
+def train(config: TrainConfig, listener: Listener | None = None) -> Outcome:
+    """Fit a target or a retrained model; the same as `ofmu train`. Everything else as in `unlearn`."""
+    from ofmu_ray.runs.run import run
+
+    return run(config, listener)

@@ -21,6 +21,11 @@ class StorageError(UserError):
     status = 1
 
 
+def user_error_within(error: BaseException | None) -> UserError | None:
+    """The user's mistake inside an error that Ray wrapped, if there is one."""
+    return next((cause for cause in causes(error) if isinstance(cause, UserError)), None)
+
+
 def causes(error: BaseException | None) -> Iterator[BaseException]:
     """An error and all that it came from as a traceback would show it, also where Ray wrapped it."""
     seen: set[int] = set()
@@ -34,8 +39,3 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         queue += [current.__cause__, None if current.__suppress_context__ else current.__context__]
         queue += [getattr(current, "cause", None)]
         queue += [getattr(current, "controller_failure", None), *getattr(current, "worker_failures", {}).values()]
-
-
-def user_error_within(error: BaseException | None) -> UserError | None:
-    """The user's mistake inside an error that Ray wrapped, if there is one."""
-    return next((cause for cause in causes(error) if isinstance(cause, UserError)), None)

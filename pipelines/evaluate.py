@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
-from typing import Any
 
-from ofmu_ray.assets import resolve_builtin
-from ofmu_ray.cluster.join import join_cluster
-from ofmu_ray.config import ModelConfig, TrainingConfig, config_hash
-from ofmu_ray.config.evaluate import RETRAINED, EvaluateConfig
+from ofmu_ray.config.evaluate import EvaluateConfig
 from ofmu_ray.errors import UserError
-from ofmu_ray.runs.attack_tasks import Checks
-from ofmu_ray.runs.evaluator import Evaluator, has_tokenizer, read_sets
-from ofmu_ray.runs.outcome import write_rows
-from ofmu_ray.runs.preflight import check_model, prepare_storage, public
-from ofmu_ray.storage import atomic_write, is_uri, join, local_file, name_of, scratch
+from ofmu_ray.progress import listening
+from ofmu_ray.runs.comparison import compare
+from ofmu_ray.storage import join
 from pipelines.parse import fail, parse
-from pipelines.terminal import metrics_table, say
+from pipelines.terminal import Terminal, metrics_table, say
 
 PROG = "ofmu evaluate"
 
@@ -27,134 +19,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; exit status 0, 2 for a user's mistake."""
     words = sys.argv[1:] if arguments is None else arguments
     try:
-        config = parse(EvaluateConfig, words, PROG)
-        return evaluate(config, command=[*PROG.split(), *words])
+        with listening(Terminal()):
+            found = compare(parse(EvaluateConfig, words, PROG), [*PROG.split(), *words])
     except UserError as error:
         return fail(error, PROG)
-
-
-def evaluate(config: EvaluateConfig, command: list[str]) -> int:
-    """Evaluate, compare, report. What is in the cache is not run again, so an interrupted evaluation goes on."""
-    from ofmu_ray import tracking
-
-    storage = prepare_storage(config.storage)
-    home = join(storage, config.name or f"evaluate-{config_hash(config)[:8]}")
-    models = _models(config)
-    evaluator = _evaluator(config, storage)
-    for label, path in models.items():
-        _check(path, _option(label), evaluator)
-    checks = Checks(config, evaluator, models)
-    join_cluster(TrainingConfig(), storage, {_option(label): [path] for label, path in models.items()}, say)
-    handle = tracking.start(config.tracking, storage, name_of(home), public(config), {"ofmu.kind": "evaluate"})
-    status: Any = "FAILED"
-    try:
-        tables = {label: evaluator.table(path, label) for label, path in models.items()}
-        checks.measure()
-        tables = checks.with_gradient_norms(tables)
-        figures = {label: evaluator.figures(table, tables.get(RETRAINED)) or {} for label, table in tables.items()}
-        further = checks.figures()
-        mlflow = tracking.open_command(handle)
-        files = _write(home, config, evaluator, models, tables, figures, further, command, mlflow)
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        done = status == "FINISHED"
-        logged = _logged(figures, further) if done else None
-        with scratch() as place:
-            artifacts = [local_file(join(home, name), place) for name in files] if done else []
-            tracking.finish(handle, metrics=logged, artifacts=artifacts, status=status)
-    print(metrics_table(figures, list(figures)))
-    say(f"report  {join(home, 'report.html')}")
-    say(f"mlflow  {mlflow}")
+    print(metrics_table(found.metrics, list(found.metrics)))
+    say(f"report  {join(found.home, 'report.html')}")
+    say(f"mlflow  {found.mlflow}")
     return 0
-
-
-def _models(config: EvaluateConfig) -> dict[str, str]:
-    """Label -> folder or hub name; the retrained model last."""
-    reference = {RETRAINED: config.evaluation.retrained} if config.evaluation.retrained else {}
-    return config.models | reference
-
-
-def _check(path: str, option: str, evaluator: Evaluator) -> None:
-    """UserError for what is no model, has no tokenizer, or does not go with its tokenizer."""
-    local = not path.startswith("builtin:") and not is_uri(path) and path.count("/") > 1
-    if local and not Path(path).is_dir():  # a hub name has one slash at most
-        raise UserError(f"{option} = {path!r}: no such folder")
-    tokenizer = evaluator.tokenizer_of(path)
-    check_model(ModelConfig(path=path, tokenizer=tokenizer, trust_remote_code=evaluator.trust_remote_code), option)
-    evaluator.check_vocabulary(path, option)
-
-
-def _logged(figures: dict[str, Any], further: dict[str, Any]) -> dict[str, Any]:
-    """What MLflow shows of each model: the figures, and those of the checks but for single layers."""
-    logged = {label: dict(found) for label, found in figures.items()}
-    for check, by_model in further.items():
-        for label, found in by_model.items():
-            logged[label] |= {f"{check}/{name}": figure for name, figure in found.items() if "/layer_" not in name}
-    return logged
-
-
-def _option(label: str) -> str:
-    return "evaluation.retrained" if label == RETRAINED else f"models.{label}"
-
-
-def _tokenizer(config: EvaluateConfig) -> str:
-    """For the models that come without one."""
-    found = config.tokenizer or next(filter(has_tokenizer, config.models.values()), None)
-    if found is None:
-        raise UserError("tokenizer: none of the models comes with one; name a folder or a hub name with --tokenizer")
-    return found
-
-
-def _evaluator(config: EvaluateConfig, storage: str) -> Evaluator:
-    return Evaluator(
-        config.evaluation,
-        config.data,
-        _tokenizer(config),
-        join(storage, "cache"),
-        config.seed,
-        config.report.reveal_text,
-        config.trust_remote_code,
-        sets=read_sets(config.evaluation, config.data),
-        own_tokenizers=config.tokenizer is None,
-    )
-
-
-def _write(
-    home: str,
-    config: EvaluateConfig,
-    evaluator: Evaluator,
-    models: dict[str, str],
-    tables: dict[str, Any],
-    figures: dict[str, dict[str, Any]],
-    further: dict[str, Any],
-    command: list[str],
-    mlflow: str,
-) -> list[str]:
-    """rows.parquet, report.html and, last, metrics.json; returns the names of those that MLflow keeps."""
-    from ofmu_ray.evaluation.cache import model_fingerprint, weights_folder
-    from ofmu_ray.reporting.evaluation_page import ComparisonData, write_comparison
-
-    write_rows(join(home, "rows.parquet"), tables)
-    write_comparison(
-        join(home, "report.html"),
-        ComparisonData(
-            title=name_of(home),
-            metrics=figures,
-            models=models,
-            checks=further,
-            tokenizers=len({evaluator.loading(path).template.fingerprint() for path in models.values()}),
-            config=public(config),
-            command=command,
-            open_command=mlflow,
-        ),
-    )
-    weights = {label: model_fingerprint(weights_folder(resolve_builtin(path))) for label, path in models.items()}
-    summary = {"models": figures, "checks": further, "weights_sha256": weights, "config": public(config)}
-    atomic_write(join(home, "metrics.json"), json.dumps(summary, indent=2) + "\n")
-    return ["report.html", "metrics.json"]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import re
 import sys
 from collections.abc import Sequence
@@ -12,12 +14,13 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from ofmu_ray.config import PRESETS, close_match
+from ofmu_ray.config import PRESETS, OFMUConfig, close_match
 from ofmu_ray.errors import UserError
 
 Config = TypeVar("Config")
 
 
+@functools.cache  # half a second of CPU time; a process parses more than once in tests and when a job is submitted
 def parser_for(config_class: type[Any], prog: str) -> ArgumentParser:
     """A parser whose options are the fields of `config_class`, nested ones with dots."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -35,14 +38,15 @@ def parse(config_class: type[Config], arguments: Sequence[str], prog: str) -> Co
     Raises:
         UserError: unknown option (with the closest known one), wrong type, value out of range, missing file.
     """
-    parser = parser_for(config_class, prog)
+    kind: Any = config_class
+    parser = parser_for(kind, prog)
     known = [option.removeprefix("--") for option in parser._option_string_actions if option.startswith("--")]
     try:
         # print_config would print the defaults of the wrong preset, so the preset is looked for without it
         plain = [word for word in arguments if not word.startswith("--print_config") and word not in ("-h", "--help")]
         preset = _preset(parser.parse_args(plain))
         if preset is not None:
-            parser.set_defaults({f"ofmu.{name}": value for name, value in PRESETS[preset].items()})
+            parser.set_defaults({f"ofmu.{name}": value for name, value in _preset_defaults(preset).items()})
         namespace = parser.parse_args(list(arguments))
         _refuse_empty(namespace, known)
         built = vars(parser.instantiate(namespace))
@@ -56,6 +60,13 @@ def parse(config_class: type[Config], arguments: Sequence[str], prog: str) -> Co
     built.pop("config", None)
     built.pop("__path__", None)
     return config_class(**built)
+
+
+def _preset_defaults(preset: Any) -> dict[str, Any]:
+    """Every option that some preset sets, as this one has it: the parser may have served another one before."""
+    plain: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(OFMUConfig)}
+    names = {name for options in PRESETS.values() for name in options}
+    return {name: PRESETS[preset].get(name, plain[name]) for name in sorted(names)}
 
 
 def _refuse_empty(namespace: Any, known: list[str]) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
-from ofmu_ray.config.plan import PlanConfig, parsed_bytes
+from ofmu_ray.config.plan import PlanConfig
 from ofmu_ray.errors import UserError
+from ofmu_ray.planning.plan import planned
 from pipelines.parse import fail, parse
 
 PROG = "ofmu plan"
@@ -21,14 +19,9 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     try:
         config = parse(PlanConfig, words, PROG)
-        return plan(config)
+        found = planned(config)
     except UserError as error:
         return fail(error, PROG)
-
-
-def plan(config: PlanConfig) -> int:
-    """Print and write the plan."""
-    found = planned(config)
     if config.plan.json:
         Path(config.plan.json).write_text(json.dumps(found, indent=1) + "\n")
     if config.plan.print:
@@ -36,142 +29,6 @@ def plan(config: PlanConfig) -> int:
 
         print("\n".join(lines(found)))
     return 0
-
-
-def planned(config: PlanConfig) -> dict[str, Any]:
-    """The plan as plain values (bytes, seconds, FLOPs).
-
-    Raises UserError when nothing fits plan.gpu_memory, or a configuration cannot be planned.
-    """
-    from ofmu_ray.planning.cost import GPUS
-    from ofmu_ray.planning.propose import Target, propose
-    from ofmu_ray.planning.setup import Planner, link_of
-    from ofmu_ray.planning.shapes import model_shape
-
-    options, training = config.plan, config.training
-    gpu = GPUS[options.gpu] if options.gpu else None
-    cuda = gpu is not None or options.gpu_memory is not None or training.gpus_per_worker > 0
-    proposing = gpu is not None or options.gpu_memory is not None
-    if options.calibrate and cuda:
-        raise UserError("plan.calibrate measures this machine's CPU: leave out plan.gpu and plan.gpu_memory")
-    rows = _rows(config)
-    planner = Planner(
-        model_shape(config.model), config.model, config.method_options, training, rows, "cuda" if cuda else "cpu",
-        base=0 if cuda else _process_bytes(),
-    )  # fmt: skip
-    workers = options.gpus or training.workers
-    name, link = link_of(options.link, workers, options.gpus_per_node, "cuda" if cuda else "cpu")
-    # without a stated GPU the order of set-ups is that on an A100; seconds are then not reported
-    device = (gpu or GPUS["A100-80GB"]).device(config.model.precision, options.efficiency)
-    if proposing:
-        capacity = parsed_bytes(options.gpu_memory) if options.gpu_memory else gpu.memory if gpu else 0
-        usable = int(capacity * (1 - options.reserve))
-        estimate = propose(planner, Target(usable, workers, device, link))
-    else:
-        usable = None
-        # the configuration's own checks (a batch divides over workers and micro-batches) hold for plan.gpus too
-        planner.training = dataclasses.replace(training, workers=workers)
-        estimate = planner.estimate(planner.given())
-    time = estimate.time(device, link) if gpu is not None else None
-    reason = None if time else "no plan.gpu is named, and plan.calibrate is off"
-    if options.calibrate:
-        from ofmu_ray.planning.calibrate import calibrated_time
-
-        time, reason = calibrated_time(planner, estimate, link), None
-    return _described(config, estimate, rows, time, reason, usable, name)
-
-
-def _rows(config: PlanConfig) -> dict[str, Any]:
-    from ofmu_ray.planning.setup import Rows
-
-    if config.plan.row_tokens:
-        tokens = config.plan.row_tokens
-        return {stream: Rows(tokens, float(tokens), tokens // 3) for stream in ("forget", "retain")}
-    from ofmu_ray.data.template import Template
-    from ofmu_ray.models.loading import load_tokenizer
-
-    template = Template(load_tokenizer(config.model), config.data.format)
-    return {stream: _counted(config, stream, template) for stream in ("forget", "retain")}
-
-
-def _counted(config: PlanConfig, stream: str, template: Any) -> Any:
-    """Tokens of the first rows of a stream."""
-    from ofmu_ray.data import sources
-    from ofmu_ray.planning.setup import Rows
-
-    data = config.data
-    found = []
-    fragments = sources.fragments(getattr(data, stream), data.root, stream=stream, option=f"data.{stream}")
-    columns = [data.format.question, data.format.answer]
-    every = (row for piece in fragments for _, row in sources.read(piece, columns))
-    for row in itertools.islice(every, config.plan.sample_rows):
-        if isinstance(row, dict) and all(isinstance(row.get(name), str) for name in columns):
-            found.append([row[name] for name in columns])
-    if not found:
-        raise UserError(f"data.{stream}: no row with columns {columns} to count tokens on; give --plan.row_tokens")
-    encoded = template.encode_rows([q for q, _ in found], [a for _, a in found])
-    lengths = [len(row.input_ids) for row in encoded]
-    prompts = sum(row.prompt_tokens for row in encoded) / len(encoded)
-    return Rows(max(lengths), sum(lengths) / len(lengths), prompts)
-
-
-def _process_bytes() -> int:
-    """Resident set of this process with everything that a worker imports."""
-    from ofmu_ray.engines.deepspeed_engine import import_deepspeed
-
-    import_deepspeed()
-
-    for line in Path("/proc/self/status").read_text().splitlines() if Path("/proc/self/status").exists() else []:
-        if line.startswith("VmRSS"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def _described(
-    config: PlanConfig, estimate: Any, rows: Any, time: Any, reason: str | None, usable: int | None, link: str
-) -> dict[str, Any]:
-    rounds, setup, options = config.training.rounds, estimate.setup, config.plan
-    per_rank = estimate.traffic.sent_bytes(setup.workers)
-    seconds: dict[str, Any] | None = None
-    cost = None
-    if time is not None:
-        seconds = {**dataclasses.asdict(time), "total": time.total, "run": time.total * rounds}
-        if options.price_per_gpu_hour is not None:
-            cost = seconds["run"] / 3600 * setup.workers * options.price_per_gpu_hour
-    return {
-        "model": {"path": config.model.path, "parameters": estimate.sizes.total, "trainable": estimate.sizes.trainable},
-        "method": config.method,
-        "rows": {stream: dataclasses.asdict(found) for stream, found in rows.items()},
-        "setup": {**dataclasses.asdict(setup), "micro_batches": estimate.layout.micro_batches},
-        "options": setup.options(),
-        "proposed": usable is not None,
-        "memory": {
-            "usable_bytes": usable,
-            "peak_bytes": estimate.peak.bytes,
-            "phase": next(name for name, peak in estimate.phases.items() if peak is estimate.peak),
-            "components": {name: size for name, size in estimate.peak.components.items() if size},
-            "phases": {name: peak.bytes for name, peak in estimate.phases.items()},
-        },
-        "round": {
-            "gradient_passes": dict(estimate.passes),
-            "updates": estimate.updates,
-            "tokens": estimate.tokens,
-            "flops": estimate.flops,
-            "sent_bytes_per_rank": per_rank,
-            "collectives": estimate.traffic.calls,
-            "seconds": seconds,
-            "seconds_missing": reason,
-        },
-        "run": {
-            "rounds": rounds,
-            "gradient_passes": {kind: count * rounds for kind, count in estimate.passes.items()},
-            "tokens": estimate.tokens * rounds,
-            "flops": estimate.flops * rounds,
-            "seconds": seconds["run"] if seconds else None,
-            "cost": cost,
-        },
-        "link": link,
-    }
 
 
 if __name__ == "__main__":

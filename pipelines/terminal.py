@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+from ofmu_ray.progress import Bar, Listener
 
 SHOWN = (
     ("forget_quality", "forget quality", "match"),
@@ -22,7 +25,46 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def metrics_table(metrics: dict[str, Any], models: Sequence[str] = ("before", "after", "retrained")) -> str:
+class Terminal(Listener):
+    """Lines on stderr, and bars where that is a terminal."""
+
+    def __init__(self) -> None:
+        self._bars: list[Any] = []
+
+    def note(self, topic: str, text: str) -> None:
+        line = f"{topic:<7} {text}" if topic else text
+        if self._bars:
+            self._bars[-1].write(line, file=sys.stderr)
+            sys.stderr.flush()
+        else:
+            say(line)
+
+    @contextmanager
+    def bar(self, title: str, total: int, unit: str) -> Iterator[Bar]:
+        from tqdm import tqdm
+
+        shown = sys.stderr.isatty() and total > 0
+        with tqdm(total=total, desc=title, unit=unit, disable=not shown) as bar:
+            self._bars.append(bar)
+            try:
+                yield _Shown(bar)
+            finally:
+                self._bars.remove(bar)
+
+
+class _Shown(Bar):
+    def __init__(self, bar: Any) -> None:
+        self.shown = bar
+
+    def update(self, count: int = 1) -> None:
+        self.shown.update(count)
+
+    def at(self, done: int, **shown: str) -> None:
+        self.shown.n = done
+        self.shown.set_postfix(shown)
+
+
+def metrics_table(metrics: Mapping[str, Any], models: Sequence[str] = ("before", "after", "retrained")) -> str:
     """The models side by side, one metric a line, with 95 % intervals."""
     columns = [name for name in models if metrics.get(name)]
     lines = [f"{'':22}" + "".join(f"{name:>28}" for name in columns)]

@@ -35,7 +35,7 @@ PHASES = (
 )
 """In the order of a run, which is that of the table."""
 TABLE, ROUNDS = "FAULT_TABLE", "FAULT_ROUNDS"
-LOOP = "ofmu_ray.training.loop"
+WORKER = "ofmu_ray.training.worker"
 
 
 def record(
@@ -100,14 +100,14 @@ def noting(round_: Callable[[Any, Any], bool], folder: Path) -> Callable[[Any, A
 def note_rounds_of_runs() -> None:
     """Have this process do so, if it comes to be one that trains."""
     if ROUNDS in os.environ:
-        sys.meta_path.insert(0, _LoopFinder())
+        sys.meta_path.insert(0, _WorkerFinder())
 
 
-class _LoopFinder(importlib.abc.MetaPathFinder):
-    """Changes `Loop` when its module is imported, and not before."""
+class _WorkerFinder(importlib.abc.MetaPathFinder):
+    """Changes `Worker` when its module is imported, and not before."""
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> Any:
-        if name != LOOP:
+        if name != WORKER:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -117,7 +117,7 @@ class _LoopFinder(importlib.abc.MetaPathFinder):
 
         def load_and_change(module: ModuleType) -> None:
             load(module)
-            module.Loop.round = noting(module.Loop.round, Path(os.environ[ROUNDS]))
+            module.Worker.round = noting(module.Worker.round, Path(os.environ[ROUNDS]))
 
         spec.loader.exec_module = load_and_change  # type: ignore[method-assign]
         return spec

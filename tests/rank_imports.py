@@ -4,7 +4,7 @@ from engine_models import tiny_model
 
 import ofmu_ray.engines
 import ofmu_ray.methods
-import ofmu_ray.training.worker  # noqa: F401
+import ofmu_ray.training.start  # noqa: F401
 from ofmu_ray.engines.deepspeed_engine import import_deepspeed
 
 import_deepspeed()

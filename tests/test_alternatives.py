@@ -17,7 +17,7 @@ from ofmu_ray import config
 from ofmu_ray.cluster import map_tasks
 from ofmu_ray.config import UnlearnConfig
 from ofmu_ray.data.batch_plan import write_plan
-from ofmu_ray.data.batches import local_rounds
+from ofmu_ray.data.batches import local_rounds, padded
 from ofmu_ray.data.prepare import Prepared
 from ofmu_ray.data.template import Template
 from ofmu_ray.errors import UserError
@@ -93,7 +93,11 @@ def test_batches_workers_and_the_second_time_change_nothing(
 def test_each_epoch_brings_another_one_with_its_reference(finished: Any, few: Prepared, model: Any) -> None:  # noqa: F811
     """Of both epochs' rounds, from the first and from a later one: what a resumed run reads is the same."""
     _, plan, sidecar = finished
-    options: dict[str, Any] = {"micro_batch_size": 2, "pad_id": few.template.pad, "sidecars": {"forget": sidecar}}
+    options: dict[str, Any] = {
+        "micro_batch_size": 2,
+        "collate": padded(few.template.pad),
+        "sidecars": {"forget": sidecar},
+    }
     found, met = stored(sidecar), Counter[str]()
     whole = list(local_rounds(plan, 0, **options))
     for number, batches in enumerate(whole):

@@ -17,10 +17,10 @@ import torch
 
 from ofmu_ray.config import METHODS, BenchmarkConfig, OFMUConfig, OptimizerConfig, TrainingConfig, apply_overrides
 from ofmu_ray.engines import TorchEngine
+from ofmu_ray.evaluation.evaluator import Evaluator
 from ofmu_ray.evaluation.sample import spread
 from ofmu_ray.methods import OFMU
 from ofmu_ray.metrics.summary import summarise
-from ofmu_ray.runs.evaluator import Evaluator
 from ofmu_ray.runs.trial import SplitData, Trial, run_trial
 from ofmu_ray.search.benchmark_output import round_cost
 from pipelines import cli
@@ -224,6 +224,7 @@ def test_mistakes_end_with_status_2_before_any_trial(finished, words, message, c
 @pytest.mark.full
 def test_every_method_keeps_the_budget_and_its_cost_is_foreseen(tmp_path, local_ray):
     """Two rounds say what a round costs; then the account ends within one round of it, for all methods."""
+    from ofmu_ray.data.answers import AnswerEncoder
     from ofmu_ray.data.prepare import prepare_streams
     from ofmu_ray.models.loading import load_tokenizer
 
@@ -233,7 +234,9 @@ def test_every_method_keeps_the_budget_and_its_cost_is_foreseen(tmp_path, local_
     base = apply_overrides(config.run("people", "my_npo"), {**OPTIONS["base"], "evaluation.max_rows": 2})
     base = replace(base, training=TrainingConfig(engine="torch", batch_size=4, rounds=2, checkpoint_every=1000))
     sources = {"forget": base.data.forget, "retain": base.data.retain}
-    prepared = prepare_streams(sources, None, base.data.format, load_tokenizer(base.model), str(tmp_path))
+    prepared = prepare_streams(
+        sources, None, AnswerEncoder(load_tokenizer(base.model), base.data.format), str(tmp_path)
+    )
     data = SplitData(
         "people", str(tmp_path / "b"), prepared, Evaluator.of(base, tmp_path), None, "of the test", base.model
     )

@@ -27,8 +27,9 @@ from transformers import PreTrainedTokenizerFast
 
 import ofmu_ray.data.prepare as prepare_module
 from ofmu_ray.config import FormatConfig, SourceConfig
+from ofmu_ray.data.answers import AnswerEncoder
 from ofmu_ray.data.batch_plan import Plan, read_plan, write_plan
-from ofmu_ray.data.batches import local_rounds
+from ofmu_ray.data.batches import local_rounds, padded
 from ofmu_ray.data.prepare import Prepared, TokenisedStream, prepare_streams, write_sample
 from ofmu_ray.data.stream import lane_iterator, rounds
 from ofmu_ray.errors import UserError
@@ -75,7 +76,9 @@ def jsonl(path: Path, rows: list[Any]) -> str:
 
 def prepare(folder: Path, tokenizer: Any, rows: dict[str, list[Any]], fmt: FormatConfig | None = None, **options: Any):
     sources = {name: SourceConfig(path=jsonl(folder / f"{name}.jsonl", found)) for name, found in rows.items()}
-    return prepare_streams(sources, None, fmt or FormatConfig(), tokenizer, str(folder / "runs"), **options)
+    return prepare_streams(
+        sources, None, AnswerEncoder(tokenizer, fmt or FormatConfig()), str(folder / "runs"), **options
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ faults
@@ -87,16 +90,16 @@ def test_a_worker_killed_while_it_tokenises(tmp_path, tokenizer, monkeypatch):
     rows = {"forget": made(7, "a"), "retain": made(30, "b")}
     undisturbed = prepare(tmp_path / "undisturbed", tokenizer, rows)
 
-    def killed_once(job: Any, template: Any) -> Any:
+    def killed_once(job: Any, encoder: Any) -> Any:
         mark = tmp_path / f"killed-{job.fragment.stream}"
-        done = tokenise(job, template)
+        done = encode(job, encoder)
         if not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return done
 
-    tokenise = prepare_module.tokenise
-    monkeypatch.setattr(prepare_module, "tokenise", killed_once)
+    encode = prepare_module.encode_fragment
+    monkeypatch.setattr(prepare_module, "encode_fragment", killed_once)
     disturbed = prepare(tmp_path / "disturbed", tokenizer, rows)
     assert {path.name for path in tmp_path.glob("killed-*")} == {"killed-forget", "killed-retain"}
     for name, stream in undisturbed.streams.items():
@@ -211,7 +214,9 @@ def test_tokens_are_reused_until_something_changes(tmp_path: Path, tokenizer: An
 def test_tofu_passes_the_checks(tmp_path: Path, tokenizer: Any, shared_dir: Path) -> None:
     sources = {"forget": SourceConfig(path="forget10.json"), "retain": SourceConfig(path="retain90.json")}
     root = str(shared_dir / "data" / "tofu")
-    report = prepare_streams(sources, root, FormatConfig(), tokenizer, str(tmp_path), duplicates="error").report
+    report = prepare_streams(
+        sources, root, AnswerEncoder(tokenizer, FormatConfig()), str(tmp_path), duplicates="error"
+    ).report
     assert {name: (s.rows, s.used_rows) for name, s in report.streams.items()} == {
         "forget": (400, 400),
         "retain": (3600, 3600),
@@ -237,7 +242,7 @@ def planned(
         "forget": SourceConfig(path=jsonl(folder / "forget.jsonl", made(forget, "forget"))),
         "retain": SourceConfig(path=str(parquet)),
     }
-    prepared: Prepared = prepare_streams(sources, None, FormatConfig(), tokenizer, str(folder / "runs"))
+    prepared: Prepared = prepare_streams(sources, None, AnswerEncoder(tokenizer, FormatConfig()), str(folder / "runs"))
     counts = {"forget": 3, "retain": 2}
     numbers = {"rounds": 11, "batch_size": 4, "seed": 5, "rounds_per_file": 4} | options
     target = str(folder / f"plan-{workers}")
@@ -261,7 +266,7 @@ def as_lists(found: Any) -> list[Any]:
 def test_global_batches_do_not_depend_on_the_workers(tmp_path: Path, tokenizer: Any) -> None:
     def contents(workers: int) -> list[Any]:
         plan = planned(tmp_path, tokenizer, forget=7, workers=workers)
-        lanes = [list(local_rounds(plan, lane, pad_id=0)) for lane in range(workers)]
+        lanes = [list(local_rounds(plan, lane, collate=padded(0))) for lane in range(workers)]
         return [
             {
                 name: [Counter(r for lane in lanes for r in lane[k][name][b].row_ids) for b in range(n)]
@@ -281,9 +286,9 @@ def test_global_batches_do_not_depend_on_the_workers(tmp_path: Path, tokenizer: 
 
 def test_batches_hold_padded_rows_with_labels_on_the_answer(tmp_path: Path, tokenizer: Any) -> None:
     plan = planned(tmp_path, tokenizer)
-    batch = next(local_rounds(plan, 0, micro_batch_size=1, pad_id=99))["retain"][0]
+    batch = next(local_rounds(plan, 0, micro_batch_size=1, collate=padded(99)))["retain"][0]
     assert len(batch.micro) == plan.share == 2
-    micro = next(local_rounds(plan, 0, pad_id=99))["retain"][0].micro[0]
+    micro = next(local_rounds(plan, 0, collate=padded(99)))["retain"][0].micro[0]
     assert all(value.dtype == torch.int64 for value in micro.values())
     lengths = micro["attention_mask"].sum(dim=1)
     assert micro["input_ids"].shape == (2, int(lengths.max()))
@@ -304,8 +309,8 @@ def test_plan_is_reused_and_says_what_it_uses(tmp_path: Path, tokenizer: Any) ->
     assert plan.epochs == {"forget": 11 * 3 * 4 / 1, "retain": 11 * 2 * 4 / 103}
     other = planned(tmp_path, tokenizer, seed=6)
     assert other.fingerprint != plan.fingerprint
-    seeded = as_lists(local_rounds(other, 0, pad_id=0))
-    assert seeded != as_lists(local_rounds(planned(tmp_path, tokenizer), 0, pad_id=0))
+    seeded = as_lists(local_rounds(other, 0, collate=padded(0)))
+    assert seeded != as_lists(local_rounds(planned(tmp_path, tokenizer), 0, collate=padded(0)))
 
 
 def test_ray_data_writes_the_plan_that_this_process_writes(
@@ -326,18 +331,18 @@ def test_ray_data_writes_the_plan_that_this_process_writes(
 @pytest.mark.parametrize("start", [0, 3, 4, 10, 11])
 def test_stream_starts_at_any_round(start: int, tmp_path: Path, tokenizer: Any) -> None:
     plan = planned(tmp_path, tokenizer)
-    whole = as_lists(local_rounds(plan, 1, micro_batch_size=1, pad_id=0))
+    whole = as_lists(local_rounds(plan, 1, micro_batch_size=1, collate=padded(0)))
     shard = lane_iterator(plan, 1, start)
-    assert as_lists(rounds(shard, plan, start_round=start, micro_batch_size=1, pad_id=0)) == whole[start:]
+    assert as_lists(rounds(shard, plan, start_round=start, micro_batch_size=1, collate=padded(0))) == whole[start:]
     early = lane_iterator(plan, 1)  # rounds before the start are skipped
-    assert as_lists(rounds(early, plan, start_round=start, micro_batch_size=1, pad_id=0)) == whole[start:]
-    assert as_lists(local_rounds(plan, 1, start_round=start, micro_batch_size=1, pad_id=0)) == whole[start:]
+    assert as_lists(rounds(early, plan, start_round=start, micro_batch_size=1, collate=padded(0))) == whole[start:]
+    assert as_lists(local_rounds(plan, 1, start_round=start, micro_batch_size=1, collate=padded(0))) == whole[start:]
 
 
 def test_stream_that_begins_too_late_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     plan = planned(tmp_path, tokenizer)
     with pytest.raises(AssertionError, match="begins after round 2"):
-        next(rounds(lane_iterator(plan, 0, 9), plan, start_round=2, pad_id=0))
+        next(rounds(lane_iterator(plan, 0, 9), plan, start_round=2, collate=padded(0)))
 
 
 @pytest.mark.full
@@ -412,8 +417,8 @@ def test_object_store_holds_sources_tokens_and_plan(tmp_path: Path, tokenizer: A
         root = f"s3://key:secret@bucket/in{query}"
         sources = {"forget": SourceConfig(path="forget.jsonl"), "retain": SourceConfig(path="r*.jsonl")}
         storage = f"s3://key:secret@bucket/runs{query}"
-        prepared = prepare_streams(sources, root, FormatConfig(), tokenizer, storage)
-        again = prepare_streams(sources, root, FormatConfig(), tokenizer, storage)
+        prepared = prepare_streams(sources, root, AnswerEncoder(tokenizer, FormatConfig()), storage)
+        again = prepare_streams(sources, root, AnswerEncoder(tokenizer, FormatConfig()), storage)
         assert again.report == prepared.report
         counts = {"forget": 1, "retain": 1}
         numbers = {"rounds": 3, "batch_size": 2, "workers": 1, "seed": 0}
@@ -421,12 +426,14 @@ def test_object_store_holds_sources_tokens_and_plan(tmp_path: Path, tokenizer: A
         plan = write_plan(prepared.streams, folder, batches_per_round=counts, **numbers)
         local = prepare(tmp_path, tokenizer, {"forget": made(5, "forget"), "retain": made(9, "retain")})
         same = write_plan(local.streams, str(tmp_path / "plan"), batches_per_round=counts, **numbers)
-        remote = as_lists(rounds(lane_iterator(plan, 0), plan, pad_id=0))
-        assert remote == as_lists(local_rounds(same, 0, pad_id=0))
+        remote = as_lists(rounds(lane_iterator(plan, 0), plan, collate=padded(0)))
+        assert remote == as_lists(local_rounds(same, 0, collate=padded(0)))
         listed = [item["Key"] for item in client.list_objects_v2(Bucket="bucket")["Contents"]]
         assert [key for key in listed if "partial" in key] == []
         with pytest.raises(UserError, match="no file is there") as caught:
-            prepare_streams({"forget": SourceConfig(path="x.jsonl")}, root, FormatConfig(), tokenizer, storage)
+            prepare_streams(
+                {"forget": SourceConfig(path="x.jsonl")}, root, AnswerEncoder(tokenizer, FormatConfig()), storage
+            )
         assert "secret" not in str(caught.value)
     finally:
         server.stop()
@@ -438,7 +445,9 @@ def _loop(config: dict[str, Any]) -> None:
 
     rank, plan = ray.train.get_context().get_world_rank(), read_plan(config["folder"])
     for start in (0, 5):
-        stream = rounds(lane_iterator(plan, rank, start), plan, start_round=start, micro_batch_size=1, pad_id=0)
+        stream = rounds(
+            lane_iterator(plan, rank, start), plan, start_round=start, micro_batch_size=1, collate=padded(0)
+        )
         Path(config["out"], f"{rank}-from-{start}.json").write_text(json.dumps(as_lists(stream)))
 
 
@@ -457,7 +466,7 @@ def test_two_workers_that_take_every_cpu_get_their_lanes(tmp_path: Path, tokeniz
         run_config=RunConfig(name="stream", storage_path=str(tmp_path / "train")),
     ).fit()
     for rank in range(2):
-        whole = as_lists(local_rounds(plan, rank, micro_batch_size=1, pad_id=0))
+        whole = as_lists(local_rounds(plan, rank, micro_batch_size=1, collate=padded(0)))
         assert len(whole) == plan.rounds
         assert json.loads((tmp_path / f"{rank}-from-0.json").read_text()) == whole
         assert json.loads((tmp_path / f"{rank}-from-5.json").read_text()) == whole[5:]

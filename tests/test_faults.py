@@ -24,9 +24,9 @@ from ofmu_ray.data.batches import local_rounds
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage.checksums import fingerprint
 from ofmu_ray.training.job import WorkerJob
-from ofmu_ray.training.loop import Loop
 from ofmu_ray.training.session import LocalSession
-from ofmu_ray.training.worker import Worker, run_local
+from ofmu_ray.training.start import run_local
+from ofmu_ray.training.worker import Worker
 
 FIRST = 5
 """Rounds before the interruption; checkpoints stand at 0, 2 and 4."""
@@ -149,7 +149,7 @@ EXPLODING = replace(METHOD, inner=OptimizerConfig(name="sgd", lr=1e15, clip=None
 def test_a_round_that_is_not_finite_is_tried_again_with_shorter_steps(
     tmp_path: Path, undisturbed: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Loop, "round", fault_table.noting(Loop.round, tmp_path))
+    monkeypatch.setattr(Worker, "round", fault_table.noting(Worker.round, tmp_path))
     worker = run_local(make_job(tmp_path, stop=StopConfig(shrink=SHRINK), method=EXPLODING))
     state = worker.state
     assert (state.status, state.round, state.rollbacks, state.thrown_away) == ("finished", ROUNDS, 1, 1)

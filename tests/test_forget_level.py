@@ -21,7 +21,7 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.features.level import with_level
 from ofmu_ray.methods import OFMU
 from ofmu_ray.models.loading import load_causal_lm
-from ofmu_ray.training.loop import Loop
+from ofmu_ray.training.worker import Worker
 
 ROWS = [
     {"input_ids": [5, 9, 11, 30, 31, 2], "prompt_tokens": 3},
@@ -238,8 +238,8 @@ def test_the_outer_rate_follows_the_inner_one_unless_it_is_given() -> None:
     [([0, 3, 3], 2, True), ([3, 0, 3], 2, False), ([3], 2, False), ([3, 3], None, False), ([3, 2], 1, False)],
 )
 def test_a_run_ends_when_nothing_is_left_to_forget(skipped: list[int], patience: int | None, ends: bool) -> None:
-    loop = Loop.__new__(Loop)
-    loop.job = types.SimpleNamespace(stop=StopConfig(forgotten=patience), method=bounded(5.0))  # type: ignore[assignment]
-    loop.state = types.SimpleNamespace(series=[{"skipped_ascents": n} for n in skipped], message="")  # type: ignore[assignment]
-    assert loop.forgotten() is ends
-    assert ("stop.forgotten" in loop.state.message) is ends
+    worker = Worker.__new__(Worker)
+    worker.job = types.SimpleNamespace(stop=StopConfig(forgotten=patience), method=bounded(5.0))  # type: ignore[assignment]
+    worker.state = types.SimpleNamespace(series=[{"skipped_ascents": n} for n in skipped], message="")  # type: ignore[assignment]
+    assert worker.forgotten() is ends
+    assert ("stop.forgotten" in worker.state.message) is ends

@@ -16,13 +16,14 @@ from transformers import AutoModelForCausalLM
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.cluster import map_tasks
 from ofmu_ray.config import FormatConfig, ModelConfig, SourceConfig
+from ofmu_ray.data.answers import AnswerEncoder
 from ofmu_ray.data.batch_plan import write_plan
-from ofmu_ray.data.batches import local_rounds
+from ofmu_ray.data.batches import local_rounds, padded
 from ofmu_ray.data.prepare import Prepared, TokenisedStream
 from ofmu_ray.data.row_checks import DataReport
 from ofmu_ray.data.sources import fragments
 from ofmu_ray.data.template import Template
-from ofmu_ray.data.tokenise import PartJob, tokenise
+from ofmu_ray.data.tokenise import PartJob, encode_fragment
 from ofmu_ray.errors import UserError
 from ofmu_ray.features import reference, refusals
 from ofmu_ray.features.reference import cut, write_references
@@ -46,11 +47,15 @@ def template() -> Template:
     return Template(load_tokenizer(TARGET), FormatConfig())
 
 
+def encoder_of(template: Template) -> AnswerEncoder:
+    return AnswerEncoder(template.tokenizer, template.config)
+
+
 def stream(name: str, folder: Path, template: Template) -> TokenisedStream:
     """The built-in rows as tokens, without Ray (which `prepare_streams` would start)."""
     (piece,) = fragments(SourceConfig(path=f"builtin:people/{name}.jsonl"), None, stream=name, option=f"data.{name}")
     folder.mkdir(parents=True, exist_ok=True)
-    part = tokenise(PartJob(piece, str(folder / "part.parquet")), template)
+    part = encode_fragment(PartJob(piece, str(folder / "part.parquet")), encoder_of(template))
     lengths = pq.read_table(folder / "part.parquet")["length"].to_numpy()
     return TokenisedStream(name, str(folder), (("part.parquet", part.rows),), np.arange(part.rows), lengths, name)
 
@@ -59,7 +64,7 @@ def stream(name: str, folder: Path, template: Template) -> TokenisedStream:
 def prepared(tmp_path_factory: pytest.TempPathFactory, template: Template) -> Prepared:
     folder = tmp_path_factory.mktemp("tokens")
     streams = {name: stream(name, folder / name, template) for name in ("forget", "retain")}
-    return Prepared(streams, DataReport(streams={}, overlap=None, tokenizer_sha256=""), template)
+    return Prepared(streams, DataReport(streams={}, overlap=None, tokenizer_sha256=""), encoder_of(template))
 
 
 def planned(prepared: Prepared, folder: Path) -> Any:
@@ -88,7 +93,7 @@ def model() -> Any:
 def test_micro_batches_hold_what_a_resident_model_says(finished: Any, model: Any, template: Template) -> None:
     """Row by row in float64, without padding."""
     _, plan, sidecars = finished
-    for batches in local_rounds(plan, 0, micro_batch_size=2, pad_id=template.pad, sidecars=sidecars):
+    for batches in local_rounds(plan, 0, micro_batch_size=2, collate=padded(template.pad), sidecars=sidecars):
         for name in ("forget", "retain"):
             for micro in batches[name][0].micro:
                 check(name, micro, model)
@@ -176,7 +181,9 @@ def test_only_retain_rows_of_the_plan_are_looked_at(finished: Any) -> None:
     _, plan, sidecars = finished
     folder = json.loads(Path(sidecars["retain"], "sidecar.json").read_text())["tables"]["logits"]
     index = set(pq.read_table(Path(folder, "index.parquet"))["row_id"].to_pylist())
-    used = {i for batches in local_rounds(plan, 0, pad_id=0) for batch in batches["retain"] for i in batch.row_ids}
+    used = {
+        i for batches in local_rounds(plan, 0, collate=padded(0)) for batch in batches["retain"] for i in batch.row_ids
+    }
     assert index == used
 
 

@@ -251,7 +251,7 @@ def test_a_split_with_its_own_rows_leaves_the_built_in_rows():
 
 
 def test_what_a_label_fixes_is_not_tuned():
-    from pipelines.benchmark import space_of
+    from ofmu_ray.search.benchmark import space_of
 
     labels = {"one_step": {"method": "ofmu", "ofmu.preset": "full", "ofmu.inner_steps": 1}}
     config = BenchmarkConfig(methods=["one_step"], labels=labels)

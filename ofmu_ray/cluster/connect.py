@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import ray
 import yaml
 
+from ofmu_ray import progress
 from ofmu_ray.cluster.nodes import alive, cluster_room, share_words
 from ofmu_ray.errors import UserError
 from ofmu_ray.internals.ray_private import loopback_only
@@ -30,17 +30,10 @@ LAUNCHER_FILE = "~/ray_bootstrap_config.yaml"
 """Where `ray up` puts its configuration on the head, for its own autoscaler."""
 
 
-def connect(
-    workers: int,
-    cpus: float = 1.0,
-    gpus: float = 0.0,
-    patience: float = 1800.0,
-    tell: Callable[[str], None] | None = None,
-) -> None:
+def connect(workers: int, cpus: float = 1.0, gpus: float = 0.0, patience: float = 1800.0) -> None:
     """Join the cluster of RAY_ADDRESS or of the submitted job; otherwise start Ray on this machine.
 
-    `cpus`, `gpus`: what a worker needs on one node. `patience`: seconds that a cluster has to grow. `tell`: is given a
-    line about what takes long.
+    `cpus`, `gpus`: what a worker needs on one node. `patience`: seconds that a cluster has to grow.
 
     Raises:
         UserError: there is no room for the workers.
@@ -79,8 +72,6 @@ def connect(
                 f"training.workers = {workers}, each with {share_words(cpus, gpus)} on one node, but the nodes have "
                 f"{there}: room for {cluster_room(cpus, gpus)}; lower what a worker needs, or join a larger cluster"
             )
-        if tell is not None:
-            tell("nodes   waiting for the cluster to grow")
         _grow(workers, cpus, gpus, patience)
 
 
@@ -130,6 +121,7 @@ def _grow(workers: int, cpus: float, gpus: float, patience: float) -> None:
     """
     from ray.autoscaler.sdk import request_resources
 
+    progress.note("nodes", "waiting for the cluster to grow")
     end = time.monotonic() + patience
     bundle = {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
     request_resources(bundles=[bundle] * workers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from ofmu_ray.cluster.shared_files import SharedFiles, unreadable, why
 from ofmu_ray.config import ModelConfig, SourceConfig, TrainingConfig, UnlearnConfig
@@ -11,16 +11,11 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.storage import PathLike, is_uri, join, read_text, remove_folder, write_text
 
 
-def join_cluster(
-    training: TrainingConfig,
-    storage: PathLike,
-    paths: Mapping[str, Iterable[str | None]],
-    tell: Callable[[str], None] | None = None,
-) -> None:
+def join_cluster(training: TrainingConfig, storage: PathLike, paths: Mapping[str, Iterable[str | None]]) -> None:
     """Join or start Ray with room for the workers; on several nodes, have each of them look at the files.
 
     `paths`: option -> files, folders, URIs or hub names that workers will read. Only what is a file or folder here is
-    looked for. Nodes that join later are asked when workers start on them (`rendezvous`). `tell`: as of `connect`.
+    looked for. Nodes that join later are asked when workers start on them (`rendezvous`).
 
     Raises:
         UserError: no room, or nodes that do not share the storage, lack a path, or lack the network interface.
@@ -28,7 +23,7 @@ def join_cluster(
     from ofmu_ray.cluster.connect import connect
     from ofmu_ray.cluster.nodes import alive, here, on_each
 
-    connect(training.workers, training.cpus_per_worker, training.gpus_per_worker, training.node_timeout, tell)
+    connect(training.workers, training.cpus_per_worker, training.gpus_per_worker, training.node_timeout)
     nodes = alive()
     if len(nodes) == 1:
         return

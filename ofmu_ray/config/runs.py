@@ -72,6 +72,8 @@ class UnlearnConfig:
     """Folder or URI (s3://, gs://) of runs, checkpoints and caches; on a cluster, a folder that all nodes share."""
     seed: int = 0
     """Seed of the batch order."""
+    task: str = "causal_lm"
+    """Kind of model and rows: causal_lm, or an importable module with a TASK (ofmu_ray/tasks/protocol.py)."""
     method: MethodName = "ofmu"
     """Unlearning method; the section of its name holds its options, the sections of the others are not read."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -223,6 +225,8 @@ class TrainConfig:
     """Folder or URI (s3://, gs://) of runs, checkpoints and caches; on a cluster, a folder that all nodes share."""
     seed: int = 0
     """Seed of the initial weights and of the batch order."""
+    task: str = "causal_lm"
+    """Kind of model and rows, as in `ofmu unlearn`."""
     model: ModelConfig | None = None
     """Start from this model; null: from scratch."""
     scratch: ScratchConfig = field(default_factory=ScratchConfig)

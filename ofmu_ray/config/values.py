@@ -38,6 +38,10 @@ ELASTIC = tuple(
 """Options of which machines a run has and how it survives faults: they may change when it is resumed."""
 
 
+ADDED = {"task": "causal_lm"}
+"""Options that came later, with what stood in their place: at that value they leave hashes as they were."""
+
+
 def config_hash(config: Any, *extra: str, ignore: Iterable[str] = WHERE_KEPT) -> str:
     """Hex digest (16 digits) of what determines a run: the config without where it is stored, plus `extra`.
 
@@ -49,7 +53,7 @@ def config_hash(config: Any, *extra: str, ignore: Iterable[str] = WHERE_KEPT) ->
         if isinstance(value, dict)
         else value
         for key, value in to_dict(config).items()
-        if key not in ignored
+        if key not in ignored and (key not in ADDED or value != ADDED[key])
     }
     text = json.dumps([content, *extra], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

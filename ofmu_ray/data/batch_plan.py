@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ofmu_ray.data.encoder import payload_columns
 from ofmu_ray.data.order import batch_order, lane_slots
 from ofmu_ray.data.prepare import TokenisedStream
 from ofmu_ray.storage import (
@@ -42,15 +43,6 @@ SMALL_ROWS = 100_000
 
 ROW_GROUP_BYTES = 2**21
 """Readers hold a lane's file in pieces of about this size."""
-
-SCHEMA = pa.schema(
-    [
-        ("position", pa.int64()),  # rank of the row in its lane, over all rounds
-        ("row_id", pa.string()),
-        ("input_ids", pa.list_(pa.int32())),
-        ("prompt_tokens", pa.int32()),
-    ]
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +242,8 @@ def _explode(batch: dict[str, np.ndarray], *, chunk_rows: int, files: int) -> pa
 def _spread(part: str, found: Places, chunk_rows: int, files: int) -> pa.Table:
     """The rows of one part, each as often as it has places, with their `position` and the number of their file."""
     filesystem, path = locate(part)
-    table = pq.read_table(path, columns=["row_id", "input_ids", "prompt_tokens"], filesystem=filesystem)
+    names = payload_columns(pq.read_schema(path, filesystem=filesystem).names)
+    table = pq.read_table(path, columns=names, filesystem=filesystem)
     table = table.take(pa.array(found.row))
     table = table.append_column("position", pa.array(found.position))
     return table.append_column("group", pa.array(found.lane.astype(np.int64) * files + found.position // chunk_rows))
@@ -260,7 +253,8 @@ def _write_group(table: pa.Table, *, plan: Plan) -> pa.Table:
     lane, number = divmod(table["group"][0].as_py(), plan.files)
     filesystem, path = locate(plan.file(lane, number))
     filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-    ordered = table.select(SCHEMA.names).sort_by("position").cast(SCHEMA)
+    names = [name for name in table.column_names if name not in ("position", "group")]
+    ordered = table.select(["position", *names]).sort_by("position")  # position: rank of the row in its lane
     piece = max(1, ordered.num_rows * ROW_GROUP_BYTES // max(1, ordered.nbytes))
     pq.write_table(ordered, path, filesystem=filesystem, row_group_size=piece)
     return pa.table({"rows": [table.num_rows]})

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import torch
 
+from ofmu_ray.data.batch import REFUSAL, Batch
 from ofmu_ray.data.batch_plan import Plan
 from ofmu_ray.data.shards import lane_files, read_pieces
 from ofmu_ray.data.sidecar import Sidecar, open_sidecars
-from ofmu_ray.engines.protocol import Batch
-from ofmu_ray.methods.protocol import REFUSAL
 
 IGNORE = -100
 """Label of tokens without a loss (torch's cross_entropy default)."""
+
+Rows = Sequence[Mapping[str, Any]]
+Collate = Callable[[Rows], dict[str, torch.Tensor]]
+"""Rows of encoded columns -> one micro-batch."""
 
 RoundBatches = dict[str, list[Batch]]
 """Batches of one round by stream name."""
@@ -27,7 +31,7 @@ def local_rounds(
     *,
     start_round: int = 0,
     micro_batch_size: int | None = None,
-    pad_id: int,
+    collate: Collate,
     sidecars: Mapping[str, str] | None = None,
 ) -> Iterator[RoundBatches]:
     """The batches of `stream.rounds` by plain pyarrow in this process: the reference, and a way to do without Ray."""
@@ -37,7 +41,7 @@ def local_rounds(
         for table in [pa.concat_tables(read_pieces(path))]
         for at in range(0, table.num_rows, plan.rows_per_round)
     )
-    options: dict[str, Any] = {"micro_batch_size": micro_batch_size, "pad_id": pad_id, "sidecars": sidecars}
+    options: dict[str, Any] = {"micro_batch_size": micro_batch_size, "collate": collate, "sidecars": sidecars}
     yield from assemble(tables, plan, start_round=start_round, **options)
 
 
@@ -47,7 +51,7 @@ def assemble(
     *,
     start_round: int,
     micro_batch_size: int | None,
-    pad_id: int,
+    collate: Collate,
     sidecars: Mapping[str, str] | None = None,
 ) -> Iterator[RoundBatches]:
     """Batches of each table, which holds one round of one lane; rounds before `start_round` are skipped.
@@ -66,11 +70,16 @@ def assemble(
         assert expected is not None or number <= start_round, f"the shard begins after round {start_round}"
         expected = number + 1
         if number >= start_round:
-            yield _round(table, plan, micro_batch_size or plan.share, pad_id, opened)
+            yield _round(table, plan, micro_batch_size or plan.share, collate, opened)
     assert expected == plan.rounds, f"the shard ends before round {plan.rounds}"
 
 
-def collate(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
+def padded(pad_id: int) -> Collate:
+    """`collate` with this padding."""
+    return partial(collate, pad_id=pad_id)
+
+
+def collate(rows: Rows, pad_id: int) -> dict[str, torch.Tensor]:
     """Rows with `input_ids` and `prompt_tokens` as LongTensors [rows, longest], padded on the right.
 
     Keys: input_ids, attention_mask, labels (-100 on prompt and padding; as transformers, not shifted).
@@ -90,7 +99,7 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.T
 
 
 def _round(
-    table: pa.Table, plan: Plan, micro_batch_size: int, pad_id: int, sidecars: Mapping[str, Sidecar]
+    table: pa.Table, plan: Plan, micro_batch_size: int, collate: Collate, sidecars: Mapping[str, Sidecar]
 ) -> RoundBatches:
     batches: RoundBatches = {}
     number, at = table["position"][0].as_py() // plan.rows_per_round, 0
@@ -101,19 +110,17 @@ def _round(
             epoch = (number * plan.batches_per_round[name] + batch) * plan.batch_size // plan.rows[name]
             rows = table.slice(at, plan.share).to_pylist()
             pieces = [rows[start : start + micro_batch_size] for start in range(0, len(rows), micro_batch_size)]
-            micro = [_collate_with(sidecars.get(name), piece, pad_id, epoch) for piece in pieces]
+            micro = [_collate_with(sidecars.get(name), piece, collate, epoch) for piece in pieces]
             batches[name].append(Batch(micro=micro, row_ids=[row["row_id"] for row in rows]))
             at += plan.share
     return batches
 
 
-def _collate_with(
-    sidecar: Sidecar | None, rows: Sequence[Mapping[str, Any]], pad_id: int, epoch: int
-) -> dict[str, torch.Tensor]:
-    batch = collate(rows, pad_id)
+def _collate_with(sidecar: Sidecar | None, rows: Rows, collate: Collate, epoch: int) -> dict[str, torch.Tensor]:
+    batch = collate(rows)
     if sidecar is not None:
         row_ids = [row["row_id"] for row in rows]
         batch |= sidecar.values(row_ids, epoch)
         if refusals := sidecar.refusals(row_ids, epoch):
-            batch |= {REFUSAL + name: tensor for name, tensor in collate(refusals, pad_id).items()}
+            batch |= {REFUSAL + name: tensor for name, tensor in collate(refusals).items()}
     return batch

@@ -8,17 +8,18 @@ import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from ofmu_ray.config import FormatConfig, SourceConfig
+from ofmu_ray.config import SourceConfig
 from ofmu_ray.data import row_checks as checks
 from ofmu_ray.data import sources
+from ofmu_ray.data.answers import AnswerEncoder
+from ofmu_ray.data.encoder import Encoder
 from ofmu_ray.data.row_checks import DataReport, OverlapReport, Policy, Problems, StreamReport
 from ofmu_ray.data.template import Template
-from ofmu_ray.data.tokenise import Columns, Part, PartJob, load_columns, take_rows, tokenise
+from ofmu_ray.data.tokenise import Columns, Part, PartJob, encode_fragment, load_columns, take_rows
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage import (
     absolute,
@@ -31,7 +32,7 @@ from ofmu_ray.storage import (
 )
 
 MARKER = "stream.json"
-_CODE = ("sources.py", "row_checks.py", "template.py", "tokenise.py")
+_CODE = ("sources.py", "row_checks.py", "encoder.py", "tokenise.py")
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,17 @@ class TokenisedStream:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Tokenised streams by name, what is known about them, and the layout they share."""
+    """Encoded streams by name, what is known about them, and what encoded them."""
 
     streams: dict[str, TokenisedStream]
     report: DataReport
-    template: Template
+    encoder: Encoder
+
+    @property
+    def template(self) -> Template:
+        """The layout of texts, which only language models have."""
+        assert isinstance(self.encoder, AnswerEncoder), "these rows are no texts"
+        return self.encoder.template
 
 
 def spread(rows: np.ndarray, most: int) -> np.ndarray:
@@ -67,9 +74,8 @@ def spread(rows: np.ndarray, most: int) -> np.ndarray:
 
 
 def write_sample(stream: TokenisedStream, count: int, path: str) -> str:
-    """Write `count` used rows, evenly spread, to a Parquet file (row_id, input_ids, prompt_tokens); returns `path`."""
-    names = ["row_id", "input_ids", "prompt_tokens"]
-    table = take_rows(stream.folder, [part for part, _ in stream.parts], spread(stream.rows, count), names)
+    """Write `count` used rows, evenly spread, to a Parquet file (row_id and payload); returns `path`."""
+    table = take_rows(stream.folder, [part for part, _ in stream.parts], spread(stream.rows, count))
     filesystem, inside = locate(path)
     filesystem.create_dir(inside.rpartition("/")[0], recursive=True)
     pq.write_table(table, inside, filesystem=filesystem)
@@ -79,26 +85,24 @@ def write_sample(stream: TokenisedStream, count: int, path: str) -> str:
 def prepare_streams(
     sources: Mapping[str, SourceConfig],
     root: str | None,
-    fmt: FormatConfig,
-    tokenizer: Any,
+    encoder: Encoder,
     storage: str,
     *,
     private: Mapping[str, str] | None = None,
     overlap: Policy = "error",
     duplicates: Policy = "allow",
 ) -> Prepared:
-    """Check and tokenise every source (option `data.<name>`), or take the result of an earlier run.
+    """Check and encode every source (option `data.<name>`), or take the result of an earlier run.
 
-    Tokens go to `<storage>/cache/data/<hash of content, tokenizer, format and this code>/`, where other runs find them.
+    Tokens go to `<storage>/cache/data/<hash of content, encoder and this code>/`, where other runs find them.
     Those of the streams in `private` go to the folder that it names, under the same hash: a run whose data must not
     outlive it deletes its own folder, and nobody else's tokens. Ray must be up unless everything is there already.
     Overlap is that of the streams `forget` and `retain`, if both are given.
 
     Raises UserError with all problems of all sources in one message.
     """
-    template = Template(tokenizer, fmt)
     pieces = {name: _fragments(name, source, root) for name, source in sources.items()}
-    keys = {name: _key(name, found, template) for name, found in pieces.items()}
+    keys = {name: _key(name, found, encoder) for name, found in pieces.items()}
     shared = join(absolute(storage), "cache", "data")
     folders = {name: join(absolute((private or {}).get(name, shared)), key) for name, key in keys.items()}
     with ExitStack() as stack:
@@ -106,7 +110,7 @@ def prepare_streams(
         todo = [name for name, folder in folders.items() if not is_file(join(folder, MARKER))]
         for name in todo:
             places[name] = stack.enter_context(published(folders[name], MARKER))
-        problems = _tokenise({name: pieces[name] for name in todo}, places, template)
+        problems = _tokenise({name: pieces[name] for name in todo}, places, encoder)
         parts = {name: _parts(place) for name, place in places.items()}
         columns = {name: load_columns(places[name], [n for n, _ in found]) for name, found in parts.items()}
         shown = {name: source.shown for name, source in sources.items()}
@@ -115,24 +119,24 @@ def prepare_streams(
         report = DataReport(
             streams={name: judged.report(name) for name in sources},
             overlap=judged.overlap,
-            tokenizer_sha256=template.fingerprint(),
+            tokenizer_sha256=encoder.fingerprint(),
         )
     streams = {name: _stream(name, folders[name], keys[name], judged) for name in sources}
-    return Prepared(streams, report, template)
+    return Prepared(streams, report, encoder)
 
 
 def _fragments(name: str, source: SourceConfig, root: str | None) -> list[sources.Fragment]:
     return sources.fragments(source, root, stream=name, option=f"data.{name}")
 
 
-def _key(name: str, pieces: list[sources.Fragment], template: Template) -> str:
+def _key(name: str, pieces: list[sources.Fragment], encoder: Encoder) -> str:
     code = [importlib.resources.files("ofmu_ray.data").joinpath(file).read_text() for file in _CODE]
-    text = json.dumps([name, sources.fingerprint(pieces), template.fingerprint(), code])
+    text = json.dumps([name, sources.fingerprint(pieces), encoder.fingerprint(), code])
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def _tokenise(
-    todo: Mapping[str, list[sources.Fragment]], places: Mapping[str, str], template: Template
+    todo: Mapping[str, list[sources.Fragment]], places: Mapping[str, str], encoder: Encoder
 ) -> dict[str, Problems]:
     """Write the parts and the marker of each stream; problems by stream."""
     if not todo:
@@ -144,7 +148,7 @@ def _tokenise(
         for name, pieces in todo.items()
         for index, piece in enumerate(pieces)
     ]
-    done: list[Part] = run_tasks(tokenise, items, template, "tokenising")
+    done: list[Part] = run_tasks(encode_fragment, items, encoder, "tokenising")
     problems: dict[str, Problems] = {}
     for name in todo:
         mine = [part for part in done if part.stream == name]

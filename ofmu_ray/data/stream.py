@@ -15,7 +15,7 @@ from ray.data import DataIterator
 
 from ofmu_ray.cluster.nodes import here, on
 from ofmu_ray.data.batch_plan import Plan
-from ofmu_ray.data.batches import RoundBatches, assemble
+from ofmu_ray.data.batches import Collate, RoundBatches, assemble
 from ofmu_ray.data.shards import lane_files, read_ahead
 
 STORE_SHARE = 0.25
@@ -54,16 +54,16 @@ def rounds(
     *,
     start_round: int = 0,
     micro_batch_size: int | None = None,
-    pad_id: int,
+    collate: Collate,
     sidecars: Mapping[str, str] | None = None,
 ) -> Iterator[RoundBatches]:
     """This worker's batches, {stream: [Batch, ...]} for each round from `start_round` on.
 
     `shard` may begin earlier than `start_round` but not later. Every lane yields the same number of rounds with the
-    same numbers of batches and micro-batches. Micro-batches are those of `batches.collate`, with what the folders of
+    same numbers of batches and micro-batches. Micro-batches are those of `collate`, with what the folders of
     `sidecars` (by stream) know about their rows.
     """
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # else each worker tells of every execution
     tables = shard.iter_batches(batch_size=plan.rows_per_round, batch_format="pyarrow", prefetch_batches=2)
-    options: dict[str, Any] = {"micro_batch_size": micro_batch_size, "pad_id": pad_id, "sidecars": sidecars}
+    options: dict[str, Any] = {"micro_batch_size": micro_batch_size, "collate": collate, "sidecars": sidecars}
     yield from assemble(tables, plan, start_round=start_round, **options)

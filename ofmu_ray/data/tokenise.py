@@ -1,9 +1,8 @@
-"""One fragment of a source -> one Parquet file of tokens, with what was wrong on the way."""
+"""One fragment of a source -> one Parquet file of encoded rows, with what was wrong on the way."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,24 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ofmu_ray.data.row_checks import Problems, digests, pair
+from ofmu_ray.data.encoder import BOOKKEEPING, Encoder, encoded_schema, payload_columns
+from ofmu_ray.data.row_checks import Problems, digests
 from ofmu_ray.data.sources import Broken, Fragment, read
-from ofmu_ray.data.template import Template
 from ofmu_ray.storage import join, locate
 
 BATCH_ROWS = 1024
-
-SCHEMA = pa.schema(
-    [
-        ("row_id", pa.string()),
-        ("input_ids", pa.list_(pa.int32())),
-        ("prompt_tokens", pa.int32()),
-        ("length", pa.int32()),
-        ("cut", pa.int32()),  # tokens lost to max_length
-        ("exact", pa.binary(16)),
-        ("normalised", pa.binary(16)),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -51,54 +38,36 @@ class Part:
     problems: Problems = field(default_factory=Problems)
 
 
-def tokenise(job: PartJob, template: Template) -> Part:
-    """Read, check, tokenise and write one fragment; memory holds one batch of rows at a time."""
+def encode_fragment(job: PartJob, encoder: Encoder) -> Part:
+    """Read, check, encode and write one fragment; memory holds one batch of rows at a time."""
     part = Part(job.fragment.stream, job.target.partition("?")[0].rpartition("/")[2])
     filesystem, path = locate(job.target)
-    columns = [template.config.question, template.config.answer]
-    rows = read(job.fragment, columns)
-    with pq.ParquetWriter(path, SCHEMA, filesystem=filesystem) as writer:
+    schema = encoded_schema(encoder.payload)
+    rows = read(job.fragment, list(encoder.columns))
+    with pq.ParquetWriter(path, schema, filesystem=filesystem) as writer:
         while chunk := list(itertools.islice(rows, BATCH_ROWS)):
             part.seen += len(chunk)
-            table = _table(job.fragment, chunk, template, part.problems)
+            table = _table(job.fragment, chunk, encoder, part.problems, schema)
             part.rows += table.num_rows
             writer.write_table(table)
     return part
 
 
-def _table(fragment: Fragment, chunk: list[Any], template: Template, problems: Problems) -> pa.Table:
-    good = list(_good(fragment, chunk, template, problems))
-    encoded = template.encode_rows([q for _, q, _ in good], [a for _, _, a in good])
-    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
-    for (number, question, answer), row in zip(good, encoded, strict=True):
-        if row.only_prompt:
-            limit = f"data.format.max_length = {template.config.max_length}"
-            problems.add(f"only prompt is left within {limit}; raise it or drop these rows", _place(fragment, number))
-            continue
-        exact, normalised = digests(question, answer)
-        values = (
-            fragment.row_id(number),
-            row.input_ids,
-            row.prompt_tokens,
-            len(row.input_ids),
-            row.cut,
-            exact,
-            normalised,
-        )
-        for name, value in zip(SCHEMA.names, values, strict=True):
-            columns[name].append(value)
-    return pa.table(columns, schema=SCHEMA)
-
-
-def _good(
-    fragment: Fragment, chunk: list[Any], template: Template, problems: Problems
-) -> Iterator[tuple[int, str, str]]:
+def _table(fragment: Fragment, chunk: list[Any], encoder: Encoder, problems: Problems, schema: pa.Schema) -> pa.Table:
+    readable = []
     for number, row in chunk:
-        place = _place(fragment, number)
         if isinstance(row, Broken):
-            problems.add(row.kind, place)
-        elif texts := pair(row, template.config, problems, place):
-            yield number, *texts
+            problems.add(row.kind, _place(fragment, number))
+        else:
+            readable.append((number, row))
+    columns: dict[str, list[Any]] = {name: [] for name in schema.names}
+    placed = [(_place(fragment, number), row) for number, row in readable]
+    for index, found in encoder.encode(placed, problems):
+        row_id = fragment.row_id(readable[index][0])
+        values = (row_id, *found.payload, found.length, found.cut, *digests(*found.identity))
+        for name, value in zip(schema.names, values, strict=True):
+            columns[name].append(value)
+    return pa.table(columns, schema=schema)
 
 
 def _place(fragment: Fragment, number: int) -> str:
@@ -107,12 +76,12 @@ def _place(fragment: Fragment, number: int) -> str:
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a tokenised stream that the driver looks at: a few dozen bytes a row, no tokens."""
+    """What the driver looks at of an encoded stream: a few dozen bytes a row, no payload."""
 
     lengths: np.ndarray
     """int32 [rows], tokens of each row."""
     prompt_tokens: np.ndarray
-    """int32 [rows]."""
+    """int32 [rows], how many of them have no loss; 0 where the task knows no prompts."""
     cut: np.ndarray
     """int32 [rows], tokens lost to max_length."""
     exact: np.ndarray
@@ -123,14 +92,17 @@ class Columns:
 
 def load_columns(folder: str, parts: list[str]) -> Columns:
     """Lengths and digests of all rows, in order."""
-    names = ["length", "prompt_tokens", "cut", "exact", "normalised"]
-    table = pa.concat_tables([_read(folder, part, names) for part in parts])
-    numbers = [table[name].to_numpy() for name in names[:3]]
-    return Columns(*numbers, *(_digest_array(table[name]) for name in names[3:]))
+    found = pa.concat_tables([_read(folder, part, [*BOOKKEEPING.names, "prompt_tokens"]) for part in parts])
+    lengths, cut = (found[name].to_numpy() for name in ("length", "cut"))
+    prompts = found["prompt_tokens"].to_numpy() if "prompt_tokens" in found.column_names else np.zeros_like(lengths)
+    return Columns(lengths, prompts, cut, *(_digest_array(found[name]) for name in ("exact", "normalised")))
 
 
-def take_rows(folder: str, parts: list[str], rows: np.ndarray, columns: list[str]) -> pa.Table:
-    """Columns of the rows with these ascending indices over all parts; one part in memory at a time."""
+def take_rows(folder: str, parts: list[str], rows: np.ndarray, columns: list[str] | None = None) -> pa.Table:
+    """Rows with these ascending indices over all parts, one part in memory at a time.
+
+    `columns`: of the result; None: row_id and the payload.
+    """
     found, first = [], 0
     for part in parts:
         table = _read(folder, part, columns)
@@ -140,9 +112,15 @@ def take_rows(folder: str, parts: list[str], rows: np.ndarray, columns: list[str
     return pa.concat_tables(found)
 
 
-def _read(folder: str, part: str, columns: list[str]) -> pa.Table:
+def _read(folder: str, part: str, columns: list[str] | None) -> pa.Table:
+    """The columns that there are of these."""
     filesystem, path = locate(join(folder, part))
-    return pq.read_table(path, columns=columns, filesystem=filesystem)
+    with filesystem.open_input_file(path) as stream:
+        file = pq.ParquetFile(stream)
+        names = payload_columns(file.schema_arrow.names)
+        if columns is not None:
+            names = [name for name in columns if name in file.schema_arrow.names]
+        return file.read(names)
 
 
 def _digest_array(column: pa.ChunkedArray) -> np.ndarray:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
 from ofmu_ray.algorithm.space import Kind, Loop, ParameterSpace, Vector
+from ofmu_ray.data.batch import Batch
 
 __all__ = ["Batch", "Engine", "Kind", "Loop", "Loss", "PassAccount", "Vector"]
 
@@ -16,12 +17,9 @@ __all__ = ["Batch", "Engine", "Kind", "Loop", "Loss", "PassAccount", "Vector"]
 Loss = Callable[[torch.nn.Module, Any], torch.Tensor | tuple[torch.Tensor, torch.Tensor | int]]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """This rank's share of a global batch: micro-batches for the engine's loss, all of one kind."""
-
-    micro: Sequence[Any]
-    row_ids: Sequence[str] = ()
+def sum_and_count(result: torch.Tensor | tuple[torch.Tensor, torch.Tensor | int]) -> tuple[torch.Tensor, Any]:
+    """What a loss gave, as a sum and the count to divide it by."""
+    return result if isinstance(result, tuple) else (result, 1)
 
 
 @dataclass
@@ -53,6 +51,8 @@ class Engine(ParameterSpace, Protocol):
     """One model, its parameters as sharded fp32 vectors, one optimiser per loop."""
 
     account: PassAccount
+    loss_fn: Loss
+    """The task's loss, which a gradient is of when no other is given."""
     precision: str
 
     @property

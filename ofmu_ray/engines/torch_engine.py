@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ofmu_ray.config import OptimizerConfig, Precision
-from ofmu_ray.engines.protocol import Kind, Loss, Vector
+from ofmu_ray.engines.protocol import Kind, Loss, Vector, sum_and_count
 from ofmu_ray.engines.shards import FlatShards
-from ofmu_ray.engines.vector_engine import VectorEngine, batch_sums, micro_batches, sum_and_count
+from ofmu_ray.engines.vector_engine import VectorEngine, batch_sums, micro_batches
 from ofmu_ray.errors import UserError
 
 

@@ -15,7 +15,7 @@ import torch
 from ofmu_ray.config import OptimizerConfig
 from ofmu_ray.engines.language import causal_lm_loss
 from ofmu_ray.engines.optimizers import LoopOptimizer
-from ofmu_ray.engines.protocol import Batch, Kind, Loop, Loss, PassAccount, Vector
+from ofmu_ray.engines.protocol import Batch, Kind, Loop, Loss, PassAccount, Vector, sum_and_count
 from ofmu_ray.engines.shards import Shards, trainable_parameters
 from ofmu_ray.errors import UserError
 from ofmu_ray.models.loading import disable_dropout, exported_weights
@@ -318,10 +318,6 @@ def _on(value: Any, device: torch.device) -> Any:
     if type(value) in (tuple, list):
         return type(value)(_on(item, device) for item in value)
     return value
-
-
-def sum_and_count(result: torch.Tensor | tuple[torch.Tensor, torch.Tensor | int]) -> tuple[torch.Tensor, Any]:
-    return result if isinstance(result, tuple) else (result, 1)
 
 
 def batch_sums(value: torch.Tensor, count: Any, micro: Any, device: torch.device) -> torch.Tensor:

@@ -11,7 +11,6 @@ from ofmu_ray.algorithm.losses import LossParts
 from ofmu_ray.algorithm.space import Vector, add_
 from ofmu_ray.config import BLURConfig
 from ofmu_ray.engines.protocol import Engine
-from ofmu_ray.methods.gradient_ascent import negated_nll
 from ofmu_ray.methods.npo import npo_loss
 from ofmu_ray.methods.one_loop import OneLoop
 from ofmu_ray.methods.protocol import Need
@@ -35,7 +34,7 @@ class BLUR(OneLoop[BLURConfig]):
 
     def forget_loss(self, module: torch.nn.Module, micro: Mapping[str, Any]) -> LossParts:
         if self.config.forget_loss == "nll":
-            return negated_nll(module, micro)
+            return self.negated_loss(module, micro)
         return npo_loss(module, micro, self.config.npo_beta)
 
     def direction(

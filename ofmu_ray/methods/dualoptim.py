@@ -13,7 +13,6 @@ from ofmu_ray.algorithm.space import scale_
 from ofmu_ray.config import DualOptimConfig
 from ofmu_ray.engines.language import answers
 from ofmu_ray.engines.protocol import Engine
-from ofmu_ray.methods.gradient_ascent import negated_nll
 from ofmu_ray.methods.npo import npo_loss
 from ofmu_ray.methods.one_loop import Weighted
 from ofmu_ray.methods.protocol import Batches, Need, drawn
@@ -39,7 +38,7 @@ class DualOptim(Weighted[DualOptimConfig]):
         if self.config.forget_loss == "npo":
             return npo_loss(module, micro, self.config.npo_beta)
         if self.config.forget_loss == "nll":
-            return negated_nll(module, micro)
+            return self.negated_loss(module, micro)
         return kl_from_uniform(answers(module, micro).logits_tv)
 
     def round(self, engine: Engine, forget_batches: Batches, retain_batches: Batches) -> dict[str, float]:

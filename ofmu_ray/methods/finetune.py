@@ -17,6 +17,7 @@ class Finetune:
     """Descends the mean loss of one batch per round, with the engine's outer optimiser."""
 
     name = "finetune"
+    asks: frozenset[str] = frozenset()
     notes: Sequence[str] = ()
 
     def __init__(self, config: FinetuneConfig, rounds: int | None = None):

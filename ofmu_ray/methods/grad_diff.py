@@ -9,7 +9,6 @@ import torch
 
 from ofmu_ray.algorithm.losses import LossParts
 from ofmu_ray.config import GradDiffConfig
-from ofmu_ray.methods.gradient_ascent import negated_nll
 from ofmu_ray.methods.one_loop import Weighted
 
 
@@ -18,5 +17,9 @@ class GradDiff(Weighted[GradDiffConfig]):
 
     name = "grad_diff"
 
+    @property
+    def asks(self) -> frozenset[str]:
+        return frozenset() if self.config.retain_loss == "nll" else super().asks
+
     def forget_loss(self, module: torch.nn.Module, micro: Mapping[str, Any]) -> LossParts:
-        return negated_nll(module, micro)
+        return self.negated_loss(module, micro)

@@ -49,6 +49,10 @@ class OFMU:
         self._told: list[str] = []
 
     @property
+    def asks(self) -> frozenset[str]:
+        return frozenset() if self.config.forget_loss == "nll" else frozenset({"answers"})
+
+    @property
     def needs(self) -> tuple[Need, ...]:
         return (Need("forget", "nll"),) if self.config.forget_loss == "npo" else ()
 

@@ -12,7 +12,7 @@ from ofmu_ray.algorithm.schedules import learning_rate
 from ofmu_ray.algorithm.space import Vector, add_, scale_
 from ofmu_ray.config import OneLoopConfig, WeightedConfig
 from ofmu_ray.engines.language import answers, causal_lm_loss
-from ofmu_ray.engines.protocol import Engine
+from ofmu_ray.engines.protocol import Engine, Loss, sum_and_count
 from ofmu_ray.methods.protocol import Batches, Need, drawn
 
 __all__ = ["LossParts", "OneLoop", "Weighted"]
@@ -38,6 +38,12 @@ class OneLoop(Generic[C]):
     def __init__(self, config: C, rounds: int | None = None):
         self.config, self.rounds = config, rounds
         self.rounds_done = 0
+        self.own_loss: Loss = causal_lm_loss
+        """The engine's, once `start` has been called."""
+
+    @property
+    def asks(self) -> frozenset[str]:
+        return frozenset({"answers"})
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -47,7 +53,7 @@ class OneLoop(Generic[C]):
         """Nothing: all weights are trained."""
 
     def start(self, engine: Engine) -> None:
-        """Nothing to keep of the untouched weights."""
+        self.own_loss = engine.loss_fn
 
     def batches_per_round(self) -> dict[str, int]:
         return {"forget": int(self.forget_weight > 0), "retain": int(self.retain_weight > 0)}
@@ -65,8 +71,13 @@ class OneLoop(Generic[C]):
         raise AssertionError(f"{self.name} has no forget loss")
 
     def retain_loss(self, module: torch.nn.Module, micro: Mapping[str, Any]) -> LossParts:
-        """Loss on retain rows that is minimised: token-mean NLL."""
-        return causal_lm_loss(module, micro)
+        """Loss on retain rows that is minimised: the engine's own, which is the token-mean NLL of language models."""
+        return sum_and_count(self.own_loss(module, micro))
+
+    def negated_loss(self, module: torch.nn.Module, micro: Mapping[str, Any]) -> LossParts:
+        """The engine's own loss, negated: what gradient ascent minimises."""
+        total, count = sum_and_count(self.own_loss(module, micro))
+        return -total, count
 
     def direction(
         self, engine: Engine, forget: Vector | None, retain: Vector | None, figures: dict[str, float]
@@ -120,5 +131,5 @@ class Weighted(OneLoop[W]):
 
     def retain_loss(self, module: torch.nn.Module, micro: Mapping[str, Any]) -> LossParts:
         if self.config.retain_loss == "nll":
-            return causal_lm_loss(module, micro)
+            return super().retain_loss(module, micro)
         return kl_from_reference(answers(module, micro).logits_tv, micro["reference_logprobs"])

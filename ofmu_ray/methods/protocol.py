@@ -17,9 +17,6 @@ Batches = Iterable[Any]
 
 Quantity = Literal["nll", "logits", "activations", "refusal", "alternative", "refusal_nll"]
 
-REFUSAL = "refusal_"
-"""Prefix of the names, in a micro-batch, of the text that stands for an answer: a refusal or an alternative."""
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -57,6 +54,10 @@ class Method(Protocol):
     name: str
     notes: Sequence[str]
     """What the user should know of the last round, in sentences."""
+
+    @property
+    def asks(self) -> frozenset[str]:
+        """What its losses take for granted of the task (`Task.offers`)."""
 
     @property
     def needs(self) -> tuple[Need, ...]:

@@ -10,5 +10,6 @@ class RetainFinetune(OneLoop[RetainFinetuneConfig]):
     """Minimises L_r, the token-mean NLL of retain answers; forget rows are not used."""
 
     name = "retain_finetune"
+    asks = frozenset()
     forget_weight = 0.0
     retain_weight = 1.0

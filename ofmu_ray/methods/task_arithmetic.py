@@ -37,6 +37,7 @@ class TaskArithmetic(OneLoop[TaskArithmeticConfig]):
 
     def start(self, engine: Engine) -> None:
         """Keep theta_0 (one copy of this rank's share); a resumed run reads it from the untouched model again."""
+        super().start(engine)
         self.start_weights = engine.weights()
 
     def round(self, engine: Engine, forget_batches: Batches, retain_batches: Batches) -> dict[str, float]:

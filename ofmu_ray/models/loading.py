@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -195,3 +195,19 @@ def _merged(layer: Any) -> torch.Tensor:
 
 def _base_name(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def copy_with(module: Any, weights: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+    """A model with these weights, where the module is: the module itself may be sharded, in bf16 or wrapped (LoRA)."""
+    from transformers import AutoModelForCausalLM
+
+    base = module.get_base_model() if hasattr(module, "get_base_model") else module
+    device = next(module.parameters()).device
+    dtype = torch.float32 if device.type == "cpu" else next(iter(weights.values())).dtype
+    with torch.random.fork_rng(), device:  # initial weights, soon overwritten, must not move the run's generator
+        model: Any = AutoModelForCausalLM.from_config(base.config, dtype=dtype)
+    unexpected = model.load_state_dict(weights, strict=False).unexpected_keys  # tied weights stand there once
+    assert not unexpected, f"weights that the model's configuration does not have: {unexpected[:3]}"
+    model.tie_weights()
+    copied: torch.nn.Module = model.eval()
+    return copied

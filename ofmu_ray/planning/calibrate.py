@@ -13,7 +13,7 @@ import torch
 
 from ofmu_ray.config import OptimizerConfig
 from ofmu_ray.engines import TorchEngine
-from ofmu_ray.engines.vector_engine import sum_and_count
+from ofmu_ray.engines.protocol import sum_and_count
 from ofmu_ray.errors import UserError
 from ofmu_ray.methods import build_method
 from ofmu_ray.planning.cost import Link, RoundTime

@@ -76,7 +76,7 @@ class PlanSpace:
     device = torch.device("cpu")
 
     def __init__(self, module: torch.nn.Module, optimizers: tuple[OptimizerConfig, OptimizerConfig], precision: str):
-        self.module, self.precision = module, precision
+        self.module, self.precision, self.loss_fn = module, precision, causal_lm_loss
         self.account = PassAccount()
         self.meter = Meter(grown=self._grown)
         self.round = Round()
@@ -100,7 +100,7 @@ class PlanSpace:
     def gradient(
         self, batch: Any, loss: Loss | None = None, *, kind: Kind = "forget", differenced: bool = False, work: float = 1
     ) -> tuple[Vector, float]:
-        pass_ = ReplayedPass(kind, loss or causal_lm_loss, differenced or self._displaced > 0, self.held, batch)
+        pass_ = ReplayedPass(kind, loss or self.loss_fn, differenced or self._displaced > 0, self.held, batch)
         self.round.passes.append(pass_)
         return self._vector(), 1.0
 

@@ -9,10 +9,11 @@ import torch
 
 from ofmu_ray.assets import model_source
 from ofmu_ray.config import ModelConfig
+from ofmu_ray.data.batch import REFUSAL
 from ofmu_ray.data.sidecar import KEYS
 from ofmu_ray.engines.layers import chosen_layer, decoder_layers
 from ofmu_ray.errors import UserError
-from ofmu_ray.methods.protocol import REFUSAL, Need
+from ofmu_ray.methods.protocol import Need
 from ofmu_ray.models.loading import _enable_checkpointing, add_lora, disable_dropout, freeze_matching
 
 

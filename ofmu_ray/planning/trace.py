@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
-from ofmu_ray.engines.vector_engine import sum_and_count
+from ofmu_ray.engines.protocol import sum_and_count
 
 _INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put)
 

@@ -179,8 +179,8 @@ def _best(sweep: Sweep, plane: Plot | None) -> Section:
         return Section("The best trials", ["No trial has been evaluated yet."] if sweep.trials else ())
     without = sum(sweep.place(trial) is None for trial in sweep.trials)
     notes = [
-        "In the order of the rule, then the fresh seeds, which are evaluated on all rows. All trials: trials.csv. MLflow "
-        "has the rest: select this sweep's trials there and compare them.",
+        "In the order of the rule, then the fresh seeds, evaluated on all rows. All trials: trials.csv. MLflow has the "
+        "rest: select this sweep's trials there and compare them.",
         "Plot: up and to the right is better; line: the Pareto front of the trials that ran to their end, with their "
         f"numbers; ★ retrained model, ✖ target.{f' {without} trials have no evaluation.' if without else ''}",
     ]

@@ -1,207 +1,102 @@
-"""What a run leaves in its folder: metrics.json, rows.parquet, manifest.json, report.html and the model's card."""
+"""What became of a run: the value that `ofmu_ray.unlearn` and `ofmu_ray.train` return."""
 
 from __future__ import annotations
 
 import json
-import math
-import shlex
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from ofmu_ray.assets import resolve_builtin
-from ofmu_ray.storage import PathLike, atomic_write, is_file, join, name_of, read_text
-from pipelines.terminal import metrics_table, say
+from ofmu_ray.storage import is_file, is_whole, join, name_of, read_text
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A finished run, before it is written down."""
+    """A run that has come to its end, well or not."""
 
-    training: dict[str, Any]
-    """training.json: status, series, seconds, account."""
-    metrics: dict[str, Any]
-    """before, after, retrained."""
-    tables: dict[str, Any]
-    """Per-row values (pyarrow Tables) by model."""
-    texts: dict[str, tuple[str, str]]
-    """Row id -> (question, answer), for the samples of the report."""
-    data: dict[str, Any]
-    """The data report."""
-    seconds: dict[str, float]
-    """Wall-clock seconds by phase."""
-    plan: str
-    """Fingerprint of the batch sequence."""
-    discard: Callable[[], None]
-    """Deletes what holds the forget rows' text; before the run counts as finished, so that a kill leaves none."""
+    home: str
+    """Folder or URI that holds everything of it."""
+    status: str
+    """finished; utility_floor, non_finite or stopped where a rule ended it."""
+    message: str = ""
+    """Why it stopped, in a sentence; empty for a finished run."""
+    rounds: int
+    """Rounds that the model has seen."""
+    loss: float | None = None
+    """`train`: loss of the last round, in nats per token."""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """Model (before, after, retrained) -> metric -> {"value", "low", "high", "n"}, or {"value": null, "reason"}; None
+    for a model that there is not. Empty for `train`."""
+    cost: Mapping[str, Any] = field(default_factory=dict)
+    """Gradient passes, tokens, FLOPs, updates, seconds by phase, peak memory (bytes)."""
+    run: Mapping[str, Any] = field(default_factory=dict)
+    """The section `run` of metrics.json: name, method, notes, paths, whether generations are degenerate."""
+    reused: bool = False
+    """Whether it was finished already, and nothing was run."""
+    delivered: bool = True
+    """Whether MLflow has everything; if not, the next start of the run brings it the rest."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its planned end."""
+        return self.status == "finished"
+
+    @property
+    def model(self) -> str:
+        """Where the model lies: a Hugging Face directory."""
+        return join(self.home, "model")
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return name_of(self.home)
 
 
-def read(home: PathLike) -> dict[str, Any] | None:
-    """metrics.json of a finished run; None when there is none."""
+def read_unlearned(home: str, *, reused: bool = False, delivered: bool = True) -> Outcome | None:
+    """The outcome that metrics.json tells; None: the run has not ended."""
     path = join(home, "metrics.json")
-    return json.loads(read_text(path)) if is_file(path) else None
-
-
-def write(
-    home: PathLike, outcome: Outcome, config: dict[str, Any], config_hash: str, command: list[str], mlflow: str
-) -> list[str]:
-    """Write everything to a run's folder or URI, metrics.json last (it marks the run as finished).
-
-    Returns the names of the files that MLflow keeps as artifacts.
-    """
-    from ofmu_ray.reporting import ReportData, build_manifest, write_model_card, write_report
-
-    training = outcome.training
-    summary = {
-        **outcome.metrics,
-        **_aggregate(outcome.tables),
-        "cost": _cost(outcome),
-        "run": {**_run(home, outcome, config), "config_hash": config_hash, "mlflow": mlflow},
-    }
-    manifest = build_manifest(
-        name=name_of(home),
-        config=config,
-        config_hash=config_hash,
-        seed=config["seed"],
-        data=outcome.data,
-        models={role: path and resolve_builtin(path) for role, path in _models(home, config).items()},
-        command=shlex.join(command),
-        extra={"plan_sha256": outcome.plan},
+    if not is_file(path):
+        return None
+    summary = json.loads(read_text(path))
+    run = summary["run"]
+    return Outcome(
+        home=home,
+        status=run["status"],
+        message=run["message"],
+        rounds=run["rounds"],
+        metrics={name: found for name, found in summary.items() if name not in ("cost", "run")},
+        cost=summary["cost"],
+        run=run,
+        reused=reused,
+        delivered=delivered,
     )
-    atomic_write(join(home, "manifest.json"), json.dumps(manifest, indent=2) + "\n")
-    tables = {label: table for label, table in outcome.tables.items() if table is not None}
-    if tables:
-        write_rows(join(home, "rows.parquet"), tables)
-    write_report(
-        join(home, "report.html"),
-        ReportData(
-            title=name_of(home),
-            config=config,
-            metrics=outcome.metrics,
-            run=summary["run"],
-            cost=summary["cost"],
-            series=training["series"],
-            tables=tables,
-            texts=outcome.texts,
-            data=outcome.data,
-            manifest=manifest,
-            command=command,
-            open_command=mlflow,
-            samples=config["report"]["samples"],
-            reveal_text=config["report"]["reveal_text"],
-        ),
-    )
-    write_model_card(
-        join(home, "model"),
-        name=name_of(home),
-        config=config,
-        metrics=outcome.metrics,
-        data=outcome.data,
-        config_hash=config_hash,
+
+
+def read_trained(home: str, *, reused: bool = False) -> Outcome | None:
+    """The outcome that training.json tells; None: there is no whole model."""
+    path = join(home, "training.json")
+    if not is_file(path) or not is_whole(join(home, "model")):
+        return None
+    training = json.loads(read_text(path))
+    return Outcome(
+        home=home,
+        status=training["status"],
+        message=training["message"],
         rounds=training["round"],
+        loss=training["series"][-1]["loss"] if training["series"] else None,
+        cost=cost_of(training),
+        reused=reused,
     )
-    outcome.discard()
-    atomic_write(join(home, "metrics.json"), json.dumps(_json(summary), indent=2) + "\n")
-    return ["report.html", "manifest.json", "metrics.json"]
 
 
-def write_rows(path: PathLike, tables: dict[str, Any]) -> None:
-    """Per-row values of all models; forget rows' text is not in them unless report.reveal_text asked for it."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    named = [table.append_column("model", pa.array([label] * len(table))) for label, table in tables.items()]
-    buffer = pa.BufferOutputStream()
-    pq.write_table(pa.concat_tables(named), buffer)
-    atomic_write(path, buffer.getvalue().to_pybytes())
-
-
-def _models(home: PathLike, config: dict[str, Any]) -> dict[str, str | None]:
-    return {
-        "target": config["model"]["path"],
-        "retrained": config["evaluation"]["retrained"],
-        "unlearned": join(home, "model"),
-    }
-
-
-def _generations(outcome: Outcome, config: dict[str, Any]) -> dict[str, Any]:
-    """Whether the answers to forget prompts are degenerate, and the sentence that says so; nulls where none knows."""
-    from ofmu_ray.metrics.fronts import plain
-    from ofmu_ray.metrics.degeneration import failed_measures, words
-    from ofmu_ray.metrics.summary import sound_generations
-
-    before, retrained = outcome.tables.get("before"), outcome.tables.get("retrained")
-    samples, seed = config["evaluation"]["bootstrap_samples"], config["seed"]
-    sound = sound_generations(before, retrained, bootstrap_samples=samples, seed=seed)
-    after = plain(outcome.metrics.get("after") or {})
-    failed = failed_measures(after, sound)
-    return {"degenerate": None if failed is None else bool(failed), "generations": words(after, sound)}
-
-
-def _aggregate(tables: dict[str, Any]) -> dict[str, Any]:
-    """OpenUnlearning's aggregate of the unlearned model, with its parts; nothing without an evaluation."""
-    from ofmu_ray.metrics.aggregate import aggregate_figures, aggregate_inputs
-
-    if tables.get("after") is None:
-        return {}
-    model, target, retrained = (aggregate_inputs(tables.get(name)) for name in ("after", "before", "retrained"))
-    found = aggregate_figures(model, target, retrained)
-    return {"aggregate": {name: figure.to_json() for name, figure in found.items()}}
-
-
-def _run(home: PathLike, outcome: Outcome, config: dict[str, Any]) -> dict[str, Any]:
-    """What became of the run, and where it lies."""
-    training = outcome.training
-    return {
-        "name": name_of(home),
-        "method": config["method"],
-        "status": training["status"],
-        "message": training["message"],
-        "notes": training["notes"],
-        **_generations(outcome, config),
-        "rounds": training["round"],
-        "seed": config["seed"],
-        "model": join(home, "model"),
-        "report": join(home, "report.html"),
-    }
-
-
-def _cost(outcome: Outcome) -> dict[str, Any]:
-    training = outcome.training
+def cost_of(training: Mapping[str, Any], seconds: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """What a run cost, from training.json and the seconds of its phases."""
     account = training["account"]
     return {
         "gradient_passes": account["gradient_passes"],
         "tokens": account["tokens"],
         "flops": account["flops"],
         "updates": account["updates"],
-        "seconds": {**outcome.seconds, "rounds": training["train_seconds"]},
+        "seconds": {**(seconds or {}), "rounds": training["train_seconds"]},
         "peak_memory_bytes": training["peak_memory_bytes"],
     }
-
-
-def _json(value: Any) -> Any:
-    """NaN and infinity, which JSON does not have, as null."""
-    if isinstance(value, dict):
-        return {key: _json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_json(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def show(summary: dict[str, Any]) -> None:
-    """Print figures and paths: the figures on stdout, the rest as progress."""
-    if summary.get("before"):
-        print(metrics_table(summary))
-        if summary["run"].get("generations"):
-            print(summary["run"]["generations"])
-    cost = summary["cost"]
-    passes = cost["gradient_passes"]
-    print(
-        f"\ncost    {passes['forget']} forget + {passes['retain']} retain passes, {cost['updates']} updates, "
-        f"{cost['tokens']} tokens, {cost['flops']:.2e} FLOPs, {cost['seconds']['rounds']:.1f} s in rounds, "
-        f"{sum(s for name, s in cost['seconds'].items() if name != 'rounds'):.1f} s in all"
-    )
-    run = summary["run"]
-    print(f"model   {run['model']}\nreport  {run['report']}\nmlflow  {run['mlflow']}")
-    if run["message"]:
-        say(f"stopped {run['message']}")

@@ -15,7 +15,7 @@ def trial_runner(shared: Mapping[str, Any]) -> Callable[[Trial], dict[str, Any]]
     import ray
 
     import ofmu_ray.evaluation.scorer
-    import ofmu_ray.training.worker  # noqa: F401  imports are no part of a trial's time
+    import ofmu_ray.training.start  # noqa: F401  imports are no part of a trial's time
 
     return lambda trial: run_trial(trial, ray.get(shared[trial.split]), local=True)
 

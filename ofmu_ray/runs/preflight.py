@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ofmu_ray.assets import model_source
-from ofmu_ray.config import DataConfig, ModelConfig, TrainingConfig, to_dict
-from ofmu_ray.errors import StorageError, UserError
+from ofmu_ray.config import DataConfig, TrainingConfig, UnlearnConfig, to_dict
+from ofmu_ray.errors import UserError
 from ofmu_ray.storage import (
     PathLike,
     atomic_write,
@@ -25,6 +23,9 @@ from ofmu_ray.storage import (
     without_credentials,
 )
 from ofmu_ray.storage.trouble import refusal
+
+if TYPE_CHECKING:
+    from ofmu_ray.tasks.protocol import Task
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """What Ray sets in the process of a submitted job, and nowhere else."""
@@ -148,68 +149,38 @@ def check_machine(training: TrainingConfig) -> None:
         )
 
 
+def check_method(task: Task, config: UnlearnConfig) -> None:
+    """UserError when the method's losses need what the task does not have."""
+    from ofmu_ray.methods import build_method
+
+    missing = build_method(config.method_options).asks - task.offers
+    if missing:
+        loss = f" with ofmu.forget_loss = {config.ofmu.forget_loss}" if config.method == "ofmu" else ""
+        raise UserError(
+            f"method = {config.method}{loss} needs {', '.join(sorted(missing))} of a language model, which task = "
+            f"{config.task!r} does not have: choose another method, or for ofmu --ofmu.forget_loss nll"
+        )
+
+
+def check_task_on_nodes(name: str) -> None:
+    """UserError when a node's processes do not find the task's module. Ray must be up."""
+    from ofmu_ray.cluster.nodes import alive, on_each
+    from ofmu_ray.tasks import importable, is_builtin
+
+    if is_builtin(name):
+        return
+    answers = on_each(alive(), importable, name)
+    missing = [node.address for node, found in answers.items() if found is not True]
+    if missing:
+        raise UserError(
+            f"task = {name!r}: processes on {', '.join(missing)} cannot import it; install the module there, or put "
+            "its folder on PYTHONPATH before Ray starts (for a submitted job: env_vars in runtime_env.yaml)"
+        )
+
+
 def check_sources(data: DataConfig) -> None:
     """The sources exist; what their rows hold is checked when they are tokenised."""
     from ofmu_ray.data import sources
 
     for name, source in data.sources.items():
         sources.fragments(source, data.root, stream=name, option=f"data.{name}")
-
-
-def check_model(config: ModelConfig, option: str = "model.path") -> Any:
-    """Load configuration and tokenizer and look into the weights' headers; returns the tokenizer.
-
-    Raises:
-        UserError: no such folder, no weights, unreadable weights, no tokenizer, or a tokenizer without EOS.
-    """
-    from ofmu_ray.models.loading import load_tokenizer
-
-    try:
-        path = model_source(config.path, option)
-    except StorageError as error:  # nothing has started: the user's to correct
-        raise UserError(str(error)) from None
-    if Path(path).is_dir():
-        _check_weights(Path(path), option, config.trust_remote_code)
-    elif path.startswith((".", "/", "~")) or config.path.startswith("builtin:"):
-        raise UserError(f"{option} = {config.path!r}: no such folder")
-    _check_config(path, option, config)
-    tokenizer = load_tokenizer(config)
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"{option} = {config.path!r}: its tokenizer has no end-of-sequence token, which answers must end with; "
-            "set eos_token in tokenizer_config.json or name another tokenizer with --model.tokenizer"
-        )
-    return tokenizer
-
-
-def placed(config: ModelConfig) -> ModelConfig:
-    """The same model for a worker, whose working directory is another: local folders as absolute paths."""
-
-    def absolute(path: str | None) -> str | None:
-        return str(Path(path).absolute()) if path is not None and Path(path).is_dir() else path
-
-    return replace(config, path=absolute(config.path) or config.path, tokenizer=absolute(config.tokenizer))
-
-
-def _check_config(path: str, option: str, config: ModelConfig) -> None:
-    from transformers import AutoConfig
-
-    try:
-        AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError and its own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{option} = {config.path!r}: the model does not load: {reason}") from None
-
-
-def _check_weights(folder: Path, option: str, trusted: bool) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    files = sorted(folder.glob("*.safetensors"))
-    if not files and not trusted:
-        raise UserError(f"{option} = {str(folder)!r}: no *.safetensors there; convert the weights with save_pretrained")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as weights:
-                weights.keys()
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{option}: {file} is not a readable safetensors file ({error})") from None

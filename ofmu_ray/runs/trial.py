@@ -12,12 +12,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ofmu_ray.config import ModelConfig, UnlearnConfig, config_hash, flatten, to_dict
 from ofmu_ray.errors import user_error_within
+from ofmu_ray.runs.job import Spec, make_job, with_references
 from ofmu_ray.storage import atomic_write
-from ofmu_ray.runs.evaluator import Evaluator
+
+if TYPE_CHECKING:
+    from ofmu_ray.training.job import WorkerJob
 
 PRIVATE = "private"
 """Folder of a benchmark for what would give forget rows' text away; it goes when the benchmark ends."""
@@ -32,7 +35,8 @@ class SplitData:
     """The benchmark's folder."""
     prepared: Any
     """ofmu_ray.data.prepare.Prepared: the tokenised streams."""
-    evaluator: Evaluator
+    evaluator: Any
+    """The task's Evaluation, on all rows."""
     retrained: Any
     """Per-row values of the retrained model (pyarrow Table), or None."""
     fingerprint: str
@@ -160,10 +164,10 @@ def reason(error: BaseException) -> str:
 
 def _run(trial: Trial, data: SplitData, work: Path, local: bool, watch: Watch | None) -> dict[str, Any]:
     from ofmu_ray.training.export import export_model
-    from ofmu_ray.training.worker import run_local
+    from ofmu_ray.training.start import run_local
 
     clock = _Clock()
-    job = _job(trial, data, work)
+    job = job_of(trial, data, work)
     if watch is not None:
         job = replace(job, tracking=watch.tracking, stages=_stages(trial, data, work, watch.stages))
         if watch.parent is not None:
@@ -198,15 +202,18 @@ def _run(trial: Trial, data: SplitData, work: Path, local: bool, watch: Watch | 
         [last] = (work / "train").glob("*round_*_stopped")
         _move(last, checkpoint_path(data.folder, trial.key(data)))
     else:
-        evaluator = sampled(data.evaluator, trial)
-        table = (
-            _live_table(worker, evaluator, trial.name) if local else evaluator.table(str(work / "model"), trial.name)
-        )
-        found["figures"] = _judge(table, trial, data)
+        config = trial.config
+        evaluation = data.evaluator.sampled(trial.rows, config.evaluation, config.seed)
+        if local:  # in memory, nothing is exported; the worker does not go on
+            table = evaluation.live_table(worker.module, worker.processor, trial.name)
+        else:
+            table = evaluation.table(str(work / "model"), trial.name)
+        _keep_rows(table, result_path(data.folder, trial.key(data)).with_suffix(".parquet"))
+        found["figures"] = evaluation.figures(table, data.retrained)
         clock.lap("evaluation_seconds")
         if watch is not None:
             if local:
-                export_model(job, worker.engine, worker.module, worker.tokenizer, worker.state, 0)
+                export_model(job, worker.engine, worker.module, worker.processor, worker.state, 0)
             _move(work / "model", model_path(data.folder, trial.key(data)))
     return found | clock.laps
 
@@ -229,75 +236,25 @@ def _move(folder: Path, place: Path) -> None:
 
 def _stages(trial: Trial, data: SplitData, work: Path, count: int) -> Any:
     """Evaluations on the way, on the rows that the trial is judged on."""
-    from ofmu_ray.evaluation.sample import Sample
     from ofmu_ray.training.stages import Stages
 
-    return Stages(
-        folder=str(work / "stages"),
-        count=count,
-        sample=Sample.of(data.evaluator.sets, trial.rows),
-        format=data.evaluator.row_format,
-        evaluation=trial.config.evaluation,
-        retrained=data.retrained,
-        seed=trial.config.seed,
-    )
-
-
-def _job(trial: Trial, data: SplitData, work: Path) -> Any:
-    """The worker's job, its batch plan and what the method needs to know about rows written."""
-    from ofmu_ray.data.batch_plan import write_plan
-    from ofmu_ray.data.prepare import write_sample
-    from ofmu_ray.training.job import WorkerJob
-    from ofmu_ray.features.level import with_level
-    from ofmu_ray.features.reference import write_references
-
     config = trial.config
-    watched = None
-    if config.stop.utility_floor is not None and trial.phase != "cost":
-        watched = write_sample(data.prepared.streams["retain"], config.stop.sample, str(work / "watched.parquet"))
-    model = replace(config.model, path=data.model.path, tokenizer=data.model.tokenizer)
-    job = WorkerJob(
-        run_dir=str(work),
-        plan_dir=str(work / "plan"),
-        config_hash=trial.key(data),
-        seed=config.seed,
-        model=model,
-        method=with_level(config.method_options, data.prepared, model, str(data.evaluator.cache)),
-        training=config.training,
-        stop=config.stop,
-        utility_rows=watched,
-    )
-    method = job.build_method()
-    plan = write_plan(
-        data.prepared.streams,
-        job.plan_dir,
-        batches_per_round=method.batches_per_round(),
-        rounds=config.training.rounds,
-        batch_size=config.training.batch_size,
-        workers=config.training.workers,
-        seed=config.seed,
-        here=True,  # a Ray Data job could wait for ever for the CPUs that the pool holds
-    )
-    sidecars = write_references(
-        method.needs,
-        data.prepared,
-        plan,
-        job.model,
-        folder=str(work / "sidecars"),
-        cache=str(data.evaluator.cache),
-        private=str(Path(data.folder) / PRIVATE),
-        refusals_path=getattr(job.method, "refusals", None),
-        root=config.data.root,
-        seed=config.seed,
-        method=config.method,
-    )
-    return replace(job, sidecars=sidecars)
+    evaluation = data.evaluator.sampled(trial.rows, config.evaluation, config.seed)
+    return Stages(folder=str(work / "stages"), count=count, evaluation=evaluation, retrained=data.retrained)
+
+
+def job_of(trial: Trial, data: SplitData, work: Path) -> WorkerJob:
+    """The worker's job, its batch plan and what the method needs to know about rows written."""
+    model = replace(trial.config.model, path=data.model.path, tokenizer=data.model.tokenizer)
+    spec, cache = Spec.of(trial.config, model), str(data.evaluator.cache)
+    job, plan = make_job(spec, data.prepared, str(work), cache, trial.key(data), here=True)
+    return with_references(job, spec, data.prepared, plan, cache, private=str(Path(data.folder) / PRIVATE))
 
 
 def _mean_tokens(plan_dir: str) -> dict[str, float]:
     """Mean tokens of the rows of each stream in a plan."""
-    from ofmu_ray.data.shards import lane_files, read_pieces
     from ofmu_ray.data.batch_plan import read_plan
+    from ofmu_ray.data.shards import lane_files, read_pieces
 
     plan = read_plan(plan_dir)
     tokens: dict[str, list[int]] = {name: [] for name in plan.streams}
@@ -313,41 +270,14 @@ def _mean_tokens(plan_dir: str) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------------ evaluation
 
 
-def sampled(evaluator: Evaluator, trial: Trial) -> Evaluator:
-    """The evaluator of the run's own options, on its sample of rows."""
-    from ofmu_ray.evaluation.sample import Sample
-
-    sample = Sample.of(evaluator.sets, trial.rows)
-    return replace(evaluator, evaluation=trial.config.evaluation, sets=sample.sets)
-
-
-def _live_table(worker: Any, evaluator: Evaluator, label: str) -> Any:
-    """Per-row values of the model that the worker holds, as the evaluation of its export would give them."""
-    from ofmu_ray.evaluation.runner import evaluate_live
-
-    module = worker.module.get_base_model() if worker.job.model.lora is not None else worker.module
-    if worker.session.device.type == "cpu":
-        module = module.float()  # as an exported model is loaded there; the worker does not go on
-    fmt = evaluator.row_format
-    return evaluate_live(module, worker.tokenizer, evaluator.sets, fmt, evaluator.evaluation, label=label)
-
-
-def _judge(table: Any, trial: Trial, data: SplitData) -> dict[str, Any]:
-    """Figures of the run; its rows are kept beside its result, named as in the whole sets."""
+def _keep_rows(table: Any, path: Path) -> None:
+    """Values by row beside the result, named as in the whole sets."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from ofmu_ray.evaluation.sample import Sample
-    from ofmu_ray.metrics.summary import summarise
-
-    sample = Sample.of(data.evaluator.sets, trial.rows)
-    table, retrained = sample.named(table), sample.cut(data.retrained)
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, compression="zstd")
-    atomic_write(result_path(data.folder, trial.key(data)).with_suffix(".parquet"), buffer.getvalue().to_pybytes())
-    config = trial.config
-    found = summarise(table, retrained, bootstrap_samples=config.evaluation.bootstrap_samples, seed=config.seed)
-    return {name: figure.to_json() for name, figure in found.items()}
+    atomic_write(path, buffer.getvalue().to_pybytes())
 
 
 def cost_signature(config: UnlearnConfig) -> dict[str, Any]:

@@ -11,14 +11,15 @@ from typing import Any
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import ModelConfig, UnlearnConfig, close_match
 from ofmu_ray.errors import UserError
-from ofmu_ray.runs.evaluator import Evaluator
-from ofmu_ray.runs.preflight import check_model, check_sources, placed
+from ofmu_ray.models.checks import placed
+from ofmu_ray.runs.preflight import check_sources
 from ofmu_ray.runs.trial import PRIVATE, SplitData
+from ofmu_ray.tasks import task_named
 
 
 def checked(
     base: UnlearnConfig, storage: Path, asked: Mapping[str, str], generation: tuple[str, int | None], where: str = ""
-) -> Evaluator:
+) -> Any:
     """Models, sources and evaluation rows are there, and give the figures that a rule asks for.
 
     `asked`: option -> figure. `generation`: option and value of the longest generation of runs that are judged by the
@@ -29,11 +30,12 @@ def checked(
     """
     from ofmu_ray.metrics.summary import FIGURES
 
-    check_model(base.model)
+    task = task_named(base.task)
+    task.check_model(base.model)
     check_sources(base.data)
     evaluation = base.evaluation
     if evaluation.retrained:
-        check_model(ModelConfig(path=evaluation.retrained), "evaluation.retrained")
+        task.check_model(ModelConfig(path=evaluation.retrained), "evaluation.retrained")
     if not evaluation.enabled:
         raise UserError(f"{where}evaluation.enabled is false, but runs are to be compared by their evaluation")
     option, longest = generation
@@ -52,7 +54,7 @@ def checked(
             needed = figure == "model_utility" or figure.startswith(f"{part}_")
             if needed and getattr(evaluation.sets, part) is None:
                 raise UserError(f"{where}{name} = {figure} needs rows of {part}: name evaluation.sets.{part}")
-    return Evaluator.of(base, storage)
+    return task.evaluation(base, storage)
 
 
 def _generated(figure: str) -> bool:
@@ -61,17 +63,16 @@ def _generated(figure: str) -> bool:
 
 
 def prepare(
-    name: str, base: UnlearnConfig, storage: Path, folder: Path, evaluator: Evaluator
+    name: str, base: UnlearnConfig, storage: Path, folder: Path, evaluator: Any
 ) -> tuple[SplitData, dict[str, Any]]:
     """The tokenised streams, and per-row values of the target and of the retrained model by these names."""
     from ofmu_ray.data.prepare import prepare_streams
-    from ofmu_ray.models.loading import load_tokenizer
 
+    task = task_named(base.task)
     prepared = prepare_streams(
         base.data.sources,
         base.data.root,
-        base.data.format,
-        load_tokenizer(base.model),
+        task.encoder(task.check_model(base.model), base.data),
         str(storage),
         private={"forget": str(folder / PRIVATE / "tokens")},
         overlap=base.data.overlap,
@@ -86,7 +87,7 @@ def prepare(
     return data, tables
 
 
-def _fingerprint(base: UnlearnConfig, prepared: Any, evaluator: Evaluator) -> str:
+def _fingerprint(base: UnlearnConfig, prepared: Any, evaluator: Any) -> str:
     """By content: a model that was fitted anew under the same path, or other rows, make other runs."""
     from ofmu_ray.evaluation.cache import model_fingerprint, weights_folder
 

@@ -29,6 +29,8 @@ class WorkerJob:
     stop: StopConfig
     utility_rows: str | None
     """Parquet of tokenised retain rows on which the utility floor is watched; None: no floor."""
+    task: str = "causal_lm"
+    """Name of the task (ofmu_ray.tasks)."""
     tracking: Any = None
     """ofmu_ray.tracking.RunHandle; None: no tracking."""
 

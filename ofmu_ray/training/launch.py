@@ -14,7 +14,7 @@ from ofmu_ray.errors import UserError, user_error_within
 from ofmu_ray.internals.ray_private import STARTUP_TIMEOUT
 from ofmu_ray.storage import is_uri, join, locate, read_text
 from ofmu_ray.training.job import WorkerJob
-from ofmu_ray.training.progress import Display, Progress
+from ofmu_ray.training.progress import Progress, Watch
 
 COLLECTIVE_TIMEOUT_SECONDS = 1800
 """Ray Train's own value."""
@@ -36,7 +36,7 @@ def fit(job: WorkerJob, title: str) -> dict[str, Any]:
     from ofmu_ray.cluster.rendezvous import OneInterface
     from ofmu_ray.cluster.shared_files import SharedFiles
     from ofmu_ray.training import registry
-    from ofmu_ray.training.worker import worker_loop
+    from ofmu_ray.training.start import worker_loop
 
     if not is_uri(job.run_dir):  # an object is there or not, never torn
         registry.mend(Path(job.run_dir) / "train")
@@ -48,7 +48,7 @@ def fit(job: WorkerJob, title: str) -> dict[str, Any]:
     filesystem, inside = locate(job.run_dir)
     read: dict[str, list[str | None]] = {"model.path": [job.model.path], "model.tokenizer": [job.model.tokenizer]}
     shared = SharedFiles.of(job.run_dir, join(job.run_dir, "train"), read)
-    progress = Progress.options(scheduling_strategy=on(here())).remote()  # type: ignore[attr-defined]
+    actor = Progress.options(scheduling_strategy=on(here())).remote()  # type: ignore[attr-defined]
     # a collective must not give up before the watchdog, which says who was to blame
     patience = max(COLLECTIVE_TIMEOUT_SECONDS, ceil(training.round_timeout or 0) + 60)
     # both are Ray Train's: it asks so often, so long each time, whether there is room for all workers
@@ -57,7 +57,7 @@ def fit(job: WorkerJob, title: str) -> dict[str, Any]:
     attempts = ceil(training.node_timeout / placing)
     trainer = TorchTrainer(
         worker_loop,
-        train_loop_config={"job": job, "progress": progress},
+        train_loop_config={"job": job, "progress": actor},
         scaling_config=ScalingConfig(
             num_workers=training.workers,
             use_gpu=gpu,
@@ -81,7 +81,7 @@ def fit(job: WorkerJob, title: str) -> dict[str, Any]:
             worker_runtime_env={"env_vars": worker_environment(training.cpus_per_worker)},
         ),
     )
-    with Display(progress, training.rounds, title):
+    with Watch(actor, training.rounds, title):
         try:
             trainer.fit()
         except Exception as error:

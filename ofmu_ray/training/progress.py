@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from typing import Any
 
 import ray
 
+from ofmu_ray import progress
 from ofmu_ray.cluster.watchdog import Sign
 
 POLL_SECONDS = 0.5
@@ -49,16 +49,17 @@ class Progress:
         return (*self.now, self.notes)
 
 
-class Display:
-    """Shows notes on stderr as they arise, and a bar of the rounds when that is a terminal."""
+class Watch:
+    """Passes on to the listener what the actor hears, while the driver waits for the workers."""
 
     def __init__(self, actor: Any, rounds: int, title: str):
         self.actor, self.rounds, self.title = actor, rounds, title
+        self.listener = progress.current()
         self.stop = threading.Event()
-        self.thread = threading.Thread(target=self._show, daemon=True)
+        self.thread = threading.Thread(target=self._pass_on, daemon=True)
         self._noted = 0
 
-    def __enter__(self) -> Display:
+    def __enter__(self) -> Watch:
         self.thread.start()
         return self
 
@@ -66,23 +67,18 @@ class Display:
         self.stop.set()
         self.thread.join(timeout=10)
 
-    def _show(self) -> None:
-        from tqdm import tqdm
-
-        with tqdm(total=self.rounds, desc=self.title, unit="round", disable=not sys.stderr.isatty()) as bar:
+    def _pass_on(self) -> None:
+        with self.listener.bar(self.title, self.rounds, "round") as bar:
             while not self.stop.wait(POLL_SECONDS):
                 self._refresh(bar)
             self._refresh(bar)
 
-    def _refresh(self, bar: Any) -> None:
+    def _refresh(self, bar: progress.Bar) -> None:
         try:
             done, figures, notes = ray.get(self.actor.read.remote(), timeout=5)
-        except Exception:  # the display must never end a run
+        except Exception:  # progress must never end a run
             return
         for text in notes[self._noted :]:
-            bar.write(f"note    {text}", file=sys.stderr)
-            sys.stderr.flush()
+            self.listener.note("note", text)
         self._noted = len(notes)
-        bar.n = done
-        shown = {k.removesuffix("_loss"): f"{v:.3f}" for k, v in figures.items() if k.endswith("loss")}
-        bar.set_postfix(shown)
+        bar.at(done, **{k.removesuffix("_loss"): f"{v:.3f}" for k, v in figures.items() if k.endswith("loss")})

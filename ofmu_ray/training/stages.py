@@ -17,10 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ofmu_ray.config import EvaluationConfig, FormatConfig
 from ofmu_ray.engines.protocol import Engine
-from ofmu_ray.evaluation.sample import Sample
 from ofmu_ray.storage import atomic_write
+from ofmu_ray.tasks.protocol import Evaluation, Task
 
 POLL_SECONDS = 0.05
 
@@ -33,14 +32,10 @@ class Stages:
     """Of the decisions; on storage that worker and decider see."""
     count: int
     """Evaluations of a whole run; the last one, at its end, is not taken here."""
-    sample: Sample
-    """Evaluation rows."""
-    format: FormatConfig
-    evaluation: EvaluationConfig
+    evaluation: Evaluation
+    """Of the rows that the run is judged on."""
     retrained: Any = None
     """Per-row values of the retrained model (pyarrow Table), or None."""
-    seed: int = 0
-    """Of the intervals."""
 
     def reached(self, before: float, after: float) -> int | None:
         """The stage that a round passes which takes the run's progress (0 to 1) from `before` to `after`; None: none.
@@ -50,23 +45,19 @@ class Stages:
         stage = min(int(after * self.count + 1e-9), self.count - 1)
         return stage if stage > int(before * self.count + 1e-9) else None
 
-    def measure(self, engine: Engine, module: torch.nn.Module, tokenizer: Any, rank: int) -> dict[str, Any] | None:
-        """Figures of the model as it is now, on rank 0; None elsewhere. Collective. The model is left as it was.
+    def measure(
+        self, task: Task, engine: Engine, module: torch.nn.Module, processor: Any, rank: int
+    ) -> dict[str, Any] | None:
+        """Metrics of the model as it is now, on rank 0; None elsewhere. Collective. The model is left as it was.
 
-        The figures are computed from a copy of the weights in fp32 on the CPU and as stored on CUDA, as those of the
-        exported model are.
+        They are computed from a copy of the weights, in fp32 on a CPU and as stored on CUDA, as those of the exported
+        model are.
         """
         weights = engine.full_weights()
         if weights is None or rank != 0:
             return None
-        from ofmu_ray.evaluation.runner import evaluate_live
-        from ofmu_ray.metrics.summary import summarise
-
-        model = _copy(module, weights)
-        table = evaluate_live(model, tokenizer, self.sample.sets, self.format, self.evaluation, label="stage")
-        table, retrained = self.sample.named(table), self.sample.cut(self.retrained)
-        found = summarise(table, retrained, bootstrap_samples=self.evaluation.bootstrap_samples, seed=self.seed)
-        return {name: figure.to_json() for name, figure in found.items()}
+        table = self.evaluation.live_table(task.copy(module, weights), processor, "stage")
+        return self.evaluation.figures(table, self.retrained)
 
     def known(self, stage: int) -> dict[str, Any] | None:
         """What a stage's evaluation found, if it took place."""
@@ -114,18 +105,3 @@ def decision(folder: str | Path, stage: int) -> bool | None:
 
 def _path(folder: str | Path, stage: int, suffix: str) -> Path:
     return Path(folder) / f"{stage:04d}.{suffix}"
-
-
-def _copy(module: Any, weights: Mapping[str, torch.Tensor]) -> Any:
-    """A model with these weights, where the module is: the module itself may be sharded, in bf16 or wrapped (LoRA)."""
-    from transformers import AutoModelForCausalLM
-
-    base = module.get_base_model() if hasattr(module, "get_base_model") else module
-    device = next(module.parameters()).device
-    dtype = torch.float32 if device.type == "cpu" else next(iter(weights.values())).dtype
-    with torch.random.fork_rng(), device:  # initial weights, soon overwritten, must not move the run's generator
-        model = AutoModelForCausalLM.from_config(base.config, dtype=dtype)
-    unexpected = model.load_state_dict(weights, strict=False).unexpected_keys  # tied weights stand there once
-    assert not unexpected, f"weights that the model's configuration does not have: {unexpected[:3]}"
-    model.tie_weights()
-    return model.eval()

@@ -1,16 +1,14 @@
-"""The utility watched during a run: mean answer probability on a fixed sample of retain rows."""
+"""The utility watched during a run: the task's, on a fixed sample of retain rows."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ofmu_ray.data.batches import collate
+from ofmu_ray.data.batches import Collate
 from ofmu_ray.data.sidecar import read_rows
-from ofmu_ray.engines.language import IGNORED
 from ofmu_ray.engines.protocol import Batch, Engine
+from ofmu_ray.tasks.protocol import Task
 
 ROWS_PER_BATCH = 16
 
@@ -18,7 +16,8 @@ ROWS_PER_BATCH = 16
 class UtilityProbe:
     """Holds this rank's share of the sample; every rank runs the same number of batches (ZeRO-3 is collective)."""
 
-    def __init__(self, rows_path: str, rank: int, world: int, pad_id: int):
+    def __init__(self, task: Task, collate: Collate, rows_path: str, rank: int, world: int):
+        self.task = task
         rows = read_rows(rows_path).to_pylist()
         share = -(-len(rows) // world)
         mine = rows[rank * share : (rank + 1) * share]
@@ -26,26 +25,14 @@ class UtilityProbe:
         mine += [rows[0]] * (share - len(mine))
         self.batches = []
         for start in range(0, share, ROWS_PER_BATCH):
-            self.batches.append(Batch(micro=[collate(mine[start : start + ROWS_PER_BATCH], pad_id)]))
+            self.batches.append(Batch(micro=[collate(mine[start : start + ROWS_PER_BATCH])]))
 
     def measure(self, engine: Engine) -> float:
-        """mean_i exp(-mean token NLL of answer i). Collective."""
-
-        values = torch.cat([loss for batch in self.batches for loss in engine.evaluate(batch, answer_losses)])
+        """Mean of the task's utility over the sample. Collective."""
+        values = torch.cat([found for batch in self.batches for found in engine.evaluate(batch, self.task.utility)])
         weights = torch.tensor(self.weights, dtype=torch.float64)
-        total = torch.stack([((-values).exp() * weights).sum(), weights.sum()])
+        total = torch.stack([(values * weights).sum(), weights.sum()])
         if dist.is_initialized() and dist.get_world_size() > 1:
             total = total.to(engine.device)
             dist.all_reduce(total)
         return float(total[0] / total[1])
-
-
-def answer_losses(module: torch.nn.Module, micro: Any) -> torch.Tensor:
-    """Mean token NLL of each row's answer, EOS included, float64 [rows] on the CPU."""
-    device = next(module.parameters()).device
-    ids, mask, labels = (micro[name].to(device) for name in ("input_ids", "attention_mask", "labels"))
-    logits = module(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-    targets = labels[:, 1:]
-    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
-    losses: torch.Tensor = nll.sum(1) / (targets != IGNORED).sum(1)
-    return losses.double().cpu()

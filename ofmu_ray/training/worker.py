@@ -1,77 +1,48 @@
-"""The loop of one Ray Train worker."""
+"""The loop of a worker, wherever it runs (ofmu_ray.training.session)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+import resource
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ofmu_ray.cluster.watchdog import Watchdog
-from ofmu_ray.data.batch_plan import read_plan
-from ofmu_ray.data.batches import local_rounds
-from ofmu_ray.data.stream import lane_iterator, rounds
-from ofmu_ray.engines.protocol import Engine
+from ofmu_ray.engines.protocol import Engine, Loss
 from ofmu_ray.errors import UserError
-from ofmu_ray.models.loading import load_causal_lm
+from ofmu_ray.tasks import task_named
 from ofmu_ray.training import checkpoint, integrity
 from ofmu_ray.training.checkpoint import LoopState
-from ofmu_ray.training.export import export_model
 from ofmu_ray.training.job import WorkerJob
-from ofmu_ray.training.loop import Loop
-from ofmu_ray.training.session import LocalSession, RaySession, Session
+from ofmu_ray.training.session import Session
 from ofmu_ray.training.utility import UtilityProbe
 
 
-def worker_loop(config: dict[str, Any]) -> None:
-    """The function that Ray Train runs. `config` holds the `WorkerJob` and the progress actor."""
-    job: WorkerJob = config["job"]
-    session = RaySession(job.run_dir)
-    torch.set_num_threads(max(1, int(job.training.cpus_per_worker)))
-    watchdog = Watchdog(session.rank, job.training.round_timeout, config.get("progress"))
-    worker = Worker(job, session, config.get("progress"), watchdog)
-    plan = read_plan(job.plan_dir)
-
-    def source(start: int, options: dict[str, Any]) -> Iterable[dict[str, list[Any]]]:
-        lane = lane_iterator(plan, session.rank, start, readers=session.neighbours)
-        return rounds(lane, plan, start_round=start, **options)
-
-    worker.run(source)
-    watchdog.begin("the export")
-    export_model(job, worker.engine, worker.module, worker.tokenizer, worker.state, session.rank)
-    watchdog.close()
-
-
-def run_local(job: WorkerJob) -> Worker:
-    """The same loop in this process, with the only worker of the run: for many short runs, each on one core.
-
-    Nothing is exported: the returned worker holds the model in memory. Raises AssertionError for more workers.
-    """
-    assert job.training.workers == 1, "run_local is for one worker"
-    worker = Worker(job, LocalSession(job.run_dir, job.training.keep_checkpoints))
-    plan = read_plan(job.plan_dir)
-    worker.run(lambda start, options: local_rounds(plan, 0, start_round=start, **options))
-    return worker
-
-
 class Worker:
-    """A worker with its model: resumes what the session holds, or begins."""
+    """A worker with its model: resumes what the session holds, or begins; then one round after the other, with what
+    surrounds it: checks, rollbacks, checkpoints, series, progress."""
 
     def __init__(self, job: WorkerJob, session: Session, progress: Any = None, watchdog: Watchdog | None = None):
         torch.manual_seed(job.seed)
         self.job, self.session = job, session
-        self.module, self.tokenizer = load_causal_lm(job.model)
+        self.task = task_named(job.task)
+        self.module, self.processor = self.task.load(job.model)
+        self.collate = self.task.collate(self.processor)
         self.method = job.build_method()
         self.method.freeze(self.module)
-        self.engine = build_engine(job, self.module, session.device)
+        self.engine = build_engine(job, self.module, self.task.loss, session.device)
         self.method.start(self.engine)
-        rank, world = session.rank, session.world
-        rows, pad_id = job.utility_rows, self.tokenizer.pad_token_id
-        self.probe = UtilityProbe(rows, rank, world, pad_id) if rows else None
+        rows, ranks = job.utility_rows, (session.rank, session.world)
+        self.probe = UtilityProbe(self.task, self.collate, rows, *ranks) if rows else None
         self.progress = progress
         """Actor that tells the driver how far rank 0 is and what was survived, or None."""
         self.watchdog = watchdog or Watchdog(session.rank, None, None)
+        self.logger: Any = None
         self.resumed = False
         """Whether the state is that of a checkpoint of this run."""
         self.state = self._begin()
@@ -119,37 +90,257 @@ class Worker:
         training = self.job.training
         options = {
             "micro_batch_size": training.micro_batch_size or training.batch_size // self.session.world,
-            "pad_id": self.tokenizer.pad_token_id,
+            "collate": self.collate,
             "sidecars": self.job.sidecars,
         }
-        loop = Loop(self)
-        if self.resumed and loop.state.status == "running":
-            loop.passed(0.0)
-        while loop.state.status == "running" and not _rounds(loop, source(loop.state.round, options)):
+        self._open_logger()
+        if self.resumed and self.state.status == "running":
+            self.passed(0.0)
+        while self.state.status == "running" and not self._rounds(source(self.state.round, options)):
             pass  # rolled back: the batches begin again at an earlier round
-        self.state = loop.state
-        loop.close()
+        self.close()
 
+    def _rounds(self, batches: Iterable[dict[str, list[Any]]]) -> bool:
+        """Rounds until the run ends, or (False) until one sends it back to a checkpoint."""
+        for of_round in self.watched(batches):
+            if self.spent() or self.forgotten():
+                break
+            before = self.done
+            if not self.round(of_round):
+                if self.roll_back():
+                    return False
+                self.end_at_last_good()
+                return True
+            if not self.passed(before):
+                return True
+        self.finish()
+        return True
 
-def _rounds(loop: Loop, batches: Iterable[dict[str, list[Any]]]) -> bool:
-    """Rounds until the run ends, or (False) until one sends it back to a checkpoint."""
-    for of_round in loop.watched(batches):
-        if loop.spent() or loop.forgotten():
-            break
-        before = loop.progress
-        if not loop.round(of_round):
-            if loop.roll_back():
-                return False
-            loop.end_at_last_good()
+    def _open_logger(self) -> None:
+        if self.session.rank == 0 and self.job.tracking is not None:
+            from ofmu_ray.tracking import RoundLogger
+
+            self.logger = RoundLogger(self.job.tracking)
+            for row in self.state.series:  # what a killed worker had not delivered; what MLflow has is left out
+                self.logger.log(int(row["round"]), {name: value for name, value in row.items() if name != "round"})
+
+    def watched(self, batches: Iterable[dict[str, list[Any]]]) -> Iterator[dict[str, list[Any]]]:
+        """The batches of each round; reading them, the round and its checkpoint are watched."""
+        source = iter(batches)
+        while True:
+            self.watchdog.begin(f"round {self.state.round + 1}")
+            try:
+                of_round = next(source)
+            except StopIteration:
+                return
+            yield of_round
+
+    def round(self, batches: dict[str, list[Any]]) -> bool:
+        """Run one round; False: stop, the weights are not to be kept."""
+        state, training = self.state, self.job.training
+        started, tokens = time.perf_counter(), self.engine.account.tokens
+        retain = batches["retain"] if "retain" in batches else batches["train"]
+        figures = self.method.round(self.engine, iter(batches.get("forget", [])), iter(retain))
+        seconds = time.perf_counter() - started
+        state.round += 1
+        state.train_seconds += seconds
+        state.peak_memory_bytes = max(state.peak_memory_bytes, peak_memory_bytes())
+
+        passes = self.engine.account.gradient_passes
+        for name in figures:
+            if name == "lr" or name.endswith("_lr"):  # a method states its schedule's; these are the steps'
+                figures[name] *= state.learning_rate_factor
+        figures |= {"forget_passes": passes["forget"], "retain_passes": passes["retain"]}
+        figures["tokens_per_second"] = (self.engine.account.tokens - tokens) / seconds
+        good = self._finite(figures) and self._useful(figures)
+        self._log(figures)
+        if good:
+            self._note(*self.method.notes)
+        last = state.round == training.rounds
+        due = state.round % training.checkpoint_every == 0 or self._check_due()
+        if good and due and not last:
+            checkpoint.save(state, self.engine, self.method, self.session)
+        return good
+
+    @property
+    def done(self) -> float:
+        """How much of the run is done (0 to 1), by whichever of its limits is nearest."""
+        stop, account = self.job.stop, self.engine.account
+        shares = [self.state.round / self.job.training.rounds]
+        for spent, limit in ((sum(account.gradient_passes.values()), stop.max_passes), (account.flops, stop.max_flops)):
+            shares += [] if limit is None else [spent / limit]
+        return max(shares)
+
+    def passed(self, before: float) -> bool:
+        """Evaluate and ask, where the rounds since progress `before` passed a stage; False: the run is to end here.
+
+        From 0 on it is the last stage before a resumed run's checkpoint, whose answer a kill may have left open.
+        Collective.
+        """
+        stages = self.job.stages
+        stage = None if stages is None else stages.reached(before, self.done)
+        if stages is None or stage is None:
             return True
-        if not loop.passed(before):
+        found = stages.known(stage)
+        if found is None:
+            checkpoint.save(self.state, self.engine, self.method, self.session)  # the decision may take its time
+        self.watchdog.end()
+        figures = None
+        if found is None:
+            figures = stages.measure(self.task, self.engine, self.module, self.processor, self.session.rank)
+        if figures is not None:
+            state, account = self.state, self.engine.account.state()
+            spent = {"round": state.round, "train_seconds": state.train_seconds, "account": account}
+            spent["peak_memory_bytes"] = state.peak_memory_bytes
+            found = {"stage": stage, "figures": figures, **spent}
+            stages.publish(stage, found)
+        if found is not None:
+            self._log_stage(found)
+        if stages.wait(stage, self.session.rank):
             return True
-    loop.finish()
-    return True
+        self.state.status = "stopped"
+        self.state.message = f"ended after evaluation {stage} of {stages.count}"
+        self._save_end()
+        return False
+
+    def _log_stage(self, found: Mapping[str, Any]) -> None:
+        if self.logger is not None:
+            values = {f"stage/{name}": figure["value"] for name, figure in found["figures"].items()}
+            self.logger.log(found["round"], {name: value for name, value in values.items() if value is not None})
+
+    def spent(self) -> bool:
+        """Whether another round, at the mean cost of those so far, would exceed stop.max_passes or stop.max_flops."""
+        stop, account, rounds = self.job.stop, self.engine.account, self.state.round + self.state.thrown_away
+        if rounds == 0:
+            return False
+        passes = sum(account.gradient_passes.values())
+        pairs = ((passes, stop.max_passes), (account.flops, stop.max_flops))
+        return any(limit is not None and spent * (rounds + 1) / rounds > limit for spent, limit in pairs)
+
+    def forgotten(self) -> bool:
+        """Whether no ascent step was taken in the last stop.forgotten rounds: every forget row is at its level."""
+        patience, steps = self.job.stop.forgotten, getattr(self.job.method, "inner_steps", None)
+        if patience is None or steps is None or len(self.state.series) < patience:
+            return False
+        if any(figures.get("skipped_ascents") != steps for figures in self.state.series[-patience:]):
+            return False
+        self.state.message = f"forgotten: {patience} rounds in a row had nothing left to forget (stop.forgotten)"
+        return True
+
+    def _check_due(self) -> bool:
+        stop, at = self.job.stop, self.state.round
+        return self.probe is not None and (at % stop.check_every == 0 or at == self.job.training.rounds)
+
+    def _finite(self, figures: dict[str, float]) -> bool:
+        # the weights' norm shows what the losses, which were measured before the last step, cannot
+        bad = [name for name, value in figures.items() if not math.isfinite(value)]
+        if not bad and math.isfinite(self.engine.parameters_norm()):
+            return True
+        what = ", ".join(bad) if bad else "the weights' norm"
+        self.state.status = "non_finite"
+        self.state.message = f"not finite in round {self.state.round}: {what}; lower the learning rates"
+        return False
+
+    def _useful(self, figures: dict[str, float]) -> bool:
+        if not self._check_due() or self.probe is None:
+            return True
+        state, floor = self.state, self.job.stop.utility_floor
+        state.utility = figures["utility"] = self.probe.measure(self.engine)
+        assert state.utility_start is not None
+        assert floor is not None
+        if state.utility >= floor * state.utility_start:
+            return True
+        state.status = "utility_floor"
+        state.message = (
+            f"utility floor reached in round {state.round}: mean answer probability on the watched retain rows is "
+            f"{state.utility:.4f}, below {floor:g} x {state.utility_start:.4f}"
+        )
+        return False
+
+    def _log(self, figures: dict[str, float]) -> None:
+        self.state.series.append({"round": self.state.round, **figures})
+        if self.session.rank != 0:
+            return
+        if self.logger is not None:
+            self.logger.log(self.state.round, figures)
+        if self.progress is not None:
+            self.progress.update.remote(self.state.round, figures)
+
+    def _note(self, *sentences: str) -> None:
+        self.state.notes.extend(sentences)
+        if self.progress is not None and self.session.rank == 0:
+            for sentence in sentences:
+                self.progress.note.remote(sentence)
+
+    def roll_back(self) -> bool:
+        """After a round that was not finite: to the last good checkpoint, with shorter steps. False: not (any more).
+
+        The account and the seconds keep the cost of the rounds that are thrown away; the series forgets them.
+        """
+        bad, stop = self.state, self.job.stop
+        if bad.status != "non_finite" or bad.rollbacks >= stop.max_rollbacks:
+            return False
+        self._return_to_last_good()
+        state = self.state
+        state.rollbacks += 1
+        state.learning_rate_factor *= stop.shrink
+        self._note(
+            f"{bad.message.partition(';')[0]}: back to round {state.round}, learning rates x "
+            f"{state.learning_rate_factor:g} from there (rollback {state.rollbacks} of at most {stop.max_rollbacks})"
+        )
+        self.engine.scale_learning_rates(state.learning_rate_factor)
+        if self.logger is not None:
+            self.logger.rewind(state.round)
+        checkpoint.save(state, self.engine, self.method, self.session)  # a kill must not make it forget the cost
+        return True
+
+    def end_at_last_good(self) -> None:
+        """Weights and cursor of the last checkpoint; the stop's reason, the series and the cost stay."""
+        stopped = self.state
+        self._return_to_last_good()
+        self.state.status = stopped.status
+        self.state.message = f"{stopped.message}; the model is that of round {self.state.round}"
+        self.state.series = stopped.series
+        self._save_end()
+
+    def _return_to_last_good(self) -> None:
+        """Everything of the newest checkpoint that is whole, except the cost, which stays."""
+        bad, account = self.state, self.engine.account.state()
+        with checkpoint.newest(self.session) as (folder, passed):
+            if folder is None:
+                raise UserError(
+                    f"{bad.message}, and no checkpoint is whole any more ({'; '.join(passed)}): start again"
+                )
+            self.state = checkpoint.restore(folder, self.engine, self.method, self.session, self.job.config_hash)
+        self.engine.account.load(account)
+        state = self.state
+        state.notes = [*bad.notes, *passed]
+        state.train_seconds, state.peak_memory_bytes = bad.train_seconds, bad.peak_memory_bytes
+        state.thrown_away = bad.thrown_away + bad.round - state.round
+        state.rollbacks, state.learning_rate_factor = bad.rollbacks, bad.learning_rate_factor
+
+    def finish(self) -> None:
+        self.state.status = "finished"
+        self._save_end()
+
+    def _save_end(self) -> None:
+        state = self.state
+        self.watchdog.begin("the last checkpoint")
+        if dist.is_initialized():
+            peak = torch.tensor(float(state.peak_memory_bytes), dtype=torch.float64)
+            peak = peak.to(self.engine.device)
+            dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+            state.peak_memory_bytes = int(peak)
+        checkpoint.save(state, self.engine, self.method, self.session)
+
+    def close(self) -> None:
+        """Deliver the series, and remember whether MLflow has all of it."""
+        if self.logger is not None:
+            self.state.undelivered = not self.logger.close()
 
 
-def build_engine(job: WorkerJob, module: torch.nn.Module, device: torch.device) -> Engine:
-    """The engine that training.engine names, on a device."""
+def build_engine(job: WorkerJob, module: torch.nn.Module, loss: Loss, device: torch.device) -> Engine:
+    """The engine that training.engine names, on a device; `loss` is the task's."""
     training = job.training
     inner, outer = job.method.optimizers
     module = module.to(device)
@@ -157,11 +348,12 @@ def build_engine(job: WorkerJob, module: torch.nn.Module, device: torch.device) 
     if training.engine == "torch":
         from ofmu_ray.engines import TorchEngine
 
-        return TorchEngine(module, inner=inner, outer=outer, precision=precision, offload=offload)
+        return TorchEngine(module, loss_fn=loss, inner=inner, outer=outer, precision=precision, offload=offload)
     from ofmu_ray.engines import DeepSpeedEngine
 
     return DeepSpeedEngine(
         module,
+        loss_fn=loss,
         inner=inner,
         outer=outer,
         zero_stage=training.zero_stage,
@@ -169,3 +361,10 @@ def build_engine(job: WorkerJob, module: torch.nn.Module, device: torch.device) 
         offload=offload,
         micro_batch_size=training.micro_batch_size or training.batch_size // training.workers,
     )
+
+
+def peak_memory_bytes() -> int:
+    """Highest memory of this process: allocated on the CUDA device, else the resident set."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

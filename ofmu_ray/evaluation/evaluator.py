@@ -1,4 +1,4 @@
-"""Evaluation as the pipelines use it: which rows, which models, which figures."""
+"""Evaluation as runs use it: which rows, which models, which metrics."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from ofmu_ray.assets import model_source, resolve_builtin
 from ofmu_ray.config import DataConfig, EvaluationConfig, FormatConfig, SourceConfig, UnlearnConfig
 from ofmu_ray.errors import UserError
+from ofmu_ray.evaluation.sample import Sample
 from ofmu_ray.storage import PathLike, join
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -35,6 +36,8 @@ class Evaluator:
     sets: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     own_tokenizers: bool = False
     """A model that comes with a tokenizer is evaluated with that one, the others with `tokenizer`."""
+    sample: Sample | None = None
+    """Where `sets` are a sample of larger ones: how its rows are named there."""
 
     @classmethod
     def of(cls, config: UnlearnConfig, storage: PathLike) -> Evaluator:
@@ -56,7 +59,7 @@ class Evaluator:
             return None
         from ofmu_ray.evaluation.runner import evaluate_model
 
-        return evaluate_model(
+        found = evaluate_model(
             resolve_builtin(model),
             resolve_builtin(self.tokenizer_of(model)),
             self.sets,
@@ -67,6 +70,22 @@ class Evaluator:
             reveal_text=self.reveal_text,
             trust_remote_code=self.trust_remote_code,
         )
+        return found if self.sample is None else self.sample.named(found)
+
+    def live_table(self, module: Any, tokenizer: Any, label: str) -> Any:
+        """The same of a model in memory, which is left in fp32 on a CPU, as an exported model is loaded there."""
+        from ofmu_ray.evaluation.runner import evaluate_live
+
+        module = module.get_base_model() if hasattr(module, "get_base_model") else module
+        if next(module.parameters()).device.type == "cpu":
+            module = module.float()
+        found = evaluate_live(module, tokenizer, self.sets, self.row_format, self.evaluation, label=label)
+        return found if self.sample is None else self.sample.named(found)
+
+    def sampled(self, rows: int | None, evaluation: EvaluationConfig, seed: int) -> Evaluator:
+        """The same on `rows` rows of each set, evenly spread (None: all), with these options."""
+        sample = Sample.of(self.sets, rows)
+        return replace(self, evaluation=evaluation, seed=seed, sets=sample.sets, sample=sample)
 
     def tokenizer_of(self, model: str) -> str:
         """Folder or hub name of the tokenizer that this model is evaluated with; a hub model has its own."""
@@ -131,13 +150,32 @@ class Evaluator:
             return None
         from ofmu_ray.metrics.summary import summarise
 
+        retrained = retrained if self.sample is None else self.sample.cut(retrained)
         found = summarise(table, retrained, bootstrap_samples=self.evaluation.bootstrap_samples, seed=self.seed)
         return {name: figure.to_json() for name, figure in found.items()}
 
-    def metrics(self, *, before: Any, after: Any, retrained: Any) -> dict[str, Any]:
-        """Figures of a run's three models."""
-        tables = {"before": before, "after": after, "retrained": retrained}
-        return {name: self.figures(table, retrained) for name, table in tables.items()}
+    def verdict(self, tables: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """OpenUnlearning's aggregate of the unlearned model, and whether its answers to forget prompts are degenerate.
+
+        `tables` and `metrics`: of before, after and retrained; None where there is none.
+        """
+        from ofmu_ray.metrics.aggregate import aggregate_figures, aggregate_inputs
+        from ofmu_ray.metrics.degeneration import failed_measures, words
+        from ofmu_ray.metrics.fronts import plain
+        from ofmu_ray.metrics.summary import sound_generations
+
+        before, after, retrained = (tables.get(name) for name in ("before", "after", "retrained"))
+        samples = self.evaluation.bootstrap_samples
+        sound = sound_generations(before, retrained, bootstrap_samples=samples, seed=self.seed)
+        measured = plain(metrics.get("after") or {})
+        failed = failed_measures(measured, sound)
+        degenerate = None if failed is None else bool(failed)
+        found: dict[str, Any] = {"run": {"degenerate": degenerate, "generations": words(measured, sound)}}
+        if after is not None:
+            model, target, reference = (aggregate_inputs(table) for table in (after, before, retrained))
+            figures = aggregate_figures(model, target, reference)
+            found["aggregate"] = {name: figure.to_json() for name, figure in figures.items()}
+        return found
 
 
 def has_tokenizer(model: str) -> bool:

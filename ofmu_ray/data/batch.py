@@ -1,0 +1,18 @@
+"""What a gradient is of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+REFUSAL = "refusal_"
+"""Prefix of the names, in a micro-batch, of the text that stands for an answer: a refusal or an alternative."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One worker's share of a global batch: micro-batches for the engine's loss, all of one kind."""
+
+    micro: Sequence[Any]
+    row_ids: Sequence[str] = ()

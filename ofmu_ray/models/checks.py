@@ -1,0 +1,70 @@
+"""What can be found out about a language model without loading its weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ofmu_ray.assets import model_source
+from ofmu_ray.config import ModelConfig
+from ofmu_ray.errors import StorageError, UserError
+
+
+def check_model(config: ModelConfig, option: str = "model.path") -> Any:
+    """Load configuration and tokenizer and look into the weights' headers; returns the tokenizer.
+
+    Raises:
+        UserError: no such folder, no weights, unreadable weights, no tokenizer, or a tokenizer without EOS.
+    """
+    from ofmu_ray.models.loading import load_tokenizer
+
+    try:
+        path = model_source(config.path, option)
+    except StorageError as error:  # nothing has started: the user's to correct
+        raise UserError(str(error)) from None
+    if Path(path).is_dir():
+        _check_weights(Path(path), option, config.trust_remote_code)
+    elif path.startswith((".", "/", "~")) or config.path.startswith("builtin:"):
+        raise UserError(f"{option} = {config.path!r}: no such folder")
+    _check_config(path, option, config)
+    tokenizer = load_tokenizer(config)
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{option} = {config.path!r}: its tokenizer has no end-of-sequence token, which answers must end with; "
+            "set eos_token in tokenizer_config.json or name another tokenizer with --model.tokenizer"
+        )
+    return tokenizer
+
+
+def placed(config: ModelConfig) -> ModelConfig:
+    """The same model for a worker, whose working directory is another: local folders as absolute paths."""
+
+    def absolute(path: str | None) -> str | None:
+        return str(Path(path).absolute()) if path is not None and Path(path).is_dir() else path
+
+    return replace(config, path=absolute(config.path) or config.path, tokenizer=absolute(config.tokenizer))
+
+
+def _check_config(path: str, option: str, config: ModelConfig) -> None:
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and its own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{option} = {config.path!r}: the model does not load: {reason}") from None
+
+
+def _check_weights(folder: Path, option: str, trusted: bool) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files and not trusted:
+        raise UserError(f"{option} = {str(folder)!r}: no *.safetensors there; convert the weights with save_pretrained")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as weights:
+                weights.keys()
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{option}: {file} is not a readable safetensors file ({error})") from None

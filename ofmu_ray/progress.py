@@ -1,0 +1,70 @@
+"""What library code tells about its progress, and who listens: a terminal, log lines, a test, or nobody.
+
+Library code calls `note` and `bar`; it never prints. Whoever starts the work chooses the listener:
+
+    with listening(TerminalListener()):
+        outcome = run(config)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+
+class Bar:
+    """Work of a known size. This one shows nothing; a listener's own overrides both verbs."""
+
+    def update(self, count: int = 1) -> None:
+        """`count` more units are done."""
+
+    def at(self, done: int, **shown: str) -> None:
+        """`done` units are done in all; `shown`: values of the last one by name."""
+
+
+class Listener:
+    """Hears of progress. Every method does nothing until it is overridden; none may raise."""
+
+    def note(self, topic: str, text: str) -> None:
+        """One line: `topic` is a word (run, data, train, stop, note, ...)."""
+
+    @contextmanager
+    def bar(self, title: str, total: int, unit: str) -> Iterator[Bar]:
+        """Work of `total` units, while the block runs."""
+        yield Bar()
+
+    def started(self, run: Any) -> None:
+        """A run begins or resumes; `run`: ofmu_ray.runs.run.Run."""
+
+    def ended(self, run: Any, outcome: Any) -> None:
+        """A run has ended; `outcome`: ofmu_ray.runs.outcome.Outcome, or None if an exception ended it."""
+
+
+_CURRENT: ContextVar[Listener] = ContextVar("listener", default=Listener())  # noqa: B039 (it holds no state)
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[Listener]:
+    """Send everything that the block tells to `listener`."""
+    token = _CURRENT.set(listener)
+    try:
+        yield listener
+    finally:
+        _CURRENT.reset(token)
+
+
+def current() -> Listener:
+    """Who listens now. A new thread starts with nobody: hand it the listener."""
+    return _CURRENT.get()
+
+
+def note(topic: str, text: str) -> None:
+    """Tell one line."""
+    current().note(topic, text)
+
+
+def bar(title: str, total: int, unit: str) -> Any:
+    """A context manager: a `Bar` for `total` units of work."""
+    return current().bar(title, total, unit)

@@ -1,0 +1,165 @@
+"""Any number of models side by side, by the same code and with the same numbers as a run's end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ofmu_ray.assets import resolve_builtin
+from ofmu_ray.cluster.join import join_cluster
+from ofmu_ray.config import ModelConfig, TrainingConfig, config_hash
+from ofmu_ray.config.evaluate import RETRAINED, EvaluateConfig
+from ofmu_ray.errors import UserError
+from ofmu_ray.evaluation.evaluator import Evaluator, has_tokenizer, read_sets
+from ofmu_ray.models.checks import check_model
+from ofmu_ray.runs.attack_tasks import Checks
+from ofmu_ray.runs.preflight import prepare_storage, public
+from ofmu_ray.runs.writing import write_rows
+from ofmu_ray.storage import atomic_write, explained, is_uri, join, local_file, name_of, scratch
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Models that have been evaluated side by side."""
+
+    home: str
+    """Folder or URI of rows.parquet, metrics.json and report.html."""
+    metrics: dict[str, dict[str, Any]]
+    """Model -> metric -> {"value", "low", "high", "n"} or {"value": null, "reason"}."""
+    checks: dict[str, Any]
+    """Attack or probe -> model -> metric, as `metrics`."""
+    mlflow: str
+    """How to look at it in MLflow."""
+
+
+def compare(config: EvaluateConfig, command: Sequence[str] = ()) -> Comparison:
+    """Evaluate, compare, report. What is in the cache is not run again, so an interrupted evaluation resumes.
+
+    Raises:
+        UserError: a model, rows or an option cannot be used.
+    """
+    with explained(config.storage):
+        return _compare(config, command)
+
+
+def _compare(config: EvaluateConfig, command: Sequence[str]) -> Comparison:
+    from ofmu_ray import tracking
+
+    storage = prepare_storage(config.storage)
+    home = join(storage, config.name or f"evaluate-{config_hash(config)[:8]}")
+    models = _models(config)
+    evaluator = _evaluator(config, storage)
+    for label, path in models.items():
+        _check(path, _option(label), evaluator)
+    checks = Checks(config, evaluator, models)
+    join_cluster(TrainingConfig(), storage, {_option(label): [path] for label, path in models.items()})
+    handle = tracking.start(config.tracking, storage, name_of(home), public(config), {"ofmu.kind": "evaluate"})
+    status: Any = "FAILED"
+    try:
+        tables = {label: evaluator.table(path, label) for label, path in models.items()}
+        checks.measure()
+        tables = checks.with_gradient_norms(tables)
+        figures = {label: evaluator.figures(table, tables.get(RETRAINED)) or {} for label, table in tables.items()}
+        further = checks.figures()
+        mlflow = tracking.open_command(handle)
+        files = _write(home, config, evaluator, models, tables, figures, further, command, mlflow)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        done = status == "FINISHED"
+        logged = _logged(figures, further) if done else None
+        with scratch() as place:
+            artifacts = [local_file(join(home, name), place) for name in files] if done else []
+            tracking.finish(handle, metrics=logged, artifacts=artifacts, status=status)
+    return Comparison(home, figures, further, mlflow)
+
+
+def _models(config: EvaluateConfig) -> dict[str, str]:
+    """Label -> folder or hub name; the retrained model last."""
+    reference = {RETRAINED: config.evaluation.retrained} if config.evaluation.retrained else {}
+    return config.models | reference
+
+
+def _check(path: str, option: str, evaluator: Evaluator) -> None:
+    """UserError for what is no model, has no tokenizer, or does not go with its tokenizer."""
+    local = not path.startswith("builtin:") and not is_uri(path) and path.count("/") > 1
+    if local and not Path(path).is_dir():  # a hub name has one slash at most
+        raise UserError(f"{option} = {path!r}: no such folder")
+    tokenizer = evaluator.tokenizer_of(path)
+    check_model(ModelConfig(path=path, tokenizer=tokenizer, trust_remote_code=evaluator.trust_remote_code), option)
+    evaluator.check_vocabulary(path, option)
+
+
+def _logged(figures: dict[str, Any], further: dict[str, Any]) -> dict[str, Any]:
+    """What MLflow shows of each model: the figures, and those of the checks but for single layers."""
+    logged = {label: dict(found) for label, found in figures.items()}
+    for check, by_model in further.items():
+        for label, found in by_model.items():
+            logged[label] |= {f"{check}/{name}": figure for name, figure in found.items() if "/layer_" not in name}
+    return logged
+
+
+def _option(label: str) -> str:
+    return "evaluation.retrained" if label == RETRAINED else f"models.{label}"
+
+
+def _tokenizer(config: EvaluateConfig) -> str:
+    """For the models that come without one."""
+    found = config.tokenizer or next(filter(has_tokenizer, config.models.values()), None)
+    if found is None:
+        raise UserError("tokenizer: none of the models comes with one; name a folder or a hub name with --tokenizer")
+    return found
+
+
+def _evaluator(config: EvaluateConfig, storage: str) -> Evaluator:
+    return Evaluator(
+        config.evaluation,
+        config.data,
+        _tokenizer(config),
+        join(storage, "cache"),
+        config.seed,
+        config.report.reveal_text,
+        config.trust_remote_code,
+        sets=read_sets(config.evaluation, config.data),
+        own_tokenizers=config.tokenizer is None,
+    )
+
+
+def _write(
+    home: str,
+    config: EvaluateConfig,
+    evaluator: Evaluator,
+    models: dict[str, str],
+    tables: dict[str, Any],
+    figures: dict[str, dict[str, Any]],
+    further: dict[str, Any],
+    command: Sequence[str],
+    mlflow: str,
+) -> list[str]:
+    """rows.parquet, report.html and, last, metrics.json; returns the names of those that MLflow keeps."""
+    from ofmu_ray.evaluation.cache import model_fingerprint, weights_folder
+    from ofmu_ray.reporting.evaluation_page import ComparisonData, write_comparison
+
+    write_rows(join(home, "rows.parquet"), tables)
+    write_comparison(
+        join(home, "report.html"),
+        ComparisonData(
+            title=name_of(home),
+            metrics=figures,
+            models=models,
+            checks=further,
+            tokenizers=len({evaluator.loading(path).template.fingerprint() for path in models.values()}),
+            config=public(config),
+            command=list(command),
+            open_command=mlflow,
+        ),
+    )
+    weights = {label: model_fingerprint(weights_folder(resolve_builtin(path))) for label, path in models.items()}
+    summary = {"models": figures, "checks": further, "weights_sha256": weights, "config": public(config)}
+    atomic_write(join(home, "metrics.json"), json.dumps(summary, indent=2) + "\n")
+    return ["report.html", "metrics.json"]

@@ -1,0 +1,127 @@
+"""From prepared rows to what the workers get: the batch plan, what the method needs to know beforehand, one job."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from ofmu_ray.config import MethodConfig, ModelConfig, StopConfig, TrainConfig, TrainingConfig, UnlearnConfig
+from ofmu_ray.storage import join, remove_file, remove_folder
+
+if TYPE_CHECKING:
+    from ofmu_ray.data.batch_plan import Plan
+    from ofmu_ray.data.prepare import Prepared
+    from ofmu_ray.training.job import WorkerJob
+
+WATCHED = "watched.parquet"
+PLAN = "plan"
+SIDECARS = "sidecars"
+TOKENS = "tokens"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What a run does to a model, whichever command or trial asks for it."""
+
+    task: str
+    method_name: str
+    method: MethodConfig
+    model: ModelConfig
+    """As the workers find it (`preflight.placed`)."""
+    training: TrainingConfig
+    stop: StopConfig = field(default_factory=StopConfig)
+    seed: int = 0
+    root: str | None = None
+    """Where relative paths of the method's own files start from."""
+
+    @classmethod
+    def of(cls, config: UnlearnConfig | TrainConfig, model: ModelConfig) -> Spec:
+        """The same of a command's configuration."""
+        common: dict[str, Any] = {"task": config.task, "model": model, "training": config.training, "seed": config.seed}
+        if isinstance(config, TrainConfig):
+            return cls(method_name="finetune", method=config.finetune, root=config.data.root, **common)
+        options = config.method_options
+        return cls(method_name=config.method, method=options, stop=config.stop, root=config.data.root, **common)
+
+
+def make_job(
+    spec: Spec,
+    prepared: Prepared,
+    folder: str,
+    cache: str,
+    config_hash: str,
+    *,
+    here: bool = False,
+) -> tuple[WorkerJob, Plan]:
+    """The workers' job without its sidecars (`with_references` adds them), and its plan, written to `folder`.
+
+    Args:
+        folder: of the run; plan and watched rows go there.
+        cache: folder of the storage's caches.
+        config_hash: stands in every checkpoint.
+        here: write the plan in this process, whatever its size: a Ray Data job could wait for ever for the CPUs that a
+            pool of trials holds.
+    """
+    from ofmu_ray.data.batch_plan import write_plan
+    from ofmu_ray.data.prepare import write_sample
+    from ofmu_ray.features.level import with_level
+    from ofmu_ray.training.job import WorkerJob
+
+    watched = None
+    if spec.stop.utility_floor is not None:
+        watched = write_sample(prepared.streams["retain"], spec.stop.sample, join(folder, WATCHED))
+    job = WorkerJob(
+        run_dir=folder,
+        plan_dir=join(folder, PLAN),
+        config_hash=config_hash,
+        seed=spec.seed,
+        task=spec.task,
+        model=spec.model,
+        method=with_level(spec.method, prepared, spec.model, cache),
+        training=spec.training,
+        stop=spec.stop,
+        utility_rows=watched,
+    )
+    plan = write_plan(
+        prepared.streams,
+        job.plan_dir,
+        batches_per_round=job.build_method().batches_per_round(),
+        rounds=spec.training.rounds,
+        batch_size=spec.training.batch_size,
+        workers=spec.training.workers,
+        seed=spec.seed,
+        here=here,
+    )
+    return job, plan
+
+
+def with_references(
+    job: WorkerJob, spec: Spec, prepared: Prepared, plan: Plan, cache: str, private: str | None = None
+) -> WorkerJob:
+    """The job with what its method needs to know about rows under the reference model.
+
+    `private`: folder for tables that would give a forget row's text away; None: the run's own.
+    """
+    from ofmu_ray.features.reference import write_references
+
+    sidecars = write_references(
+        job.build_method().needs,
+        prepared,
+        plan,
+        job.model,
+        folder=join(job.run_dir, SIDECARS),
+        cache=cache,
+        private=private,
+        refusals_path=getattr(job.method, "refusals", None),
+        root=spec.root,
+        seed=spec.seed,
+        method=spec.method_name,
+    )
+    return replace(job, sidecars=sidecars)
+
+
+def remove_text(folder: str) -> None:
+    """Delete tokens, batch plan, sidecars and watched rows: they hold text that must not outlive a run."""
+    for name in (TOKENS, PLAN, SIDECARS):
+        remove_folder(join(folder, name))
+    remove_file(join(folder, WATCHED))

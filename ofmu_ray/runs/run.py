@@ -1,0 +1,290 @@
+"""A run as one function: check, prepare, plan, compute what the method needs beforehand, fit, evaluate, write.
+
+It neither prints nor exits: progress goes to a listener (ofmu_ray.progress), a user's mistake is a `UserError`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from ofmu_ray import progress
+from ofmu_ray.config import BOUNDED, ModelConfig, OFMUConfig, TrainConfig, UnlearnConfig, outcome_hash
+from ofmu_ray.models.checks import placed
+from ofmu_ray.runs.job import TOKENS, Spec, make_job, remove_text, with_references
+from ofmu_ray.runs.outcome import Outcome, cost_of, read_trained, read_unlearned
+from ofmu_ray.runs.preflight import (
+    check_machine,
+    check_method,
+    check_sources,
+    check_task_on_nodes,
+    claim,
+    prepare_storage,
+    public,
+)
+from ofmu_ray.runs.writing import Results
+from ofmu_ray.storage import atomic_write, drop_copies, explained, is_whole, join, name_of, remove_folder
+from ofmu_ray.tasks import task_named
+
+if TYPE_CHECKING:
+    from ofmu_ray.data.encoder import Encoder
+    from ofmu_ray.tasks.protocol import Evaluation
+
+
+@dataclass
+class Run:
+    """One run while it is worked on."""
+
+    config: UnlearnConfig | TrainConfig
+    storage: str
+    digest: str
+    """Hash of what decides the outcome."""
+    command: Sequence[str] = ()
+    """For the report and the manifest; empty when a Python program started the run."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall-clock seconds by phase."""
+
+    @property
+    def kind(self) -> str:
+        """`unlearn` or `train`."""
+        return "train" if isinstance(self.config, TrainConfig) else "unlearn"
+
+    @property
+    def home(self) -> str:
+        """<storage>/<name>, a folder or a URI."""
+        prefix = "train" if isinstance(self.config, TrainConfig) else self.config.method
+        return join(self.storage, self.config.name or f"{prefix}-{self.digest[:8]}")
+
+    @property
+    def cache(self) -> str:
+        """Folder of the storage's caches."""
+        return join(self.storage, "cache")
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase of the run."""
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def run(
+    config: UnlearnConfig | TrainConfig, listener: progress.Listener | None = None, command: Sequence[str] = ()
+) -> Outcome:
+    """Run to the end, or resume what a killed run of the same name left. A finished run is read, not repeated.
+
+    Raises:
+        UserError: a user's mistake, or a storage or cluster that refuses; nothing that was there is touched.
+    """
+    heard = progress.current() if listener is None else listener
+    with progress.listening(heard), explained(config.storage):
+        begun = Run(config, prepare_storage(config.storage), outcome_hash(config), command)
+        check_machine(config.training)
+        claim(begun.home, begun.digest)
+        if isinstance(config, TrainConfig):
+            return read_trained(begun.home, reused=True) or _observed(begun, lambda: _train(begun, config))
+        return _finished(begun, config) or _observed(begun, lambda: _unlearn(begun, config))
+
+
+def _observed(begun: Run, work: Callable[[], Outcome]) -> Outcome:
+    heard, outcome = progress.current(), None
+    heard.started(begun)
+    try:
+        outcome = work()
+    finally:
+        heard.ended(begun, outcome)
+    return outcome
+
+
+@contextmanager
+def _tracked(begun: Run, tags: dict[str, str]) -> Iterator[Any]:
+    """The MLflow run of the block, closed by it if it raises."""
+    from ofmu_ray import tracking
+
+    config = begun.config
+    handle = tracking.start(config.tracking, begun.storage, name_of(begun.home), public(config), tags)
+    try:
+        with tracking.system_metrics(handle, enabled=config.tracking.system_metrics):
+            yield handle
+    except KeyboardInterrupt:
+        tracking.finish(handle, status="KILLED")
+        raise
+    except BaseException:
+        tracking.finish(handle, status="FAILED")
+        raise
+
+
+# ----------------------------------------------------------------------------------------------------------- unlearn
+
+
+def _finished(begun: Run, config: UnlearnConfig) -> Outcome | None:
+    """A run that has ended, with what MLflow did not take then."""
+    from ofmu_ray import tracking
+
+    found = read_unlearned(begun.home, reused=True)
+    if found is None:
+        return None
+    remove_folder(join(begun.home, "train"))  # left by a kill at the very end
+    done = tracking.deliver_late(begun.home, config.tracking, begun.storage)
+    if done is not None:
+        progress.note("mlflow", "has everything now" if done else "does not answer; the rest waits in the run's folder")
+    return replace(found, delivered=done is not False)
+
+
+def _unlearn(begun: Run, config: UnlearnConfig) -> Outcome:
+    from ofmu_ray import tracking
+    from ofmu_ray.cluster.join import join_cluster, run_paths
+    from ofmu_ray.runs import writing
+
+    task = task_named(config.task)
+    check_method(task, config)
+    processor = task.check_model(config.model)
+    if config.evaluation.enabled and config.evaluation.retrained:
+        task.check_model(ModelConfig(path=config.evaluation.retrained), "evaluation.retrained")
+    check_sources(config.data)
+    encoder, evaluation = task.encoder(processor, config.data), task.evaluation(config, begun.storage)
+    claim(begun.home, begun.digest, write=True)
+    tags = {"ofmu.kind": "unlearn", "ofmu.method": config.method, "ofmu.config_hash": begun.digest}
+    with _tracked(begun, tags) as handle:
+        with begun.phase("start"):
+            progress.note("run", begun.home)
+            join_cluster(config.training, begun.storage, run_paths(config))
+            check_task_on_nodes(config.task)
+        results = _work(begun, config, evaluation, encoder, handle)
+        finished = results.training["status"] == "finished"
+    link = tracking.open_command(handle)
+    files = writing.write(begun.home, results, public(config), begun.digest, begun.command, link)
+    status: Any = "FINISHED" if finished else "FAILED"
+    delivered = tracking.conclude(begun.home, handle, artifacts=files, status=status)
+    if not delivered:
+        text = f"did not take everything; the same command brings it the rest later, from {begun.home}"
+        progress.note("mlflow", text)
+    remove_folder(join(begun.home, "train"))  # the checkpoints
+    drop_copies(join(begun.home, "model"))
+    outcome = read_unlearned(begun.home, delivered=delivered)
+    assert outcome is not None
+    return outcome
+
+
+def _work(begun: Run, config: UnlearnConfig, evaluation: Evaluation, encoder: Encoder, handle: Any) -> Results:
+    """Data, evaluation before, the rounds, evaluation after."""
+    from ofmu_ray.data.prepare import prepare_streams
+    from ofmu_ray.training.launch import fit
+
+    with begun.phase("data"):
+        prepared = prepare_streams(
+            config.sources,
+            config.data.root,
+            encoder,
+            begun.storage,
+            private={"forget": join(begun.home, TOKENS)},
+            overlap=config.data.overlap,
+            duplicates=config.data.duplicates,
+        )
+        digest = outcome_hash(config, *(stream.fingerprint for stream in prepared.streams.values()))
+        spec = Spec.of(config, placed(config.model))
+        job, plan = make_job(spec, prepared, begun.home, begun.cache, digest)
+    progress.note("data", _data_line(plan))
+    if isinstance(job.method, OFMUConfig) and job.method.forget_loss in BOUNDED:
+        level = f"forget up to {job.method.forget_level:.3g} nats a token ({job.method.forget_loss})"
+        progress.note("level", level)
+    with begun.phase("reference"):
+        job = with_references(replace(job, tracking=handle), spec, prepared, plan, begun.cache)
+    with begun.phase("evaluation"):
+        before = evaluation.table(config.model.path, "before")
+        retrained = evaluation.table(config.evaluation.retrained, "retrained")
+    with begun.phase("training"):
+        summary = fit(job, "unlearn")
+    progress.note("train", f"{summary['round']} rounds, {summary['train_seconds']:.1f} s; {summary['status']}")
+    if summary["message"]:
+        progress.note("stop", summary["message"])
+    with begun.phase("evaluation"):
+        after = evaluation.table(join(begun.home, "model"), "after")
+        tables = {"before": before, "after": after, "retrained": retrained}
+        metrics = {name: evaluation.figures(table, retrained) for name, table in tables.items()}
+    return Results(
+        training=summary,
+        metrics=metrics,
+        tables=tables,
+        texts=evaluation.texts(),
+        verdict=evaluation.verdict(tables, metrics),
+        data=prepared.report.to_json(),
+        seconds=begun.seconds,
+        plan=plan.fingerprint,
+    )
+
+
+def _data_line(plan: Any) -> str:
+    streams = ", ".join(f"{name} {plan.rows[name]} rows ({plan.epochs[name]:.1f} epochs)" for name in plan.streams)
+    return f"{streams}; {plan.rounds} rounds of " + " + ".join(
+        f"{count} {name}" for name, count in plan.batches_per_round.items()
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- train
+
+
+def _train(begun: Run, config: TrainConfig) -> Outcome:
+    from ofmu_ray import tracking
+    from ofmu_ray.cluster.join import join_cluster, model_paths, source_paths
+    from ofmu_ray.data.prepare import prepare_streams
+    from ofmu_ray.training.launch import fit
+
+    home = begun.home
+    claim(home, begun.digest, write=True)
+    model = config.model or _initial_model(config, home)
+    task = task_named(config.task)
+    encoder = task.encoder(task.check_model(model), config.data)
+    with _tracked(begun, {"ofmu.kind": "train"}) as handle:
+        rows_at = source_paths("data.train", config.data.train, config.data.root)
+        join_cluster(config.training, begun.storage, model_paths(model) | rows_at)
+        check_task_on_nodes(config.task)
+        prepared = prepare_streams(
+            {"train": config.data.train},
+            config.data.root,
+            encoder,
+            begun.storage,
+            private={"train": join(home, TOKENS)},
+            duplicates=config.data.duplicates,
+        )
+        stream = prepared.streams["train"]
+        rounds = max(1, math.ceil(config.epochs * len(stream.rows) / config.training.batch_size))
+        progress.note("data", f"{len(stream.rows)} rows, {rounds} steps of {config.training.batch_size} rows")
+        spec = Spec.of(config, placed(model))
+        spec = dataclasses.replace(spec, training=replace(config.training, rounds=rounds))
+        job, _ = make_job(spec, prepared, home, begun.cache, outcome_hash(config, stream.fingerprint))
+        with begun.phase("training"):
+            summary = fit(replace(job, tracking=handle), "train")
+    status: Any = "FINISHED" if summary["status"] == "finished" else "FAILED"
+    delivered = tracking.finish(handle, cost=_train_cost(summary), status=status)
+    manifest = {"config": public(config), "config_hash": begun.digest, "data": prepared.report.to_json()}
+    atomic_write(join(home, "manifest.json"), json.dumps(manifest, indent=2) + "\n")
+    if summary["status"] == "finished":
+        remove_text(home)
+        remove_folder(join(home, "train"))
+    if summary["message"]:
+        progress.note("stop", summary["message"])
+    outcome = read_trained(home)
+    assert outcome is not None
+    return replace(outcome, delivered=delivered, cost=cost_of(summary, begun.seconds))
+
+
+def _train_cost(summary: dict[str, Any]) -> dict[str, Any]:
+    account: dict[str, Any] = summary["account"]
+    return {name: summary[name] for name in ("train_seconds", "peak_memory_bytes")} | account
+
+
+def _initial_model(config: TrainConfig, home: str) -> ModelConfig:
+    """A Llama from the scratch options with seeded random weights, saved beside the run's model."""
+    folder = join(home, "initial")
+    if not is_whole(folder):
+        from ofmu_ray.models.initial import write_initial_model
+
+        write_initial_model(folder, config)
+    return ModelConfig(path=folder)

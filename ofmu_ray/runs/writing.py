@@ -1,0 +1,147 @@
+"""What a run leaves in its folder: metrics.json, rows.parquet, manifest.json, report.html and the model's card."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ofmu_ray.assets import resolve_builtin
+from ofmu_ray.runs.job import remove_text
+from ofmu_ray.runs.outcome import cost_of
+from ofmu_ray.storage import PathLike, atomic_write, join, name_of
+
+
+@dataclass(frozen=True)
+class Results:
+    """A run that has ended, before it is written down."""
+
+    training: dict[str, Any]
+    """training.json: status, series, seconds, account."""
+    metrics: dict[str, Any]
+    """before, after, retrained."""
+    tables: dict[str, Any]
+    """Per-row values (pyarrow Tables) by model."""
+    texts: dict[str, tuple[str, str]]
+    """Row id -> (question, answer), for the samples of the report."""
+    verdict: dict[str, Any]
+    """What only all models together tell (`Evaluation.verdict`)."""
+    data: dict[str, Any]
+    """The data report."""
+    seconds: dict[str, float]
+    """Wall-clock seconds by phase."""
+    plan: str
+    """Fingerprint of the batch sequence."""
+
+
+def write(
+    home: str, results: Results, config: dict[str, Any], config_hash: str, command: Sequence[str], mlflow: str
+) -> list[str]:
+    """Write everything to a run's folder or URI, and delete what holds the forget rows' text.
+
+    metrics.json comes last: it marks the run as finished, so that a kill before it leaves a run that resumes.
+
+    Returns the names of the files that MLflow keeps as artifacts.
+    """
+    from ofmu_ray.reporting import ReportData, build_manifest, write_model_card, write_report
+
+    training = results.training
+    summary = {
+        **results.metrics,
+        **{name: found for name, found in results.verdict.items() if name != "run"},
+        "cost": cost_of(training, results.seconds),
+        "run": {**_run(home, results, config), "config_hash": config_hash, "mlflow": mlflow},
+    }
+    manifest = build_manifest(
+        name=name_of(home),
+        config=config,
+        config_hash=config_hash,
+        seed=config["seed"],
+        data=results.data,
+        models={role: path and resolve_builtin(path) for role, path in _models(home, config).items()},
+        command=shlex.join(command),
+        extra={"plan_sha256": results.plan},
+    )
+    atomic_write(join(home, "manifest.json"), json.dumps(manifest, indent=2) + "\n")
+    tables = {label: table for label, table in results.tables.items() if table is not None}
+    if tables:
+        write_rows(join(home, "rows.parquet"), tables)
+    write_report(
+        join(home, "report.html"),
+        ReportData(
+            title=name_of(home),
+            config=config,
+            metrics=results.metrics,
+            run=summary["run"],
+            cost=summary["cost"],
+            series=training["series"],
+            tables=tables,
+            texts=results.texts,
+            data=results.data,
+            manifest=manifest,
+            command=list(command),
+            open_command=mlflow,
+            samples=config["report"]["samples"],
+            reveal_text=config["report"]["reveal_text"],
+        ),
+    )
+    write_model_card(
+        join(home, "model"),
+        name=name_of(home),
+        config=config,
+        metrics=results.metrics,
+        data=results.data,
+        config_hash=config_hash,
+        rounds=training["round"],
+    )
+    remove_text(home)  # before the run counts as finished, so that a kill leaves none
+    atomic_write(join(home, "metrics.json"), json.dumps(_json(summary), indent=2) + "\n")
+    return ["report.html", "manifest.json", "metrics.json"]
+
+
+def write_rows(path: PathLike, tables: dict[str, Any]) -> None:
+    """Per-row values of all models; forget rows' text is not in them unless report.reveal_text asked for it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    named = [table.append_column("model", pa.array([label] * len(table))) for label, table in tables.items()]
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.concat_tables(named), buffer)
+    atomic_write(path, buffer.getvalue().to_pybytes())
+
+
+def _models(home: PathLike, config: dict[str, Any]) -> dict[str, str | None]:
+    return {
+        "target": config["model"]["path"],
+        "retrained": config["evaluation"]["retrained"],
+        "unlearned": join(home, "model"),
+    }
+
+
+def _run(home: PathLike, results: Results, config: dict[str, Any]) -> dict[str, Any]:
+    """What became of the run, and where it lies."""
+    training = results.training
+    return {
+        "name": name_of(home),
+        "method": config["method"],
+        "status": training["status"],
+        "message": training["message"],
+        "notes": training["notes"],
+        **results.verdict.get("run", {}),
+        "rounds": training["round"],
+        "seed": config["seed"],
+        "model": join(home, "model"),
+        "report": join(home, "report.html"),
+    }
+
+
+def _json(value: Any) -> Any:
+    """NaN and infinity, which JSON does not have, as null."""
+    if isinstance(value, dict):
+        return {key: _json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,259 @@
+"""`ofmu sweep`: Ray Tune finds a method's options, by a stated rule, among complete unlearning runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ofmu_ray import progress
+from ofmu_ray.cluster.join import join_cluster, run_paths
+from ofmu_ray.config import SweepConfig, flatten, to_dict
+from ofmu_ray.config.benchmark import LABELS
+from ofmu_ray.errors import UserError
+from ofmu_ray.evaluation.evaluator import Evaluator
+from ofmu_ray.metrics.fronts import plain
+from ofmu_ray.runs.pool import Pool
+from ofmu_ray.runs.preflight import check_machine, claim, prepare_folder, public
+from ofmu_ray.runs.trial import PRIVATE, Trial, read_result
+from ofmu_ray.runs.trial_data import checked, prepare
+from ofmu_ray.search import choice
+from ofmu_ray.search import sweep_output as results
+from ofmu_ray.search.benchmark_output import duration
+from ofmu_ray.search.capacity import check_disk, concurrency
+from ofmu_ray.search.judging import goal_of, reference_figure
+from ofmu_ray.search.ledger import Ledger
+from ofmu_ray.search.suggest import Search, without_other_batches
+from tune_spaces import Space, parse_priors, read_space, space_for
+
+MAY_CHANGE = ("select", "keep_models", "concurrency", "retry_failed")
+"""Options that may differ from one start of a sweep to the next; so may the number of trials."""
+WHERE = ("name", "storage", "tracking", "report")
+"""Where a run is kept and shown, not what it is."""
+
+
+@dataclass(frozen=True)
+class SweepOutcome:
+    """A sweep that has come to its end, or was stopped."""
+
+    complete: bool
+    """Whether all trials have ended."""
+    chosen: int | None
+    """Number of the chosen trial; None: none meets the floor."""
+    summary: str
+    """What was chosen and why, for a terminal."""
+    files: Sequence[Path]
+    """Tables and pages that were written."""
+    mlflow: str
+    """How to look at it in MLflow."""
+
+
+def space_of(config: SweepConfig) -> Space:
+    """What is tuned: the label's space with the user's file and priors, checked against the configuration.
+
+    Raises:
+        UserError: a field that there is not, values that it does not take, or nothing to tune.
+    """
+    base = config.run
+    fixed = {name: None for name in flatten(LABELS[config.label]) if name != "method"}
+    space = space_for(config.label, base, config.lr_scale).with_priors(fixed)
+    if config.space_file is not None:
+        space = read_space(config.space_file, space)
+    space = space.with_priors(parse_priors(flatten(config.space), option="space"))
+    unused = [knob.field for knob in space.knobs if knob.field.split(".")[0] in base.unused_sections]
+    if unused:
+        raise UserError(f"space: {unused[0]} is an option of another method than {config.label}: leave it out")
+    if not space.knobs:
+        raise UserError(f"space: nothing is left to tune of {config.label}: name a field with a prior")
+    try:
+        space.check(base)
+    except UserError as error:
+        raise UserError(f"space: {error}") from None
+    return space
+
+
+def sweep(config: SweepConfig, command: Sequence[str] = ()) -> SweepOutcome:
+    """Run the trials that are not written down yet under <storage>/<name>/trials, then choose, export and report.
+
+    Raises:
+        UserError: something in the configuration or the data must change.
+    """
+    from ofmu_ray import tracking
+
+    storage, run = prepare_folder(config.storage), config.run
+    training, select = run.training, config.select
+    check_machine(training)
+    space = space_of(config)
+    asked = {"select.objective": select.objective, "select.utility": select.utility}
+    if select.relative_to == "retrained" and not run.evaluation.retrained:
+        raise UserError("select.relative_to = retrained: there is none; name base.evaluation.retrained")
+    evaluator = checked(run, storage, asked, ("select.max_new_tokens", select.max_new_tokens), where="base.")
+    if config.search.kind == "population":
+        space, dropped = without_other_batches(space, run)
+        if dropped:
+            progress.note("search", f"not tuned, as members of a population share their batches: {', '.join(dropped)}")
+        if not space.knobs:
+            raise UserError("search.kind = population: nothing is left to tune; choose another kind")
+    folder = storage / config.name
+    kept = config.concurrency or 1
+    check_disk(run.model, folder, models=config.keep_models + kept)
+    digest = _digest(config, space)
+    claim(folder, digest)
+    tags = {"ofmu.kind": "sweep", "ofmu.config_hash": digest}
+    handle = tracking.start(run.tracking, str(storage), config.name, _determining(config), tags)
+    status: Any = "FAILED"
+    files: list[Path] = []
+    complete = False
+    try:
+        with tracking.system_metrics(handle, enabled=run.tracking.system_metrics):
+            join_cluster(training, storage, run_paths(run, "base."))
+            at_once = concurrency(training, config.concurrency)
+            claim(folder, digest, write=True)
+            progress.note("sweep", f"{folder}")
+            ledger, references = _begin(config, space, evaluator, storage, folder)
+            complete = _run_trials(ledger, handle, at_once)
+            outcome = choice.choose(ledger)
+            choice.export(ledger, outcome, ledger.data.retrained)
+            if complete and outcome.chosen is not None:
+                outcome.confirmed = _confirm(ledger, outcome.chosen)
+        files = results.write(ledger, outcome, references, list(command))
+        status = "FINISHED" if complete else "KILLED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tables = [path for path in files if path.suffix == ".parquet"]
+        pages = [path for path in files if path.suffix in tracking.run.ARTIFACT_SUFFIXES]
+        tracking.finish(handle, artifacts=pages, tables=tables, status=status)
+    _discard(ledger)
+    text = results.summary(ledger, outcome)
+    return SweepOutcome(complete, outcome.chosen, text, files, tracking.open_command(handle))
+
+
+def _determining(config: SweepConfig) -> dict[str, Any]:
+    """What makes two starts the same sweep."""
+    content = {name: value for name, value in public(config).items() if name not in MAY_CHANGE}
+    content["search"] = {name: value for name, value in content["search"].items() if name != "trials"}
+    rule = to_dict(config)["select"]
+    return content | {"select": {name: rule[name] for name in ("rows", "max_new_tokens")}}
+
+
+def _digest(config: SweepConfig, space: Space) -> str:
+    content = _determining(config)
+    content["base"] = {name: value for name, value in content["base"].items() if name not in WHERE}
+    kept = {name: value for name, value in content.items() if name not in (*WHERE, "space_file")}
+    text = json.dumps([kept, results.space_rows(space)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _begin(
+    config: SweepConfig, space: Space, evaluator: Evaluator, storage: Path, folder: Path
+) -> tuple[Ledger, dict[str, Any]]:
+    """Data, references and the rule's numbers: computed once, or found in the cache."""
+    run, select = config.run, config.select
+    data, tables = prepare("sweep", run, storage, folder, evaluator)
+    rows = select.rows
+
+    reference = reference_figure(data, tables, rows, select.relative_to, select.utility)
+    if reference is None:
+        raise UserError(f"select.utility = {select.utility}: the {select.relative_to} model has no such figure")
+    goal = goal_of(
+        data,
+        tables,
+        objective=select.objective,
+        utility=select.utility,
+        floor=select.utility_floor * reference,
+        rows=rows,
+        longest=select.max_new_tokens,
+    )
+    progress.note("select", f"best {select.objective} with {select.utility} >= {goal.floor:.4g} "
+        f"({select.utility_floor:g} x {select.relative_to}: {reference:.4g})")  # fmt: skip
+    ledger = Ledger(config, Search(config.search, space, run, goal, config.early.floor_share), data)
+    ledger.read()
+    if config.retry_failed:
+        ledger.forget_failures()
+    return ledger, _references(ledger, tables)
+
+
+def _references(ledger: Ledger, tables: dict[str, Any]) -> dict[str, Any]:
+    """Figures of target and retrained model on the rows that trials are judged on."""
+    from ofmu_ray.evaluation.sample import Sample
+
+    sample = Sample.of(ledger.data.evaluator.sets, ledger.config.select.rows)
+    retrained = sample.cut(tables["retrained"])
+    return {name: ledger.data.evaluator.figures(sample.cut(table), retrained) for name, table in tables.items()}
+
+
+def _run_trials(ledger: Ledger, handle: Any, at_once: int) -> bool:
+    """All trials that have not ended; True: every one has ended now."""
+    from ofmu_ray.search import tuner
+
+    training, trials = ledger.config.base.training, ledger.config.search.trials
+    local = training.engine == "torch" and training.workers == 1
+    started, told, heard = time.perf_counter(), set(), progress.current()
+    before = sum(ledger.result(number) is not None for number in range(len(ledger.suggestions)))
+    if before:
+        progress.note("resume", f"{before} of {trials} trials have ended, {len(ledger.suggestions) - before} go on")
+
+    def ended(number: int) -> None:
+        if number in told:
+            return
+        told.add(number)
+        results.log_child(ledger, number, handle)
+        choice.prune_models(ledger)
+        new = len(told) - before
+        left = trials - len(told)
+        eta = f", about {duration((time.perf_counter() - started) / new * left)} left" if new > 0 and left else ""
+        heard.note("", f"[{len(told)}/{trials}] trial {number}: {results.line(ledger, number)}{eta}")
+
+    complete, exhausted = tuner.run(ledger, handle, at_once, ended, local=local)
+    if exhausted:
+        progress.note("search", f"the space holds no more than {len(ledger.suggestions)} different trials")
+    for number in range(len(ledger.suggestions)):  # those whose result was written after Tune had gone on
+        results.log_child(ledger, number, handle)
+    choice.prune_models(ledger)
+    return complete
+
+
+def _confirm(ledger: Ledger, chosen: int) -> list[tuple[int, dict[str, Any]]]:
+    """The chosen options on fresh seeds and all rows: figures that the choice has not flattered."""
+    config = choice.best_config(ledger, chosen)
+    trials = [
+        Trial(
+            method=ledger.config.label,
+            split=ledger.data.name,
+            phase="report",
+            trial=chosen,
+            config=replace(config, seed=seed),
+            options=ledger.suggestions[chosen].options,
+            budget_unit="",
+            budget=0.0,
+        )
+        for seed in ledger.config.select.seeds
+    ]
+    if not trials:
+        return []
+    known = {trial.config.seed: read_result(ledger.folder, trial.key(ledger.data)) for trial in trials}
+    pool = Pool(config, {ledger.data.name: ledger.data}, ledger.config.concurrency)
+    try:
+        for trial, result in pool.run([trial for trial in trials if known[trial.config.seed] is None]):
+            known[trial.config.seed] = result
+            found = plain(result.get("figures") or {})
+            goal = ledger.search.goal
+            cells = [f"{n} {found[n]:.3g}" for n in (goal.objective, goal.utility) if found.get(n) is not None]
+            progress.note("confirm", f"seed {trial.config.seed}: {', '.join(cells) or result.get('message', '')}")
+    finally:
+        pool.close()
+    return [(seed, result) for seed, result in known.items() if result is not None]
+
+
+def _discard(ledger: Ledger) -> None:
+    """Delete what holds the forget rows' text, and what killed trials left."""
+    unfinished = any(ledger.result(number) is None for number in range(len(ledger.suggestions)))
+    for name in (PRIVATE, *(() if unfinished else ("work", "checkpoints"))):
+        shutil.rmtree(ledger.folder / name, ignore_errors=True)

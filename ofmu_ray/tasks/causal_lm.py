@@ -1,0 +1,86 @@
+"""Causal language models on rows of a question and an answer: the task that `ofmu` comes with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ofmu_ray.tasks.protocol import Task
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from ofmu_ray.config import DataConfig, ModelConfig, TrainDataConfig, UnlearnConfig
+    from ofmu_ray.data.answers import AnswerEncoder
+    from ofmu_ray.evaluation.evaluator import Evaluator
+    from ofmu_ray.storage import PathLike
+
+MAX_SHARD_SIZE = "5GB"
+
+
+class CausalLM:
+    """Models of transformers; only an answer's tokens have a loss."""
+
+    offers = frozenset({"answers"})
+
+    def check_model(self, config: ModelConfig, option: str = "model.path") -> Any:
+        from ofmu_ray.models.checks import check_model
+
+        return check_model(config, option)
+
+    def encoder(self, processor: Any, data: DataConfig | TrainDataConfig) -> AnswerEncoder:
+        from ofmu_ray.data.answers import AnswerEncoder
+
+        return AnswerEncoder(processor, data.format)
+
+    def evaluation(self, config: UnlearnConfig, storage: PathLike) -> Evaluator:
+        from ofmu_ray.evaluation.evaluator import Evaluator
+
+        return Evaluator.of(config, storage)
+
+    def load(self, config: ModelConfig) -> tuple[torch.nn.Module, Any]:
+        from ofmu_ray.models.loading import load_causal_lm
+
+        return load_causal_lm(config)
+
+    def copy(self, module: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+        from ofmu_ray.models.loading import copy_with
+
+        return copy_with(module, weights)
+
+    def collate(self, processor: Any) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, torch.Tensor]]:
+        from ofmu_ray.data.batches import padded
+
+        return padded(processor.pad_token_id)
+
+    def loss(self, module: torch.nn.Module, micro: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Negative log-likelihood of the answers' tokens."""
+        from ofmu_ray.engines.language import causal_lm_loss
+
+        return causal_lm_loss(module, micro)
+
+    def utility(self, module: torch.nn.Module, micro: Any) -> torch.Tensor:
+        """exp(-mean token NLL of the answer), EOS included."""
+        import torch
+        from torch.nn import functional
+
+        from ofmu_ray.engines.language import answers
+
+        found = answers(module, micro)
+        nll = functional.cross_entropy(found.logits_tv.float(), found.labels_t, reduction="none").double()
+        sums = torch.zeros(found.rows, dtype=torch.float64, device=nll.device).index_add(0, found.rows_t, nll)
+        tokens = torch.bincount(found.rows_t, minlength=found.rows)
+        return torch.exp(-sums / tokens).cpu()
+
+    def export(
+        self, module: torch.nn.Module, processor: Any, weights: Mapping[str, torch.Tensor], folder: Path
+    ) -> None:
+        model: Any = module
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base.save_pretrained(folder, state_dict=dict(weights), max_shard_size=MAX_SHARD_SIZE)
+        processor.save_pretrained(folder)
+
+
+TASK: Task = CausalLM()

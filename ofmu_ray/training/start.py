@@ -1,0 +1,48 @@
+"""How a worker starts: by Ray Train, or alone in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from ofmu_ray.cluster.watchdog import Watchdog
+from ofmu_ray.data.batch_plan import read_plan
+from ofmu_ray.data.batches import local_rounds
+from ofmu_ray.data.stream import lane_iterator, rounds
+from ofmu_ray.training.export import export_model
+from ofmu_ray.training.job import WorkerJob
+from ofmu_ray.training.session import LocalSession, RaySession
+from ofmu_ray.training.worker import Worker
+
+
+def worker_loop(config: dict[str, Any]) -> None:
+    """The function that Ray Train runs. `config` holds the `WorkerJob` and the progress actor."""
+    job: WorkerJob = config["job"]
+    session = RaySession(job.run_dir)
+    torch.set_num_threads(max(1, int(job.training.cpus_per_worker)))
+    watchdog = Watchdog(session.rank, job.training.round_timeout, config.get("progress"))
+    worker = Worker(job, session, config.get("progress"), watchdog)
+    plan = read_plan(job.plan_dir)
+
+    def source(start: int, options: dict[str, Any]) -> Iterable[dict[str, list[Any]]]:
+        lane = lane_iterator(plan, session.rank, start, readers=session.neighbours)
+        return rounds(lane, plan, start_round=start, **options)
+
+    worker.run(source)
+    watchdog.begin("the export")
+    export_model(job, worker.engine, worker.module, worker.processor, worker.state, session.rank)
+    watchdog.close()
+
+
+def run_local(job: WorkerJob) -> Worker:
+    """The same loop in this process, with the only worker of the run: for many short runs, each on one core.
+
+    Nothing is exported: the returned worker holds the model in memory. Raises AssertionError for more workers.
+    """
+    assert job.training.workers == 1, "run_local is for one worker"
+    worker = Worker(job, LocalSession(job.run_dir, job.training.keep_checkpoints))
+    plan = read_plan(job.plan_dir)
+    worker.run(lambda start, options: local_rounds(plan, 0, start_round=start, **options))
+    return worker
