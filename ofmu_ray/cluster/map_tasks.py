@@ -163,7 +163,7 @@ def map_tasks(
     process, at most `most` (8) of them.
 
     `nodes`: the nodes to take, given the resource (CPU or GPU); all, if left out. When nothing is free there, a single
-    process shares a CPU with whatever runs there.
+    process shares a CPU with whatever runs there, or waits for a GPU.
 
     Raises:
         ProcessDied: an item's process ended, and those of its three retries.
@@ -173,7 +173,7 @@ def map_tasks(
         return
     resource = "GPU" if device_kind() == "cuda" else "CPU"
     free, places = _free_places(resource, min(len(items), most or MOST_PROCESSES), nodes)
-    cpus, gpus = (float(free and resource == name) for name in ("CPU", "GPU"))
+    cpus, gpus = (0.0, 1.0) if resource == "GPU" else (float(free), 0.0)
     with ProcessPool(make, len(places), cpus=cpus, gpus=gpus, retries=RETRIES, nodes=places) as pool:
         for number, result in pool.map(items):
             if isinstance(result, ProcessDied):

@@ -33,17 +33,12 @@ def write_sweep_report(
     """Writes report.html, report.md, trials.csv and, where there is something to draw, plane.svg into the folder;
     returns their paths.
 
-    Args:
-        trials: one mapping per run: `number`, `phase` (search; confirm: the chosen options on a fresh seed and all
-            rows), `seed`, `status`, `message`, `options` (JSON text), `stage` of `stages` evaluations, `flops`,
-            `front`, and figures as NAME, NAME_low, NAME_high; trials.csv has whatever else they hold.
-        stages: one mapping per evaluation on the way: `number`, `stage`, `flops`, `train_seconds`, the rule's figures.
-        settings: `name`, `command`, `config`, `method`, `machine`, `code`, `packages`, `seconds`, `rule`, `search`,
-            `space`, `references` and `chosen` or `nearest`, as in sweep.json.
+    `trials`, `stages` and `settings` are those of `search/sweep_output.py`, as in trials.parquet and sweep.json; trials
+    of phase confirm have the chosen options, a fresh seed and all rows.
     """
     sweep = Sweep(trials, stages, settings)
     plane, head = front_plot(sweep), _head(sweep)
-    failures = Section("Trials that did not finish as planned", tables=some(tables.failures_table(sweep)))
+    failures = Section("Trials that did not finish as planned", _failures(sweep))
     sections = [_recommendation(sweep), _certainty(sweep), _best(sweep, plane), _options(sweep), failures]
     sections = [one for one in sections if one.lead or one.notes or one.tables]
     title, command = str(settings.get("name") or "sweep"), shlex.join(settings.get("command") or ())
@@ -95,18 +90,17 @@ def _recommendation(sweep: Sweep) -> Section:
 
 def _nothing(sweep: Sweep) -> list[str]:
     utility, nearest = noun(sweep.utility), sweep.nearest
+    widen = "widen the space towards smaller learning rates or fewer rounds"
     if nearest is not None and sweep.goal.degenerate(nearest):
         return [
             f"All trials that came to their end are degenerate; trial {nearest['number']} stands first in the rule's "
-            f"order ({degeneration.words(nearest, sweep.goal.sound)}). Nothing is recommended.",
-            "Widen the space towards smaller learning rates or fewer rounds.",
+            f"order ({degeneration.words(nearest, sweep.goal.sound)}). Nothing is recommended: {widen}."
         ]
     if nearest is not None:
         return [
             f"No trial meets the floor: the {utility} must be at least {_floor(sweep)}, and the nearest trial, "
-            f"{nearest['number']}, has {figures.number(number_of(nearest, sweep.utility))}. Nothing is recommended.",
-            "Lower select.utility_floor, widen the space towards smaller learning rates or fewer rounds, or make more "
-            "trials.",
+            f"{nearest['number']}, has {figures.number(number_of(nearest, sweep.utility))}. Nothing is recommended: "
+            f"lower select.utility_floor, {widen}, or make more trials."
         ]
     if sweep.whole:
         return ["No trial is chosen yet."]
@@ -177,14 +171,23 @@ def _certainty(sweep: Sweep) -> Section:
 def _best(sweep: Sweep, plane: Plot | None) -> Section:
     if plane is None:
         return Section("The best trials", ["No trial has been evaluated yet."] if sweep.trials else ())
-    without = sum(sweep.place(trial) is None for trial in sweep.trials)
     notes = [
         "In the order of the rule, then the fresh seeds, evaluated on all rows. All trials: trials.csv. MLflow has the "
         "rest: select this sweep's trials there and compare them.",
         "Plot: up and to the right is better; line: the Pareto front of the trials that ran to their end, with their "
-        f"numbers; ★ retrained model, ✖ target.{f' {without} trials have no evaluation.' if without else ''}",
+        "numbers; ★ retrained model, ✖ target.",
     ]
     return Section("The best trials", notes, some(tables.best_table(sweep)), plots=[plane])
+
+
+def _failures(sweep: Sweep) -> list[str]:
+    """Those that neither finished nor were ended by the scheduler, with the reason."""
+    found = []
+    for trial in sweep.all:
+        if trial.get("status") not in ("finished", "stopped"):
+            seed = f", seed {trial.get('seed')}" if trial.get("phase") == "confirm" else ""
+            found.append(f"Trial {trial['number']}{seed}: {trial.get('message') or trial.get('status')}.")
+    return found
 
 
 def _options(sweep: Sweep) -> Section:

@@ -2,47 +2,41 @@
 
 from __future__ import annotations
 
-import html
 import warnings
+from typing import Any
 
 from ofmu_ray.attacks.importance import quiet_study
-from ofmu_ray.metrics.fronts import Trial, pareto_front
 from ofmu_ray.reporting.marks import COLOURS, SHAPES, Key, Plot
 from ofmu_ray.reporting.plots import FAINT, INK, inline_svg, new_axes, with_page_colours
 from ofmu_ray.reporting.sweep_results import WITHOUT_RESULT, Sweep, noun
 
 _C = list(COLOURS)
-# kind of point -> (colour, marker, filled)
-_KINDS = {
-    "ran to its end": (_C[0], "o", True),
-    "fresh seed": (_C[2], "^", True),
-    "without a result, at its last evaluation": (_C[7], "v", False),
-}
+_KINDS = (
+    ("ran to its end", _C[0], "o", True),
+    ("fresh seed", _C[2], "^", True),
+    ("without a result, at its last evaluation", _C[7], "v", False),
+)
+"""Label, colour, marker, filled."""
 
 
 def front_plot(sweep: Sweep) -> Plot | None:
     """Objective against utility: all trials, those of ended ones from their last evaluation, with the front, the floor
     and the reference models; None without any evaluation. Trials of the front and the chosen one have their numbers."""
-    kinds = list(_KINDS)
-    points: list[tuple[float, float, str, Trial]] = []
-    for trial in sweep.all:
-        place = sweep.place(trial)
-        if place is not None:
-            which = 2 if trial.get("status") in WITHOUT_RESULT else int(trial.get("phase") == "confirm")
-            points.append((*place, kinds[which], trial))
+    points = [(*place, trial) for trial in sweep.all if (place := sweep.place(trial)) is not None]
     if not points:
         return None
     figure, axes = new_axes(7.4, 4.4)
-    axis, sign = sweep.axis, -1.0 if sweep.axis.falling else 1.0
     if sweep.floor is not None:
         axes.axvline(sweep.floor, color=FAINT, linewidth=1, linestyle="--")
         axes.annotate("floor", (sweep.floor, 0.0), xycoords=("data", "axes fraction"), xytext=(3, 3),
                       textcoords="offset points", color=INK, fontsize=8)  # fmt: skip
-    front = [(x, y) for x, y, _, trial in points if trial.get("front") and trial.get("phase") != "confirm"]
-    steps = [front[place] for place in pareto_front([(x, sign * y) for x, y in front])]
+    steps = sorted((x, y) for x, y, trial in points if trial.get("front"))
     axes.plot([x for x, _ in steps], [y for _, y in steps], color=_C[0], linewidth=1.3, drawstyle="steps-pre", zorder=2)
-    for x, y, kind, trial in points:
-        colour, marker, filled = _KINDS[kind]
+    kinds = set()
+    for x, y, trial in points:
+        kind = _KINDS[2 if trial.get("status") in WITHOUT_RESULT else int(trial.get("phase") == "confirm")]
+        _, colour, marker, filled = kind
+        kinds.add(kind)
         axes.plot(x, y, marker, color=colour, markersize=6.5, fillstyle="full" if filled else "none",
                   markeredgewidth=0 if filled else 1.2, zorder=4 if filled else 3)  # fmt: skip
         chosen = trial is sweep.recommended
@@ -59,17 +53,22 @@ def front_plot(sweep: Sweep) -> Plot | None:
             axes.plot(*found, marker, color=INK, markersize=10, zorder=6, markeredgewidth=0, clip_on=False)
             axes.annotate(model, found, xytext=(8 * side, 0), textcoords="offset points", color=INK, fontsize=8.5,
                           ha="right" if side < 0 else "left", va="center")  # fmt: skip
-    if axis.log:
-        axes.set_yscale("log")
-    if axis.falling:
-        axes.invert_yaxis()
+    _objective_axis(axes, sweep)
     axes.set_xlabel(noun(sweep.utility))
-    axes.set_ylabel(axis.label)
-    shown = [kind for kind in kinds if any(point[2] == kind for point in points)]
-    legend = [Key(kind, COLOURS[_KINDS[kind][0]], SHAPES[_KINDS[kind][1]], _KINDS[kind][2]) for kind in shown]
+    shown = [kind for kind in _KINDS if kind in kinds]
+    legend = [Key(label, COLOURS[colour], SHAPES[marker], filled) for label, colour, marker, filled in shown]
     legend += [Key("chosen", "var(--ink)", SHAPES["o"], filled=False)] * (sweep.recommended is not None)
     title = "Forgetting and utility"
-    return Plot(title, inline_svg(figure, html.escape(title), COLOURS), legend, wide=True)
+    return Plot(title, inline_svg(figure, title, COLOURS), legend, wide=True)
+
+
+def _objective_axis(axes: Any, sweep: Sweep) -> None:
+    """Up is better."""
+    axes.set_ylabel(sweep.axis.label)
+    if sweep.axis.log:
+        axes.set_yscale("log")
+    if sweep.axis.falling:
+        axes.invert_yaxis()
 
 
 def history_plot(sweep: Sweep) -> Plot | None:
@@ -92,13 +91,10 @@ def history_plot(sweep: Sweep) -> Plot | None:
         pyplot.switch_backend("agg")
         axes = plot_optimization_history(study)
         with_page_colours(axes)
-        if sweep.axis.log:
-            axes.set_yscale("log")
-        if sweep.axis.falling:
-            axes.invert_yaxis()
+        _objective_axis(axes, sweep)
         for legend in filter(None, [axes.get_legend()]):
             legend.remove()  # the page's words say it
-        axes.set(title="", xlabel="trials that ran to their end", ylabel=sweep.axis.label)
+        axes.set(title="", xlabel="trials that ran to their end")
         plot = Plot("The best so far", inline_svg(axes.figure, "The best so far"), [], wide=True)
         pyplot.close(axes.figure)
     return plot

@@ -61,12 +61,7 @@ class Sweep:
     @cached_property
     def whole(self) -> list[Trial]:
         """Trials that came to their end with both figures of the rule, in its order."""
-        names = (self.objective, self.utility)
-        found = [
-            trial
-            for trial in self.trials
-            if trial.get("status") not in WITHOUT_RESULT and all(number_of(trial, name) is not None for name in names)
-        ]
+        found = [t for t in self.trials if t.get("status") not in WITHOUT_RESULT and self.goal.rank(t) is not None]
         return sorted(found, key=lambda trial: (-self.goal.score(trial), trial["number"]))
 
     @property
@@ -131,7 +126,9 @@ class Sweep:
         per evaluation."""
         spent = math.fsum(number_of(trial, "flops") or 0.0 for trial in self.all)
         # a population's member that is replaced goes on as a copy of another one: nothing is saved
-        return spent, 0.0 if self.search.get("kind") == "population" else math.fsum(map(_rest, self.trials))
+        early = [trial for trial in self.trials if trial.get("status") == "stopped" and trial.get("stage")]
+        rests = [(trial.get("flops") or 0.0) * (trial["stages"] / trial["stage"] - 1.0) for trial in early]
+        return spent, 0.0 if self.search.get("kind") == "population" else math.fsum(rests)
 
     @cached_property
     def importances(self) -> dict[str, list[Importance]]:
@@ -150,14 +147,6 @@ def options(trial: Trial) -> dict[str, Any]:
     """Dotted field -> value."""
     found: dict[str, Any] = json.loads(trial.get("options") or "{}")
     return found
-
-
-def _rest(trial: Trial) -> float:
-    """FLOPs that an ended trial did not spend."""
-    done, planned = number_of(trial, "stage"), number_of(trial, "stages")
-    if trial.get("status") != "stopped" or not done or not planned:
-        return 0.0
-    return (number_of(trial, "flops") or 0.0) * max(planned / done - 1.0, 0.0)
 
 
 def short(field: str, space: Sequence[Mapping[str, Any]]) -> str:

@@ -74,27 +74,19 @@ def _reference(figure: Mapping[str, Any] | None) -> Cell:
 def best_table(sweep: Sweep) -> Table | None:
     """The first trials in the order of the rule and the fresh seeds; where nothing is recommended, the front too."""
     front = [] if sweep.recommended else [trial for trial in sweep.whole[BEST:] if trial.get("front")]
-    shown = [*sweep.whole[:BEST], *front]
     fields = [str(knob["field"]) for knob in sweep.space]
     rows = []
-    for trial in (*shown, *sweep.fresh):
-        fresh, chosen = trial.get("phase") == "confirm", trial is sweep.recommended
-        signs = {
-            "chosen": chosen,
-            "nearest": trial is sweep.nearest,
-            "degenerate": bool(sweep.goal.degenerate(trial)),
-            "front": bool(trial.get("front")),
-            str(trial.get("status")).replace("_", " "): trial.get("status") != "finished",
-        }
-        name = Cell(
-            f"seed {trial.get('seed')}" if fresh else str(trial["number"]),
-            tuple(words for words, holds in signs.items() if holds),
-            strong=chosen,
-        )
+    for trial in (*sweep.whole[:BEST], *front, *sweep.fresh):
+        chosen, status = trial is sweep.recommended, str(trial.get("status"))
+        signs = ["chosen"] * chosen + ["nearest"] * (trial is sweep.nearest) + ["front"] * bool(trial.get("front"))
+        signs += ["degenerate"] * bool(sweep.goal.degenerate(trial))
+        signs += [status.replace("_", " ")] * (status != "finished")
+        name = f"seed {trial.get('seed')}" if trial.get("phase") == "confirm" else str(trial["number"])
         both = (_figure(trial, figure) for figure in (sweep.objective, sweep.utility))
         flops, drawn = number_of(trial, "flops"), options(trial)
         cost = "–" if flops is None else figures.quantity(flops).rstrip()
-        rows.append(cells(name, *both, *(_value(drawn.get(field, "–")) for field in fields), cost))
+        values = (_value(drawn.get(field, "–")) for field in fields)
+        rows.append(cells(Cell(name, tuple(signs), strong=chosen), *both, *values, cost))
     names = [short(field, sweep.space) for field in fields]
     header = ["Trial", heading(sweep.objective), heading(sweep.utility), *names, "FLOPs"]
     return Table(name="", caption="", header=header, rows=rows) if rows else None
@@ -132,19 +124,6 @@ def _mattered(row: Importance | None, rank: float | None) -> Cell:
     if row is None:
         return Cell("–", lines)
     return Cell(f"{row.share:.2f}", (span(row.low, row.high), f"p = {figures.number(row.p_value)}", *lines))
-
-
-def failures_table(sweep: Sweep) -> Table | None:
-    """Trials that neither finished nor were ended by the scheduler, with the reason."""
-    bad = [trial for trial in sweep.all if trial.get("status") not in ("finished", "stopped")]
-    rows = [
-        cells(
-            str(trial["number"]) + (f", seed {trial.get('seed')}" if trial.get("phase") == "confirm" else ""),
-            str(trial.get("status")).replace("_", " "), str(trial.get("message") or "–"),
-        )
-        for trial in bad
-    ]  # fmt: skip
-    return Table(name="", caption="", header=["Trial", "Status", "Reason"], rows=rows, words=3) if rows else None
 
 
 def records(sweep: Sweep) -> list[dict[str, Any]]:
