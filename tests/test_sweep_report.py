@@ -267,7 +267,7 @@ def test_tables_of_options_and_trials(folder: Path) -> None:
     found = _Page(page)
     matter = found.table("Option", "Prior")
     assert next(iter(matter)) == "inner.lr"
-    share, interval, p_value, rank = matter["inner.lr"]["Forget quality"]
+    share, interval, p_value, rank = matter["inner.lr"]["Forget quality, share"]
     assert float(share) > 0.4
     assert " – " in interval
     assert float(p_value.removeprefix("p = ")) < 0.05
@@ -371,7 +371,7 @@ def test_few_trials_have_no_importances(tmp_path: Path) -> None:
     write_sweep_report(tmp_path, trials, stages, wanted)
     page = (tmp_path / "report.html").read_text()
     assert f"{MINIMUM_TRIALS - 1} trials ran to their end; importances mean nothing below {MINIMUM_TRIALS}" in page
-    share, rank = _Page(page).table("Option", "Prior")["inner.lr"]["Forget quality"]
+    share, rank = _Page(page).table("Option", "Prior")["inner.lr"]["Forget quality, share"]
     assert share == "–"
     assert float(rank.removeprefix("rank ")) > 0.8
 

@@ -114,7 +114,7 @@ def options_table(sweep: Sweep) -> Table | None:
         more = [narrowed.get(field, "–")] if narrowed else []
         why = str(knob.get("why") or "")
         rows.append(cells(Cell(short(field, sweep.space), given), *mattered, str(knob["prior"]), *more, why))
-    names = [figures.label(name) for name in (sweep.objective, sweep.utility)]
+    names = [f"{figures.label(name)}, share" for name in (sweep.objective, sweep.utility)]
     header = ["Option", *names, "Prior", *(["For a next sweep"] if narrowed else []), "Source of the range"]
     return Table(name="", caption="", header=header, rows=rows, words=6) if rows else None
 
