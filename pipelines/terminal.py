@@ -9,15 +9,7 @@ from typing import Any
 
 from ofmu_ray.progress import Bar, Listener
 
-SHOWN = (
-    ("forget_quality", "forget quality", "match"),
-    ("forget_truth_ratio", "forget truth ratio", "match"),
-    ("forget_probability", "forget probability", "match"),
-    ("forget_rouge", "forget ROUGE-L", "match"),
-    ("model_utility", "model utility", "up"),
-    ("retain_probability", "retain probability", "up"),
-    ("retain_rouge", "retain ROUGE-L", "up"),
-)
+ARROWS = {"high": "^", "low": "v", "retrained": "~"}
 
 
 def say(line: str) -> None:
@@ -66,13 +58,16 @@ class _Shown(Bar):
 
 def metrics_table(metrics: Mapping[str, Any], models: Sequence[str] = ("before", "after", "retrained")) -> str:
     """The models side by side, one metric a line, with 95 % intervals."""
+    from ofmu_ray.metrics.registry import metric
+
     columns = [name for name in models if metrics.get(name)]
-    lines = [f"{'':22}" + "".join(f"{name:>28}" for name in columns)]
-    for key, title, direction in SHOWN:
-        arrow = "^" if direction == "up" else "~"
-        cells = [_cell(metrics[name].get(key)) for name in columns]
-        lines.append(f"{title + ' ' + arrow:22}" + "".join(f"{cell:>28}" for cell in cells))
-    lines.append("^ higher is better   ~ best where it matches the retrained model   [95 % interval]")
+    shown = [metric(name) for name in dict.fromkeys(name for model in columns for name in metrics[model])]
+    shown = [one for one in shown if one.headline]
+    lines = [f"{'':26}" + "".join(f"{name:>28}" for name in columns)]
+    for one in shown:
+        cells = [_cell(metrics[name].get(one.name)) for name in columns]
+        lines.append(f"{one.label + ' ' + ARROWS[one.better]:26}" + "".join(f"{cell:>28}" for cell in cells))
+    lines.append("^ higher is better   v lower   ~ best where it matches the retrained model   [95 % interval]")
     return "\n".join(lines)
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional
 from ofmu_ray.config import ModelConfig, UnlearnConfig
 from ofmu_ray.data.encoder import EncodedRow
 from ofmu_ray.errors import UserError
+from ofmu_ray.metrics.registry import Metric, register
 
 PIXELS, CLASSES = 64, 10
 
@@ -128,3 +129,7 @@ class DigitsTask:
 
 
 TASK = DigitsTask()
+register(
+    Metric(name="forget_accuracy", label="Forget accuracy", better="retrained", group="Forgetting", headline=True),
+    Metric(name="retain_accuracy", label="Retain accuracy", better="high", group="Utility", headline=True),
+)

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from ofmu_ray.attacks.alignment import LayerAlignment, alignment_table
-from ofmu_ray.metrics.attack_summary import check_figures
+from ofmu_ray.attacks.summary import check_figures
 from ofmu_ray.metrics.intervals import Figure
 from ofmu_ray.reporting.attack_tables import check_table
 from ofmu_ray.reporting.evaluation_page import ComparisonData, grouped, render_comparison

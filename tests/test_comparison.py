@@ -15,7 +15,8 @@ from scipy.stats import ks_2samp, spearmanr, ttest_rel
 
 from ofmu_ray.metrics.degeneration import Sound
 from ofmu_ray.metrics.fronts import geometric_mean, hypervolume, pareto_front, sensitivity
-from ofmu_ray.metrics.paired import Draws, PairedTest, Resamples, holm, is_forgetting, paired_test, verdicts
+from ofmu_ray.metrics.paired import Draws, PairedTest, Resamples, holm, paired_test, verdicts
+from ofmu_ray.metrics.registry import metric
 from ofmu_ray.metrics.rule import Goal, select
 from ofmu_ray.metrics.summary import summarise
 
@@ -310,9 +311,9 @@ def test_a_method_below_the_floor_is_never_best() -> None:
         "good": "below the utility floor",
         "far": "best",
     }
-    assert is_forgetting("forget_quality")
-    assert is_forgetting("ks_statistic")
-    assert not is_forgetting("model_utility")
+    assert metric("forget_quality").forgetting
+    assert metric("ks_statistic").forgetting
+    assert not metric("model_utility").forgetting
 
 
 def test_equal_methods_are_rarely_called_different() -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from ofmu_ray.metrics.degeneration import Sound, failed_measures, ngram_entropy, ngram_variety, words
 from ofmu_ray.metrics.fronts import plain
-from ofmu_ray.metrics.summary import sound_generations, summarise
+from ofmu_ray.metrics.generations import sound_generations
+from ofmu_ray.metrics.summary import summarise
 
 RETRAINED = Sound(
     "retrained", {"repetition": (0.0, 0.0, 0.04), "empty": (0.02, 0.0, 0.05), "ngram_variety": (0.9, 0.85, 0.95)}

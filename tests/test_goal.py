@@ -7,15 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ofmu_ray.metrics.rule import FAILED, Goal, sense
+from ofmu_ray.metrics.registry import metric
+from ofmu_ray.metrics.rule import FAILED, Goal
 
 finite = st.floats(-1e3, 1e3, allow_nan=False)
 
 
 def test_directions_of_figures():
-    assert sense("forget_quality") == sense("model_utility") == sense("retain_probability") == "high"
-    assert sense("ks_statistic") == "low"
-    assert sense("forget_probability") == sense("privleak") == sense("mia_loss_auc") == "retrained"
+    assert {metric(name).better for name in ("forget_quality", "model_utility", "retain_probability")} == {"high"}
+    assert metric("ks_statistic").better == "low"
+    assert {metric(name).better for name in ("forget_probability", "privleak", "mia_loss_auc")} == {"retrained"}
 
 
 @given(st.lists(st.tuples(finite, finite), min_size=2, max_size=6), finite)

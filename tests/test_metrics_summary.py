@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from metric_names import LISTED, MEMBERSHIP
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
@@ -18,7 +19,7 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.rows import MEASURED, with_row_metrics
 from ofmu_ray.metrics import functions as metrics
 from ofmu_ray.metrics import intervals, membership, memorisation
-from ofmu_ray.metrics.summary import FIGURES, MEMBERSHIP_FIGURES, summarise
+from ofmu_ray.metrics.summary import summarise
 from ofmu_ray.reporting.figures import DOWN, MATCH, UP, direction, label
 
 # ------------------------------------------------------------------------------------------------- by clusters
@@ -204,7 +205,7 @@ def _values(table: pa.Table, name: str, column: str) -> list[Any]:
 def test_memorisation_and_degeneration_figures() -> None:
     table = _table(0, SIZES)
     figures = summarise(table, bootstrap_samples=20)
-    assert tuple(figures) == FIGURES + MEMBERSHIP_FIGURES
+    assert tuple(figures) == LISTED + MEMBERSHIP
     matches = [tokens[:-1] for tokens in _values(table, "forget", "answer_matches")]
     strengths = [memorisation.extraction_strength(each) for each in matches]
     assert figures["forget_extraction_strength"].value == pytest.approx(np.mean(strengths))
@@ -261,7 +262,7 @@ def test_reports_know_the_direction_of_every_figure() -> None:
     figures = summarise(_table(0, SIZES | PROBES), bootstrap_samples=5)
     up = {"model_utility", "retain_extraction_strength", "other_words_utility", "german_utility"}
     up |= {name for name in figures if name.endswith("forget_quality")}
-    up |= {name for name in FIGURES[3:15] if not name.startswith("forget_")}
+    up |= {name for name in LISTED[3:15] if not name.startswith("forget_")}
     down = {name for name in figures if name.endswith(("ks_statistic", "_variance"))}
     for name in figures:
         assert direction(name) == (UP if name in up else DOWN if name in down else MATCH), name
@@ -271,7 +272,7 @@ def test_reports_know_the_direction_of_every_figure() -> None:
 
 def test_only_sets_with_rows_are_listed() -> None:
     figures = summarise(_table(0, {"retain": 5}), bootstrap_samples=5)
-    assert tuple(figures) == tuple(name for name in FIGURES if not name.startswith("forget_") or name in FIGURES[:6])
+    assert tuple(figures) == tuple(name for name in LISTED if not name.startswith("forget_") or name in LISTED[:6])
     without_forget = summarise(_table(0, {"retain": 5, "holdout": 5}), bootstrap_samples=5)
     assert "no forget rows" in str(without_forget["mia_loss_auc"].reason)
 

@@ -80,9 +80,13 @@ class RuleConfig:
     """Figure that must not fall below floor x the target's."""
     floor: float = 0.9
     """Fraction of the target's utility (0 to 1)."""
+    margin: float = 0.02
+    """Added to the floor when a trial is chosen, not when reported runs are judged: of trials at the floor on a sample
+    of rows, half fall below it on all rows. Where no trial reaches floor + margin, the floor alone counts."""
 
     def __post_init__(self) -> None:
         require(0 <= self.floor <= 1, "rule.floor", self.floor, "in [0, 1]")
+        require(0 <= self.margin <= 1 - self.floor, "rule.margin", self.margin, "in [0, 1 - rule.floor]")
 
 
 @dataclass(frozen=True, kw_only=True)

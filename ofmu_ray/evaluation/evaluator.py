@@ -162,7 +162,7 @@ class Evaluator:
         from ofmu_ray.metrics.aggregate import aggregate_figures, aggregate_inputs
         from ofmu_ray.metrics.degeneration import failed_measures, words
         from ofmu_ray.metrics.fronts import plain
-        from ofmu_ray.metrics.summary import sound_generations
+        from ofmu_ray.metrics.generations import sound_generations
 
         before, after, retrained = (tables.get(name) for name in ("before", "after", "retrained"))
         samples = self.evaluation.bootstrap_samples

@@ -14,10 +14,16 @@ import pyarrow as pa
 from ofmu_ray.metrics import functions as metrics
 from ofmu_ray.metrics.columns import finite, rows_of
 from ofmu_ray.metrics.intervals import Figure
-from ofmu_ray.metrics.summary import NEEDS_RETRAINED, summarise
+from ofmu_ray.metrics.registry import NEEDS_RETRAINED, Metric, register
+from ofmu_ray.metrics.summary import summarise
 
 AGGREGATE = ("aggregate", "memorisation_score", "privacy_score", "utility_score")
 """Names that `aggregate_figures` gives; all in [0, 1], higher is better."""
+
+for _name, _label in zip(
+    AGGREGATE, ("Aggregate (OpenUnlearning)", "Memorisation score", "Privacy score", "Utility score"), strict=True
+):
+    register(Metric(name=_name, label=_label, better="high", group="Utility"))
 
 _ATTACKS = ("mia_loss_auc", "mia_zlib_auc", "mia_min_k_auc", "mia_min_k_plus_auc")
 _MEMORISED = ("forget_extraction_strength", "forget_exact_memorisation", "paraphrase_probability", "truth_ratio")

@@ -22,23 +22,19 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from ofmu_ray.metrics import functions as metrics
+from ofmu_ray.metrics import functions
+from ofmu_ray.metrics.answers import SCORES, SETS, UTILITY_SETS
 from ofmu_ray.metrics.columns import clusters_of, finite, rows_of
 from ofmu_ray.metrics.functions import FloatArray
+from ofmu_ray.metrics.registry import Metric, Values, metric, metrics
 
 Result = Literal["best", "not significantly worse", "worse", "below the utility floor", "degenerate", "not tested"]
-_SETS = ("forget", "retain", "real_authors", "world_facts")
-_COLUMNS = {"probability": "probability", "rouge": "rouge_l_recall", "truth_ratio": "truth_ratio"}
-_DISTANCES = ("forget_quality", "ks_statistic")
-
-TESTED = (*_DISTANCES, "model_utility", *(f"{name}_{metric}" for name in _SETS for metric in _COLUMNS))
-"""Figures that can be computed from the rows, and hence tested. Forget quality stands for its KS statistic here:
-p-values are not differences of anything."""
 
 
-def is_forgetting(figure: str) -> bool:
-    """Whether the figure measures forgetting, which a method can have for free by destroying the model."""
-    return figure.startswith("forget_") or figure in _DISTANCES
+def tested() -> list[str]:
+    """Metrics that can be computed from the rows, and hence tested. Forget quality stands for its KS statistic here:
+    p-values are not differences of anything."""
+    return [one.name for one in metrics() if one.paired is not None]
 
 
 # ------------------------------------------------------------------------------------------------- figures of draws
@@ -82,7 +78,7 @@ class Resamples:
 
     def __init__(self, reference: pa.Table, *, samples: int = 1000, seed: int = 0) -> None:
         self.sets: dict[str, SetWeights] = {}
-        for number, name in enumerate(_SETS):
+        for number, name in enumerate(SETS):
             rows = _ordered(reference, name)
             if rows.num_rows:
                 clusters = clusters_of(rows)
@@ -94,45 +90,48 @@ class Resamples:
                 self.sets[name] = SetWeights(rows["index"].to_pylist(), weights, units)
 
     def figure(self, name: str, table: pa.Table, retrained: pa.Table | None) -> Draws | str:
-        """The figure of a model from its per-row table; or why it cannot be computed."""
-        if name in _DISTANCES:
+        """The metric of a model from its per-row table; or why it cannot be computed."""
+        declared = metric(name)
+        if declared.paired == "distance":
             return self._distance(table, retrained)
-        if name == "model_utility":
-            parts = [self._mean(part, metric, table) for part in _SETS[1:] for metric in _COLUMNS]
+        if declared.paired == "utility":
+            parts = [self._mean(metric(f"{part}_{score}"), table) for part in UTILITY_SETS for score in SCORES]
             reasons = [part for part in parts if isinstance(part, str)]
             if reasons:
                 return reasons[0]
             # sets of one row or cluster are not resampled, and then the utility is not
             found = [part for part in parts if isinstance(part, np.ndarray)]
             samples = min(len(part) for part in found)
-            utility = np.asarray(metrics.model_utility(np.stack([part[:samples] for part in found], axis=-1)))
-            return _draws(utility, min(self.sets[part].units for part in _SETS[1:]))
-        part = next(part for part in _SETS if name.startswith(f"{part}_"))
-        means = self._mean(part, name.removeprefix(f"{part}_"), table)
-        return means if isinstance(means, str) else _draws(means, self.sets[part].units)
+            utility = np.asarray(functions.model_utility(np.stack([part[:samples] for part in found], axis=-1)))
+            return _draws(utility, min(self.sets[part].units for part in UTILITY_SETS))
+        assert declared.paired == "mean", f"{name} has no paired test"
+        assert declared.set is not None
+        means = self._mean(declared, table)
+        return means if isinstance(means, str) else _draws(means, self.sets[declared.set].units)
 
     def score(self, name: str, table: pa.Table, retrained: pa.Table | None) -> Draws | str:
         """`turned` figure of a model, so that higher is better; or why it cannot be computed."""
         draws = self.figure(name, table, retrained)
-        needs_aim = is_forgetting(name) and name not in _DISTANCES and retrained is not None
+        declared = metric(name)
+        needs_aim = declared.forgetting and declared.paired != "distance" and retrained is not None
         return turned(name, draws, self.figure(name, retrained, None) if needs_aim else "there is no retrained model")
 
-    def _values(self, part: str, column: str, table: pa.Table) -> FloatArray | str:
+    def _values(self, values: Values, part: str, table: pa.Table) -> FloatArray | str:
         rows = _ordered(table, part)
         if part not in self.sets or not rows.num_rows:
             return f"no {part} rows"
         if rows["index"].to_pylist() != self.sets[part].rows:
             return f"other {part} rows than the rest of the split"
-        return finite(rows, part, column)
+        return values(rows, part)
 
-    def _mean(self, part: str, metric: str, table: pa.Table) -> FloatArray | str:
+    def _mean(self, declared: Metric, table: pa.Table) -> FloatArray | str:
         """Mean over rows in the data and in each resample, [1 + samples]; rows without the value are left out."""
-        values = self._values(part, _COLUMNS[metric], table)
+        assert declared.set is not None
+        assert declared.values is not None
+        values = self._values(declared.values, declared.set, table)
         if isinstance(values, str):
             return values
-        if metric == "truth_ratio":
-            values = metrics.closer_to_1(values) if part == "forget" else metrics.true_better(values)
-        weights = self.sets[part].weights
+        weights = self.sets[declared.set].weights
         with np.errstate(invalid="ignore"):  # a resample without any row that has the value: NaN
             return np.asarray((weights @ np.nan_to_num(values)) / (weights @ ~np.isnan(values)))
 
@@ -140,7 +139,7 @@ class Resamples:
         """KS statistic of the truth ratios of the forget rows against the retrained model's on the same rows."""
         if retrained is None:
             return "there is no retrained model"
-        one, two = (self._values("forget", "truth_ratio", source) for source in (table, retrained))
+        one, two = (self._values(_ratios, "forget", source) for source in (table, retrained))
         if isinstance(one, str):
             return one
         if isinstance(two, str):
@@ -149,20 +148,25 @@ class Resamples:
             return "some forget rows lack their truth ratio"
         weights = self.sets["forget"].weights
         levels = np.unique(np.concatenate([one, two]))
-        apart = metrics.counts_up_to(one, levels, weights) - metrics.counts_up_to(two, levels, weights)
+        apart = functions.counts_up_to(one, levels, weights) - functions.counts_up_to(two, levels, weights)
         return _draws(np.abs(apart).max(axis=1) / weights.sum(axis=1), self.sets["forget"].units)
 
 
 def turned(name: str, draws: Draws | str, retrained: Draws | str) -> Draws | str:
     """The figure turned so that higher is better: 1 - KS statistic; minus the distance to the retrained model's figure
     for the other figures of the forget rows; all others as they are. A reason in place of either stays a reason."""
-    if isinstance(draws, str) or not is_forgetting(name):
+    declared = metric(name)
+    if isinstance(draws, str) or not declared.forgetting:
         return draws
-    if name in _DISTANCES:
+    if declared.paired == "distance":
         return Draws(1.0 - draws.value, 1.0 - draws.resampled, draws.units)
     if isinstance(retrained, str):
         return retrained
     return Draws(-abs(draws.value - retrained.value), -np.abs(draws.resampled - retrained.resampled), draws.units)
+
+
+def _ratios(rows: pa.Table, name: str) -> FloatArray | str:
+    return finite(rows, name, "truth_ratio")
 
 
 def _ordered(table: pa.Table, name: str) -> pa.Table:

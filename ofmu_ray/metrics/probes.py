@@ -18,6 +18,7 @@ from ofmu_ray.metrics.intervals import (
     utility_estimate,
     variance_figure,
 )
+from ofmu_ray.metrics.registry import NEEDS_RETRAINED, Inputs, Metric, register
 
 VARIANCES = ("probes_forget_quality_variance", "probes_utility_variance")
 
@@ -29,21 +30,20 @@ def probe_names(table: pa.Table) -> list[str]:
     return list(dict.fromkeys(probe for _, (probe, _, half) in halves if probe and half in ("forget", "retain")))
 
 
-def probe_figures(
-    table: pa.Table, retrained: pa.Table | None, *, needs_retrained: str, samples: int, seed: int
-) -> dict[str, Figure]:
+def probe_figures(inputs: Inputs) -> dict[str, Figure]:
     """Per probe `<probe>_forget_quality`, `<probe>_ks_statistic` and `<probe>_utility`; then their VARIANCES.
 
     Forget quality: as the main figure, of the probe's forget rows; truth ratios start from the answer itself where a
     row has no paraphrase. Utility: harmonic mean of probability, ROUGE-L recall and truth ratio of the probe's retain
     rows. Variances are over the probes that have the figure. Empty without probes.
     """
+    table, retrained, samples, seed = inputs.table, inputs.retrained, inputs.samples, inputs.seed
     figures: dict[str, Figure] = {}
     qualities: list[Estimate] = []
     utilities: list[Estimate] = []
     names = probe_names(table)
     for probe in names:
-        found = needs_retrained if retrained is None else _quality(table, retrained, probe, samples, seed)
+        found = NEEDS_RETRAINED if retrained is None else _quality(table, retrained, probe, samples, seed)
         if isinstance(found, str):
             figures[f"{probe}_forget_quality"] = figures[f"{probe}_ks_statistic"] = Figure.absent(found)
         else:
@@ -54,7 +54,7 @@ def probe_figures(
         utilities += [] if isinstance(utility, str) else [utility]
     if names:
         lacking = retrained is None
-        figures[VARIANCES[0]] = Figure.absent(needs_retrained) if lacking else variance_figure(qualities)
+        figures[VARIANCES[0]] = Figure.absent(NEEDS_RETRAINED) if lacking else variance_figure(qualities)
         figures[VARIANCES[1]] = variance_figure(utilities)
     return figures
 
@@ -95,3 +95,21 @@ def _utility(table: pa.Table, probe: str, samples: int, seed: int) -> Estimate |
     return utility_estimate(
         {name: values}, samples=samples, seed=seed, name=f"{probe}_utility", clusters={name: clusters_of(rows)}
     )
+
+
+_RETRAINED = frozenset({"retrained"})
+register(
+    Metric(
+        name="*_forget_quality", label="{} forget quality", better="high", group="Probes", figures=probe_figures,
+        needs=_RETRAINED, p_value=True,
+    ),
+    Metric(
+        name="*_ks_statistic", label="{} KS distance to retrained", better="low", group="Probes", figures=probe_figures,
+        needs=_RETRAINED,
+    ),
+    Metric(name="*_utility", label="{} utility", better="high", group="Probes", figures=probe_figures),
+    Metric(
+        name="probes_*_variance", label="Variance of {} over probes", better="low", group="Probes",
+        figures=probe_figures,
+    ),
+)  # fmt: skip

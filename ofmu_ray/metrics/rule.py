@@ -5,27 +5,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ofmu_ray.metrics.degeneration import Sound, failed_measures
 from ofmu_ray.metrics.fronts import Trial, number_of
+from ofmu_ray.metrics.registry import metric
 
-Sense = Literal["high", "low", "retrained"]
 SMALLEST_P = 1e-300
 FAILED = -2.0
 """Score of a run without figures: below all others."""
-
-_DEGENERATION = ("_empty", "_repetition", "_length", "_ngram_entropy", "_ngram_variety")
-
-
-def sense(name: str) -> Sense:
-    """Which way a figure is better. What forget rows score should be what a model scores that never saw them."""
-    if name.endswith(("ks_statistic", "_variance")):
-        return "low"
-    if name.endswith("forget_quality"):
-        return "high"
-    return "retrained" if name.startswith(("forget_", "mia_", "privleak")) or name.endswith(_DEGENERATION) else "high"
 
 
 @dataclass(frozen=True)
@@ -47,7 +36,7 @@ class Goal:
         value = number_of(figures, self.objective)
         if value is None:
             return None
-        kind = sense(self.objective)
+        kind = metric(self.objective).better
         if kind == "high":
             return value
         if kind == "low" or self.retrained_objective is None:
@@ -84,7 +73,7 @@ class Goal:
         goodness = self.goodness(figures)
         if goodness is None:
             return None
-        if self.objective.endswith("forget_quality"):
+        if metric(self.objective).p_value:
             return 1 - math.log10(max(goodness, SMALLEST_P)) / math.log10(SMALLEST_P)
         return 0.5 + _squashed(goodness) / 2
 
@@ -113,8 +102,10 @@ class Choice:
     """All trials were degenerate."""
 
 
-def select(trials: Sequence[Trial], goal: Goal) -> Choice | None:
-    """The first of the tuning trials in the rule's order; None: no tuning trial has both figures.
+def select(trials: Sequence[Trial], goal: Goal, margin: float = 0.0) -> Choice | None:
+    """The first of the tuning trials in the rule's order; None: no tuning trial has both metrics.
+
+    `margin`: added to the floor, in units of the utility, if some trial that is not degenerate reaches that.
 
     `trials`: of one method and split. Ties, which are common (on n rows the KS distance is a multiple of 1/n): more
     utility, then fewer FLOPs, then the lower trial number.
@@ -124,6 +115,10 @@ def select(trials: Sequence[Trial], goal: Goal) -> Choice | None:
         flops, utility = number_of(trial, "flops"), number_of(trial, goal.utility)
         return -(utility or 0.0), math.inf if flops is None else flops, int(trial.get("trial") or 0)
 
+    if margin and goal.floor is not None:
+        strict = select(trials, replace(goal, floor=goal.floor + margin))
+        if strict is None or not (strict.floor_missed or strict.degenerate):
+            return strict
     ranked = [
         (rank, tie(trial), trial)
         for trial in trials

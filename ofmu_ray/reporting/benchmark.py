@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from ofmu_ray.metrics.fronts import Trial, hypervolume, number_of, pareto_front, sensitivity
-from ofmu_ray.metrics.rule import sense
+from ofmu_ray.metrics.registry import metric
 from ofmu_ray.reporting import benchmark_runs, figures
 from ofmu_ray.reporting import benchmark_tables as tables
 from ofmu_ray.reporting.benchmark_plots import Point, cost_plot, plane, sensitivity_plot
@@ -98,7 +98,7 @@ def _head(benchmark: Benchmark) -> Head:
 
 def _aim(benchmark: Benchmark) -> str:
     """Which way the objective is better."""
-    return {"high": "high", "low": "low", "retrained": "near the retrained model's"}[sense(benchmark.objective)]
+    return {"high": "high", "low": "low", "retrained": "near the retrained model's"}[metric(benchmark.objective).better]
 
 
 def _draws(settings: BenchmarkSettings) -> str:

@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from ofmu_ray.metrics.fronts import Trial, geometric_mean, number_of
 from ofmu_ray.metrics.intervals import Figure, over_seeds
-from ofmu_ray.metrics.paired import TESTED, Draws, Resamples, Result, Verdict, is_forgetting, turned, verdicts
+from ofmu_ray.metrics.paired import Draws, Resamples, Result, Verdict, tested, turned, verdicts
+from ofmu_ray.metrics.registry import metric
 from ofmu_ray.metrics.rule import Goal
 from ofmu_ray.reporting.benchmark_settings import BenchmarkSettings
 
@@ -110,7 +111,7 @@ class Benchmark:
 
     def reference(self, split: str, model: str) -> dict[str, Draws]:
         """Figures of the target or of the retrained model, from its rows (forget quality by its KS statistic)."""
-        names = dict.fromkeys(name for name in (*self.figures, self.utility) if name in TESTED[1:])
+        names = dict.fromkeys(name for name in (*self.figures, self.utility) if name in tested()[1:])
         found = {name: self.figure(split, model, None, name) for name in names}
         return {name: draws for name, draws in found.items() if isinstance(draws, Draws)}
 
@@ -200,7 +201,7 @@ def split_results(benchmark: Benchmark, split: str) -> SplitResults:
         methods,
         runs,
         summaries,
-        {name: _verdicts(benchmark, split, methods, name, barred) for name in benchmark.figures if name in TESTED},
+        {name: _verdicts(benchmark, split, methods, name, barred) for name in benchmark.figures if name in tested()},
         {model: benchmark.reference(split, model) for model in REFERENCES},
         target,
         missed,
@@ -212,7 +213,7 @@ def split_results(benchmark: Benchmark, split: str) -> SplitResults:
 def _row_figures(benchmark: Benchmark, split: str, method: str, runs: Sequence[Trial]) -> dict[str, dict[int, Draws]]:
     """Figure -> seed -> the figure as the rows give it (forget quality by its KS statistic)."""
     found: dict[str, dict[int, Draws]] = {}
-    for name in (name for name in benchmark.figures if name in TESTED[1:]):
+    for name in (name for name in benchmark.figures if name in tested()[1:]):
         for run in runs:
             draws = benchmark.figure(split, method, run["seed"], name)
             if isinstance(draws, Draws):
@@ -243,7 +244,7 @@ def _verdicts(
 ) -> dict[str, Verdict]:
     scores = {method: benchmark.scores(split, method, name, "report") for method in methods}
     scores = {method: seeds for method, seeds in scores.items() if seeds}
-    return verdicts(scores, barred if is_forgetting(name) else None) if len(scores) > 1 else {}
+    return verdicts(scores, barred if metric(name).forgetting else None) if len(scores) > 1 else {}
 
 
 def _mismatches(method: str, runs: Sequence[Trial], rows: Mapping[str, Mapping[int, Draws]]) -> list[str]:

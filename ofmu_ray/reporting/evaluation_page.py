@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ofmu_ray.metrics.registry import GROUPS, metric
 from ofmu_ray.reporting import figures
 from ofmu_ray.reporting.attack_tables import Group, Row, check_table, model_row
 from ofmu_ray.reporting.page import page_environment, yaml_text
 from ofmu_ray.storage import PathLike, atomic_write
 
 RETRAINED = "retrained"
-_GENERATIONS = ("_empty", "_repetition", "_length", "_ngram_entropy", "_ngram_variety")
 _NOTES = {
     "Forgetting": "What the forget rows score should match a model retrained without them, not fall below it.",
     "Membership inference": "Forget rows (members) against holdout rows. The two can differ in themselves, so that the "
@@ -69,31 +69,17 @@ def grouped(metrics: Mapping[str, Mapping[str, Any]]) -> tuple[list[Group], list
     names = list(dict.fromkeys(name for found in metrics.values() for name in found))
     rows: dict[str, list[Row]] = {}
     absent: dict[str, list[str]] = {}
-    for name in sorted(names, key=lambda name: (_group(name)[0], names.index(name))):
-        label, of_models = figures.label(name), {model: found.get(name) for model, found in metrics.items()}
-        if name.startswith("mia_"):  # the heading says it
+    for name in sorted(names, key=lambda name: (GROUPS.index(metric(name).group), names.index(name))):
+        declared, of_models = metric(name), {model: found.get(name) for model, found in metrics.items()}
+        label = declared.label
+        if declared.group == "Membership inference":  # the heading says it
             label = label.removeprefix("Membership ")
             label = label[0].upper() + label[1:]
         row = model_row(label, figures.direction(name), of_models)
         if any(cell.value is not None for cell in row.cells.values()):
-            rows.setdefault(_group(name)[1], []).append(row)
+            rows.setdefault(declared.group, []).append(row)
         else:
             reason = next((cell.reason for cell in row.cells.values() if cell.reason), "not measured")
             absent.setdefault(reason, []).append(row.label)
     groups = [Group(title, found, note=_NOTES.get(title, "")) for title, found in rows.items()]
     return groups, list(absent.items())
-
-
-def _group(name: str) -> tuple[int, str]:
-    """(place on the page, title) of the group of a figure."""
-    if name.startswith("mia_") or name == "privleak":
-        return 4, "Membership inference"
-    if name.endswith(("_extraction_strength", "_exact_memorisation")):
-        return 2, "Memorisation"
-    if name.endswith(_GENERATIONS):
-        return 3, "Generations"
-    if name in ("forget_quality", "ks_statistic", "forget_truth_ratio", "forget_probability", "forget_rouge"):
-        return 0, "Forgetting"
-    if name == "model_utility" or name.startswith(("retain_", "real_authors_", "world_facts_")):
-        return 1, "Utility"
-    return 5, "Probes"

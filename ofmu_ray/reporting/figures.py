@@ -6,35 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ofmu_ray.metrics.rule import sense
+from ofmu_ray.metrics.registry import metric
 
 UP, DOWN, MATCH = "↑ better", "↓ better", "match retrained"
 MODELS = ("before", "after", "retrained")
-_SETS = {
-    "forget": "Forget",
-    "retain": "Retain",
-    "real_authors": "Real authors",
-    "world_facts": "World facts",
-}
-_METRICS = {
-    "probability": "probability",
-    "rouge": "ROUGE-L recall",
-    "truth_ratio": "truth ratio",
-    "empty": "empty generations",
-    "repetition": "repetition of 4-grams",
-    "length": "generated tokens",
-    "ngram_entropy": "n-gram entropy (bits)",
-    "ngram_variety": "n-gram variety",
-}
-_ATTACKS = {
-    "loss": "loss",
-    "zlib": "ZLib",
-    "min_k": "Min-K",
-    "min_k_plus": "Min-K++",
-    "reference": "reference",
-    "gradient_norm": "gradient norm",
-}
-_RATES = {"auc": "AUC", "tpr": "TPR at 1 % FPR"}
 
 
 @dataclass(frozen=True)
@@ -62,27 +37,12 @@ class MetricRow:
 
 def label(name: str) -> str:
     """forget_truth_ratio -> Forget truth ratio."""
-    if name.endswith("ks_statistic"):
-        return f"{name.removesuffix('ks_statistic').capitalize().replace('_', ' ')}KS distance to retrained"
-    if name.startswith("probes_") and name.endswith("_variance"):
-        figure = name.removeprefix("probes_").removesuffix("_variance").replace("_", " ")
-        return f"Variance of {figure} over probes"
-    if name == "aggregate":
-        return "Aggregate (OpenUnlearning)"
-    if name == "privleak":
-        return "PrivLeak"
-    if name.startswith("mia_"):
-        attack, _, rate = name.removeprefix("mia_").rpartition("_")
-        return f"Membership {_ATTACKS.get(attack, attack)} {_RATES.get(rate, rate)}"
-    for prefix, words in _SETS.items():
-        if name.startswith(f"{prefix}_") and name.removeprefix(f"{prefix}_") in _METRICS:
-            return f"{words} {_METRICS[name.removeprefix(f'{prefix}_')]}"
-    return name.replace("_", " ").capitalize()
+    return metric(name).label
 
 
 def direction(name: str) -> str:
     """Which way is better. What forget rows score should be what a model scores that never saw them."""
-    return {"high": UP, "low": DOWN, "retrained": MATCH}[sense(name)]
+    return {"high": UP, "low": DOWN, "retrained": MATCH}[metric(name).better]
 
 
 def metric_table(metrics: Mapping[str, Any]) -> list[MetricRow]:

@@ -11,6 +11,7 @@ from ofmu_ray.attacks.importance import MINIMUM_TRIALS, RELIABLE_ORDER
 from ofmu_ray.config.overrides import nested
 from ofmu_ray.metrics import degeneration
 from ofmu_ray.metrics.fronts import number_of
+from ofmu_ray.metrics.registry import metric
 from ofmu_ray.reporting import figures
 from ofmu_ray.reporting import sweep_tables as tables
 from ofmu_ray.reporting.benchmark_settings import facts
@@ -132,9 +133,9 @@ def _certainty(sweep: Sweep) -> Section:
     ]
     if trial.get("status") != "finished":
         notes.append(f"Its run ended before its last round: {trial.get('message') or trial.get('status')}.")
-    if sweep.objective.endswith("forget_quality") and sweep.search.get("rows") is not None:
+    if metric(sweep.objective).p_value and sweep.search.get("rows") is not None:
         notes.append(
-            "Forget quality is a p-value: the same difference to the retrained model gives a smaller one on more rows. "
+            f"The {objective} is a p-value: the same difference to the retrained model gives a smaller one on more rows. "
             "Figures on all rows are not comparable with those as judged; KS distances are."
         )
     good = [one for one in sweep.fresh if number_of(one, sweep.objective) is not None]

@@ -12,7 +12,8 @@ from typing import Any
 from ofmu_ray.attacks.importance import Importance, importances
 from ofmu_ray.metrics.degeneration import Sound
 from ofmu_ray.metrics.fronts import Trial, number_of
-from ofmu_ray.metrics.rule import Goal, sense
+from ofmu_ray.metrics.registry import metric
+from ofmu_ray.metrics.rule import Goal
 from ofmu_ray.reporting import figures
 
 WITHOUT_RESULT = ("failed", "stopped")
@@ -78,8 +79,10 @@ class Sweep:
     @property
     def nearest(self) -> Trial | None:
         """Where no trial may be chosen, the first in the rule's order."""
-        missed = self.chosen["number"] if self.chosen is not None and self.recommended is None else None
-        return self._numbered(self.settings.get("nearest", missed))
+        number = self.settings.get("nearest")
+        if number is None and self.chosen is not None and self.chosen.get("floor_missed"):
+            number = self.chosen["number"]
+        return self._numbered(number)
 
     def _numbered(self, number: int | None) -> Trial | None:
         return next((trial for trial in self.trials if trial["number"] == number), None)
@@ -96,14 +99,13 @@ class Sweep:
     @cached_property
     def axis(self) -> Axis:
         """The objective's axis; p-values that span more than two decades on a logarithm."""
-        label, kind = noun(self.objective), sense(self.objective)
+        label, kind = noun(self.objective), metric(self.objective).better
         if kind == "retrained":
             reference = self.reference("retrained", self.objective)
             words = label if reference is None else f"distance of {label} to the retrained model's"
             return Axis(f"{words}, low is better", False, True, reference)
         values = [float(trial[self.objective]) for trial in self.all if number_of(trial, self.objective) is not None]
-        p_value = self.objective.endswith("forget_quality")
-        if p_value and values and max(values) > 100 * max(min(values), 1e-300):
+        if metric(self.objective).p_value and values and max(values) > 100 * max(min(values), 1e-300):
             return Axis(f"{label} (p-value, log axis)", True, False, None)
         return Axis(f"{label}, low is better" if kind == "low" else label, False, kind == "low", None)
 

@@ -8,6 +8,7 @@ from typing import Any
 from ofmu_ray.attacks.importance import Importance
 from ofmu_ray.metrics.fronts import Trial, geometric_mean, number_of, sensitivity
 from ofmu_ray.metrics.intervals import over_seeds
+from ofmu_ray.metrics.registry import metric
 from ofmu_ray.reporting import figures
 from ofmu_ray.reporting.benchmark_tables import heading, span
 from ofmu_ray.reporting.sweep_results import Sweep, options, short
@@ -54,7 +55,7 @@ def fresh_cell(fresh: Sequence[Trial], name: str) -> Cell:
     if not values:
         return Cell("–")
     count = f"{len(values)} of {len(fresh)} seeds"
-    if name.endswith("forget_quality"):
+    if metric(name).p_value:
         runs = " · ".join(figures.number(value) for value in values)
         return Cell(figures.number(geometric_mean(values)), (f"runs {runs}", count))
     found = over_seeds(values)

@@ -136,7 +136,7 @@ class Checks:
 
     def figures(self) -> dict[str, Figures]:
         """The figures by check and model; those of the harness are computed here."""
-        from ofmu_ray.metrics.attack_summary import check_figures
+        from ofmu_ray.attacks.summary import check_figures
 
         figures: dict[str, Figures] = {}
         for wanted in self.wanted:

@@ -20,15 +20,15 @@ from ofmu_ray.tasks import task_named
 def checked(
     base: UnlearnConfig, storage: Path, asked: Mapping[str, str], generation: tuple[str, int | None], where: str = ""
 ) -> Any:
-    """Models, sources and evaluation rows are there, and give the figures that a rule asks for.
+    """Models, sources and evaluation rows are there, and give the metrics that a rule asks for.
 
-    `asked`: option -> figure. `generation`: option and value of the longest generation of runs that are judged by the
+    `asked`: option -> metric. `generation`: option and value of the longest generation of runs that are judged by the
     rule. `where` leads the messages.
 
     Raises:
-        UserError: something is missing, or a figure does not exist or will not be measured.
+        UserError: something is missing, or a metric does not exist or will not be measured.
     """
-    from ofmu_ray.metrics.summary import FIGURES
+    from ofmu_ray.metrics.registry import metrics
 
     task = task_named(base.task)
     task.check_model(base.model)
@@ -41,25 +41,21 @@ def checked(
     option, longest = generation
     if longest is None:
         option, longest = "evaluation.max_new_tokens", evaluation.max_new_tokens
-    for name, figure in asked.items():
-        if figure not in FIGURES:
-            raise UserError(f"{name} = {figure!r}: no such figure.{close_match(figure, FIGURES)}")
-        if figure in ("forget_quality", "ks_statistic") and not evaluation.retrained:
+    known = {one.name: one for one in metrics()}
+    for name, asked_for in asked.items():
+        if asked_for not in known:
+            raise UserError(f"{name} = {asked_for!r}: no such metric.{close_match(asked_for, known)}")
+        needs = known[asked_for].needs
+        if "retrained" in needs and not evaluation.retrained:
             raise UserError(
-                f"{where}{name} = {figure} needs a model without the forget rows: name evaluation.retrained"
+                f"{where}{name} = {asked_for} needs a model without the forget rows: name evaluation.retrained"
             )
-        if longest == 0 and _generated(figure):
-            raise UserError(f"{option} = 0: without generations there is no {name} = {figure}")
-        for part in ("real_authors", "world_facts"):
-            needed = figure == "model_utility" or figure.startswith(f"{part}_")
-            if needed and getattr(evaluation.sets, part) is None:
-                raise UserError(f"{where}{name} = {figure} needs rows of {part}: name evaluation.sets.{part}")
+        if "generations" in needs and longest == 0:
+            raise UserError(f"{option} = 0: without generations there is no {name} = {asked_for}")
+        for part in sorted(needs - {"retrained", "generations"}):
+            if getattr(evaluation.sets, part) is None:
+                raise UserError(f"{where}{name} = {asked_for} needs rows of {part}: name evaluation.sets.{part}")
     return task.evaluation(base, storage)
-
-
-def _generated(figure: str) -> bool:
-    measures = ("rouge", "_empty", "_repetition", "_length", "_ngram_entropy", "_ngram_variety")
-    return figure == "model_utility" or figure.endswith(measures)
 
 
 def prepare(

@@ -344,7 +344,8 @@ class Benchmark:
             for trial, result in self.done
             if (trial.method, trial.split) == (label, split)
         ]
-        return select(rows, goal)
+        margin = 0.0 if goal.floor is None else goal.floor * self.config.rule.margin / max(self.config.rule.floor, 1e-9)
+        return select(rows, goal, margin)
 
     def _select(self, split: str, label: str) -> None:
         """The rule's choice for a method, by figures on the sampled rows; the floor by the target's on the same."""

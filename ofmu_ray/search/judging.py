@@ -34,7 +34,7 @@ def reference_figure(data: SplitData, tables: Tables, rows: int | None, model: s
 
 def sound_of(data: SplitData, tables: Tables, rows: int | None, longest: int | None = None) -> Sound | None:
     """What generations of runs are held against; `longest`: of theirs, in tokens, where it is not the references'."""
-    from ofmu_ray.metrics.summary import sound_generations
+    from ofmu_ray.metrics.generations import sound_generations
 
     samples, found = data.evaluator.evaluation.bootstrap_samples, cut(data, tables, rows)
     return sound_generations(found["target"], found["retrained"], bootstrap_samples=samples, longest=longest)

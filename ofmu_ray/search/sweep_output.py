@@ -101,7 +101,7 @@ def settings(
 ) -> dict[str, Any]:
     """What the report needs besides the tables; also <folder>/sweep.json."""
     from ofmu_ray.metrics.fronts import hypervolume
-    from ofmu_ray.metrics.rule import sense
+    from ofmu_ray.metrics.registry import metric
     from ofmu_ray.reporting.manifest import code_version, package_versions
 
     config, goal = ledger.config, ledger.search.goal
@@ -136,7 +136,7 @@ def settings(
             "tie_break": config.select.tie_break,
             "sound": goal.sound and asdict(goal.sound),
             "objectives": [*objectives, *(["flops"] if config.search.cost else [])],
-            "higher_is_better": {name: sense(name) == "high" for name in (goal.objective, goal.utility)}
+            "higher_is_better": {name: metric(name).better == "high" for name in (goal.objective, goal.utility)}
             | {"flops": False},
         },
         "search": {

@@ -1,0 +1,108 @@
+"""TOFU's metrics: probability, ROUGE and truth ratio of each set, forget quality and model utility."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+
+from ofmu_ray.metrics import functions
+from ofmu_ray.metrics.columns import clusters_of, finite, rows_of, same_rows
+from ofmu_ray.metrics.functions import FloatArray
+from ofmu_ray.metrics.intervals import Figure, forget_quality_figures, utility_estimate
+from ofmu_ray.metrics.registry import Inputs, Metric, metric, register
+
+SETS = {"forget": "Forget", "retain": "Retain", "real_authors": "Real authors", "world_facts": "World facts"}
+"""Set -> in words."""
+UTILITY_SETS = tuple(SETS)[1:]
+SCORES = {"probability": "probability", "rouge": "ROUGE-L recall", "truth_ratio": "truth ratio"}
+"""Scores of every set -> in words."""
+
+
+def probability(rows: pa.Table, name: str) -> FloatArray | str:
+    return finite(rows, name, "probability")
+
+
+def rouge(rows: pa.Table, name: str) -> FloatArray | str:
+    return finite(rows, name, "rouge_l_recall")
+
+
+def truth_ratio(rows: pa.Table, name: str) -> FloatArray | str:
+    """As a score: near 1 on forget rows, right answers likelier than wrong ones elsewhere."""
+    found = finite(rows, name, "truth_ratio")
+    if isinstance(found, str):
+        return found
+    return functions.closer_to_1(found) if name == "forget" else functions.true_better(found)
+
+
+def quality(inputs: Inputs) -> Mapping[str, Figure]:
+    """forget_quality and ks_statistic, of the forget rows' truth ratios against the retrained model's."""
+    found = _quality(inputs)
+    both = (Figure.absent(found), Figure.absent(found)) if isinstance(found, str) else found
+    return dict(zip(("forget_quality", "ks_statistic"), both, strict=True))
+
+
+def _quality(inputs: Inputs) -> tuple[Figure, Figure] | str:
+    if inputs.retrained is None:
+        return "needs the truth ratios of a model trained without the forget rows (evaluation.retrained)"
+    ratios: list[FloatArray] = []
+    rows = [inputs.rows("forget"), rows_of(inputs.retrained, "forget")]
+    for whose, those in zip(("", "retrained model: "), rows, strict=True):
+        found = finite(those, "forget", "truth_ratio") if those.num_rows else "no forget rows were evaluated"
+        if isinstance(found, str):
+            return whose + found
+        ratios.append(found)
+    if not same_rows(*rows):
+        return "the retrained model was evaluated on other forget rows"
+    both = ~np.isnan(ratios[0]) & ~np.isnan(ratios[1])
+    labels = clusters_of(rows[0])
+    clusters = None if labels is None else labels[both]
+    return forget_quality_figures(
+        ratios[0][both], ratios[1][both], name="forget_quality", clusters=clusters, **inputs.options
+    )
+
+
+def utility(inputs: Inputs) -> Mapping[str, Figure]:
+    """model_utility: harmonic mean of nine scores on what is to stay."""
+    columns = {part: [inputs.values(metric(f"{part}_{score}")) for score in SCORES] for part in UTILITY_SETS}
+    reasons = [found for scores in columns.values() for found in scores if isinstance(found, str)]
+    if reasons:
+        reason = f"model utility needs all of its nine components: {'; '.join(dict.fromkeys(reasons))}"
+        return {"model_utility": Figure.absent(reason)}
+    sets = {part: [found for found in scores if not isinstance(found, str)] for part, scores in columns.items()}
+    clusters = {part: clusters_of(inputs.rows(part)) for part in UTILITY_SETS}
+    return {"model_utility": utility_estimate(sets, name="model_utility", clusters=clusters, **inputs.options).figure()}
+
+
+register(
+    Metric(
+        name="forget_quality", label="Forget quality", better="high", group="Forgetting", figures=quality,
+        needs=frozenset({"retrained"}), paired="distance", p_value=True, headline=True,
+    ),
+    Metric(
+        name="ks_statistic", label="KS distance to retrained", better="low", group="Forgetting", figures=quality,
+        needs=frozenset({"retrained"}), paired="distance",
+    ),
+    Metric(
+        name="model_utility", label="Model utility", better="high", group="Utility", figures=utility,
+        needs=frozenset({"generations", "real_authors", "world_facts"}), paired="utility", headline=True,
+    ),
+)  # fmt: skip
+for _set, _words in SETS.items():
+    for _score, _values in (("probability", probability), ("rouge", rouge), ("truth_ratio", truth_ratio)):
+        _needs = {_set} & {"real_authors", "world_facts"} | ({"generations"} if _score == "rouge" else set())
+        register(
+            Metric(
+                name=f"{_set}_{_score}",
+                label=f"{_words} {SCORES[_score]}",
+                better="retrained" if _set == "forget" else "high",
+                group="Forgetting" if _set == "forget" else "Utility",
+                set=_set,
+                values=_values,
+                always=True,
+                needs=frozenset(_needs),
+                paired="mean",
+                headline=_set == "forget" or (_set == "retain" and _score != "truth_ratio"),
+            )
+        )

@@ -1,0 +1,110 @@
+"""What a model generates and completes: measures of memorisation and of a damaged generator, as metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ofmu_ray.metrics import memorisation
+from ofmu_ray.metrics.columns import clusters_of, finite, of_tokens, rows_of
+from ofmu_ray.metrics.degeneration import MEASURES, Bounds, Sound, ngram_variety
+from ofmu_ray.metrics.functions import FloatArray
+from ofmu_ray.metrics.intervals import Figure
+from ofmu_ray.metrics.registry import Better, Metric, mean_of, register
+
+COLUMNS = {
+    "empty": ("generated_empty", "empty generations"),
+    "repetition": ("repetition", "repetition of 4-grams"),
+    "length": ("generated_tokens", "generated tokens"),
+    "ngram_entropy": ("generated_entropy", "n-gram entropy (bits)"),
+    "ngram_variety": ("", "n-gram variety"),
+}
+"""Measure of a generation -> its column, and in words."""
+
+
+def generation_values(rows: pa.Table, name: str, measure: str) -> FloatArray | str:
+    """A measure of each generation, [rows]; or why there is none."""
+    if measure != "ngram_variety":
+        return finite(rows, name, COLUMNS[measure][0])
+    entropy, tokens = (finite(rows, name, column) for column in ("generated_entropy", "generated_tokens"))
+    if isinstance(entropy, str) or isinstance(tokens, str):
+        return entropy if isinstance(entropy, str) else tokens
+    return ngram_variety(entropy, tokens)
+
+
+def completed(value: Callable[[Sequence[bool]], float]) -> Callable[[pa.Table, str], FloatArray | str]:
+    """A measure of memorisation as values by row."""
+    return lambda rows, name: of_tokens(rows, name, "answer_matches", value)
+
+
+for _name, _value, _label, _better in (
+    ("forget_extraction_strength", memorisation.extraction_strength, "Forget extraction strength", "retrained"),
+    ("forget_exact_memorisation", memorisation.exact_memorisation, "Forget exact memorisation", "retrained"),
+    ("retain_extraction_strength", memorisation.extraction_strength, "Retain extraction strength", "high"),
+):
+    _kind: Better = _better  # type: ignore[assignment]
+    _set = _name.partition("_")[0]
+    register(Metric(name=_name, label=_label, better=_kind, group="Memorisation", set=_set, values=completed(_value)))
+for _set in ("forget", "retain"):
+    for _measure, (_, _words) in COLUMNS.items():
+        register(
+            Metric(
+                name=f"{_set}_{_measure}",
+                label=f"{_set.capitalize()} {_words}",
+                better="retrained",
+                group="Generations",
+                set=_set,
+                values=partial(generation_values, measure=_measure),
+                needs=frozenset({"generations"}),
+            )
+        )
+
+
+def sound_generations(
+    target: pa.Table | None,
+    retrained: pa.Table | None,
+    *,
+    bootstrap_samples: int = 1000,
+    seed: int = 0,
+    longest: int | None = None,
+) -> Sound | None:
+    """What a model's answers to forget prompts are held against: the retrained model's to the same prompts; where there
+    is none, the target's to prompts of holdout rows, which it never saw either, else to those of the retain rows.
+
+    `longest`: of the other model's generations (tokens). None where nothing was generated, or where generations so
+    short could not be compared: those of the reference are longer.
+    """
+    options = {"samples": bootstrap_samples, "seed": seed}
+    sources = [("retrained", retrained, "forget")] if retrained is not None else []
+    sources += [(f"target on {name} rows", target, name) for name in ("holdout", "retain") if retrained is None]
+    for whose, table, name in sources:
+        rows = None if table is None else rows_of(table, name)
+        if rows is None or not rows.num_rows:
+            continue
+        bounds: dict[str, Bounds] = {}
+        for measure in MEASURES:
+            values = generation_values(rows, name, measure)
+            found = _bounds(measure, mean_of(values, clusters_of(rows), f"{name}_{measure}", **options))
+            if found is not None:
+                bounds[measure] = found
+        if bounds:
+            tokens = pc.max(rows["generated_tokens"]).as_py()
+            return Sound(whose, bounds) if longest is None or longest >= tokens else None
+    return None
+
+
+def _bounds(measure: str, figure: Figure) -> Bounds | None:
+    if figure.value is None or figure.low is None or figure.high is None:
+        return None
+    low, high = figure.low, figure.high
+    # resampling nothing but zeros (of variety: ones) says that the mean is 0 for sure; the exact bound on the share of
+    # rows that are not 0 (Clopper and Pearson, 1934), and so on the mean of values in [0, 1], is
+    room = 1.0 - 0.025 ** (1.0 / figure.n) if figure.n else 0.0
+    if measure == "ngram_variety":
+        low = 1.0 - room if figure.value == 1.0 else low
+    elif figure.value == 0.0:
+        high = room
+    return figure.value, low, high

@@ -1,0 +1,166 @@
+"""Every metric, declared once: scorer, intervals, rule, paired tests, reports, terminal and MLflow read it here.
+
+A new metric is one `register(Metric(...))` beside its function. Most are means over the rows of one set and need no
+more than `values`; what several sets or two models give together comes from `figures`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+
+from ofmu_ray.metrics.columns import clusters_of, rows_of
+from ofmu_ray.metrics.functions import FloatArray
+from ofmu_ray.metrics.intervals import Clusters, Figure, mean_figure
+
+Better = Literal["high", "low", "retrained"]
+"""Which way is better; retrained: best where it is what a model scores that never saw the forget rows."""
+Group = Literal["Forgetting", "Utility", "Memorisation", "Generations", "Membership inference", "Probes"]
+GROUPS: tuple[Group, ...] = get_args(Group)
+"""In the order of reports."""
+Values = Callable[[pa.Table, str], FloatArray | str]
+"""(rows of a set, its name) -> a value of each row [rows], NaN where it has none; or why there are none."""
+NEEDS_RETRAINED = "needs a model trained without the forget rows (evaluation.retrained)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One metric, or with a `*` in its name one for each probe or membership attack."""
+
+    name: str
+    """As in metrics.json."""
+    label: str
+    """For tables and axes; {} stands for what the `*` is."""
+    better: Better
+    group: Group
+    """Heading under which reports show it."""
+    set: str | None = None
+    """The set of rows that it is a mean over."""
+    values: Values | None = None
+    always: bool = False
+    """Listed, as absent with the reason, where the set has no rows."""
+    figures: Callable[[Inputs], Mapping[str, Figure]] | None = None
+    """Computes it, and others that share the work, where it is no mean over rows."""
+    needs: frozenset[str] = frozenset()
+    """retrained, generations, or a set of rows besides forget and retain (holdout, real_authors, world_facts)."""
+    paired: Literal["mean", "distance", "utility"] | None = None
+    """The paired test between methods: of means, of KS distances, of model utility; None: it is not tested."""
+    p_value: bool = False
+    """Spans orders of magnitude: logarithmic axes, geometric means."""
+    headline: bool = False
+    """Shown on the terminal."""
+
+    @property
+    def forgetting(self) -> bool:
+        """Whether it measures forgetting, which a method can have for free by destroying the model."""
+        return self.group == "Forgetting"
+
+
+@dataclass
+class Inputs:
+    """What metrics are computed from: the tables of values by row of a model and of the retrained one."""
+
+    table: pa.Table
+    retrained: pa.Table | None
+    samples: int = 1000
+    """Bootstrap samples of the intervals."""
+    seed: int = 0
+    _rows: dict[str, pa.Table] = field(default_factory=dict)
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Of the intervals."""
+        return {"samples": self.samples, "seed": self.seed}
+
+    def rows(self, name: str) -> pa.Table:
+        """The rows of a set."""
+        if name not in self._rows:
+            self._rows[name] = rows_of(self.table, name)
+        return self._rows[name]
+
+    def values(self, metric: Metric) -> FloatArray | str:
+        """A value of each row, or why there are none."""
+        assert metric.set is not None
+        assert metric.values is not None
+        rows = self.rows(metric.set)
+        if rows.num_rows == 0:
+            return f"no {metric.set} rows were evaluated (evaluation.sets.{metric.set})"
+        return metric.values(rows, metric.set)
+
+    def mean(self, metric: Metric) -> Figure:
+        """The mean over the rows that have the value."""
+        assert metric.set is not None
+        return mean_of(self.values(metric), clusters_of(self.rows(metric.set)), metric.name, **self.options)
+
+
+def mean_of(values: FloatArray | str, clusters: Clusters, name: str, **options: int) -> Figure:
+    """Mean over the rows that have a value, with its interval; absent with the reason where there is none."""
+    if isinstance(values, str):
+        return Figure.absent(values)
+    there = ~np.isnan(values)
+    if not there.any():
+        return Figure.absent("no row has it")
+    return mean_figure(values[there], name=name, clusters=None if clusters is None else clusters[there], **options)
+
+
+_DECLARED: dict[str, Metric] = {}
+_MODULES = ("answers", "generations", "inference", "probes", "aggregate")
+"""Modules of this folder that declare metrics, in the order of reports."""
+
+
+def register(*declared: Metric) -> None:
+    """Add metrics; they are listed in the order in which they are declared. A name is declared once."""
+    for one in declared:
+        assert one.name not in _DECLARED, f"the metric {one.name} is declared twice"
+        _DECLARED[one.name] = one
+
+
+def metrics() -> list[Metric]:
+    """All that are declared."""
+    for module in _MODULES:
+        importlib.import_module(f"ofmu_ray.metrics.{module}")
+    return list(_DECLARED.values())
+
+
+def metric(name: str) -> Metric:
+    """The declaration of a metric by its name in metrics.json; what nobody declared is better high."""
+    metrics()
+    if name in _DECLARED:
+        return _DECLARED[name]
+    for one in _DECLARED.values():
+        if "*" in one.name and fnmatchcase(name, one.name):
+            head, _, tail = one.name.partition("*")
+            which = name[len(head) : len(name) - len(tail)]
+            return Metric(**{**vars(one), "name": name, "label": _spelled(one.label, which)})
+    return Metric(name=name, label=name.replace("_", " ").capitalize(), better="high", group="Utility")
+
+
+def _spelled(label: str, which: str) -> str:
+    words = label.format(which.replace("_", " "))
+    return words[0].upper() + words[1:]
+
+
+def compute(inputs: Inputs) -> dict[str, Any]:
+    """All metrics that the rows give, each with its interval, or absent with the reason."""
+    return dict(_computed(inputs))
+
+
+def _computed(inputs: Inputs) -> Iterator[tuple[str, Figure]]:
+    done: dict[Any, Mapping[str, Figure]] = {}
+    for one in metrics():
+        if one.values is not None and one.set is not None:
+            if one.always or inputs.rows(one.set).num_rows:
+                yield one.name, inputs.mean(one)
+        elif one.figures is not None:
+            if one.figures not in done:
+                done[one.figures] = one.figures(inputs)
+                if "*" in one.name:  # a family gives all of its members where the first of them is declared
+                    yield from done[one.figures].items()
+            if one.name in done[one.figures]:
+                yield one.name, done[one.figures][one.name]

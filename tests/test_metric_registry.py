@@ -1,0 +1,104 @@
+"""A metric is one entry: whatever reads metrics reads the declaration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from ofmu_ray.metrics import registry
+from ofmu_ray.metrics.paired import Resamples, tested
+from ofmu_ray.metrics.registry import Metric, metric, metrics, register
+from ofmu_ray.metrics.rule import Goal, select
+from ofmu_ray.metrics.summary import summarise
+from ofmu_ray.reporting.figures import metric_table
+from pipelines.terminal import metrics_table
+
+SHOUTING = Metric(
+    name="forget_shouting",
+    label="Forget shouting",
+    better="low",
+    group="Generations",
+    set="forget",
+    values=lambda rows, name: np.array(rows["capitals"].to_pylist(), dtype=float),
+    paired="mean",
+    headline=True,
+)
+
+
+@pytest.fixture
+def shouting() -> Iterator[Metric]:
+    metrics()
+    register(SHOUTING)
+    yield SHOUTING
+    del registry._DECLARED[SHOUTING.name]
+
+
+def table(*capitals: float) -> pa.Table:
+    rows = range(len(capitals))
+    return pa.table({
+        "row_id": [f"forget-{row}" for row in rows], "set": ["forget"] * len(rows), "index": list(rows),
+        "capitals": list(capitals),
+    })  # fmt: skip
+
+
+def trials_with(name: str, *values: float) -> list[dict[str, Any]]:
+    return [{"phase": "tune", "trial": n, name: value, "model_utility": 0.9} for n, value in enumerate(values)]
+
+
+def test_one_entry_is_enough(shouting: Metric) -> None:
+    loud, quiet = table(0.5, 0.7, 0.9), table(0.1, 0.1, 0.1)
+    found = summarise(loud, bootstrap_samples=100)[shouting.name]
+    assert found.value == pytest.approx(0.7)
+    assert found.low is not None
+    assert found.low < 0.7
+    written = {"after": {shouting.name: found.to_json()}}
+    (row,) = metric_table(written)
+    assert (row.label, row.direction) == ("Forget shouting", "↓ better")
+    assert "Forget shouting v" in metrics_table(written)
+    trials = [
+        {"phase": "tune", "trial": number, shouting.name: value, "model_utility": 0.9}
+        for number, value in enumerate((0.7, 0.1))
+    ]
+    choice = select(trials, Goal(shouting.name, "model_utility", 0.5))
+    assert choice is not None
+    assert choice.trial["trial"] == 1
+    assert shouting.name in tested()
+    draws = Resamples(loud).figure(shouting.name, quiet, None)
+    assert not isinstance(draws, str)
+    assert draws.value == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("objective", "best"), [("retain_rouge", 0.9), ("ks_statistic", 0.1), ("forget_probability", 0.4)]
+)
+def test_the_rule_follows_the_direction(objective: str, best: float) -> None:
+    """High, low, and like the retrained model (here 0.35)."""
+    trials = [
+        {"phase": "tune", "trial": n, objective: value, "model_utility": 0.9} for n, value in enumerate((0.1, 0.4, 0.9))
+    ]
+    choice = select(trials, Goal(objective, "model_utility", 0.5, retrained_objective=0.35))
+    assert choice is not None
+    assert choice.trial[objective] == best
+
+
+def test_the_margin_counts_where_some_trial_reaches_it() -> None:
+    trials = [
+        {"phase": "tune", "trial": 0, "forget_quality": 0.9, "model_utility": 0.80},
+        {"phase": "tune", "trial": 1, "forget_quality": 0.5, "model_utility": 0.83},
+    ]
+    goal = Goal("forget_quality", "model_utility", 0.79)
+    chosen = {margin: select(trials, goal, margin) for margin in (0.0, 0.02, 0.1)}
+    assert [found.trial["trial"] for found in chosen.values() if found is not None] == [0, 1, 0]
+
+
+def test_families_are_spelled_out() -> None:
+    assert metric("paraphrase_ks_statistic").label == "Paraphrase KS distance to retrained"
+    assert metric("probes_utility_variance").label == "Variance of utility over probes"
+    assert (metric("multihop_forget_quality").better, metric("multihop_forget_quality").p_value) == ("high", True)
+    assert metric("mia_min_k_plus_auc").label == "Membership Min-K++ AUC"
+    with pytest.raises(AssertionError, match="declared twice"):
+        register(metric("forget_quality"))
