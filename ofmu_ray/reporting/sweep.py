@@ -135,8 +135,8 @@ def _certainty(sweep: Sweep) -> Section:
         notes.append(f"Its run ended before its last round: {trial.get('message') or trial.get('status')}.")
     if metric(sweep.objective).p_value and sweep.search.get("rows") is not None:
         notes.append(
-            f"The {objective} is a p-value: the same difference to the retrained model gives a smaller one on more rows. "
-            "Figures on all rows are not comparable with those as judged; KS distances are."
+            f"The {objective} is a p-value: the same difference to the retrained model gives a smaller one on more "
+            "rows. Figures on all rows are not comparable with those as judged; KS distances are."
         )
     good = [one for one in sweep.fresh if number_of(one, sweep.objective) is not None]
     missed = ", ".join(str(one.get("seed")) for one in good if sweep.goal.enough(one) is False)
