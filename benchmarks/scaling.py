@@ -228,12 +228,13 @@ def ray_overhead(workers: int, rounds: int) -> dict[str, Any]:
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from ofmu_ray.cluster.connect import connect, worker_environment
     from ofmu_ray.data.answers import AnswerEncoder
     from ofmu_ray.data.batch_plan import write_plan
     from ofmu_ray.data.prepare import prepare_streams
     from ofmu_ray.models.loading import load_tokenizer
     from ofmu_ray.training.job import WorkerJob
-    from ofmu_ray.training.launch import WORKER_ENVIRONMENT, Progress, connect
+    from ofmu_ray.training.progress import Progress
 
     training = TrainingConfig(workers=workers, rounds=rounds, batch_size=8 * workers, checkpoint_every=10**6)
     config = UnlearnConfig(training=training, ofmu=METHOD)
@@ -258,7 +259,7 @@ def ray_overhead(workers: int, rounds: int) -> dict[str, Any]:
             torch_config=TorchConfig(backend="gloo"),
             run_config=RunConfig(
                 name="train", storage_path=folder,
-                worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | {"OMP_NUM_THREADS": "1"}},
+                worker_runtime_env={"env_vars": worker_environment(1)},
             ),
         ).fit()  # fmt: skip
         found: dict[str, Any] = json.loads(Path(folder, "scaling.json").read_text())

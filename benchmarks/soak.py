@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument("--checkpoint-every", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    from ofmu_ray.training.launch import connect
+    from ofmu_ray.cluster.connect import connect
 
     torch.set_num_threads(1)
     connect(2)

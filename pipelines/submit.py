@@ -12,8 +12,9 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ofmu_ray.config import BenchmarkConfig, TrainConfig, UnlearnConfig, close_match, config_hash
 from ofmu_ray.config.evaluate import EvaluateConfig
@@ -24,6 +25,9 @@ from ofmu_ray.runs.preflight import check_job_storage
 from ofmu_ray.storage import without_credentials
 from pipelines.parse import fail, parse
 from pipelines.terminal import say
+
+if TYPE_CHECKING:
+    from ofmu_ray.cluster.job_server import Jobs
 
 PROG = "ofmu submit"
 JOBS: dict[str, type[Any]] = {
@@ -89,7 +93,6 @@ def submit(config: SubmitConfig, command: str, options: list[str]) -> int:
     Raises:
         UserError: the command's configuration is wrong, or would not reach the cluster; no cluster answers.
     """
-    from ofmu_ray.cluster.job_server import Jobs
     from ofmu_ray.cluster.upload import load_environment, packed
 
     if config.attach or config.status or config.stop:
@@ -98,7 +101,7 @@ def submit(config: SubmitConfig, command: str, options: list[str]) -> int:
     options, needed = _placed(options, Path(config.working_dir))
     environment = load_environment(config)
     entrypoint = shlex.join(["python", "-m", f"pipelines.{command}", *options])
-    jobs = Jobs(config.address)
+    jobs = _jobs(config)
     with packed(config, environment, needed) as package:
         running, submission = jobs.find(f"ofmu-{command}-{digest[:8]}")
         if running:
@@ -161,16 +164,21 @@ def plain_command(config: SubmitConfig, submission: str, entrypoint: str) -> str
     return f"{shlex.join(['ray', 'job', 'submit', *where, *what, '--'])} {entrypoint}"
 
 
-def _control(config: SubmitConfig) -> int:
-    """Follow, show or stop a job that was submitted before."""
+def _jobs(config: SubmitConfig) -> Jobs:
+    """Their progress on stderr, their output and status on stdout."""
     from ofmu_ray.cluster.job_server import Jobs
 
+    return Jobs(config.address, tell=say, show=partial(print, end="", flush=True))
+
+
+def _control(config: SubmitConfig) -> int:
+    """Follow, show or stop a job that was submitted before."""
     if config.attach:
-        return Jobs(config.address).follow(config.attach)
+        return _jobs(config).follow(config.attach)
     if config.status:
-        return Jobs(config.address).status(config.status)
+        return _jobs(config).status(config.status)
     if config.stop:
-        return Jobs(config.address).stop(config.stop)
+        return _jobs(config).stop(config.stop)
     raise UserError(f"name a COMMAND ({', '.join(JOBS)}), or a job with --attach, --status or --stop")
 
 

@@ -65,7 +65,7 @@ def local_ray() -> None:
 
     It stays up for the next file, as each start costs some ten CPU seconds; a file that needs another Ray ends it.
     """
-    from ofmu_ray.training.launch import connect
+    from ofmu_ray.cluster.connect import connect
 
     connect(2)
 

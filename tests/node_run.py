@@ -8,8 +8,9 @@ from typing import Any
 
 from fault_job import make_job
 
+from ofmu_ray.cluster.connect import connect
 from ofmu_ray.config import TrainingConfig
-from ofmu_ray.training.launch import connect, fit
+from ofmu_ray.training.launch import fit
 
 EVERY = 8
 """Rounds between checkpoints; the run has three times as many."""

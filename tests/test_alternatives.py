@@ -14,6 +14,7 @@ import torch
 from test_reference import TARGET, answer, close, model, prepared, template  # noqa: F401 (fixtures)
 
 from ofmu_ray import config
+from ofmu_ray.cluster import map_tasks
 from ofmu_ray.config import UnlearnConfig
 from ofmu_ray.data.batch_plan import write_plan
 from ofmu_ray.data.batches import local_rounds, padded
@@ -180,6 +181,6 @@ def test_actors_draw_the_same(
     tmp_path: Path,
     local_ray: None,
 ) -> None:
-    monkeypatch.setattr(reference, "_SMALL_FLOPS", 0.0)
+    monkeypatch.setattr(map_tasks, "SMALL_FLOPS", 0.0)
     monkeypatch.setattr(reference, "BATCH_TOKENS", 200)
     assert stored(computed(few, tmp_path)[1]) == stored(finished[2])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from engine_ranks import Case, run_ranks
 
-from ofmu_ray.engines.zero_shards import check_contract
+from ofmu_ray.internals.deepspeed_private import check_contract
 
 pytestmark = pytest.mark.system
 

@@ -15,6 +15,7 @@ from s3_server import s3_server
 
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.attacks import measurement as measurements
+from ofmu_ray.cluster import map_tasks
 from ofmu_ray.runs import attack_tasks as checks
 from pipelines import cli
 
@@ -165,8 +166,8 @@ def test_a_second_evaluation_runs_nothing(
 def test_actors_tasks_and_batch_size_change_nothing_but_rounding(
     finished: Any, data: Path, tmp_path: Path, counted: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is cached here: sets by two actors, checks by Ray tasks, three rows at a time."""
-    monkeypatch.setattr(checks, "_SMALL_FLOPS", 0.0)
+    """Nothing is cached here: sets by two actors, checks by processes, three rows at a time."""
+    monkeypatch.setattr(map_tasks, "SMALL_FLOPS", 0.0)
     some = {name: CHECKS[name] for name in ("relearn", "prefix", "alignment", "gradient_norm", "choice")}
     changed = {"actors": 2, "batch_size": 3}
     status, metrics = run(tmp_path, data={"root": str(data)}, checks=some, evaluation=changed)

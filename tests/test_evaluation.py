@@ -21,6 +21,7 @@ from evaluation_models import tiny_model, tiny_tokenizer
 from metric_names import LISTED
 from scipy import stats
 
+from ofmu_ray.cluster import map_tasks
 from ofmu_ray.config import EvaluationConfig, FormatConfig
 from ofmu_ray.data.template import Template
 from ofmu_ray.errors import UserError
@@ -172,7 +173,7 @@ def _kill_actors() -> list[int]:
     found = [
         process
         for process in psutil.Process().children(recursive=True)
-        if process.status() != psutil.STATUS_ZOMBIE and any("EvaluationActor" in part for part in process.cmdline())
+        if process.status() != psutil.STATUS_ZOMBIE and any("WarmProcess" in part for part in process.cmdline())
     ]
     for process in found:
         process.kill()
@@ -184,8 +185,13 @@ def test_any_number_of_actors_gives_the_same_rows(
     model_dir: Path, tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[int] = []
-    start = actors._start
-    monkeypatch.setattr(actors, "_start", lambda *args: started.append(len(pool := start(*args))) or pool)
+
+    class Counted(map_tasks.ProcessPool[Any, Any]):
+        def __init__(self, make: Any, size: int, **more: Any) -> None:
+            started.append(size)
+            super().__init__(make, size, **more)
+
+    monkeypatch.setattr(map_tasks, "ProcessPool", Counted)
     tables = [
         _evaluate(model_dir, tmp_path / str(count), EvaluationConfig(max_new_tokens=12, batch_size=8, actors=count))
         for count in (1, 2)

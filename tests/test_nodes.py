@@ -26,13 +26,14 @@ from node_run import EVERY
 from ray.cluster_utils import Cluster
 from s3_server import Server, s3_server
 
+from ofmu_ray.cluster.connect import connect
 from ofmu_ray.cluster.join import join_cluster
 from ofmu_ray.cluster.nodes import alive
 from ofmu_ray.cluster.rendezvous import choose
 from ofmu_ray.config import ModelConfig, TrainingConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.actors import holders
-from ofmu_ray.training.launch import connect, fit
+from ofmu_ray.training.launch import fit
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_SECONDS = 300

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,19 +17,20 @@ from ofmu_ray.runs import pool
 from ofmu_ray.runs.trial import Trial
 
 
-class Actor:
-    """Its processes end as told by the trial's number; those that are left do their work."""
+def runner(shared: Any) -> Callable[[Trial], dict[str, Any]]:
+    """Processes end as told by the trial's number; those that are left do their work."""
+    done = 0
 
-    def __init__(self, threads: int) -> None:
-        self.done = 0
-
-    def run(self, trial: Trial, data: Any) -> dict[str, Any]:
+    def run(trial: Trial) -> dict[str, Any]:
+        nonlocal done
         if trial.trial == 1:
             raise ray.exceptions.OutOfMemoryError("the node ran low on memory")
         if trial.trial == 2:
             os._exit(1)
-        self.done += 1
-        return {"status": "finished", "done": self.done}
+        done += 1
+        return {"status": "finished", "done": done}
+
+    return run
 
 
 def test_a_process_that_is_killed_is_a_failed_trial(
@@ -36,7 +38,7 @@ def test_a_process_that_is_killed_is_a_failed_trial(
 ) -> None:
     """For its memory, which is no RayActorError, or otherwise; the trials after it run."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
-    monkeypatch.setattr(pool, "TrialActor", Actor)
+    monkeypatch.setattr(pool, "trial_runner", runner)
     config = apply_overrides(UnlearnConfig(), {"training.engine": "torch"})
     trials = [
         Trial(

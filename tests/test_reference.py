@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ofmu_ray.assets import resolve_builtin
+from ofmu_ray.cluster import map_tasks
 from ofmu_ray.config import FormatConfig, ModelConfig, SourceConfig
 from ofmu_ray.data.answers import AnswerEncoder
 from ofmu_ray.data.batch_plan import write_plan
@@ -258,7 +259,7 @@ def test_batches_hold_every_row_once_and_keep_their_bounds(monkeypatch: pytest.M
 def test_actors_give_the_same_values(
     finished: Any, prepared: Prepared, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, local_ray: None
 ):
-    monkeypatch.setattr(reference, "_SMALL_FLOPS", 0.0)
+    monkeypatch.setattr(map_tasks, "SMALL_FLOPS", 0.0)
     monkeypatch.setattr(reference, "BATCH_TOKENS", 256)
     _, sidecars = computed(prepared, tmp_path, NEEDS[:1])
     ours, theirs = (

@@ -142,7 +142,9 @@ def test_equal_configurations_are_equal_jobs(tmp_path):
 def test_output_is_taken_up_where_the_connection_broke(capsys):
     """A server whose first connection ends in the middle of the output, as when a forwarded port is lost."""
     pieces = ["round 1\n", "round 2\n", "round 3\n"]
-    connections = []
+    connections: list[web.WebSocketResponse] = []
+    shown: list[str] = []
+    told: list[str] = []
 
     async def version(_):
         return web.json_response({"version": "4", "ray_version": "2.60.0", "ray_commit": ""})
@@ -173,14 +175,18 @@ def test_output_is_taken_up_where_the_connection_broke(capsys):
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     try:
-        assert Jobs(f"http://127.0.0.1:{port}").follow("j") == 2  # a user's mistake, found on the cluster
+        assert (
+            Jobs(f"http://127.0.0.1:{port}", tell=told.append, show=shown.append).follow("j") == 2
+        )  # a user's mistake, found on the cluster
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.run_until_complete(runner.cleanup())
         loop.close()
     assert len(connections) == 2
-    assert capsys.readouterr().out == "".join(pieces)
+    assert "".join(shown) == "".join(pieces)
+    assert told == ["j FAILED"]
+    assert capsys.readouterr() == ("", "")
 
 
 # ------------------------------------------------------------------------------------------------------ with a cluster

@@ -18,7 +18,6 @@ from ofmu_ray.attacks.importance import MINIMUM_TRIALS
 from ofmu_ray.metrics.rule import Goal
 from ofmu_ray.reporting import figures
 from ofmu_ray.reporting.sweep import write_sweep_report
-from ofmu_ray.reporting.sweep_parallel import scale
 
 FLOOR = 0.54
 SPACE = [
@@ -195,12 +194,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def drawings(page: str) -> list[str]:
-    return re.findall(r"<svg role=.*?</svg>", page, flags=re.DOTALL)
-
-
-def hovers(drawing: str) -> list[str]:
-    return re.findall(r"<title>(.*?)</title>", drawing)
+def drawings(page: str) -> dict[str, str]:
+    found = re.findall(r"<svg role=.*?</svg>", page, flags=re.DOTALL)
+    return {str(re.search(r'aria-label="(.*?)"', one)[1]): one for one in found}  # type: ignore[index]
 
 
 def test_the_page_is_well_formed_and_says_what_to_do(folder: Path) -> None:
@@ -208,8 +204,8 @@ def test_the_page_is_well_formed_and_says_what_to_do(folder: Path) -> None:
     _Page(page)
     assert not re.search(r"url\((?!#)|@import|https?://(?!www\.w3\.org/)", page)
     assert not re.search(r"#0[1-3]0[1-3a][01]\d", page)  # stand-ins of colours
-    assert len(drawings(page)) == 5
-    for drawing in drawings(page):
+    assert set(drawings(page)) == {"Forgetting and utility", "The best so far"}
+    for drawing in drawings(page).values():
         ET.fromstring(drawing)
     trials, _, wanted = make_sweep()
     number = wanted["chosen"]["number"]
@@ -223,7 +219,7 @@ def test_the_page_is_well_formed_and_says_what_to_do(folder: Path) -> None:
     assert "half a decade &lt;below&gt;" in page
     assert "sweep &lt;people&gt;" in page
     headings = re.findall(r"<h2>(.*?)</h2>", page)
-    assert headings[:3] == ["What to do", "How sure", "What was searched"]
+    assert headings[:3] == ["What to do", "How sure", "The best trials"]
 
 
 def test_figures_have_intervals_and_fresh_seeds_stand_beside_them(folder: Path) -> None:
@@ -239,63 +235,60 @@ def test_figures_have_intervals_and_fresh_seeds_stand_beside_them(folder: Path) 
     assert table["Forget quality ↑"]["Fresh seeds, all rows"][:2] == [
         figures.number(float(np.exp(np.mean(np.log([0.1, 0.2, 0.3]))))), "runs 0.100 · 0.200 · 0.300",
     ]  # fmt: skip
-    assert "<details><summary>All other figures" in page
+    rouge = next(row for name, row in table.items() if name.startswith("Forget ROUGE-L recall"))
+    assert rouge["Chosen, all rows"] == ["0.400", "0.350 – 0.450"]
     assert "Figures on all rows are not comparable" in page
     assert "flattered by the choice" in page
     assert "Believe these runs" in page
 
 
-def test_the_budget_counts_every_trial_and_what_was_saved(folder: Path) -> None:
-    row = _Page((folder / "report.html").read_text()).table("Spent", "Saved by early stopping")["Search"]
-    trials, _, _ = make_sweep()
-    search = [t for t in trials if t["phase"] == "search"]
-    spent = sum(t["flops"] or 0 for t in search)
-    saved = sum(2e12 - t["flops"] for t in search if t["status"] == "stopped")
-    assert row["Spent"] == [figures.quantity(spent, "FLOP")]
-    assert row["Saved by early stopping"][0] == f"{saved / (spent + saved):.0%}"
+def test_what_was_spent_counts_every_trial_and_what_was_saved(folder: Path) -> None:
+    page, (trials, _, _) = (folder / "report.html").read_text(), make_sweep()
+    spent = sum(t["flops"] or 0 for t in trials)
+    saved = sum(2e12 - t["flops"] for t in trials if t["status"] == "stopped")
+    words = f"{figures.quantity(spent, 'FLOP')}, {saved / (spent + saved):.0%} saved by ending trials early"
+    assert f"<dd>{words}</dd>" in page
 
 
-def test_the_plots_have_every_trial(folder: Path) -> None:
+def test_the_front_has_its_trials_numbers_and_the_floor(folder: Path) -> None:
     page, (trials, _, wanted) = (folder / "report.html").read_text(), make_sweep()
-    by_label = {re.search(r'aria-label="(.*?)"', one)[1]: one for one in drawings(page)}  # type: ignore[index]
-    assert len(hovers(by_label["Forgetting and utility"])) == len(trials) + 2  # and the references
-    whole = [t for t in trials if t["phase"] == "search" and t["status"] not in ("failed", "stopped")]
-    for label in ("Every trial at once", "By what was computed", "By the clock"):
-        assert len(hovers(by_label[label])) == len(whole)
-    assert len(hovers(by_label["Which options matter"])) == 2 * len(SPACE)
-    chosen = next(t for t in trials if t["number"] == wanted["chosen"]["number"])
-    words = f"forget quality {figures.number(chosen['forget_quality'])}"
-    assert sum(words in hover for hover in hovers(by_label["Forgetting and utility"])) == 1
-    for kind in (
-        "ended early by the scheduler",
-        "ended by itself before its last round",
-        "failed on the way",
-        "fresh seed",
-    ):
+    plane = drawings(page)["Forgetting and utility"]
+    words = set(re.findall(r"<text[^>]*>(.*?)</text>", plane))
+    front = {str(t["number"]) for t in trials if t["front"]}
+    assert {"floor", "target", "retrained", str(wanted["chosen"]["number"])} <= words
+    assert len(front & words) >= len(front) - 1  # one may be dominated by a tie
+    assert not {str(t["number"]) for t in trials if t["status"] == "stopped"} & words - front
+    for kind in ("ran to its end", "fresh seed", "without a result, at its last evaluation", "chosen"):
         assert f"</svg>{kind}</span>" in page
 
 
 def test_tables_of_options_and_trials(folder: Path) -> None:
     page = (folder / "report.html").read_text()
     found = _Page(page)
-    matter = found.table("Option", "Forget quality, share")
+    matter = found.table("Option", "Prior")
     assert next(iter(matter)) == "inner.lr"
-    assert float(matter["inner.lr"]["Forget quality, rank correlation"][0]) > 0.8
+    share, interval, p_value, rank = matter["inner.lr"]["Forget quality, share"]
+    assert float(share) > 0.4
+    assert " – " in interval
+    assert float(p_value.removeprefix("p = ")) < 0.05
+    assert float(rank.removeprefix("rank ")) > 0.8
+    assert matter["inner.lr"]["For a next sweep"] == ["loguniform(2e-05, 9e-05)"]
+    assert matter["rho_growth"]["Option"] == ["rho_growth", "only where ofmu.rho is not 0"]
     trials, _, wanted = make_sweep()
-    table = found.table("Trial", "Status", "rho_growth")
-    assert len(table) == len(trials)
+    table = found.table("Trial", "rho_growth")
+    goal = Goal("forget_quality", "model_utility", FLOOR)
+    whole = [t for t in trials if t["phase"] == "search" and t["status"] not in ("stopped", "failed")]
+    whole.sort(key=lambda t: (-goal.score(t), t["number"]))
+    assert list(table) == [*(str(t["number"]) for t in whole[:10]), "seed 1", "seed 2", "seed 3"]
     assert next(iter(table)) == str(wanted["chosen"]["number"])
-    for t in trials[:40]:
-        options = json.loads(t["options"])
-        assert table[str(t["number"])]["rho"] == [f"{options['ofmu.rho']:.4g}"]
-        assert table[str(t["number"])]["rho_growth"] == [
-            f"{options['ofmu.rho_growth']:.4g}" if "ofmu.rho_growth" in options else "–"
-        ]
-    assert "<details><summary>All 40 trials in the order of the rule</summary>" in page
-    assert found.table("Trial", "Reason")["39"]["Reason"] == ["CUDA <out> of memory"]
-    assert found.table("Option", "For a next sweep")["ofmu.inner.lr"]["For a next sweep"] == [
-        "loguniform(2e-05, 9e-05)"
-    ]
+    for t in whole[:10]:
+        options, row = json.loads(t["options"]), table[str(t["number"])]
+        assert row["rho"] == [f"{options['ofmu.rho']:.4g}"]
+        assert row["rho_growth"] == [f"{options['ofmu.rho_growth']:.4g}" if "ofmu.rho_growth" in options else "–"]
+        assert row["Model utility ↑"][0] == figures.number(t["model_utility"])
+        assert "–" in row["Model utility ↑"][1]
+    assert '<p class="note">Trial 39: CUDA &lt;out&gt; of memory.</p>' in page
+    assert "MLflow has the rest" in page
 
 
 def test_the_csv_has_full_precision(folder: Path) -> None:
@@ -309,12 +302,11 @@ def test_the_csv_has_full_precision(folder: Path) -> None:
 
 
 def test_single_files_bring_their_colours_and_legend(folder: Path) -> None:
-    for name in ("plane", "parallel", "importance"):
-        text = (folder / f"{name}.svg").read_text()
-        ET.fromstring(text)
-        used = set(re.findall(r"var\((--[\w-]+)\)", text))
-        assert used <= set(re.findall(r"(--[\w-]+):", text))
-    assert ">fresh seed</text>" in (folder / "plane.svg").read_text()
+    text = (folder / "plane.svg").read_text()
+    ET.fromstring(text)
+    used = set(re.findall(r"var\((--[\w-]+)\)", text))
+    assert used <= set(re.findall(r"(--[\w-]+):", text))
+    assert ">fresh seed</text>" in text
 
 
 def test_no_trial_meets_the_floor(tmp_path: Path) -> None:
@@ -328,9 +320,9 @@ def test_no_trial_meets_the_floor(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "nothing to recommend" in page
     assert f"the nearest trial, {nearest['number']}, has {figures.number(nearest['model_utility'])}" in page
-    table = _Page(page).table("Trial", "Options")
-    assert set(table) == {str(t["number"]) for t in whole if t["front"] or t is nearest}
-    assert table[str(nearest["number"])]["Trial"] == [str(nearest["number"]), "nearest"]
+    table = _Page(page).table("Trial", "inner.lr")
+    assert {str(t["number"]) for t in whole if t["front"] or t is nearest} <= set(table)
+    assert table[str(nearest["number"])]["Trial"][:2] == [str(nearest["number"]), "nearest"]
     assert "best.yaml" not in page
     assert "How sure" not in page
 
@@ -376,13 +368,12 @@ def test_it_takes_what_there_is(tmp_path: Path, make: Callable[[], Any], files: 
 
 def test_few_trials_have_no_importances(tmp_path: Path) -> None:
     trials, stages, wanted = make_sweep(MINIMUM_TRIALS, stopped=0, fresh=0)  # one of them failed
-    paths = write_sweep_report(tmp_path, trials, stages, wanted)
-    assert "importance" not in {path.stem for path in paths}
+    write_sweep_report(tmp_path, trials, stages, wanted)
     page = (tmp_path / "report.html").read_text()
     assert f"{MINIMUM_TRIALS - 1} trials ran to their end; importances mean nothing below {MINIMUM_TRIALS}" in page
-    row = _Page(page).table("Option", "Forget quality, rank correlation")["inner.lr"]
-    assert "Forget quality, share" not in row
-    assert float(row["Forget quality, rank correlation"][0]) > 0.8
+    share, rank = _Page(page).table("Option", "Prior")["inner.lr"]["Forget quality, share"]
+    assert share == "–"
+    assert float(rank.removeprefix("rank ")) > 0.8
 
 
 @pytest.mark.parametrize(
@@ -398,27 +389,6 @@ def test_what_is_to_be_low_is_drawn_upside_down(tmp_path: Path, name: str, label
     write_sweep_report(tmp_path, [renamed(t) for t in trials], [renamed(s) for s in stages], wanted)
     plane = (tmp_path / "plane.svg").read_text()
     assert label in plane
-    root = ET.fromstring(plane)
-    places = {}
-    for group in root.iter("{http://www.w3.org/2000/svg}g"):
-        title, use = (
-            group.find("{http://www.w3.org/2000/svg}title"),
-            next(group.iter("{http://www.w3.org/2000/svg}use"), None),
-        )
-        if title is not None and use is not None:
-            places[str(title.text)] = float(use.get("y", "nan"))
-    target, retrained = (next(y for words, y in places.items() if words.startswith(m)) for m in ("target", "retrained"))
+    places = {words: float(y) for y, words in re.findall(r' y="([\d.]+)"[^>]*>(target|retrained)</text>', plane)}
     # its figure is 2e-9 and the retrained model's 1: as a KS distance the better one, as a distance the worse one
-    assert (target < retrained) == (name == "ks_statistic")  # y of SVG falls upwards
-
-
-def test_scales_of_parallel_coordinates() -> None:
-    log = scale("rho", [1e-4, 1e-2, 0.0, None, 1e-3], log=True)
-    assert log.places[:2] == [0.0, 1.0]
-    assert log.places[2] == log.places[3] < 0
-    assert log.places[4] == pytest.approx(0.5)
-    assert [text for _, text in log.ticks] == ["0, none", "0.0001", "0.001", "0.01"]
-    assert scale("n", [1, 3, 2]).ticks == [(0.0, "1"), (0.5, "2"), (1.0, "3")]
-    assert scale("kind", ["b", None, "a", "b"]).places == [0.0, scale("x", [None]).places[0], 1.0, 0.0]
-    assert scale("low", [1.0, 3.0], falling=True).places == [1.0, 0.0]
-    assert scale("same", [0.2, 0.2]).places == [0.5, 0.5]
+    assert (places["target"] < places["retrained"]) == (name == "ks_statistic")  # y of SVG falls upwards

@@ -75,7 +75,7 @@ def test_a_local_ray_reports_to_nobody(local_ray):
 
 def test_what_ray_up_can_start_counts_as_there(local_ray, tmp_path, monkeypatch):
     """The launcher's own file on the head says how far the cluster grows: a CPU-less head and two nodes at most."""
-    from ofmu_ray.training.launch import connect
+    from ofmu_ray.cluster.connect import connect
 
     launcher = prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text()))
     (tmp_path / "ray_bootstrap_config.yaml").write_text(yaml.safe_dump(launcher))

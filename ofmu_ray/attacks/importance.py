@@ -175,12 +175,7 @@ class _Search:
         ]
         self._place = np.repeat(np.arange(len(drawn)), copies)
         self._copy = np.tile(np.arange(copies), len(drawn))
-        level = optuna.logging.get_verbosity()
-        optuna.logging.set_verbosity(optuna.logging.WARNING)  # no line about a study that lives for a moment
-        try:
-            self._study = optuna.create_study()
-        finally:
-            optuna.logging.set_verbosity(level)
+        self._study = quiet_study("minimize")
         self._study.add_trials(trials)
 
     def divergences(self, goodness: FloatArray, weights: NDArray[np.int64]) -> FloatArray:
@@ -188,6 +183,18 @@ class _Search:
         losses = np.where(self._copy < weights[self._place], -goodness[self._place], math.nan)
         found = self._evaluator.evaluate(self._study, self._names, target=lambda trial: float(losses[trial.number]))
         return np.array([found[name] for name in self._names])
+
+
+def quiet_study(direction: Literal["minimize", "maximize"]) -> Any:
+    """An Optuna study that lives for a moment, without a line about it."""
+    import optuna
+
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        return optuna.create_study(direction=direction)
+    finally:
+        optuna.logging.set_verbosity(level)
 
 
 def _distribution(column: _Column) -> Any:

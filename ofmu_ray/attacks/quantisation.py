@@ -121,7 +121,7 @@ def _load_bitsandbytes(folder: str | Path, scheme: BitsAndBytes, device: str, tr
 
 def _linear_weights(model: Any, head: bool) -> list[tuple[torch.Tensor, bool]]:
     """Each linear layer's weight once, and whether it is stored [in, out]."""
-    from transformers.pytorch_utils import Conv1D
+    from transformers import Conv1D
 
     kept = set() if head else {id(model.get_output_embeddings().weight)}
     found: dict[int, tuple[torch.Tensor, bool]] = {}

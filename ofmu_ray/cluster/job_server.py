@@ -7,13 +7,12 @@ import logging
 import re
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage import without_credentials
-from pipelines.terminal import say
 
 START_PATIENCE_SECONDS = 60
 STOP_PATIENCE_SECONDS = 120
@@ -23,15 +22,18 @@ RECONNECTIONS = 6
 class Jobs:
     """The job server behind a dashboard's address.
 
+    `tell` is given lines about what happens, `show` the jobs' output as it comes, and lines of their status.
+
     Raises:
         UserError: nothing answers there, or it asks for a token.
     """
 
-    def __init__(self, address: str):
+    def __init__(self, address: str, tell: Callable[[str], None], show: Callable[[str], None]):
         from ray.job_submission import JobSubmissionClient
 
         for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
             logging.getLogger(name).setLevel(logging.WARNING)  # they tell every .gitignore and every request
+        self.tell, self.show = tell, show
         self.address = without_credentials(address)
         with self._answering():
             self.client = JobSubmissionClient(address)
@@ -98,13 +100,13 @@ class Jobs:
                 time.sleep(1)  # a head that has just started
 
     def follow(self, submission: str) -> int:
-        """Print the job's output until its end; its exit status, or 130 after Ctrl-C, which leaves the job alone."""
+        """Show the job's output until its end; its exit status, or 130 after Ctrl-C, which leaves the job alone."""
         self._info(submission)
         try:
             asyncio.run(self._tail(submission))
             return self._ended(submission)
         except KeyboardInterrupt:
-            say(f"\n{submission} goes on.\n{self.hints(submission)}")
+            self.tell(f"\n{submission} goes on.\n{self.hints(submission)}")
             return 130
 
     async def _tail(self, submission: str) -> None:
@@ -116,7 +118,7 @@ class Jobs:
             seen = 0
             try:
                 async for text in self.client.tail_job_logs(submission):
-                    print(text[max(0, shown - seen) :], end="", flush=True)
+                    self.show(text[max(0, shown - seen) :])
                     seen += len(text)
                     if seen > shown:
                         shown, broken = seen, 0
@@ -136,13 +138,13 @@ class Jobs:
         while not info.status.is_terminal():
             time.sleep(0.5)
             info = self._info(submission)
-        say(_line(info))
+        self.tell(_line(info))
         return exit_status(info)
 
     def status(self, submission: str) -> int:
-        """Print the status; exit status as of `follow`, 0 while the job is running."""
+        """Show the status; exit status as of `follow`, 0 while the job is running."""
         info = self._info(submission)
-        print(_line(info))
+        self.show(f"{_line(info)}\n")
         return exit_status(info) if info.status.is_terminal() else 0
 
     def stop(self, submission: str) -> int:
@@ -153,12 +155,12 @@ class Jobs:
         end = time.monotonic() + STOP_PATIENCE_SECONDS
         while not (info := self._info(submission)).status.is_terminal():
             if time.monotonic() > end:
-                say(f"{submission} is still {info.status} after {STOP_PATIENCE_SECONDS} s")
+                self.tell(f"{submission} is still {info.status} after {STOP_PATIENCE_SECONDS} s")
                 return 1
             time.sleep(0.5)
-        print(_line(info))
+        self.show(f"{_line(info)}\n")
         if info.status == "STOPPED":
-            say("the same ofmu submit command takes it up again")
+            self.tell("the same ofmu submit command takes it up again")
         return 0
 
     def hints(self, submission: str) -> str:

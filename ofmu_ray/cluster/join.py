@@ -15,13 +15,13 @@ def join_cluster(training: TrainingConfig, storage: PathLike, paths: Mapping[str
     """Join or start Ray with room for the workers; on several nodes, have each of them look at the files.
 
     `paths`: option -> files, folders, URIs or hub names that workers will read. Only what is a file or folder here is
-    looked for. Nodes that join later are asked when workers start on them (`training.rendezvous`).
+    looked for. Nodes that join later are asked when workers start on them (`rendezvous`).
 
     Raises:
         UserError: no room, or nodes that do not share the storage, lack a path, or lack the network interface.
     """
+    from ofmu_ray.cluster.connect import connect
     from ofmu_ray.cluster.nodes import alive, here, on_each
-    from ofmu_ray.training.launch import connect
 
     connect(training.workers, training.cpus_per_worker, training.gpus_per_worker, training.node_timeout)
     nodes = alive()

@@ -15,6 +15,8 @@ GONE = (
     ray.exceptions.WorkerCrashedError,
 )
 """What Ray raises for a task whose node has ended."""
+DIED = (*GONE, ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
+"""What Ray raises where a process has ended: with its node, by itself, or for its memory."""
 ANSWER_SECONDS = 120.0
 """A node that starts no process within this is not one to work with."""
 
@@ -52,11 +54,22 @@ def room(nodes: Iterable[Mapping[str, float]], cpus: float, gpus: float) -> int:
     return sum(min(int(node.get(name, 0.0) / need + 1e-9) for name, need in needs) for node in nodes)
 
 
+def cluster_room(cpus: float, gpus: float) -> int:
+    """`room` on the nodes of the cluster."""
+    return room((node.resources for node in alive()), cpus, gpus)
+
+
+def share_words(cpus: float, gpus: float) -> str:
+    """What a worker needs or a node has, in words."""
+    return f"{cpus:g} CPU" + (f" + {gpus:g} GPU" if gpus else "")
+
+
 def on_each(nodes: Sequence[Node], function: Callable[..., Any], *arguments: Any) -> dict[Node, Any]:
     """`function(*arguments)` in a process of each node, at once and without a CPU of their own.
 
     An exception is given as the node's value; TimeoutError for a node that gave no answer. Nodes that end meanwhile
-    are left out.
+    are left out. No `map_tasks`: nothing is to be balanced or kept warm, each process belongs to its node, and one that
+    does not answer must not hold up the rest.
     """
     task, small = ray.remote(function), {"num_cpus": 0, "max_retries": 0}
     running = {task.options(**small, scheduling_strategy=on(node)).remote(*arguments): node for node in nodes}

@@ -20,14 +20,15 @@ from typing import Any
 import psutil
 from ray.exceptions import RayTaskError
 from ray.train.torch import TorchConfig
-from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
-from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 
 from ofmu_ray.cluster.shared_files import SharedFiles
 from ofmu_ray.errors import UserError
+from ofmu_ray.internals.ray_private import SET_RANK_VARIABLES, STARTUP_FAILED, TORCH_BACKEND
 
 MEETING_SECONDS = 300
 """How long workers that have started wait for each other; Ray ends those whose peer has died sooner."""
+
+_TorchBackend: Any = TORCH_BACKEND.get()
 
 _listeners: list[socket.socket] = []
 """Rank 0's open socket, between the call that opens it and the one that hands it to torch."""
@@ -42,7 +43,7 @@ class OneInterface(TorchConfig):  # type: ignore[misc]
     """What every worker's node must see before anything else; None: it is not looked for."""
 
     @property
-    def backend_cls(self) -> type[_TorchBackend]:
+    def backend_cls(self) -> type[Any]:
         return _Backend
 
 
@@ -63,7 +64,7 @@ class _Backend(_TorchBackend):  # type: ignore[misc]
         except RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise error.cause from None
-            raise WorkerGroupStartupFailedError(f"the workers could not start together: {error.cause}") from error
+            raise STARTUP_FAILED.get()(f"the workers could not start together: {error.cause}") from error
 
 
 def choose(wanted: str | None, node: str, interfaces: Mapping[str, Sequence[str]]) -> tuple[str, str]:
@@ -125,7 +126,7 @@ def _meet(config: OneInterface, address: str, port: int) -> None:
     """On every rank: start torch.distributed. Variables that the node's administrator has set are kept."""
     import torch.distributed as dist
 
-    _set_torch_distributed_env_vars()
+    SET_RANK_VARIABLES.get()()
     os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
     name, _ = choose_here(config.interface)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", name)

@@ -15,6 +15,7 @@ import yaml
 
 from ofmu_ray.config.submit import SubmitConfig
 from ofmu_ray.errors import UserError
+from ofmu_ray.internals.ray_private import PACKAGE_LIMIT, pack
 
 
 @dataclass(frozen=True)
@@ -51,24 +52,21 @@ def packed(config: SubmitConfig, environment: dict[str, Any], needed: Sequence[s
     Raises:
         UserError: no such folder, it is larger than Ray takes, or a file of `needed` is left out of it.
     """
-    from ray._private.ray_constants import get_runtime_env_default_excludes
-    from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE, create_package
-
     root = Path(config.working_dir)
     if not root.is_dir():
         raise UserError(f"working_dir = {config.working_dir!r}: no such folder")
-    excludes = [*get_runtime_env_default_excludes(), *environment.pop("excludes", [])]
+    excludes, limit = environment.pop("excludes", []), PACKAGE_LIMIT.get()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "working_dir.zip")
         gitignore = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"  # Ray's own switch
-        create_package(str(root.resolve()), path, include_gitignore=gitignore, excludes=excludes)
+        pack(root, path, gitignore=gitignore, excludes=excludes)
         with zipfile.ZipFile(path) as archive:
             names = [name for name in archive.namelist() if not name.endswith("/")]
         size = path.stat().st_size
-        if size >= GCS_STORAGE_MAX_SIZE:
+        if size >= limit:
             raise UserError(
                 f"working_dir = {config.working_dir!r}: {size / 1e6:.0f} MB packed, but Ray takes "
-                f"{GCS_STORAGE_MAX_SIZE / 1e6:.0f} MB; leave more out with excludes in {config.runtime_env}, and put "
+                f"{limit / 1e6:.0f} MB; leave more out with excludes in {config.runtime_env}, and put "
                 "models and data on shared storage"
             )
         for name in needed:

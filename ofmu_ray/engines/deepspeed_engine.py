@@ -83,13 +83,14 @@ class DeepSpeedEngine(VectorEngine):
         os.environ.setdefault("DS_ACCELERATOR", device.type)
         os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
         deepspeed = import_deepspeed()
-        from deepspeed.ops import __compatible_ops__
-
-        from ofmu_ray.engines.zero_shards import ZeroOneTwoShards, ZeroThreeShards
+        from ofmu_ray.engines.zero_shards import ZeroShards
+        from ofmu_ray.internals.deepspeed_private import COMPATIBLE_OPS
 
         warnings.filterwarnings("ignore", "torch.distributed.*is deprecated", FutureWarning)  # DeepSpeed's own calls
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        __compatible_ops__["deepspeed_shm_comm"] = False  # else DeepSpeed compiles a C++ op at its first start on a CPU
+        COMPATIBLE_OPS.get()["deepspeed_shm_comm"] = (
+            False  # else DeepSpeed compiles a C++ op at its first start on a CPU
+        )
         parameters = [parameter for _, parameter in trainable_parameters(module)]
         if precision != "bf16":
             module.float()
@@ -99,7 +100,7 @@ class DeepSpeedEngine(VectorEngine):
             optimizer=torch.optim.SGD(parameters, lr=0.0),
             config=deepspeed_config(stage, precision, micro_batch_size),
         )
-        return ZeroThreeShards(engine, stage) if stage == 3 else ZeroOneTwoShards(engine, stage)
+        return ZeroShards(engine, stage)
 
     def _autocast_inside(self, module: torch.nn.Module) -> None:
         # DeepSpeed's forward switches an outer autocast off, so the model's own forward switches it on

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers import DynamicCache, DynamicLayer
 
 from ofmu_ray.evaluation.scoring import length_sorted
 from ofmu_ray.models.answers import head_on

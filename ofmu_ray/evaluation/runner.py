@@ -10,9 +10,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from ofmu_ray.cluster.map_tasks import device_kind
 from ofmu_ray.config import EvaluationConfig, FormatConfig, ModelConfig
 from ofmu_ray.data.template import Template
-from ofmu_ray.evaluation.actors import Loading, device_kind, run_units
+from ofmu_ray.evaluation.actors import Loading, run_units
 from ofmu_ray.evaluation.cache import EvaluationCache, cache_key
 from ofmu_ray.evaluation.rows import EvaluationRow, evaluation_rows, is_private, with_row_metrics, without_private_text
 from ofmu_ray.evaluation.scorer import Result, Scorer, Unit, assemble, plan

@@ -5,7 +5,7 @@ rows, quantity and this code>, so that the runs of a sweep compute it once. What
 lies in the run's own folder instead, which goes with the run: refusals and alternatives, which begin with the question,
 and log-probabilities and activations of forget rows, because the likeliest words of a model that knows a text spell it.
 
-Small jobs run in this process; others on Ray Data actors, one CPU or GPU each, which load the model once.
+Small jobs run in this process; others on processes with one CPU or GPU each, which load the model once.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import json
-import pickle
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from ofmu_ray.algorithm.losses import row_sums, token_nll
 from ofmu_ray.assets import resolve_builtin
+from ofmu_ray.cluster.map_tasks import device_kind, map_tasks, runs_here
 from ofmu_ray.config import ModelConfig
 from ofmu_ray.data.batch import IGNORED
 from ofmu_ray.data.batch_plan import Plan, places
@@ -35,7 +36,6 @@ from ofmu_ray.data.sidecar import Values, has_table, new_table, read_rows, write
 from ofmu_ray.data.tokenise import take_rows
 from ofmu_ray.engines.layers import chosen_layer, decoder_layers, layer_output
 from ofmu_ray.errors import UserError
-from ofmu_ray.evaluation.actors import device_kind
 from ofmu_ray.evaluation.generation import Draws, generate_batch, stop_ids
 from ofmu_ray.features import alternatives, refusals
 from ofmu_ray.methods.protocol import Need, Sampling
@@ -53,8 +53,6 @@ HALF_ABOVE_BYTES = 2 * 2**30
 activation, at most 2e-4 of any probability."""
 
 _LOGITS_AT_ONCE = 1 << 25  # elements of one forward pass: 128 MiB of fp32
-_SMALL_FLOPS = 5e11  # about ten seconds of one core: starting actors would take longer
-_MOST_ACTORS = 8
 _CODE = ("features/reference.py", "engines/layers.py", "models/answers.py", "evaluation/generation.py")
 _ROW = ["row_id", "input_ids", "prompt_tokens"]
 
@@ -241,18 +239,14 @@ class _Source:
     ) -> Iterator[tuple[list[int], list[np.ndarray]]]:
         """(numbers of rows, values of each) until every row has come once; `lengths`, `wide`: as in `cut`."""
         batches = cut(lengths, wide)
-        jobs = [(numbers, [rows[number] for number in numbers]) for numbers in batches]
+        jobs = [[rows[number] for number in numbers] for numbers in batches]
         flops = 2 * sum(file.stat().st_size for file in self.weights.glob("*.safetensors")) / 4 * lengths.sum()
-        spread = device_kind() == "cuda" or flops > _SMALL_FLOPS
-        run = _on_actors if spread and "ray" in sys.modules and sys.modules["ray"].is_initialized() else _here
         title = f"reference {quantity.name} of {stream}"
         with tqdm(total=len(rows), desc=title, unit="row", disable=not sys.stderr.isatty()) as bar:
-            for numbers, found in run(self.model, quantity, jobs):
-                yield numbers, found
-                bar.update(len(numbers))
-
-
-Job = tuple[list[int], list[Row]]
+            make = partial(_reader, self.model, quantity, device_kind())
+            for number, found in enumerate(map(make(), jobs)) if runs_here(flops) else map_tasks(make, jobs):
+                yield batches[number], found
+                bar.update(len(batches[number]))
 
 
 def cut(lengths: np.ndarray, wide: np.ndarray) -> list[list[int]]:
@@ -309,53 +303,8 @@ class Reference:
         return [np.array(ids, dtype=np.int64) for ids in new]
 
 
-def _here(model: ModelConfig, quantity: Quantity, jobs: Sequence[Job]) -> Iterator[tuple[list[int], list[np.ndarray]]]:
-    reference = Reference(model, quantity, device_kind())
-    for numbers, rows in jobs:
-        yield numbers, reference.values(rows)
-
-
-class _ReferenceActor:
-    """`Reference` as Ray Data's actor: batches of one pickled job."""
-
-    def __init__(self, model: ModelConfig, quantity: Quantity, device: str) -> None:
-        torch.set_num_threads(1)
-        self.reference = Reference(model, quantity, device)
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[bytes]]:
-        numbers, rows = pickle.loads(batch["job"][0])
-        return {"found": [pickle.dumps((numbers, self.reference.values(rows)))]}
-
-
-def _on_actors(
-    model: ModelConfig, quantity: Quantity, jobs: Sequence[Job]
-) -> Iterator[tuple[list[int], list[np.ndarray]]]:
-    """One actor per free CPU or GPU; when none is free, one that shares a CPU with whatever runs there."""
-    import ray
-    import ray.data
-
-    from ofmu_ray.data.ray_data import quiet
-    from ofmu_ray.errors import user_error_within
-
-    device = device_kind()
-    free = int(ray.available_resources().get("GPU" if device == "cuda" else "CPU", 0))
-    share = 1 if free else 0
-    with quiet():
-        data = ray.data.from_items([{"job": pickle.dumps(job)} for job in jobs], override_num_blocks=len(jobs))
-        data = data.map_batches(
-            _ReferenceActor,
-            fn_constructor_args=(model, quantity, device),
-            batch_size=1,
-            batch_format="numpy",
-            compute=ray.data.ActorPoolStrategy(size=max(1, min(free, len(jobs), _MOST_ACTORS))),
-            num_cpus=share if device == "cpu" else 0,
-            num_gpus=share if device == "cuda" else None,
-        )
-        try:
-            for row in data.iter_rows():
-                yield pickle.loads(row["found"])
-        except Exception as error:
-            raise (user_error_within(error) or error) from None
+def _reader(model: ModelConfig, quantity: Quantity, device: str) -> Callable[[Sequence[Row]], list[np.ndarray]]:
+    return Reference(model, quantity, device).values
 
 
 def _answer_tokens(row: Row) -> int:

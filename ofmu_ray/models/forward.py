@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from transformers import AttentionInterface
 
+from ofmu_ray.internals.transformers_private import attention_of
 from ofmu_ray.models.answers import head_on
 
 _ATTENTION = "ofmu"
@@ -95,7 +96,7 @@ AttentionInterface.register(_ATTENTION, _attention)
 @contextmanager
 def _attending(model: Any) -> Iterator[None]:
     """Within the context the model's attention is `_attention`."""
-    usual = model.config._attn_implementation
+    usual = attention_of(model)
     model.set_attn_implementation(_ATTENTION)
     try:
         yield

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.nn import functional
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers import DynamicCache, DynamicLayer
 
+from ofmu_ray.internals.transformers_private import takes_attention
 from ofmu_ray.models.answers import Text
 from ofmu_ray.models.forward import Forward
 
@@ -198,8 +199,7 @@ def takes_trees(model: Any) -> bool:
     windows, no recurrent states). A pass over two small trees tells the rest: the model must ask its attention for
     nothing more (score caps, biases, sinks), and the logits must be those of the texts one by one.
     """
-    can_set = getattr(model, "_can_set_attn_implementation", None)
-    if can_set is None or not can_set() or "position_ids" not in inspect.signature(model.forward).parameters:
+    if not takes_attention(model) or "position_ids" not in inspect.signature(model.forward).parameters:
         return False
     if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
         return False

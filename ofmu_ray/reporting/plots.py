@@ -202,8 +202,14 @@ def new_axes(width: float, height: float) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.patch.set_alpha(0)
     axes = figure.add_subplot()
+    with_page_colours(axes)
+    return figure, axes
+
+
+def with_page_colours(axes: Any) -> None:
+    """Lines, ticks and words of a plot in the page's colours, on the page's ground."""
+    axes.figure.patch.set_alpha(0)
     axes.patch.set_alpha(0)
     axes.grid(color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
@@ -216,7 +222,6 @@ def new_axes(width: float, height: float) -> tuple[Any, Any]:
         axis.label.set_fontsize(9)
         axis.get_offset_text().set_color(INK)
         axis.get_offset_text().set_fontsize(8.5)
-    return figure, axes
 
 
 def _legend(labels: Sequence[str], colours: Sequence[str]) -> list[LegendEntry]:

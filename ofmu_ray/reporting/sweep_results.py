@@ -37,18 +37,6 @@ class Axis:
         return max(value, 1e-300) if self.log else value
 
 
-@dataclass(frozen=True)
-class Spent:
-    """What some trials cost in all."""
-
-    trials: int
-    flops: float
-    train_seconds: float
-    total_seconds: float
-    saved_flops: float
-    """What the trials that ended early would have cost besides, at the same cost per evaluation."""
-
-
 class Sweep:
     """The trials of a sweep under its rule."""
 
@@ -61,31 +49,21 @@ class Sweep:
         self.fresh = [trial for trial in trials if trial.get("phase") == "confirm"]
         self.rule: Mapping[str, Any] = settings.get("rule") or {}
         self.search: Mapping[str, Any] = settings.get("search") or {}
-        self.early: Mapping[str, Any] = self.search.get("early") or {}
         self.space: Sequence[Mapping[str, Any]] = settings.get("space") or ()
         self.objective = str(self.rule.get("objective") or "forget_quality")
         self.utility = str(self.rule.get("utility") or "model_utility")
         self.floor: float | None = self.rule.get("floor")
         self.chosen: Mapping[str, Any] | None = settings.get("chosen")
-        self._last = {row["number"]: row for row in sorted(stages, key=lambda row: int(row["stage"]))}
+        sound, aim = self.rule.get("sound"), self.reference("retrained", self.objective)
+        self.goal = Goal(self.objective, self.utility, self.floor, aim, sound and Sound(**sound))
+        last = {row["number"]: row for row in sorted(stages, key=lambda row: int(row["stage"]))}
+        self._last: Mapping[int, Mapping[str, Any]] = last
 
     @cached_property
-    def goal(self) -> Goal:
-        """The rule with its numbers."""
-        sound = self.rule.get("sound")
-        aim = self.reference("retrained", self.objective)
-        return Goal(self.objective, self.utility, self.floor, aim, sound and Sound(**sound))
-
-    @property
     def whole(self) -> list[Trial]:
-        """Trials that came to their end with both figures of the rule."""
-        return [
-            trial
-            for trial in self.trials
-            if trial.get("status") not in WITHOUT_RESULT
-            and number_of(trial, self.objective) is not None
-            and number_of(trial, self.utility) is not None
-        ]
+        """Trials that came to their end with both figures of the rule, in its order."""
+        found = [t for t in self.trials if t.get("status") not in WITHOUT_RESULT and self.goal.rank(t) is not None]
+        return sorted(found, key=lambda trial: (-self.goal.score(trial), trial["number"]))
 
     @property
     def enough(self) -> list[Trial]:
@@ -93,68 +71,78 @@ class Sweep:
         return [trial for trial in self.whole if self.goal.eligible(trial)]
 
     @property
+    def recommended(self) -> Trial | None:
+        """The chosen trial, unless it misses the floor."""
+        missed = self.chosen is None or self.chosen.get("floor_missed")
+        return None if missed or self.chosen is None else self._numbered(self.chosen["number"])
+
+    @property
     def nearest(self) -> Trial | None:
         """Where no trial may be chosen, the first in the rule's order."""
         number = self.settings.get("nearest")
         if number is None and self.chosen is not None and self.chosen.get("floor_missed"):
             number = self.chosen["number"]
+        return self._numbered(number)
+
+    def _numbered(self, number: int | None) -> Trial | None:
         return next((trial for trial in self.trials if trial["number"] == number), None)
 
-    @property
-    def recommended(self) -> Trial | None:
-        """The chosen trial, unless it misses the floor."""
-        if self.chosen is None or self.chosen.get("floor_missed"):
-            return None
-        return next((trial for trial in self.trials if trial["number"] == self.chosen["number"]), None)
+    def spans(self, trial: Trial, other: Trial) -> bool:
+        """Whether the trial's interval of the objective holds the other's figure."""
+        low, high = (number_of(trial, f"{self.objective}_{end}") for end in ("low", "high"))
+        return low is not None and high is not None and low <= float(other[self.objective]) <= high
 
     def reference(self, model: str, name: str) -> float | None:
         """A figure of the target or the retrained model on the rows that trials are judged on."""
-        found = ((self.settings.get("references") or {}).get(model) or {}).get(name) or {}
-        return number_of(found, "value")
-
-    def last(self, trial: Trial, name: str) -> float | None:
-        """A trial's figure, or what it was at its last evaluation on the way."""
-        value = number_of(trial, name)
-        return value if value is not None else number_of(self._last.get(trial["number"], {}), name)
+        return number_of(((self.settings.get("references") or {}).get(model) or {}).get(name) or {}, "value")
 
     @cached_property
     def axis(self) -> Axis:
-        """The objective's axis."""
+        """The objective's axis; p-values that span more than two decades on a logarithm."""
         label, kind = noun(self.objective), metric(self.objective).better
         if kind == "retrained":
             reference = self.reference("retrained", self.objective)
             words = label if reference is None else f"distance of {label} to the retrained model's"
             return Axis(f"{words}, low is better", False, True, reference)
-        values = [value for trial in self.trials if (value := self.last(trial, self.objective)) is not None]
-        log = bool(values) and min(values) >= 0 and max(values) > 100 * max(min(values), 1e-300)
-        if log and self.objective.endswith("forget_quality"):
+        values = [float(trial[self.objective]) for trial in self.all if number_of(trial, self.objective) is not None]
+        if metric(self.objective).p_value and values and max(values) > 100 * max(min(values), 1e-300):
             return Axis(f"{label} (p-value, log axis)", True, False, None)
         return Axis(f"{label}, low is better" if kind == "low" else label, False, kind == "low", None)
 
-    def spent(self, trials: Sequence[Trial]) -> Spent:
-        """What the trials cost, counting those that failed as far as they came."""
-        flops, train, total = (
-            math.fsum(number_of(trial, name) or 0.0 for trial in trials)
-            for name in ("flops", "train_seconds", "total_seconds")
-        )
+    def place(self, trial: Trial) -> tuple[float, float] | None:
+        """Where a trial stands in the plane, at its last evaluation if it did not come to its end."""
+        # a fresh seed has the chosen trial's number, but none of its evaluations
+        last = {} if trial.get("phase") == "confirm" else self._last.get(trial["number"], {})
+        names = (self.utility, self.objective)
+        return self._place(*(number_of(last if trial.get(name) is None else trial, name) for name in names))
+
+    def reference_place(self, model: str) -> tuple[float, float] | None:
+        """The same of the target or the retrained model."""
+        return self._place(*(self.reference(model, name) for name in (self.utility, self.objective)))
+
+    def _place(self, x: float | None, y: float | None) -> tuple[float, float] | None:
+        return None if x is None or y is None else (x, self.axis.place(y))
+
+    def flops(self) -> tuple[float, float]:
+        """What all trials cost, those that failed as far as they came; what ending some early saved, at the same cost
+        per evaluation."""
+        spent = math.fsum(number_of(trial, "flops") or 0.0 for trial in self.all)
         # a population's member that is replaced goes on as a copy of another one: nothing is saved
-        saved = 0.0 if self.search.get("kind") == "population" else math.fsum(map(_rest, trials))
-        return Spent(len(trials), flops, train, total, saved)
+        early = [trial for trial in self.trials if trial.get("status") == "stopped" and trial.get("stage")]
+        rests = [(trial.get("flops") or 0.0) * (trial["stages"] / trial["stage"] - 1.0) for trial in early]
+        return spent, 0.0 if self.search.get("kind") == "population" else math.fsum(rests)
 
     @cached_property
     def importances(self) -> dict[str, list[Importance]]:
-        """Figure of the rule -> importance of each option; empty with too few trials."""
-        found = {}
-        drawn = [options(trial) for trial in self.whole]
+        """Figure of the rule -> importance of each option, the largest first; empty with too few trials."""
+        trials = sorted(self.whole, key=lambda trial: int(trial["number"]))
         goodness = {
-            self.objective: [float(self.goal.goodness(trial) or 0.0) for trial in self.whole],
-            self.utility: [float(trial[self.utility]) for trial in self.whole],
+            self.objective: [float(self.goal.goodness(trial) or 0.0) for trial in trials],
+            self.utility: [float(trial[self.utility]) for trial in trials],
         }
-        for name, values in goodness.items():
-            rows = importances(drawn, values, self.space)
-            if rows is not None:
-                found[name] = rows
-        return found
+        drawn = [options(trial) for trial in trials]
+        found = {name: importances(drawn, values, self.space) for name, values in goodness.items()}
+        return {name: rows for name, rows in found.items() if rows is not None}
 
 
 def options(trial: Trial) -> dict[str, Any]:
@@ -163,25 +151,10 @@ def options(trial: Trial) -> dict[str, Any]:
     return found
 
 
-def _rest(trial: Trial) -> float:
-    """FLOPs that an ended trial did not spend."""
-    done, planned = number_of(trial, "stage"), number_of(trial, "stages")
-    if trial.get("status") != "stopped" or not done or not planned:
-        return 0.0
-    return (number_of(trial, "flops") or 0.0) * max(planned / done - 1.0, 0.0)
-
-
 def short(field: str, space: Sequence[Mapping[str, Any]]) -> str:
     """A field without the section that all fields of the space share: ofmu.inner.lr -> inner.lr."""
     heads = {str(knob["field"]).partition(".")[0] for knob in space}
     return field.partition(".")[2] if len(heads) == 1 and "." in field else field
-
-
-def value_words(value: Any) -> str:
-    """A value of an option."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "null" if value is None else str(value)
 
 
 def noun(name: str) -> str:

@@ -1,11 +1,12 @@
-"""The further measurements of `ofmu evaluate`: which are asked for, run here or as Ray tasks, kept in the cache."""
+"""The further measurements of `ofmu evaluate`: which are asked for, run here or spread, kept in the cache."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from ofmu_ray.assets import resolve_builtin
@@ -19,7 +20,6 @@ from ofmu_ray.models.source import model_source
 Figures = dict[str, dict[str, Any]]
 """Model -> name -> {"value", "low", "high", "n"}."""
 GRADIENT_NORM = "gradient_norm"
-_SMALL_FLOPS = 1e12  # about twenty seconds of one core: processes of their own would take as long to start
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,10 @@ class Checks:
                 )
 
     def measure(self) -> None:
-        """Run what is not in the cache: here when it is little, otherwise as Ray tasks of one CPU or GPU each."""
+        """Run what is not in the cache: here when it is little, otherwise on processes with one CPU or GPU each."""
         from tqdm import tqdm
 
-        from ofmu_ray.evaluation.actors import device_kind
+        from ofmu_ray.cluster.map_tasks import device_kind, map_tasks, runs_here
         from ofmu_ray.evaluation.cache import TableCache
 
         device, cache = device_kind(), TableCache(self.evaluator.cache, "checks")
@@ -111,10 +111,11 @@ class Checks:
                 missing.append((place, check))
             else:
                 self.found[place] = stored
-        here = device == "cpu" and sum(check.flops for _, check in missing) < _SMALL_FLOPS
+        make, checks = partial(_measurer, device), [check for _, check in missing]
+        few = runs_here(sum(check.flops for check in checks))
         bar = tqdm(total=len(missing), desc="checks", disable=not sys.stderr.isatty() or not missing)
         with bar:
-            for number, table in _here(missing, device) if here else _by_tasks(missing, device):
+            for number, table in enumerate(map(make(), checks)) if few else map_tasks(make, checks):
                 place, check = missing[number]
                 cache.save(check.key(device), table)
                 self.found[place] = table
@@ -199,36 +200,10 @@ class Checks:
                     yield (wanted.name, label), check
 
 
-Missing = Sequence[tuple[tuple[str, str], Any]]
-
-
-def _here(missing: Missing, device: str) -> Iterator[tuple[int, Any]]:
-    """(number, table) of each check, in this process."""
+def _measurer(device: str) -> Callable[[Any], Any]:
     from ofmu_ray.attacks.measurement import measure
 
-    for number, (_, check) in enumerate(missing):
-        yield number, measure(check, device)
-
-
-def _by_tasks(missing: Missing, device: str) -> Iterator[tuple[int, Any]]:
-    """(number, table) of each check in the order of completion. A failed one ends the others that wait."""
-    import ray
-
-    from ofmu_ray.attacks.measurement import measure
-    from ofmu_ray.errors import user_error_within
-
-    task = ray.remote(measure).options(**({"num_gpus": 1} if device == "cuda" else {"num_cpus": 1}))
-    running = {task.remote(check, device): number for number, (_, check) in enumerate(missing)}
-    waiting = list(running)
-    try:
-        while waiting:
-            done, waiting = ray.wait(waiting)
-            yield running[done[0]], ray.get(done[0])
-    except ray.exceptions.RayTaskError as error:
-        raise user_error_within(error) or error from None
-    finally:
-        for one in waiting:
-            ray.cancel(one)
+    return partial(measure, device=device)
 
 
 def _check_relearn(options: RelearnOptions, evaluator: Evaluator) -> None:

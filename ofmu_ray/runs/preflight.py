@@ -140,7 +140,7 @@ def claim(home: PathLike, config_hash: str, *, write: bool = False) -> None:
 def check_machine(training: TrainingConfig) -> None:
     """More workers than CPUs, GPUs that are not there: said before Ray is started, where Ray would run here."""
     if "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ:
-        return  # the cluster's resources are counted once it is joined (ofmu_ray.training.launch.connect)
+        return  # the cluster's resources are counted once it is joined (ofmu_ray.cluster.connect)
     needed, found = training.workers * training.cpus_per_worker, os.cpu_count() or 1
     if needed > found:
         raise UserError(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ofmu_ray.config import ModelConfig, UnlearnConfig, config_hash, flatten, to_dict
+from ofmu_ray.errors import user_error_within
 from ofmu_ray.runs.job import Spec, make_job, with_references
 from ofmu_ray.storage import atomic_write
 
@@ -154,8 +155,6 @@ def _written(trial: Trial, data: SplitData, result: Mapping[str, Any]) -> dict[s
 
 def reason(error: BaseException) -> str:
     """One line about an exception, without the text of rows (which no exception of this project holds)."""
-    from ofmu_ray.errors import user_error_within
-
     mistake = user_error_within(error)
     if mistake is not None:
         return str(mistake)

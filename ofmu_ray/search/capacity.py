@@ -24,13 +24,13 @@ def concurrency(training: TrainingConfig, asked: int | None, nodes: list[dict[st
     Raises:
         UserError: not even one trial fits, or `asked` do not.
     """
-    from ofmu_ray.cluster.nodes import alive, room
+    from ofmu_ray.cluster.nodes import alive, room, share_words
 
     nodes = [dict(node.resources) for node in alive()] if nodes is None else nodes
     workers = room(nodes, training.cpus_per_worker, training.gpus_per_worker)
     found = workers // training.workers
-    one = f"{training.workers} workers x {_words(training.cpus_per_worker, training.gpus_per_worker)}"
-    there = "; ".join(_words(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes)
+    one = f"{training.workers} workers x {share_words(training.cpus_per_worker, training.gpus_per_worker)}"
+    there = "; ".join(share_words(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes)
     if found < 1:
         raise UserError(
             f"base.training: a trial needs {one}, each worker on one node, but the nodes have {there}: room for "
@@ -42,10 +42,6 @@ def concurrency(training: TrainingConfig, asked: int | None, nodes: list[dict[st
             f"time; set --concurrency {found}, or leave it out"
         )
     return asked or found
-
-
-def _words(cpus: float, gpus: float) -> str:
-    return f"{cpus:g} CPU" + (f" + {gpus:g} GPU" if gpus else "")
 
 
 def check_disk(model: ModelConfig, folder: Path, *, models: int, free: int | None = None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ofmu_ray.internals.ray_private import SNAPSHOT_FILE, checkpoint_list
 from ofmu_ray.storage import atomic_write
 from ofmu_ray.storage.checksums import MANIFEST
 
@@ -19,29 +20,11 @@ def mend(folder: Path) -> None:
     Taken up are those that have a manifest, in the order in which it was written; whether they are whole is checked
     when one is restored (`checkpoint.newest`).
     """
-    from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
-    from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import (
-        _CheckpointManagerState,
-        _TrainingResultState,
-    )
-
-    listed = folder / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+    listed = folder / str(SNAPSHOT_FILE.get())
     if not listed.exists() or _is_json(listed.read_text()):
         return
     manifests = sorted(folder.glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime_ns)
-    found = [_TrainingResultState(checkpoint_dir_name=path.parent.name, metrics={}) for path in manifests]
-    state = _CheckpointManagerState(
-        checkpoint_results=found,
-        checkpoint_report_indices=list(range(len(found))),
-        latest_checkpoint_result=found[-1] if found else None,
-        pending_training_results=[],
-        pending_validation_specs=[],
-        current_report_index=len(found),
-        validated_checkpoint_dir_names=[],
-        timed_out_validation_checkpoint_dir_names=[],
-        failed_validation_checkpoint_dir_names=[],
-    )
-    atomic_write(listed, state.json())
+    atomic_write(listed, checkpoint_list([path.parent.name for path in manifests]))
 
 
 def _is_json(text: str) -> bool:

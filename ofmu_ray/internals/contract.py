@@ -1,0 +1,51 @@
+"""A name that a library does not promise to keep, and the message when it has moved."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Private:
+    """A private name of a library."""
+
+    module: str
+    name: str
+    purpose: str
+    """What we use it for."""
+    fields: tuple[str, ...] = ()
+    """Of a pydantic model: those that we set."""
+
+    def get(self) -> Any:
+        """The object.
+
+        Raises:
+            AssertionError: this release of the library has it no more; names module, attribute and purpose.
+        """
+        try:
+            found = getattr(importlib.import_module(self.module), self.name)
+        except (ImportError, AttributeError):
+            raise AssertionError(f"{self._where()} is not there any more; used for {self.purpose}") from None
+        missing = [field for field in self.fields if field not in found.model_fields]
+        if missing:
+            raise AssertionError(f"{self._where()} has no {', '.join(missing)} any more; used for {self.purpose}")
+        return found
+
+    def _where(self) -> str:
+        return f"{_release(self.module)}: {self.module}.{self.name}"
+
+
+def check_attributes(library: str, thing: object, names: Iterable[str]) -> None:
+    """Raises AssertionError naming what an object of a library lacks of `names`."""
+    missing = [name for name in names if not hasattr(thing, name)]
+    if missing:
+        raise AssertionError(f"{_release(library)}: {type(thing).__name__} has no {', '.join(missing)} any more")
+
+
+def _release(module: str) -> str:
+    library = module.partition(".")[0]
+    return f"{library} {version(library)}"

@@ -1,0 +1,126 @@
+"""What is borrowed from DeepSpeed: its ZeRO optimisers' partitions, and a table of what it may compile.
+
+The attributes are not public API, so deepspeed is pinned to a minor series; `partitions_of` names whatever a release
+has moved.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ofmu_ray.internals.contract import Private, check_attributes
+
+COMPATIBLE_OPS = Private("deepspeed.ops", "__compatible_ops__", "keeping DeepSpeed from compiling a C++ op on a CPU")
+CONTRACT = {
+    "DeepSpeedZeroOptimizer": (
+        "single_partition_of_fp32_groups",
+        "averaged_gradients",
+        "all_grad_tensors",
+        "micro_step_id",
+        "bit16_groups",
+        "update_lp_params",
+        "zero_grad",
+    ),
+    "DeepSpeedZeroOptimizer_Stage3": (
+        "fp32_partitioned_groups_flat",
+        "averaged_gradients",
+        "fp16_groups",
+        "persistent_parameters",
+        "_partition_all_parameters",
+        "_reassign_or_swap_out_partitioned_parameters",
+        "invalidate_secondary_tensor",
+        "zero_grad",
+    ),
+}
+
+
+def check_contract(optimizer: object) -> None:
+    """AssertionError naming what this DeepSpeed release lacks of the attributes that this module reads."""
+    name = type(optimizer).__name__
+    if name not in CONTRACT:
+        raise AssertionError(f"deepspeed wrapped the optimiser in {name}; known are {sorted(CONTRACT)}")
+    check_attributes("deepspeed", optimizer, CONTRACT[name])
+
+
+class ZeroTwo:
+    """An optimiser of stage 1 or 2: whole low-precision weights, one partition of fp32 masters per rank."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    def masters(self) -> list[torch.Tensor]:
+        """This rank's fp32 master partitions."""
+        return list(self.optimizer.single_partition_of_fp32_groups)
+
+    def padding(self) -> list[tuple[int, int, int]]:
+        """(master, start, end) of elements that belong to no parameter and are not zero by themselves."""
+        return []  # zeros from the start, and their gradient is zero
+
+    def pieces(self) -> list[tuple[int, int]]:
+        """(elements, elements of a rank's share) of what is cut into equal shares, in the masters' order."""
+        groups = zip(self.optimizer.bit16_groups, self.masters(), strict=True)
+        return [(sum(parameter.numel() for parameter in group), master.numel()) for group, master in groups]
+
+    def gradients(self, master: int) -> list[torch.Tensor]:
+        """The averaged gradient of the last backward pass: of a master, its pieces in order."""
+        return list(self.optimizer.averaged_gradients[master])
+
+    def refresh(self) -> None:
+        """Copy the masters into the weights that forward passes read."""
+        self.optimizer.update_lp_params()
+
+    def clear(self) -> None:
+        """Forget the gradients of earlier backward passes."""
+        self.optimizer.zero_grad()
+        for group in list(self.optimizer.averaged_gradients):
+            self.optimizer.averaged_gradients[group] = None
+            self.optimizer.all_grad_tensors[group] = None
+        self.optimizer.micro_step_id = -1
+
+
+class ZeroThree(ZeroTwo):
+    """An optimiser of stage 3: weights, masters and gradients are partitioned, parameter by parameter."""
+
+    def masters(self) -> list[torch.Tensor]:
+        return list(self.optimizer.fp32_partitioned_groups_flat)
+
+    def padding(self) -> list[tuple[int, int, int]]:
+        rank = dist.get_rank()
+        slices = []
+        for index, group in enumerate(self.optimizer.fp16_groups):
+            offset = 0
+            for parameter in group:
+                size = parameter.partition_numel()
+                used = min(max(parameter.ds_numel - rank * size, 0), size)
+                if used < size:
+                    slices.append((index, offset + used, offset + size))
+                offset += size
+        return slices
+
+    def pieces(self) -> list[tuple[int, int]]:
+        parameters = [parameter for group in self.optimizer.fp16_groups for parameter in group]
+        return [(parameter.ds_numel, parameter.partition_numel()) for parameter in parameters]
+
+    def refresh(self) -> None:
+        optimizer = self.optimizer
+        optimizer._partition_all_parameters()
+        for index in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        optimizer.invalidate_secondary_tensor()
+
+    def clear(self) -> None:
+        self.optimizer.zero_grad()
+        for pieces in self.optimizer.averaged_gradients.values():
+            for piece in pieces or ():  # a parameter that a batch does not use would keep its old gradient
+                piece.zero_()
+
+
+def partitions_of(optimizer: Any) -> ZeroTwo:
+    """The partitions of DeepSpeed's optimiser; AssertionError as of `check_contract`."""
+    check_contract(optimizer)
+    return ZeroThree(optimizer) if type(optimizer).__name__.endswith("Stage3") else ZeroTwo(optimizer)

@@ -1,0 +1,98 @@
+"""What is borrowed from Ray."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from ofmu_ray.internals.contract import Private
+
+_TRAIN = "ray.train.v2._internal"
+_CHECKPOINTS = f"{_TRAIN}.execution.checkpoint.checkpoint_manager"
+_LIST = "mending the list of checkpoints that a kill left torn"
+_UPLOAD = "packing the working directory by the rules of `ray job submit`"
+_LOOPBACK = "a Ray on one machine that listens on 127.0.0.1 alone"
+
+TORCH_BACKEND = Private("ray.train.torch.config", "_TorchBackend", "a rendezvous of the workers on one interface")
+SET_RANK_VARIABLES = Private("ray.train.torch.config", "_set_torch_distributed_env_vars", "RANK, WORLD_SIZE and so on")
+STARTUP_FAILED = Private(
+    f"{_TRAIN}.exceptions", "WorkerGroupStartupFailedError", "having Ray Train start workers again"
+)
+STARTUP_TIMEOUT = Private(f"{_TRAIN}.exceptions", "WorkerGroupStartupTimeoutError", "telling a cluster without room")
+SNAPSHOT_FILE = Private(f"{_TRAIN}.constants", "CHECKPOINT_MANAGER_SNAPSHOT_FILENAME", _LIST)
+SNAPSHOT = Private(
+    _CHECKPOINTS,
+    "_CheckpointManagerState",
+    _LIST,
+    (
+        "checkpoint_results",
+        "checkpoint_report_indices",
+        "latest_checkpoint_result",
+        "pending_training_results",
+        "pending_validation_specs",
+        "current_report_index",
+        "validated_checkpoint_dir_names",
+        "timed_out_validation_checkpoint_dir_names",
+        "failed_validation_checkpoint_dir_names",
+    ),
+)
+SNAPSHOT_ENTRY = Private(_CHECKPOINTS, "_TrainingResultState", _LIST, ("checkpoint_dir_name", "metrics"))
+FREE_BY_NODE = Private("ray._private.state", "available_resources_per_node", "what is free on each node")
+CONSTANTS = Private("ray._private", "ray_constants", _LOOPBACK)
+CLUSTERS_VARIABLE = Private("ray._private.ray_constants", "ENABLE_RAY_CLUSTERS_ENV_VAR", _LOOPBACK)
+CLUSTERS = Private("ray._private.ray_constants", "ENABLE_RAY_CLUSTER", _LOOPBACK)
+EXCLUDES = Private("ray._private.ray_constants", "get_runtime_env_default_excludes", _UPLOAD)
+CREATE_PACKAGE = Private("ray._private.runtime_env.packaging", "create_package", _UPLOAD)
+PACKAGE_LIMIT = Private("ray._private.runtime_env.packaging", "GCS_STORAGE_MAX_SIZE", "the largest upload, in bytes")
+
+
+def free_resources() -> Mapping[str, Mapping[str, float]]:
+    """What is free now (CPU, GPU, ...), by node id."""
+    free: Mapping[str, Mapping[str, float]] = FREE_BY_NODE.get()()
+    return free
+
+
+@contextmanager
+def loopback_only() -> Iterator[None]:
+    """A Ray that is started meanwhile listens on 127.0.0.1, as it does on macOS; on Linux it would on all interfaces.
+
+    Ray has no option for it: it replaces 127.0.0.1 as a node's address by that of an interface unless told that this
+    is a platform without clusters, by a variable that is read at import and by the processes it starts.
+    """
+    constants, variable, before = CONSTANTS.get(), CLUSTERS_VARIABLE.get(), CLUSTERS.get()
+    if variable in os.environ:  # the user has decided
+        yield
+        return
+    constants.ENABLE_RAY_CLUSTER = False
+    os.environ[variable] = "0"
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before
+        del os.environ[variable]
+
+
+def checkpoint_list(folders: Sequence[str]) -> str:
+    """Ray Train's JSON list of a run's checkpoints, oldest first."""
+    entry = SNAPSHOT_ENTRY.get()
+    found = [entry(checkpoint_dir_name=name, metrics={}) for name in folders]
+    state = SNAPSHOT.get()(
+        checkpoint_results=found,
+        checkpoint_report_indices=list(range(len(found))),
+        latest_checkpoint_result=found[-1] if found else None,
+        pending_training_results=[],
+        pending_validation_specs=[],
+        current_report_index=len(found),
+        validated_checkpoint_dir_names=[],
+        timed_out_validation_checkpoint_dir_names=[],
+        failed_validation_checkpoint_dir_names=[],
+    )
+    return str(state.json())
+
+
+def pack(folder: Path, archive: Path, *, gitignore: bool, excludes: Sequence[str]) -> None:
+    """Zip a folder without what Ray, `excludes` and, with `gitignore`, .gitignore files leave out."""
+    left_out = [*EXCLUDES.get()(), *excludes]
+    CREATE_PACKAGE.get()(str(folder.resolve()), archive, include_gitignore=gitignore, excludes=left_out)

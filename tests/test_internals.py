@@ -1,0 +1,82 @@
+"""What we borrow from the private parts of Ray, DeepSpeed and transformers is still there, and is named where not."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, PreTrainedModel
+
+from ofmu_ray.internals import deepspeed_private, ray_private, transformers_private
+from ofmu_ray.internals.contract import Private, check_attributes
+
+ROOT = Path(__file__).resolve().parent.parent
+BORROWED = [
+    name for module in (ray_private, deepspeed_private) for name in vars(module).values() if isinstance(name, Private)
+]
+PRIVATE = (
+    r"ray\.(\w+\.)*_\w+",
+    r"ray\.train\.torch\.config",
+    r"deepspeed\.(runtime|ops|utils)",
+    r"transformers\.(?!utils\b)[a-z]\w*",
+    r"\._(can_set_)?attn_implementation",
+)
+"""Ways of reaching into them."""
+
+
+@pytest.mark.parametrize("borrowed", BORROWED, ids=lambda borrowed: f"{borrowed.module}.{borrowed.name}")
+def test_it_is_where_it_was(borrowed: Private) -> None:
+    """Fails with module, attribute and purpose when a release has moved it."""
+    assert borrowed.get() is not None
+
+
+def test_deepspeeds_optimisers_have_the_attributes() -> None:
+    """Those that their classes name; the engines' tests look at the others, on optimisers at work."""
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    for module in (stage3, stage_1_and_2):
+        for name, attributes in deepspeed_private.CONTRACT.items():
+            if hasattr(module, name):
+                text = Path(str(module.__file__)).read_text()
+                assert [one for one in attributes if not re.search(rf"(def |self\.){one}\b", text)] == [], name
+
+
+def test_transformers_models_have_the_attributes() -> None:
+    assert [name for name in transformers_private.MODEL if not hasattr(PreTrainedModel, name)] == []
+    check_attributes("transformers", LlamaConfig(), transformers_private.CONFIG)
+
+
+def test_the_list_of_checkpoints_is_one_that_ray_train_reads() -> None:
+    text = ray_private.checkpoint_list(["a", "b"])
+    state = ray_private.SNAPSHOT.get().parse_raw(text)
+    assert [entry.checkpoint_dir_name for entry in state.checkpoint_results] == ["a", "b"]
+    assert state.latest_checkpoint_result.checkpoint_dir_name == "b"
+    assert json.loads(text)["current_report_index"] == 2
+
+
+def test_what_moved_is_named() -> None:
+    with pytest.raises(AssertionError, match=r"ray 2\.[\d.]+: ray\.train\.Gone is not there any more; used for a test"):
+        Private("ray.train", "Gone", "a test").get()
+    with pytest.raises(AssertionError, match=r"ray [\d.]+: ray\._private\.gone\.Thing is not there"):
+        Private("ray._private.gone", "Thing", "a test").get()
+    entry = ray_private.SNAPSHOT_ENTRY
+    with pytest.raises(AssertionError, match="_TrainingResultState has no weights any more; used for a test"):
+        Private(entry.module, entry.name, "a test", ("metrics", "weights")).get()
+
+
+def test_no_other_package_reaches_into_them() -> None:
+    files = [*(ROOT / "ofmu_ray").rglob("*.py"), *(ROOT / "pipelines").rglob("*.py")]
+    others = [file for file in files if file.parent.name != "internals"]
+    assert len(others) > 200
+    found = []
+    for file in others:
+        for line in file.read_text().splitlines():
+            code = line.partition("#")[0]
+            imports = re.match(r"\s*(from|import) (.*)", code)
+            if any(
+                re.search(pattern, code if "attn" in pattern else imports[2] if imports else "") for pattern in PRIVATE
+            ):
+                found.append(f"{file.relative_to(ROOT)}: {line.strip()}")
+    assert found == []

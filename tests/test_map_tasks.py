@@ -1,0 +1,125 @@
+"""One function over many items, on processes that stay warm: what the end of one of them costs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from ofmu_ray.cluster import map_tasks as module
+from ofmu_ray.cluster.map_tasks import ProcessDied, ProcessPool, map_tasks
+from ofmu_ray.errors import UserError
+
+Answer = tuple[str, int, str]
+"""Item, which of its process it was, threads."""
+
+
+def make(folder: Path) -> Callable[[str], Answer]:
+    """A function that ends its process as its item says."""
+    done = 0
+
+    def function(item: str) -> Answer:
+        nonlocal done
+        done += 1
+        first = not (folder / item).exists()
+        (folder / item).touch()
+        if item == "exits" or (item == "exits once" and first):
+            os._exit(1)
+        if item == "memory":
+            raise ray.exceptions.OutOfMemoryError("the node ran low on memory")
+        if item == "mistake":
+            raise UserError("an option is wrong")
+        if item == "bug":
+            raise KeyError("x")
+        if item == "sleeps":
+            time.sleep(600)
+        return item, done, os.environ["OMP_NUM_THREADS"]
+
+    return function
+
+
+@pytest.fixture(autouse=True)
+def by_value() -> None:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+
+
+def processes() -> list[psutil.Process]:
+    alive = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    return [process for process in alive if "WarmProcess" in " ".join(process.cmdline())]
+
+
+def gone() -> bool:
+    """Whether the processes end; what Ray kills takes a moment."""
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if not processes():
+                return True
+        time.sleep(0.1)
+    return False
+
+
+def test_an_item_whose_process_ends_is_handed_back(local_ray: None, tmp_path: Path) -> None:
+    items = ["a", "memory", "exits", "b", "c"]
+    with ProcessPool(partial(make, tmp_path), 1) as pool:
+        found: dict[int, Any] = dict(pool.map(items))
+        again = dict(pool.map(["d"]))
+    assert [found[number] for number in (0, 3, 4)] == [("a", 1, "1"), ("b", 1, "1"), ("c", 2, "1")]
+    assert again == {0: ("d", 3, "1")}  # the process was still warm
+    for number, error in ((1, "OutOfMemoryError"), (2, "ActorDiedError")):
+        assert isinstance(found[number], ProcessDied)
+        assert error in str(found[number])
+    assert gone()
+
+
+def test_retries_are_the_callers_choice(local_ray: None, tmp_path: Path) -> None:
+    with ProcessPool(partial(make, tmp_path), 1, cpus=2, retries=1) as pool:
+        found: dict[int, Any] = dict(pool.map(["exits once", "a", "exits"]))
+    assert found[0] == ("exits once", 1, "2")  # a thread per CPU
+    assert found[1] == ("a", 2, "2")
+    assert isinstance(found[2], ProcessDied)
+
+
+def test_work_that_needs_every_item(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = ["a", "exits once", "b"]
+    assert {number: value[0] for number, value in map_tasks(partial(make, tmp_path), items)} == dict(enumerate(items))
+    monkeypatch.setattr(module, "RETRIES", 0)
+    with pytest.raises(ProcessDied, match=r"its process ended: .*OutOfMemoryError"):
+        list(map_tasks(partial(make, tmp_path), ["memory"], most=1))
+    with pytest.raises(UserError, match="an option is wrong"):
+        list(map_tasks(partial(make, tmp_path), ["mistake", "a"]))
+    with pytest.raises(KeyError):
+        list(map_tasks(partial(make, tmp_path), ["bug"]))
+    assert gone()
+
+
+def test_work_goes_on_where_nothing_is_free(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another pool holds both CPUs: one process shares one of them."""
+    monkeypatch.setattr(module, "SETTLE_SECONDS", 0.0)
+    with ProcessPool(partial(make, tmp_path), 2) as pool:
+        list(pool.map(["a", "b"]))
+        assert [value[0] for _, value in map_tasks(partial(make, tmp_path), ["c", "d"])] == ["c", "d"]
+
+
+def test_an_interrupt_ends_the_processes(local_ray: None, tmp_path: Path) -> None:
+    import _thread
+
+    threading.Timer(4.0, _thread.interrupt_main).start()
+    with pytest.raises(KeyboardInterrupt), ProcessPool(partial(make, tmp_path), 2) as pool:
+        list(pool.map(["a", "sleeps"]))
+    assert gone()
+
+
+def test_small_work_stays_here(local_ray: None) -> None:
+    assert module.runs_here(module.SMALL_FLOPS / 2)
+    assert not module.runs_here(2 * module.SMALL_FLOPS)
