@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ofmu_ray.config import METHODS, BenchmarkConfig, OFMUConfig, OptimizerConfig, TrainingConfig, apply_overrides
+from ofmu_ray.config import METHODS, BenchmarkConfig, OptimizerConfig, TrainingConfig, apply_overrides
 from ofmu_ray.engines import TorchEngine
 from ofmu_ray.evaluation.evaluator import Evaluator
 from ofmu_ray.evaluation.sample import spread
-from ofmu_ray.methods import OFMU
+from ofmu_ray.methods.ofmu import OFMU, OFMUConfig
 from ofmu_ray.metrics.summary import summarise
 from ofmu_ray.runs.trial import SplitData, Trial, run_trial
 from ofmu_ray.search.benchmark_output import round_cost

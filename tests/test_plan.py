@@ -15,10 +15,11 @@ import transformers
 from conftest import ROOT
 from engine_models import tiny_model, token_batch
 
-from ofmu_ray.config import METHODS, LoraConfig, ModelConfig, OFMUConfig, TrainingConfig
+from ofmu_ray.config import METHODS, LoraConfig, ModelConfig, TrainingConfig
 from ofmu_ray.engines import Batch, TorchEngine
 from ofmu_ray.errors import UserError
 from ofmu_ray.methods import build_method
+from ofmu_ray.methods.ofmu import OFMUConfig
 from ofmu_ray.models.answers import causal_lm_loss
 from ofmu_ray.models.loading import empty_model
 from ofmu_ray.planning.cost import GPUS, LINKS

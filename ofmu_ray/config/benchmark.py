@@ -7,19 +7,12 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from ofmu_ray.config.evaluation import EvaluationConfig
-from ofmu_ray.config.methods import METHODS
 from ofmu_ray.config.overrides import apply_overrides, merged, nested
 from ofmu_ray.config.ranges import not_negative, positive, require
 from ofmu_ray.config.runs import UnlearnConfig
+from ofmu_ray.config.sections import LABELS
 from ofmu_ray.config.values import close_match
 from ofmu_ray.errors import UserError
-
-LABELS: dict[str, dict[str, Any]] = {
-    **{name: {"method": name} for name in METHODS},
-    "ofmu_full": {"method": "ofmu", "ofmu.preset": "full"},
-    "ofmu_lite": {"method": "ofmu", "ofmu.preset": "lite"},
-}
-"""Label -> what it changes in the base configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
-from ofmu_ray.config.methods import PRESETS
+from ofmu_ray.config.sections import PRESETS
 from ofmu_ray.config.values import close_match, flatten, to_dict
 from ofmu_ray.errors import UserError
 
@@ -18,16 +18,18 @@ Config = TypeVar("Config")
 def apply_overrides(config: Config, overrides: Mapping[str, Any], *, option: str = "") -> Config:
     """The configuration with fields replaced, named with dots or nested; types and ranges are checked.
 
-    `ofmu.preset` comes before the fields that it sets, wherever it stands. `option` leads the names in errors.
+    A preset (`ofmu.preset`) comes before the fields that it sets, wherever it stands. `option` leads the names in
+    errors.
 
     Raises:
         UserError: no such field (with the closest one), or a value of another type or out of range.
     """
     changes = nested(overrides)
-    section = changes.get("ofmu")
-    preset = section.get("preset") if isinstance(section, Mapping) else None
-    if preset in PRESETS:
-        config = typing.cast(Config, _replaced(config, {"ofmu": PRESETS[preset]}, "", option))
+    for method, presets in PRESETS.items():
+        section = changes.get(method)
+        preset = section.get("preset") if isinstance(section, Mapping) else None
+        if preset in presets:
+            config = typing.cast(Config, _replaced(config, {method: presets[preset]}, "", option))
     return typing.cast(Config, _replaced(config, changes, "", option))
 
 

@@ -6,14 +6,13 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from ofmu_ray.config import baselines
 from ofmu_ray.config.data import BUILTIN_FORGET, DataConfig, SourceConfig, TrainDataConfig
 from ofmu_ray.config.evaluation import EvaluationConfig, ProbeConfig
-from ofmu_ray.config.methods import BOUNDED, METHODS, FinetuneConfig, MethodConfig, MethodName, OFMUConfig
+from ofmu_ray.config.methods import FinetuneConfig, MethodConfig
 from ofmu_ray.config.models import BUILTIN_TARGET, ModelConfig, ScratchConfig
 from ofmu_ray.config.ranges import not_negative, require
+from ofmu_ray.config.sections import METHODS, MethodName
 from ofmu_ray.config.training import StopConfig, TrainingConfig
-from ofmu_ray.errors import UserError
 
 BUILTIN_CLUSTERS: dict[str, int | str] = {
     "forget": 8,
@@ -62,9 +61,18 @@ class ReportConfig:
         not_negative("report", self, "samples")
 
 
+def with_sections(kind: type[Any]) -> type[Any]:
+    """The class, before it becomes a dataclass, with a section of options for each method."""
+    for name, options in METHODS.items():
+        kind.__annotations__[name] = options
+        setattr(kind, name, field(default_factory=options.default))
+    return kind
+
+
 @dataclass(frozen=True, kw_only=True)
+@with_sections
 class UnlearnConfig:
-    """`ofmu unlearn`: make a model forget."""
+    """`ofmu unlearn`: make a model forget. Each method has a section of its name."""
 
     name: str | None = None
     """Run name; the same name resumes. null: derived from the configuration's hash."""
@@ -80,42 +88,6 @@ class UnlearnConfig:
     """The model to change."""
     data: DataConfig = field(default_factory=DataConfig)
     """Forget and retain rows."""
-    ofmu: OFMUConfig = field(default_factory=lambda: OFMUConfig.from_preset("first_order"))
-    """Options of method ofmu."""
-    gradient_ascent: baselines.GradientAscentConfig = field(default_factory=baselines.GradientAscentConfig)
-    """Options of method gradient_ascent."""
-    grad_diff: baselines.GradDiffConfig = field(default_factory=baselines.GradDiffConfig)
-    """Options of method grad_diff."""
-    npo: baselines.NPOConfig = field(default_factory=baselines.NPOConfig)
-    """Options of method npo."""
-    simnpo: baselines.SimNPOConfig = field(default_factory=baselines.SimNPOConfig)
-    """Options of method simnpo."""
-    rmu: baselines.RMUConfig = field(default_factory=baselines.RMUConfig)
-    """Options of method rmu."""
-    idk: baselines.IDKConfig = field(default_factory=baselines.IDKConfig)
-    """Options of method idk."""
-    dpo: baselines.DPOConfig = field(default_factory=baselines.DPOConfig)
-    """Options of method dpo."""
-    altpo: baselines.AltPOConfig = field(default_factory=baselines.AltPOConfig)
-    """Options of method altpo."""
-    undial: baselines.UNDIALConfig = field(default_factory=baselines.UNDIALConfig)
-    """Options of method undial."""
-    wga: baselines.WGAConfig = field(default_factory=baselines.WGAConfig)
-    """Options of method wga."""
-    satimp: baselines.SatImpConfig = field(default_factory=baselines.SatImpConfig)
-    """Options of method satimp."""
-    ceu: baselines.CEUConfig = field(default_factory=baselines.CEUConfig)
-    """Options of method ceu."""
-    pdu: baselines.PDUConfig = field(default_factory=baselines.PDUConfig)
-    """Options of method pdu."""
-    task_arithmetic: baselines.TaskArithmeticConfig = field(default_factory=baselines.TaskArithmeticConfig)
-    """Options of method task_arithmetic."""
-    retain_finetune: baselines.RetainFinetuneConfig = field(default_factory=baselines.RetainFinetuneConfig)
-    """Options of method retain_finetune."""
-    blur: baselines.BLURConfig = field(default_factory=baselines.BLURConfig)
-    """Options of method blur."""
-    dualoptim: baselines.DualOptimConfig = field(default_factory=baselines.DualOptimConfig)
-    """Options of method dualoptim."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """How the loop runs."""
     stop: StopConfig = field(default_factory=StopConfig)
@@ -130,18 +102,18 @@ class UnlearnConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "evaluation", resolved(self.evaluation, self.data, self.model.path))
         for name in METHODS:
-            section = getattr(self, name)
-            if isinstance(section, baselines.OneLoopConfig):
-                section.check(name)
-        if self.method == "ofmu":
-            self._check_curvature()
-            self._check_level()
+            self.section(name).check(name)
+        self.method_options.check_run(self)
+
+    def section(self, method: str) -> MethodConfig:
+        """The options of a method."""
+        options: MethodConfig = getattr(self, method)
+        return options
 
     @property
     def method_options(self) -> MethodConfig:
         """The section of the chosen method."""
-        options: MethodConfig = getattr(self, self.method)
-        return options
+        return self.section(self.method)
 
     @property
     def unused_sections(self) -> frozenset[str]:
@@ -150,43 +122,9 @@ class UnlearnConfig:
 
     @property
     def sources(self) -> dict[str, SourceConfig]:
-        """The rows that the run reads, by stream: holdout rows only where they decide how far to forget."""
-        level, bounded = self.ofmu.forget_level, self.method == "ofmu" and self.ofmu.forget_loss in BOUNDED
-        holdout = bounded and (level is None or str(level).startswith("holdout"))
-        return {name: source for name, source in self.data.sources.items() if holdout or name != "holdout"}
-
-    def _check_level(self) -> None:
-        level = self.ofmu.forget_level
-        asks = isinstance(level, str) and level.startswith("holdout") and self.ofmu.forget_loss in BOUNDED
-        if asks and "holdout" not in self.data.sources:
-            raise UserError(
-                f"ofmu.forget_level = {level!r}: no rows that the model has never seen are given; name some in "
-                "data.holdout, or give the level in nats per token"
-            )
-
-    def _check_curvature(self) -> None:
-        differenced = self.ofmu.beta > 0 or self.ofmu.penalises
-        if differenced and self.ofmu.curvature == "finite_difference" and self.model.precision == "bf16":
-            raise UserError(
-                "model.precision = bf16 with ofmu.curvature = finite_difference: differences of gradients at weights "
-                "that are rounded to bf16 are mostly noise (docs/precision.md); use --model.precision bf16_autocast, "
-                "or do without similarity and penalty: --ofmu.beta 0 --ofmu.rho 0"
-            )
-        exact = self.ofmu.curvature == "exact"
-        if exact and self.training.engine != "torch":
-            raise UserError(
-                "ofmu.curvature = exact needs double backward, which DeepSpeed does not offer on sharded models: "
-                "use --training.engine torch (one worker) or --ofmu.curvature finite_difference"
-            )
-        if exact and self.model.attention != "eager":
-            raise UserError(
-                "ofmu.curvature = exact: fused attention has no double backward; add --model.attention eager"
-            )
-        if exact and self.model.gradient_checkpointing:
-            raise UserError(
-                "ofmu.curvature = exact cannot run with gradient checkpointing: "
-                "set --model.gradient_checkpointing false or --ofmu.curvature finite_difference"
-            )
+        """The rows that the run reads, by stream."""
+        read = self.method_options.streams
+        return {name: source for name, source in self.data.sources.items() if name in read}
 
 
 def resolved(
@@ -245,4 +183,5 @@ class TrainConfig:
     """MLflow."""
 
     def __post_init__(self) -> None:
+        self.finetune.check("finetune")
         require(self.epochs > 0, "epochs", self.epochs, "greater than 0")

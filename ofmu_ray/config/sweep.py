@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ofmu_ray.config.benchmark import LABELS
 from ofmu_ray.config.overrides import apply_overrides
 from ofmu_ray.config.ranges import not_negative, positive, require
 from ofmu_ray.config.runs import UnlearnConfig
+from ofmu_ray.config.sections import LABELS
 from ofmu_ray.config.values import close_match
 from ofmu_ray.errors import UserError
 

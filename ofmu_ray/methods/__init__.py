@@ -1,21 +1,9 @@
-"""Unlearning methods, one file each, over the engines' verbs."""
+"""Unlearning methods over the engines' verbs, each in a file or folder of its own.
 
-from __future__ import annotations
+The configuration has a section of each, and comes first: it imports all of them (ofmu_ray.methods.registry).
+"""
 
-from ofmu_ray.config import FinetuneConfig, MethodConfig, OFMUConfig
-from ofmu_ray.methods.finetune import Finetune
-from ofmu_ray.methods.ofmu import OFMU
-from ofmu_ray.methods.protocol import Method
+import ofmu_ray.config  # noqa: F401
+from ofmu_ray.methods.registry import build_method
 
-__all__ = ["OFMU", "build_method"]
-
-
-def build_method(config: MethodConfig, rounds: int | None = None) -> Method:
-    """The method whose options these are; `rounds` of the whole run, for the courses of learning rates."""
-    if isinstance(config, OFMUConfig):
-        return OFMU(config, rounds)
-    if isinstance(config, FinetuneConfig):
-        return Finetune(config, rounds)
-    from ofmu_ray.methods.baselines import BASELINES
-
-    return BASELINES[type(config)](config, rounds)
+__all__ = ["build_method"]

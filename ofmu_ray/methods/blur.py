@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-
-from ofmu_ray.algorithm.losses import LossParts
-from ofmu_ray.algorithm.space import Vector, add_
-from ofmu_ray.config import BLURConfig
-from ofmu_ray.engines.protocol import Engine
+from ofmu_ray.config.methods import RATE, OneLoopConfig, Ranges
+from ofmu_ray.config.ranges import positive
+from ofmu_ray.features.builtin import NLL
+from ofmu_ray.features.protocol import Need
 from ofmu_ray.methods.npo import npo_loss
 from ofmu_ray.methods.one_loop import OneLoop
-from ofmu_ray.methods.protocol import Need
+
+if TYPE_CHECKING:
+    import torch
+
+    from ofmu_ray.algorithm.losses import LossParts
+    from ofmu_ray.algorithm.space import Vector
+    from ofmu_ray.engines.protocol import Engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class BLURConfig(OneLoopConfig):
+    """BLUR (Reisizadeh et al. 2025, arXiv 2506.08164): bi-level, forgetting first; the retain gradient is projected."""
+
+    forget_loss: Literal["npo", "nll"] = "npo"
+    """Lower-level objective: NPO (BLUR-NPO) or the negated NLL."""
+    npo_beta: float = 0.1
+    """Inverse temperature of the NPO loss."""
+    forget_weight: float = 1.0
+    """gamma, weight of the forget gradient beside the projected retain gradient (the authors' MUSE runs: 1)."""
+
+    def check(self, section: str) -> None:
+        super().check(section)
+        positive(section, self, "npo_beta", "forget_weight")
 
 
 class BLUR(OneLoop[BLURConfig]):
@@ -26,11 +47,17 @@ class BLUR(OneLoop[BLURConfig]):
     """
 
     name = "blur"
+    options = BLURConfig
+    space: ClassVar[Ranges] = {
+        "optimizer.lr": RATE,
+        "npo_beta": ("loguniform(0.03, 1)", "the range of NPO's own beta"),
+        "forget_weight": ("loguniform(0.3, 3)", "half a decade around the authors' 1"),
+    }
     retain_weight = 1.0
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return (Need("forget", "nll"),) if self.config.forget_loss == "npo" else ()
+        return (Need("forget", NLL),) if self.config.forget_loss == "npo" else ()
 
     def forget_loss(self, module: torch.nn.Module, micro: Mapping[str, Any]) -> LossParts:
         if self.config.forget_loss == "nll":
@@ -40,6 +67,8 @@ class BLUR(OneLoop[BLURConfig]):
     def direction(
         self, engine: Engine, forget: Vector | None, retain: Vector | None, figures: dict[str, float]
     ) -> Vector:
+        from ofmu_ray.algorithm.space import add_
+
         assert forget is not None
         assert retain is not None
         fr, ff, rr = engine.dot((forget, retain), (forget, forget), (retain, retain))

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
-from ofmu_ray.algorithm.losses import LossParts, distilled_without_truth
-from ofmu_ray.config import CEUConfig
+from ofmu_ray.config.methods import RATE, OneLoopConfig, Ranges
+from ofmu_ray.config.ranges import not_negative
 from ofmu_ray.data.batch import IGNORED
 from ofmu_ray.methods.one_loop import OneLoop
-from ofmu_ray.models.answers import answers
+
+if TYPE_CHECKING:
+    import torch
+
+    from ofmu_ray.algorithm.losses import LossParts
+
+
+@dataclass(frozen=True, kw_only=True)
+class CEUConfig(OneLoopConfig):
+    """CE-U (Yang 2025, arXiv 2503.01224): distillation from the model's own distribution without the true token."""
+
+    skip_tokens: int = 1
+    """Leading answer tokens without a loss (a footnote of the paper)."""
+
+    def check(self, section: str) -> None:
+        super().check(section)
+        not_negative(section, self, "skip_tokens")
 
 
 class CEU(OneLoop[CEUConfig]):
@@ -21,8 +36,13 @@ class CEU(OneLoop[CEUConfig]):
     """
 
     name = "ceu"
+    options = CEUConfig
+    space: ClassVar[Ranges] = {"optimizer.lr": RATE}
 
     def forget_loss(self, module: torch.nn.Module, micro: Mapping[str, Any]) -> LossParts:
+        from ofmu_ray.algorithm.losses import distilled_without_truth
+        from ofmu_ray.models.answers import answers
+
         labels = micro["labels"]
         answer = labels != IGNORED
         kept = answer & (answer.cumsum(1) > self.config.skip_tokens)

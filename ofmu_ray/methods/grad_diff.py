@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
-from ofmu_ray.algorithm.losses import LossParts
-from ofmu_ray.config import GradDiffConfig
+from ofmu_ray.config.methods import RATE, RETAIN_WEIGHT, Ranges, WeightedConfig
 from ofmu_ray.methods.one_loop import Weighted
+
+if TYPE_CHECKING:
+    import torch
+
+    from ofmu_ray.algorithm.losses import LossParts
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradDiffConfig(WeightedConfig):
+    """Gradient difference (Liu et al. 2022, arXiv 2203.12817): ascent on forget, descent on retain rows."""
 
 
 class GradDiff(Weighted[GradDiffConfig]):
     """Minimises -gamma L_f + alpha R: ascent on forget answers, descent on retain answers (R: NLL or KL)."""
 
     name = "grad_diff"
+    options = GradDiffConfig
+    space: ClassVar[Ranges] = {
+        "optimizer.lr": RATE,
+        "retain_weight": RETAIN_WEIGHT,
+    }
 
     @property
     def asks(self) -> frozenset[str]:

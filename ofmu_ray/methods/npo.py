@@ -3,25 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
-from ofmu_ray.algorithm.losses import LossParts, negative_preference, row_sums, token_nll
-from ofmu_ray.config import NPOConfig
+from ofmu_ray.config.methods import RATE, RETAIN_WEIGHT, Ranges, WeightedConfig
+from ofmu_ray.config.ranges import positive
+from ofmu_ray.features.builtin import NLL
+from ofmu_ray.features.protocol import Need
 from ofmu_ray.methods.one_loop import Weighted
-from ofmu_ray.methods.protocol import Need
-from ofmu_ray.models.answers import answers
+
+if TYPE_CHECKING:
+    import torch
+
+    from ofmu_ray.algorithm.losses import LossParts
+
+
+@dataclass(frozen=True, kw_only=True)
+class NPOConfig(WeightedConfig):
+    """Negative preference optimisation (Zhang et al. 2024, arXiv 2404.05868)."""
+
+    beta: float = 0.1
+    """Inverse temperature; towards 0 it becomes gradient ascent."""
+
+    def check(self, section: str) -> None:
+        super().check(section)
+        positive(section, self, "beta")
 
 
 def answer_nll(module: torch.nn.Module, micro: Mapping[str, Any], prefix: str = "") -> torch.Tensor:
     """Sum of the token losses of each row's answer, [rows]."""
+    from ofmu_ray.algorithm.losses import row_sums, token_nll
+    from ofmu_ray.models.answers import answers
+
     logits_tv, labels_t, rows_t, rows = answers(module, micro, prefix=prefix)
     return row_sums(token_nll(logits_tv, labels_t), rows_t, rows)
 
 
 def npo_loss(module: torch.nn.Module, micro: Mapping[str, Any], beta: float) -> LossParts:
     """`negative_preference` on a micro-batch with reference_nll."""
+    from ofmu_ray.algorithm.losses import negative_preference
+
     nll_r = answer_nll(module, micro)
     return negative_preference(nll_r, micro["reference_nll"].to(nll_r.dtype), beta=beta)
 
@@ -30,10 +51,16 @@ class NPO(Weighted[NPOConfig]):
     """Minimises -gamma (2 / beta) mean_i log sigmoid(beta (NLL_i - NLL_i of the untouched model)) + alpha R."""
 
     name = "npo"
+    options = NPOConfig
+    space: ClassVar[Ranges] = {
+        "optimizer.lr": RATE,
+        "beta": ("loguniform(0.03, 1)", "0.1 in the paper (arXiv 2404.05868), which compares values from 0 to 1"),
+        "retain_weight": RETAIN_WEIGHT,
+    }
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return (Need("forget", "nll"), *super().needs)
+        return (Need("forget", NLL), *super().needs)
 
     def forget_loss(self, module: torch.nn.Module, micro: Mapping[str, Any]) -> LossParts:
         return npo_loss(module, micro, self.config.beta)

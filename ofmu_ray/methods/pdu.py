@@ -3,17 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-
-from ofmu_ray.algorithm.losses import LossParts, logit_margin
-from ofmu_ray.algorithm.space import Vector
-from ofmu_ray.config import PDUConfig
+from ofmu_ray.config.methods import RATE, OneLoopConfig, Ranges
+from ofmu_ray.config.ranges import not_negative, positive
 from ofmu_ray.data.batch import IGNORED
-from ofmu_ray.engines.protocol import Engine
 from ofmu_ray.methods.one_loop import OneLoop
-from ofmu_ray.models.answers import answers, logits_at
+
+if TYPE_CHECKING:
+    import torch
+
+    from ofmu_ray.algorithm.losses import LossParts
+    from ofmu_ray.algorithm.space import Vector
+    from ofmu_ray.engines.protocol import Engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class PDUConfig(OneLoopConfig):
+    """Primal-dual unlearning (Entesari et al. 2025, arXiv 2506.05314): flat logits on forget answers, bounded R."""
+
+    forget_weight: float = 1.0
+    """gamma, weight of the forget loss."""
+    dual_start: float = 1.0
+    """lambda_0, first weight of the retain constraint (OpenUnlearning's notes advise 50 to 100)."""
+    dual_rate: float = 1.0
+    """eta, step of the dual variable per round."""
+    retain_bound: float | None = None
+    """epsilon, largest accepted retain loss (nats per token); null: (1 + tolerance) times the first batch's."""
+    tolerance: float = 0.1
+    """With retain_bound null, how much the retain loss may rise, relative to where it starts."""
+    warmup_rounds: int = 0
+    """Rounds before the dual variable starts to move."""
+    positions: Literal["answer", "peer_unshifted"] = "answer"
+    """answer: where answer tokens are predicted; peer_unshifted: one place later (OpenUnlearning's unshifted mask)."""
+
+    def check(self, section: str) -> None:
+        super().check(section)
+        positive(section, self, "forget_weight", "retain_bound")
+        not_negative(section, self, "dual_start", "dual_rate", "tolerance", "warmup_rounds")
 
 
 class PDU(OneLoop[PDUConfig]):
@@ -25,6 +53,12 @@ class PDU(OneLoop[PDUConfig]):
     """
 
     name = "pdu"
+    options = PDUConfig
+    space: ClassVar[Ranges] = {
+        "optimizer.lr": RATE,
+        "dual_start": ("loguniform(1, 100)", "1 in OpenUnlearning; its documentation advises 50 to 100"),
+        "dual_rate": ("loguniform(0.1, 10)", "a decade around OpenUnlearning's 1"),
+    }
 
     def __init__(self, config: PDUConfig, rounds: int | None = None):
         super().__init__(config, rounds)
@@ -36,6 +70,9 @@ class PDU(OneLoop[PDUConfig]):
         return {"forget": 1, "retain": 1}  # whatever lambda is: the dual step needs R
 
     def forget_loss(self, module: torch.nn.Module, micro: Mapping[str, Any]) -> LossParts:
+        from ofmu_ray.algorithm.losses import logit_margin
+        from ofmu_ray.models.answers import answers, logits_at
+
         if self.config.positions == "peer_unshifted":
             return logit_margin(logits_at(module, micro, micro["labels"] != IGNORED))
         return logit_margin(answers(module, micro).logits_tv)

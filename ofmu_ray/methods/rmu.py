@@ -3,20 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-import torch.distributed as dist
-
-from ofmu_ray.algorithm.losses import LossParts
-from ofmu_ray.algorithm.reference_losses import misdirection
-from ofmu_ray.config import RMUConfig
-from ofmu_ray.data.batch import IGNORED
-from ofmu_ray.engines.layers import chosen_layer, decoder_layers, layer_output, parameters_up_to
-from ofmu_ray.engines.protocol import Batch, Engine
+from ofmu_ray.config.methods import RATE, RETAIN_WEIGHT, OneLoopConfig, Ranges
+from ofmu_ray.config.ranges import not_negative, positive
+from ofmu_ray.data.batch import IGNORED, Batch
 from ofmu_ray.errors import UserError
+from ofmu_ray.features.builtin import Activations
+from ofmu_ray.features.protocol import Need
 from ofmu_ray.methods.one_loop import OneLoop
-from ofmu_ray.methods.protocol import Need
+
+if TYPE_CHECKING:
+    import torch
+
+    from ofmu_ray.algorithm.losses import LossParts
+    from ofmu_ray.engines.protocol import Engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMUConfig(OneLoopConfig):
+    """Representation misdirection (Li et al. 2024, arXiv 2403.03218): a layer towards a random vector."""
+
+    forget_weight: float = 1.0
+    """gamma, weight of the forget loss."""
+    retain_weight: float = 1.0
+    """alpha, weight of the distance to the untouched model's activations on retain answers."""
+    layer: int | None = None
+    """Layer whose output is steered, from 0; null: 7 (OpenUnlearning), or the middle layer of a model with fewer."""
+    steering: float = 2.0
+    """c, norm of the random target vector."""
+    train_layers: int | None = None
+    """Train the last n layers up to `layer` only (the authors use 3); null: all weights up to it (OpenUnlearning)."""
+    reduction: Literal["row_mean", "peer_broadcast"] = "row_mean"
+    """row_mean: mean over rows of each row's mean over tokens; peer_broadcast: as OpenUnlearning computes it."""
+
+    def check(self, section: str) -> None:
+        super().check(section)
+        not_negative(section, self, "forget_weight", "retain_weight", "layer")
+        positive(section, self, "steering", "train_layers")
 
 
 class RMU(OneLoop[RMUConfig]):
@@ -28,8 +53,19 @@ class RMU(OneLoop[RMUConfig]):
     """
 
     name = "rmu"
+    options = RMUConfig
+    space: ClassVar[Ranges] = {
+        "optimizer.lr": RATE,
+        "steering": (
+            "loguniform(1, 100)",
+            "2 in OpenUnlearning, 20 and more for the authors' 7 B models (arXiv 2403.03218)",
+        ),
+        "retain_weight": RETAIN_WEIGHT,
+    }
 
     def __init__(self, config: RMUConfig, rounds: int | None = None):
+        import torch
+
         super().__init__(config, rounds)
         self.forget_weight, self.retain_weight = config.forget_weight, config.retain_weight
         self.layer, self.width = 0, 0
@@ -37,13 +73,15 @@ class RMU(OneLoop[RMUConfig]):
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return (Need("retain", "activations", self.config.layer),) if self.retain_weight > 0 else ()
+        return (Need("retain", Activations(self.config.layer)),) if self.retain_weight > 0 else ()
 
     def freeze(self, module: torch.nn.Module) -> None:
         """All that `layer_output` does not use; with train_layers, all but the last n layers up to the steered one.
 
         Raises UserError when the model has no such layer, or not so many below it.
         """
+        from ofmu_ray.engines.layers import chosen_layer, decoder_layers, parameters_up_to
+
         layers = decoder_layers(module)
         self.layer = chosen_layer(self.config.layer, len(layers))
         self.width = module.config.get_text_config().hidden_size  # type: ignore[operator, union-attr]
@@ -64,6 +102,8 @@ class RMU(OneLoop[RMUConfig]):
 
     def start(self, engine: Engine) -> None:
         """Draw u: the worker has seeded torch with the run's seed, on every rank alike."""
+        import torch
+
         drawn = torch.rand(self.width, generator=torch.Generator().manual_seed(torch.initial_seed()))
         self.target = self.config.steering * drawn / drawn.norm()
 
@@ -74,6 +114,11 @@ class RMU(OneLoop[RMUConfig]):
         return self._distance(module, micro, micro["reference_activations"])
 
     def _distance(self, module: torch.nn.Module, micro: Mapping[str, Any], target: torch.Tensor) -> LossParts:
+        import torch
+
+        from ofmu_ray.algorithm.reference_losses import misdirection
+        from ofmu_ray.engines.layers import layer_output
+
         labelled = micro["labels"] != IGNORED
         hidden_td = layer_output(module, micro, self.layer)[labelled]
         hidden_td = hidden_td.float() if hidden_td.dtype in (torch.bfloat16, torch.float16) else hidden_td
@@ -90,6 +135,9 @@ class RMU(OneLoop[RMUConfig]):
 
     def _with_mean_length(self, batch: Batch) -> Batch:
         """For peer_broadcast, mean_j(1 / n_j) of the global batch in every micro-batch. Collective."""
+        import torch
+        import torch.distributed as dist
+
         if self.config.reduction == "row_mean":
             return batch
         lengths = torch.cat([(micro["labels"] != IGNORED).sum(1) for micro in batch.micro]).double()
@@ -104,5 +152,7 @@ class RMU(OneLoop[RMUConfig]):
         return {**super().state_dict(), "target": self.target.tolist()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        import torch
+
         super().load_state_dict(state)
         self.target = torch.tensor(state["target"])

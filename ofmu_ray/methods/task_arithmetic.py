@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
 
 from ofmu_ray.algorithm.schedules import learning_rate
-from ofmu_ray.algorithm.space import Vector, add_, scale_
-from ofmu_ray.config import TaskArithmeticConfig
-from ofmu_ray.engines.protocol import Engine
+from ofmu_ray.config.methods import RATE, OneLoopConfig, Ranges
+from ofmu_ray.config.optimizers import OptimizerConfig
+from ofmu_ray.config.ranges import positive, require
 from ofmu_ray.methods.one_loop import OneLoop
 from ofmu_ray.methods.protocol import Batches, drawn
+
+if TYPE_CHECKING:
+    import torch
+
+    from ofmu_ray.algorithm.space import Vector
+    from ofmu_ray.engines.protocol import Engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskArithmeticConfig(OneLoopConfig):
+    """The negated task vector (Ilharco et al. 2023, arXiv 2212.04089): away from a fit to the forget rows."""
+
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
+    """The optimiser of the fit (no weight decay: it would pull the unlearned weights, not the fitted ones)."""
+    scale: float = 1.0
+    """How far to go: the weights are theta_0 - scale (theta_fit - theta_0)."""
+
+    def check(self, section: str) -> None:
+        super().check(section)
+        positive(section, self, "scale")
+        decay = self.optimizer.weight_decay
+        require(decay == 0, f"{section}.optimizer.weight_decay", decay, "0 (it would not act on the fitted weights)")
 
 
 class TaskArithmetic(OneLoop[TaskArithmeticConfig]):
@@ -27,6 +50,11 @@ class TaskArithmetic(OneLoop[TaskArithmeticConfig]):
     """
 
     name = "task_arithmetic"
+    options = TaskArithmeticConfig
+    space: ClassVar[Ranges] = {
+        "optimizer.lr": RATE,
+        "scale": ("loguniform(0.3, 10)", "up to 1 in the paper (arXiv 2212.04089); a short fit needs more"),
+    }
     start_weights: Vector
 
     def freeze(self, module: torch.nn.Module) -> None:
@@ -42,6 +70,8 @@ class TaskArithmetic(OneLoop[TaskArithmeticConfig]):
 
     def round(self, engine: Engine, forget_batches: Batches, retain_batches: Batches) -> dict[str, float]:
         """One step of the fit; `loss` and `gradient_norm` are the fit's, at phi. Draws one forget batch."""
+        from ofmu_ray.algorithm.space import add_, scale_
+
         scale, batch = self.config.scale, next(drawn(forget_batches, "forget"))
         lr = learning_rate(self.config.optimizer, self.rounds_done, self.rounds)
         engine.set_learning_rate("outer", scale * lr)

@@ -29,7 +29,8 @@ from ofmu_ray.runs.trial import PRIVATE, SplitData, Trial, cost_signature, read_
 from ofmu_ray.runs.trial_data import checked, prepare
 from ofmu_ray.search import benchmark_output as results
 from ofmu_ray.search.judging import goal_of, reference_figure
-from tune_spaces import Space, parse_priors, space_for
+from ofmu_ray.search.priors import parse_priors
+from ofmu_ray.search.spaces import Space, space_for
 
 COST_ROUNDS = 2
 TINY_RATE = 1e-12
@@ -275,8 +276,7 @@ class Benchmark:
         keys = []
         for label, split, config in wanted:
             changes = {"seed": self.config.tuning.seed, "training": {"rounds": COST_ROUNDS}, "stop": NO_STOP}
-            optimizers = ("inner", "outer") if config.method == "ofmu" else ("optimizer",)
-            still = {f"{name}.lr": TINY_RATE for name in optimizers}
+            still = {f"{name}.lr": TINY_RATE for name in config.method_options.optimizer_fields}
             config = apply_overrides(config, {**changes, config.method: still})
             keys.append(f"{split} {sorted(cost_signature(config).items())}")
             pilots.setdefault(

@@ -13,8 +13,7 @@ from typing import Any
 
 from ofmu_ray import progress
 from ofmu_ray.cluster.join import join_cluster, run_paths
-from ofmu_ray.config import SweepConfig, flatten, to_dict
-from ofmu_ray.config.benchmark import LABELS
+from ofmu_ray.config import LABELS, SweepConfig, flatten, to_dict
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.evaluator import Evaluator
 from ofmu_ray.metrics.fronts import plain
@@ -28,8 +27,9 @@ from ofmu_ray.search.benchmark_output import duration
 from ofmu_ray.search.capacity import check_disk, concurrency
 from ofmu_ray.search.judging import goal_of, reference_figure
 from ofmu_ray.search.ledger import Ledger
+from ofmu_ray.search.priors import parse_priors
+from ofmu_ray.search.spaces import Space, read_space, space_for
 from ofmu_ray.search.suggest import Search, without_other_batches
-from tune_spaces import Space, parse_priors, read_space, space_for
 
 MAY_CHANGE = ("select", "keep_models", "concurrency", "retry_failed")
 """Options that may differ from one start of a sweep to the next; so may the number of trials."""
