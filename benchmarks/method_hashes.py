@@ -16,9 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from ofmu_ray.cluster.connect import connect
 from ofmu_ray.config import METHODS, UnlearnConfig, apply_overrides
 from ofmu_ray.tasks import task_named
-from ofmu_ray.training.launch import connect
 from ofmu_ray.training.start import run_local
 
 OPTIONS = {"training.engine": "torch", "training.rounds": 6, "training.batch_size": 4, "evaluation.enabled": False}
