@@ -15,7 +15,6 @@ import hashlib
 import importlib.resources
 import inspect
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -24,8 +23,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from ofmu_ray import progress
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.cluster.map_tasks import device_kind, map_tasks, runs_here
 from ofmu_ray.config import ModelConfig
@@ -187,7 +186,7 @@ class ReferenceModel:
         batches = cut(lengths, wide)
         jobs = [[rows[number] for number in numbers] for numbers in batches]
         flops = 2 * sum(file.stat().st_size for file in self.weights.glob("*.safetensors")) / 4 * lengths.sum()
-        with tqdm(total=len(rows), desc=f"reference {title}", unit="row", disable=not sys.stderr.isatty()) as bar:
+        with progress.bar(f"reference {title}", len(rows), "row") as bar:
             make = partial(_reader, self.model, reading, device_kind())
             for number, found in enumerate(map(make(), jobs)) if runs_here(flops) else map_tasks(make, jobs):
                 yield from zip(batches[number], found, strict=True)
