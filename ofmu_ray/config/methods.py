@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from ofmu_ray.config import ModelConfig, UnlearnConfig
     from ofmu_ray.data.prepare import Prepared
 
+MYPY = False
+"""typing.TYPE_CHECKING by the other name that mypy knows. jsonargparse runs blocks of the first to read annotations, and
+no command line would be parsed before torch is imported."""
+
 Ranges = dict[str, tuple[str, str]]
 """What is tuned of a method: option -> (prior, as in YAML; where its range comes from)."""
 

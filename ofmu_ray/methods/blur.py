@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from ofmu_ray.config.methods import RATE, OneLoopConfig, Ranges
+from ofmu_ray.config.methods import MYPY, RATE, OneLoopConfig, Ranges
 from ofmu_ray.config.ranges import positive
 from ofmu_ray.features.builtin import NLL
 from ofmu_ray.features.protocol import Need
 from ofmu_ray.methods.npo import npo_loss
 from ofmu_ray.methods.one_loop import OneLoop
 
-if TYPE_CHECKING:
+if MYPY:
     import torch
 
     from ofmu_ray.algorithm.losses import LossParts

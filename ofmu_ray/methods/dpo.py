@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from ofmu_ray.config.methods import RATE, RETAIN_WEIGHT, Ranges, WeightedConfig
+from ofmu_ray.config.methods import MYPY, RATE, RETAIN_WEIGHT, Ranges, WeightedConfig
 from ofmu_ray.config.ranges import positive
 from ofmu_ray.data.batch import REFUSAL
 from ofmu_ray.features.builtin import NLL, Refusals
@@ -14,7 +14,7 @@ from ofmu_ray.features.protocol import Need
 from ofmu_ray.methods.npo import answer_nll
 from ofmu_ray.methods.one_loop import Weighted
 
-if TYPE_CHECKING:
+if MYPY:
     import torch
 
     from ofmu_ray.algorithm.losses import LossParts

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from ofmu_ray.algorithm.schedules import learning_rate
-from ofmu_ray.config.methods import RATE, Ranges, WeightedConfig, peer_optimizer
+from ofmu_ray.config.methods import MYPY, RATE, Ranges, WeightedConfig, peer_optimizer
 from ofmu_ray.config.optimizers import OptimizerConfig, SharedBaseConfig
 from ofmu_ray.config.ranges import positive, require
 from ofmu_ray.features.builtin import NLL
@@ -16,7 +16,7 @@ from ofmu_ray.methods.npo import npo_loss
 from ofmu_ray.methods.one_loop import Weighted
 from ofmu_ray.methods.protocol import Batches, drawn
 
-if TYPE_CHECKING:
+if MYPY:
     import torch
 
     from ofmu_ray.algorithm.losses import LossParts

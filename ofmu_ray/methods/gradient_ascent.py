@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from ofmu_ray.config.methods import RATE, OneLoopConfig, Ranges
+from ofmu_ray.config.methods import MYPY, RATE, OneLoopConfig, Ranges
 from ofmu_ray.methods.one_loop import OneLoop
 
-if TYPE_CHECKING:
+if MYPY:
     import torch
 
     from ofmu_ray.algorithm.losses import LossParts

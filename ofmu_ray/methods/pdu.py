@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from ofmu_ray.config.methods import RATE, OneLoopConfig, Ranges
+from ofmu_ray.config.methods import MYPY, RATE, OneLoopConfig, Ranges
 from ofmu_ray.config.ranges import not_negative, positive
 from ofmu_ray.data.batch import IGNORED
 from ofmu_ray.methods.one_loop import OneLoop
 
-if TYPE_CHECKING:
+if MYPY:
     import torch
 
     from ofmu_ray.algorithm.losses import LossParts

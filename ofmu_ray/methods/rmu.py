@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from ofmu_ray.config.methods import RATE, RETAIN_WEIGHT, OneLoopConfig, Ranges
+from ofmu_ray.config.methods import MYPY, RATE, RETAIN_WEIGHT, OneLoopConfig, Ranges
 from ofmu_ray.config.ranges import not_negative, positive
 from ofmu_ray.data.batch import IGNORED, Batch
 from ofmu_ray.errors import UserError
@@ -14,7 +14,7 @@ from ofmu_ray.features.builtin import Activations
 from ofmu_ray.features.protocol import Need
 from ofmu_ray.methods.one_loop import OneLoop
 
-if TYPE_CHECKING:
+if MYPY:
     import torch
 
     from ofmu_ray.algorithm.losses import LossParts

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from ofmu_ray.algorithm.schedules import learning_rate
-from ofmu_ray.config.methods import RATE, OneLoopConfig, Ranges
+from ofmu_ray.config.methods import MYPY, RATE, OneLoopConfig, Ranges
 from ofmu_ray.config.optimizers import OptimizerConfig
 from ofmu_ray.config.ranges import positive, require
 from ofmu_ray.methods.one_loop import OneLoop
 from ofmu_ray.methods.protocol import Batches, drawn
 
-if TYPE_CHECKING:
+if MYPY:
     import torch
 
     from ofmu_ray.algorithm.space import Vector

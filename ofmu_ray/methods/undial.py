@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from ofmu_ray.config.methods import Ranges, WeightedConfig, peer_optimizer
+from ofmu_ray.config.methods import MYPY, Ranges, WeightedConfig, peer_optimizer
 from ofmu_ray.config.optimizers import OptimizerConfig
 from ofmu_ray.config.ranges import positive
 from ofmu_ray.features.builtin import LOG_PROBABILITIES
 from ofmu_ray.features.protocol import Need
 from ofmu_ray.methods.one_loop import Weighted
 
-if TYPE_CHECKING:
+if MYPY:
     import torch
 
     from ofmu_ray.algorithm.losses import LossParts

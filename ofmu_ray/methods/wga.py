@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from ofmu_ray.config.methods import RATE, RETAIN_WEIGHT, Ranges, WeightedConfig
+from ofmu_ray.config.methods import MYPY, RATE, RETAIN_WEIGHT, Ranges, WeightedConfig
 from ofmu_ray.config.ranges import not_negative
 from ofmu_ray.methods.one_loop import Weighted
 
-if TYPE_CHECKING:
+if MYPY:
     import torch
 
     from ofmu_ray.algorithm.losses import LossParts
