@@ -36,7 +36,7 @@ from ofmu_ray.data.template import Template
 from ofmu_ray.data.vocabulary import build_tokenizer
 from ofmu_ray.engines import Batch, TorchEngine
 from ofmu_ray.methods import build_method
-from ofmu_ray.methods.npo import answer_nll
+from ofmu_ray.methods.npo.method import answer_nll
 
 SHAPE = {"hidden_size": 160, "intermediate_size": 432, "num_hidden_layers": 4, "num_attention_heads": 4}
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -30,7 +30,7 @@ from ofmu_ray.config import FormatConfig, ModelConfig, OFMUConfig, OptimizerConf
 from ofmu_ray.data.batches import collate
 from ofmu_ray.data.template import Template
 from ofmu_ray.engines import Batch, DeepSpeedEngine, TorchEngine
-from ofmu_ray.methods import OFMU
+from ofmu_ray.methods.ofmu.method import OFMU
 from ofmu_ray.models.loading import load_causal_lm, load_tokenizer
 
 ROWS = 8

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from ofmu_ray.config import PRESETS, OFMUConfig, close_match
+from ofmu_ray.config import close_match
 from ofmu_ray.errors import UserError
+from ofmu_ray.methods.ofmu import PRESETS, OFMUConfig
 
 Config = TypeVar("Config")
 

@@ -14,7 +14,7 @@ from ofmu_ray.algorithm.curvature import Exact, FiniteDifference
 from ofmu_ray.config import OFMUConfig, OptimizerConfig
 from ofmu_ray.engines import TorchEngine
 from ofmu_ray.errors import UserError
-from ofmu_ray.methods import OFMU
+from ofmu_ray.methods.ofmu.method import OFMU
 
 SGD = {"name": "sgd", "clip": None}
 

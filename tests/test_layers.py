@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     "pipelines", "search", "runs", "planning", "reporting", "attacks", "training", "tracking", "features", "methods",
-    "tasks", "evaluation", "metrics", "engines", "models", "data", "cluster", "internals", "algorithm", "config", "storage",
-    "assets",
+    "tasks", "evaluation", "metrics", "engines", "models", "data", "cluster", "internals", "algorithm", "config",
+    "storage", "assets",
 )  # fmt: skip
 """From the top down, as docs/architecture.md draws them."""
 GROUND = {"errors", "progress", "__version__", ""}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ofmu_ray import config
 from ofmu_ray.algorithm import losses
-from ofmu_ray.methods.baselines import BASELINES
+from ofmu_ray.methods import build_method
 
 VOCABULARY = 11
 VARIANTS: dict[str, config.OneLoopConfig] = {
@@ -101,13 +101,13 @@ def compare(ours: Any, formula: Any, seed: int) -> None:
 def test_forget_loss(variant: str, seed: int) -> None:
     options = VARIANTS[variant]
     formula = loss_formulas.FORGET[variant.partition("-")[0]]
-    method = BASELINES[type(options)](options)
+    method = build_method(options)
     compare(method.forget_loss, lambda logits, micro: formula(logits, micro, options), seed)
 
 
 @pytest.mark.parametrize("retain_loss", ["nll", "kl"])
 def test_retain_loss(retain_loss: Any) -> None:
-    method = BASELINES[config.GradDiffConfig](config.GradDiffConfig(retain_loss=retain_loss))
+    method = build_method(config.GradDiffConfig(retain_loss=retain_loss))
     compare(method.retain_loss, getattr(loss_formulas, retain_loss), seed=2)
 
 
@@ -118,7 +118,7 @@ def test_peer_positions_are_one_place_later() -> None:
     ids = torch.zeros(1, 4, dtype=torch.long)
     micro = {"input_ids": ids, "attention_mask": ids + 1, "labels": torch.tensor([[-100, -100, 1, 2]])}
     found = {
-        positions: BASELINES[config.PDUConfig](config.PDUConfig(positions=positions)).forget_loss(Table(logits), micro)
+        positions: build_method(config.PDUConfig(positions=positions)).forget_loss(Table(logits), micro)
         for positions in ("answer", "peer_unshifted")
     }
     assert {name: (float(total), count) for name, (total, count) in found.items()} == {

@@ -9,14 +9,18 @@ from ofmu_ray.config import SearchConfig, UnlearnConfig, apply_overrides
 from ofmu_ray.metrics.degeneration import Sound
 from ofmu_ray.metrics.rule import Goal
 from ofmu_ray.search.optuna_space import ON, told
+from ofmu_ray.search.space_files import space_for
 from ofmu_ray.search.suggest import Search, Seen, Suggestion, without_other_batches
-from tune_spaces import SPACES, Choice, Integers, Knob, LogUniform, Space, Uniform, ZeroOrLogUniform
+from tune_spaces import Choice, Integers, Knob, LogUniform, Space, Uniform, ZeroOrLogUniform
 
 BASE = apply_overrides(UnlearnConfig(), {"ofmu.preset": "lite"})
 GOAL = Goal("forget_quality", "model_utility", 0.5)
 
 
-def search(kind: str, space: Space = SPACES["ofmu_lite"], **options) -> Search:
+LITE = space_for("ofmu_lite", "ofmu")
+
+
+def search(kind: str, space: Space = LITE, **options) -> Search:
     return Search(SearchConfig(kind=kind, **options), space, BASE, GOAL)
 
 
@@ -43,7 +47,7 @@ def searched(made: Search, trials: int, judge) -> list[Seen]:
 @pytest.mark.parametrize("kind", ["tpe", "multi_objective"])
 def test_the_estimator_is_told_of_degenerate_trials(kind):
     goal = Goal("forget_quality", "model_utility", 0.5, sound=Sound("retrained", {"repetition": (0.0, 0.0, 0.05)}))
-    made = Search(SearchConfig(kind=kind), SPACES["ofmu_lite"], BASE, goal)
+    made = Search(SearchConfig(kind=kind), space_for("ofmu_lite", "ofmu"), BASE, goal)
     one = ended(made.suggest(0, []), 0.5)
     for repetition, violated in ((0.0, 0.0), (0.9, 1.0)):
         ends = {f"forget_repetition{end}": repetition for end in ("", "_low", "_high")}
@@ -112,7 +116,7 @@ def test_fields_with_conditions_are_left_out_and_told_so():
     drawn = [one.suggestion.options for one in seen]
     assert {(o["ofmu.rho"] > 0) == ("ofmu.rho_growth" in o) for o in drawn} == {True}
     assert {o["ofmu.rho"] > 0 for o in drawn} == {True, False}
-    params, distributions = told(SPACES["ofmu_lite"], {"ofmu.rho": 0.0, "ofmu.beta": 0.1})
+    params, distributions = told(space_for("ofmu_lite", "ofmu"), {"ofmu.rho": 0.0, "ofmu.beta": 0.1})
     assert params == {"ofmu.rho" + ON: False, "ofmu.beta" + ON: True, "ofmu.beta": 0.1}
     assert set(params) == set(distributions)
 
@@ -168,7 +172,7 @@ def test_a_failed_member_is_replaced():
 
 
 def test_members_share_their_batches():
-    space, dropped = without_other_batches(SPACES["ofmu_lite"], BASE)
+    space, dropped = without_other_batches(space_for("ofmu_lite", "ofmu"), BASE)
     assert set(dropped) >= {"ofmu.inner_steps", "ofmu.outer_steps"}
     assert {knob.field for knob in space.knobs} >= {"ofmu.inner.lr", "ofmu.outer.lr", "ofmu.rho_growth"}
-    assert without_other_batches(SPACES["npo"], apply_overrides(BASE, {"method": "npo"}))[1] == []
+    assert without_other_batches(space_for("npo", "npo"), apply_overrides(BASE, {"method": "npo"}))[1] == []

@@ -7,36 +7,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ofmu_ray.config import LABELS, METHODS, BenchmarkConfig, UnlearnConfig, apply_overrides
+from ofmu_ray.config import LABELS, BenchmarkConfig, UnlearnConfig, apply_overrides
 from ofmu_ray.errors import UserError
-from tune_spaces import (
-    SPACES,
-    Choice,
-    Integers,
-    Knob,
-    LogUniform,
-    Space,
-    Uniform,
-    ZeroOrLogUniform,
-    parse_prior,
-    read_space,
-)
+from ofmu_ray.methods import method_names
+from ofmu_ray.search.space_files import read_space, space_for
+from tune_spaces import Choice, Integers, Knob, LogUniform, Space, Uniform, ZeroOrLogUniform, parse_prior
 
 BASE = UnlearnConfig()
 
 
 def test_every_method_has_a_space_of_its_own_fields_with_sources():
-    assert set(SPACES) == set(LABELS)
-    for label, space in SPACES.items():
-        space.check(apply_overrides(BASE, LABELS[label]))
+    for label, changes in LABELS.items():
+        space = space_for(label, changes["method"])
+        space.check(apply_overrides(BASE, changes))
         for knob in space.knobs:
-            assert knob.field.split(".")[0] == label.removesuffix("_full").removesuffix("_lite")
+            assert knob.field.split(".")[0] == changes["method"]
             assert len(knob.why) > 20
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", method_names())
 def test_draws_are_reproducible_and_fit_the_configuration(method):
-    space = SPACES[method].scaled(30)
+    space = space_for(method, method).scaled(30)
     draws = space.draws(6, 3, BASE)
     assert draws == space.draws(6, 3, BASE)
     assert draws != space.draws(6, 4, BASE)
@@ -59,9 +50,9 @@ def test_draws_cover_each_range_once_per_part(count, seed):
 
 def test_a_field_without_its_condition_is_not_drawn():
     lite = apply_overrides(BASE, LABELS["ofmu_lite"])
-    draws = SPACES["ofmu_lite"].with_priors({"ofmu.rho": Choice((0.0, 1e-3))}).draws(8, 0, lite)
+    draws = space_for("ofmu_lite", "ofmu").with_priors({"ofmu.rho": Choice((0.0, 1e-3))}).draws(8, 0, lite)
     assert {("ofmu.rho_growth" in draw, draw["ofmu.rho"] > 0) for draw in draws} == {(True, True), (False, False)}
-    fixed = SPACES["ofmu_lite"].with_priors({"ofmu.rho": None})
+    fixed = space_for("ofmu_lite", "ofmu").with_priors({"ofmu.rho": None})
     without = apply_overrides(lite, {"ofmu.rho": 0})
     assert all("ofmu.rho_growth" in draw for draw in fixed.draws(3, 0, lite))
     assert not any("ofmu.rho_growth" in draw for draw in fixed.draws(3, 0, without))
@@ -125,7 +116,7 @@ def test_a_term_may_be_left_out():
 
 
 def test_spaces_from_files(tmp_path):
-    start = SPACES["ofmu_lite"]
+    start = space_for("ofmu_lite", "ofmu")
     (tmp_path / "priors.yaml").write_text("ofmu.beta: loguniform(1e-3, 1e-2)\nofmu: {rho: null}\n")
     found = read_space(str(tmp_path / "priors.yaml"), start)
     assert {knob.field: knob.prior for knob in found.knobs}["ofmu.beta"] == LogUniform(1e-3, 1e-2)
@@ -154,7 +145,7 @@ def test_spaces_from_files(tmp_path):
 def test_bad_files_are_the_users_mistake(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
-        read_space(str(tmp_path / name), SPACES["ofmu_lite"])
+        read_space(str(tmp_path / name), space_for("ofmu_lite", "ofmu"))
 
 
 @pytest.mark.parametrize(
@@ -256,5 +247,5 @@ def test_what_a_label_fixes_is_not_tuned():
     labels = {"one_step": {"method": "ofmu", "ofmu.preset": "full", "ofmu.inner_steps": 1}}
     config = BenchmarkConfig(methods=["one_step"], labels=labels)
     fields = {knob.field for knob in space_of(config, "one_step").knobs}
-    assert fields == {knob.field for knob in SPACES["ofmu"].knobs} - {"ofmu.inner_steps"}
+    assert fields == {knob.field for knob in space_for("ofmu", "ofmu").knobs} - {"ofmu.inner_steps"}
     assert config.run("people", "one_step", {"ofmu.beta": 0.5}).ofmu.inner_steps == 1

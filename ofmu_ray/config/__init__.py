@@ -1,31 +1,12 @@
 """Every option of the project, declared once, as frozen dataclasses.
 
 jsonargparse turns them into the YAML schema, the ``--section.option`` overrides and the help text. A value's type
-and range are checked when it is built; what depends on files or on the machine is checked in ``pipelines/``
-before any worker starts. Nothing here imports torch or Ray.
+and range are checked when it is built; what depends on files or on the machine is checked by ``runs/`` before any
+worker starts. Nothing here imports torch or Ray.
 """
 
-from ofmu_ray.config.baselines import (
-    AltPOConfig,
-    BLURConfig,
-    CEUConfig,
-    DPOConfig,
-    DualOptimConfig,
-    GradDiffConfig,
-    GradientAscentConfig,
-    IDKConfig,
-    NPOConfig,
-    OneLoopConfig,
-    PDUConfig,
-    RetainFinetuneConfig,
-    RMUConfig,
-    SatImpConfig,
-    SimNPOConfig,
-    TaskArithmeticConfig,
-    UNDIALConfig,
-    WeightedConfig,
-    WGAConfig,
-)
+from typing import TYPE_CHECKING, Any
+
 from ofmu_ray.config.benchmark import (
     LABELS,
     AblationConfig,
@@ -46,16 +27,7 @@ from ofmu_ray.config.evaluation import (
     EvaluationSetsConfig,
     ProbeConfig,
 )
-from ofmu_ray.config.methods import (
-    BOUNDED,
-    METHODS,
-    PRESETS,
-    FinetuneConfig,
-    MethodConfig,
-    MethodName,
-    OFMUConfig,
-    PresetName,
-)
+from ofmu_ray.config.method_options import MethodConfig, OneLoopConfig, WeightedConfig
 from ofmu_ray.config.models import (
     BUILTIN_TARGET,
     LoraConfig,
@@ -97,65 +69,41 @@ from ofmu_ray.config.values import (
 )
 
 __all__ = [
-    "BOUNDED",
     "BUILTIN_FORGET",
     "BUILTIN_TARGET",
     "ELASTIC",
     "LABELS",
-    "METHODS",
-    "PRESETS",
     "WHERE_KEPT",
     "AblationConfig",
-    "AltPOConfig",
-    "BLURConfig",
     "BenchmarkConfig",
     "BudgetConfig",
-    "CEUConfig",
-    "DPOConfig",
     "DataConfig",
-    "DualOptimConfig",
     "EarlyConfig",
     "EvaluationConfig",
     "EvaluationSetsConfig",
-    "FinetuneConfig",
     "FormatConfig",
-    "GradDiffConfig",
-    "GradientAscentConfig",
-    "IDKConfig",
     "LoraConfig",
     "MethodConfig",
-    "MethodName",
     "ModelConfig",
-    "NPOConfig",
-    "OFMUConfig",
     "OneLoopConfig",
     "OptimizerConfig",
-    "PDUConfig",
     "Precision",
-    "PresetName",
     "ProbeConfig",
-    "RMUConfig",
     "ReportConfig",
-    "RetainFinetuneConfig",
     "RuleConfig",
-    "SatImpConfig",
     "ScratchConfig",
     "SearchConfig",
     "SelectConfig",
     "SharedBaseConfig",
-    "SimNPOConfig",
     "SourceConfig",
     "StopConfig",
     "SweepConfig",
-    "TaskArithmeticConfig",
     "TrackingConfig",
     "TrainConfig",
     "TrainDataConfig",
     "TrainingConfig",
     "TuningConfig",
-    "UNDIALConfig",
     "UnlearnConfig",
-    "WGAConfig",
     "WeightedConfig",
     "apply_overrides",
     "close_match",
@@ -164,3 +112,15 @@ __all__ = [
     "outcome_hash",
     "to_dict",
 ]
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """The options of every method by the name of their class: those of a new method are here at once."""
+        from ofmu_ray import methods
+
+        for method in (*methods.method_names(), "finetune"):
+            if methods.options_of(method).__name__ == name:
+                return methods.options_of(method)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

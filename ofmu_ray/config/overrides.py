@@ -8,9 +8,9 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
-from ofmu_ray.config.methods import PRESETS
 from ofmu_ray.config.values import close_match, flatten, to_dict
 from ofmu_ray.errors import UserError
+from ofmu_ray.methods import method_names, presets_of
 
 Config = TypeVar("Config")
 
@@ -18,16 +18,18 @@ Config = TypeVar("Config")
 def apply_overrides(config: Config, overrides: Mapping[str, Any], *, option: str = "") -> Config:
     """The configuration with fields replaced, named with dots or nested; types and ranges are checked.
 
-    `ofmu.preset` comes before the fields that it sets, wherever it stands. `option` leads the names in errors.
+    A preset (`ofmu.preset`) comes before the fields that it sets, wherever it stands. `option` leads the names in
+    errors.
 
     Raises:
         UserError: no such field (with the closest one), or a value of another type or out of range.
     """
     changes = nested(overrides)
-    section = changes.get("ofmu")
-    preset = section.get("preset") if isinstance(section, Mapping) else None
-    if preset in PRESETS:
-        config = typing.cast(Config, _replaced(config, {"ofmu": PRESETS[preset]}, "", option))
+    for name in method_names():
+        section = changes.get(name)
+        preset = section.get("preset") if isinstance(section, Mapping) else None
+        if preset is not None and preset in presets_of(name):
+            config = typing.cast(Config, _replaced(config, {name: presets_of(name)[preset]}, "", option))
     return typing.cast(Config, _replaced(config, changes, "", option))
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from ofmu_ray.config import baselines
 from ofmu_ray.config.data import BUILTIN_FORGET, DataConfig, SourceConfig, TrainDataConfig
 from ofmu_ray.config.evaluation import EvaluationConfig, ProbeConfig
-from ofmu_ray.config.methods import BOUNDED, METHODS, FinetuneConfig, MethodConfig, MethodName, OFMUConfig
 from ofmu_ray.config.models import BUILTIN_TARGET, ModelConfig, ScratchConfig
 from ofmu_ray.config.ranges import not_negative, require
 from ofmu_ray.config.training import StopConfig, TrainingConfig
-from ofmu_ray.errors import UserError
+from ofmu_ray.methods import method_names, options_of
+from ofmu_ray.methods.finetune import FinetuneConfig
+
+if TYPE_CHECKING:
+    from ofmu_ray.methods.ofmu import OFMUConfig
 
 BUILTIN_CLUSTERS: dict[str, int | str] = {
     "forget": 8,
@@ -63,8 +65,8 @@ class ReportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnlearnConfig:
-    """`ofmu unlearn`: make a model forget."""
+class RunConfig:
+    """`ofmu unlearn` without the sections of the methods."""
 
     name: str | None = None
     """Run name; the same name resumes. null: derived from the configuration's hash."""
@@ -74,48 +76,12 @@ class UnlearnConfig:
     """Seed of the batch order."""
     task: str = "causal_lm"
     """Kind of model and rows: causal_lm, or an importable module with a TASK (ofmu_ray/tasks/protocol.py)."""
-    method: MethodName = "ofmu"
+    method: str = "ofmu"
     """Unlearning method; the section of its name holds its options, the sections of the others are not read."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model to change."""
     data: DataConfig = field(default_factory=DataConfig)
     """Forget and retain rows."""
-    ofmu: OFMUConfig = field(default_factory=lambda: OFMUConfig.from_preset("first_order"))
-    """Options of method ofmu."""
-    gradient_ascent: baselines.GradientAscentConfig = field(default_factory=baselines.GradientAscentConfig)
-    """Options of method gradient_ascent."""
-    grad_diff: baselines.GradDiffConfig = field(default_factory=baselines.GradDiffConfig)
-    """Options of method grad_diff."""
-    npo: baselines.NPOConfig = field(default_factory=baselines.NPOConfig)
-    """Options of method npo."""
-    simnpo: baselines.SimNPOConfig = field(default_factory=baselines.SimNPOConfig)
-    """Options of method simnpo."""
-    rmu: baselines.RMUConfig = field(default_factory=baselines.RMUConfig)
-    """Options of method rmu."""
-    idk: baselines.IDKConfig = field(default_factory=baselines.IDKConfig)
-    """Options of method idk."""
-    dpo: baselines.DPOConfig = field(default_factory=baselines.DPOConfig)
-    """Options of method dpo."""
-    altpo: baselines.AltPOConfig = field(default_factory=baselines.AltPOConfig)
-    """Options of method altpo."""
-    undial: baselines.UNDIALConfig = field(default_factory=baselines.UNDIALConfig)
-    """Options of method undial."""
-    wga: baselines.WGAConfig = field(default_factory=baselines.WGAConfig)
-    """Options of method wga."""
-    satimp: baselines.SatImpConfig = field(default_factory=baselines.SatImpConfig)
-    """Options of method satimp."""
-    ceu: baselines.CEUConfig = field(default_factory=baselines.CEUConfig)
-    """Options of method ceu."""
-    pdu: baselines.PDUConfig = field(default_factory=baselines.PDUConfig)
-    """Options of method pdu."""
-    task_arithmetic: baselines.TaskArithmeticConfig = field(default_factory=baselines.TaskArithmeticConfig)
-    """Options of method task_arithmetic."""
-    retain_finetune: baselines.RetainFinetuneConfig = field(default_factory=baselines.RetainFinetuneConfig)
-    """Options of method retain_finetune."""
-    blur: baselines.BLURConfig = field(default_factory=baselines.BLURConfig)
-    """Options of method blur."""
-    dualoptim: baselines.DualOptimConfig = field(default_factory=baselines.DualOptimConfig)
-    """Options of method dualoptim."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """How the loop runs."""
     stop: StopConfig = field(default_factory=StopConfig)
@@ -129,64 +95,51 @@ class UnlearnConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "evaluation", resolved(self.evaluation, self.data, self.model.path))
-        for name in METHODS:
+        for name in method_names():
             section = getattr(self, name)
-            if isinstance(section, baselines.OneLoopConfig):
+            if hasattr(section, "check"):  # ranges, in messages that name the section
                 section.check(name)
-        if self.method == "ofmu":
-            self._check_curvature()
-            self._check_level()
+        if hasattr(self.method_options, "check_run"):
+            self.method_options.check_run(self)
 
     @property
-    def method_options(self) -> MethodConfig:
+    def method_options(self) -> Any:
         """The section of the chosen method."""
-        options: MethodConfig = getattr(self, self.method)
-        return options
+        return getattr(self, self.method)
 
     @property
     def unused_sections(self) -> frozenset[str]:
         """Sections that do not count: those of the methods that were not chosen."""
-        return frozenset(METHODS) - {self.method}
+        return frozenset(method_names()) - {self.method}
 
     @property
     def sources(self) -> dict[str, SourceConfig]:
-        """The rows that the run reads, by stream: holdout rows only where they decide how far to forget."""
-        level, bounded = self.ofmu.forget_level, self.method == "ofmu" and self.ofmu.forget_loss in BOUNDED
-        holdout = bounded and (level is None or str(level).startswith("holdout"))
+        """The rows that the run reads, by stream: holdout rows only where the method asks for them."""
+        holdout = getattr(self.method_options, "reads_holdout", False)
         return {name: source for name, source in self.data.sources.items() if holdout or name != "holdout"}
 
-    def _check_level(self) -> None:
-        level = self.ofmu.forget_level
-        asks = isinstance(level, str) and level.startswith("holdout") and self.ofmu.forget_loss in BOUNDED
-        if asks and "holdout" not in self.data.sources:
-            raise UserError(
-                f"ofmu.forget_level = {level!r}: no rows that the model has never seen are given; name some in "
-                "data.holdout, or give the level in nats per token"
-            )
 
-    def _check_curvature(self) -> None:
-        differenced = self.ofmu.beta > 0 or self.ofmu.penalises
-        if differenced and self.ofmu.curvature == "finite_difference" and self.model.precision == "bf16":
-            raise UserError(
-                "model.precision = bf16 with ofmu.curvature = finite_difference: differences of gradients at weights "
-                "that are rounded to bf16 are mostly noise (docs/precision.md); use --model.precision bf16_autocast, "
-                "or do without similarity and penalty: --ofmu.beta 0 --ofmu.rho 0"
-            )
-        exact = self.ofmu.curvature == "exact"
-        if exact and self.training.engine != "torch":
-            raise UserError(
-                "ofmu.curvature = exact needs double backward, which DeepSpeed does not offer on sharded models: "
-                "use --training.engine torch (one worker) or --ofmu.curvature finite_difference"
-            )
-        if exact and self.model.attention != "eager":
-            raise UserError(
-                "ofmu.curvature = exact: fused attention has no double backward; add --model.attention eager"
-            )
-        if exact and self.model.gradient_checkpointing:
-            raise UserError(
-                "ofmu.curvature = exact cannot run with gradient checkpointing: "
-                "set --model.gradient_checkpointing false or --ofmu.curvature finite_difference"
-            )
+if TYPE_CHECKING:
+
+    class UnlearnConfig(RunConfig):
+        """A section for every method; they are found by name."""
+
+        ofmu: OFMUConfig = OFMUConfig()
+
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+
+    def _section(name: str) -> tuple[str, type, Any]:
+        options = options_of(name)
+        return name, options, field(default_factory=getattr(options, "default", options))
+
+    _CHOICE = ("method", Literal[method_names()], "ofmu")
+    UnlearnConfig = dataclasses.make_dataclass(
+        "UnlearnConfig", [_CHOICE, *map(_section, method_names())], bases=(RunConfig,), frozen=True, kw_only=True
+    )
+    UnlearnConfig.__module__ = __name__
+    UnlearnConfig.__doc__ = "`ofmu unlearn`: make a model forget."
 
 
 def resolved(

@@ -11,13 +11,15 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ofmu_ray.config import UnlearnConfig, apply_overrides, close_match
-from ofmu_ray.config.overrides import value_at
+from ofmu_ray.config.values import close_match
 from ofmu_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from ofmu_ray.config import UnlearnConfig
 
 Overrides = dict[str, Any]
 """Dotted field -> value."""
@@ -256,6 +258,8 @@ class Space:
 
     def with_meaning(self, drawn: Overrides, base: UnlearnConfig) -> Overrides:
         """Without the fields whose `given` is 0 or null in what was drawn (in `base`, where it was not drawn)."""
+        from ofmu_ray.config.overrides import value_at
+
         given = {knob.field: knob.given for knob in self.knobs}
 
         def holds(field: str | None) -> bool:
@@ -296,6 +300,8 @@ class Space:
 
     def check(self, base: UnlearnConfig) -> None:
         """Every field exists and takes its prior's values. Raises UserError, with the closest field otherwise."""
+        from ofmu_ray.config.overrides import apply_overrides, value_at
+
         for knob in self.knobs:
             for quantile in (0.0, 0.5, 1.0 - 1e-9):
                 apply_overrides(base, {knob.field: knob.prior.at(quantile)})

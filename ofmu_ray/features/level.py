@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from ofmu_ray.config import BOUNDED, MethodConfig, ModelConfig, OFMUConfig
+from ofmu_ray.config import ModelConfig
+from ofmu_ray.config.method_options import MethodConfig
 from ofmu_ray.data.prepare import Prepared
 from ofmu_ray.features.reference import holdout_losses, unigram_entropy
+from ofmu_ray.methods.ofmu import BOUNDED, OFMUConfig
 
 
 def with_level(method: MethodConfig, prepared: Prepared, model: ModelConfig, cache: str) -> MethodConfig:

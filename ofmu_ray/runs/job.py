@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ofmu_ray.config import MethodConfig, ModelConfig, StopConfig, TrainConfig, TrainingConfig, UnlearnConfig
+from ofmu_ray.config import ModelConfig, StopConfig, TrainConfig, TrainingConfig, UnlearnConfig
+from ofmu_ray.config.method_options import MethodConfig
 from ofmu_ray.storage import join, remove_file, remove_folder
 
 if TYPE_CHECKING:

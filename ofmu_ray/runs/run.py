@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ofmu_ray import progress
-from ofmu_ray.config import BOUNDED, ModelConfig, OFMUConfig, TrainConfig, UnlearnConfig, outcome_hash
+from ofmu_ray.config import ModelConfig, TrainConfig, UnlearnConfig, outcome_hash
+from ofmu_ray.methods.ofmu import BOUNDED, OFMUConfig
 from ofmu_ray.models.checks import placed
 from ofmu_ray.runs.job import TOKENS, Spec, make_job, remove_text, with_references
 from ofmu_ray.runs.outcome import Outcome, cost_of, read_trained, read_unlearned

@@ -1,7 +1,8 @@
-"""Search spaces from a user's file."""
+"""Search spaces by label, and from a user's file."""
 
 from __future__ import annotations
 
+import importlib.util
 import runpy
 from pathlib import Path
 
@@ -10,6 +11,15 @@ import yaml
 from ofmu_ray.config import flatten
 from ofmu_ray.config.spaces import Knob, Prior, Space, parse_priors
 from ofmu_ray.errors import UserError
+from ofmu_ray.methods import space_of
+
+
+def space_for(label: str, method: str, lr_scale: float = 1.0) -> Space:
+    """The space of a label, tune_spaces/LABEL.py or else its method's own, with its learning rates times `lr_scale`."""
+    name = f"tune_spaces.{label}"
+    found = importlib.import_module(name).SPACE if importlib.util.find_spec(name) else space_of(method)
+    space: Space = found.scaled(lr_scale)
+    return space
 
 
 def read_space(path: str, space: Space) -> Space:

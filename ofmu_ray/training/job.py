@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ofmu_ray.config import MethodConfig, ModelConfig, StopConfig, TrainingConfig
+from ofmu_ray.config import ModelConfig, StopConfig, TrainingConfig
+from ofmu_ray.config.method_options import MethodConfig
 from ofmu_ray.methods import build_method
 from ofmu_ray.methods.protocol import Method
 from ofmu_ray.training.stages import Stages

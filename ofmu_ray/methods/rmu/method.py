@@ -1,0 +1,111 @@
+"""RMU: the activations of forget answers towards a random vector (Li et al. 2024, arXiv 2403.03218)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ofmu_ray.algorithm.losses import LossParts
+from ofmu_ray.algorithm.reference_losses import misdirection
+from ofmu_ray.data.batch import IGNORED
+from ofmu_ray.engines.layers import chosen_layer, decoder_layers, layer_output, parameters_up_to
+from ofmu_ray.engines.protocol import Batch, Engine
+from ofmu_ray.errors import UserError
+from ofmu_ray.methods.one_loop import OneLoop
+from ofmu_ray.methods.protocol import Need
+from ofmu_ray.methods.rmu import RMUConfig
+
+
+class RMU(OneLoop[RMUConfig]):
+    """Minimises gamma |h - u|^2 on forget answers + alpha |h - h_ref|^2 on retain answers, h the output of one layer.
+
+    u = c r / |r|, r uniform in [0, 1) per coordinate, drawn from the run's seed. Forward passes end at the layer; what
+    lies above it is frozen. h is taken at the answer's own tokens (the label mask unshifted, as the authors and
+    OpenUnlearning take it), and h_ref is stored: no second model.
+    """
+
+    name = "rmu"
+
+    def __init__(self, config: RMUConfig, rounds: int | None = None):
+        super().__init__(config, rounds)
+        self.forget_weight, self.retain_weight = config.forget_weight, config.retain_weight
+        self.layer, self.width = 0, 0
+        self.target = torch.empty(0)
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return (Need("retain", "activations", self.config.layer),) if self.retain_weight > 0 else ()
+
+    def freeze(self, module: torch.nn.Module) -> None:
+        """All that `layer_output` does not use; with train_layers, all but the last n layers up to the steered one.
+
+        Raises UserError when the model has no such layer, or not so many below it.
+        """
+        layers = decoder_layers(module)
+        self.layer = chosen_layer(self.config.layer, len(layers))
+        self.width = module.config.get_text_config().hidden_size  # type: ignore[operator, union-attr]
+        used = parameters_up_to(module, self.layer)
+        self.work = sum(p.numel() for p in used) / sum(p.numel() for p in module.parameters())
+        if self.config.train_layers is not None:
+            first = self.layer + 1 - self.config.train_layers
+            if first < 0:
+                raise UserError(
+                    f"rmu.train_layers = {self.config.train_layers}: there are {self.layer + 1} layers up to layer "
+                    f"{self.layer}, which is steered"
+                )
+            used = [p for layer in list(layers)[first : self.layer + 1] for p in layer.parameters()]
+        kept = {id(parameter) for parameter in used}
+        for parameter in module.parameters():
+            if id(parameter) not in kept:
+                parameter.requires_grad_(False)
+
+    def start(self, engine: Engine) -> None:
+        """Draw u: the worker has seeded torch with the run's seed, on every rank alike."""
+        drawn = torch.rand(self.width, generator=torch.Generator().manual_seed(torch.initial_seed()))
+        self.target = self.config.steering * drawn / drawn.norm()
+
+    def forget_loss(self, module: torch.nn.Module, micro: Mapping[str, Any]) -> LossParts:
+        return self._distance(module, micro, self.target)
+
+    def retain_loss(self, module: torch.nn.Module, micro: Mapping[str, Any]) -> LossParts:
+        return self._distance(module, micro, micro["reference_activations"])
+
+    def _distance(self, module: torch.nn.Module, micro: Mapping[str, Any], target: torch.Tensor) -> LossParts:
+        labelled = micro["labels"] != IGNORED
+        hidden_td = layer_output(module, micro, self.layer)[labelled]
+        hidden_td = hidden_td.float() if hidden_td.dtype in (torch.bfloat16, torch.float16) else hidden_td
+        target = target.to(hidden_td.device)
+        return misdirection(
+            hidden_td, target, labelled.nonzero()[:, 0], len(labelled), micro.get("mean_inverse_length")
+        )
+
+    def forget_batch(self, batch: Batch) -> Batch:
+        return self._with_mean_length(batch)
+
+    def retain_batch(self, batch: Batch) -> Batch:
+        return self._with_mean_length(batch)
+
+    def _with_mean_length(self, batch: Batch) -> Batch:
+        """For peer_broadcast, mean_j(1 / n_j) of the global batch in every micro-batch. Collective."""
+        if self.config.reduction == "row_mean":
+            return batch
+        lengths = torch.cat([(micro["labels"] != IGNORED).sum(1) for micro in batch.micro]).double()
+        sums = torch.stack([(1 / lengths).sum(), lengths.new_tensor(len(lengths))])
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            sums = sums.cuda() if dist.get_backend() == "nccl" else sums
+            dist.all_reduce(sums)
+        mean = (sums[0] / sums[1]).cpu()
+        return Batch([{**micro, "mean_inverse_length": mean} for micro in batch.micro], batch.row_ids)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "target": self.target.tolist()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.target = torch.tensor(state["target"])
+
+
+METHOD = RMU
