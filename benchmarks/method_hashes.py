@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from ofmu_ray.config import UnlearnConfig, apply_overrides
-from ofmu_ray.methods import method_names
+from ofmu_ray.config.method_options import method_names
 from ofmu_ray.tasks import task_named
 from ofmu_ray.training.launch import connect
 from ofmu_ray.training.start import run_local

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from ofmu_ray.config import BenchmarkConfig, OFMUConfig, OptimizerConfig, TrainingConfig, apply_overrides
+from ofmu_ray.config.method_options import method_names
 from ofmu_ray.engines import TorchEngine
 from ofmu_ray.evaluation.evaluator import Evaluator
 from ofmu_ray.evaluation.sample import spread
-from ofmu_ray.methods import method_names
 from ofmu_ray.methods.ofmu.method import OFMU
 from ofmu_ray.metrics.summary import summarise
 from ofmu_ray.runs.trial import SplitData, Trial, run_trial

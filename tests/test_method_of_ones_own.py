@@ -105,7 +105,7 @@ def test_a_folder_is_enough(tmp_path: Path) -> None:
 
 
 def test_every_method_has_its_line_in_the_readme() -> None:
-    from ofmu_ray.methods import method_names
+    from ofmu_ray.config.method_options import method_names
 
     text = (ROOT / "README.md").read_text()
     assert not [name for name in method_names() if f"`{name}`" not in text]

@@ -16,9 +16,10 @@ from conftest import ROOT
 from engine_models import tiny_model, token_batch
 
 from ofmu_ray.config import LoraConfig, ModelConfig, OFMUConfig, TrainingConfig
+from ofmu_ray.config.method_options import method_names, options_of
 from ofmu_ray.engines import Batch, TorchEngine
 from ofmu_ray.errors import UserError
-from ofmu_ray.methods import build_method, method_names, options_of
+from ofmu_ray.methods import build_method
 from ofmu_ray.models.answers import causal_lm_loss
 from ofmu_ray.models.loading import empty_model
 from ofmu_ray.planning.cost import GPUS, LINKS

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ofmu_ray.config import LABELS, BenchmarkConfig, UnlearnConfig, apply_overrides
+from ofmu_ray.config.method_options import method_names
 from ofmu_ray.errors import UserError
-from ofmu_ray.methods import method_names
 from ofmu_ray.search.space_files import read_space, space_for
 from tune_spaces import Choice, Integers, Knob, LogUniform, Space, Uniform, ZeroOrLogUniform, parse_prior
 

@@ -27,7 +27,14 @@ from ofmu_ray.config.evaluation import (
     EvaluationSetsConfig,
     ProbeConfig,
 )
-from ofmu_ray.config.method_options import MethodConfig, OneLoopConfig, WeightedConfig
+from ofmu_ray.config.method_options import (
+    FinetuneConfig,
+    MethodConfig,
+    OneLoopConfig,
+    WeightedConfig,
+    method_names,
+    options_of,
+)
 from ofmu_ray.config.models import (
     BUILTIN_TARGET,
     LoraConfig,
@@ -81,6 +88,7 @@ __all__ = [
     "EarlyConfig",
     "EvaluationConfig",
     "EvaluationSetsConfig",
+    "FinetuneConfig",
     "FormatConfig",
     "LoraConfig",
     "MethodConfig",
@@ -118,9 +126,7 @@ if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
         """The options of every method by the name of their class: those of a new method are here at once."""
-        from ofmu_ray import methods
-
-        for method in (*methods.method_names(), "finetune"):
-            if methods.options_of(method).__name__ == name:
-                return methods.options_of(method)
+        for method in method_names():
+            if options_of(method).__name__ == name:
+                return options_of(method)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from ofmu_ray.config.evaluation import EvaluationConfig
+from ofmu_ray.config.method_options import method_names, presets_of
 from ofmu_ray.config.overrides import apply_overrides, merged, nested
 from ofmu_ray.config.ranges import not_negative, positive, require
 from ofmu_ray.config.runs import UnlearnConfig
 from ofmu_ray.config.values import close_match
 from ofmu_ray.errors import UserError
-from ofmu_ray.methods import method_names, presets_of
 
 LABELS: dict[str, dict[str, Any]] = {name: {"method": name} for name in method_names()} | {
     f"{name}_{preset}": {"method": name, f"{name}.preset": preset}

@@ -8,9 +8,9 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
+from ofmu_ray.config.method_options import method_names, presets_of
 from ofmu_ray.config.values import close_match, flatten, to_dict
 from ofmu_ray.errors import UserError
-from ofmu_ray.methods import method_names, presets_of
 
 Config = TypeVar("Config")
 

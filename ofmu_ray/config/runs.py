@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ofmu_ray.config.data import BUILTIN_FORGET, DataConfig, SourceConfig, TrainDataConfig
 from ofmu_ray.config.evaluation import EvaluationConfig, ProbeConfig
+from ofmu_ray.config.method_options import FinetuneConfig, method_names, options_of
 from ofmu_ray.config.models import BUILTIN_TARGET, ModelConfig, ScratchConfig
 from ofmu_ray.config.ranges import not_negative, require
 from ofmu_ray.config.training import StopConfig, TrainingConfig
-from ofmu_ray.methods import method_names, options_of
-from ofmu_ray.methods.finetune import FinetuneConfig
 
 if TYPE_CHECKING:
     from ofmu_ray.methods.ofmu import OFMUConfig

@@ -9,9 +9,9 @@ from pathlib import Path
 import yaml
 
 from ofmu_ray.config import flatten
+from ofmu_ray.config.method_options import space_of
 from ofmu_ray.config.spaces import Knob, Prior, Space, parse_priors
 from ofmu_ray.errors import UserError
-from ofmu_ray.methods import space_of
 
 
 def space_for(label: str, method: str, lr_scale: float = 1.0) -> Space:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ofmu_ray.algorithm.schedules import learning_rate
+from ofmu_ray.config.method_options import FinetuneConfig
 from ofmu_ray.engines.protocol import Engine
-from ofmu_ray.methods.finetune import FinetuneConfig
 from ofmu_ray.methods.protocol import Batches, Need, drawn
 
 
@@ -51,6 +51,3 @@ class Finetune:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.rounds_done = int(state["rounds_done"])
-
-
-METHOD = Finetune
