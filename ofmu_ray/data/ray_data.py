@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import pickle
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +11,8 @@ from typing import Any
 import ray
 import ray.data
 from ray.data.context import DataContext, ShuffleStrategy
-from tqdm import tqdm
+
+from ofmu_ray import progress
 
 TASK_CPUS = 0.25
 """CPUs a data task asks for: less than one, so that a machine whose cores are taken by workers is not a dead end."""
@@ -44,7 +44,6 @@ def run_tasks(task: Callable[[Any, Any], Any], items: Sequence[Any], shared: Any
     """`task(item, shared)` for every item on the cluster, results in the order of the items.
 
     Items and results travel pickled, so they may be any picklable object; `shared` goes to the object store once.
-    One progress bar (items) when stderr is a terminal.
     """
     reference = ray.put(shared)
 
@@ -54,5 +53,9 @@ def run_tasks(task: Callable[[Any, Any], Any], items: Sequence[Any], shared: Any
     rows = [{"item": pickle.dumps(item)} for item in items]
     with quiet():
         data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(call, num_cpus=TASK_CPUS)
-        bar = tqdm(data.iter_rows(), total=len(rows), desc=label, disable=not sys.stderr.isatty())
-        return [pickle.loads(row["result"]) for row in bar]
+        found = []
+        with progress.bar(label, len(rows), "part") as bar:
+            for row in data.iter_rows():
+                found.append(pickle.loads(row["result"]))
+                bar.update()
+        return found

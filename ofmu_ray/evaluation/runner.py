@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from ofmu_ray import progress
 from ofmu_ray.cluster.map_tasks import device_kind
 from ofmu_ray.config import EvaluationConfig, FormatConfig, ModelConfig
 from ofmu_ray.data.template import Template
@@ -169,20 +169,17 @@ def _measure(
     run: Callable[[Sequence[Unit]], Iterable[tuple[int, Result]]],
 ) -> Iterator[tuple[str, pa.Table]]:
     """(set, table) as soon as the last unit of the set is done."""
-    from tqdm import tqdm
-
     units = [unit for of in rows.values() for unit in plan(of, template, batch_size)]
     if not units:
         return
     results: dict[str, list[Result]] = {name: [] for name in rows}
     waiting = {name: sum(unit.set == name for unit in units) for name in rows}
-    progress = tqdm(total=len(units), desc=f"evaluate {label}", unit="batch", disable=not sys.stderr.isatty())
-    with progress:
+    with progress.bar(f"evaluate {label}", len(units), "batch") as bar:
         for number, result in run(units):
             name = units[number].set
             results[name].append(result)
             waiting[name] -= 1
-            progress.update()
+            bar.update()
             if waiting[name] == 0:
                 yield name, assemble(rows[name], results.pop(name))
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -22,8 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from ofmu_ray import progress
 from ofmu_ray.algorithm.losses import row_sums, token_nll
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.cluster.map_tasks import device_kind, map_tasks, runs_here
@@ -242,7 +241,7 @@ class _Source:
         jobs = [[rows[number] for number in numbers] for numbers in batches]
         flops = 2 * sum(file.stat().st_size for file in self.weights.glob("*.safetensors")) / 4 * lengths.sum()
         title = f"reference {quantity.name} of {stream}"
-        with tqdm(total=len(rows), desc=title, unit="row", disable=not sys.stderr.isatty()) as bar:
+        with progress.bar(title, len(rows), "row") as bar:
             make = partial(_reader, self.model, quantity, device_kind())
             for number, found in enumerate(map(make(), jobs)) if runs_here(flops) else map_tasks(make, jobs):
                 yield batches[number], found

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+from ofmu_ray import progress
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import SourceConfig
 from ofmu_ray.config.evaluate import RETRAINED, EvaluateConfig
@@ -98,8 +98,6 @@ class Checks:
 
     def measure(self) -> None:
         """Run what is not in the cache: here when it is little, otherwise on processes with one CPU or GPU each."""
-        from tqdm import tqdm
-
         from ofmu_ray.cluster.map_tasks import device_kind, map_tasks, runs_here
         from ofmu_ray.evaluation.cache import TableCache
 
@@ -113,8 +111,7 @@ class Checks:
                 self.found[place] = stored
         make, checks = partial(_measurer, device), [check for _, check in missing]
         few = runs_here(sum(check.flops for check in checks))
-        bar = tqdm(total=len(missing), desc="checks", disable=not sys.stderr.isatty() or not missing)
-        with bar:
+        with progress.bar("checks", len(missing), "check") as bar:
             for number, table in enumerate(map(make(), checks)) if few else map_tasks(make, checks):
                 place, check = missing[number]
                 cache.save(check.key(device), table)
