@@ -34,10 +34,10 @@ import transformers
 from ofmu_ray.config import ModelConfig, OFMUConfig, OptimizerConfig, TrainingConfig
 from ofmu_ray.engines import Batch, DeepSpeedEngine
 from ofmu_ray.methods import OFMU
+from ofmu_ray.models.loading import empty_model
 from ofmu_ray.planning.calibrate import calibrated_time
 from ofmu_ray.planning.cost import LINKS
 from ofmu_ray.planning.setup import Planner, Rows
-from ofmu_ray.planning.shapes import empty_model
 
 ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "65536",

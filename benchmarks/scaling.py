@@ -34,9 +34,9 @@ import transformers
 from ofmu_ray.config import ModelConfig, OFMUConfig, OptimizerConfig, TrainingConfig, UnlearnConfig
 from ofmu_ray.engines import Batch
 from ofmu_ray.methods import OFMU
+from ofmu_ray.models.loading import empty_model
 from ofmu_ray.planning.cost import GPUS
 from ofmu_ray.planning.setup import Planner, Rows, SetUp, link_of
-from ofmu_ray.planning.shapes import empty_model
 
 SHAPES = {
     "0.5m": {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 2, "vocab_size": 512},

@@ -148,7 +148,7 @@ def trajectories(engine: Any, reference: Any, mine: Any, whole: Any) -> float:
 
 def evaluated(engine: Any, reference: Any, mine: Any) -> float:
     """Relative difference of a no-grad loss on this rank's rows; sharded weights are gathered for it."""
-    from ofmu_ray.engines import causal_lm_loss
+    from ofmu_ray.models.answers import causal_lm_loss
 
     (a,), (b,) = (
         e.evaluate(mine, lambda module, micro: float(causal_lm_loss(module, micro)[0])) for e in (engine, reference)

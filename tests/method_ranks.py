@@ -14,8 +14,8 @@ from invariant_ranks import close, lane, seeded_model
 
 from ofmu_ray import config
 from ofmu_ray.engines import Batch
-from ofmu_ray.engines.language import answers
 from ofmu_ray.methods import build_method
+from ofmu_ray.models.answers import answers
 
 ROUNDS = 3
 ADAMW = config.OptimizerConfig(name="adamw", lr=2e-3, clip=1.0, eps=1e-3, weight_decay=0.05)

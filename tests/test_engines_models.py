@@ -13,8 +13,9 @@ from engine_models import freeze, tiny_model, token_batch
 
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import LoraConfig, ModelConfig, OptimizerConfig
-from ofmu_ray.engines import TorchEngine, causal_lm_loss
+from ofmu_ray.engines import TorchEngine
 from ofmu_ray.errors import UserError
+from ofmu_ray.models.answers import causal_lm_loss
 from ofmu_ray.models.loading import add_lora, disable_dropout, freeze_matching, load_causal_lm
 
 

@@ -17,14 +17,15 @@ from engine_models import tiny_model, token_batch
 
 from ofmu_ray.config import METHODS, LoraConfig, ModelConfig, OFMUConfig, TrainingConfig
 from ofmu_ray.engines import Batch, TorchEngine
-from ofmu_ray.engines.language import causal_lm_loss
 from ofmu_ray.errors import UserError
 from ofmu_ray.methods import build_method
+from ofmu_ray.models.answers import causal_lm_loss
+from ofmu_ray.models.loading import empty_model
 from ofmu_ray.planning.cost import GPUS, LINKS
 from ofmu_ray.planning.propose import Target, propose
 from ofmu_ray.planning.replay import replay
 from ofmu_ray.planning.setup import Estimate, Planner, Rows
-from ofmu_ray.planning.shapes import empty_model, micro_batch, parameter_counts
+from ofmu_ray.planning.shapes import micro_batch, parameter_counts
 from ofmu_ray.planning.trace import trace_pass
 from pipelines import cli
 

@@ -1,5 +1,4 @@
-"""Files that ship with the project (a generated corpus of fictitious people, two tiny models fitted to it), and models
-by path, URI or name."""
+"""Files that ship with the project: a generated corpus of fictitious people and two tiny models fitted to it."""
 
 from __future__ import annotations
 
@@ -13,14 +12,3 @@ def resolve_builtin(path: str) -> str:
     if not path.startswith(PREFIX):
         return path
     return str(Path(__file__).resolve().parent / path.removeprefix(PREFIX))
-
-
-def model_source(path: str, option: str = "model.path") -> str:
-    """A model's path as transformers takes it on this machine: a URI's content is fetched (once), a hub name stays.
-
-    Raises:
-        UserError: nothing whole lies at the URI; it names `option`.
-    """
-    from ofmu_ray.storage import fetched, is_uri
-
-    return str(fetched(path, option)) if is_uri(path) else resolve_builtin(path)

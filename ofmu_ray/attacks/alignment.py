@@ -21,9 +21,10 @@ import torch
 
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.rows import EvaluationRow
-from ofmu_ray.evaluation.scoring import Text, head_on, length_sorted
+from ofmu_ray.evaluation.scoring import length_sorted
 from ofmu_ray.metrics.functions import FloatArray
 from ofmu_ray.metrics.intervals import Clusters, Figure, mean_figure, resampled_estimates
+from ofmu_ray.models.answers import Text, head_on
 
 Pooling = Literal["mean", "last"]
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ofmu_ray.evaluation.scoring import Text, head_on
 from ofmu_ray.metrics.functions import FloatArray
+from ofmu_ray.models.answers import Text, logits_at
 
 
 def gradient_norms(model: Any, texts: Sequence[Text], *, p: float = 2.0) -> FloatArray:
@@ -53,8 +53,7 @@ def _answer_loss(model: Any, text: Text) -> torch.Tensor:
         raise AssertionError(f"a text of {len(ids)} tokens with {prompt} prompt tokens has no answer beside EOS")
     device = model.get_input_embeddings().weight.device
     inputs = torch.as_tensor(ids[:-1], device=device)[None]  # nothing that counts is predicted from EOS
-    with head_on(model, lambda hidden: hidden[:, prompt - 1 : -1]):
-        logits = model(input_ids=inputs, use_cache=False).logits[0]
-    if len(logits) == inputs.shape[1]:  # a model that does not call its head as a module: all positions came back
-        logits = logits[prompt - 1 : -1]
+    positions = torch.zeros(inputs.shape, dtype=torch.bool, device=device)
+    positions[:, prompt - 1 : -1] = True
+    logits = logits_at(model, {"input_ids": inputs}, positions)
     return functional.cross_entropy(logits.float(), inputs[0, prompt:])

@@ -22,8 +22,9 @@ from ofmu_ray.data import sources
 from ofmu_ray.data.row_checks import Problems
 from ofmu_ray.data.sources import Broken
 from ofmu_ray.errors import UserError
-from ofmu_ray.evaluation.scoring import Text, head_on, length_sorted, mean_nll
+from ofmu_ray.evaluation.scoring import length_sorted, mean_nll
 from ofmu_ray.metrics.intervals import Figure, mean_figure
+from ofmu_ray.models.answers import Text, logits_at
 
 Scoring = Literal["letters", "cloze"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -219,11 +220,9 @@ def _next_logprobs(model: Any, prompts: Sequence[Sequence[int]]) -> torch.Tensor
     ids_bt = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
     for row, ids in enumerate(prompts):
         ids_bt[row, : len(ids)] = torch.as_tensor(ids)
-    rows, last = torch.arange(len(prompts)), torch.tensor([len(ids) - 1 for ids in prompts])
+    last_bt = torch.zeros(ids_bt.shape, dtype=torch.bool)
+    last_bt[torch.arange(len(prompts)), torch.tensor([len(ids) - 1 for ids in prompts])] = True
     # padding stands on the right, where a causal model's last prompt token never looks: no attention mask needed
-    with head_on(model, lambda hidden: hidden[rows, last]):
-        logits_bv = model(input_ids=ids_bt.to(device), use_cache=False).logits
-    if logits_bv.dim() == 3:  # a model that does not call its head as a module: all positions came back
-        logits_bv = logits_bv[rows, last]
+    logits_bv = logits_at(model, {"input_ids": ids_bt.to(device)}, last_bt.to(device))
     logp_bv: torch.Tensor = logits_bv.float().log_softmax(dim=-1)
     return logp_bv.double().cpu()

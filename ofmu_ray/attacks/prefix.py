@@ -16,9 +16,10 @@ from ofmu_ray.data.template import Template
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.generation import generate, stop_ids
 from ofmu_ray.evaluation.rows import EvaluationRow
-from ofmu_ray.evaluation.scoring import Text, mean_nll
+from ofmu_ray.evaluation.scoring import mean_nll
 from ofmu_ray.metrics.functions import FloatArray
 from ofmu_ray.metrics.rouge import rouge_l_recall
+from ofmu_ray.models.answers import Text
 
 PLAIN, FEW_SHOT, HINT = "plain", "few_shot", "hint"
 

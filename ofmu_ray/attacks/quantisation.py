@@ -21,6 +21,7 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.rows import EvaluationRow
 from ofmu_ray.evaluation.scorer import RowTemplate
 from ofmu_ray.evaluation.scoring import mean_nll
+from ofmu_ray.models.loading import pretrained
 
 FULL = "full"
 BitsAndBytes = Literal["bnb_int8", "bnb_nf4"]
@@ -109,16 +110,12 @@ def load_bitsandbytes(folder: str | Path, scheme: BitsAndBytes, *, trust_remote_
 
 
 def _load_bitsandbytes(folder: str | Path, scheme: BitsAndBytes, device: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     config = BitsAndBytesConfig(**(nf4 if scheme == "bnb_nf4" else {"load_in_8bit": True}))
-    return AutoModelForCausalLM.from_pretrained(
-        folder,
-        quantization_config=config,
-        device_map={"": device},
-        use_safetensors=True,
-        trust_remote_code=trust_remote_code,
+    return pretrained(
+        str(folder), "model", quantization_config=config, device_map={"": device}, trust_remote_code=trust_remote_code
     ).eval()
 
 

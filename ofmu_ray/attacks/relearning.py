@@ -18,7 +18,8 @@ from ofmu_ray.data.template import Template
 from ofmu_ray.engines import Batch, TorchEngine
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.rows import EvaluationRow
-from ofmu_ray.evaluation.scoring import Text, mean_nll
+from ofmu_ray.evaluation.scoring import mean_nll
+from ofmu_ray.models.answers import Text
 
 ATTACKED = "attacked"
 

@@ -10,8 +10,8 @@ import pyarrow as pa
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.rows import EvaluationRow
 from ofmu_ray.evaluation.scorer import RowTemplate
-from ofmu_ray.evaluation.scoring import Text
 from ofmu_ray.metrics.functions import FloatArray, probability
+from ofmu_ray.models.answers import Text
 
 
 def answer_texts(rows: Sequence[EvaluationRow], template: RowTemplate) -> list[Text]:

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+IGNORED = -100
+"""Label of a token without a loss (torch's cross_entropy default)."""
+
 REFUSAL = "refusal_"
 """Prefix of the names, in a micro-batch, of the text that stands for an answer: a refusal or an alternative."""
 

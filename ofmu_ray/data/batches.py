@@ -9,13 +9,10 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from ofmu_ray.data.batch import REFUSAL, Batch
+from ofmu_ray.data.batch import IGNORED, REFUSAL, Batch
 from ofmu_ray.data.batch_plan import Plan
 from ofmu_ray.data.shards import lane_files, read_pieces
 from ofmu_ray.data.sidecar import Sidecar, open_sidecars
-
-IGNORE = -100
-"""Label of tokens without a loss (torch's cross_entropy default)."""
 
 Rows = Sequence[Mapping[str, Any]]
 Collate = Callable[[Rows], dict[str, torch.Tensor]]
@@ -88,7 +85,7 @@ def collate(rows: Rows, pad_id: int) -> dict[str, torch.Tensor]:
     batch = {
         "input_ids": torch.full(shape, pad_id),
         "attention_mask": torch.zeros(shape, dtype=torch.long),
-        "labels": torch.full(shape, IGNORE),
+        "labels": torch.full(shape, IGNORED),
     }
     for index, row in enumerate(rows):
         tokens, prompt = torch.as_tensor(row["input_ids"], dtype=torch.long), int(row["prompt_tokens"])

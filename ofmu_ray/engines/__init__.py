@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ofmu_ray.engines.deepspeed_engine import DeepSpeedEngine
-    from ofmu_ray.engines.language import causal_lm_loss
     from ofmu_ray.engines.protocol import Batch, Engine, Loss, PassAccount, Vector
     from ofmu_ray.engines.torch_engine import TorchEngine
 
@@ -22,7 +21,6 @@ _HOMES = {
     "PassAccount": "protocol",
     "TorchEngine": "torch_engine",
     "Vector": "protocol",
-    "causal_lm_loss": "language",
 }
 
 __all__ = [
@@ -33,7 +31,6 @@ __all__ = [
     "PassAccount",
     "TorchEngine",
     "Vector",
-    "causal_lm_loss",
 ]
 
 

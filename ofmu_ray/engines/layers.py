@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ofmu_ray.engines.language import logits_at, unwrapped
 from ofmu_ray.errors import UserError
+from ofmu_ray.models.answers import logits_at, unwrapped
 
 DEFAULT_LAYER = 7
 """Layer whose output RMU steers unless told otherwise (OpenUnlearning's rmu.yaml)."""

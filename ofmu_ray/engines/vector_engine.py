@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 import torch
 
 from ofmu_ray.config import OptimizerConfig
-from ofmu_ray.engines.language import causal_lm_loss
 from ofmu_ray.engines.optimizers import LoopOptimizer
 from ofmu_ray.engines.protocol import Batch, Kind, Loop, Loss, PassAccount, Vector, sum_and_count
 from ofmu_ray.engines.shards import Shards, trainable_parameters
 from ofmu_ray.errors import UserError
+from ofmu_ray.models.answers import causal_lm_loss
 from ofmu_ray.models.loading import disable_dropout, exported_weights
 
 T = TypeVar("T")

@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ofmu_ray.assets import model_source
 from ofmu_ray.cluster.map_tasks import device_kind, map_tasks, runs_here
 from ofmu_ray.data.template import Template
-from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.scorer import Result, Scorer, Unit
+from ofmu_ray.models.loading import pretrained
 
 if TYPE_CHECKING:
     from ofmu_ray.cluster.nodes import Node
@@ -36,35 +34,13 @@ class Loading:
 
         Raises UserError when the folder holds no causal language model in safetensors.
         """
-        from transformers import AutoModelForCausalLM
-
-        source = model_source(self.model, "model")
-        try:
-            with _quiet_loading():
-                model = AutoModelForCausalLM.from_pretrained(
-                    source,
-                    dtype="auto" if device == "cuda" else "float32",
-                    use_safetensors=True,
-                    trust_remote_code=self.trust_remote_code,
-                )
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"cannot load a causal language model from {self.model}: {reason}") from None
+        model = pretrained(
+            self.model,
+            "model",
+            dtype="auto" if device == "cuda" else "float32",
+            trust_remote_code=self.trust_remote_code,
+        )
         return Scorer(model.to(device).eval(), self.tokenizer, self.template, max_new_tokens=self.max_new_tokens)
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """transformers draws a bar per model it loads; the evaluation has its own."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def run_units(units: Sequence[Unit], loading: Loading, actors: int | None) -> Iterator[tuple[int, Result]]:

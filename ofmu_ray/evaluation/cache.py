@@ -6,51 +6,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.rows import MEASURED, EvaluationRow, without_private_text
 from ofmu_ray.metrics.functions import METRIC_VERSION
-from ofmu_ray.storage import PathLike, atomic_write, fetched, is_file, is_uri, join, locate
-
-_MODEL_FILES = ("*.safetensors", "config.json", "generation_config.json", "*.py")
-
-
-def weights_folder(model: str) -> Path:
-    """The model's folder on this machine; what a hub name or a URI stands for is fetched once and kept.
-
-    Raises UserError when there is neither, or when it holds no safetensors weights or no config.json.
-    """
-    folder = fetched(model, "model") if is_uri(model) else Path(model)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(model, allow_patterns=list(_MODEL_FILES)))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{model} is neither a model directory nor a model the hub serves ({type(error).__name__})"
-            ) from None
-    if not any(folder.glob("*.safetensors")) or not (folder / "config.json").is_file():
-        raise UserError(
-            f"{model} is no model directory: it needs config.json and weights as *.safetensors "
-            "(convert others with save_pretrained)"
-        )
-    return folder
-
-
-def model_fingerprint(folder: Path) -> str:
-    """Hex digest of the model's weights and configuration by content; the folder's name does not matter."""
-    paths = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{path.name} {content}\n".encode())
-    return digest.hexdigest()
+from ofmu_ray.storage import PathLike, atomic_write, is_file, join, locate
 
 
 def cache_key(model: str, template: str, rows: Sequence[EvaluationRow], max_new_tokens: int, arithmetic: str) -> str:

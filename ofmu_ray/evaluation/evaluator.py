@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ofmu_ray.assets import model_source, resolve_builtin
+from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import DataConfig, EvaluationConfig, FormatConfig, SourceConfig, UnlearnConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.sample import Sample
+from ofmu_ray.models.source import model_source
 from ofmu_ray.storage import PathLike, join
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -98,10 +99,9 @@ class Evaluator:
 
     def model_config(self, model: str) -> Any:
         """The text part of the model's configuration (transformers)."""
-        from transformers import AutoConfig
+        from ofmu_ray.models.loading import read_config
 
-        path = model_source(model, "model")
-        return AutoConfig.from_pretrained(path, trust_remote_code=self.trust_remote_code).get_text_config()
+        return read_config(model, "model", trust_remote_code=self.trust_remote_code).get_text_config()
 
     def check_vocabulary(self, model: str, option: str) -> None:
         """UserError when the rows have tokens that the model does not know: its tokenizer is another one."""

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from transformers import DynamicCache, DynamicLayer
 
-from ofmu_ray.evaluation.scoring import head_on, length_sorted
+from ofmu_ray.evaluation.scoring import length_sorted
+from ofmu_ray.models.answers import head_on
 
 _COMPACT_BELOW = 0.75  # share of unfinished rows below which finished rows leave the batch
 

@@ -10,16 +10,16 @@ from typing import Any
 
 import pyarrow as pa
 
-from ofmu_ray.assets import model_source
 from ofmu_ray.cluster.map_tasks import device_kind
-from ofmu_ray.config import EvaluationConfig, FormatConfig
+from ofmu_ray.config import EvaluationConfig, FormatConfig, ModelConfig
 from ofmu_ray.data.template import Template
-from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.actors import Loading, run_units
-from ofmu_ray.evaluation.cache import EvaluationCache, cache_key, model_fingerprint, weights_folder
+from ofmu_ray.evaluation.cache import EvaluationCache, cache_key
 from ofmu_ray.evaluation.rows import EvaluationRow, evaluation_rows, is_private, with_row_metrics, without_private_text
 from ofmu_ray.evaluation.scorer import Result, Scorer, Unit, assemble, plan
 from ofmu_ray.metrics.summary import summarise
+from ofmu_ray.models.loading import load_tokenizer
+from ofmu_ray.models.source import model_fingerprint, weights_folder
 from ofmu_ray.storage import PathLike
 
 __all__ = ["evaluate_live", "evaluate_model", "summarise"]
@@ -188,11 +188,4 @@ def _measure(
 
 
 def _tokenizer(folder: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    source = model_source(folder, "tokenizer")
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot load a tokenizer from {folder}: {reason}") from None
+    return load_tokenizer(ModelConfig(path=folder, trust_remote_code=trust_remote_code), "tokenizer")

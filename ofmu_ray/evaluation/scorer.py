@@ -16,11 +16,12 @@ from ofmu_ray.evaluation.continuation import Begun, finish
 from ofmu_ray.evaluation.generation import budgets, generate, stop_ids
 from ofmu_ray.evaluation.row_pass import row_values
 from ofmu_ray.evaluation.rows import MEASURED, EvaluationRow, with_row_metrics
-from ofmu_ray.evaluation.scoring import Text, TokenScores, length_sorted, mean_nll, token_scores
+from ofmu_ray.evaluation.scoring import TokenScores, length_sorted, mean_nll, token_scores
 from ofmu_ray.metrics import functions as metrics
 from ofmu_ray.metrics.degeneration import ngram_entropy
 from ofmu_ray.metrics.functions import FloatArray
 from ofmu_ray.metrics.rouge import rouge_l_recall
+from ofmu_ray.models.answers import Text
 from ofmu_ray.models.forward import Forward
 from ofmu_ray.models.tree import takes_trees, tree_of
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,31 +10,11 @@ import torch
 from torch.nn import functional
 
 from ofmu_ray.metrics.functions import FloatArray
-
-Text = tuple[Sequence[int], int]
-"""Token ids of prompt and answer (BOS and EOS included), and the number of prompt tokens."""
+from ofmu_ray.models.answers import Text, logits_at
 
 LOGITS_AT_ONCE = 1 << 25  # fp32 logits of one forward pass (128 MiB); a batch with more answer tokens is halved
 _CHUNK = 1 << 20  # fp32 numbers of the whole distributions that are looked at together: they stay in the cache
 _LEAST = -1e4  # log p below which p is 0 in fp32
-
-
-@contextmanager
-def head_on(model: Any, select: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Within the context the output head sees `select(hidden)` instead of every position.
-
-    The head's cost and the size of the logits follow the selection, and what an architecture does to its logits
-    afterwards (soft caps, scales) still happens, because the model's own forward runs.
-    """
-
-    def narrow(_module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (select(inputs[0]), *inputs[1:])
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(narrow)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def length_sorted(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -149,10 +128,6 @@ def _answer_logits(model: Any, texts: Sequence[Text]) -> tuple[torch.Tensor, tor
         ids_bt[row, : len(ids)] = torch.as_tensor(ids)
         predicts_bt[row, prompt - 1 : len(ids) - 1] = True
     targets_n = ids_bt[:, 1:][predicts_bt[:, :-1]].to(device)
-    mask = predicts_bt.to(device)
     # padding stands on the right, where a causal model's answer tokens never look: no attention mask needed
-    with head_on(model, lambda hidden: hidden[mask]):
-        logits_nv = model(input_ids=ids_bt.to(device), use_cache=False).logits
-    if logits_nv.dim() == 3:  # a model that does not call its head as a module: all positions came back
-        logits_nv = logits_nv[mask]
+    logits_nv = logits_at(model, {"input_ids": ids_bt.to(device)}, predicts_bt.to(device))
     return logits_nv, targets_n, predicts_bt.sum(dim=1).tolist()

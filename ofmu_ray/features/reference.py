@@ -25,22 +25,23 @@ import torch
 from tqdm import tqdm
 
 from ofmu_ray.algorithm.losses import row_sums, token_nll
-from ofmu_ray.assets import model_source, resolve_builtin
+from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.cluster.map_tasks import device_kind, map_tasks, runs_here
 from ofmu_ray.config import ModelConfig
+from ofmu_ray.data.batch import IGNORED
 from ofmu_ray.data.batch_plan import Plan, places
-from ofmu_ray.data.batches import IGNORE, collate
+from ofmu_ray.data.batches import collate
 from ofmu_ray.data.prepare import Prepared, TokenisedStream, spread
 from ofmu_ray.data.sidecar import Values, has_table, new_table, read_rows, write_sidecar
 from ofmu_ray.data.tokenise import take_rows
-from ofmu_ray.engines.language import answers
 from ofmu_ray.engines.layers import chosen_layer, decoder_layers, layer_output
 from ofmu_ray.errors import UserError
-from ofmu_ray.evaluation.cache import model_fingerprint, weights_folder
 from ofmu_ray.evaluation.generation import Draws, generate_batch, stop_ids
 from ofmu_ray.features import alternatives, refusals
 from ofmu_ray.methods.protocol import Need, Sampling
-from ofmu_ray.models.loading import load_causal_lm
+from ofmu_ray.models.answers import answers
+from ofmu_ray.models.loading import load_causal_lm, read_config
+from ofmu_ray.models.source import model_fingerprint, weights_folder
 from ofmu_ray.storage import is_file, join
 
 BATCH_TOKENS = 4096
@@ -52,7 +53,7 @@ HALF_ABOVE_BYTES = 2 * 2**30
 activation, at most 2e-4 of any probability."""
 
 _LOGITS_AT_ONCE = 1 << 25  # elements of one forward pass: 128 MiB of fp32
-_CODE = ("features/reference.py", "engines/layers.py", "engines/language.py", "evaluation/generation.py")
+_CODE = ("features/reference.py", "engines/layers.py", "models/answers.py", "evaluation/generation.py")
 _ROW = ["row_id", "input_ids", "prompt_tokens"]
 
 Row = Mapping[str, Any]
@@ -283,7 +284,7 @@ class Reference:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             if self.quantity.name == "activations":
                 layer = chosen_layer(self.quantity.layer, len(decoder_layers(self.module)))
-                found = layer_output(self.module, batch, layer)[batch["labels"] != IGNORE].float()
+                found = layer_output(self.module, batch, layer)[batch["labels"] != IGNORED].float()
             else:
                 logits_tv, labels_t, rows_t, count = answers(self.module, batch)
                 if self.quantity.name == "nll":
@@ -311,10 +312,7 @@ def _answer_tokens(row: Row) -> int:
 
 
 def _text_config(model: ModelConfig) -> Any:
-    from transformers import AutoConfig
-
-    path = model_source(model.path)
-    return AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code).get_text_config()
+    return read_config(model.path, trust_remote_code=model.trust_remote_code).get_text_config()
 
 
 def _digest(*parts: str) -> str:

@@ -9,8 +9,9 @@ import torch
 
 from ofmu_ray.algorithm.losses import LossParts, distilled_without_truth
 from ofmu_ray.config import CEUConfig
-from ofmu_ray.engines.language import IGNORED, answers
+from ofmu_ray.data.batch import IGNORED
 from ofmu_ray.methods.one_loop import OneLoop
+from ofmu_ray.models.answers import answers
 
 
 class CEU(OneLoop[CEUConfig]):

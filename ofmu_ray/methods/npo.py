@@ -9,9 +9,9 @@ import torch
 
 from ofmu_ray.algorithm.losses import LossParts, negative_preference, row_sums, token_nll
 from ofmu_ray.config import NPOConfig
-from ofmu_ray.engines.language import answers
 from ofmu_ray.methods.one_loop import Weighted
 from ofmu_ray.methods.protocol import Need
+from ofmu_ray.models.answers import answers
 
 
 def answer_nll(module: torch.nn.Module, micro: Mapping[str, Any], prefix: str = "") -> torch.Tensor:

@@ -20,12 +20,12 @@ from ofmu_ray.algorithm.schedules import learning_rate
 from ofmu_ray.algorithm.steps import Steps
 from ofmu_ray.algorithm.two_loop import RoundStats, batches_per_round, two_loop_round
 from ofmu_ray.config import BOUNDED, OFMUConfig
-from ofmu_ray.engines.language import answers
 from ofmu_ray.engines.protocol import Engine, Kind, Loop, Loss, Vector
 from ofmu_ray.errors import UserError
 from ofmu_ray.methods.npo import npo_loss
 from ofmu_ray.methods.protocol import Batches, Need, drawn
 from ofmu_ray.methods.simnpo import answer_sums
+from ofmu_ray.models.answers import answers
 
 
 class OFMU:

@@ -11,9 +11,9 @@ from ofmu_ray.algorithm.losses import LossParts, kl_from_reference
 from ofmu_ray.algorithm.schedules import learning_rate
 from ofmu_ray.algorithm.space import Vector, add_, scale_
 from ofmu_ray.config import OneLoopConfig, WeightedConfig
-from ofmu_ray.engines.language import answers, causal_lm_loss
 from ofmu_ray.engines.protocol import Engine, Loss, sum_and_count
 from ofmu_ray.methods.protocol import Batches, Need, drawn
+from ofmu_ray.models.answers import answers, causal_lm_loss
 
 __all__ = ["LossParts", "OneLoop", "Weighted"]
 

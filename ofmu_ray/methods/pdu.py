@@ -10,9 +10,10 @@ import torch
 from ofmu_ray.algorithm.losses import LossParts, logit_margin
 from ofmu_ray.algorithm.space import Vector
 from ofmu_ray.config import PDUConfig
-from ofmu_ray.engines.language import IGNORED, answers, logits_at
+from ofmu_ray.data.batch import IGNORED
 from ofmu_ray.engines.protocol import Engine
 from ofmu_ray.methods.one_loop import OneLoop
+from ofmu_ray.models.answers import answers, logits_at
 
 
 class PDU(OneLoop[PDUConfig]):

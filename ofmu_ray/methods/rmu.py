@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ofmu_ray.algorithm.losses import LossParts
 from ofmu_ray.algorithm.reference_losses import misdirection
 from ofmu_ray.config import RMUConfig
-from ofmu_ray.engines.language import IGNORED
+from ofmu_ray.data.batch import IGNORED
 from ofmu_ray.engines.layers import chosen_layer, decoder_layers, layer_output, parameters_up_to
 from ofmu_ray.engines.protocol import Batch, Engine
 from ofmu_ray.errors import UserError

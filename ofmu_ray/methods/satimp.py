@@ -9,8 +9,8 @@ import torch
 
 from ofmu_ray.algorithm.losses import LossParts, token_nll, weighted_ascent
 from ofmu_ray.config import SatImpConfig
-from ofmu_ray.engines.language import answers
 from ofmu_ray.methods.one_loop import Weighted
+from ofmu_ray.models.answers import answers
 
 
 class SatImp(Weighted[SatImpConfig]):

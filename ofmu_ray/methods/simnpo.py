@@ -9,8 +9,8 @@ import torch
 
 from ofmu_ray.algorithm.losses import LossParts, row_sums, simple_negative_preference, token_nll
 from ofmu_ray.config import SimNPOConfig
-from ofmu_ray.engines.language import answers
 from ofmu_ray.methods.one_loop import Weighted
+from ofmu_ray.models.answers import answers
 
 
 def answer_sums(module: torch.nn.Module, micro: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,9 +10,9 @@ import torch
 from ofmu_ray.algorithm.losses import LossParts
 from ofmu_ray.algorithm.reference_losses import distilled_from_adjusted
 from ofmu_ray.config import UNDIALConfig
-from ofmu_ray.engines.language import answers
 from ofmu_ray.methods.one_loop import Weighted
 from ofmu_ray.methods.protocol import Need
+from ofmu_ray.models.answers import answers
 
 
 class UNDIAL(Weighted[UNDIALConfig]):

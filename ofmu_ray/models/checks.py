@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ofmu_ray.assets import model_source
 from ofmu_ray.config import ModelConfig
 from ofmu_ray.errors import StorageError, UserError
+from ofmu_ray.models.source import model_source
 
 
 def check_model(config: ModelConfig, option: str = "model.path") -> Any:
@@ -17,7 +17,7 @@ def check_model(config: ModelConfig, option: str = "model.path") -> Any:
     Raises:
         UserError: no such folder, no weights, unreadable weights, no tokenizer, or a tokenizer without EOS.
     """
-    from ofmu_ray.models.loading import load_tokenizer
+    from ofmu_ray.models.loading import load_tokenizer, read_config
 
     try:
         path = model_source(config.path, option)
@@ -27,7 +27,7 @@ def check_model(config: ModelConfig, option: str = "model.path") -> Any:
         _check_weights(Path(path), option, config.trust_remote_code)
     elif path.startswith((".", "/", "~")) or config.path.startswith("builtin:"):
         raise UserError(f"{option} = {config.path!r}: no such folder")
-    _check_config(path, option, config)
+    read_config(config.path, option, trust_remote_code=config.trust_remote_code)
     tokenizer = load_tokenizer(config)
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -44,16 +44,6 @@ def placed(config: ModelConfig) -> ModelConfig:
         return str(Path(path).absolute()) if path is not None and Path(path).is_dir() else path
 
     return replace(config, path=absolute(config.path) or config.path, tokenizer=absolute(config.tokenizer))
-
-
-def _check_config(path: str, option: str, config: ModelConfig) -> None:
-    from transformers import AutoConfig
-
-    try:
-        AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError and its own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{option} = {config.path!r}: the model does not load: {reason}") from None
 
 
 def _check_weights(folder: Path, option: str, trusted: bool) -> None:

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from transformers import AttentionInterface
 
-from ofmu_ray.evaluation.scoring import head_on
 from ofmu_ray.internals.transformers_private import attention_of
+from ofmu_ray.models.answers import head_on
 
 _ATTENTION = "ofmu"
 _HARMLESS = {"dropout", "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions"}

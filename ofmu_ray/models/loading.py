@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 
-from ofmu_ray.assets import model_source
 from ofmu_ray.config import LoraConfig, ModelConfig
 from ofmu_ray.errors import UserError
+from ofmu_ray.models.source import model_source
 
 Gathered = Callable[[Sequence[torch.nn.Parameter]], AbstractContextManager[object]]
 
@@ -38,33 +38,100 @@ def load_causal_lm(config: ModelConfig) -> tuple[torch.nn.Module, Any]:
 
 
 def _load_module(config: ModelConfig) -> torch.nn.Module:
+    module: torch.nn.Module = pretrained(
+        config.path,
+        dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+        attn_implementation=config.attention,
+        trust_remote_code=config.trust_remote_code,
+    )
+    return module
+
+
+def pretrained(path: str, option: str = "model.path", **options: Any) -> Any:
+    """A causal language model from its safetensors, by transformers with these options; no bar is drawn.
+
+    Raises:
+        UserError: it does not load; names `option`.
+    """
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
     try:
-        module: torch.nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
-            model_source(config.path),
-            dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
-            attn_implementation=config.attention,
-            trust_remote_code=config.trust_remote_code,
-            use_safetensors=True,
-        )
+        with _quiet():
+            return transformers.AutoModelForCausalLM.from_pretrained(
+                model_source(path, option), use_safetensors=True, **options
+            )
     except UserError:
         raise
     except Exception as error:  # a broken directory shows as any of OSError, KeyError, ValueError, SafetensorError
         raise UserError(
-            f"model.path = {config.path!r} does not load: {_one_line(error)}. It must be a Hugging Face model "
-            "directory or hub name of a causal language model with safetensors weights"
+            f"{option} = {path!r} does not load: {_one_line(error)}. It must be a Hugging Face model directory or hub "
+            "name of a causal language model with safetensors weights"
         ) from error
-    return module
 
 
-def load_tokenizer(config: ModelConfig) -> Any:
-    """The tokenizer of model.tokenizer, or the model's own; padding on the right, with a pad token."""
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers draws a bar for each model that it loads."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def read_config(path: str, option: str = "model.path", *, trust_remote_code: bool = False) -> Any:
+    """A model's configuration (transformers), without its weights.
+
+    Raises:
+        UserError: there is none that loads; names `option`.
+    """
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(model_source(path, option), trust_remote_code=trust_remote_code)
+    except UserError:
+        raise
+    except Exception as error:  # OSError, ValueError, KeyError and transformers' own
+        raise UserError(f"{option} = {path!r}: the model does not load: {_one_line(error)}") from None
+
+
+def empty_model(shape: Any, config: ModelConfig, device: str = "meta") -> torch.nn.Module:
+    """The model with adapters, frozen parts and checkpointing as the engine gets it, on `device`.
+
+    `shape`: of `read_config`. On the meta device it holds no storage; elsewhere its weights are random.
+    """
+    import transformers
+
+    with torch.device(device):
+        module: torch.nn.Module = transformers.AutoModelForCausalLM.from_config(
+            shape,
+            dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+            attn_implementation=config.attention,
+            trust_remote_code=config.trust_remote_code,
+        )
+        if config.lora is not None:
+            module = add_lora(module, config.lora)
+    freeze_matching(module, config.freeze)
+    disable_dropout(module)
+    if config.gradient_checkpointing:
+        _enable_checkpointing(module, config)
+    return module.train()
+
+
+def load_tokenizer(config: ModelConfig, option: str | None = None) -> Any:
+    """The tokenizer of model.tokenizer, or the model's own; padding on the right, with a pad token.
+
+    Raises:
+        UserError: it does not load, or has no end-of-sequence token; names `option`, or the one that it comes from.
+    """
     import transformers
 
     path = config.tokenizer or config.path
-    option = "model.tokenizer" if config.tokenizer else "model.path"
+    option = option or ("model.tokenizer" if config.tokenizer else "model.path")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             model_source(path, option), trust_remote_code=config.trust_remote_code

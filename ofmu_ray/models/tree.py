@@ -17,8 +17,8 @@ import torch
 from torch.nn import functional
 from transformers import DynamicCache, DynamicLayer
 
-from ofmu_ray.evaluation.scoring import Text
 from ofmu_ray.internals.transformers_private import takes_attention
+from ofmu_ray.models.answers import Text
 from ofmu_ray.models.forward import Forward
 
 _SAME_WIDTH = 0.8  # paths share one attention call when the shorter has at least this share of the longer's new tokens

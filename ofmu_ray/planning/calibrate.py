@@ -16,9 +16,10 @@ from ofmu_ray.engines import TorchEngine
 from ofmu_ray.engines.protocol import sum_and_count
 from ofmu_ray.errors import UserError
 from ofmu_ray.methods import build_method
+from ofmu_ray.models.loading import empty_model
 from ofmu_ray.planning.cost import Link, RoundTime
 from ofmu_ray.planning.setup import Estimate, Planner
-from ofmu_ray.planning.shapes import empty_model, micro_batch
+from ofmu_ray.planning.shapes import micro_batch
 
 REPEATS = 3
 LARGEST_VECTOR = 16_000_000
@@ -71,7 +72,7 @@ def _pass_seconds(planner: Planner, estimate: Estimate, stream: str, layers: int
 
 
 def _run(module: torch.nn.Module, micro: Any) -> None:
-    from ofmu_ray.engines.language import causal_lm_loss
+    from ofmu_ray.models.answers import causal_lm_loss
 
     value, _ = sum_and_count(causal_lm_loss(module, micro))
     value.backward()  # type: ignore[no-untyped-call]

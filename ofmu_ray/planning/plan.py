@@ -16,10 +16,10 @@ def planned(config: PlanConfig) -> dict[str, Any]:
 
     Raises UserError when nothing fits plan.gpu_memory, or a configuration cannot be planned.
     """
+    from ofmu_ray.models.loading import read_config
     from ofmu_ray.planning.cost import GPUS
     from ofmu_ray.planning.propose import Target, propose
     from ofmu_ray.planning.setup import Planner, link_of
-    from ofmu_ray.planning.shapes import model_shape
 
     options, training = config.plan, config.training
     gpu = GPUS[options.gpu] if options.gpu else None
@@ -28,8 +28,9 @@ def planned(config: PlanConfig) -> dict[str, Any]:
     if options.calibrate and cuda:
         raise UserError("plan.calibrate measures this machine's CPU: leave out plan.gpu and plan.gpu_memory")
     rows = _rows(config)
+    shape = read_config(config.model.path, trust_remote_code=config.model.trust_remote_code)
     planner = Planner(
-        model_shape(config.model), config.model, config.method_options, training, rows, "cuda" if cuda else "cpu",
+        shape, config.model, config.method_options, training, rows, "cuda" if cuda else "cpu",
         base=0 if cuda else _process_bytes(),
     )  # fmt: skip
     workers = options.gpus or training.workers

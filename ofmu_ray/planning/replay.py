@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from ofmu_ray.config import OptimizerConfig, SharedBaseConfig
-from ofmu_ray.engines.language import causal_lm_loss
 from ofmu_ray.engines.protocol import Batch, Kind, Loop, Loss, PassAccount, Vector
 from ofmu_ray.errors import UserError
 from ofmu_ray.methods.protocol import Method
+from ofmu_ray.models.answers import causal_lm_loss
 from ofmu_ray.planning.trace import Meter
 
 UNIT = 1 << 20

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from ofmu_ray.config import LoraConfig, MethodConfig, ModelConfig, TrainingConfig
 from ofmu_ray.engines.deepspeed_engine import PERSISTENT_BELOW
 from ofmu_ray.methods import build_method
+from ofmu_ray.models.loading import empty_model
 from ofmu_ray.planning.cost import (
     LINKS,
     Device,
@@ -22,7 +23,7 @@ from ofmu_ray.planning.cost import (
 )
 from ofmu_ray.planning.memory import Layout, Peak, Sizes, highest, peaks
 from ofmu_ray.planning.replay import Round, replay
-from ofmu_ray.planning.shapes import empty_model, micro_batch, parameter_counts
+from ofmu_ray.planning.shapes import micro_batch, parameter_counts
 from ofmu_ray.planning.trace import Meter, PassTrace, trace_pass
 
 HOST_LINK = 20e9

@@ -7,54 +7,10 @@ from typing import Any
 
 import torch
 
-from ofmu_ray.assets import model_source
-from ofmu_ray.config import ModelConfig
 from ofmu_ray.data.batch import REFUSAL
 from ofmu_ray.data.sidecar import KEYS
 from ofmu_ray.engines.layers import chosen_layer, decoder_layers
-from ofmu_ray.errors import UserError
 from ofmu_ray.methods.protocol import Need
-from ofmu_ray.models.loading import _enable_checkpointing, add_lora, disable_dropout, freeze_matching
-
-
-def model_shape(config: ModelConfig) -> Any:
-    """The Hugging Face configuration of model.path; no weights are read.
-
-    Raises UserError when there is none.
-    """
-    import transformers
-
-    try:
-        return transformers.AutoConfig.from_pretrained(
-            model_source(config.path), trust_remote_code=config.trust_remote_code
-        )
-    except UserError:
-        raise
-    except Exception as error:  # OSError, ValueError, KeyError and transformers' own
-        raise UserError(f"model.path = {config.path!r}: no configuration of a model: {error}") from None
-
-
-def empty_model(shape: Any, config: ModelConfig, device: str = "meta") -> torch.nn.Module:
-    """The model with adapters, frozen parts and checkpointing as the engine gets it, on `device`.
-
-    On the meta device it holds no storage; elsewhere its weights are random.
-    """
-    import transformers
-
-    with torch.device(device):
-        module: torch.nn.Module = transformers.AutoModelForCausalLM.from_config(
-            shape,
-            dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
-            attn_implementation=config.attention,
-            trust_remote_code=config.trust_remote_code,
-        )
-        if config.lora is not None:
-            module = add_lora(module, config.lora)
-    freeze_matching(module, config.freeze)
-    disable_dropout(module)
-    if config.gradient_checkpointing:
-        _enable_checkpointing(module, config)
-    return module.train()
 
 
 def parameter_counts(module: torch.nn.Module) -> tuple[int, int]:

@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from ofmu_ray.assets import model_source, resolve_builtin
+from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import SourceConfig
 from ofmu_ray.config.evaluate import RETRAINED, EvaluateConfig
 from ofmu_ray.config.robustness import PrefixOptions, RelearnOptions
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.evaluator import Evaluator
+from ofmu_ray.models.source import model_source
 
 Figures = dict[str, dict[str, Any]]
 """Model -> name -> {"value", "low", "high", "n"}."""
@@ -174,7 +175,7 @@ class Checks:
     def _checks(self) -> Iterator[tuple[tuple[str, str], Any]]:
         """((check, model), what to run) of all that is wanted, one model after the other."""
         from ofmu_ray.attacks.measurement import Check
-        from ofmu_ray.evaluation.cache import model_fingerprint, weights_folder
+        from ofmu_ray.models.source import model_fingerprint, weights_folder
 
         if not self.wanted:
             return

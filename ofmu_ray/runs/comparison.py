@@ -142,7 +142,7 @@ def _write(
     mlflow: str,
 ) -> list[str]:
     """rows.parquet, report.html and, last, metrics.json; returns the names of those that MLflow keeps."""
-    from ofmu_ray.evaluation.cache import model_fingerprint, weights_folder
+    from ofmu_ray.models.source import model_fingerprint, weights_folder
     from ofmu_ray.reporting.evaluation_page import ComparisonData, write_comparison
 
     write_rows(join(home, "rows.parquet"), tables)

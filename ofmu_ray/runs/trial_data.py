@@ -85,7 +85,7 @@ def prepare(
 
 def _fingerprint(base: UnlearnConfig, prepared: Any, evaluator: Any) -> str:
     """By content: a model that was fitted anew under the same path, or other rows, make other runs."""
-    from ofmu_ray.evaluation.cache import model_fingerprint, weights_folder
+    from ofmu_ray.models.source import model_fingerprint, weights_folder
 
     paths = [path for path in (base.model.path, base.evaluation.retrained) if path]
     weights = [model_fingerprint(weights_folder(resolve_builtin(path))) for path in paths]

@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ofmu_ray.assets import model_source
 from ofmu_ray.config import ModelConfig, TrainingConfig
 from ofmu_ray.errors import UserError
+from ofmu_ray.models.source import model_source
 
 MOMENTS = 5
 """A checkpoint's size in model sizes: fp32 weights and two moments of each of two optimisers."""

@@ -57,7 +57,7 @@ class CausalLM:
 
     def loss(self, module: torch.nn.Module, micro: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Negative log-likelihood of the answers' tokens."""
-        from ofmu_ray.engines.language import causal_lm_loss
+        from ofmu_ray.models.answers import causal_lm_loss
 
         return causal_lm_loss(module, micro)
 
@@ -66,7 +66,7 @@ class CausalLM:
         import torch
         from torch.nn import functional
 
-        from ofmu_ray.engines.language import answers
+        from ofmu_ray.models.answers import answers
 
         found = answers(module, micro)
         nll = functional.cross_entropy(found.logits_tv.float(), found.labels_t, reduction="none").double()

@@ -1,17 +1,21 @@
-"""The causal language model's forward pass and loss on a micro-batch of token ids."""
+"""The one forward over answers: the output head runs at the labelled tokens only. Training, features, evaluation and
+attacks share it."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
-IGNORED = -100
-"""Label of a position without a loss (prompt and padding)."""
+from ofmu_ray.data.batch import IGNORED
+
+Text = tuple[Sequence[int], int]
+"""Token ids of prompt and answer (BOS and EOS included), and the number of prompt tokens."""
 
 
 class Answers(NamedTuple):
@@ -31,10 +35,11 @@ def logits_at(
 ) -> torch.Tensor:
     """Run the model with its output head at some positions only: logits [selected, vocabulary], at least fp32.
 
-    `batch`: input_ids and attention_mask (each under `prefix` + its name), int64 [rows, positions]; `positions`: bool
-    of the same shape. The head's cost, and the size of logits and of their gradient, follow the selection.
+    `batch`: input_ids and, unless padding stands where no selected position looks, attention_mask (each under `prefix`
+    + its name), int64 [rows, positions]; `positions`: bool of the same shape. The head's cost, and the size of logits
+    and of their gradient, follow the selection.
     """
-    ids, mask = batch[f"{prefix}input_ids"], batch[f"{prefix}attention_mask"]
+    ids, mask = batch[f"{prefix}input_ids"], batch.get(f"{prefix}attention_mask")
     options = {"logits_to_keep": positions} if _selects(unwrapped(module).__class__) else {}
     logits_tv: torch.Tensor = module(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
     if logits_tv.dim() == 3:
@@ -73,3 +78,21 @@ def unwrapped(module: Any) -> Any:
 def _selects(model: Any) -> bool:
     """Whether models of this class take the positions that their head is to run at, as most of transformers' do."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+@contextmanager
+def head_on(model: Any, select: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Within the context the output head sees `select(hidden)` instead of every position.
+
+    The head's cost and the size of the logits follow the selection, and what an architecture does to its logits
+    afterwards (soft caps, scales) still happens, because the model's own forward runs.
+    """
+
+    def narrow(_module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (select(inputs[0]), *inputs[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(narrow)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,86 @@
+"""The rooms of the house: imports point down, no cycles, library code never prints, pipelines stay thin."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = (
+    "pipelines", "search", "runs", "planning", "reporting", "attacks", "training", "tracking", "features", "methods",
+    "tasks", "evaluation", "metrics", "engines", "models", "data", "cluster", "internals", "algorithm", "config", "storage",
+    "assets",
+)  # fmt: skip
+"""From the top down, as docs/architecture.md draws them."""
+GROUND = {"errors", "progress", "__version__", ""}
+"""Modules of the package itself, which everything may import."""
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    if parts[0] == "pipelines":
+        return "pipelines"
+    return parts[1] if len(parts) > 1 else ""
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names that a file imports at run time, those inside functions included."""
+    tree = ast.parse(path.read_text())
+    hints = {id(node) for test in ast.walk(tree) if is_type_checking(test) for node in ast.walk(test)}
+    for node in ast.walk(tree):
+        if id(node) in hints:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def sources() -> Iterator[tuple[str, Path]]:
+    for path in sorted([*(ROOT / "ofmu_ray").rglob("*.py"), *(ROOT / "pipelines").glob("*.py")]):
+        yield room(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")), path
+
+
+def test_imports_point_down() -> None:
+    wrong = []
+    for own, path in sources():
+        for name in imports(path):
+            other = room(name) if name.startswith(("ofmu_ray.", "pipelines.")) else own
+            if own in GROUND or other in GROUND or own == other:
+                continue
+            if other not in LAYERS or LAYERS.index(other) < LAYERS.index(own):
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_room_is_drawn() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    for name in {own for own, _ in sources()} - GROUND:
+        assert name in LAYERS, f"{name}/ has no place in LAYERS"
+        assert f"{name}/" in text, f"docs/architecture.md does not show {name}/"
+
+
+@pytest.mark.parametrize("forbidden", ["print"])
+def test_library_code_never_prints(forbidden: str) -> None:
+    """But for modules that are programs (`python -m`)."""
+    found = []
+    for own, path in sources():
+        text = path.read_text()
+        if own == "pipelines" or '__name__ == "__main__"' in text:
+            continue
+        calls = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call))
+        if any(isinstance(call.func, ast.Name) and call.func.id == forbidden for call in calls):
+            found.append(str(path.relative_to(ROOT)))
+    assert not found
+
+
+def test_pipelines_are_thin() -> None:
+    lines = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "pipelines").glob("*.py")}
+    assert sum(lines.values()) <= 1500, lines
