@@ -108,22 +108,21 @@ class ProcessPool(Generic[Item, Result]):
                     process, task = self._idle.pop() if self._idle else self._start(), waiting.pop()
                     self._running[process.run.remote(self._make, task.item)] = process, task
                 [done], _ = ray.wait(list(self._running), num_returns=1)
-                process, task = self._running.pop(done)
+                process, task = self._running[done]
                 try:
                     result = ray.get(done)
+                    self._idle.append(process)
                 except DIED as error:  # OutOfMemoryError is no RayActorError, and its process may live
                     ray.kill(process)
                     task.failures += 1
-                    if task.failures <= self.retries:
-                        waiting.append(task)
-                        continue
                     result = ProcessDied(f"its process ended: {type(error).__name__}")
                 except ray.exceptions.RayTaskError as error:
-                    ray.kill(process)
                     raise user_error_within(error) or error from None
+                del self._running[done]
+                if 0 < task.failures <= self.retries and isinstance(result, ProcessDied):
+                    waiting.append(task)
                 else:
-                    self._idle.append(process)
-                yield task.number, result
+                    yield task.number, result
         finally:
             for process, _ in self._running.values():
                 ray.kill(process)
