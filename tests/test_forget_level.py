@@ -18,7 +18,7 @@ from ofmu_ray.data.batches import collate
 from ofmu_ray.data.prepare import TokenisedStream
 from ofmu_ray.engines import TorchEngine
 from ofmu_ray.errors import UserError
-from ofmu_ray.features.level import with_level
+from ofmu_ray.methods.ofmu.level import with_level
 from ofmu_ray.methods.ofmu.method import OFMU
 from ofmu_ray.models.loading import load_causal_lm
 from ofmu_ray.training.worker import Worker

@@ -26,8 +26,8 @@ from ofmu_ray.data.template import Template
 from ofmu_ray.data.tokenise import PartJob, encode_fragment
 from ofmu_ray.errors import UserError
 from ofmu_ray.features import reference, refusals
+from ofmu_ray.features.need import QUANTITIES, Need, Quantity, register
 from ofmu_ray.features.reference import cut, write_references
-from ofmu_ray.methods.protocol import Need
 from ofmu_ray.models.loading import load_tokenizer
 
 TARGET = ModelConfig()
@@ -97,6 +97,31 @@ def test_micro_batches_hold_what_a_resident_model_says(finished: Any, model: Any
         for name in ("forget", "retain"):
             for micro in batches[name][0].micro:
                 check(name, micro, model)
+
+
+def tables(sidecar: str) -> dict[str, str]:
+    """Name in a micro-batch -> folder."""
+    found: dict[str, str] = json.loads(Path(sidecar, "sidecar.json").read_text())["tables"]
+    return found
+
+
+def test_a_method_may_add_a_quantity(prepared: Prepared, tmp_path: Path, template: Template, model: Any) -> None:
+    """The embeddings of the answers' tokens, which no method here asks for."""
+
+    def embeddings(module: torch.nn.Module, batch: Any, layer: int | None) -> torch.Tensor:
+        return module.get_input_embeddings()(batch["input_ids"])[batch["labels"] >= 0]  # type: ignore[operator]
+
+    register(Quantity("embeddings", "reference_embeddings", embeddings, shape=lambda c: (c.hidden_size,), head=False))
+    try:
+        plan, sidecars = computed(prepared, tmp_path, (Need("forget", "embeddings"),))
+    finally:
+        del QUANTITIES["embeddings"]
+    assert Path(tables(sidecars["forget"])["reference_embeddings"]).is_relative_to(
+        tmp_path / "run"
+    )
+    (micro,) = next(local_rounds(plan, 0, collate=padded(template.pad), sidecars=sidecars))["forget"][0].micro
+    answer_ids = micro["input_ids"][micro["labels"] >= 0]
+    assert close(micro["reference_embeddings"], model.get_input_embeddings()(answer_ids).detach(), 1e-5)
 
 
 def check(name: str, micro: dict[str, torch.Tensor], model: Any) -> None:
@@ -179,7 +204,7 @@ def test_only_numbers_outlive_the_run(finished: Any, prepared: Prepared) -> None
 
 def test_only_retain_rows_of_the_plan_are_looked_at(finished: Any) -> None:
     _, plan, sidecars = finished
-    folder = json.loads(Path(sidecars["retain"], "sidecar.json").read_text())["tables"]["logits"]
+    folder = tables(sidecars["retain"])["reference_logprobs"]
     index = set(pq.read_table(Path(folder, "index.parquet"))["row_id"].to_pylist())
     used = {
         i for batches in local_rounds(plan, 0, collate=padded(0)) for batch in batches["retain"] for i in batch.row_ids
@@ -230,8 +255,7 @@ def test_large_tables_are_half_precision_or_refused(
     monkeypatch.setattr(reference, "HALF_ABOVE_BYTES", 1000)
     _, sidecars = computed(prepared, tmp_path, NEEDS[4:5])
     half, full = (
-        np.load(Path(json.loads(Path(found["retain"], "sidecar.json").read_text())["tables"]["logits"], "values.npy"))
-        for found in (sidecars, finished[2])
+        np.load(Path(tables(found["retain"])["reference_logprobs"], "values.npy")) for found in (sidecars, finished[2])
     )
     assert (half.dtype, full.dtype) == (np.float16, np.float32)
     assert np.abs(np.exp(half.astype(float)) - np.exp(full.astype(float))).max() < 2.5e-4
@@ -263,8 +287,7 @@ def test_actors_give_the_same_values(
     monkeypatch.setattr(reference, "BATCH_TOKENS", 256)
     _, sidecars = computed(prepared, tmp_path, NEEDS[:1])
     ours, theirs = (
-        np.load(Path(json.loads(Path(found["forget"], "sidecar.json").read_text())["tables"]["nll"], "values.npy"))
-        for found in (sidecars, finished[2])
+        np.load(Path(tables(found["forget"])["reference_nll"], "values.npy")) for found in (sidecars, finished[2])
     )
     assert np.abs(ours - theirs).max() < 1e-3
 

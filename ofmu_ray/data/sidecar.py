@@ -34,13 +34,8 @@ from ofmu_ray.storage import is_file, join, locate, new_mapped, open_mapped, pub
 
 MARKER = "sidecar.json"
 TABLE_MARKER = "table.json"
-KEYS = {
-    "nll": "reference_nll",
-    "logits": "reference_logprobs",
-    "activations": "reference_activations",
-    "refusal_nll": "refusal_reference_nll",
-}
-"""Quantity -> name in a micro-batch."""
+REFUSAL_NLL = "refusal_reference_nll"
+"""Name in a micro-batch of what is known about the text that stands for an answer."""
 
 
 class Values:
@@ -67,7 +62,7 @@ class Sidecar:
 
     def __init__(self, folder: str) -> None:
         content = json.loads(read_text(join(folder, MARKER)))
-        self._tables = {KEYS[quantity]: Values(path) for quantity, path in content["tables"].items()}
+        self._tables = {key: Values(path) for key, path in content["tables"].items()}
         refusals = content["refusals"]
         self._refusals = {row["row_id"]: row for row in read_rows(refusals).to_pylist()} if refusals else {}
         self._alternatives: int | None = content.get("alternatives")
@@ -75,9 +70,7 @@ class Sidecar:
     def values(self, row_ids: Sequence[str], epoch: int = 0) -> dict[str, torch.Tensor]:
         """The numbers of these rows, by their names in a micro-batch."""
         texts = self._text_ids(row_ids, epoch)
-        return {
-            key: table.rows(texts if key == KEYS["refusal_nll"] else row_ids) for key, table in self._tables.items()
-        }
+        return {key: table.rows(texts if key == REFUSAL_NLL else row_ids) for key, table in self._tables.items()}
 
     def refusals(self, row_ids: Sequence[str], epoch: int = 0) -> list[dict[str, Any]]:
         """The refusals or alternatives to these rows, as rows (input_ids, prompt_tokens); [] when there are none."""
@@ -100,7 +93,7 @@ def open_sidecars(folders: Mapping[str, str] | None) -> dict[str, Sidecar]:
 
 
 def write_sidecar(folder: str, tables: Mapping[str, str], refusals: str | None, alternatives: int | None = None) -> str:
-    """Name the tables (quantity -> folder) and the refusals (a Parquet file) of a stream; returns `folder`.
+    """Name the tables (name in a micro-batch -> folder) and the refusals (a Parquet file) of a stream.
 
     `alternatives`: how many of them each row has, where the file holds alternatives under their own ids.
     """

@@ -1,4 +1,4 @@
-"""What a method needs to know about rows under the untouched model: computed once, before the first round.
+"""What a method needs to know about rows under the reference model: computed once, before the first round.
 
 Each quantity of a stream becomes a table (ofmu_ray.data.sidecar) under <cache>/reference/<hash of weights, tokens,
 rows, quantity and this code>, so that the runs of a sweep compute it once. What would give a forget row's text away
@@ -23,22 +23,18 @@ import numpy as np
 import torch
 
 from ofmu_ray import progress
-from ofmu_ray.algorithm.losses import row_sums, token_nll
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.cluster.map_tasks import device_kind, map_tasks, runs_here
 from ofmu_ray.config import ModelConfig
-from ofmu_ray.data.batch import IGNORED
 from ofmu_ray.data.batch_plan import Plan, places
 from ofmu_ray.data.batches import collate
 from ofmu_ray.data.prepare import Prepared, TokenisedStream, spread
-from ofmu_ray.data.sidecar import Values, has_table, new_table, read_rows, write_sidecar
+from ofmu_ray.data.sidecar import REFUSAL_NLL, Values, has_table, new_table, read_rows, write_sidecar
 from ofmu_ray.data.tokenise import take_rows
-from ofmu_ray.engines.layers import chosen_layer, decoder_layers, layer_output
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.generation import Draws, generate_batch, stop_ids
 from ofmu_ray.features import alternatives, refusals
-from ofmu_ray.methods.protocol import Need, Sampling
-from ofmu_ray.models.answers import answers
+from ofmu_ray.features.need import ANSWERED, QUANTITIES, Need, Quantity, Sampling
 from ofmu_ray.models.loading import load_causal_lm, read_config
 from ofmu_ray.models.source import model_fingerprint, weights_folder
 from ofmu_ray.storage import is_file, join
@@ -52,7 +48,13 @@ HALF_ABOVE_BYTES = 2 * 2**30
 activation, at most 2e-4 of any probability."""
 
 _LOGITS_AT_ONCE = 1 << 25  # elements of one forward pass: 128 MiB of fp32
-_CODE = ("features/reference.py", "engines/layers.py", "models/answers.py", "evaluation/generation.py")
+_CODE = (
+    "features/reference.py",
+    "features/need.py",
+    "engines/layers.py",
+    "models/answers.py",
+    "evaluation/generation.py",
+)
 _ROW = ["row_id", "input_ids", "prompt_tokens"]
 
 Row = Mapping[str, Any]
@@ -60,11 +62,11 @@ Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Quantity:
+class Wanted:
     """What is computed of every row."""
 
     name: str
-    """nll, logits, activations or alternative."""
+    """Of a quantity, or alternative."""
     layer: int | None = None
     sampling: Sampling | None = None
     seed: int = 0
@@ -104,7 +106,7 @@ def write_references(
         sampling = next((need.sampling for need in mine if need.sampling), None)
         if sampling is not None:
             answered = source.alternatives(stream, tokens, sampling, prepared, seed)
-        elif any(need.quantity.startswith("refusal") for need in mine):
+        elif any(need.quantity in ("refusal", "refusal_nll") for need in mine):
             texts = refusals.read_refusals(refusals_path, root, f"{method}.refusals")
             answered = source.refusals(tokens, texts, prepared, seed)
         tables = {}
@@ -113,20 +115,21 @@ def write_references(
                 assert answered is not None
                 rows = read_rows(answered).to_pylist()
                 key = Path(answered).stem
-                tables["refusal_nll"] = source.table(Quantity("nll"), f"{stream}_refusal", rows, key)
-            elif need.quantity not in ("refusal", "alternative"):
-                quantity = Quantity(need.quantity, need.layer)
-                tables[need.quantity] = source.table(quantity, stream, tokens.rows, tokens.key)
+                tables[REFUSAL_NLL] = source.table(Wanted("nll"), f"{stream}_refusal", rows, key)
+            elif need.quantity not in ANSWERED:
+                wanted = Wanted(need.quantity, need.layer)
+                key = QUANTITIES[need.quantity].key
+                tables[key] = source.table(wanted, stream, tokens.rows, tokens.key)
         found[stream] = write_sidecar(join(folder, stream), tables, answered, sampling.count if sampling else None)
     return found
 
 
 def holdout_losses(prepared: Prepared, model: ModelConfig, cache: str, most: int = 1000) -> np.ndarray:
-    """Mean token loss of each holdout row's answer under the untouched model (nats), of at most `most` rows, evenly
+    """Mean token loss of each holdout row's answer under the reference model (nats), of at most `most` rows, evenly
     spread; float64 [rows]. Kept in the cache."""
     stream = prepared.streams["holdout"]
     tokens = _Tokens(stream, spread(stream.rows, most))
-    folder = _Source(model, cache, "", "ofmu").table(Quantity("nll"), "holdout", tokens.rows, tokens.key)
+    folder = _Source(model, cache, "", "ofmu").table(Wanted("nll"), "holdout", tokens.rows, tokens.key)
     sums = Values(folder).rows([row["row_id"] for row in tokens.rows]).double().numpy()
     counts = np.array([_answer_tokens(row) for row in tokens.rows])
     return np.asarray(sums / counts)
@@ -156,7 +159,7 @@ class _Tokens:
 
 
 class _Source:
-    """The untouched model, and where tables of it lie."""
+    """The reference model, and where tables of it lie."""
 
     def __init__(self, model: ModelConfig, cache: str, private: str, method: str) -> None:
         self.model = replace(model, lora=None, freeze=[], gradient_checkpointing=False)
@@ -179,9 +182,9 @@ class _Source:
 
     def alternatives(self, stream: str, tokens: _Tokens, sampling: Sampling, prepared: Prepared, seed: int) -> str:
         """Path of the rows' alternatives, whose name is a hash of what they are drawn from."""
-        quantity = Quantity("alternative", sampling=sampling, seed=seed)
+        wanted = Wanted("alternative", sampling=sampling, seed=seed)
         key = _digest(
-            self.fingerprint, tokens.key, prepared.template.fingerprint(), json.dumps(asdict(quantity), sort_keys=True)
+            self.fingerprint, tokens.key, prepared.template.fingerprint(), json.dumps(asdict(wanted), sort_keys=True)
         )
         path = join(self.private, f"{key}.parquet")
         if not is_file(path):
@@ -190,7 +193,7 @@ class _Source:
             drawn: list[np.ndarray] = [np.empty(0)] * len(asked)
             lengths = np.array([len(row["input_ids"]) + sampling.max_new_tokens for row in asked])
             wide = np.full(len(asked), _text_config(self.model).vocab_size)
-            for numbers, found in self._measured(quantity, stream, asked, lengths, wide):
+            for numbers, found in self._measured(wanted, stream, asked, lengths, wide):
                 for number, ids in zip(numbers, found, strict=True):
                     drawn[number] = ids
             refusals.write_refusals(
@@ -198,51 +201,49 @@ class _Source:
             )
         return path
 
-    def table(self, quantity: Quantity, stream: str, rows: Sequence[Row], rows_key: str) -> str:
+    def table(self, wanted: Wanted, stream: str, rows: Sequence[Row], rows_key: str) -> str:
         """Folder of the table, computed if it is not there."""
-        tells = stream == "forget" and quantity.name != "nll"
-        key = _digest(self.fingerprint, json.dumps(asdict(quantity)), rows_key)
-        folder = join(self.private if tells else self.cache, key)
+        quantity = QUANTITIES[wanted.name]
+        key = _digest(self.fingerprint, json.dumps(asdict(wanted)), rows_key)
+        folder = join(self.private if stream == "forget" and quantity.tells else self.cache, key)
         if has_table(folder):
             return folder
         config = _text_config(self.model)
         counts = np.array([_answer_tokens(row) for row in rows])
-        entries, shape, dtype = counts, [config.vocab_size], "float32"
-        if quantity.name == "activations":
-            shape = [config.hidden_size]
-        elif quantity.name == "nll":
-            entries, shape, dtype = np.ones(len(rows), dtype=np.int64), [], "float64"
+        entries = counts if quantity.per == "token" else np.ones(len(rows), dtype=np.int64)
+        shape, dtype = quantity.shape(config), quantity.dtype
         bytes_fp32 = 4 * int(entries.sum()) * int(np.prod(shape))
         dtype = "float16" if bytes_fp32 > HALF_ABOVE_BYTES else dtype
-        self._refuse_large(quantity, stream, int(entries.sum()), shape, bytes_fp32 // 2)
-        about = {"quantity": quantity.name, "layer": quantity.layer, "stream": stream, "dtype": dtype}
+        self._refuse_large(wanted, stream, int(entries.sum()), shape, bytes_fp32 // 2)
+        about = {"quantity": wanted.name, "layer": wanted.layer, "stream": stream, "dtype": dtype}
         with new_table(folder, [row["row_id"] for row in rows], entries, shape, dtype, about) as (values, starts):
             lengths = np.array([len(row["input_ids"]) for row in rows])
-            wide = counts * (1 if quantity.name == "activations" else config.vocab_size)
-            for numbers, found in self._measured(quantity, stream, rows, lengths, wide):
+            wide = counts * (config.vocab_size if quantity.head else 1)
+            for numbers, found in self._measured(wanted, stream, rows, lengths, wide):
                 for number, piece in zip(numbers, found, strict=True):
                     values[starts[number] : starts[number] + entries[number]] = piece
         return folder
 
-    def _refuse_large(self, quantity: Quantity, stream: str, entries: int, shape: Sequence[int], size: int) -> None:
+    def _refuse_large(self, wanted: Wanted, stream: str, entries: int, shape: Sequence[int], size: int) -> None:
         if size > MOST_BYTES:
-            remedy = f"--{self.method}.retain_loss nll, " if stream == "retain" and quantity.name == "logits" else ""
+            remedy = f"--{self.method}.retain_loss nll, " if stream == "retain" and wanted.name == "logits" else ""
             raise UserError(
-                f"method {self.method} needs {quantity.name} of the untouched model at {entries} answer tokens of "
+                f"method {self.method} needs {wanted.name} of the reference model at {entries} answer tokens of "
                 f"{stream} rows, {shape[0]} numbers each: {size} bytes in fp16, more than {MOST_BYTES}; use {remedy}"
                 "fewer rows or rounds, or another method"
             )
 
     def _measured(
-        self, quantity: Quantity, stream: str, rows: Sequence[Row], lengths: np.ndarray, wide: np.ndarray
+        self, wanted: Wanted, stream: str, rows: Sequence[Row], lengths: np.ndarray, wide: np.ndarray
     ) -> Iterator[tuple[list[int], list[np.ndarray]]]:
         """(numbers of rows, values of each) until every row has come once; `lengths`, `wide`: as in `cut`."""
         batches = cut(lengths, wide)
         jobs = [[rows[number] for number in numbers] for numbers in batches]
         flops = 2 * sum(file.stat().st_size for file in self.weights.glob("*.safetensors")) / 4 * lengths.sum()
-        title = f"reference {quantity.name} of {stream}"
+        title = f"reference {wanted.name} of {stream}"
         with progress.bar(title, len(rows), "row") as bar:
-            make = partial(_reader, self.model, quantity, device_kind())
+            quantity = QUANTITIES.get(wanted.name)  # the value itself, as other processes may not have registered it
+            make = partial(_reader, self.model, wanted, quantity, device_kind())
             for number, found in enumerate(map(make(), jobs)) if runs_here(flops) else map_tasks(make, jobs):
                 yield batches[number], found
                 bar.update(len(batches[number]))
@@ -264,36 +265,30 @@ def cut(lengths: np.ndarray, wide: np.ndarray) -> list[list[int]]:
 
 
 class Reference:
-    """The untouched model in memory: values of batches of rows."""
+    """The reference model in memory: values of batches of rows."""
 
-    def __init__(self, model: ModelConfig, quantity: Quantity, device: str) -> None:
+    def __init__(self, model: ModelConfig, wanted: Wanted, quantity: Quantity | None, device: str) -> None:
         self.module, tokenizer = load_causal_lm(model)
         self.module.to(device).eval()
         self.stop = stop_ids(self.module, tokenizer)
-        self.quantity, self.device, self.pad_id = quantity, torch.device(device), tokenizer.pad_token_id
+        self.wanted, self.quantity = wanted, quantity
+        self.device, self.pad_id = torch.device(device), tokenizer.pad_token_id
         self.autocast = model.precision == "bf16_autocast"
 
     @torch.no_grad()
     def values(self, rows: Sequence[Row]) -> list[np.ndarray]:
-        """Values of each row: nll float64 [1]; logits and activations fp32 [answer tokens, vocabulary or width];
-        alternative int64 [tokens drawn after the row's]."""
-        if self.quantity.sampling is not None:
-            return self._drawn(rows, self.quantity.sampling)
+        """Values of each row: [1, ...] or [answer tokens, ...] of a quantity; of an alternative int64 [tokens]."""
+        if self.wanted.sampling is not None:
+            return self._drawn(rows, self.wanted.sampling)
+        assert self.quantity is not None
         batch = {name: tensor.to(self.device) for name, tensor in collate(rows, self.pad_id).items()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            if self.quantity.name == "activations":
-                layer = chosen_layer(self.quantity.layer, len(decoder_layers(self.module)))
-                found = layer_output(self.module, batch, layer)[batch["labels"] != IGNORED].float()
-            else:
-                logits_tv, labels_t, rows_t, count = answers(self.module, batch)
-                if self.quantity.name == "nll":
-                    sums = row_sums(token_nll(logits_tv.float(), labels_t).double(), rows_t, count)
-                    return [*sums[:, None].cpu().numpy()]
-                found = logits_tv.float().log_softmax(1)
-        return [piece.numpy() for piece in torch.split(found.cpu(), [_answer_tokens(row) for row in rows])]
+            found = self.quantity.measure(self.module, batch, self.wanted.layer)
+        sizes = [1] * len(rows) if self.quantity.per == "row" else [_answer_tokens(row) for row in rows]
+        return [piece.numpy() for piece in torch.split(found.cpu(), sizes)]
 
     def _drawn(self, rows: Sequence[Row], sampling: Sampling) -> list[np.ndarray]:
-        names = [f"{self.quantity.seed}/{row['row_id']}" for row in rows]
+        names = [f"{self.wanted.seed}/{row['row_id']}" for row in rows]
         most = sampling.max_new_tokens
         draws = Draws.of(names, most, sampling.temperature, sampling.top_k)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
@@ -302,8 +297,10 @@ class Reference:
         return [np.array(ids, dtype=np.int64) for ids in new]
 
 
-def _reader(model: ModelConfig, quantity: Quantity, device: str) -> Callable[[Sequence[Row]], list[np.ndarray]]:
-    return Reference(model, quantity, device).values
+def _reader(
+    model: ModelConfig, wanted: Wanted, quantity: Quantity | None, device: str
+) -> Callable[[Sequence[Row]], list[np.ndarray]]:
+    return Reference(model, wanted, quantity, device).values
 
 
 def _answer_tokens(row: Row) -> int:

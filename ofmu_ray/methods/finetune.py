@@ -10,7 +10,8 @@ import torch
 from ofmu_ray.algorithm.schedules import learning_rate
 from ofmu_ray.config.method_options import FinetuneConfig
 from ofmu_ray.engines.protocol import Engine
-from ofmu_ray.methods.protocol import Batches, Need, drawn
+from ofmu_ray.features.need import Need
+from ofmu_ray.methods.protocol import Batches, drawn
 
 
 class Finetune:

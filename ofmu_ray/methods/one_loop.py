@@ -12,7 +12,8 @@ from ofmu_ray.algorithm.schedules import learning_rate
 from ofmu_ray.algorithm.space import Vector, add_, scale_
 from ofmu_ray.config.method_options import OneLoopConfig, WeightedConfig
 from ofmu_ray.engines.protocol import Engine, Loss, sum_and_count
-from ofmu_ray.methods.protocol import Batches, Need, drawn
+from ofmu_ray.features.need import Need
+from ofmu_ray.methods.protocol import Batches, drawn
 from ofmu_ray.models.answers import answers, causal_lm_loss
 
 __all__ = ["LossParts", "OneLoop", "Weighted"]

@@ -3,53 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import cycle
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from ofmu_ray.engines.protocol import Engine
 from ofmu_ray.errors import UserError
+from ofmu_ray.features.need import Need
 
 Batches = Iterable[Any]
 
 
-Quantity = Literal["nll", "logits", "activations", "refusal", "alternative", "refusal_nll"]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How alternatives are drawn from the untouched model."""
-
-    count: int
-    """Alternatives of each row."""
-    temperature: float
-    top_k: int
-    max_new_tokens: int
-    prompt: str | None = None
-    """What the model is asked instead of the question, with {question} and {answer}; None: the question."""
-
-
-@dataclass(frozen=True)
-class Need:
-    """Something about each row of a stream that is computed once, before the first round, and stored by row id.
-
-    The collated micro-batches of the stream then hold it (ofmu_ray.data.sidecar says under which names). nll: sum of
-    the answer's token losses under the untouched model; logits: its log-probabilities of every next token at the
-    answer's tokens; activations: what its layer `layer` puts out there (None: engines.layers.chosen_layer); refusal: a
-    refusal to the row's question, as tokens; alternative: answers that the model itself gives, drawn by `sampling`, one
-    an epoch; refusal_nll: the sum of that text's token losses under that model.
-    """
-
-    stream: str
-    quantity: Quantity
-    layer: int | None = None
-    sampling: Sampling | None = None
-
-
 class Method(Protocol):
-    """One file in this folder each."""
+    """One folder here each."""
 
     name: str
     notes: Sequence[str]

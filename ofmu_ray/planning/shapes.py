@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ofmu_ray.data.batch import REFUSAL
-from ofmu_ray.data.sidecar import KEYS
+from ofmu_ray.data.sidecar import REFUSAL_NLL
 from ofmu_ray.engines.layers import chosen_layer, decoder_layers
-from ofmu_ray.methods.protocol import Need
+from ofmu_ray.features.need import ANSWERED, QUANTITIES, Need
 
 
 def parameter_counts(module: torch.nn.Module) -> tuple[int, int]:
@@ -36,16 +36,14 @@ def micro_batch(
     batch = _texts(rows, tokens, prompt)
     answer = rows * (tokens - prompt)
     for need in needs:
-        if need.quantity in ("refusal", "alternative", "refusal_nll"):
+        if need.quantity in (*ANSWERED, "refusal_nll"):
             batch |= {REFUSAL + name: tensor for name, tensor in _texts(rows, tokens, prompt).items()}
-        sizes: dict[str, tuple[int, ...]] = {
-            "nll": (rows,),
-            "refusal_nll": (rows,),
-            "logits": (answer, text.vocab_size),
-            "activations": (answer, text.hidden_size),
-        }
-        if need.quantity in sizes:
-            batch[KEYS[need.quantity]] = torch.empty(sizes[need.quantity], device="meta")
+        if need.quantity == "refusal_nll":
+            batch[REFUSAL_NLL] = torch.empty((rows,), device="meta")
+        elif need.quantity not in ANSWERED:
+            quantity = QUANTITIES[need.quantity]
+            entries = rows if quantity.per == "row" else answer
+            batch[quantity.key] = torch.empty((entries, *quantity.shape(text)), device="meta")
     if module is not None and needs:
         for need in needs:  # says so now when the model has no such layer
             if need.layer is not None:

@@ -65,9 +65,11 @@ def make_job(
     """
     from ofmu_ray.data.batch_plan import write_plan
     from ofmu_ray.data.prepare import write_sample
-    from ofmu_ray.features.level import with_level
     from ofmu_ray.training.job import WorkerJob
 
+    method: Any = spec.method
+    if hasattr(method, "with_data"):  # options that the run's rows decide
+        method = method.with_data(prepared, spec.model, cache)
     watched = None
     if spec.stop.utility_floor is not None:
         watched = write_sample(prepared.streams["retain"], spec.stop.sample, join(folder, WATCHED))
@@ -78,7 +80,7 @@ def make_job(
         seed=spec.seed,
         task=spec.task,
         model=spec.model,
-        method=with_level(spec.method, prepared, spec.model, cache),
+        method=method,
         training=spec.training,
         stop=spec.stop,
         utility_rows=watched,

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from ofmu_ray.algorithm.losses import LossParts
+from ofmu_ray.features.need import Need, Sampling
 from ofmu_ray.methods.altpo import AltPOConfig
 from ofmu_ray.methods.dpo.method import preference_loss
 from ofmu_ray.methods.one_loop import Weighted
-from ofmu_ray.methods.protocol import Need, Sampling
 
 
 class AltPO(Weighted[AltPOConfig]):

@@ -10,10 +10,10 @@ import torch
 from ofmu_ray.algorithm.losses import LossParts
 from ofmu_ray.algorithm.space import Vector, add_
 from ofmu_ray.engines.protocol import Engine
+from ofmu_ray.features.need import Need
 from ofmu_ray.methods.blur import BLURConfig
 from ofmu_ray.methods.npo.method import npo_loss
 from ofmu_ray.methods.one_loop import OneLoop
-from ofmu_ray.methods.protocol import Need
 
 
 class BLUR(OneLoop[BLURConfig]):

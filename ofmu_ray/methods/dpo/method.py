@@ -10,10 +10,10 @@ import torch
 from ofmu_ray.algorithm.losses import LossParts
 from ofmu_ray.algorithm.reference_losses import preferred_refusals
 from ofmu_ray.data.batch import REFUSAL
+from ofmu_ray.features.need import Need
 from ofmu_ray.methods.dpo import DPOConfig
 from ofmu_ray.methods.npo.method import answer_nll
 from ofmu_ray.methods.one_loop import Weighted
-from ofmu_ray.methods.protocol import Need
 
 
 def preference_loss(module: torch.nn.Module, micro: Mapping[str, Any], beta: float) -> LossParts:

@@ -11,10 +11,11 @@ from ofmu_ray.algorithm.losses import LossParts, kl_from_uniform
 from ofmu_ray.algorithm.schedules import learning_rate
 from ofmu_ray.algorithm.space import scale_
 from ofmu_ray.engines.protocol import Engine
+from ofmu_ray.features.need import Need
 from ofmu_ray.methods.dualoptim import DualOptimConfig
 from ofmu_ray.methods.npo.method import npo_loss
 from ofmu_ray.methods.one_loop import Weighted
-from ofmu_ray.methods.protocol import Batches, Need, drawn
+from ofmu_ray.methods.protocol import Batches, drawn
 from ofmu_ray.models.answers import answers
 
 

@@ -10,9 +10,9 @@ import torch
 from ofmu_ray.algorithm.losses import LossParts
 from ofmu_ray.data.batch import REFUSAL
 from ofmu_ray.engines.protocol import Batch
+from ofmu_ray.features.need import Need
 from ofmu_ray.methods.idk import IDKConfig
 from ofmu_ray.methods.one_loop import Weighted
-from ofmu_ray.methods.protocol import Need
 from ofmu_ray.models.answers import causal_lm_loss
 
 

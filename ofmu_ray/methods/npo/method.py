@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ofmu_ray.algorithm.losses import LossParts, negative_preference, row_sums, token_nll
+from ofmu_ray.features.need import Need
 from ofmu_ray.methods.npo import NPOConfig
 from ofmu_ray.methods.one_loop import Weighted
-from ofmu_ray.methods.protocol import Need
 from ofmu_ray.models.answers import answers
 
 

@@ -12,7 +12,8 @@ from ofmu_ray.config.spaces import Knob, LogUniform, Space
 from ofmu_ray.errors import UserError
 
 if TYPE_CHECKING:
-    from ofmu_ray.config import UnlearnConfig
+    from ofmu_ray.config import ModelConfig, UnlearnConfig
+    from ofmu_ray.data.prepare import Prepared
 
 PresetName = Literal["first_order", "lite", "full"]
 ForgetLoss = Literal["nll", "bounded_row", "bounded_token", "npo", "simnpo"]
@@ -133,6 +134,12 @@ class OFMUConfig:
         """Whether holdout rows decide how far to forget."""
         by_rows = self.forget_level is None or str(self.forget_level).startswith("holdout")
         return by_rows and self.forget_loss in BOUNDED
+
+    def with_data(self, prepared: Prepared, model: ModelConfig, cache: str) -> OFMUConfig:
+        """The options with `forget_level` as a number, from the run's rows (methods/ofmu/level.py)."""
+        from ofmu_ray.methods.ofmu.level import with_level
+
+        return with_level(self, prepared, model, cache)
 
     def check_run(self, run: UnlearnConfig) -> None:
         """What does not go with the other sections of a run.

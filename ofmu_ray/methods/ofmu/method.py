@@ -21,9 +21,10 @@ from ofmu_ray.algorithm.steps import Steps
 from ofmu_ray.algorithm.two_loop import RoundStats, batches_per_round, two_loop_round
 from ofmu_ray.engines.protocol import Engine, Kind, Loop, Loss, Vector
 from ofmu_ray.errors import UserError
+from ofmu_ray.features.need import Need
 from ofmu_ray.methods.npo.method import npo_loss
 from ofmu_ray.methods.ofmu import BOUNDED, OFMUConfig
-from ofmu_ray.methods.protocol import Batches, Need, drawn
+from ofmu_ray.methods.protocol import Batches, drawn
 from ofmu_ray.methods.simnpo.method import answer_sums
 from ofmu_ray.models.answers import answers
 
@@ -32,7 +33,7 @@ class OFMU:
     """T ascent steps on Phi = L_f - beta Sim(g_f, g_r), then descent steps on L_r + rho_k |grad Phi|^2.
 
     L_f is the engine's own loss, or, with a `forget_loss`, that of causal language models which it names. Its level is
-    a number by the time a run starts (ofmu_ray.features.level); without one there is no bound: the engine's own loss.
+    a number by the time a run starts (level.py); without one there is no bound: the engine's own loss.
 
     The loops have an optimiser each; the engine holds both. State: k, the rounds done, which gives rho_k, the steps of
     finite differences, and what the user was told already.

@@ -14,8 +14,8 @@ from ofmu_ray.data.batch import IGNORED
 from ofmu_ray.engines.layers import chosen_layer, decoder_layers, layer_output, parameters_up_to
 from ofmu_ray.engines.protocol import Batch, Engine
 from ofmu_ray.errors import UserError
+from ofmu_ray.features.need import Need
 from ofmu_ray.methods.one_loop import OneLoop
-from ofmu_ray.methods.protocol import Need
 from ofmu_ray.methods.rmu import RMUConfig
 
 

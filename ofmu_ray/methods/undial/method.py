@@ -9,8 +9,8 @@ import torch
 
 from ofmu_ray.algorithm.losses import LossParts
 from ofmu_ray.algorithm.reference_losses import distilled_from_adjusted
+from ofmu_ray.features.need import Need
 from ofmu_ray.methods.one_loop import Weighted
-from ofmu_ray.methods.protocol import Need
 from ofmu_ray.methods.undial import UNDIALConfig
 from ofmu_ray.models.answers import answers
 

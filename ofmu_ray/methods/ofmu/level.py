@@ -7,14 +7,13 @@ from dataclasses import replace
 import numpy as np
 
 from ofmu_ray.config import ModelConfig
-from ofmu_ray.config.method_options import MethodConfig
 from ofmu_ray.data.prepare import Prepared
 from ofmu_ray.features.reference import holdout_losses, unigram_entropy
 from ofmu_ray.methods.ofmu import BOUNDED, OFMUConfig
 
 
-def with_level(method: MethodConfig, prepared: Prepared, model: ModelConfig, cache: str) -> MethodConfig:
-    """The method's options with `forget_level` as nats per token; other methods' and unbounded losses' as they are.
+def with_level(method: OFMUConfig, prepared: Prepared, model: ModelConfig, cache: str) -> OFMUConfig:
+    """The options with `forget_level` as nats per token; those of unbounded losses as they are.
 
     That a level from holdout rows has such rows is checked when the configuration is built.
 
@@ -24,7 +23,7 @@ def with_level(method: MethodConfig, prepared: Prepared, model: ModelConfig, cac
         model: the model to change, before any step.
         cache: folder of the storage's caches.
     """
-    if not isinstance(method, OFMUConfig) or method.forget_loss not in BOUNDED:
+    if method.forget_loss not in BOUNDED:
         return method
     level = method.forget_level
     if level is None:
