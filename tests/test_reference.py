@@ -220,7 +220,7 @@ def test_own_refusals_and_mistakes_in_them(tmp_path: Path) -> None:
 def test_a_refusal_that_does_not_fit_keeps_eos(prepared: Prepared, template: Template) -> None:
     short = Template(template.tokenizer, dataclasses.replace(template.config, max_length=20))
     table = pq.read_table(Path(prepared.streams["forget"].folder, "part.parquet"))
-    for row in refusals.refusal_rows(table, ["I never heard of it."], short, 0):
+    for row in refusals.refusal_rows(table.to_pylist(), ["I never heard of it."], short, 0):
         assert len(row["input_ids"]) <= 20
         assert row["input_ids"][-1] == short.eos
 

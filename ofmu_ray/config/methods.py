@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ofmu_ray.data.prepare import Prepared
 
 MYPY = False
-"""typing.TYPE_CHECKING by the other name that mypy knows. jsonargparse runs blocks of the first to read annotations, and
+"""typing.TYPE_CHECKING by its other name for mypy. jsonargparse runs blocks of the first to read annotations, and then
 no command line would be parsed before torch is imported."""
 
 Ranges = dict[str, tuple[str, str]]
