@@ -243,7 +243,7 @@ def table(result: dict[str, Any], rate: float) -> Iterator[str]:
         yield f"| {name} | {1e3 * seconds:.1f} | {seconds / result['cpu_seconds']['ours']:.2f} |"
     yield f"| floor: {result['gflop']:.1f} GFLOP at {rate:.0f} GFLOP/s | {1e3 * floor:.1f} | |"
     yield (
-        f"\nplain / ours: {result['speedup']:.2f}; the untouched model's pass over a forget batch, once a run: "
+        f"\nplain / ours: {result['speedup']:.2f}; the reference model's pass over a forget batch, once a run: "
         f"{1e3 * result['reference_cpu_seconds']:.1f} ms"
     )
 

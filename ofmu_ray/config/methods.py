@@ -105,7 +105,7 @@ class WeightedConfig(OneLoopConfig):
     retain_weight: float = 1.0
     """alpha, weight of the retain loss; 0: no retain pass at all."""
     retain_loss: Literal["nll", "kl"] = "nll"
-    """nll: mean token NLL of retain answers; kl: KL(untouched model || model) at the tokens of retain answers."""
+    """nll: mean token NLL of retain answers; kl: KL(reference model || model) at the tokens of retain answers."""
 
     def check(self, section: str) -> None:
         super().check(section)

@@ -91,7 +91,7 @@ class SelectConfig:
     utility_floor: float = 0.9
     """The floor, as a fraction of the reference's utility (0 to 1)."""
     relative_to: Literal["target", "retrained"] = "target"
-    """The reference: the untouched model, or the one that never saw the forget rows."""
+    """The reference: the reference model, or the one that never saw the forget rows."""
     tie_break: Literal["cost", "order"] = "cost"
     """Between equal objectives: fewer FLOPs, or the earlier trial."""
     rows: int | None = 100

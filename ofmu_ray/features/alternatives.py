@@ -1,4 +1,4 @@
-"""Alternatives to forget answers, as the untouched model gives them: what it is asked, and the rows that come of it."""
+"""Alternatives to forget answers, as the reference model gives them: what it is asked, and the rows that come of it."""
 
 from __future__ import annotations
 

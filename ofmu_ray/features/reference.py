@@ -1,4 +1,4 @@
-"""What a method needs to know about rows under the untouched model: computed once, before the first round.
+"""What a method needs to know about rows under the reference model: computed once, before the first round.
 
 Each quantity of a stream becomes a table (ofmu_ray.data.sidecar) under <cache>/reference/<hash of weights, tokens,
 rows, quantity and this code>, so that the runs of a sweep compute it once. What would give a forget row's text away
@@ -173,7 +173,7 @@ class ReferenceModel:
         if size > MOST_BYTES:
             remedy = f"--{self.method}.retain_loss nll, " if stream == "retain" and feature.name == "logits" else ""
             raise UserError(
-                f"method {self.method} needs {feature.name} of the untouched model at {entries} answer tokens of "
+                f"method {self.method} needs {feature.name} of the reference model at {entries} answer tokens of "
                 f"{stream} rows, {shape[0]} numbers each: {size} bytes in fp16, more than {MOST_BYTES}; use {remedy}"
                 "fewer rows or rounds, or another method"
             )

@@ -44,7 +44,7 @@ class AltPOConfig(WeightedConfig):
 
 
 class AltPO(Weighted[AltPOConfig]):
-    """Minimises gamma `preferred_refusals` + alpha R, with answers that the untouched model drew in place of refusals.
+    """Minimises gamma `preferred_refusals` + alpha R, with answers that the reference model drew in place of refusals.
 
     Each row has several of them; epoch e uses number e modulo how many there are, a function of the round alone.
     """

@@ -48,7 +48,7 @@ def npo_loss(module: torch.nn.Module, micro: Mapping[str, Any], beta: float) -> 
 
 
 class NPO(Weighted[NPOConfig]):
-    """Minimises -gamma (2 / beta) mean_i log sigmoid(beta (NLL_i - NLL_i of the untouched model)) + alpha R."""
+    """Minimises -gamma (2 / beta) mean_i log sigmoid(beta (NLL_i - NLL_i of the reference model)) + alpha R."""
 
     name = "npo"
     options = NPOConfig

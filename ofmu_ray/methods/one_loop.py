@@ -126,7 +126,7 @@ class OneLoop(Method, Generic[C]):
 class Weighted(OneLoop[W]):
     """A one-loop method whose weights and retain loss are options.
 
-    retain_loss kl: KL(untouched model || model) at the tokens of retain answers, mean over tokens. (OpenUnlearning
+    retain_loss kl: KL(reference model || model) at the tokens of retain answers, mean over tokens. (OpenUnlearning
     takes it at every position, prompts and padding included, so that its value depends on how rows are batched.)
     """
 

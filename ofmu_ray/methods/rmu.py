@@ -28,7 +28,7 @@ class RMUConfig(OneLoopConfig):
     forget_weight: float = 1.0
     """gamma, weight of the forget loss."""
     retain_weight: float = 1.0
-    """alpha, weight of the distance to the untouched model's activations on retain answers."""
+    """alpha, weight of the distance to the reference model's activations on retain answers."""
     layer: int | None = None
     """Layer whose output is steered, from 0; null: 7 (OpenUnlearning), or the middle layer of a model with fewer."""
     steering: float = 2.0

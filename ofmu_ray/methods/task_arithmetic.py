@@ -64,7 +64,7 @@ class TaskArithmetic(OneLoop[TaskArithmeticConfig]):
                 parameter.requires_grad_(False)
 
     def start(self, engine: Engine) -> None:
-        """Keep theta_0 (one copy of this rank's share); a resumed run reads it from the untouched model again."""
+        """Keep theta_0 (one copy of this rank's share); a resumed run reads it from the reference model again."""
         super().start(engine)
         self.start_weights = engine.weights()
 

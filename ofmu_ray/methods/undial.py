@@ -28,7 +28,7 @@ class UNDIALConfig(WeightedConfig):
     retain_weight: float = 0.0
     """alpha, weight of the retain loss; 0: no retain pass at all."""
     beta: float = 10.0
-    """What is subtracted from the untouched model's logit of each answer token."""
+    """What is subtracted from the reference model's logit of each answer token."""
 
     def check(self, section: str) -> None:
         super().check(section)

@@ -37,7 +37,7 @@ class WorkerJob:
     sidecars: Mapping[str, str] = field(default_factory=dict)
     """Stream -> folder of what was computed about its rows beforehand (ofmu_ray.data.sidecar)."""
     start_from: str | None = None
-    """Folder of a checkpoint of another run to begin with (same ZeRO stage); None: the untouched model."""
+    """Folder of a checkpoint of another run to begin with (same ZeRO stage); None: the reference model."""
     stages: Stages | None = None
     """Evaluations on the way, after each of which a scheduler may end the run; None: none."""
 
