@@ -317,7 +317,7 @@ MISTAKES = {
     "not a value": (["--space.ofmu.inner_steps", "uniform(1, 2)"], r"ofmu.inner_steps = 1.5: must be int"),
     "another method": (["--space.npo.beta", "uniform(0, 1)"], r"npo.beta is an option of another method"),
     "empty space": (["--label", "ceu", "--space", "{ceu.optimizer.lr: null}"], r"nothing is left to tune of ceu"),
-    "no such figure": (["--select.objective", "forget_qualty"], r"no such figure. Did you mean forget_quality"),
+    "no such metric": (["--select.objective", "forget_qualty"], r"no such metric. Did you mean forget_quality"),
     "never reported": (["--select.utility", "model_utility"], r"max_new_tokens = 0: .* select.utility = model_utility"),
     "no retrained model": (
         ["--base.evaluation.retrained", "null", "--select.objective", "forget_quality"],

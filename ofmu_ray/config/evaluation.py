@@ -35,7 +35,7 @@ class EvaluationSetsConfig:
     world_facts: str | None = "auto"
     """Rows of general knowledge; null: none (no model utility then). auto: as for forget."""
     holdout: str | None = "auto"
-    """Rows like the forget rows that no model has seen, for membership inference; null: no such figures. auto: the
+    """Rows like the forget rows that no model has seen, for membership inference; null: no such metrics. auto: the
     built-in rows for `ofmu evaluate` with built-in data, else null."""
     probes: list[ProbeConfig] | Literal["auto"] = "auto"
     """Hard probes of the same knowledge: paraphrased, multi-hop or cross-lingual questions. auto: as for holdout."""

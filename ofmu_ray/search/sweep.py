@@ -161,7 +161,7 @@ def _begin(
 
     reference = reference_figure(data, tables, rows, select.relative_to, select.utility)
     if reference is None:
-        raise UserError(f"select.utility = {select.utility}: the {select.relative_to} model has no such figure")
+        raise UserError(f"select.utility = {select.utility}: the {select.relative_to} model has no such metric")
     goal = goal_of(
         data,
         tables,
