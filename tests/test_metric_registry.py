@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,7 @@ def test_the_margin_counts_where_some_trial_reaches_it() -> None:
         {"phase": "tune", "trial": 1, "forget_quality": 0.5, "model_utility": 0.83},
     ]
     goal = Goal("forget_quality", "model_utility", 0.79)
-    chosen = {margin: select(trials, goal, margin) for margin in (0.0, 0.02, 0.1)}
+    chosen = {margin: select(trials, replace(goal, margin=margin)) for margin in (0.0, 0.02, 0.1)}
     assert [found.trial["trial"] for found in chosen.values() if found is not None] == [0, 1, 0]
 
 

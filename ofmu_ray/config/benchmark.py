@@ -79,7 +79,7 @@ class RuleConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.floor <= 1, "rule.floor", self.floor, "in [0, 1]")
-        require(0 <= self.margin <= 1 - self.floor, "rule.margin", self.margin, "in [0, 1 - rule.floor]")
+        require(0 <= self.margin <= 1, "rule.margin", self.margin, "in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)

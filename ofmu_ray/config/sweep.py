@@ -90,6 +90,9 @@ class SelectConfig:
     """Figure that must not fall below the floor."""
     utility_floor: float = 0.9
     """The floor, as a fraction of the reference's utility (0 to 1)."""
+    margin: float = 0.02
+    """Added to the floor when a trial is chosen, if some trial reaches that: of trials at the floor on a sample,
+    half fall below it on all rows."""
     relative_to: Literal["target", "retrained"] = "target"
     """The reference: the reference model, or the one that never saw the forget rows."""
     tie_break: Literal["cost", "order"] = "cost"
@@ -103,6 +106,7 @@ class SelectConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.utility_floor <= 1, "select.utility_floor", self.utility_floor, "in [0, 1]")
+        require(0 <= self.margin <= 1, "select.margin", self.margin, "in [0, 1]")
         positive("select", self, "rows")
         not_negative("select", self, "max_new_tokens")
         require(len(set(self.seeds)) == len(self.seeds), "select.seeds", self.seeds, "without repetitions")

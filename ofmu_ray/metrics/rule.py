@@ -30,6 +30,9 @@ class Goal:
 
     sound: Sound | None = None
     """Generations beside which a model's are degenerate; None: no model is."""
+    margin: float = 0.0
+    """Added to the floor when a trial is chosen, in units of the metric, if some trial that is not degenerate reaches
+    that."""
 
     def goodness(self, figures: Mapping[str, Any]) -> float | None:
         """The objective so that more is better, in units of the figure; None where it is absent."""
@@ -56,6 +59,13 @@ class Goal:
     def eligible(self, figures: Mapping[str, Any]) -> bool:
         """Whether the rule recommends such a model, if it has no better one: enough utility, and not degenerate."""
         return bool(self.enough(figures)) and not self.degenerate(figures)
+
+    def choosing(self, trials: Sequence[Mapping[str, Any]]) -> Goal:
+        """The rule for choosing among these: with the margin, if one of them that it recommends reaches that."""
+        if not self.margin or self.floor is None:
+            return self
+        strict = replace(self, floor=self.floor + self.margin, margin=0.0)
+        return strict if any(strict.eligible(one) for one in trials) else replace(self, margin=0.0)
 
     def rank(self, figures: Mapping[str, Any]) -> tuple[bool, bool, float, float] | None:
         """Place in the rule's order, lowest first; None where a figure is absent.
@@ -102,10 +112,8 @@ class Choice:
     """All trials were degenerate."""
 
 
-def select(trials: Sequence[Trial], goal: Goal, margin: float = 0.0) -> Choice | None:
+def select(trials: Sequence[Trial], goal: Goal) -> Choice | None:
     """The first of the tuning trials in the rule's order; None: no tuning trial has both metrics.
-
-    `margin`: added to the floor, in units of the utility, if some trial that is not degenerate reaches that.
 
     `trials`: of one method and split. Ties, which are common (on n rows the KS distance is a multiple of 1/n): more
     utility, then fewer FLOPs, then the lower trial number.
@@ -115,10 +123,7 @@ def select(trials: Sequence[Trial], goal: Goal, margin: float = 0.0) -> Choice |
         flops, utility = number_of(trial, "flops"), number_of(trial, goal.utility)
         return -(utility or 0.0), math.inf if flops is None else flops, int(trial.get("trial") or 0)
 
-    if margin and goal.floor is not None:
-        strict = select(trials, replace(goal, floor=goal.floor + margin))
-        if strict is None or not (strict.floor_missed or strict.degenerate):
-            return strict
+    goal = goal.choosing([trial for trial in trials if trial.get("phase") == "tune"])
     ranked = [
         (rank, tie(trial), trial)
         for trial in trials

@@ -80,7 +80,8 @@ def _head(benchmark: Benchmark) -> Head:
     }
     utility, objective = (figures.label(name).lower() for name in (benchmark.utility, benchmark.objective))
     rule = (
-        f"The rule: of a method's tuning trials with at least {benchmark.floor:g} × the target's {utility} whose "
+        f"The rule: of a method's tuning trials with at least {benchmark.floor + settings.margin:g} × the target's "
+        f"{utility}{f' ({benchmark.floor:g} where none has that)' if settings.margin else ''} whose "
         f"answers to forget prompts are not degenerate, the one with the best {objective} ({_aim(benchmark)}); ties go "
         "to the one with more utility, then to the cheaper one. Its options run again with fresh seeds, and only these "
         "runs are summarised and compared; "

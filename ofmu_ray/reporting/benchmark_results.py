@@ -131,7 +131,9 @@ class Benchmark:
         if split in self.settings.goals:
             return self.settings.goals[split]
         target = self.target_utility(split, "tune")
-        return Goal(self.objective, self.utility, math.nan if target is None else self.floor * target)
+        if target is None:
+            return Goal(self.objective, self.utility, math.nan)
+        return Goal(self.objective, self.utility, self.floor * target, margin=self.settings.margin * target)
 
     def scores(self, split: str, method: str, name: str, *phases: str) -> dict[int, Draws]:
         """Seed -> figure turned so that higher is better, with resamples where the run's rows are known."""

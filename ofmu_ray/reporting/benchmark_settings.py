@@ -22,6 +22,8 @@ class BenchmarkSettings:
     """Figure under the floor."""
     floor: float = 0.9
     """Fraction of the target's utility."""
+    margin: float = 0.0
+    """Added to the floor when a trial is chosen."""
     seeds: Sequence[int] = ()
     planned_runs: int | None = None
     """Of all phases, so that an unfinished benchmark can say so."""
@@ -47,7 +49,7 @@ class BenchmarkSettings:
         rule, base = config.get("rule") or {}, config.get("base") or {}
         ablation = config.get("ablation") or {}
         command = found.get("command") or ""
-        known = {name: rule[name] for name in ("objective", "utility", "floor") if name in rule}
+        known = {name: rule[name] for name in ("objective", "utility", "floor", "margin") if name in rule}
         return cls(
             title=str(found.get("name") or "benchmark"),
             **known,

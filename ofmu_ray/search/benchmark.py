@@ -335,6 +335,7 @@ class Benchmark:
             floor=math.nan if target is None else rule.floor * target,
             rows=tuning.rows,
             longest=tuning.max_new_tokens,
+            margin=0.0 if target is None else rule.margin * target,
         )
 
     def _choice(self, split: str, label: str) -> Choice | None:
@@ -344,8 +345,7 @@ class Benchmark:
             for trial, result in self.done
             if (trial.method, trial.split) == (label, split)
         ]
-        margin = 0.0 if goal.floor is None else goal.floor * self.config.rule.margin / max(self.config.rule.floor, 1e-9)
-        return select(rows, goal, margin)
+        return select(rows, goal)
 
     def _select(self, split: str, label: str) -> None:
         """The rule's choice for a method, by figures on the sampled rows; the floor by the target's on the same."""

@@ -49,10 +49,12 @@ def goal_of(
     floor: float | None,
     rows: int | None,
     longest: int | None,
+    margin: float = 0.0,
 ) -> Goal:
-    """The rule. `floor`: in units of the figure `utility`; `rows`: of each set; `longest`: generation (tokens)."""
+    """The rule. `floor`, `margin`: in units of the metric `utility`; `rows`: of each set; `longest`: generation
+    (tokens)."""
     retrained = reference_figure(data, tables, rows, "retrained", objective)
-    return Goal(objective, utility, floor, retrained, sound_of(data, tables, rows, longest))
+    return Goal(objective, utility, floor, retrained, sound_of(data, tables, rows, longest), margin)
 
 
 def marks(figures: Mapping[str, Any], sound: Sound | None) -> dict[str, Any]:

@@ -164,13 +164,12 @@ class Ledger:
 
 def ranked(ledger: Ledger, numbers: Sequence[int]) -> list[int]:
     """Trials that came to their end with figures, the rule's best first; ties by cost or order (select.tie_break)."""
-    found = []
-    for number in numbers:
-        result = ledger.result(number)
-        if result is None or not result.get("figures"):
-            continue
-        rank = ledger.search.goal.rank(plain(result["figures"]))
+    results = {number: result for number in numbers if (result := ledger.result(number)) and result.get("figures")}
+    measured = {number: plain(result["figures"]) for number, result in results.items()}
+    goal, found = ledger.search.goal.choosing(list(measured.values())), []
+    for number, figures in measured.items():
+        rank = goal.rank(figures)
         if rank is not None:
-            cost = result["flops"] if ledger.config.select.tie_break == "cost" else 0.0
+            cost = results[number]["flops"] if ledger.config.select.tie_break == "cost" else 0.0
             found.append((rank, cost, number))
     return [number for _, _, number in sorted(found)]

@@ -170,6 +170,7 @@ def _begin(
         floor=select.utility_floor * reference,
         rows=rows,
         longest=select.max_new_tokens,
+        margin=select.margin * reference,
     )
     progress.note("select", f"best {select.objective} with {select.utility} >= {goal.floor:.4g} "
         f"({select.utility_floor:g} x {select.relative_to}: {reference:.4g})")  # fmt: skip
