@@ -61,6 +61,27 @@ def answers(
     return Answers(logits_tv, labels[labelled], labelled.nonzero()[:, 0], len(labels))
 
 
+def answer_logits(model: Any, texts: Sequence[Text]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Logits [n, vocabulary] that predict the answers' tokens, those tokens [n], and how many each text has."""
+    device = model.get_input_embeddings().weight.device
+    ids_bt = right_padded(texts)
+    labels_bt = torch.full(ids_bt.shape, IGNORED)
+    for row, (ids, prompt) in enumerate(texts):
+        if not 0 < prompt < len(ids):
+            raise AssertionError(f"a text of {len(ids)} tokens with {prompt} prompt tokens has no answer to score")
+        labels_bt[row, prompt : len(ids)] = ids_bt[row, prompt : len(ids)]
+    logits_nv, targets_n, _, _ = answers(model, {"input_ids": ids_bt.to(device), "labels": labels_bt.to(device)})
+    return logits_nv, targets_n, [len(ids) - prompt for ids, prompt in texts]
+
+
+def right_padded(texts: Sequence[Text]) -> torch.Tensor:
+    """Token ids, int64 [texts, longest]. No attention mask is needed: no token of a causal model looks to its right."""
+    ids_bt = torch.zeros(len(texts), max(len(ids) for ids, _ in texts), dtype=torch.long)
+    for row, (ids, _) in enumerate(texts):
+        ids_bt[row, : len(ids)] = torch.as_tensor(ids)
+    return ids_bt
+
+
 def causal_lm_loss(module: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of the token negative log-likelihoods (nats) and the number of labelled tokens; `batch` as in `answers`."""
     logits_tv, labels_t, _, _ = answers(module, batch)
