@@ -298,7 +298,7 @@ class Reference:
         draws = Draws.of(names, most, sampling.temperature, sampling.top_k)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             prompts = [row["input_ids"] for row in rows]
-            new = generate_batch(self.module, prompts, max_new_tokens=most, stop=self.stop, draws=draws)
+            new = generate_batch(self.module, prompts, max_new_tokens=[most] * len(rows), stop=self.stop, draws=draws)
         return [np.array(ids, dtype=np.int64) for ids in new]
 
 

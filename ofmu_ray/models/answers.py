@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,11 +35,13 @@ def logits_at(
     """Run the model with its output head at some positions only: logits [selected, vocabulary], at least fp32.
 
     `batch`: input_ids and, unless padding stands where no selected position looks, attention_mask (each under `prefix`
-    + its name), int64 [rows, positions]; `positions`: bool of the same shape. The head's cost, and the size of logits
-    and of their gradient, follow the selection.
+    + its name), int64 [rows, positions], and position_ids where they are not the usual ones; `positions`: bool of the
+    same shape. The head's cost, and the size of logits and of their gradient, follow the selection.
     """
     ids, mask = batch[f"{prefix}input_ids"], batch.get(f"{prefix}attention_mask")
     options = {"logits_to_keep": positions} if _selects(unwrapped(module).__class__) else {}
+    if "position_ids" in batch:
+        options["position_ids"] = batch["position_ids"]
     logits_tv: torch.Tensor = module(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
     if logits_tv.dim() == 3:
         logits_tv = logits_tv[positions]
@@ -99,21 +100,3 @@ def unwrapped(module: Any) -> Any:
 def _selects(model: Any) -> bool:
     """Whether models of this class take the positions that their head is to run at, as most of transformers' do."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
-
-
-@contextmanager
-def head_on(model: Any, select: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Within the context the output head sees `select(hidden)` instead of every position.
-
-    The head's cost and the size of the logits follow the selection, and what an architecture does to its logits
-    afterwards (soft caps, scales) still happens, because the model's own forward runs.
-    """
-
-    def narrow(_module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (select(inputs[0]), *inputs[1:])
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(narrow)
-    try:
-        yield
-    finally:
-        handle.remove()
