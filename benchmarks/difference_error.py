@@ -27,9 +27,9 @@ from ofmu_ray.algorithm.curvature import Curvature, Exact, FiniteDifference, Mea
 from ofmu_ray.algorithm.space import Vector, combine
 from ofmu_ray.algorithm.steps import Steps
 from ofmu_ray.assets import resolve_builtin
-from ofmu_ray.config import LoraConfig, ModelConfig, OFMUConfig, OptimizerConfig
+from ofmu_ray.config import LoraConfig, ModelConfig, OptimizerConfig
 from ofmu_ray.engines import TorchEngine
-from ofmu_ray.methods.ofmu.method import OFMU
+from ofmu_ray.methods.ofmu import OFMU, OFMUConfig
 from ofmu_ray.models.loading import add_lora, load_causal_lm
 
 FIXED = (1e-5, 1e-4, 1e-3)

@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 
 import ofmu_ray.training.start as start_module
 import ofmu_ray.training.worker as worker_module
-from ofmu_ray.config import OFMUConfig, StopConfig, TrainingConfig, UnlearnConfig
+from ofmu_ray.config import StopConfig, TrainingConfig, UnlearnConfig
+from ofmu_ray.methods.ofmu import OFMUConfig
 from ofmu_ray.training.job import WorkerJob
 
 Phase = Literal["start", "first_gather", "inner_loop", "displaced", "outer_step", "checkpoint_write", "export"]

@@ -29,14 +29,14 @@ import transformers
 from step import machine
 
 from ofmu_ray.assets import resolve_builtin
-from ofmu_ray.config import FormatConfig, NPOConfig, OptimizerConfig
+from ofmu_ray.config import FormatConfig, OptimizerConfig
 from ofmu_ray.data.batches import collate
 from ofmu_ray.data.order import WINDOW_BATCHES, batch_order
 from ofmu_ray.data.template import Template
 from ofmu_ray.data.vocabulary import build_tokenizer
 from ofmu_ray.engines import Batch, TorchEngine
 from ofmu_ray.methods import build_method
-from ofmu_ray.methods.npo.method import answer_nll
+from ofmu_ray.methods.npo import NPOConfig, answer_nll
 
 SHAPE = {"hidden_size": 160, "intermediate_size": 432, "num_hidden_layers": 4, "num_attention_heads": 4}
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -243,7 +243,7 @@ def table(result: dict[str, Any], rate: float) -> Iterator[str]:
         yield f"| {name} | {1e3 * seconds:.1f} | {seconds / result['cpu_seconds']['ours']:.2f} |"
     yield f"| floor: {result['gflop']:.1f} GFLOP at {rate:.0f} GFLOP/s | {1e3 * floor:.1f} | |"
     yield (
-        f"\nplain / ours: {result['speedup']:.2f}; the untouched model's pass over a forget batch, once a run: "
+        f"\nplain / ours: {result['speedup']:.2f}; the reference model's pass over a forget batch, once a run: "
         f"{1e3 * result['reference_cpu_seconds']:.1f} ms"
     )
 

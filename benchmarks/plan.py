@@ -31,9 +31,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import transformers
 
-from ofmu_ray.config import ModelConfig, OFMUConfig, OptimizerConfig, TrainingConfig
+from ofmu_ray.config import ModelConfig, OptimizerConfig, TrainingConfig
 from ofmu_ray.engines import Batch, DeepSpeedEngine
-from ofmu_ray.methods.ofmu.method import OFMU
+from ofmu_ray.methods.ofmu import OFMU, OFMUConfig
 from ofmu_ray.models.loading import empty_model
 from ofmu_ray.planning.calibrate import calibrated_time
 from ofmu_ray.planning.cost import LINKS

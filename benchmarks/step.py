@@ -26,11 +26,11 @@ import torch.distributed as dist
 
 from ofmu_ray.algorithm.space import combine, scale_
 from ofmu_ray.assets import resolve_builtin
-from ofmu_ray.config import FormatConfig, ModelConfig, OFMUConfig, OptimizerConfig
+from ofmu_ray.config import FormatConfig, ModelConfig, OptimizerConfig
 from ofmu_ray.data.batches import collate
 from ofmu_ray.data.template import Template
 from ofmu_ray.engines import Batch, DeepSpeedEngine, TorchEngine
-from ofmu_ray.methods.ofmu.method import OFMU
+from ofmu_ray.methods.ofmu import OFMU, OFMUConfig
 from ofmu_ray.models.loading import load_causal_lm, load_tokenizer
 
 ROWS = 8

@@ -14,9 +14,8 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from ofmu_ray.config import close_match
+from ofmu_ray.config import METHODS, PRESETS, close_match
 from ofmu_ray.errors import UserError
-from ofmu_ray.methods.ofmu import PRESETS, OFMUConfig
 
 Config = TypeVar("Config")
 
@@ -43,11 +42,9 @@ def parse(config_class: type[Config], arguments: Sequence[str], prog: str) -> Co
     parser = parser_for(kind, prog)
     known = [option.removeprefix("--") for option in parser._option_string_actions if option.startswith("--")]
     try:
-        # print_config would print the defaults of the wrong preset, so the preset is looked for without it
+        # print_config would print the defaults of the wrong preset, so presets are looked for without it
         plain = [word for word in arguments if not word.startswith("--print_config") and word not in ("-h", "--help")]
-        preset = _preset(parser.parse_args(plain))
-        if preset is not None:
-            parser.set_defaults({f"ofmu.{name}": value for name, value in _preset_defaults(preset).items()})
+        parser.set_defaults(_preset_defaults(parser.parse_args(plain)))
         namespace = parser.parse_args(list(arguments))
         _refuse_empty(namespace, known)
         built = vars(parser.instantiate(namespace))
@@ -63,11 +60,17 @@ def parse(config_class: type[Config], arguments: Sequence[str], prog: str) -> Co
     return config_class(**built)
 
 
-def _preset_defaults(preset: Any) -> dict[str, Any]:
-    """Every option that some preset sets, as this one has it: the parser may have served another one before."""
-    plain: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(OFMUConfig)}
-    names = {name for options in PRESETS.values() for name in options}
-    return {name: PRESETS[preset].get(name, plain[name]) for name in sorted(names)}
+def _preset_defaults(namespace: Any) -> dict[str, Any]:
+    """Every option that some preset of its method sets, as the chosen one has it: the parser may have served another
+    one before."""
+    found: dict[str, Any] = {}
+    for method, presets in PRESETS.items():
+        chosen = getattr(getattr(namespace, method, None), "preset", None)
+        if chosen is not None:
+            plain = {field.name: field.default for field in dataclasses.fields(METHODS[method])}  # type: ignore[arg-type]
+            names = {name for options in presets.values() for name in options}
+            found |= {f"{method}.{name}": presets[chosen].get(name, plain[name]) for name in sorted(names)}
+    return found
 
 
 def _refuse_empty(namespace: Any, known: list[str]) -> None:
@@ -83,11 +86,6 @@ def _refuse_empty(namespace: Any, known: list[str]) -> None:
 
     for file in namespace.config or ():
         look(yaml.safe_load(Path(str(file)).read_text()), "")
-
-
-def _preset(namespace: Any) -> Any:
-    ofmu = getattr(namespace, "ofmu", None)
-    return getattr(ofmu, "preset", None)
 
 
 def _explained(message: str, known: list[str]) -> str:

@@ -8,9 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ofmu_ray.config import ModelConfig, OFMUConfig, StopConfig, TrainingConfig
+from ofmu_ray.config import ModelConfig, StopConfig, TrainingConfig
 from ofmu_ray.data.batch_plan import write_plan
 from ofmu_ray.data.prepare import TokenisedStream
+from ofmu_ray.methods.ofmu import OFMUConfig
 from ofmu_ray.training.job import WorkerJob
 
 ROUNDS = 8

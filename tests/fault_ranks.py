@@ -14,9 +14,10 @@ import torch.distributed as dist
 from engine_ranks import all_ranks
 from fault_job import make_job
 
-from ofmu_ray.config import OFMUConfig, OptimizerConfig, TrainingConfig
+from ofmu_ray.config import OptimizerConfig, TrainingConfig
 from ofmu_ray.data.batch_plan import read_plan
 from ofmu_ray.data.batches import local_rounds
+from ofmu_ray.methods.ofmu import OFMUConfig
 from ofmu_ray.training.worker import Worker
 
 AFTER = 5

@@ -17,12 +17,11 @@ import torch.distributed as dist
 from engine_models import VOCABULARY, tiny_model
 from engine_ranks import all_ranks
 
-from ofmu_ray.config import OFMUConfig, OptimizerConfig
+from ofmu_ray.config import OptimizerConfig
 from ofmu_ray.data.batches import collate
 from ofmu_ray.data.order import batch_order, lane_slots
 from ofmu_ray.engines import Batch
-from ofmu_ray.methods.ofmu import PresetName
-from ofmu_ray.methods.ofmu.method import OFMU
+from ofmu_ray.methods.ofmu import OFMU, OFMUConfig, PresetName
 
 ROUNDS = 10
 BATCH = 4

@@ -22,23 +22,25 @@ ADAMW = config.OptimizerConfig(name="adamw", lr=2e-3, clip=1.0, eps=1e-3, weight
 UNDECAYED = replace(ADAMW, weight_decay=0.0)
 MOMENTUM = config.OptimizerConfig(name="sgd", lr=0.05, clip=1.0, momentum=0.5, decay="linear")
 OPTIONS: dict[str, config.OneLoopConfig] = {
-    "gradient_ascent": config.GradientAscentConfig(optimizer=ADAMW),
-    "grad_diff": config.GradDiffConfig(optimizer=ADAMW, forget_weight=0.5, retain_weight=2.0),
-    "grad_diff-kl": config.GradDiffConfig(optimizer=ADAMW, retain_loss="kl"),
-    "grad_diff-no_retain": config.GradDiffConfig(optimizer=MOMENTUM, retain_weight=0.0, retain_loss="kl"),
-    "simnpo": config.SimNPOConfig(optimizer=ADAMW, delta=0.3),
-    "wga": config.WGAConfig(optimizer=ADAMW, beta=0.7),
-    "satimp": config.SatImpConfig(optimizer=MOMENTUM, forget_weight=1.0, beta1=0.5),
-    "ceu": config.CEUConfig(optimizer=ADAMW),
-    "pdu": config.PDUConfig(optimizer=ADAMW, tolerance=0.0, warmup_rounds=1, dual_rate=5.0),
-    "pdu-peer": config.PDUConfig(optimizer=ADAMW, retain_bound=4.0, positions="peer_unshifted"),
-    "task_arithmetic": config.TaskArithmeticConfig(optimizer=UNDECAYED, scale=0.7),
-    "task_arithmetic-sgd": config.TaskArithmeticConfig(optimizer=MOMENTUM, scale=2.0),
-    "retain_finetune": config.RetainFinetuneConfig(optimizer=ADAMW),
-    "blur": config.BLURConfig(optimizer=ADAMW),
-    "dualoptim": config.DualOptimConfig(optimizer=ADAMW, forget_lr_ratio=0.5, retain_steps=2, base_beta1=0.8),
-    "dualoptim-apart": config.DualOptimConfig(optimizer=ADAMW, retain_steps=2, shared_base=False, forget_loss="npo"),
-    "blur-nll": config.BLURConfig(optimizer=ADAMW, forget_loss="nll", forget_weight=0.3),
+    "gradient_ascent": config.METHODS["gradient_ascent"](optimizer=ADAMW),
+    "grad_diff": config.METHODS["grad_diff"](optimizer=ADAMW, forget_weight=0.5, retain_weight=2.0),
+    "grad_diff-kl": config.METHODS["grad_diff"](optimizer=ADAMW, retain_loss="kl"),
+    "grad_diff-no_retain": config.METHODS["grad_diff"](optimizer=MOMENTUM, retain_weight=0.0, retain_loss="kl"),
+    "simnpo": config.METHODS["simnpo"](optimizer=ADAMW, delta=0.3),
+    "wga": config.METHODS["wga"](optimizer=ADAMW, beta=0.7),
+    "satimp": config.METHODS["satimp"](optimizer=MOMENTUM, forget_weight=1.0, beta1=0.5),
+    "ceu": config.METHODS["ceu"](optimizer=ADAMW),
+    "pdu": config.METHODS["pdu"](optimizer=ADAMW, tolerance=0.0, warmup_rounds=1, dual_rate=5.0),
+    "pdu-peer": config.METHODS["pdu"](optimizer=ADAMW, retain_bound=4.0, positions="peer_unshifted"),
+    "task_arithmetic": config.METHODS["task_arithmetic"](optimizer=UNDECAYED, scale=0.7),
+    "task_arithmetic-sgd": config.METHODS["task_arithmetic"](optimizer=MOMENTUM, scale=2.0),
+    "retain_finetune": config.METHODS["retain_finetune"](optimizer=ADAMW),
+    "blur": config.METHODS["blur"](optimizer=ADAMW),
+    "dualoptim": config.METHODS["dualoptim"](optimizer=ADAMW, forget_lr_ratio=0.5, retain_steps=2, base_beta1=0.8),
+    "dualoptim-apart": config.METHODS["dualoptim"](
+        optimizer=ADAMW, retain_steps=2, shared_base=False, forget_loss="npo"
+    ),
+    "blur-nll": config.METHODS["blur"](optimizer=ADAMW, forget_loss="nll", forget_weight=0.3),
 }
 """Variant -> options: small models need larger learning rates than the defaults'."""
 

@@ -22,14 +22,14 @@ from ofmu_ray.models.loading import disable_dropout
 ROUNDS = 3
 SGD = config.OptimizerConfig(name="sgd", lr=0.02, clip=None)
 OPTIONS: dict[str, Any] = {
-    "npo": config.NPOConfig(optimizer=SGD, beta=0.5),
-    "npo-kl": config.NPOConfig(optimizer=SGD, retain_loss="kl"),
-    "idk": config.IDKConfig(optimizer=SGD),
-    "dpo": config.DPOConfig(optimizer=SGD, beta=0.3, retain_weight=0.5),
-    "altpo": config.AltPOConfig(optimizer=SGD, beta=0.4, retain_weight=0.5),
-    "undial": config.UNDIALConfig(optimizer=SGD, beta=3.0),
-    "rmu": config.RMUConfig(optimizer=SGD, steering=3.0),
-    "rmu-peer": config.RMUConfig(optimizer=SGD, reduction="peer_broadcast", train_layers=1, retain_weight=0.7),
+    "npo": config.METHODS["npo"](optimizer=SGD, beta=0.5),
+    "npo-kl": config.METHODS["npo"](optimizer=SGD, retain_loss="kl"),
+    "idk": config.METHODS["idk"](optimizer=SGD),
+    "dpo": config.METHODS["dpo"](optimizer=SGD, beta=0.3, retain_weight=0.5),
+    "altpo": config.METHODS["altpo"](optimizer=SGD, beta=0.4, retain_weight=0.5),
+    "undial": config.METHODS["undial"](optimizer=SGD, beta=3.0),
+    "rmu": config.METHODS["rmu"](optimizer=SGD, steering=3.0),
+    "rmu-peer": config.METHODS["rmu"](optimizer=SGD, reduction="peer_broadcast", train_layers=1, retain_weight=0.7),
 }
 LAYER = 0
 """The steered one of two."""

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from ofmu_ray.algorithm import similarity_gradient
 from ofmu_ray.algorithm.curvature import Exact, FiniteDifference
-from ofmu_ray.config import OFMUConfig, OptimizerConfig
+from ofmu_ray.config import OptimizerConfig
 from ofmu_ray.engines import TorchEngine
 from ofmu_ray.errors import UserError
-from ofmu_ray.methods.ofmu.method import OFMU
+from ofmu_ray.methods.ofmu import OFMU, OFMUConfig
 
 SGD = {"name": "sgd", "clip": None}
 

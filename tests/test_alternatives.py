@@ -23,12 +23,13 @@ from ofmu_ray.data.template import Template
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.generation import Draws
 from ofmu_ray.features import alternatives, reference
+from ofmu_ray.features.protocol import Settings
 from ofmu_ray.features.reference import write_references
 from ofmu_ray.methods import build_method
 
 COUNT, ROWS, BATCH = 3, 8, 4
 ROUNDS = 2 * COUNT * ROWS // BATCH  # every alternative twice
-OPTIONS = config.AltPOConfig(alternatives=COUNT, max_new_tokens=24)
+OPTIONS = config.METHODS["altpo"](alternatives=COUNT, max_new_tokens=24)
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +39,14 @@ def few(prepared: Prepared) -> Prepared:  # noqa: F811
     return dataclasses.replace(prepared, streams={**prepared.streams, "forget": cut})
 
 
-def computed(few: Prepared, folder: Path, options: config.AltPOConfig = OPTIONS, **more: Any) -> tuple[Any, str]:
+def computed(few: Prepared, folder: Path, options: Any = OPTIONS, **more: Any) -> tuple[Any, str]:
     numbers = {"rounds": ROUNDS, "batch_size": BATCH, "workers": more.pop("workers", 1), "seed": 1}
     plan = write_plan(few.streams, str(folder / "plan"), batches_per_round={"forget": 1, "retain": 1}, **numbers)
-    places = {"folder": str(folder / "run"), "cache": str(folder / "cache"), "method": "altpo"}
+    places = {
+        "folder": str(folder / "run"),
+        "cache": str(folder / "cache"),
+        "settings": Settings("altpo", seed=more.pop("seed", 0)),
+    }
     return plan, write_references(build_method(options).needs, few, plan, TARGET, **places, **more)["forget"]
 
 
@@ -53,8 +58,9 @@ def finished(few: Prepared, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 
 def stored(sidecar: str) -> dict[str, dict[str, Any]]:
     content = json.loads(Path(sidecar, "sidecar.json").read_text())
-    assert content["alternatives"] == COUNT
-    return {row["row_id"]: row for row in pq.read_table(content["refusals"]).to_pylist()}
+    [found] = content["texts"].values()
+    assert found["count"] == COUNT
+    return {row["row_id"]: row for row in pq.read_table(found["path"]).to_pylist()}
 
 
 def test_they_answer_the_rows_own_questions_and_differ(finished: Any, few: Prepared) -> None:
@@ -146,8 +152,8 @@ def test_a_prompt_asks_for_another_answer(few: Prepared) -> None:
     (asked, second) = alternatives.asked([row], 2, "Invent: {question} Not: {answer}", few.template)
     assert asked["input_ids"] == few.template.encode_prompt(f"Invent: {question} Not: {truth}") == second["input_ids"]
     assert [asked["row_id"], second["row_id"]] == [f"{row['row_id']}/{number}" for number in (0, 1)]
-    needs = build_method(config.AltPOConfig(prompt="Invent: {question}")).needs
-    assert [need.sampling.temperature for need in needs if need.sampling] == [1.0]
+    needs = build_method(config.METHODS["altpo"](prompt="Invent: {question}")).needs
+    assert [need.of.temperature for need in needs if need.of] == [1.0]
 
 
 def test_texts_of_a_row_without_its_chat_layout(template: Template) -> None:  # noqa: F811
@@ -170,7 +176,7 @@ def test_texts_of_a_row_without_its_chat_layout(template: Template) -> None:  # 
 )
 def test_options_that_make_no_sense(options: dict[str, Any], word: str) -> None:
     with pytest.raises(UserError, match=rf"altpo\.{word}"):
-        UnlearnConfig(altpo=config.AltPOConfig(**options))
+        UnlearnConfig(altpo=config.METHODS["altpo"](**options))
 
 
 @pytest.mark.full

@@ -11,7 +11,6 @@ import yaml
 
 from ofmu_ray.config import (
     BenchmarkConfig,
-    OFMUConfig,
     SweepConfig,
     TrainConfig,
     TrainingConfig,
@@ -22,6 +21,7 @@ from ofmu_ray.config import (
 )
 from ofmu_ray.config.evaluate import EvaluateConfig
 from ofmu_ray.errors import UserError
+from ofmu_ray.methods.ofmu import OFMUConfig
 from pipelines import cli
 from pipelines.parse import parse
 

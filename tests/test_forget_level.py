@@ -13,13 +13,12 @@ import torch
 from ofmu_ray.algorithm.losses import bounded_rows, bounded_tokens
 from ofmu_ray.algorithm.two_loop import RoundStats, project
 from ofmu_ray.assets import resolve_builtin
-from ofmu_ray.config import ModelConfig, OFMUConfig, OptimizerConfig, StopConfig, UnlearnConfig, apply_overrides
+from ofmu_ray.config import ModelConfig, OptimizerConfig, StopConfig, UnlearnConfig, apply_overrides
 from ofmu_ray.data.batches import collate
 from ofmu_ray.data.prepare import TokenisedStream
 from ofmu_ray.engines import TorchEngine
 from ofmu_ray.errors import UserError
-from ofmu_ray.features.level import with_level
-from ofmu_ray.methods.ofmu.method import OFMU
+from ofmu_ray.methods.ofmu import OFMU, OFMUConfig
 from ofmu_ray.models.loading import load_causal_lm
 from ofmu_ray.training.worker import Worker
 
@@ -182,8 +181,7 @@ def test_level_from_holdout_rows_and_from_frequencies(tmp_path) -> None:
 
     def level(wanted: float | str | None, streams: object = prepared, loss: str = "bounded_token") -> object:
         config = OFMUConfig(forget_loss=loss, forget_level=wanted)  # type: ignore[arg-type]
-        found = with_level(config, streams, model, str(tmp_path / "cache"))  # type: ignore[arg-type]
-        return found.forget_level  # type: ignore[union-attr]
+        return config.completed(streams, model, str(tmp_path / "cache")).forget_level  # type: ignore[arg-type]
 
     assert level("holdout") == pytest.approx(np.mean(losses), rel=1e-5)
     assert level(None) == level("holdout")

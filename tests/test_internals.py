@@ -1,4 +1,4 @@
-"""What we borrow from the private parts of Ray and DeepSpeed is still there, and is named where not; transformers lends nothing."""
+"""What we borrow from the private parts of Ray and DeepSpeed is still there, and is named where not."""
 
 from __future__ import annotations
 

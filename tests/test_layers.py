@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
-    "pipelines", "search", "runs", "planning", "reporting", "attacks", "training", "tracking", "features", "methods",
+    "pipelines", "search", "runs", "planning", "reporting", "attacks", "training", "tracking", "methods", "features",
     "tasks", "evaluation", "metrics", "engines", "models", "data", "cluster", "internals", "algorithm", "config",
     "storage", "assets",
 )  # fmt: skip

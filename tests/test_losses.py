@@ -17,23 +17,23 @@ from ofmu_ray.methods import build_method
 
 VOCABULARY = 11
 VARIANTS: dict[str, config.OneLoopConfig] = {
-    "gradient_ascent": config.GradientAscentConfig(),
-    "grad_diff": config.GradDiffConfig(),
-    "simnpo": config.SimNPOConfig(),
-    "simnpo-delta": config.SimNPOConfig(beta=0.8, delta=1.5),
-    "wga": config.WGAConfig(),
-    "wga-beta": config.WGAConfig(beta=0.25),
-    "satimp": config.SatImpConfig(),
-    "satimp-half": config.SatImpConfig(beta1=0.5, beta2=2.0),
-    "ceu": config.CEUConfig(),
-    "ceu-all": config.CEUConfig(skip_tokens=0),
-    "pdu": config.PDUConfig(),
-    "pdu-peer": config.PDUConfig(positions="peer_unshifted"),
-    "blur": config.BLURConfig(),
-    "blur-nll": config.BLURConfig(forget_loss="nll"),
-    "dualoptim": config.DualOptimConfig(),
-    "dualoptim-npo": config.DualOptimConfig(forget_loss="npo", npo_beta=0.4),
-    "dualoptim-nll": config.DualOptimConfig(forget_loss="nll"),
+    "gradient_ascent": config.METHODS["gradient_ascent"](),
+    "grad_diff": config.METHODS["grad_diff"](),
+    "simnpo": config.METHODS["simnpo"](),
+    "simnpo-delta": config.METHODS["simnpo"](beta=0.8, delta=1.5),
+    "wga": config.METHODS["wga"](),
+    "wga-beta": config.METHODS["wga"](beta=0.25),
+    "satimp": config.METHODS["satimp"](),
+    "satimp-half": config.METHODS["satimp"](beta1=0.5, beta2=2.0),
+    "ceu": config.METHODS["ceu"](),
+    "ceu-all": config.METHODS["ceu"](skip_tokens=0),
+    "pdu": config.METHODS["pdu"](),
+    "pdu-peer": config.METHODS["pdu"](positions="peer_unshifted"),
+    "blur": config.METHODS["blur"](),
+    "blur-nll": config.METHODS["blur"](forget_loss="nll"),
+    "dualoptim": config.METHODS["dualoptim"](),
+    "dualoptim-npo": config.METHODS["dualoptim"](forget_loss="npo", npo_beta=0.4),
+    "dualoptim-nll": config.METHODS["dualoptim"](forget_loss="nll"),
 }
 
 
@@ -107,7 +107,7 @@ def test_forget_loss(variant: str, seed: int) -> None:
 
 @pytest.mark.parametrize("retain_loss", ["nll", "kl"])
 def test_retain_loss(retain_loss: Any) -> None:
-    method = build_method(config.GradDiffConfig(retain_loss=retain_loss))
+    method = build_method(config.METHODS["grad_diff"](retain_loss=retain_loss))
     compare(method.retain_loss, getattr(loss_formulas, retain_loss), seed=2)
 
 
@@ -118,7 +118,7 @@ def test_peer_positions_are_one_place_later() -> None:
     ids = torch.zeros(1, 4, dtype=torch.long)
     micro = {"input_ids": ids, "attention_mask": ids + 1, "labels": torch.tensor([[-100, -100, 1, 2]])}
     found = {
-        positions: build_method(config.PDUConfig(positions=positions)).forget_loss(Table(logits), micro)
+        positions: build_method(config.METHODS["pdu"](positions=positions)).forget_loss(Table(logits), micro)
         for positions in ("answer", "peer_unshifted")
     }
     assert {name: (float(total), count) for name, (total, count) in found.items()} == {

@@ -1,4 +1,4 @@
-"""A method is one folder: a new one has options, labels, a search space, planning and rounds with no other change."""
+"""A method is one file: a new one has options, labels, a search space, planning and rounds with no other change."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIONS = '''
+FILE = '''
 """Ascent by the sign of the gradient."""
 
 from dataclasses import dataclass
 
-from ofmu_ray.config.method_options import OneLoopConfig
+from ofmu_ray.config.methods import RATE, OneLoopConfig
 from ofmu_ray.config.ranges import positive
-from ofmu_ray.config.spaces import Knob, LogUniform, Space, rate
+from ofmu_ray.methods.gradient_ascent import GradientAscent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,44 +28,38 @@ class SignAscentConfig(OneLoopConfig):
     sharpness: float = 10.0
     """How soon an entry counts as a sign."""
 
-    def check(self, section: str) -> None:
+    def check(self, section):
         super().check(section)
         positive(section, self, "sharpness")
 
 
-OPTIONS = SignAscentConfig
-SPACE = Space((rate("sign_ascent.optimizer.lr"), Knob("sign_ascent.sharpness", LogUniform(1, 100), "a guess")))
-'''
-METHOD = """
-import torch
-
-from ofmu_ray.methods.gradient_ascent.method import GradientAscent
-
-
 class SignAscent(GradientAscent):
     name = "sign_ascent"
+    options = SignAscentConfig
+    space = {"optimizer.lr": RATE, "sharpness": ("loguniform(1, 100)", "a guess")}
 
     def direction(self, engine, forget, retain, figures):
+        import torch
+
         return [torch.tanh(self.config.sharpness * part) for part in forget]
-
-
-METHOD = SignAscent
-"""
+'''
 STRANGER = """
 import json, sys
-import ofmu_ray.methods
-ofmu_ray.methods.__path__.append(sys.argv[1])
-assert "torch" not in sys.modules
+import types
+# the package before it has looked for its methods: with one folder more
+package = types.ModuleType("ofmu_ray.methods")
+package.__path__ = [sys.argv[2] + "/ofmu_ray/methods", sys.argv[1]]
+sys.modules["ofmu_ray.methods"] = package
 
 from pipelines.parse import parse
 from ofmu_ray.config import LABELS, UnlearnConfig, apply_overrides, outcome_hash
 from ofmu_ray.errors import UserError
-from ofmu_ray.search.space_files import space_for
 
 config = parse(UnlearnConfig, ["--method", "sign_ascent", "--sign_ascent.sharpness", "3"], "x")
 assert "torch" not in sys.modules
+from ofmu_ray.search.spaces import space_for
 assert LABELS["sign_ascent"] == {"method": "sign_ascent"}
-draw = space_for("sign_ascent", "sign_ascent").draws(2, 0, config)[0]
+draw = space_for("sign_ascent", config).draws(2, 0, config)[0]
 config = apply_overrides(config, draw)
 assert config.method_options.sharpness == draw["sign_ascent.sharpness"]
 try:
@@ -76,7 +70,7 @@ except UserError as error:
 
 import torch
 from ofmu_ray.engines import Batch, TorchEngine
-from ofmu_ray.methods import build_method
+from ofmu_ray.methods.registry import build_method
 
 module = torch.nn.Linear(3, 2)
 engine = TorchEngine(module, lambda m, batch: m(batch).square().sum(), outer=config.method_options.optimizer)
@@ -89,13 +83,10 @@ print(json.dumps({"refused": refused, "losses": losses, "updates": engine.accoun
 
 
 @pytest.mark.system
-def test_a_folder_is_enough(tmp_path: Path) -> None:
-    folder = tmp_path / "sign_ascent"
-    folder.mkdir()
-    (folder / "__init__.py").write_text(OPTIONS)
-    (folder / "method.py").write_text(METHOD)
+def test_a_file_is_enough(tmp_path: Path) -> None:
+    (tmp_path / "sign_ascent.py").write_text(FILE)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", STRANGER, str(tmp_path)]
+    command = [sys.executable, "-c", STRANGER, str(tmp_path), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -105,7 +96,7 @@ def test_a_folder_is_enough(tmp_path: Path) -> None:
 
 
 def test_every_method_has_its_line_in_the_readme() -> None:
-    from ofmu_ray.config.method_options import method_names
+    from ofmu_ray.config import METHODS
 
     text = (ROOT / "README.md").read_text()
-    assert not [name for name in method_names() if f"`{name}`" not in text]
+    assert not [name for name in METHODS if f"`{name}`" not in text]

@@ -227,7 +227,7 @@ def test_passes() -> None:
 
 
 def test_needs() -> None:
-    needs = {variant: [(n.stream, n.quantity) for n in build_method(o).needs] for variant, o in OPTIONS.items()}
+    needs = {variant: [(n.stream, n.feature.name) for n in build_method(o).needs] for variant, o in OPTIONS.items()}
     assert {variant: found for variant, found in needs.items() if found} == {
         "grad_diff-kl": [("retain", "logits")],
         "blur": [("forget", "nll")],
@@ -237,7 +237,7 @@ def test_needs() -> None:
 
 def test_blur_forgets_at_the_same_rate_whatever_the_retain_gradient() -> None:
     """<direction, g_f> = gamma |g_f|^2, also against a retain gradient that points the other way."""
-    method: Any = build_method(config.BLURConfig(forget_weight=0.3))
+    method: Any = build_method(config.METHODS["blur"](forget_weight=0.3))
     engine = TorchEngine(seeded_model("llama"))
     torch.manual_seed(0)
     forget = [torch.randn_like(master) for master in engine.weights()]
@@ -248,7 +248,7 @@ def test_blur_forgets_at_the_same_rate_whatever_the_retain_gradient() -> None:
 
 
 def test_pdu_bound_and_dual_survive_a_checkpoint() -> None:
-    method = build_method(config.PDUConfig(tolerance=0.5, dual_rate=2.0, dual_start=1.0))
+    method = build_method(config.METHODS["pdu"](tolerance=0.5, dual_rate=2.0, dual_start=1.0))
     engine = TorchEngine(seeded_model("llama"))
     vector = engine.weights()
     for loss, excess in ((2.0, -1.0), (4.0, 1.0)):  # the first batch's 2.0 gives the bound 3.0
@@ -256,7 +256,7 @@ def test_pdu_bound_and_dual_survive_a_checkpoint() -> None:
         method.direction(engine, copy.deepcopy(vector), copy.deepcopy(vector), figures)  # type: ignore[attr-defined]
         assert figures["retain_excess"] == excess
     assert method.state_dict() == {"rounds_done": 0, "dual": 2.0, "bound": 3.0}  # 1 -> max(0, -1) = 0 -> 2
-    other = build_method(config.PDUConfig())
+    other = build_method(config.METHODS["pdu"]())
     other.load_state_dict(method.state_dict())
     assert other.state_dict() == method.state_dict()
 
@@ -264,7 +264,7 @@ def test_pdu_bound_and_dual_survive_a_checkpoint() -> None:
 def test_task_arithmetic_takes_no_weight_decay() -> None:
     optimizer = config.OptimizerConfig(weight_decay=0.01)
     with pytest.raises(UserError, match=r"task_arithmetic\.optimizer\.weight_decay"):
-        UnlearnConfig(task_arithmetic=config.TaskArithmeticConfig(optimizer=optimizer))
+        UnlearnConfig(task_arithmetic=config.METHODS["task_arithmetic"](optimizer=optimizer))
 
 
 @pytest.mark.parametrize("variant", ["task_arithmetic", "task_arithmetic-sgd"])
@@ -289,7 +289,7 @@ def test_task_arithmetic_negates_the_product_of_adapters(variant: str) -> None:
 
 
 def test_ceu_without_any_token_says_so() -> None:
-    options = config.CEUConfig(skip_tokens=1000)
+    options = config.METHODS["ceu"](skip_tokens=1000)
     engine, method = TorchEngine(seeded_model("llama")), build_method(options)
     with pytest.raises(UserError, match="no token"):
         list(run(method, engine, batches("ceu", 1, 0, None)[:1]))

@@ -230,8 +230,8 @@ def test_the_random_vector_is_the_seeds_and_survives_a_checkpoint() -> None:
 
 def test_layers_that_are_not_there_are_named() -> None:
     for options, word in (
-        (config.RMUConfig(layer=9), r"rmu\.layer"),
-        (config.RMUConfig(train_layers=2), "train_layers"),
+        (config.METHODS["rmu"](layer=9), r"rmu\.layer"),
+        (config.METHODS["rmu"](train_layers=2), "train_layers"),
     ):
         with pytest.raises(UserError, match=word):
             build_method(options).freeze(untouched_model("llama"))

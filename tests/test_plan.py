@@ -15,11 +15,11 @@ import transformers
 from conftest import ROOT
 from engine_models import tiny_model, token_batch
 
-from ofmu_ray.config import LoraConfig, ModelConfig, OFMUConfig, TrainingConfig
-from ofmu_ray.config.method_options import method_names, options_of
+from ofmu_ray.config import METHODS, LoraConfig, ModelConfig, TrainingConfig
 from ofmu_ray.engines import Batch, TorchEngine
 from ofmu_ray.errors import UserError
 from ofmu_ray.methods import build_method
+from ofmu_ray.methods.ofmu import OFMUConfig
 from ofmu_ray.models.answers import causal_lm_loss
 from ofmu_ray.models.loading import empty_model
 from ofmu_ray.planning.cost import GPUS, LINKS
@@ -106,9 +106,9 @@ def test_replayed_passes_and_updates_are_those_of_a_real_round(preset: Any, step
     assert sum(found.steps.values()) == engine.account.updates
 
 
-@pytest.mark.parametrize("name", method_names())
+@pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_planned_with_its_own_losses(name: Any) -> None:
-    planner = _planner(tiny_model().config, method=options_of(name)())
+    planner = _planner(tiny_model().config, method=METHODS[name]())
     found = planner.estimate(planner.given())
     assert sum(found.passes.values()) >= 1
     assert found.peak.bytes > found.sizes.total * 4

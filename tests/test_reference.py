@@ -26,18 +26,19 @@ from ofmu_ray.data.template import Template
 from ofmu_ray.data.tokenise import PartJob, encode_fragment
 from ofmu_ray.errors import UserError
 from ofmu_ray.features import reference, refusals
+from ofmu_ray.features.builtin import LOG_PROBABILITIES, NLL, Activations, Refusals
+from ofmu_ray.features.protocol import Need, Settings
 from ofmu_ray.features.reference import cut, write_references
-from ofmu_ray.methods.protocol import Need
 from ofmu_ray.models.loading import load_tokenizer
 
 TARGET = ModelConfig()
 NEEDS = (
-    Need("forget", "nll"),
-    Need("forget", "logits"),
-    Need("forget", "refusal"),
-    Need("forget", "refusal_nll"),
-    Need("retain", "logits"),
-    Need("retain", "activations", 2),
+    Need("forget", NLL),
+    Need("forget", LOG_PROBABILITIES),
+    Need("forget", Refusals()),
+    Need("forget", NLL, of=Refusals()),
+    Need("retain", LOG_PROBABILITIES),
+    Need("retain", Activations(2)),
 )
 ROUNDS, BATCH = 5, 4
 
@@ -75,7 +76,7 @@ def planned(prepared: Prepared, folder: Path) -> Any:
 def computed(prepared: Prepared, folder: Path, needs: Any = NEEDS, **options: Any) -> tuple[Any, dict[str, str]]:
     plan = planned(prepared, folder / "plan")
     places = {"folder": str(folder / "run"), "cache": str(folder / "cache")}
-    return plan, write_references(needs, prepared, plan, TARGET, **{**places, "method": "npo", **options})
+    return plan, write_references(needs, prepared, plan, TARGET, **{**places, "settings": Settings("npo"), **options})
 
 
 @pytest.fixture(scope="module")
@@ -149,10 +150,10 @@ def test_a_second_run_takes_the_cache(finished: Any, prepared: Prepared, monkeyp
     folder = finished[0]
     monkeypatch.setattr(reference, "load_causal_lm", lambda _: pytest.fail("the model was loaded again"))
     plan = planned(prepared, folder / "plan")
-    places = {"cache": str(folder / "cache"), "method": "npo"}
+    places = {"cache": str(folder / "cache"), "settings": Settings("npo")}
     again = write_references(NEEDS, prepared, plan, TARGET, folder=str(folder / "run"), **places)  # a resumed run
     assert again == finished[2]
-    shared = tuple(need for need in NEEDS if need.quantity in ("nll", "activations") or need.stream == "retain")
+    shared = tuple(need for need in NEEDS if need.feature in (NLL, Activations(2)) or need.stream == "retain")
     write_references(shared, prepared, plan, TARGET, folder=str(folder / "other"), **places)
     with pytest.raises(pytest.fail.Exception):
         write_references(NEEDS[:2], prepared, plan, TARGET, folder=str(folder / "other"), **places)
@@ -219,7 +220,7 @@ def test_own_refusals_and_mistakes_in_them(tmp_path: Path) -> None:
 def test_a_refusal_that_does_not_fit_keeps_eos(prepared: Prepared, template: Template) -> None:
     short = Template(template.tokenizer, dataclasses.replace(template.config, max_length=20))
     table = pq.read_table(Path(prepared.streams["forget"].folder, "part.parquet"))
-    for row in refusals.refusal_rows(table, ["I never heard of it."], short, 0):
+    for row in refusals.refusal_rows(table.to_pylist(), ["I never heard of it."], short, 0):
         assert len(row["input_ids"]) <= 20
         assert row["input_ids"][-1] == short.eos
 

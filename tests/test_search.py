@@ -4,20 +4,19 @@ import math
 import statistics
 
 import pytest
+from optuna.distributions import CategoricalDistribution
 
 from ofmu_ray.config import SearchConfig, UnlearnConfig, apply_overrides
 from ofmu_ray.metrics.degeneration import Sound
 from ofmu_ray.metrics.rule import Goal
-from ofmu_ray.search.optuna_space import ON, told
-from ofmu_ray.search.space_files import space_for
+from ofmu_ray.search.priors import at
+from ofmu_ray.search.spaces import ON, space_for
 from ofmu_ray.search.suggest import Search, Seen, Suggestion, without_other_batches
 from tune_spaces import Choice, Integers, Knob, LogUniform, Space, Uniform, ZeroOrLogUniform
 
 BASE = apply_overrides(UnlearnConfig(), {"ofmu.preset": "lite"})
 GOAL = Goal("forget_quality", "model_utility", 0.5)
-
-
-LITE = space_for("ofmu_lite", "ofmu")
+LITE = space_for("ofmu_lite", BASE)
 
 
 def search(kind: str, space: Space = LITE, **options) -> Search:
@@ -47,7 +46,7 @@ def searched(made: Search, trials: int, judge) -> list[Seen]:
 @pytest.mark.parametrize("kind", ["tpe", "multi_objective"])
 def test_the_estimator_is_told_of_degenerate_trials(kind):
     goal = Goal("forget_quality", "model_utility", 0.5, sound=Sound("retrained", {"repetition": (0.0, 0.0, 0.05)}))
-    made = Search(SearchConfig(kind=kind), space_for("ofmu_lite", "ofmu"), BASE, goal)
+    made = Search(SearchConfig(kind=kind), LITE, BASE, goal)
     one = ended(made.suggest(0, []), 0.5)
     for repetition, violated in ((0.0, 0.0), (0.9, 1.0)):
         ends = {f"forget_repetition{end}": repetition for end in ("", "_low", "_high")}
@@ -116,7 +115,7 @@ def test_fields_with_conditions_are_left_out_and_told_so():
     drawn = [one.suggestion.options for one in seen]
     assert {(o["ofmu.rho"] > 0) == ("ofmu.rho_growth" in o) for o in drawn} == {True}
     assert {o["ofmu.rho"] > 0 for o in drawn} == {True, False}
-    params, distributions = told(space_for("ofmu_lite", "ofmu"), {"ofmu.rho": 0.0, "ofmu.beta": 0.1})
+    params, distributions = LITE.told({"ofmu.rho": 0.0, "ofmu.beta": 0.1})
     assert params == {"ofmu.rho" + ON: False, "ofmu.beta" + ON: True, "ofmu.beta": 0.1}
     assert set(params) == set(distributions)
 
@@ -153,8 +152,8 @@ def test_the_worst_member_becomes_a_changed_copy_of_the_best():
     assert changed != first[3].suggestion.options
     for field, value in changed.items():
         prior = next(knob.prior for knob in MEMBERS.knobs if knob.field == field)
-        if not isinstance(prior, Choice):
-            assert value == 0 or prior.at(0.0) <= value <= prior.at(1 - 1e-9)
+        if not isinstance(prior, CategoricalDistribution):
+            assert value == 0 or at(prior, 0.0) <= value <= at(prior, 1 - 1e-9)
     assert made.suggest(4, first) == second[0]
 
 
@@ -172,7 +171,7 @@ def test_a_failed_member_is_replaced():
 
 
 def test_members_share_their_batches():
-    space, dropped = without_other_batches(space_for("ofmu_lite", "ofmu"), BASE)
+    space, dropped = without_other_batches(LITE, BASE)
     assert set(dropped) >= {"ofmu.inner_steps", "ofmu.outer_steps"}
     assert {knob.field for knob in space.knobs} >= {"ofmu.inner.lr", "ofmu.outer.lr", "ofmu.rho_growth"}
-    assert without_other_batches(space_for("npo", "npo"), apply_overrides(BASE, {"method": "npo"}))[1] == []
+    assert without_other_batches(Space.of("npo"), apply_overrides(BASE, {"method": "npo"}))[1] == []

@@ -15,10 +15,10 @@ from ofmu_ray.algorithm import similarity_gradient
 from ofmu_ray.algorithm.curvature import Curvature, Exact, FiniteDifference, MeasuredDifference
 from ofmu_ray.algorithm.space import Vector, combine
 from ofmu_ray.algorithm.steps import START, Estimate, Steps
-from ofmu_ray.config import LoraConfig, ModelConfig, OFMUConfig, OptimizerConfig, UnlearnConfig
+from ofmu_ray.config import LoraConfig, ModelConfig, OptimizerConfig, UnlearnConfig
 from ofmu_ray.engines import TorchEngine
 from ofmu_ray.errors import UserError
-from ofmu_ray.methods.ofmu.method import OFMU
+from ofmu_ray.methods.ofmu import OFMU, OFMUConfig
 from ofmu_ray.models.loading import add_lora
 
 BATCHES = {"forget": token_batch([9, 14, 11], 0), "retain": token_batch([12, 10, 8], 1)}

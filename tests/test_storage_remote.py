@@ -18,7 +18,7 @@ from s3_server import BUCKET, Proxy, Server, proxy, s3_server
 from ofmu_ray import storage
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import EvaluationConfig, FormatConfig
-from ofmu_ray.data.sidecar import Values, has_table, new_table
+from ofmu_ray.data.sidecar import StoredValues, has_table, new_table
 from ofmu_ray.errors import StorageError, UserError
 from ofmu_ray.evaluation.runner import evaluate_model
 from pipelines import train, unlearn
@@ -96,7 +96,7 @@ def test_a_table_is_mapped_and_leaves_nothing_on_the_machine(server: Server, way
             values[:] = np.arange(9).reshape(3, 3)
             assert starts.tolist() == [0, 2]
         assert has_table(place)
-        assert Values(place).rows(["y", "x"]).tolist() == [[6, 7, 8], [0, 1, 2], [3, 4, 5]]
+        assert StoredValues(place).rows(["y", "x"]).tolist() == [[6, 7, 8], [0, 1, 2], [3, 4, 5]]
     assert np.load(tmp_path / "one/values.npy").shape == (3, 3)
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
 

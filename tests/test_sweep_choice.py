@@ -10,9 +10,8 @@ from ofmu_ray.metrics.rule import Goal
 from ofmu_ray.runs.trial import SplitData, model_path, result_path
 from ofmu_ray.search.choice import choose, priors, prune_models
 from ofmu_ray.search.ledger import Ledger
-from ofmu_ray.search.space_files import space_for
 from ofmu_ray.search.suggest import Search, Suggestion
-from tune_spaces import parse_prior
+from tune_spaces import ofmu_lite, parse_prior
 
 GOAL = Goal("forget_quality", "model_utility", 0.5, sound=Sound("retrained", {"repetition": (0.0, 0.0, 0.05)}))
 RATES = (1e-5, 2e-5, 3e-5, 5e-5, 8e-5, 4e-6)
@@ -21,7 +20,7 @@ RATES = (1e-5, 2e-5, 3e-5, 5e-5, 8e-5, 4e-6)
 def ledger_of(folder, trials, **select) -> Ledger:
     """Finished trials (forget quality, utility, FLOPs), and None for one that was ended early."""
     config = apply_overrides(SweepConfig(name="s", storage=str(folder)), {"select": select, "keep_models": 2})
-    search = Search(config.search, space_for("ofmu_lite", "ofmu"), UnlearnConfig(), GOAL)
+    search = Search(config.search, ofmu_lite.SPACE, UnlearnConfig(), GOAL)
     data = SplitData("sweep", str(folder), None, None, None, "of the test", ModelConfig())
     folder.mkdir(exist_ok=True)
     made = Ledger(config, search, data)

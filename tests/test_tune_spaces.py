@@ -6,28 +6,41 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from optuna.distributions import FloatDistribution
 
-from ofmu_ray.config import LABELS, BenchmarkConfig, UnlearnConfig, apply_overrides
-from ofmu_ray.config.method_options import method_names
+from ofmu_ray.config import LABELS, METHODS, BenchmarkConfig, UnlearnConfig, apply_overrides
 from ofmu_ray.errors import UserError
-from ofmu_ray.search.space_files import read_space, space_for
-from tune_spaces import Choice, Integers, Knob, LogUniform, Space, Uniform, ZeroOrLogUniform, parse_prior
+from ofmu_ray.search.priors import at, text_of
+from ofmu_ray.search.spaces import read_space, space_for
+from tune_spaces import (
+    Choice,
+    Integers,
+    Knob,
+    LogUniform,
+    Space,
+    Uniform,
+    ZeroOrLogUniform,
+    parse_prior,
+)
 
 BASE = UnlearnConfig()
+LITE = space_for("ofmu_lite", BASE)
 
 
 def test_every_method_has_a_space_of_its_own_fields_with_sources():
-    for label, changes in LABELS.items():
-        space = space_for(label, changes["method"])
-        space.check(apply_overrides(BASE, changes))
+    for label, options in LABELS.items():
+        base = apply_overrides(BASE, options)
+        space = space_for(label, base)
+        assert space.knobs
+        space.check(base)
         for knob in space.knobs:
-            assert knob.field.split(".")[0] == changes["method"]
+            assert knob.field.split(".")[0] == label.removesuffix("_full").removesuffix("_lite")
             assert len(knob.why) > 20
 
 
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", METHODS)
 def test_draws_are_reproducible_and_fit_the_configuration(method):
-    space = space_for(method, method).scaled(30)
+    space = Space.of(method).scaled(30)
     draws = space.draws(6, 3, BASE)
     assert draws == space.draws(6, 3, BASE)
     assert draws != space.draws(6, 4, BASE)
@@ -50,9 +63,9 @@ def test_draws_cover_each_range_once_per_part(count, seed):
 
 def test_a_field_without_its_condition_is_not_drawn():
     lite = apply_overrides(BASE, LABELS["ofmu_lite"])
-    draws = space_for("ofmu_lite", "ofmu").with_priors({"ofmu.rho": Choice((0.0, 1e-3))}).draws(8, 0, lite)
+    draws = LITE.with_priors({"ofmu.rho": Choice((0.0, 1e-3))}).draws(8, 0, lite)
     assert {("ofmu.rho_growth" in draw, draw["ofmu.rho"] > 0) for draw in draws} == {(True, True), (False, False)}
-    fixed = space_for("ofmu_lite", "ofmu").with_priors({"ofmu.rho": None})
+    fixed = LITE.with_priors({"ofmu.rho": None})
     without = apply_overrides(lite, {"ofmu.rho": 0})
     assert all("ofmu.rho_growth" in draw for draw in fixed.draws(3, 0, lite))
     assert not any("ofmu.rho_growth" in draw for draw in fixed.draws(3, 0, without))
@@ -73,11 +86,13 @@ def test_a_second_round_is_drawn_around_the_best():
             "ofmu.inner.decay": "linear"}  # fmt: skip
     near = {knob.field: knob.prior for knob in space.around(best, "near").knobs}
     rate, rho = near["ofmu.inner.lr"], near["ofmu.rho"]
-    assert isinstance(rate, LogUniform)
-    assert isinstance(rho, LogUniform)
+    assert isinstance(rate, FloatDistribution)
+    assert isinstance(rho, FloatDistribution)
+    assert rate.log
+    assert rho.log
     assert (rate.low, rate.high) == pytest.approx((1e-4 / 10**0.5, 1e-4 * 10**0.5))  # an eighth of four decades
     assert (rho.low, rho.high) == pytest.approx((1e-4, 1e-2))
-    assert str(near["ofmu.beta"]) == "uniform(0, 0.15)"  # cut off where the prior ends
+    assert text_of(near["ofmu.beta"]) == "uniform(0, 0.15)"  # cut off where the prior ends
     assert near["ofmu.inner_steps"] == Integers(15, 17)
     assert near["ofmu.inner.decay"] == Choice(("linear",))
     draws = space.around(best, "near").draws(6, (3, 1), BASE)
@@ -102,21 +117,21 @@ def test_priors_as_text():
     }
     for text, prior in pairs.items():
         assert parse_prior(text) == prior
-        assert parse_prior(str(prior)) == prior
-    assert {Integers(1, 3).at(q / 10) for q in range(10)} == {1, 2, 3}
+        assert parse_prior(text_of(prior)) == prior
+    assert {at(Integers(1, 3), q / 10) for q in range(10)} == {1, 2, 3}
 
 
 def test_a_term_may_be_left_out():
     prior = ZeroOrLogUniform(1e-4, 1e-2, 0.25)
-    values = [prior.at(q / 100) for q in range(100)]
+    values = [at(prior, q / 100) for q in range(100)]
     assert values.count(0.0) == 25
-    assert prior.at(0.25) == 1e-4
-    assert prior.at(1 - 1e-12) == pytest.approx(1e-2)
-    assert prior.at(0.625) == pytest.approx(1e-3)
+    assert at(prior, 0.25) == 1e-4
+    assert at(prior, 1 - 1e-12) == pytest.approx(1e-2)
+    assert at(prior, 0.625) == pytest.approx(1e-3)
 
 
 def test_spaces_from_files(tmp_path):
-    start = space_for("ofmu_lite", "ofmu")
+    start = LITE
     (tmp_path / "priors.yaml").write_text("ofmu.beta: loguniform(1e-3, 1e-2)\nofmu: {rho: null}\n")
     found = read_space(str(tmp_path / "priors.yaml"), start)
     assert {knob.field: knob.prior for knob in found.knobs}["ofmu.beta"] == LogUniform(1e-3, 1e-2)
@@ -145,7 +160,7 @@ def test_spaces_from_files(tmp_path):
 def test_bad_files_are_the_users_mistake(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
-        read_space(str(tmp_path / name), space_for("ofmu_lite", "ofmu"))
+        read_space(str(tmp_path / name), LITE)
 
 
 @pytest.mark.parametrize(
@@ -247,5 +262,5 @@ def test_what_a_label_fixes_is_not_tuned():
     labels = {"one_step": {"method": "ofmu", "ofmu.preset": "full", "ofmu.inner_steps": 1}}
     config = BenchmarkConfig(methods=["one_step"], labels=labels)
     fields = {knob.field for knob in space_of(config, "one_step").knobs}
-    assert fields == {knob.field for knob in space_for("ofmu", "ofmu").knobs} - {"ofmu.inner_steps"}
+    assert fields == {knob.field for knob in Space.of("ofmu").knobs} - {"ofmu.inner_steps"}
     assert config.run("people", "one_step", {"ofmu.beta": 0.5}).ofmu.inner_steps == 1

@@ -1,30 +1,18 @@
-"""Search spaces by label: a file NAME.py here with a SPACE is the space of that label (a method, a preset of one, or a
-label of yours); every other label has the space of its method (ofmu_ray/methods/NAME)."""
+"""Search spaces of labels that have another one than their method's own file says: one file each, with a `SPACE`."""
 
-from ofmu_ray.config.spaces import (
-    Choice,
-    Integers,
-    Knob,
-    LogUniform,
-    Overrides,
-    Prior,
-    Space,
-    Uniform,
-    ZeroOrLogUniform,
-    parse_prior,
-    parse_priors,
-)
+from ofmu_ray.config.methods import RATE
+from ofmu_ray.search.priors import Choice, Integers, LogUniform, Prior, Uniform, ZeroOrLogUniform, parse_prior
+from ofmu_ray.search.spaces import Knob, Space
 
 __all__ = [
+    "RATE",
     "Choice",
     "Integers",
     "Knob",
     "LogUniform",
-    "Overrides",
     "Prior",
     "Space",
     "Uniform",
     "ZeroOrLogUniform",
     "parse_prior",
-    "parse_priors",
 ]

@@ -1,11 +1,11 @@
 """Search space of OFMU with the preset lite: the penalty at the last inner iterate only."""
 
-from ofmu_ray.config.spaces import Choice, Integers, Knob, Space, Uniform, ZeroOrLogUniform, rate
+from tune_spaces import RATE, Choice, Integers, Knob, Space, Uniform, ZeroOrLogUniform, parse_prior
 
 SPACE = Space(
     (
-        rate("ofmu.inner.lr"),
-        rate("ofmu.outer.lr"),
+        Knob("ofmu.inner.lr", parse_prior(RATE[0]), RATE[1]),
+        Knob("ofmu.outer.lr", parse_prior(RATE[0]), RATE[1]),
         Knob(
             "ofmu.inner_steps",
             Integers(1, 6),

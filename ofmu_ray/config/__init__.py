@@ -1,14 +1,11 @@
 """Every option of the project, declared once, as frozen dataclasses.
 
 jsonargparse turns them into the YAML schema, the ``--section.option`` overrides and the help text. A value's type
-and range are checked when it is built; what depends on files or on the machine is checked by ``runs/`` before any
-worker starts. Nothing here imports torch or Ray.
+and range are checked when it is built; what depends on files or on the machine is checked in ``pipelines/``
+before any worker starts. Nothing here imports torch or Ray.
 """
 
-from typing import TYPE_CHECKING, Any
-
 from ofmu_ray.config.benchmark import (
-    LABELS,
     AblationConfig,
     BenchmarkConfig,
     BudgetConfig,
@@ -27,13 +24,11 @@ from ofmu_ray.config.evaluation import (
     EvaluationSetsConfig,
     ProbeConfig,
 )
-from ofmu_ray.config.method_options import (
+from ofmu_ray.config.methods import (
     FinetuneConfig,
     MethodConfig,
     OneLoopConfig,
     WeightedConfig,
-    method_names,
-    options_of,
 )
 from ofmu_ray.config.models import (
     BUILTIN_TARGET,
@@ -54,6 +49,13 @@ from ofmu_ray.config.runs import (
     TrackingConfig,
     TrainConfig,
     UnlearnConfig,
+)
+from ofmu_ray.config.sections import (
+    LABELS,
+    METHODS,
+    PRESETS,
+    SPACES,
+    MethodName,
 )
 from ofmu_ray.config.sweep import (
     EarlyConfig,
@@ -80,6 +82,9 @@ __all__ = [
     "BUILTIN_TARGET",
     "ELASTIC",
     "LABELS",
+    "METHODS",
+    "PRESETS",
+    "SPACES",
     "WHERE_KEPT",
     "AblationConfig",
     "BenchmarkConfig",
@@ -92,6 +97,7 @@ __all__ = [
     "FormatConfig",
     "LoraConfig",
     "MethodConfig",
+    "MethodName",
     "ModelConfig",
     "OneLoopConfig",
     "OptimizerConfig",
@@ -120,13 +126,3 @@ __all__ = [
     "outcome_hash",
     "to_dict",
 ]
-
-
-if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> Any:
-        """The options of every method by the name of their class: those of a new method are here at once."""
-        for method in method_names():
-            if options_of(method).__name__ == name:
-                return options_of(method)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,19 +7,12 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from ofmu_ray.config.evaluation import EvaluationConfig
-from ofmu_ray.config.method_options import method_names, presets_of
 from ofmu_ray.config.overrides import apply_overrides, merged, nested
 from ofmu_ray.config.ranges import not_negative, positive, require
 from ofmu_ray.config.runs import UnlearnConfig
+from ofmu_ray.config.sections import LABELS
 from ofmu_ray.config.values import close_match
 from ofmu_ray.errors import UserError
-
-LABELS: dict[str, dict[str, Any]] = {name: {"method": name} for name in method_names()} | {
-    f"{name}_{preset}": {"method": name, f"{name}.preset": preset}
-    for name in method_names()
-    for preset in presets_of(name)
-}
-"""Label -> what it changes in the base configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
-from ofmu_ray.config.method_options import method_names, presets_of
+from ofmu_ray.config.sections import PRESETS
 from ofmu_ray.config.values import close_match, flatten, to_dict
 from ofmu_ray.errors import UserError
 
@@ -25,11 +25,11 @@ def apply_overrides(config: Config, overrides: Mapping[str, Any], *, option: str
         UserError: no such field (with the closest one), or a value of another type or out of range.
     """
     changes = nested(overrides)
-    for name in method_names():
-        section = changes.get(name)
+    for method, presets in PRESETS.items():
+        section = changes.get(method)
         preset = section.get("preset") if isinstance(section, Mapping) else None
-        if preset is not None and preset in presets_of(name):
-            config = typing.cast(Config, _replaced(config, {name: presets_of(name)[preset]}, "", option))
+        if preset in presets:
+            config = typing.cast(Config, _replaced(config, {method: presets[preset]}, "", option))
     return typing.cast(Config, _replaced(config, changes, "", option))
 
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from ofmu_ray.config.data import BUILTIN_FORGET, DataConfig, SourceConfig, TrainDataConfig
 from ofmu_ray.config.evaluation import EvaluationConfig, ProbeConfig
-from ofmu_ray.config.method_options import FinetuneConfig, method_names, options_of
+from ofmu_ray.config.methods import FinetuneConfig, MethodConfig
 from ofmu_ray.config.models import BUILTIN_TARGET, ModelConfig, ScratchConfig
 from ofmu_ray.config.ranges import not_negative, require
+from ofmu_ray.config.sections import METHODS, MethodName
 from ofmu_ray.config.training import StopConfig, TrainingConfig
-
-if TYPE_CHECKING:
-    from ofmu_ray.methods.ofmu import OFMUConfig
 
 BUILTIN_CLUSTERS: dict[str, int | str] = {
     "forget": 8,
@@ -63,9 +61,18 @@ class ReportConfig:
         not_negative("report", self, "samples")
 
 
+def with_sections(kind: type[Any]) -> type[Any]:
+    """The class, before it becomes a dataclass, with a section of options for each method."""
+    for name, options in METHODS.items():
+        kind.__annotations__[name] = options
+        setattr(kind, name, field(default_factory=options.default))
+    return kind
+
+
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """`ofmu unlearn` without the sections of the methods."""
+@with_sections
+class UnlearnConfig:
+    """`ofmu unlearn`: make a model forget. Each method has a section of its name."""
 
     name: str | None = None
     """Run name; the same name resumes. null: derived from the configuration's hash."""
@@ -75,7 +82,7 @@ class RunConfig:
     """Seed of the batch order."""
     task: str = "causal_lm"
     """Kind of model and rows: causal_lm, or an importable module with a TASK (ofmu_ray/tasks/protocol.py)."""
-    method: str = "ofmu"
+    method: MethodName = "ofmu"
     """Unlearning method; the section of its name holds its options, the sections of the others are not read."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model to change."""
@@ -94,51 +101,30 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "evaluation", resolved(self.evaluation, self.data, self.model.path))
-        for name in method_names():
-            section = getattr(self, name)
-            if hasattr(section, "check"):  # ranges, in messages that name the section
-                section.check(name)
-        if hasattr(self.method_options, "check_run"):
-            self.method_options.check_run(self)
+        for name in METHODS:
+            self.section(name).check(name)
+        self.method_options.check_run(self)
+
+    def section(self, method: str) -> MethodConfig:
+        """The options of a method."""
+        options: MethodConfig = getattr(self, method)
+        return options
 
     @property
-    def method_options(self) -> Any:
+    def method_options(self) -> MethodConfig:
         """The section of the chosen method."""
-        return getattr(self, self.method)
+        return self.section(self.method)
 
     @property
     def unused_sections(self) -> frozenset[str]:
         """Sections that do not count: those of the methods that were not chosen."""
-        return frozenset(method_names()) - {self.method}
+        return frozenset(METHODS) - {self.method}
 
     @property
     def sources(self) -> dict[str, SourceConfig]:
-        """The rows that the run reads, by stream: holdout rows only where the method asks for them."""
-        holdout = getattr(self.method_options, "reads_holdout", False)
-        return {name: source for name, source in self.data.sources.items() if holdout or name != "holdout"}
-
-
-if TYPE_CHECKING:
-
-    class UnlearnConfig(RunConfig):
-        """A section for every method; they are found by name."""
-
-        ofmu: OFMUConfig = OFMUConfig()
-
-        def __getattr__(self, name: str) -> Any: ...
-
-else:
-
-    def _section(name: str) -> tuple[str, type, Any]:
-        options = options_of(name)
-        return name, options, field(default_factory=getattr(options, "default", options))
-
-    _CHOICE = ("method", Literal[method_names()], "ofmu")
-    UnlearnConfig = dataclasses.make_dataclass(
-        "UnlearnConfig", [_CHOICE, *map(_section, method_names())], bases=(RunConfig,), frozen=True, kw_only=True
-    )
-    UnlearnConfig.__module__ = __name__
-    UnlearnConfig.__doc__ = "`ofmu unlearn`: make a model forget."
+        """The rows that the run reads, by stream."""
+        read = self.method_options.streams
+        return {name: source for name, source in self.data.sources.items() if name in read}
 
 
 def resolved(
@@ -197,4 +183,5 @@ class TrainConfig:
     """MLflow."""
 
     def __post_init__(self) -> None:
+        self.finetune.check("finetune")
         require(self.epochs > 0, "epochs", self.epochs, "greater than 0")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ofmu_ray.config.benchmark import LABELS
 from ofmu_ray.config.overrides import apply_overrides
 from ofmu_ray.config.ranges import not_negative, positive, require
 from ofmu_ray.config.runs import UnlearnConfig
+from ofmu_ray.config.sections import LABELS
 from ofmu_ray.config.values import close_match
 from ofmu_ray.errors import UserError
 
@@ -91,7 +91,7 @@ class SelectConfig:
     utility_floor: float = 0.9
     """The floor, as a fraction of the reference's utility (0 to 1)."""
     relative_to: Literal["target", "retrained"] = "target"
-    """The reference: the untouched model, or the one that never saw the forget rows."""
+    """The reference: the reference model, or the one that never saw the forget rows."""
     tie_break: Literal["cost", "order"] = "cost"
     """Between equal objectives: fewer FLOPs, or the earlier trial."""
     rows: int | None = 100

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from ofmu_ray.data.batch import IGNORED, REFUSAL, Batch
+from ofmu_ray.data.batch import IGNORED, Batch
 from ofmu_ray.data.batch_plan import Plan
 from ofmu_ray.data.shards import lane_files, read_pieces
 from ofmu_ray.data.sidecar import Sidecar, open_sidecars
@@ -118,6 +118,6 @@ def _collate_with(sidecar: Sidecar | None, rows: Rows, collate: Collate, epoch: 
     if sidecar is not None:
         row_ids = [row["row_id"] for row in rows]
         batch |= sidecar.values(row_ids, epoch)
-        if refusals := sidecar.refusals(row_ids, epoch):
-            batch |= {REFUSAL + name: tensor for name, tensor in collate(refusals).items()}
+        for prefix, texts in sidecar.texts(row_ids, epoch).items():
+            batch |= {prefix + name: tensor for name, tensor in collate(texts).items()}
     return batch

@@ -114,7 +114,7 @@ def prepare_streams(
         parts = {name: _parts(place) for name, place in places.items()}
         columns = {name: load_columns(places[name], [n for n, _ in found]) for name, found in parts.items()}
         shown = {name: source.shown for name, source in sources.items()}
-        judged = _Judged(shown, places, parts, columns, overlap, duplicates)
+        judged = _Overlaps(shown, places, parts, columns, overlap, duplicates)
         judged.refuse(problems)
         report = DataReport(
             streams={name: judged.report(name) for name in sources},
@@ -166,7 +166,7 @@ def _parts(folder: str) -> list[tuple[str, int]]:
     return [(str(name), int(rows)) for name, rows in content["parts"]]
 
 
-def _stream(name: str, folder: str, key: str, judged: _Judged) -> TokenisedStream:
+def _stream(name: str, folder: str, key: str, judged: _Overlaps) -> TokenisedStream:
     rows = np.flatnonzero(judged.used[name])
     used = hashlib.sha256(rows.tobytes()).hexdigest()
     fingerprint = hashlib.sha256(f"{key}{used}".encode()).hexdigest()
@@ -174,7 +174,7 @@ def _stream(name: str, folder: str, key: str, judged: _Judged) -> TokenisedStrea
     return TokenisedStream(name, folder, tuple(judged.parts[name]), rows, lengths, fingerprint)
 
 
-class _Judged:
+class _Overlaps:
     """Duplicates and overlap of tokenised streams, and the rows that are left."""
 
     def __init__(

@@ -1,17 +1,10 @@
 """What is known about rows besides their tokens, stored by row id and added to micro-batches when they are collated.
 
 A table of values is a folder with `index.parquet` (row_id, entries: how many the row has), `values.npy` (all entries,
-row after row) and `table.json`. A stream's sidecar is a folder with `sidecar.json`, which names its tables and its
-refusals (or alternatives, of which a row has several: epoch e takes number e modulo how many there are); the tables
-themselves may lie elsewhere, in the cache. Collation adds, in the rows' order:
-
-| quantity | key | shape |
-|---|---|---|
-| nll | reference_nll | [rows] |
-| logits | reference_logprobs | [answer tokens, vocabulary] |
-| activations | reference_activations | [answer tokens, width] |
-| refusal, alternative | refusal_input_ids, refusal_attention_mask, refusal_labels | int64 [rows, longest] |
-| refusal_nll | refusal_reference_nll | [rows] |
+row after row) and `table.json`. A stream's sidecar is a folder with `sidecar.json`, which names its tables, what their
+values are called in a micro-batch, and the files of other texts than the answers (of which a row may have several:
+epoch e takes number e modulo how many there are); tables and texts themselves may lie elsewhere, in the cache. What
+there is, and of which shape, the features say (ofmu_ray.features).
 
 Values are memory-mapped: a worker holds the index, and reads the rows that it is at (of a table at a URI, from a copy
 that has no name on its machine and goes with it). The answer's tokens include EOS.
@@ -34,16 +27,9 @@ from ofmu_ray.storage import is_file, join, locate, new_mapped, open_mapped, pub
 
 MARKER = "sidecar.json"
 TABLE_MARKER = "table.json"
-KEYS = {
-    "nll": "reference_nll",
-    "logits": "reference_logprobs",
-    "activations": "reference_activations",
-    "refusal_nll": "refusal_reference_nll",
-}
-"""Quantity -> name in a micro-batch."""
 
 
-class Values:
+class StoredValues:
     """A stored table, open for reading."""
 
     def __init__(self, folder: str) -> None:
@@ -67,30 +53,37 @@ class Sidecar:
 
     def __init__(self, folder: str) -> None:
         content = json.loads(read_text(join(folder, MARKER)))
-        self._tables = {KEYS[quantity]: Values(path) for quantity, path in content["tables"].items()}
-        refusals = content["refusals"]
-        self._refusals = {row["row_id"]: row for row in read_rows(refusals).to_pylist()} if refusals else {}
-        self._alternatives: int | None = content.get("alternatives")
+        self._tables = {content["keys"][name]: StoredValues(path) for name, path in content["tables"].items()}
+        self._texts = {prefix: _Texts(**found) for prefix, found in content["texts"].items()}
 
     def values(self, row_ids: Sequence[str], epoch: int = 0) -> dict[str, torch.Tensor]:
-        """The numbers of these rows, by their names in a micro-batch."""
-        texts = self._text_ids(row_ids, epoch)
+        """The numbers of these rows, by their names in a micro-batch; those of other texts have the text's prefix."""
+        found = {}
+        for key, table in self._tables.items():
+            text = next((text for prefix, text in self._texts.items() if key.startswith(prefix)), None)
+            found[key] = table.rows(row_ids if text is None else text.ids(row_ids, epoch))
+        return found
+
+    def texts(self, row_ids: Sequence[str], epoch: int = 0) -> dict[str, list[dict[str, Any]]]:
+        """Prefix -> these rows' other texts, as rows (input_ids, prompt_tokens)."""
         return {
-            key: table.rows(texts if key == KEYS["refusal_nll"] else row_ids) for key, table in self._tables.items()
+            prefix: [text.rows[text_id] for text_id in text.ids(row_ids, epoch)] for prefix, text in self._texts.items()
         }
 
-    def refusals(self, row_ids: Sequence[str], epoch: int = 0) -> list[dict[str, Any]]:
-        """The refusals or alternatives to these rows, as rows (input_ids, prompt_tokens); [] when there are none."""
-        return [self._refusals[text] for text in self._text_ids(row_ids, epoch)] if self._refusals else []
 
-    def _text_ids(self, row_ids: Sequence[str], epoch: int) -> list[str]:
-        if self._alternatives is None:
-            return list(row_ids)
-        return [alternative_id(row_id, epoch % self._alternatives) for row_id in row_ids]
+class _Texts:
+    """Other texts than the answers, one or more for each row."""
+
+    def __init__(self, path: str, count: int | None) -> None:
+        self.rows = {row["row_id"]: row for row in read_rows(path).to_pylist()}
+        self.count = count
+
+    def ids(self, row_ids: Sequence[str], epoch: int) -> list[str]:
+        return [numbered(row_id, epoch % self.count) for row_id in row_ids] if self.count else list(row_ids)
 
 
-def alternative_id(row_id: str, number: int) -> str:
-    """Under which id a row's alternative of this number (from 0) is stored."""
+def numbered(row_id: str, number: int) -> str:
+    """Under which id the text of this number (from 0) of a row is stored."""
     return f"{row_id}/{number}"
 
 
@@ -99,17 +92,28 @@ def open_sidecars(folders: Mapping[str, str] | None) -> dict[str, Sidecar]:
     return {stream: Sidecar(folder) for stream, folder in (folders or {}).items()}
 
 
-def write_sidecar(folder: str, tables: Mapping[str, str], refusals: str | None, alternatives: int | None = None) -> str:
-    """Name the tables (quantity -> folder) and the refusals (a Parquet file) of a stream; returns `folder`.
+class SidecarContent:
+    """What a sidecar names, to be written."""
 
-    `alternatives`: how many of them each row has, where the file holds alternatives under their own ids.
-    """
-    filesystem, inside = locate(folder)
-    filesystem.create_dir(inside, recursive=True)
-    write_text(
-        join(folder, MARKER), json.dumps({"tables": dict(tables), "refusals": refusals, "alternatives": alternatives})
-    )
-    return folder
+    def __init__(self) -> None:
+        self.tables: dict[str, str] = {}
+        self.keys: dict[str, str] = {}
+        self.texts: dict[str, dict[str, Any]] = {}
+
+    def add_table(self, name: str, key: str, folder: str) -> None:
+        """A table of values, called `key` in a micro-batch."""
+        self.tables[name], self.keys[name] = folder, key
+
+    def add_texts(self, prefix: str, path: str, count: int | None) -> None:
+        """A Parquet file of other texts; `count`: how many each row has, under `numbered` ids (None: one)."""
+        self.texts[prefix] = {"path": path, "count": count}
+
+    def write(self, folder: str) -> str:
+        """Write it; returns `folder`."""
+        filesystem, inside = locate(folder)
+        filesystem.create_dir(inside, recursive=True)
+        write_text(join(folder, MARKER), json.dumps(vars(self)))
+        return folder
 
 
 def has_table(folder: str) -> bool:

@@ -1,16 +1,14 @@
-"""Alternatives to forget answers, as the untouched model gives them: what it is asked, and the rows that come of it."""
+"""Alternatives to forget answers, as the reference model gives them: what it is asked, and the rows that come of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from ofmu_ray.data.sidecar import alternative_id
+from ofmu_ray.data.sidecar import numbered
 from ofmu_ray.data.template import Template
+from ofmu_ray.features.protocol import Row
 from ofmu_ray.features.refusals import answer_tokens, with_answer
-
-Row = Mapping[str, Any]
-"""row_id, input_ids, prompt_tokens."""
 
 
 def asked(rows: Sequence[Row], count: int, prompt: str | None, template: Template) -> list[dict[str, Any]]:
@@ -21,7 +19,7 @@ def asked(rows: Sequence[Row], count: int, prompt: str | None, template: Templat
         if prompt is not None:
             question, answer = texts(row, template)
             ids = template.encode_prompt(prompt.replace("{question}", question).replace("{answer}", answer))
-        found += [{"row_id": alternative_id(row["row_id"], number), "input_ids": ids} for number in range(count)]
+        found += [{"row_id": numbered(row["row_id"], number), "input_ids": ids} for number in range(count)]
     return found
 
 
@@ -48,7 +46,7 @@ def answered(rows: Sequence[Row], drawn: Sequence[Sequence[int]], template: Temp
     said = [template.tokenizer.decode(list(ids), skip_special_tokens=True).strip() for ids in drawn]
     answers, count = answer_tokens(said, template), len(drawn) // len(rows)
     return [
-        {**with_answer(row, answers[at * count + number], template), "row_id": alternative_id(row["row_id"], number)}
+        {**with_answer(row, answers[at * count + number], template), "row_id": numbered(row["row_id"], number)}
         for at, row in enumerate(rows)
         for number in range(count)
     ]

@@ -2,41 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from ofmu_ray.config import ModelConfig
-from ofmu_ray.config.method_options import MethodConfig
-from ofmu_ray.data.prepare import Prepared
-from ofmu_ray.features.reference import holdout_losses, unigram_entropy
-from ofmu_ray.methods.ofmu import BOUNDED, OFMUConfig
+from ofmu_ray.data.prepare import Prepared, spread
+from ofmu_ray.features.reference import ChosenRows, stream_losses
 
 
-def with_level(method: MethodConfig, prepared: Prepared, model: ModelConfig, cache: str) -> MethodConfig:
-    """The method's options with `forget_level` as nats per token; other methods' and unbounded losses' as they are.
-
-    That a level from holdout rows has such rows is checked when the configuration is built.
+def measured(level: str, prepared: Prepared, model: ModelConfig, cache: str) -> float:
+    """Nats per token that `ofmu.forget_level` names: holdout, holdout:QUANTILE or unigram.
 
     Args:
-        method: the options of the run's method.
+        level: the option.
         prepared: the run's streams, `holdout` among them where data.holdout is given.
         model: the model to change, before any step.
         cache: folder of the storage's caches.
     """
-    if not isinstance(method, OFMUConfig) or method.forget_loss not in BOUNDED:
-        return method
-    level = method.forget_level
-    if level is None:
-        level = "holdout" if "holdout" in prepared.streams else "unigram"
-    if isinstance(level, str):
-        level = _measured(level, prepared, model, cache)
-    return replace(method, forget_level=float(level))
-
-
-def _measured(level: str, prepared: Prepared, model: ModelConfig, cache: str) -> float:
     if level == "unigram":
         return unigram_entropy(prepared)
-    losses = holdout_losses(prepared, model, cache)
+    losses = stream_losses(prepared, "holdout", model, cache)
     _, _, quantile = level.partition(":")
     return float(np.quantile(losses, float(quantile)) if quantile else losses.mean())
+
+
+def unigram_entropy(prepared: Prepared, most: int = 10_000) -> float:
+    """Entropy of the tokens of retain answers (nats), of at most `most` rows: the loss of who knows the vocabulary's
+    frequencies and nothing else."""
+    stream = prepared.streams["retain"]
+    rows = ChosenRows(stream, spread(stream.rows, most)).rows
+    tokens = np.concatenate([row["input_ids"][row["prompt_tokens"] :] for row in rows])
+    share = np.unique(tokens, return_counts=True)[1] / len(tokens)
+    return float(-(share * np.log(share)).sum())

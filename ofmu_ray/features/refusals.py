@@ -16,6 +16,7 @@ from ofmu_ray.data import sources
 from ofmu_ray.data.row_checks import Problems
 from ofmu_ray.data.sources import Broken
 from ofmu_ray.data.template import Template
+from ofmu_ray.features.protocol import Row
 from ofmu_ray.storage import atomic_write
 
 BUILTIN = "builtin:refusals.jsonl"
@@ -44,13 +45,13 @@ def chosen(row_id: str, count: int, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{row_id}".encode()).digest()[:8], "big") % count
 
 
-def refusal_rows(rows: pa.Table, texts: Sequence[str], template: Template, seed: int) -> list[dict[str, Any]]:
+def refusal_rows(rows: Sequence[Row], texts: Sequence[str], template: Template, seed: int) -> list[dict[str, Any]]:
     """The rows' prompts with a refusal and EOS in place of the answer: {row_id, input_ids, prompt_tokens} each.
 
     `rows`: row_id, input_ids, prompt_tokens.
     """
     answers = answer_tokens(texts, template)
-    return [with_answer(row, answers[chosen(row["row_id"], len(texts), seed)], template) for row in rows.to_pylist()]
+    return [with_answer(row, answers[chosen(row["row_id"], len(texts), seed)], template) for row in rows]
 
 
 def answer_tokens(texts: Sequence[str], template: Template) -> list[list[int]]:

@@ -1,28 +1,9 @@
-"""Unlearning methods. A method is a folder here, found by its name:
+"""Unlearning methods over the engines' verbs, each in a file or folder of its own.
 
-    NAME/__init__.py   OPTIONS (a dataclass), SPACE (what is tuned), perhaps PRESETS; imports no torch
-    NAME/method.py     METHOD, the class that runs rounds over an engine's verbs
-
-Option sections, `--method`, labels, search spaces and planning follow from that (ofmu_ray.config.method_options).
+The configuration has a section of each, and comes first: it imports all of them (ofmu_ray.methods.registry).
 """
 
-from __future__ import annotations
+import ofmu_ray.config  # noqa: F401
+from ofmu_ray.methods.registry import build_method
 
-import importlib
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from ofmu_ray.config.method_options import MethodConfig
-    from ofmu_ray.methods.protocol import Method
-
-
-def build_method(config: MethodConfig, rounds: int | None = None) -> Method:
-    """The method whose options these are; `rounds` of the whole run, for the schedules of learning rates."""
-    from ofmu_ray.config.method_options import FinetuneConfig
-
-    if isinstance(config, FinetuneConfig):
-        from ofmu_ray.methods.finetune import Finetune
-
-        return Finetune(config, rounds)
-    method: Method = importlib.import_module(f"{type(config).__module__}.method").METHOD(config, rounds)
-    return method
+__all__ = ["build_method"]

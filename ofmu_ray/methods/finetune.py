@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ofmu_ray.algorithm.schedules import learning_rate
-from ofmu_ray.config.method_options import FinetuneConfig
-from ofmu_ray.engines.protocol import Engine
-from ofmu_ray.methods.protocol import Batches, Need, drawn
+from ofmu_ray.config.methods import FinetuneConfig, Ranges
+from ofmu_ray.features.protocol import Need
+from ofmu_ray.methods.protocol import Batches, Method, drawn
+
+if TYPE_CHECKING:
+    import torch
+
+    from ofmu_ray.engines.protocol import Engine
 
 
-class Finetune:
+class Finetune(Method):
     """Descends the mean loss of one batch per round, with the engine's outer optimiser."""
 
     name = "finetune"
+    options = FinetuneConfig
+    space: ClassVar[Ranges] = {}
+    unlearns = False
     asks: frozenset[str] = frozenset()
     notes: Sequence[str] = ()
 

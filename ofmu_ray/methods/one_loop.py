@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import torch
-
-from ofmu_ray.algorithm.losses import LossParts, kl_from_reference
 from ofmu_ray.algorithm.schedules import learning_rate
-from ofmu_ray.algorithm.space import Vector, add_, scale_
-from ofmu_ray.config.method_options import OneLoopConfig, WeightedConfig
-from ofmu_ray.engines.protocol import Engine, Loss, sum_and_count
-from ofmu_ray.methods.protocol import Batches, Need, drawn
-from ofmu_ray.models.answers import answers, causal_lm_loss
+from ofmu_ray.config.methods import OneLoopConfig, WeightedConfig
+from ofmu_ray.features.builtin import LOG_PROBABILITIES
+from ofmu_ray.features.protocol import Need
+from ofmu_ray.methods.protocol import Batches, Method, drawn
+
+if TYPE_CHECKING:
+    import torch
+
+    from ofmu_ray.algorithm.losses import LossParts
+    from ofmu_ray.algorithm.space import Vector
+    from ofmu_ray.engines.protocol import Engine, Loss
 
 __all__ = ["LossParts", "OneLoop", "Weighted"]
 
@@ -21,14 +24,13 @@ C = TypeVar("C", bound=OneLoopConfig)
 W = TypeVar("W", bound=WeightedConfig)
 
 
-class OneLoop(Generic[C]):
+class OneLoop(Method, Generic[C]):
     """theta <- step down (forget_weight grad L_f + retain_weight grad L_r); a weight of 0 saves the pass.
 
     A method overrides `forget_loss` (and `retain_loss`, or `direction`); the steps are those of the engine's outer
     optimiser.
     """
 
-    name: str
     forget_weight: float = 1.0
     retain_weight: float = 0.0
     notes: Sequence[str] = ()
@@ -36,6 +38,8 @@ class OneLoop(Generic[C]):
     """Share of the model's operations that the losses run."""
 
     def __init__(self, config: C, rounds: int | None = None):
+        from ofmu_ray.models.answers import causal_lm_loss
+
         self.config, self.rounds = config, rounds
         self.rounds_done = 0
         self.own_loss: Loss = causal_lm_loss
@@ -72,10 +76,14 @@ class OneLoop(Generic[C]):
 
     def retain_loss(self, module: torch.nn.Module, micro: Mapping[str, Any]) -> LossParts:
         """Loss on retain rows that is minimised: the engine's own, which is the token-mean NLL of language models."""
+        from ofmu_ray.engines.protocol import sum_and_count
+
         return sum_and_count(self.own_loss(module, micro))
 
     def negated_loss(self, module: torch.nn.Module, micro: Mapping[str, Any]) -> LossParts:
         """The engine's own loss, negated: what gradient ascent minimises."""
+        from ofmu_ray.engines.protocol import sum_and_count
+
         total, count = sum_and_count(self.own_loss(module, micro))
         return -total, count
 
@@ -83,6 +91,8 @@ class OneLoop(Generic[C]):
         self, engine: Engine, forget: Vector | None, retain: Vector | None, figures: dict[str, float]
     ) -> Vector:
         """What the step goes down, from both gradients, which it may use up; may add to the round's `figures`."""
+        from ofmu_ray.algorithm.space import add_, scale_
+
         total = None if forget is None else scale_(forget, self.forget_weight)
         if retain is not None:
             total = scale_(retain, self.retain_weight) if total is None else add_(total, retain, self.retain_weight)
@@ -116,7 +126,7 @@ class OneLoop(Generic[C]):
 class Weighted(OneLoop[W]):
     """A one-loop method whose weights and retain loss are options.
 
-    retain_loss kl: KL(untouched model || model) at the tokens of retain answers, mean over tokens. (OpenUnlearning
+    retain_loss kl: KL(reference model || model) at the tokens of retain answers, mean over tokens. (OpenUnlearning
     takes it at every position, prompts and padding included, so that its value depends on how rows are batched.)
     """
 
@@ -127,9 +137,12 @@ class Weighted(OneLoop[W]):
     @property
     def needs(self) -> tuple[Need, ...]:
         kl = self.retain_weight > 0 and self.config.retain_loss == "kl"
-        return (Need("retain", "logits"),) if kl else ()
+        return (Need("retain", LOG_PROBABILITIES),) if kl else ()
 
     def retain_loss(self, module: torch.nn.Module, micro: Mapping[str, Any]) -> LossParts:
+        from ofmu_ray.algorithm.losses import kl_from_reference
+        from ofmu_ray.models.answers import answers
+
         if self.config.retain_loss == "nll":
             return super().retain_loss(module, micro)
         return kl_from_reference(answers(module, micro).logits_tv, micro["reference_logprobs"])

@@ -2,56 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import cycle
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-import torch
-
-from ofmu_ray.engines.protocol import Engine
 from ofmu_ray.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ofmu_ray.config.methods import MethodConfig, Ranges
+    from ofmu_ray.engines.protocol import Engine
+    from ofmu_ray.features.protocol import Need
 
 Batches = Iterable[Any]
 
 
-Quantity = Literal["nll", "logits", "activations", "refusal", "alternative", "refusal_nll"]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How alternatives are drawn from the untouched model."""
-
-    count: int
-    """Alternatives of each row."""
-    temperature: float
-    top_k: int
-    max_new_tokens: int
-    prompt: str | None = None
-    """What the model is asked instead of the question, with {question} and {answer}; None: the question."""
-
-
-@dataclass(frozen=True)
-class Need:
-    """Something about each row of a stream that is computed once, before the first round, and stored by row id.
-
-    The collated micro-batches of the stream then hold it (ofmu_ray.data.sidecar says under which names). nll: sum of
-    the answer's token losses under the untouched model; logits: its log-probabilities of every next token at the
-    answer's tokens; activations: what its layer `layer` puts out there (None: engines.layers.chosen_layer); refusal: a
-    refusal to the row's question, as tokens; alternative: answers that the model itself gives, drawn by `sampling`, one
-    an epoch; refusal_nll: the sum of that text's token losses under that model.
-    """
-
-    stream: str
-    quantity: Quantity
-    layer: int | None = None
-    sampling: Sampling | None = None
-
-
 class Method(Protocol):
-    """One file in this folder each."""
+    """One file or folder of this room each, found by its name: its options, what is tuned of them, and this class."""
 
     name: str
+    """That of the file; the options stand in the configuration's section of this name."""
+    options: type[MethodConfig]
+    space: ClassVar[Ranges]
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Values of the option `preset`, with what they set; each that is not the default is a label, NAME_PRESET."""
+    unlearns: ClassVar[bool] = True
+    """Whether `ofmu unlearn` offers it."""
     notes: Sequence[str]
     """What the user should know of the last round, in sentences."""
 
@@ -73,7 +50,10 @@ class Method(Protocol):
         """Global batches that a round draws from each stream; the batch plan is laid out for exactly these."""
 
     def round(self, engine: Engine, forget_batches: Batches, retain_batches: Batches) -> dict[str, float]:
-        """One round; returns the figures of the per-round series. Collective: every rank calls it."""
+        """One round; returns the figures of the per-round series. Collective: every rank calls it.
+
+        A further stream that `batches_per_round` names comes as an argument NAME_batches.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Readable loop state (JSON) for the checkpoint."""
@@ -91,3 +71,12 @@ def drawn(batches: Batches, stream: str) -> Iterator[Any]:
         yield batch
     found = "is empty" if empty else "ran out in the middle of a round"
     raise UserError(f"the stream of {stream} batches {found}: give the method as many batches as batches_per_round()")
+
+
+def run_round(method: Method, engine: Engine, streams: Mapping[str, Iterable[Any]]) -> dict[str, float]:
+    """A round on these streams' batches; the rows that `ofmu train` fits stand in for retain rows."""
+    batches: dict[str, Any] = {name: iter(found) for name, found in streams.items()}
+    forget = batches.pop("forget", iter(()))
+    retain = batches.pop("retain", None) or batches.pop("train", iter(()))
+    call: Callable[..., dict[str, float]] = method.round
+    return call(engine, forget, retain, **{f"{name}_batches": found for name, found in batches.items()})

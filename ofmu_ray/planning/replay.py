@@ -12,7 +12,7 @@ import torch
 from ofmu_ray.config import OptimizerConfig, SharedBaseConfig
 from ofmu_ray.engines.protocol import Batch, Kind, Loop, Loss, PassAccount, Vector
 from ofmu_ray.errors import UserError
-from ofmu_ray.methods.protocol import Method
+from ofmu_ray.methods.protocol import Method, run_round
 from ofmu_ray.models.answers import causal_lm_loss
 from ofmu_ray.planning.trace import Meter
 
@@ -175,10 +175,8 @@ def replay(
         for _ in range(2):
             first, space.round = space.round, Round()
             before = space.meter.bytes_moved
-            method.round(
-                space,
-                iter([Batch([batches("forget")])] * counts.get("forget", 0)),
-                iter([Batch([batches("retain")])] * counts.get("retain", 0)),
+            run_round(
+                method, space, {name: [Batch([batches(name)])] * count for name, count in counts.items() if count}
             )
             space.round.vector_bytes += (space.meter.bytes_moved - before) / UNIT
     found: Round = space.round

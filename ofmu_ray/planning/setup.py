@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ofmu_ray.config import LoraConfig, ModelConfig, TrainingConfig
-from ofmu_ray.config.method_options import MethodConfig
+from ofmu_ray.config import LoraConfig, MethodConfig, ModelConfig, TrainingConfig
 from ofmu_ray.engines.deepspeed_engine import PERSISTENT_BELOW
 from ofmu_ray.methods import build_method
 from ofmu_ray.models.loading import empty_model

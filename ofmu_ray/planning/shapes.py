@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 
-from ofmu_ray.data.batch import IGNORED, REFUSAL
-from ofmu_ray.data.sidecar import KEYS
-from ofmu_ray.engines.layers import chosen_layer, decoder_layers
-from ofmu_ray.methods.protocol import Need
+from ofmu_ray.data.batch import IGNORED
+from ofmu_ray.features.protocol import Need, Tokens
 
 
 def parameter_counts(module: torch.nn.Module) -> tuple[int, int]:
@@ -36,20 +34,15 @@ def micro_batch(
     batch = _texts(rows, tokens, prompt)
     answer = rows * (tokens - prompt)
     for need in needs:
-        if need.quantity in ("refusal", "alternative", "refusal_nll"):
-            batch |= {REFUSAL + name: tensor for name, tensor in _texts(rows, tokens, prompt).items()}
-        sizes: dict[str, tuple[int, ...]] = {
-            "nll": (rows,),
-            "refusal_nll": (rows,),
-            "logits": (answer, text.vocab_size),
-            "activations": (answer, text.hidden_size),
-        }
-        if need.quantity in sizes:
-            batch[KEYS[need.quantity]] = torch.empty(sizes[need.quantity], device="meta")
-    if module is not None and needs:
-        for need in needs:  # says so now when the model has no such layer
-            if need.layer is not None:
-                chosen_layer(need.layer, len(decoder_layers(module)))
+        texts, values = (need.feature, None) if isinstance(need.feature, Tokens) else (need.of, need.feature)
+        prefix = "" if texts is None else texts.prefix
+        if prefix:
+            batch |= {prefix + name: tensor for name, tensor in _texts(rows, tokens, prompt).items()}
+        if values is not None:
+            entries = answer if values.per_token else rows
+            batch[prefix + values.key] = torch.empty((entries, *values.shape(text)), device="meta")
+            if module is not None:
+                values.check(module)  # says so now when the model has no such layer
     return batch
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ofmu_ray.config import ModelConfig, StopConfig, TrainConfig, TrainingConfig, UnlearnConfig
-from ofmu_ray.config.method_options import MethodConfig
+from ofmu_ray.config import MethodConfig, ModelConfig, StopConfig, TrainConfig, TrainingConfig, UnlearnConfig
 from ofmu_ray.storage import join, remove_file, remove_folder
 
 if TYPE_CHECKING:
@@ -65,7 +64,6 @@ def make_job(
     """
     from ofmu_ray.data.batch_plan import write_plan
     from ofmu_ray.data.prepare import write_sample
-    from ofmu_ray.features.level import with_level
     from ofmu_ray.training.job import WorkerJob
 
     watched = None
@@ -78,7 +76,7 @@ def make_job(
         seed=spec.seed,
         task=spec.task,
         model=spec.model,
-        method=with_level(spec.method, prepared, spec.model, cache),
+        method=spec.method.completed(prepared, spec.model, cache),
         training=spec.training,
         stop=spec.stop,
         utility_rows=watched,
@@ -103,6 +101,7 @@ def with_references(
 
     `private`: folder for tables that would give a forget row's text away; None: the run's own.
     """
+    from ofmu_ray.features.protocol import Settings
     from ofmu_ray.features.reference import write_references
 
     sidecars = write_references(
@@ -113,10 +112,7 @@ def with_references(
         folder=join(job.run_dir, SIDECARS),
         cache=cache,
         private=private,
-        refusals_path=getattr(job.method, "refusals", None),
-        root=spec.root,
-        seed=spec.seed,
-        method=spec.method_name,
+        settings=Settings(spec.method_name, spec.root, spec.seed),
     )
     return replace(job, sidecars=sidecars)
 

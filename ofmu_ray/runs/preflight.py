@@ -155,7 +155,8 @@ def check_method(task: Task, config: UnlearnConfig) -> None:
 
     missing = build_method(config.method_options).asks - task.offers
     if missing:
-        loss = f" with ofmu.forget_loss = {config.ofmu.forget_loss}" if config.method == "ofmu" else ""
+        forget_loss = getattr(config.method_options, "forget_loss", None)
+        loss = f" with {config.method}.forget_loss = {forget_loss}" if forget_loss else ""
         raise UserError(
             f"method = {config.method}{loss} needs {', '.join(sorted(missing))} of a language model, which task = "
             f"{config.task!r} does not have: choose another method, or for ofmu --ofmu.forget_loss nll"

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from ofmu_ray import progress
 from ofmu_ray.config import ModelConfig, TrainConfig, UnlearnConfig, outcome_hash
-from ofmu_ray.methods.ofmu import BOUNDED, OFMUConfig
 from ofmu_ray.models.checks import placed
 from ofmu_ray.runs.job import TOKENS, Spec, make_job, remove_text, with_references
 from ofmu_ray.runs.outcome import Outcome, cost_of, read_trained, read_unlearned
@@ -192,9 +191,8 @@ def _work(begun: Run, config: UnlearnConfig, evaluation: Evaluation, encoder: En
         spec = Spec.of(config, placed(config.model))
         job, plan = make_job(spec, prepared, begun.home, begun.cache, digest)
     progress.note("data", _data_line(plan))
-    if isinstance(job.method, OFMUConfig) and job.method.forget_loss in BOUNDED:
-        level = f"forget up to {job.method.forget_level:.3g} nats a token ({job.method.forget_loss})"
-        progress.note("level", level)
+    for topic, text in job.method.remarks.items():
+        progress.note(topic, text)
     with begun.phase("reference"):
         job = with_references(replace(job, tracking=handle), spec, prepared, plan, begun.cache)
     with begun.phase("evaluation"):

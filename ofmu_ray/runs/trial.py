@@ -283,7 +283,7 @@ def _keep_rows(table: Any, path: Path) -> None:
 def cost_signature(config: UnlearnConfig) -> dict[str, Any]:
     """What decides the cost of a round: the method's options, of real numbers only whether they are 0."""
     chosen = flatten(to_dict(config.method_options))
-    rates = ("optimizer.", "inner.", "outer.")
+    rates = tuple(f"{name}." for name in config.method_options.optimizer_fields)
     return {
         name: bool(value) if isinstance(value, float) else value
         for name, value in chosen.items()

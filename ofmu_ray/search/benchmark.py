@@ -21,7 +21,6 @@ from ofmu_ray.config import (
     flatten,
     to_dict,
 )
-from ofmu_ray.config.spaces import Space, parse_priors
 from ofmu_ray.errors import UserError
 from ofmu_ray.metrics.rule import Choice, Goal, select
 from ofmu_ray.runs.pool import Pool
@@ -30,7 +29,8 @@ from ofmu_ray.runs.trial import PRIVATE, SplitData, Trial, cost_signature, read_
 from ofmu_ray.runs.trial_data import checked, prepare
 from ofmu_ray.search import benchmark_output as results
 from ofmu_ray.search.judging import goal_of, reference_figure
-from ofmu_ray.search.space_files import space_for
+from ofmu_ray.search.priors import parse_priors
+from ofmu_ray.search.spaces import Space, space_for
 
 COST_ROUNDS = 2
 TINY_RATE = 1e-12
@@ -104,7 +104,7 @@ def space_of(config: BenchmarkConfig, label: str) -> Space:
     known = LABELS | config.labels
     base = config.run(next(iter(config.splits)), label)
     fixed = flatten(known[label])
-    space = space_for(label, base.method, config.tuning.lr_scale).with_priors(dict.fromkeys(fixed))
+    space = space_for(label, base, config.tuning.lr_scale).with_priors(dict.fromkeys(fixed))
     for name in (base.method, label):
         priors = config.tuning.spaces.get(name, {})
         space = space.with_priors(parse_priors(priors, option=f"tuning.spaces.{name}"))
@@ -276,8 +276,7 @@ class Benchmark:
         keys = []
         for label, split, config in wanted:
             changes = {"seed": self.config.tuning.seed, "training": {"rounds": COST_ROUNDS}, "stop": NO_STOP}
-            optimizers = ("inner", "outer") if config.method == "ofmu" else ("optimizer",)
-            still = {f"{name}.lr": TINY_RATE for name in optimizers}
+            still = {f"{name}.lr": TINY_RATE for name in config.method_options.optimizer_fields}
             config = apply_overrides(config, {**changes, config.method: still})
             keys.append(f"{split} {sorted(cost_signature(config).items())}")
             pilots.setdefault(

@@ -13,15 +13,13 @@ from typing import Any
 import yaml
 
 from ofmu_ray.config import UnlearnConfig, apply_overrides, to_dict
-from ofmu_ray.config.spaces import Choice, Integers, LogUniform, Prior, Uniform, ZeroOrLogUniform
 from ofmu_ray.metrics.fronts import plain
 from ofmu_ray.runs.trial import model_path
 from ofmu_ray.search.ledger import Ledger, ranked
+from ofmu_ray.search.priors import narrowed, text_of
 from ofmu_ray.storage import atomic_dir, atomic_write
 
 BEST = "best"
-WIDER = 1.5
-"""Factor by which an exported prior reaches beyond the values of the best trials."""
 PRIORS_FROM = 3
 """Trials with enough utility that an export of priors needs."""
 
@@ -137,25 +135,5 @@ def priors(ledger: Ledger) -> dict[str, str]:
         options = [ledger.suggestions[n].options for n in best]
         drawn = [one[knob.field] for one in options if knob.field in one]
         if drawn:
-            found[knob.field] = str(_narrowed(knob.prior, drawn))
+            found[knob.field] = text_of(narrowed(knob.prior, drawn))
     return found
-
-
-def _narrowed(prior: Prior, drawn: Sequence[Any]) -> Prior:
-    if isinstance(prior, Choice):
-        return Choice(tuple(option for option in prior.options if option in drawn))
-    if isinstance(prior, ZeroOrLogUniform):
-        there = [value for value in drawn if value]
-        if not there:
-            return Choice((0.0,))
-        positive = _narrowed(prior.positive, there)
-        assert isinstance(positive, LogUniform)
-        return positive if len(there) == len(drawn) else replace(prior, low=positive.low, high=positive.high)
-    if isinstance(prior, LogUniform):
-        low, high = max(prior.low, min(drawn) / WIDER), min(prior.high, max(drawn) * WIDER)
-        return LogUniform(float(f"{low:.3g}"), float(f"{max(low, high):.3g}"))
-    if isinstance(prior, Integers):
-        return Integers(max(prior.low, min(drawn) - 1), min(prior.high, max(drawn) + 1))
-    assert isinstance(prior, Uniform)
-    margin = (WIDER - 1) / 2 * (max(drawn) - min(drawn))
-    return Uniform(max(prior.low, min(drawn) - margin), min(prior.high, max(drawn) + margin))

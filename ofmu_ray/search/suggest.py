@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from optuna.distributions import CategoricalDistribution, IntDistribution
 
 from ofmu_ray.config import SearchConfig, UnlearnConfig, apply_overrides
-from ofmu_ray.config.spaces import Choice, Integers, Overrides, Space, ZeroOrLogUniform
 from ofmu_ray.metrics.fronts import number_of
 from ofmu_ray.metrics.rule import Goal
+from ofmu_ray.search.priors import ZeroOrLogUniform, at
+from ofmu_ray.search.spaces import Overrides, Space
 
 ATTEMPTS = 50
 """Draws after which a space is taken to hold nothing new."""
@@ -97,8 +99,6 @@ class Search:
     def _estimated(self, number: int, seen: Sequence[Seen]) -> Overrides:
         import optuna
 
-        from ofmu_ray.search.optuna_space import ask
-
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         many = self.config.kind == "multi_objective"
         seed = int(np.random.SeedSequence([self.config.seed, number]).generate_state(1)[0])
@@ -108,15 +108,13 @@ class Search:
         directions: list[Any] = ["maximize"] * (2 + self.config.cost if many else 1)
         study = optuna.create_study(directions=directions, sampler=sampler)
         study.add_trials([self._told(one) for one in seen])
-        return ask(self.space, study.ask(), self.base)
+        return self.space.ask(study.ask(), self.base)
 
     def _told(self, one: Seen) -> Any:
         """An earlier trial as Optuna knows trials."""
         from optuna.trial import TrialState, create_trial
 
-        from ofmu_ray.search.optuna_space import told
-
-        params, distributions = told(self.space, one.suggestion.options)
+        params, distributions = self.space.told(one.suggestion.options)
         known: dict[str, Any] = {"params": params, "distributions": distributions}
         if one.status == "running":
             return create_trial(state=TrialState.RUNNING, **known)
@@ -173,13 +171,13 @@ class Search:
         for knob in self.space.knobs:
             anew, factor = rng.random() < RESAMPLE, float(rng.choice(NEARBY))
             value = options.get(knob.field)
-            if value is None or anew or isinstance(knob.prior, Choice) or not value:
+            if value is None or anew or isinstance(knob.prior, CategoricalDistribution) or not value:
                 if knob.field in drawn:
                     changed[knob.field] = drawn[knob.field]
                 continue
             prior = knob.prior.positive if isinstance(knob.prior, ZeroOrLogUniform) else knob.prior
-            moved = min(max(value * factor, prior.at(0.0)), prior.at(1 - 1e-9))
-            changed[knob.field] = round(moved) if isinstance(knob.prior, Integers) else float(f"{moved:.4g}")
+            moved = min(max(value * factor, at(prior, 0.0)), at(prior, 1 - 1e-9))
+            changed[knob.field] = round(moved) if isinstance(knob.prior, IntDistribution) else float(f"{moved:.4g}")
         return self.space.with_meaning(changed, self.base)
 
 
@@ -198,6 +196,6 @@ def without_other_batches(space: Space, base: UnlearnConfig) -> tuple[Space, lis
     fields = [
         knob.field
         for knob in space.knobs
-        if any(batches({knob.field: knob.prior.at(quantile)}) != plain for quantile in (0.0, 0.5, 1 - 1e-9))
+        if any(batches({knob.field: at(knob.prior, quantile)}) != plain for quantile in (0.0, 0.5, 1 - 1e-9))
     ]
     return space.with_priors(dict.fromkeys(fields)), fields

@@ -13,9 +13,7 @@ from typing import Any
 
 from ofmu_ray import progress
 from ofmu_ray.cluster.join import join_cluster, run_paths
-from ofmu_ray.config import SweepConfig, flatten, to_dict
-from ofmu_ray.config.benchmark import LABELS
-from ofmu_ray.config.spaces import Space, parse_priors
+from ofmu_ray.config import LABELS, SweepConfig, flatten, to_dict
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.evaluator import Evaluator
 from ofmu_ray.metrics.fronts import plain
@@ -29,7 +27,8 @@ from ofmu_ray.search.benchmark_output import duration
 from ofmu_ray.search.capacity import check_disk, concurrency
 from ofmu_ray.search.judging import goal_of, reference_figure
 from ofmu_ray.search.ledger import Ledger
-from ofmu_ray.search.space_files import read_space, space_for
+from ofmu_ray.search.priors import parse_priors
+from ofmu_ray.search.spaces import Space, read_space, space_for
 from ofmu_ray.search.suggest import Search, without_other_batches
 
 MAY_CHANGE = ("select", "keep_models", "concurrency", "retry_failed")
@@ -62,7 +61,7 @@ def space_of(config: SweepConfig) -> Space:
     """
     base = config.run
     fixed = {name: None for name in flatten(LABELS[config.label]) if name != "method"}
-    space = space_for(config.label, base.method, config.lr_scale).with_priors(fixed)
+    space = space_for(config.label, base, config.lr_scale).with_priors(fixed)
     if config.space_file is not None:
         space = read_space(config.space_file, space)
     space = space.with_priors(parse_priors(flatten(config.space), option="space"))

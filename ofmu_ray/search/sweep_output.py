@@ -10,7 +10,6 @@ from typing import Any
 
 import yaml
 
-from ofmu_ray.config.spaces import Space
 from ofmu_ray.metrics.degeneration import words
 from ofmu_ray.metrics.fronts import plain
 from ofmu_ray.runs.preflight import public
@@ -19,6 +18,8 @@ from ofmu_ray.search.benchmark_output import COSTS, duration, machine
 from ofmu_ray.search.choice import BEST, Outcome, plane, priors, sound_only
 from ofmu_ray.search.judging import marks
 from ofmu_ray.search.ledger import Ledger, ranked
+from ofmu_ray.search.priors import text_of
+from ofmu_ray.search.spaces import Space
 from ofmu_ray.storage import atomic_write
 
 # ----------------------------------------------------------------------------------------------------------- tables
@@ -160,7 +161,7 @@ def settings(
 
 def space_rows(space: Space) -> list[dict[str, Any]]:
     """What is tuned, for people."""
-    return [{"field": k.field, "prior": str(k.prior), "why": k.why, "given": k.given} for k in space.knobs]
+    return [{"field": k.field, "prior": text_of(k.prior), "why": k.why, "given": k.given} for k in space.knobs]
 
 
 def write(ledger: Ledger, outcome: Outcome, references: Mapping[str, Any], command: Sequence[str]) -> list[Path]:

@@ -33,7 +33,7 @@ _LEDGERS: dict[str, Ledger] = {}
 """By folder. Tune writes its arguments into the sweep's folder, and a ledger's data hold the text of forget rows."""
 
 
-class _Held:
+class _OfLedger:
     """Something that Tune copies and writes down, and that therefore only names its ledger."""
 
     folder: str
@@ -46,7 +46,7 @@ class _Held:
         return self
 
 
-class LedgerSearch(_Held, Searcher):  # type: ignore[misc]
+class LedgerSearch(_OfLedger, Searcher):  # type: ignore[misc]
     """The ledger's trials in their order; those that have ended are told again, for the scheduler's sake."""
 
     def __init__(self, folder: str) -> None:
@@ -77,7 +77,7 @@ class LedgerSearch(_Held, Searcher):  # type: ignore[misc]
         raise AssertionError("a sweep goes on from its ledger")
 
 
-class _Deciding(_Held):
+class _Deciding(_OfLedger):
     """Writes a scheduler's decisions into the ledger, where the trial's workers wait for them."""
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
@@ -196,7 +196,7 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]
 def child_run(
     tracking: TrackingConfig, ledger: Ledger, number: int, parent: Any, result: Mapping[str, Any] | None = None
 ) -> Any:
-    """The MLflow run of a trial, begun or found again; None where MLflow does not answer: the trial needs it not."""
+    """The MLflow run of a trial, begun or found again; None where MLflow does not answer: a trial can do without."""
     from ofmu_ray import tracking as mlflow
 
     suggestion, ended = ledger.suggestions[number], result or {"status": "running"}
@@ -218,7 +218,7 @@ _ENDED: dict[str, Callable[[int], None]] = {}
 """By folder: who is told of trials that have ended."""
 
 
-class _Told(_Held, tune.Callback):  # type: ignore[misc]
+class _TellsEnds(_OfLedger, tune.Callback):  # type: ignore[misc]
     """Tells of trials that have ended, and writes down those that could not do so themselves."""
 
     def __init__(self, folder: str) -> None:
@@ -269,7 +269,7 @@ def run(
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=training.max_failures),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # a run keeps its own
-            callbacks=[_Told(str(ledger.folder))],
+            callbacks=[_TellsEnds(str(ledger.folder))],
         ),
     )
     tuner.fit()

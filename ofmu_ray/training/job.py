@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ofmu_ray.config import ModelConfig, StopConfig, TrainingConfig
-from ofmu_ray.config.method_options import MethodConfig
+from ofmu_ray.config import MethodConfig, ModelConfig, StopConfig, TrainingConfig
 from ofmu_ray.methods import build_method
 from ofmu_ray.methods.protocol import Method
 from ofmu_ray.training.stages import Stages
@@ -38,7 +37,7 @@ class WorkerJob:
     sidecars: Mapping[str, str] = field(default_factory=dict)
     """Stream -> folder of what was computed about its rows beforehand (ofmu_ray.data.sidecar)."""
     start_from: str | None = None
-    """Folder of a checkpoint of another run to begin with (same ZeRO stage); None: the untouched model."""
+    """Folder of a checkpoint of another run to begin with (same ZeRO stage); None: the reference model."""
     stages: Stages | None = None
     """Evaluations on the way, after each of which a scheduler may end the run; None: none."""
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from ofmu_ray.cluster.watchdog import Watchdog
 from ofmu_ray.engines.protocol import Engine, Loss
 from ofmu_ray.errors import UserError
+from ofmu_ray.methods.protocol import run_round
 from ofmu_ray.tasks import task_named
 from ofmu_ray.training import checkpoint, integrity
 from ofmu_ray.training.checkpoint import LoopState
@@ -139,8 +140,7 @@ class Worker:
         """Run one round; False: stop, the weights are not to be kept."""
         state, training = self.state, self.job.training
         started, tokens = time.perf_counter(), self.engine.account.tokens
-        retain = batches["retain"] if "retain" in batches else batches["train"]
-        figures = self.method.round(self.engine, iter(batches.get("forget", [])), iter(retain))
+        figures = run_round(self.method, self.engine, batches)
         seconds = time.perf_counter() - started
         state.round += 1
         state.train_seconds += seconds

@@ -5,30 +5,27 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ofmu_ray.algorithm.losses import (
-    LossParts,
-    bounded_rows,
-    bounded_tokens,
-    simple_negative_preference,
-    token_nll,
-)
 from ofmu_ray.algorithm.schedules import learning_rate
 from ofmu_ray.algorithm.steps import Steps
-from ofmu_ray.algorithm.two_loop import RoundStats, batches_per_round, two_loop_round
-from ofmu_ray.engines.protocol import Engine, Kind, Loop, Loss, Vector
 from ofmu_ray.errors import UserError
-from ofmu_ray.methods.npo.method import npo_loss
-from ofmu_ray.methods.ofmu import BOUNDED, OFMUConfig
-from ofmu_ray.methods.protocol import Batches, Need, drawn
-from ofmu_ray.methods.simnpo.method import answer_sums
-from ofmu_ray.models.answers import answers
+from ofmu_ray.features.builtin import NLL
+from ofmu_ray.features.protocol import Need
+from ofmu_ray.methods.npo import npo_loss
+from ofmu_ray.methods.ofmu.options import PRESETS, SPACE, OFMUConfig
+from ofmu_ray.methods.protocol import Batches, Method, drawn
+from ofmu_ray.methods.simnpo import answer_sums
+
+if TYPE_CHECKING:
+    import torch
+
+    from ofmu_ray.algorithm.losses import LossParts
+    from ofmu_ray.algorithm.two_loop import RoundStats
+    from ofmu_ray.engines.protocol import Engine, Kind, Loop, Loss, Vector
 
 
-class OFMU:
+class OFMU(Method):
     """T ascent steps on Phi = L_f - beta Sim(g_f, g_r), then descent steps on L_r + rho_k |grad Phi|^2.
 
     L_f is the engine's own loss, or, with a `forget_loss`, that of causal language models which it names. Its level is
@@ -39,6 +36,9 @@ class OFMU:
     """
 
     name = "ofmu"
+    options = OFMUConfig
+    space = SPACE
+    presets = PRESETS
 
     def __init__(self, config: OFMUConfig | None = None, rounds: int | None = None):
         """`rounds` of the whole run, for the courses of the learning rates; None: the engine's rates, as they are."""
@@ -54,13 +54,13 @@ class OFMU:
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return (Need("forget", "nll"),) if self.config.forget_loss == "npo" else ()
+        return (Need("forget", NLL),) if self.config.forget_loss == "npo" else ()
 
     @property
     def level(self) -> float | None:
         """Largest value of the forget loss (nats per token); None: no bound."""
         level = self.config.forget_level
-        return float(level) if self.config.forget_loss in BOUNDED and isinstance(level, int | float) else None
+        return float(level) if self.config.bounded and isinstance(level, int | float) else None
 
     def freeze(self, module: torch.nn.Module) -> None:
         """Nothing: all weights are trained."""
@@ -80,6 +80,8 @@ class OFMU:
         return config.rho * config.rho_growth**self.rounds_done
 
     def batches_per_round(self) -> dict[str, int]:
+        from ofmu_ray.algorithm.two_loop import batches_per_round
+
         return batches_per_round(self.config, penalise=self.config.rho > 0)
 
     def round(self, engine: Engine, forget_batches: Batches, retain_batches: Batches) -> dict[str, float]:
@@ -90,6 +92,8 @@ class OFMU:
         Raises:
             UserError: curvature `exact` on an engine without double backward; too few batches.
         """
+        from ofmu_ray.algorithm.two_loop import two_loop_round
+
         config = self.config
         if config.curvature == "exact" and not engine.offers_exact:
             raise UserError(
@@ -162,6 +166,9 @@ class OFMU:
 
 def forget_loss(config: OFMUConfig, level: float | None) -> Loss | None:
     """The loss that the inner loop raises; None: the engine's own."""
+    from ofmu_ray.algorithm.losses import bounded_rows, bounded_tokens, simple_negative_preference, token_nll
+    from ofmu_ray.models.answers import answers
+
     match config.forget_loss:
         case "bounded_token" if level is not None:
             return lambda module, micro: bounded_tokens(token_nll(*answers(module, micro)[:2]), level=level)
@@ -212,6 +219,3 @@ class _Shared:
     def apply(self, vector: Vector, loop: Loop) -> float:
         self._engine.set_learning_rate("inner", self._rates[loop])
         return self._engine.apply(vector, "inner")
-
-
-METHOD = OFMU

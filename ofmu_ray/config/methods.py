@@ -1,0 +1,123 @@
+"""What the options of all methods have in common, and what those with one update a round share.
+
+Defaults of the methods are those of OpenUnlearning (locuslab/open-unlearning, December 2025) unless a field says
+otherwise; the learning rates are for models of 1 B parameters and more, small models need larger ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Literal, Self
+
+from ofmu_ray.config.optimizers import OptimizerConfig
+from ofmu_ray.config.ranges import not_negative, require
+
+if TYPE_CHECKING:
+    from ofmu_ray.config import ModelConfig, UnlearnConfig
+    from ofmu_ray.data.prepare import Prepared
+
+MYPY = False
+"""typing.TYPE_CHECKING by its other name for mypy. jsonargparse runs blocks of the first to read annotations, and then
+no command line would be parsed before torch is imported."""
+
+Ranges = dict[str, tuple[str, str]]
+"""What is tuned of a method: option -> (prior, as in YAML; where its range comes from)."""
+
+RATE = ("loguniform(3e-6, 1e-4)", "half a decade below OpenUnlearning's default of 1e-05 and a decade above")
+"""Of a learning rate: the same for every method."""
+RETAIN_WEIGHT = (
+    "loguniform(0.5, 10)",
+    "from half to ten times the weight of the forget loss (OpenUnlearning: 1)",
+)
+"""Of the weight of a retain loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """Options of a method: the section of its name."""
+
+    @classmethod
+    def default(cls) -> Self:
+        """The section when nothing is given."""
+        return cls()
+
+    @property
+    def optimizers(self) -> tuple[OptimizerConfig, OptimizerConfig]:
+        """Of the inner and of the outer loop."""
+        raise NotImplementedError
+
+    @property
+    def optimizer_fields(self) -> list[str]:
+        """The fields that hold an optimiser's options."""
+        return [entry.name for entry in fields(self) if isinstance(getattr(self, entry.name), OptimizerConfig)]
+
+    @property
+    def streams(self) -> frozenset[str]:
+        """The streams of rows that are read; `data` may have more."""
+        return frozenset({"forget", "retain"})
+
+    def check(self, section: str) -> None:
+        """Ranges; UnlearnConfig calls it with the section's name. Raises UserError."""
+
+    def check_run(self, config: UnlearnConfig) -> None:
+        """What the method cannot run with; called where it is the chosen one. Raises UserError."""
+
+    def completed(self, prepared: Prepared, model: ModelConfig, cache: str) -> Self:
+        """The options with what only the rows and the model, before any step, can tell.
+
+        `cache`: folder of the storage's caches.
+        """
+        return self
+
+    @property
+    def remarks(self) -> dict[str, str]:
+        """What the terminal says of completed options before the first round, by a short word."""
+        return {}
+
+
+def peer_optimizer(lr: float) -> OptimizerConfig:
+    """OpenUnlearning's: AdamW, weight decay 0.01, one warm-up epoch of ten, then linear decay."""
+    return OptimizerConfig(lr=lr, weight_decay=0.01, warmup_fraction=0.1, decay="linear")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneLoopConfig(MethodConfig):
+    """Options of a method with one update a round."""
+
+    optimizer: OptimizerConfig = field(default_factory=lambda: peer_optimizer(1e-5))
+    """The optimiser."""
+
+    @property
+    def optimizers(self) -> tuple[OptimizerConfig, OptimizerConfig]:
+        """Of the inner and of the outer loop (only the outer one is stepped)."""
+        return self.optimizer, self.optimizer
+
+    def check(self, section: str) -> None:
+        self.optimizer.check(f"{section}.optimizer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedConfig(OneLoopConfig):
+    """forget_weight * forget loss + retain_weight * retain loss."""
+
+    forget_weight: float = 1.0
+    """gamma, weight of the forget loss."""
+    retain_weight: float = 1.0
+    """alpha, weight of the retain loss; 0: no retain pass at all."""
+    retain_loss: Literal["nll", "kl"] = "nll"
+    """nll: mean token NLL of retain answers; kl: KL(reference model || model) at the tokens of retain answers."""
+
+    def check(self, section: str) -> None:
+        super().check(section)
+        not_negative(section, self, "forget_weight", "retain_weight")
+        require(self.forget_weight + self.retain_weight > 0, f"{section}.forget_weight", 0, "more, or retain_weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(OneLoopConfig):
+    """Plain fitting of a data set (`ofmu train`)."""
+
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(lr=1e-3, weight_decay=0.01, warmup_fraction=0.05, decay="cosine")
+    )
+    """Optimiser of the fit."""
