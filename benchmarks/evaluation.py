@@ -222,7 +222,7 @@ def where(scorer: Scorer, sets: Sets) -> dict[str, float]:
     whole = seconds("ours")
     parts = {
         "trees": seconds("tree_logits"),
-        "decoding": seconds("_step"),
+        "decoding": seconds("generate_batch"),
         "scores of logits": seconds("_normalised") + seconds("scores_of") + seconds("_nll"),
         "ROUGE": seconds("rouge_l_recall"),
         "tokenising": seconds("plan"),

@@ -137,11 +137,11 @@ def test_only_numbers_outlive_the_run(finished: Any) -> None:
 def test_draws_follow_the_probabilities_of_the_likeliest_tokens() -> None:
     logits = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.3]])).expand(4000, 4)
     draws = Draws.of([str(number) for number in range(4000)], 1, temperature=0.5, top_k=3)
-    found = draws.tokens(logits, range(4000), [0] * 4000)[:, 0]
+    found = draws.tokens(logits, range(4000), 0)[:, 0]
     shares = torch.bincount(found, minlength=4) / 4000
     expected = torch.tensor([0.0, 16.0, 4.0, 9.0]) / 29  # squares, without the least likely
     assert float((shares - expected).abs().max()) < 0.03  # four standard errors
-    again = draws.tokens(logits[:2], [7, 3], [0, 0])[:, 0]
+    again = draws.tokens(logits[:2], [7, 3], 0)[:, 0]
     assert again.tolist() == [int(found[7]), int(found[3])]
 
 

@@ -14,11 +14,10 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from ofmu_ray.config import FormatConfig
 from ofmu_ray.data.template import Template
-from ofmu_ray.evaluation import continuation, generation, row_pass, scoring
-from ofmu_ray.evaluation.scorer import Scorer
+from ofmu_ray.evaluation import generation, row_pass, scoring
+from ofmu_ray.evaluation.scorer import Scorer, Unit
 from ofmu_ray.metrics.rouge import rouge_l_recall
 from ofmu_ray.models import tree
-from ofmu_ray.models.forward import Forward
 
 QUESTIONS = [f"{'who is ' * (1 + index % 5)}person {index}?" for index in range(23)]
 ANSWERS = [f"the answer {'is long ' * (index % 7)}{index}" for index in range(23)]
@@ -38,8 +37,8 @@ _TREE_MODELS = ["llama", "qwen2", "gpt_neox", "gpt2"]
 
 
 @pytest.fixture(scope="module", params=_TREE_MODELS)
-def tree_forward(request: pytest.FixtureRequest) -> Forward:
-    return Forward(tiny_model(request.param))
+def tree_model(request: pytest.FixtureRequest) -> Any:
+    return tiny_model(request.param)
 
 
 def _plain_nll(model: Any, ids: list[int], prompt: int) -> float:
@@ -171,9 +170,12 @@ def test_stop_tokens_come_from_tokenizer_and_generation_config(template: Templat
 def test_which_models_take_trees() -> None:
     found = {name: tree.takes_trees(tiny_model(name)) for name in ARCHITECTURES}
     assert found == {name: name in _TREE_MODELS for name in ARCHITECTURES}  # the others have sliding windows
-    full = {"layer_types": ["full_attention"] * 2}
-    assert not tree.takes_trees(tiny_model("gemma2_softcap", **full))  # caps its scores: only trying it tells
-    assert tree.takes_trees(tiny_model("gemma2_softcap", **full, attn_logit_softcapping=None))
+    assert tree.takes_trees(tiny_model("gemma2_softcap", layer_types=["full_attention"] * 2))
+    deaf = tiny_model("llama")
+    deaf.register_forward_pre_hook(
+        lambda _module, args, options: (args, options | {"attention_mask": None}), with_kwargs=True
+    )
+    assert not tree.takes_trees(deaf)  # only trying it tells
 
 
 _TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=6)
@@ -195,7 +197,7 @@ def test_a_tree_holds_its_texts_and_every_beginning_once(prompt: list[int], answ
 
 @pytest.mark.parametrize("nodes", [1, 100, 2048])
 def test_trees_give_what_single_texts_give(
-    tree_forward: Forward, template: Template, nodes: int, monkeypatch: pytest.MonkeyPatch
+    tree_model: Any, template: Template, nodes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(row_pass, "_NODES", {"cpu": nodes})
     endings = ("", " or so", "", ", is long")
@@ -203,61 +205,61 @@ def test_trees_give_what_single_texts_give(
         [template.encode(question, answer + ending) for ending in endings]
         for question, answer in zip(QUESTIONS, ANSWERS, strict=True)
     ]
-    trees = [tree.tree_of(texts) for texts in rows]
-    values = list(row_pass.row_values(tree_forward, trees, [0] * len(rows), frozenset()))
+    values = row_pass.row_values(tree_model, [tree.tree_of(texts) for texts in rows], frozenset(), 0)
     for texts, found in zip(rows, values, strict=True):
-        alone = scoring.token_scores(tree_forward.model, texts[:1], batch_size=1)[0]
+        alone = scoring.token_scores(tree_model, texts[:1], batch_size=1)[0]
         assert found.answer.logprobs == pytest.approx(alone.logprobs, rel=1e-4, abs=1e-5)
         assert found.answer.zscores == pytest.approx(alone.zscores, rel=1e-3, abs=1e-4)
         assert found.answer.matches == alone.matches
-        assert found.other_nll == pytest.approx([_plain_nll(tree_forward.model, *text) for text in texts[1:]], rel=1e-4)
+        assert found.other_nll == pytest.approx([_plain_nll(tree_model, *text) for text in texts[1:]], rel=1e-4)
+        assert (found.begun, found.ended) == ([], True)
 
 
-@pytest.mark.parametrize("slots", [1, 4, 64])
-def test_generations_that_start_from_trees_are_the_same(
-    tree_forward: Forward, template: Template, slots: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_generations_that_start_from_trees_are_the_same(tree_model: Any, template: Template, batch_size: int) -> None:
     """Answers that the model itself would say, for a while or to their end, save steps and change nothing."""
-    monkeypatch.setattr(continuation, "_TOGETHER", 3)  # several attention calls a step, texts move between them
     prompts = [template.encode_prompt(question) for question in QUESTIONS]
-    free = generation.generate(tree_forward.model, prompts, max_new_tokens=24, stop=frozenset(), batch_size=64)
+    free = generation.generate(tree_model, prompts, max_new_tokens=24, stop=frozenset(), batch_size=64)
     stop = frozenset({free[0][12]})
     expected = [text[: text.index(min(stop))] if min(stop) in text else text for text in free]
-    trees = []
+    rows = []
     for number, (prompt, text) in enumerate(zip(prompts, free, strict=True)):
         own = [*text[: number % 30], template.eos]  # from nothing up to the whole generation
-        trees.append(tree.tree_of([([*prompt, 7, template.eos], len(prompt)), (prompt + own, len(prompt))]))
-    most = [24] * len(prompts)
-    values = list(row_pass.row_values(tree_forward, trees, most, stop))
-    known = [len(each.begun.tokens) for each in values]
+        rows.append([([*prompt, 7, template.eos], len(prompt)), (prompt + own, len(prompt))])
+    values = row_pass.row_values(tree_model, [tree.tree_of(texts) for texts in rows], stop, 24)
+    known = [len(each.begun) for each in values]
     assert known == [min(number % 30 + 1, len(text)) for number, text in enumerate(expected)]
-    found = dict(continuation.finish(tree_forward, (each.begun for each in values), most, stop=stop, slots=slots))
-    assert [found[number] for number in range(len(prompts))] == expected
-    assert tree_forward.model.config._attn_implementation == "sdpa"
+    scorer = Scorer(tree_model, template.tokenizer, template, max_new_tokens=24)
+    scorer.stop = stop
+    assert scorer.shares_prompts
+    unit = Unit("set", range(len(rows)), rows, [False] * len(rows), [""] * len(rows), batch_size=batch_size)
+    found = scorer.run(unit)
+    assert [found[row]["generated_tokens"] for row in range(len(rows))] == [len(text) for text in expected]
+    decoded = [template.tokenizer.decode(text, skip_special_tokens=True).strip() for text in expected]
+    assert [found[row]["generated"] for row in range(len(rows))] == decoded
 
 
-def test_begun_generations_are_read_as_slots_become_free(template: Template) -> None:
+def test_generation_is_greedy_whatever_the_models_own_configuration_says(template: Template) -> None:
     model = tiny_model("llama")
-    forward = Forward(model)
-    trees = [tree.tree_of([template.encode(question, "no")]) for question in QUESTIONS]
-    taken: list[int] = []
-    sizes: list[tuple[int, int]] = []
-    usual = model.model.forward
+    prompts = [template.encode_prompt(question) for question in QUESTIONS[:3]]
+    plain = generation.generate(model, prompts, max_new_tokens=24, stop=frozenset(), batch_size=3)
+    model.generation_config.repetition_penalty = 5.0
+    assert generation.generate(model, prompts, max_new_tokens=24, stop=frozenset(), batch_size=3) == plain
+    assert model.generation_config.repetition_penalty == 5.0
 
-    def counted(*args: Any, **options: Any) -> Any:
-        if taken:  # the trees' one pass is over: steps
-            sizes.append((len(taken), options["input_ids"].shape[1]))
-        return usual(*args, **options)
 
-    most = [3 + 2 * (index % 5) for index in range(len(trees))]
-    values = row_pass.row_values(forward, trees, most, frozenset())
-    model.model.forward = counted
-    begun = (taken.append(number) or each.begun for number, each in enumerate(values))  # type: ignore[func-returns-value]
-    found = dict(continuation.finish(forward, begun, most, stop=frozenset(), slots=8))
-    assert [len(found[number]) for number in range(len(trees))] == most
-    assert sizes[0] == (8, 8)
-    assert max(size for _, size in sizes) == 8
-    assert sum(size for _, size in sizes) < 1.6 * sum(most)  # few slots stand empty or finished
+def test_texts_that_ended_leave_the_batch(template: Template) -> None:
+    model = tiny_model("llama")
+    prompts = [template.encode_prompt(question) for question in QUESTIONS]
+    most = [3 + 2 * (index % 5) for index in range(len(prompts))]
+    sizes: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _module, _args, options: sizes.append(len(options["input_ids"])), with_kwargs=True
+    )
+    found = generation.generate(model, prompts, max_new_tokens=most, stop=frozenset(), batch_size=64)
+    assert [len(text) for text in found] == most
+    assert sizes[0] == len(prompts)
+    assert sum(sizes) < 1.4 * sum(most)
 
 
 # ------------------------------------------------------------------------------------------------------------- ROUGE

@@ -1,4 +1,4 @@
-"""What we borrow from the private parts of Ray, DeepSpeed and transformers is still there, and is named where not."""
+"""What we borrow from the private parts of Ray and DeepSpeed is still there, and is named where not."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig, PreTrainedModel
 
-from ofmu_ray.internals import deepspeed_private, ray_private, transformers_private
-from ofmu_ray.internals.contract import Private, check_attributes
+from ofmu_ray.internals import deepspeed_private, ray_private
+from ofmu_ray.internals.contract import Private
 
 ROOT = Path(__file__).resolve().parent.parent
 BORROWED = [
@@ -41,11 +40,6 @@ def test_deepspeeds_optimisers_have_the_attributes() -> None:
             if hasattr(module, name):
                 text = Path(str(module.__file__)).read_text()
                 assert [one for one in attributes if not re.search(rf"(def |self\.){one}\b", text)] == [], name
-
-
-def test_transformers_models_have_the_attributes() -> None:
-    assert [name for name in transformers_private.MODEL if not hasattr(PreTrainedModel, name)] == []
-    check_attributes("transformers", LlamaConfig(), transformers_private.CONFIG)
 
 
 def test_the_list_of_checkpoints_is_one_that_ray_train_reads() -> None:

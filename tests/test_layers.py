@@ -81,6 +81,18 @@ def test_library_code_never_prints(forbidden: str) -> None:
     assert not found
 
 
+def test_models_are_made_in_one_room() -> None:
+    """Loaded, built from a configuration, or by hand: only models/ calls transformers for it."""
+    made = {"from_pretrained", "from_config", "snapshot_download"}
+    found = []
+    for own, path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "name", getattr(node, "id", ""))
+            if own != "models" and (name in made or str(name).endswith("ForCausalLM")):
+                found.append(f"{path.relative_to(ROOT)}: {name}")
+    assert not found, found
+
+
 def test_pipelines_are_thin() -> None:
     lines = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "pipelines").glob("*.py")}
     assert sum(lines.values()) <= 1500, lines

@@ -24,7 +24,7 @@ from ofmu_ray.evaluation.rows import EvaluationRow
 from ofmu_ray.evaluation.scoring import length_sorted
 from ofmu_ray.metrics.functions import FloatArray
 from ofmu_ray.metrics.intervals import Clusters, Figure, mean_figure, resampled_estimates
-from ofmu_ray.models.answers import Text, head_on
+from ofmu_ray.models.answers import Text, right_padded
 
 Pooling = Literal["mean", "last"]
 
@@ -68,7 +68,7 @@ def representations(
     device = model.get_input_embeddings().weight.device
     pooled: list[list[torch.Tensor]] = [[] for _ in texts]
     for batch in length_sorted([len(ids) for ids, _ in texts], batch_size):
-        ids_bt = torch.zeros(len(batch), max(len(texts[row][0]) for row in batch), dtype=torch.long)
+        ids_bt = right_padded([texts[row] for row in batch])
         weights_bt = torch.zeros(ids_bt.shape)
         for place, row in enumerate(batch):
             ids, prompt = texts[row]
@@ -76,12 +76,10 @@ def representations(
                 raise AssertionError(
                     f"a text of {len(ids)} tokens with {prompt} prompt tokens has no answer beside EOS"
                 )
-            ids_bt[place, : len(ids)] = torch.as_tensor(ids)
             first = prompt if pooling == "mean" else len(ids) - 2
             weights_bt[place, first : len(ids) - 1] = 1 / (len(ids) - 1 - first)
-        # padding stands on the right, where a causal model's answer tokens never look: no attention mask needed
-        with head_on(model, lambda hidden: hidden[:, :0]):
-            states = model(input_ids=ids_bt.to(device), use_cache=False, output_hidden_states=True).hidden_states
+        body = model.base_model  # without the head
+        states = body(input_ids=ids_bt.to(device), use_cache=False, output_hidden_states=True).hidden_states
         weights = weights_bt.to(device)
         layers_lbd = torch.stack([torch.einsum("bt,btd->bd", weights, state.float()) for state in states])
         for place, row in enumerate(batch):

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 
 from ofmu_ray.metrics.functions import FloatArray
-from ofmu_ray.models.answers import Text, logits_at
+from ofmu_ray.models.answers import Text, answer_logits
 
 
 def gradient_norms(model: Any, texts: Sequence[Text], *, p: float = 2.0) -> FloatArray:
@@ -51,9 +51,5 @@ def _answer_loss(model: Any, text: Text) -> torch.Tensor:
     ids, prompt = text
     if not 0 < prompt < len(ids) - 1:
         raise AssertionError(f"a text of {len(ids)} tokens with {prompt} prompt tokens has no answer beside EOS")
-    device = model.get_input_embeddings().weight.device
-    inputs = torch.as_tensor(ids[:-1], device=device)[None]  # nothing that counts is predicted from EOS
-    positions = torch.zeros(inputs.shape, dtype=torch.bool, device=device)
-    positions[:, prompt - 1 : -1] = True
-    logits = logits_at(model, {"input_ids": inputs}, positions)
-    return functional.cross_entropy(logits.float(), inputs[0, prompt:])
+    logits_nv, targets_n, _ = answer_logits(model, [(ids[:-1], prompt)])
+    return functional.cross_entropy(logits_nv, targets_n)

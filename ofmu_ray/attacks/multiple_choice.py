@@ -24,7 +24,7 @@ from ofmu_ray.data.sources import Broken
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.scoring import length_sorted, mean_nll
 from ofmu_ray.metrics.intervals import Figure, mean_figure
-from ofmu_ray.models.answers import Text, logits_at
+from ofmu_ray.models.answers import Text, answer_logits
 
 Scoring = Literal["letters", "cloze"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -203,26 +203,12 @@ def _fitted(
     return fitted, lost
 
 
+@torch.inference_mode()
 def _letter_scores(model: Any, texts: Sequence[Sequence[Text]], batch_size: int) -> list[list[float]]:
     """log p of each row's one-token answers after its prompt: one forward per row, logits of one position."""
     scores: list[list[float]] = [[] for _ in texts]
     for batch in length_sorted([options[0][1] for options in texts], batch_size):
-        prompts = [texts[row][0][0][: texts[row][0][1]] for row in batch]
-        for row, logp_v in zip(batch, _next_logprobs(model, prompts), strict=True):
+        logits_bv, _, _ = answer_logits(model, [texts[row][0] for row in batch])
+        for row, logp_v in zip(batch, logits_bv.log_softmax(dim=-1).double().cpu(), strict=True):
             scores[row] = logp_v[[ids[-1] for ids, _ in texts[row]]].tolist()
     return scores
-
-
-@torch.inference_mode()
-def _next_logprobs(model: Any, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-    """log p of every token as the next one after each prompt; float64 on the CPU, [prompts, vocabulary]."""
-    device = model.get_input_embeddings().weight.device
-    ids_bt = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
-    for row, ids in enumerate(prompts):
-        ids_bt[row, : len(ids)] = torch.as_tensor(ids)
-    last_bt = torch.zeros(ids_bt.shape, dtype=torch.bool)
-    last_bt[torch.arange(len(prompts)), torch.tensor([len(ids) - 1 for ids in prompts])] = True
-    # padding stands on the right, where a causal model's last prompt token never looks: no attention mask needed
-    logits_bv = logits_at(model, {"input_ids": ids_bt.to(device)}, last_bt.to(device))
-    logp_bv: torch.Tensor = logits_bv.float().log_softmax(dim=-1)
-    return logp_bv.double().cpu()

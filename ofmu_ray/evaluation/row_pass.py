@@ -3,58 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from ofmu_ray.evaluation.continuation import Begun, States
 from ofmu_ray.evaluation.scoring import LOGITS_AT_ONCE, TokenScores, most_likely, scores_of
-from ofmu_ray.models.forward import Forward
 from ofmu_ray.models.tree import Tree, tree_logits
 
-_NODES = {"cpu": 1024, "cuda": 16384}  # nodes of one pass: small ones stay in a processor's second cache
+_NODES = {"cpu": 2048, "cuda": 16384}  # nodes of one pass, with padding
 
 
 class RowValues(NamedTuple):
-    """A row's values from one teacher-forced pass."""
+    """A row's values from teacher-forced passes."""
 
     answer: TokenScores
     """Of the first text, the right answer."""
     other_nll: list[float]
     """Mean token loss of every other text (nats, EOS counted)."""
-    begun: Begun
-    """The greedy generation, as far as it stays on the row's own texts."""
+    begun: list[int]
+    """New tokens of the greedy generation, as far as it stays on the row's own texts, and one more."""
+    ended: bool
+    """Whether that is the whole generation."""
 
 
-def row_values(
-    forward: Forward, trees: Sequence[Tree], budgets: Sequence[int], stop: frozenset[int]
-) -> Iterator[RowValues]:
-    """Values of every tree's row, in order. `budgets`: most new tokens of each generation."""
-    model = forward.model
-    vocabulary = model.config.get_text_config().vocab_size
+def row_values(model: Any, trees: Sequence[Tree], stop: frozenset[int], max_new_tokens: int) -> list[RowValues]:
+    """Values of every tree's row, in order."""
+    values: dict[int, RowValues] = {}
+    for batch in _batches(model, trees):
+        found = _pass(model, [trees[row] for row in batch], stop, max_new_tokens)
+        values.update(zip(batch, found, strict=True))
+    return [values[row] for row in range(len(trees))]
+
+
+def _batches(model: Any, trees: Sequence[Tree]) -> Iterator[list[int]]:
+    """Rows whose trees go through the model together: of like size, with logits that fit in memory."""
     nodes = _NODES["cuda" if model.get_input_embeddings().weight.is_cuda else "cpu"]
-    start = 0
-    for end in _ends(trees, nodes, LOGITS_AT_ONCE // vocabulary):
-        yield from _pass(forward, trees[start:end], budgets[start:end], stop)
-        start = end
-
-
-def _ends(trees: Sequence[Tree], nodes: int, predictors: int) -> Iterator[int]:
-    """Where each pass ends: at most so many nodes and predictors, at least one tree."""
-    used = predicting = 0
-    for number, tree in enumerate(trees):
-        size, predicts = len(tree.tokens), len(tree.tokens) - tree.prompt + 1
-        if used and (used + size > nodes or predicting + predicts > predictors):
-            yield number
-            used = predicting = 0
-        used, predicting = used + size, predicting + predicts
-    yield len(trees)
+    predictors = LOGITS_AT_ONCE // model.config.get_text_config().vocab_size
+    batch: list[int] = []
+    predicting = 0
+    for row in sorted(range(len(trees)), key=lambda row: -len(trees[row].tokens)):
+        predicts = len(trees[row].tokens) - trees[row].prompt + 1
+        full = batch and (len(batch) + 1) * len(trees[batch[0]].tokens) > nodes
+        if batch and (full or predicting + predicts > predictors):
+            yield batch
+            batch, predicting = [], 0
+        batch.append(row)
+        predicting += predicts
+    if batch:
+        yield batch
 
 
 @torch.inference_mode()
-def _pass(forward: Forward, trees: Sequence[Tree], budgets: Sequence[int], stop: frozenset[int]) -> list[RowValues]:
-    logits_nv, states = tree_logits(forward, trees)
+def _pass(model: Any, trees: Sequence[Tree], stop: frozenset[int], max_new_tokens: int) -> list[RowValues]:
+    logits_nv = tree_logits(model, trees)
     first = np.cumsum([0] + [len(tree.tokens) - tree.prompt + 1 for tree in trees])  # each tree's first predictor
     texts = [
         (tree, first[row] - tree.prompt + 1, text) for row, tree in enumerate(trees) for text in range(len(tree.paths))
@@ -64,12 +66,14 @@ def _pass(forward: Forward, trees: Sequence[Tree], budgets: Sequence[int], stop:
     others = [each for each in texts if each[2] > 0]
     losses = iter(_nll(logits_nv, _normaliser(logits_nv), others))
     best = most_likely(logits_nv).tolist()
-    values, offset = [], 0
-    for row, tree in enumerate(trees):
-        begun = _begin(tree, best[first[row] : first[row + 1]], budgets[row], stop, states, offset)
-        values.append(RowValues(answers[row], [next(losses) for _ in tree.paths[1:]], begun))
-        offset += len(tree.tokens)
-    return values
+    return [
+        RowValues(
+            answers[row],
+            [next(losses) for _ in tree.paths[1:]],
+            *_begin(tree, best[first[row] : first[row + 1]], stop, max_new_tokens),
+        )
+        for row, tree in enumerate(trees)
+    ]
 
 
 _Texts = Sequence[tuple[Tree, int, int]]
@@ -103,20 +107,14 @@ def _nll(logits_nv: torch.Tensor, normaliser_n: torch.Tensor, texts: _Texts) -> 
     return [float(value) for value in np.add.reduceat(nll_n, starts) / counts]
 
 
-def _begin(tree: Tree, best: Sequence[int], budget: int, stop: frozenset[int], states: States, offset: int) -> Begun:
-    """Follow the most likely tokens from the prompt's end for as long as they are nodes of the tree."""
-    node, nodes = tree.prompt - 1, list(range(tree.prompt))
+def _begin(tree: Tree, best: Sequence[int], stop: frozenset[int], most: int) -> tuple[list[int], bool]:
+    """The most likely tokens from the prompt's end for as long as they are nodes of the tree; whether the text ends."""
+    node: int | None = tree.prompt - 1
     tokens: list[int] = []
-    while len(tokens) < budget:
+    while node is not None and len(tokens) < most:
         token = best[node - tree.prompt + 1]
         if token in stop:
-            return Begun(tokens, None)
+            return tokens, True
         tokens.append(token)
-        child = tree.child(node, token)
-        if child is None:
-            break
-        node = child
-        nodes.append(node)
-    if len(tokens) >= budget:
-        return Begun(tokens, None)
-    return Begun(tokens, states, [node + offset for node in nodes])
+        node = tree.child(node, token)
+    return tokens, len(tokens) >= most

@@ -12,9 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from ofmu_ray.errors import UserError
-from ofmu_ray.evaluation.continuation import Begun, finish
-from ofmu_ray.evaluation.generation import budgets, generate, stop_ids
-from ofmu_ray.evaluation.row_pass import row_values
+from ofmu_ray.evaluation.generation import generate, stop_ids
+from ofmu_ray.evaluation.row_pass import RowValues, row_values
 from ofmu_ray.evaluation.rows import MEASURED, EvaluationRow, with_row_metrics
 from ofmu_ray.evaluation.scoring import TokenScores, length_sorted, mean_nll, token_scores
 from ofmu_ray.metrics import functions as metrics
@@ -22,11 +21,10 @@ from ofmu_ray.metrics.degeneration import ngram_entropy
 from ofmu_ray.metrics.functions import FloatArray
 from ofmu_ray.metrics.rouge import rouge_l_recall
 from ofmu_ray.models.answers import Text
-from ofmu_ray.models.forward import Forward
 from ofmu_ray.models.tree import takes_trees, tree_of
 
-_SLOTS = 2  # generations at a time for a batch's row: they bring one token to a step, not a text
-_UNIT_BATCHES = 4  # batches of a unit: generations fill each other's gaps within it, and actors share out whole units
+_TOGETHER = 2  # generations at a time for a batch's row: they bring one token to a step, not a text
+_UNIT_BATCHES = 4  # batches of a unit, among whose rows generations are sorted; processes share out whole units
 
 
 class RowTemplate(Protocol):
@@ -150,19 +148,31 @@ class Scorer:
 
     def run(self, unit: Unit) -> Result:
         """One unit's values."""
-        [(_, result)] = self.run_all([unit])
-        return result
+        values = self._shared(unit) if self.shares_prompts else self._plain(unit)
+        waiting = [row for row, value in enumerate(values) if not value.ended]
+        prompts, begun = unit.prompts, [value.begun for value in values]
+        more = generate(
+            self.model,
+            [[*prompts[row], *begun[row]] for row in waiting],
+            max_new_tokens=[self.max_new_tokens - len(begun[row]) for row in waiting],
+            stop=self.stop,
+            batch_size=_TOGETHER * unit.batch_size,
+        )
+        for row, tokens in zip(waiting, more, strict=True):
+            begun[row] += tokens
+        return self._result(unit, values, begun)
 
     def run_all(self, units: Sequence[Unit]) -> Iterator[tuple[int, Result]]:
-        """(number of the unit, its values) as units end. Generations of all units fill each other's gaps."""
-        if self.shares_prompts:
-            yield from self._shared(units)
-        else:
-            for number, unit in enumerate(units):
-                yield number, self._result(unit, *self._plain(unit))
+        """(number of the unit, its values) of every unit."""
+        for number, unit in enumerate(units):
+            yield number, self.run(unit)
 
-    def _result(self, unit: Unit, scores: Sequence[dict[str, Any]], new: Sequence[Sequence[int]]) -> Result:
-        """`scores`: columns of the teacher-forced passes, `new`: tokens of the generations, a row each."""
+    def _result(self, unit: Unit, values: Sequence[RowValues], new: Sequence[Sequence[int]]) -> Result:
+        """`new`: tokens of the generations, a row each."""
+        scores = [
+            _columns(value.answer, value.other_nll, paraphrased)
+            for value, paraphrased in zip(values, unit.paraphrased, strict=True)
+        ]
         if self.max_new_tokens == 0:
             return dict(zip(unit.rows, scores, strict=True))
         texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in new]
@@ -180,38 +190,13 @@ class Scorer:
             for row, columns, text, tokens, recall in zip(unit.rows, scores, texts, new, recalls, strict=True)
         }
 
-    def _shared(self, units: Sequence[Unit]) -> Iterator[tuple[int, Result]]:
-        left = budgets(self.model, [len(prompt) for unit in units for prompt in unit.prompts], self.max_new_tokens)
-        owners = [number for number, unit in enumerate(units) for _ in unit.rows]
-        first = np.cumsum([0] + [len(unit.rows) for unit in units])
-        columns: list[list[dict[str, Any]]] = [[] for _ in units]
-        forward = Forward(self.model)
+    def _shared(self, unit: Unit) -> list[RowValues]:
+        return row_values(self.model, [tree_of(texts) for texts in unit.texts], self.stop, self.max_new_tokens)
 
-        def begun() -> Iterator[Begun]:
-            for number, unit in enumerate(units):
-                trees = [tree_of(texts) for texts in unit.texts]
-                passes = row_values(forward, trees, left[first[number] : first[number + 1]], self.stop)
-                for values, paraphrased in zip(passes, unit.paraphrased, strict=True):
-                    columns[number].append(_columns(values.answer, values.other_nll, paraphrased))
-                    yield values.begun
-
-        new: list[dict[int, list[int]]] = [{} for _ in units]
-        slots = _SLOTS * max(unit.batch_size for unit in units)
-        for row, tokens in finish(forward, begun(), left, stop=self.stop, slots=slots):
-            number = owners[row]
-            unit, done = units[number], new[number]
-            done[row] = tokens
-            if len(done) == len(unit.rows):
-                yield number, self._result(unit, columns[number], [done[each] for each in sorted(done)])
-                columns[number], new[number] = [], {}
-
-    def _plain(self, unit: Unit) -> tuple[list[dict[str, Any]], list[list[int]]]:
-        new = generate(
-            self.model, unit.prompts, max_new_tokens=self.max_new_tokens, stop=self.stop, batch_size=unit.batch_size
-        )
+    def _plain(self, unit: Unit) -> list[RowValues]:
         others = iter(mean_nll(self.model, [text for texts in unit.texts for text in texts[1:]], unit.batch_size))
         answers = token_scores(self.model, [texts[0] for texts in unit.texts], unit.batch_size)
         return [
-            _columns(answer, [float(next(others)) for _ in texts[1:]], paraphrased)
-            for answer, texts, paraphrased in zip(answers, unit.texts, unit.paraphrased, strict=True)
-        ], new
+            RowValues(answer, [float(next(others)) for _ in texts[1:]], [], self.max_new_tokens == 0)
+            for answer, texts in zip(answers, unit.texts, strict=True)
+        ]

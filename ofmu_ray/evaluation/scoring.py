@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from ofmu_ray.metrics.functions import FloatArray
-from ofmu_ray.models.answers import Text, logits_at
+from ofmu_ray.models.answers import Text, answer_logits
 
 LOGITS_AT_ONCE = 1 << 25  # fp32 logits of one forward pass (128 MiB); a batch with more answer tokens is halved
 _CHUNK = 1 << 20  # fp32 numbers of the whole distributions that are looked at together: they stay in the cache
@@ -66,7 +66,7 @@ def _token_scores(model: Any, texts: Sequence[Text]) -> list[TokenScores]:
     if _too_large(model, texts):
         half = len(texts) // 2
         return _token_scores(model, texts[:half]) + _token_scores(model, texts[half:])
-    return scores_of(*_answer_logits(model, texts))
+    return scores_of(*answer_logits(model, texts))
 
 
 def _too_large(model: Any, texts: Sequence[Text]) -> bool:
@@ -109,25 +109,6 @@ def most_likely(logits_nv: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def _nll(model: Any, texts: Sequence[Text]) -> FloatArray:
-    logits_nv, targets_n, counts = _answer_logits(model, texts)
+    logits_nv, targets_n, counts = answer_logits(model, texts)
     nll_n = functional.cross_entropy(logits_nv.float(), targets_n, reduction="none").double().cpu()
     return np.array([float(losses.mean()) for losses in torch.split(nll_n, counts)])
-
-
-@torch.inference_mode()
-def _answer_logits(model: Any, texts: Sequence[Text]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Logits [n, vocabulary] that predict the answers' tokens, those tokens [n], and how many each text has."""
-    device = model.get_input_embeddings().weight.device
-    longest = max(len(ids) for ids, _ in texts)
-    ids_bt = torch.zeros(len(texts), longest, dtype=torch.long)
-    predicts_bt = torch.zeros(len(texts), longest, dtype=torch.bool)  # positions whose next token is an answer's
-    for row, (ids, prompt) in enumerate(texts):
-        if not 0 < prompt < len(ids):
-            raise AssertionError(f"a text of {len(ids)} tokens with {prompt} prompt tokens has no answer to score")
-        ids_bt[row] = ids[0]
-        ids_bt[row, : len(ids)] = torch.as_tensor(ids)
-        predicts_bt[row, prompt - 1 : len(ids) - 1] = True
-    targets_n = ids_bt[:, 1:][predicts_bt[:, :-1]].to(device)
-    # padding stands on the right, where a causal model's answer tokens never look: no attention mask needed
-    logits_nv = logits_at(model, {"input_ids": ids_bt.to(device)}, predicts_bt.to(device))
-    return logits_nv, targets_n, predicts_bt.sum(dim=1).tolist()

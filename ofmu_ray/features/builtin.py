@@ -150,7 +150,7 @@ class Alternatives(Tokens):
         new = generate_batch(
             reference.module,
             [row["input_ids"] for row in rows],
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=[self.max_new_tokens] * len(rows),
             stop=reference.stop,
             draws=draws,
         )

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,11 +35,13 @@ def logits_at(
     """Run the model with its output head at some positions only: logits [selected, vocabulary], at least fp32.
 
     `batch`: input_ids and, unless padding stands where no selected position looks, attention_mask (each under `prefix`
-    + its name), int64 [rows, positions]; `positions`: bool of the same shape. The head's cost, and the size of logits
-    and of their gradient, follow the selection.
+    + its name), int64 [rows, positions], and position_ids where they are not the usual ones; `positions`: bool of the
+    same shape. The head's cost, and the size of logits and of their gradient, follow the selection.
     """
     ids, mask = batch[f"{prefix}input_ids"], batch.get(f"{prefix}attention_mask")
     options = {"logits_to_keep": positions} if _selects(unwrapped(module).__class__) else {}
+    if "position_ids" in batch:
+        options["position_ids"] = batch["position_ids"]
     logits_tv: torch.Tensor = module(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
     if logits_tv.dim() == 3:
         logits_tv = logits_tv[positions]
@@ -61,6 +62,27 @@ def answers(
     return Answers(logits_tv, labels[labelled], labelled.nonzero()[:, 0], len(labels))
 
 
+def answer_logits(model: Any, texts: Sequence[Text]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Logits [n, vocabulary] that predict the answers' tokens, those tokens [n], and how many each text has."""
+    device = model.get_input_embeddings().weight.device
+    ids_bt = right_padded(texts)
+    labels_bt = torch.full(ids_bt.shape, IGNORED)
+    for row, (ids, prompt) in enumerate(texts):
+        if not 0 < prompt < len(ids):
+            raise AssertionError(f"a text of {len(ids)} tokens with {prompt} prompt tokens has no answer to score")
+        labels_bt[row, prompt : len(ids)] = ids_bt[row, prompt : len(ids)]
+    logits_nv, targets_n, _, _ = answers(model, {"input_ids": ids_bt.to(device), "labels": labels_bt.to(device)})
+    return logits_nv, targets_n, [len(ids) - prompt for ids, prompt in texts]
+
+
+def right_padded(texts: Sequence[Text]) -> torch.Tensor:
+    """Token ids, int64 [texts, longest]. No attention mask is needed: no token of a causal model looks to its right."""
+    ids_bt = torch.zeros(len(texts), max(len(ids) for ids, _ in texts), dtype=torch.long)
+    for row, (ids, _) in enumerate(texts):
+        ids_bt[row, : len(ids)] = torch.as_tensor(ids)
+    return ids_bt
+
+
 def causal_lm_loss(module: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of the token negative log-likelihoods (nats) and the number of labelled tokens; `batch` as in `answers`."""
     logits_tv, labels_t, _, _ = answers(module, batch)
@@ -78,21 +100,3 @@ def unwrapped(module: Any) -> Any:
 def _selects(model: Any) -> bool:
     """Whether models of this class take the positions that their head is to run at, as most of transformers' do."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
-
-
-@contextmanager
-def head_on(model: Any, select: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Within the context the output head sees `select(hidden)` instead of every position.
-
-    The head's cost and the size of the logits follow the selection, and what an architecture does to its logits
-    afterwards (soft caps, scales) still happens, because the model's own forward runs.
-    """
-
-    def narrow(_module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (select(inputs[0]), *inputs[1:])
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(narrow)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -28,13 +28,7 @@ def check_model(config: ModelConfig, option: str = "model.path") -> Any:
     elif path.startswith((".", "/", "~")) or config.path.startswith("builtin:"):
         raise UserError(f"{option} = {config.path!r}: no such folder")
     read_config(config.path, option, trust_remote_code=config.trust_remote_code)
-    tokenizer = load_tokenizer(config)
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"{option} = {config.path!r}: its tokenizer has no end-of-sequence token, which answers must end with; "
-            "set eos_token in tokenizer_config.json or name another tokenizer with --model.tokenizer"
-        )
-    return tokenizer
+    return load_tokenizer(config)
 
 
 def placed(config: ModelConfig) -> ModelConfig:

@@ -11,6 +11,7 @@ import torch
 
 from ofmu_ray.config import LoraConfig, ModelConfig
 from ofmu_ray.errors import UserError
+from ofmu_ray.models.answers import unwrapped
 from ofmu_ray.models.source import model_source
 
 Gathered = Callable[[Sequence[torch.nn.Parameter]], AbstractContextManager[object]]
@@ -25,26 +26,28 @@ def load_causal_lm(config: ModelConfig) -> tuple[torch.nn.Module, Any]:
     The weights are fp32, or bf16 for precision bf16. Raises UserError, naming model.path and the cause, when
     something does not load, when an expression of model.freeze matches nothing, and when nothing is left to train.
     """
-    module = _load_module(config)
+    module = pretrained(config.path, **_options(config))
     tokenizer = load_tokenizer(config)
+    return _ready(module, config), tokenizer
+
+
+def _options(config: ModelConfig) -> dict[str, Any]:
+    """What transformers is told about a model to be trained."""
+    return {
+        "dtype": torch.bfloat16 if config.precision == "bf16" else torch.float32,
+        "attn_implementation": config.attention,
+        "trust_remote_code": config.trust_remote_code,
+    }
+
+
+def _ready(module: torch.nn.Module, config: ModelConfig) -> torch.nn.Module:
     if config.lora is not None:
         module = add_lora(module, config.lora)
     freeze_matching(module, config.freeze)
     disable_dropout(module)
     if config.gradient_checkpointing:
         _enable_checkpointing(module, config)
-    module.train()  # transformers checkpoints activations in training mode only
-    return module, tokenizer
-
-
-def _load_module(config: ModelConfig) -> torch.nn.Module:
-    module: torch.nn.Module = pretrained(
-        config.path,
-        dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
-        attn_implementation=config.attention,
-        trust_remote_code=config.trust_remote_code,
-    )
-    return module
+    return module.train()  # transformers checkpoints activations in training mode only
 
 
 def pretrained(path: str, option: str = "model.path", **options: Any) -> Any:
@@ -107,19 +110,7 @@ def empty_model(shape: Any, config: ModelConfig, device: str = "meta") -> torch.
     import transformers
 
     with torch.device(device):
-        module: torch.nn.Module = transformers.AutoModelForCausalLM.from_config(
-            shape,
-            dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
-            attn_implementation=config.attention,
-            trust_remote_code=config.trust_remote_code,
-        )
-        if config.lora is not None:
-            module = add_lora(module, config.lora)
-    freeze_matching(module, config.freeze)
-    disable_dropout(module)
-    if config.gradient_checkpointing:
-        _enable_checkpointing(module, config)
-    return module.train()
+        return _ready(transformers.AutoModelForCausalLM.from_config(shape, **_options(config)), config)
 
 
 def load_tokenizer(config: ModelConfig, option: str | None = None) -> Any:
@@ -268,7 +259,7 @@ def copy_with(module: Any, weights: Mapping[str, torch.Tensor]) -> torch.nn.Modu
     """A model with these weights, where the module is: the module itself may be sharded, in bf16 or wrapped (LoRA)."""
     from transformers import AutoModelForCausalLM
 
-    base = module.get_base_model() if hasattr(module, "get_base_model") else module
+    base = unwrapped(module)
     device = next(module.parameters()).device
     dtype = torch.float32 if device.type == "cpu" else next(iter(weights.values())).dtype
     with torch.random.fork_rng(), device:  # initial weights, soon overwritten, must not move the run's generator

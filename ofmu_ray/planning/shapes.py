@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ofmu_ray.data.batch import IGNORED
 from ofmu_ray.features.protocol import Need, Tokens
 
 
@@ -47,7 +48,7 @@ def micro_batch(
 
 def _texts(rows: int, tokens: int, prompt: int) -> dict[str, torch.Tensor]:
     labels = torch.ones(rows, tokens, dtype=torch.long)
-    labels[:, :prompt] = -100
+    labels[:, :prompt] = IGNORED
     return {
         "input_ids": torch.zeros(rows, tokens, dtype=torch.long),
         "attention_mask": torch.ones(rows, 1, tokens, tokens, dtype=torch.bool, device="meta"),
