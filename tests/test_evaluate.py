@@ -383,7 +383,7 @@ def test_the_printed_configuration_is_the_same_one(tmp_path: Path, capsys: pytes
     from pipelines.parse import parse
 
     for name in ("evaluate_people", "evaluate_tofu"):
-        file = Path(checks.__file__).parent / "configs" / f"{name}.yaml"
+        file = Path(cli.__file__).parent / "configs" / f"{name}.yaml"
         with pytest.raises(SystemExit) as left:
             cli.main(["evaluate", "--config", str(file), "--print_config"])
         assert left.value.code == 0
