@@ -16,7 +16,6 @@ from s3_server import s3_server
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.attacks import measurement as measurements
 from ofmu_ray.cluster import map_tasks
-from ofmu_ray.runs import attack_tasks as checks
 from pipelines import cli
 
 TARGET = "builtin:people/target"
