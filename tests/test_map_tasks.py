@@ -114,9 +114,21 @@ def test_work_goes_on_where_nothing_is_free(local_ray: None, tmp_path: Path, mon
 def test_an_interrupt_ends_the_processes(local_ray: None, tmp_path: Path) -> None:
     import _thread
 
-    threading.Timer(4.0, _thread.interrupt_main).start()
-    with pytest.raises(KeyboardInterrupt), ProcessPool(partial(make, tmp_path), 2) as pool:
-        list(pool.map(["a", "sleeps"]))
+    caught = threading.Event()
+
+    def interrupt() -> None:
+        while not (tmp_path / "sleeps").exists():  # not while processes start, which takes longer on a busy machine
+            time.sleep(0.1)
+        _thread.interrupt_main()
+        while not caught.wait(30.0):  # should the first be lost in a callback of Ray's
+            _thread.interrupt_main()
+
+    threading.Timer(1.0, interrupt).start()
+    try:
+        with pytest.raises(KeyboardInterrupt), ProcessPool(partial(make, tmp_path), 2) as pool:
+            list(pool.map(["a", "sleeps"]))
+    finally:
+        caught.set()
     assert gone()
 
 
