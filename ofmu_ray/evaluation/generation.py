@@ -107,11 +107,14 @@ def generate_batch(
                 attention_mask=mask_bt,
                 past_key_values=cache,
                 generation_config=GenerationConfig(
-                    do_sample=False, max_new_tokens=steps, eos_token_id=sorted(stop) or None, pad_token_id=0
+                    do_sample=False,
+                    max_new_tokens=steps,
+                    eos_token_id=sorted(stop) or None,
+                    pad_token_id=0,
+                    return_dict_in_generate=True,
                 ),
                 logits_processor=[_Drawn(draws, live, width)] if draws else [],
                 stopping_criteria=[_Thinned([left[row] for row in live], stop, width)],
-                return_dict_in_generate=True,
             )
         for row, tokens in zip(live, output.sequences[:, width:].tolist(), strict=True):
             texts[row] = list(itertools.takewhile(lambda token: token not in stop, tokens[: left[row]]))
