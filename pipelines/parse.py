@@ -99,6 +99,10 @@ def _explained(message: str, known: list[str]) -> str:
         return f"unknown option {word} in the configuration.{_close(word, known)} All options: --help"
     if match := re.search(r"Parser key \"(.+?)\":.*? Option '(.+?)' is not accepted", message):
         return f"unknown option {match[1]}.{match[2]} in the configuration. All options: --help"
+    if match := re.search(r"Parser key \"(.+?)\": Expected a typing\.Literal\[(.*?)\]\. Got value: (.+)", message):
+        choices = [choice.strip("' ") for choice in match[2].split(",")]
+        hint = close_match(match[3], choices)
+        return f"{match[1]} = {match[3]}: no such choice.{hint} One of {', '.join(choices)}"
     if match := re.search(r"does not accept (?:nested )?(?:key|option)s? '(.+?)'", message):
         return f"unknown option {match[1]} in the configuration.{_close(match[1], known)} All options: --help"
     return message
