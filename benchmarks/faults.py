@@ -25,7 +25,7 @@ import ofmu_ray.training.start as start_module
 import ofmu_ray.training.worker as worker_module
 from ofmu_ray.config import StopConfig, TrainingConfig, UnlearnConfig
 from ofmu_ray.methods.ofmu import OFMUConfig
-from ofmu_ray.training.job import WorkerJob
+from ofmu_ray.training.worker_job import WorkerJob
 
 Phase = Literal["start", "first_gather", "inner_loop", "displaced", "outer_step", "checkpoint_write", "export"]
 ROUNDS, EVERY = 12, 4
@@ -148,7 +148,7 @@ def make_job(
     folder: Path, name: str, rounds: int = ROUNDS, every: int = EVERY, timeout: float = HANG_SECONDS, **options: Any
 ) -> WorkerJob:
     """OFMU on the built-in people, two workers at ZeRO stage 2, with its plan written."""
-    from ofmu_ray.data.answers import AnswerEncoder
+    from ofmu_ray.data.answer_encoder import AnswerEncoder
     from ofmu_ray.data.batch_plan import write_plan
     from ofmu_ray.data.prepare import prepare_streams
     from ofmu_ray.models.loading import load_tokenizer

@@ -229,12 +229,12 @@ def ray_overhead(workers: int, rounds: int) -> dict[str, Any]:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from ofmu_ray.cluster.connect import connect, worker_environment
-    from ofmu_ray.data.answers import AnswerEncoder
+    from ofmu_ray.data.answer_encoder import AnswerEncoder
     from ofmu_ray.data.batch_plan import write_plan
     from ofmu_ray.data.prepare import prepare_streams
     from ofmu_ray.models.loading import load_tokenizer
-    from ofmu_ray.training.job import WorkerJob
-    from ofmu_ray.training.progress import Progress
+    from ofmu_ray.training.watch import Progress
+    from ofmu_ray.training.worker_job import WorkerJob
 
     training = TrainingConfig(workers=workers, rounds=rounds, batch_size=8 * workers, checkpoint_every=10**6)
     config = UnlearnConfig(training=training, ofmu=METHOD)

@@ -69,7 +69,7 @@ def main() -> None:
     options = parser.parse_args()
     storage = options.storage or tempfile.mkdtemp(prefix="ofmu_search_")
 
-    from ofmu_ray.search.sweep import sweep
+    from ofmu_ray.search.run_sweep import sweep
 
     found: dict[str, list[list[float]]] = {kind: [] for kind in KINDS}
     for seed in options.seeds:

@@ -7,7 +7,7 @@ import sys
 from ofmu_ray.config import BenchmarkConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.progress import listening
-from ofmu_ray.search.benchmark import benchmark
+from ofmu_ray.search.run_benchmark import benchmark
 from pipelines.parse import fail, parse
 from pipelines.terminal import Terminal, say
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ofmu_ray.config.plan import PlanConfig
 from ofmu_ray.errors import UserError
-from ofmu_ray.planning.plan import planned
+from ofmu_ray.planning.planner import planned
 from pipelines.parse import fail, parse
 
 PROG = "ofmu plan"

@@ -7,7 +7,7 @@ import sys
 from ofmu_ray.config import SweepConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.progress import listening
-from ofmu_ray.search.sweep import sweep
+from ofmu_ray.search.run_sweep import sweep
 from pipelines.parse import fail, parse
 from pipelines.terminal import Terminal, say
 

@@ -12,7 +12,7 @@ from ofmu_ray.config import ModelConfig, StopConfig, TrainingConfig
 from ofmu_ray.data.batch_plan import write_plan
 from ofmu_ray.data.prepare import TokenisedStream
 from ofmu_ray.methods.ofmu import OFMUConfig
-from ofmu_ray.training.job import WorkerJob
+from ofmu_ray.training.worker_job import WorkerJob
 
 ROUNDS = 8
 METHOD = OFMUConfig.from_preset("lite", inner_steps=2, relative_step=1e-3, rho=1e-7)

@@ -9,7 +9,7 @@ import pytest
 from test_metrics_summary import SIZES, _table, _values
 
 from ofmu_ray.metrics.aggregate import AGGREGATE, aggregate_figures, aggregate_inputs, privacy_score
-from ofmu_ray.metrics.intervals import Figure
+from ofmu_ray.metrics.intervals import MetricValue
 from ofmu_ray.metrics.summary import summarise
 
 
@@ -43,7 +43,7 @@ def test_an_attack_counts_by_its_distance_to_the_retrained_model() -> None:
 def test_one_score_of_nothing_makes_it_nothing_and_what_is_missing_is_said() -> None:
     table = _table(0, SIZES)
     inputs = aggregate_inputs(table)
-    known = inputs | {"forget_extraction_strength": Figure(1.0)}
+    known = inputs | {"forget_extraction_strength": MetricValue(1.0)}
     found = aggregate_figures(known, inputs, inputs)
     assert (found["memorisation_score"].value, found["aggregate"].value) == (0.0, 0.0)
     assert (found["privacy_score"].value, found["utility_score"].value) == (1.0, 1.0)

@@ -18,12 +18,12 @@ from ofmu_ray.cluster import map_tasks
 from ofmu_ray.config import UnlearnConfig
 from ofmu_ray.data.batch_plan import write_plan
 from ofmu_ray.data.batches import local_rounds, padded
-from ofmu_ray.data.prepare import Prepared
+from ofmu_ray.data.prepare import PreparedData
 from ofmu_ray.data.template import Template
 from ofmu_ray.errors import UserError
-from ofmu_ray.evaluation.generation import Draws
+from ofmu_ray.evaluation.generation import Sampling
 from ofmu_ray.features import alternatives, reference
-from ofmu_ray.features.protocol import Settings
+from ofmu_ray.features.protocol import FeatureContext
 from ofmu_ray.features.reference import write_references
 from ofmu_ray.methods import build_method
 
@@ -33,25 +33,25 @@ OPTIONS = config.METHODS["altpo"](alternatives=COUNT, max_new_tokens=24)
 
 
 @pytest.fixture(scope="module")
-def few(prepared: Prepared) -> Prepared:  # noqa: F811
+def few(prepared: PreparedData) -> PreparedData:  # noqa: F811
     forget = prepared.streams["forget"]
     cut = dataclasses.replace(forget, rows=forget.rows[:ROWS], lengths=forget.lengths[:ROWS])
     return dataclasses.replace(prepared, streams={**prepared.streams, "forget": cut})
 
 
-def computed(few: Prepared, folder: Path, options: Any = OPTIONS, **more: Any) -> tuple[Any, str]:
+def computed(few: PreparedData, folder: Path, options: Any = OPTIONS, **more: Any) -> tuple[Any, str]:
     numbers = {"rounds": ROUNDS, "batch_size": BATCH, "workers": more.pop("workers", 1), "seed": 1}
     plan = write_plan(few.streams, str(folder / "plan"), batches_per_round={"forget": 1, "retain": 1}, **numbers)
     places = {
         "folder": str(folder / "run"),
         "cache": str(folder / "cache"),
-        "settings": Settings("altpo", seed=more.pop("seed", 0)),
+        "settings": FeatureContext("altpo", seed=more.pop("seed", 0)),
     }
     return plan, write_references(build_method(options).needs, few, plan, TARGET, **places, **more)["forget"]
 
 
 @pytest.fixture(scope="module")
-def finished(few: Prepared, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, str]:
+def finished(few: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, str]:
     folder = tmp_path_factory.mktemp("alternatives")
     return folder, *computed(few, folder)
 
@@ -63,7 +63,7 @@ def stored(sidecar: str) -> dict[str, dict[str, Any]]:
     return {row["row_id"]: row for row in pq.read_table(found["path"]).to_pylist()}
 
 
-def test_they_answer_the_rows_own_questions_and_differ(finished: Any, few: Prepared) -> None:
+def test_they_answer_the_rows_own_questions_and_differ(finished: Any, few: PreparedData) -> None:
     rows = {row["row_id"]: row for row in tokens(few)}
     found = stored(finished[2])
     assert sorted(found) == sorted(f"{row_id}/{number}" for row_id in rows for number in range(COUNT))
@@ -77,13 +77,13 @@ def test_they_answer_the_rows_own_questions_and_differ(finished: Any, few: Prepa
     assert len({tuple(row["input_ids"]) for row in found.values()}) > 0.7 * len(found)
 
 
-def tokens(few: Prepared) -> list[dict[str, Any]]:
+def tokens(few: PreparedData) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = pq.read_table(Path(few.streams["forget"].folder, "part.parquet")).to_pylist()
     return rows[:ROWS]
 
 
 def test_batches_workers_and_the_second_time_change_nothing(
-    finished: Any, few: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Any, few: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reference, "BATCH_TOKENS", 1)  # a text at a time
     one_by_one = stored(computed(few, tmp_path, workers=2)[1])
@@ -96,7 +96,7 @@ def test_batches_workers_and_the_second_time_change_nothing(
 
 
 @torch.no_grad()
-def test_each_epoch_brings_another_one_with_its_reference(finished: Any, few: Prepared, model: Any) -> None:  # noqa: F811
+def test_each_epoch_brings_another_one_with_its_reference(finished: Any, few: PreparedData, model: Any) -> None:  # noqa: F811
     """Of both epochs' rounds, from the first and from a later one: what a resumed run reads is the same."""
     _, plan, sidecar = finished
     options: dict[str, Any] = {
@@ -136,7 +136,7 @@ def test_only_numbers_outlive_the_run(finished: Any) -> None:
 
 def test_draws_follow_the_probabilities_of_the_likeliest_tokens() -> None:
     logits = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.3]])).expand(4000, 4)
-    draws = Draws.of([str(number) for number in range(4000)], 1, temperature=0.5, top_k=3)
+    draws = Sampling.of([str(number) for number in range(4000)], 1, temperature=0.5, top_k=3)
     found = draws.tokens(logits, range(4000), 0)[:, 0]
     shares = torch.bincount(found, minlength=4) / 4000
     expected = torch.tensor([0.0, 16.0, 4.0, 9.0]) / 29  # squares, without the least likely
@@ -145,7 +145,7 @@ def test_draws_follow_the_probabilities_of_the_likeliest_tokens() -> None:
     assert again.tolist() == [int(found[7]), int(found[3])]
 
 
-def test_a_prompt_asks_for_another_answer(few: Prepared) -> None:
+def test_a_prompt_asks_for_another_answer(few: PreparedData) -> None:
     row = tokens(few)[0]
     question, truth = alternatives.texts(row, few.template)
     assert few.template.encode(question, truth)[0] == row["input_ids"]
@@ -182,7 +182,7 @@ def test_options_that_make_no_sense(options: dict[str, Any], word: str) -> None:
 @pytest.mark.full
 def test_actors_draw_the_same(
     finished: Any,
-    few: Prepared,
+    few: PreparedData,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     local_ray: None,

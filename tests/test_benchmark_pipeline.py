@@ -224,7 +224,7 @@ def test_mistakes_end_with_status_2_before_any_trial(finished, words, message, c
 @pytest.mark.full
 def test_every_method_keeps_the_budget_and_its_cost_is_foreseen(tmp_path, local_ray):
     """Two rounds say what a round costs; then the account ends within one round of it, for all methods."""
-    from ofmu_ray.data.answers import AnswerEncoder
+    from ofmu_ray.data.answer_encoder import AnswerEncoder
     from ofmu_ray.data.prepare import prepare_streams
     from ofmu_ray.models.loading import load_tokenizer
 

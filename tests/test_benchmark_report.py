@@ -15,8 +15,8 @@ import pyarrow as pa
 import pytest
 
 from ofmu_ray.metrics.summary import summarise
-from ofmu_ray.reporting import figures
-from ofmu_ray.reporting.benchmark import write_benchmark_report
+from ofmu_ray.reporting import formats
+from ofmu_ray.reporting.benchmark_page import write_benchmark_report
 from ofmu_ray.reporting.tables import Cell, Table, cells, csv_text, markdown
 
 SIZES = {"forget": 40, "retain": 40, "real_authors": 20, "world_facts": 20}
@@ -204,24 +204,24 @@ def test_every_number_of_the_results_table_is_the_datas(folder: Path) -> None:
     for method in METHODS:
         row = table[method]
         p_values = seed_values(folder, method, "forget_quality")
-        assert row["Forget quality ↑"][0] == figures.number(float(np.exp(np.mean(np.log(p_values)))))
-        assert row["Forget quality ↑"][-1] == "runs " + " · ".join(map(figures.number, p_values))
+        assert row["Forget quality ↑"][0] == formats.number(float(np.exp(np.mean(np.log(p_values)))))
+        assert row["Forget quality ↑"][-1] == "runs " + " · ".join(map(formats.number, p_values))
         for name, heading in (("ks_statistic", "KS distance to retrained ↓"), ("model_utility", "Model utility ↑"),
                               ("forget_truth_ratio", "Forget truth ratio → retrained")):  # fmt: skip
             values = seed_values(folder, method, name)
             mean, half = np.mean(values), 4.302653 * np.std(values, ddof=1) / np.sqrt(3)
-            assert row[heading][0] == figures.number(float(mean))
-            assert f"seeds {figures.number(mean - half)} – {figures.number(mean + half)}" in row[heading]
+            assert row[heading][0] == formats.number(float(mean))
+            assert f"seeds {formats.number(mean - half)} – {formats.number(mean + half)}" in row[heading]
             assert any(line.startswith("rows ") for line in row[heading])
-            assert f"seeds {figures.number(mean - half)} – {figures.number(mean + half)}" in text
+            assert f"seeds {formats.number(mean - half)} – {formats.number(mean + half)}" in text
         assert [row[name][0] for name in ("Passes", "FLOPs", "Training", "Peak memory")] == [
             "100", "1.92 T", "22.0 s", "697 MiB",
         ]  # fmt: skip
     assert table["retrained"]["KS distance to retrained ↓"] == ["0.000"]
     target = table["target"]["Model utility ↑"][0]
     expected = summarise(row_table(1001, -0.3, 0.0), row_table(1000, 0.0, 0.0), bootstrap_samples=20)
-    assert target == figures.number(expected["model_utility"].value)
-    assert table["target"]["Forget quality ↑"][0] == figures.number(expected["forget_quality"].value)
+    assert target == formats.number(expected["model_utility"].value)
+    assert table["target"]["Forget quality ↑"][0] == formats.number(expected["forget_quality"].value)
     utility = np.mean(seed_values(folder, "npo", "model_utility")) / (expected["model_utility"].value or 0)
     assert f"{utility:.3f} of the target's" in table["npo"]["Model utility ↑"]
 
@@ -290,7 +290,7 @@ def test_failures_the_rule_and_published_numbers(folder: Path) -> None:
     table = _Page(page).table("Published", "Here")
     assert table["NPO"]["Forget quality, published"] == ["0.400"]
     assert table["NPO"]["Forget quality, here"] == [
-        figures.number(float(np.exp(np.mean(np.log(seed_values(folder, "npo", "forget_quality"))))))
+        formats.number(float(np.exp(np.mean(np.log(seed_values(folder, "npo", "forget_quality"))))))
     ]
     assert table["retrain"]["Forget quality, here"] == ["1.000"]
 

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 
 from ofmu_ray.attacks.alignment import LayerAlignment, alignment_table
-from ofmu_ray.attacks.summary import check_figures
-from ofmu_ray.metrics.intervals import Figure
+from ofmu_ray.attacks.attack_metrics import check_figures
+from ofmu_ray.metrics.intervals import MetricValue
 from ofmu_ray.reporting.attack_tables import check_table
 from ofmu_ray.reporting.evaluation_page import ComparisonData, grouped, render_comparison
 
@@ -91,14 +91,14 @@ def test_a_loss_that_is_not_finite_is_said() -> None:
 
 
 def test_alignment_by_layer_and_its_mean() -> None:
-    plain = [Figure(0.8, reason="no interval: x"), Figure(0.6, reason="no interval: x")]
-    debiased = [Figure(0.5, 0.4, 0.6), Figure.absent("debiased CKA needs four rows")]
-    cosine = [Figure(0.2, 0.1, 0.3), Figure(0.4, 0.3, 0.5)]
+    plain = [MetricValue(0.8, reason="no interval: x"), MetricValue(0.6, reason="no interval: x")]
+    debiased = [MetricValue(0.5, 0.4, 0.6), MetricValue.absent("debiased CKA needs four rows")]
+    cosine = [MetricValue(0.2, 0.1, 0.3), MetricValue(0.4, 0.3, 0.5)]
     rows = [LayerAlignment("forget", layer, plain[layer], debiased[layer], cosine[layer]) for layer in (0, 1)]
     found = check_figures("alignment", alignment_table(rows), **SAMPLING)
     assert found["cka/forget/mean"].value == pytest.approx(0.7)
     assert found["cosine/forget/mean"].value == pytest.approx(0.3)
-    assert found["cosine/forget/layer_1"] == Figure(0.4, 0.3, 0.5)
+    assert found["cosine/forget/layer_1"] == MetricValue(0.4, 0.3, 0.5)
     assert found["cka_debiased/forget/mean"].value is None
     assert found["cka_debiased/forget/mean"].reason == "layer 1: debiased CKA needs four rows"
 

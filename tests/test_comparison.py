@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import ks_2samp, spearmanr, ttest_rel
 
-from ofmu_ray.metrics.degeneration import Sound
+from ofmu_ray.metrics.degeneration import SoundRange
 from ofmu_ray.metrics.fronts import geometric_mean, hypervolume, pareto_front, sensitivity
-from ofmu_ray.metrics.paired import Draws, PairedTest, Resamples, holm, paired_test, verdicts
+from ofmu_ray.metrics.paired import PairedTest, ResampledRun, Resamples, holm, paired_test, verdicts
 from ofmu_ray.metrics.registry import metric
 from ofmu_ray.metrics.rule import Goal, select
 from ofmu_ray.metrics.summary import summarise
@@ -82,7 +82,9 @@ def babble(number: int, quality: float, utility: float, repetition: float) -> di
 
 
 def test_degenerate_trials_are_ranked_last_and_marked_when_there_are_no_others() -> None:
-    goal = Goal("forget_quality", "model_utility", 0.6, sound=Sound("retrained", {"repetition": (0.02, 0.0, 0.05)}))
+    goal = Goal(
+        "forget_quality", "model_utility", 0.6, sound=SoundRange("retrained", {"repetition": (0.02, 0.0, 0.05)})
+    )
     loud, sound, poor = babble(0, 0.9, 0.8, 0.7), babble(1, 0.2, 0.7, 0.05), babble(2, 0.5, 0.3, 0.02)
     for trials, number, missed, degenerate in (
         ([loud, sound, poor], 1, False, False),
@@ -190,7 +192,7 @@ def table(seed: int, shift: float = 0.0, noise: float = 0.05, persons: int | Non
 def test_figures_of_draws_are_those_of_the_evaluation(name: str) -> None:
     model, retrained = table(1, 0.1), table(2)
     draws = Resamples(retrained, samples=50).figure(name, model, retrained)
-    assert isinstance(draws, Draws)
+    assert isinstance(draws, ResampledRun)
     expected = summarise(model.append_column("answer_nll", pa.array(np.zeros(len(model)))), retrained)[name]
     assert draws.value == pytest.approx(expected.value, abs=1e-12)
 
@@ -204,7 +206,7 @@ def test_a_draw_takes_whole_clusters_and_both_models_at_once() -> None:
     assert all(len(np.unique(weights[:, person::20], axis=1).T) == 1 for person in range(20))
     ratios = [np.array(source["truth_ratio"][:60].to_pylist()) for source in (model, retrained)]
     draws = resamples.figure("ks_statistic", model, retrained)
-    assert isinstance(draws, Draws)
+    assert isinstance(draws, ResampledRun)
     for draw, weight in zip(draws.resampled, weights[1:].astype(int), strict=True):
         assert draw == pytest.approx(ks_2samp(*(np.repeat(values, weight) for values in ratios)).statistic)
 
@@ -215,11 +217,11 @@ def test_scores_are_turned_so_that_higher_is_better() -> None:
     near, far = (table(3, shift) for shift in (0.02, 0.3))
     for name in ("forget_quality", "forget_probability", "model_utility", "retain_probability"):
         one, two = (resamples.score(name, model, retrained) for model in (near, far))
-        assert isinstance(one, Draws)
-        assert isinstance(two, Draws)
+        assert isinstance(one, ResampledRun)
+        assert isinstance(two, ResampledRun)
         assert one.value > two.value
     perfect = resamples.score("forget_probability", retrained, retrained)
-    assert isinstance(perfect, Draws)
+    assert isinstance(perfect, ResampledRun)
     assert perfect.value == 0
 
 
@@ -237,8 +239,8 @@ def test_what_cannot_be_computed_says_why() -> None:
 # ------------------------------------------------------------------------------------------------------------ tests
 
 
-def seeds_only(*values: float) -> dict[int, Draws]:
-    return {seed: Draws(value, np.empty(0)) for seed, value in enumerate(values)}
+def seeds_only(*values: float) -> dict[int, ResampledRun]:
+    return {seed: ResampledRun(value, np.empty(0)) for seed, value in enumerate(values)}
 
 
 def test_over_seeds_alone_it_is_the_paired_t_test() -> None:
@@ -255,7 +257,7 @@ def test_over_rows_alone_it_is_nearly_the_paired_t_test_of_rows() -> None:
     rng = np.random.default_rng(0)
     weights = np.concatenate([np.ones((1, 80)), rng.multinomial(80, np.full(80, 1 / 80), 4000)])
     a, b = rng.random(80), rng.random(80) + 0.1
-    one, two = ({7: Draws(v.mean(), (weights @ v / 80)[1:], 80)} for v in (a, b))
+    one, two = ({7: ResampledRun(v.mean(), (weights @ v / 80)[1:], 80)} for v in (a, b))
     found = paired_test(one, two)
     assert found is not None
     assert found.p_value == pytest.approx(ttest_rel(a, b).pvalue, rel=0.2)
@@ -263,7 +265,7 @@ def test_over_rows_alone_it_is_nearly_the_paired_t_test_of_rows() -> None:
 
 
 def test_what_a_paired_test_does_with_little() -> None:
-    assert paired_test(seeds_only(0.5), {9: Draws(0.5, np.empty(0))}) is None
+    assert paired_test(seeds_only(0.5), {9: ResampledRun(0.5, np.empty(0))}) is None
     assert paired_test(seeds_only(0.5), seeds_only(0.4)) == PairedTest(
         pytest.approx(0.1), None, None, None, 1, "nothing"
     )
@@ -283,14 +285,14 @@ def test_holm_is_the_closed_test_of_bonferroni(p_values: list[float]) -> None:
         assert adjusted == pytest.approx(closed)
 
 
-def scores(shifts: dict[str, float], name: str = "ks_statistic", seeds: int = 3) -> dict[str, dict[int, Draws]]:
+def scores(shifts: dict[str, float], name: str = "ks_statistic", seeds: int = 3) -> dict[str, dict[int, ResampledRun]]:
     retrained = table(0)
     resamples = Resamples(retrained, samples=400)
-    found: dict[str, dict[int, Draws]] = {}
+    found: dict[str, dict[int, ResampledRun]] = {}
     for number, (method, shift) in enumerate(shifts.items()):
         for seed in range(seeds):
             draws = resamples.score(name, table(100 * number + seed + 1, shift), retrained)
-            assert isinstance(draws, Draws)
+            assert isinstance(draws, ResampledRun)
             found.setdefault(method, {})[seed] = draws
     return found
 
@@ -324,7 +326,7 @@ def test_equal_methods_are_rarely_called_different() -> None:
         weights = rng.multinomial(50, np.full(50, 1 / 50), 200)
         models = [rng.normal(0, 0.1, 50) + rng.normal(0, 0.02, (3, 1)) + rng.normal(0, 0.05, (3, 50)) for _ in range(4)]
         family = {
-            str(name): {seed: Draws(rows.mean(), weights @ rows / 50, 50) for seed, rows in enumerate(model)}
+            str(name): {seed: ResampledRun(rows.mean(), weights @ rows / 50, 50) for seed, rows in enumerate(model)}
             for name, model in enumerate(models)
         }
         false_claims += any(verdict.result == "worse" for verdict in verdicts(family).values())

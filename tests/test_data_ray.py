@@ -27,10 +27,10 @@ from transformers import PreTrainedTokenizerFast
 
 import ofmu_ray.data.prepare as prepare_module
 from ofmu_ray.config import FormatConfig, SourceConfig
-from ofmu_ray.data.answers import AnswerEncoder
+from ofmu_ray.data.answer_encoder import AnswerEncoder
 from ofmu_ray.data.batch_plan import Plan, read_plan, write_plan
 from ofmu_ray.data.batches import local_rounds, padded
-from ofmu_ray.data.prepare import Prepared, TokenisedStream, prepare_streams, write_sample
+from ofmu_ray.data.prepare import PreparedData, TokenisedStream, prepare_streams, write_sample
 from ofmu_ray.data.stream import lane_iterator, rounds
 from ofmu_ray.errors import UserError
 
@@ -242,7 +242,9 @@ def planned(
         "forget": SourceConfig(path=jsonl(folder / "forget.jsonl", made(forget, "forget"))),
         "retain": SourceConfig(path=str(parquet)),
     }
-    prepared: Prepared = prepare_streams(sources, None, AnswerEncoder(tokenizer, FormatConfig()), str(folder / "runs"))
+    prepared: PreparedData = prepare_streams(
+        sources, None, AnswerEncoder(tokenizer, FormatConfig()), str(folder / "runs")
+    )
     counts = {"forget": 3, "retain": 2}
     numbers = {"rounds": 11, "batch_size": 4, "seed": 5, "rounds_per_file": 4} | options
     target = str(folder / f"plan-{workers}")

@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ofmu_ray.metrics.degeneration import Sound, failed_measures, ngram_entropy, ngram_variety, words
+from ofmu_ray.metrics.degeneration import SoundRange, failed_measures, ngram_entropy, ngram_variety, words
 from ofmu_ray.metrics.fronts import plain
 from ofmu_ray.metrics.generations import sound_generations
 from ofmu_ray.metrics.summary import summarise
 
-RETRAINED = Sound(
+RETRAINED = SoundRange(
     "retrained", {"repetition": (0.0, 0.0, 0.04), "empty": (0.02, 0.0, 0.05), "ngram_variety": (0.9, 0.85, 0.95)}
 )
 
@@ -41,7 +41,7 @@ def test_the_interval_of_the_difference_decides() -> None:
 
 def test_a_difference_that_nobody_would_notice_is_not_degenerate() -> None:
     """Both certain: 1.2 % of repeated 4-grams where the retrained model has 0.2 %; and 6 %."""
-    certain = Sound("retrained", {"repetition": (0.002, 0.001, 0.003)})
+    certain = SoundRange("retrained", {"repetition": (0.002, 0.001, 0.003)})
     assert failed_measures(figures(repetition=(0.012, 0.006, 0.020)), certain) == ()
     assert failed_measures(figures(repetition=(0.06, 0.05, 0.07)), certain) == ("repetition",)
 

@@ -17,16 +17,16 @@ from engine_ranks import run_ranks
 from fault_job import METHOD, ROUNDS, make_job
 from fault_ranks import Part, start
 
-from ofmu_ray.cluster.watchdog import WAITING, Sign, verdict
+from ofmu_ray.cluster.watchdog import WAITING, Heartbeat, verdict
 from ofmu_ray.config import OptimizerConfig, StopConfig
 from ofmu_ray.data.batch_plan import read_plan
 from ofmu_ray.data.batches import local_rounds
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage.checksums import fingerprint
-from ofmu_ray.training.job import WorkerJob
 from ofmu_ray.training.session import LocalSession
 from ofmu_ray.training.start import run_local
 from ofmu_ray.training.worker import Worker
+from ofmu_ray.training.worker_job import WorkerJob
 
 FIRST = 5
 """Rounds before the interruption; checkpoints stand at 0, 2 and 4."""
@@ -196,7 +196,7 @@ def test_a_kill_does_not_forget_a_rollback(tmp_path: Path) -> None:
 )
 def test_signs_of_life_tell_who_hung(signs: dict[int, tuple[float, str]], words: str) -> None:
     """Signs every 5 s, looked at in second 100."""
-    assert verdict({rank: Sign(*sign) for rank, sign in signs.items()}, 100.0, 5.0, "round 7") == words
+    assert verdict({rank: Heartbeat(*sign) for rank, sign in signs.items()}, 100.0, 5.0, "round 7") == words
 
 
 STAGES = (0, 1, 2, 3)

@@ -15,12 +15,12 @@ from ofmu_ray.config import WeightedConfig
 from ofmu_ray.config.methods import Ranges
 from ofmu_ray.data.batch_plan import write_plan
 from ofmu_ray.data.batches import local_rounds, padded
-from ofmu_ray.data.prepare import Prepared
+from ofmu_ray.data.prepare import PreparedData
 from ofmu_ray.data.row_checks import DataReport
 from ofmu_ray.data.template import Template
 from ofmu_ray.engines import TorchEngine
 from ofmu_ray.features.builtin import NLL
-from ofmu_ray.features.protocol import Need, Row, Settings, Tokens, Values
+from ofmu_ray.features.protocol import FeatureContext, Need, Row, Tokens, Values
 from ofmu_ray.features.reference import write_references
 from ofmu_ray.methods.npo import answer_nll
 from ofmu_ray.methods.one_loop import Weighted
@@ -100,18 +100,18 @@ class Mine(Weighted[WeightedConfig]):
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory, template: Template) -> Prepared:  # noqa: F811
+def prepared(tmp_path_factory: pytest.TempPathFactory, template: Template) -> PreparedData:  # noqa: F811
     folder = tmp_path_factory.mktemp("tokens")
     streams = {name: stream(name, folder / name, template) for name in ("forget", "retain", "holdout")}
-    return Prepared(streams, DataReport(streams={}, overlap=None, tokenizer_sha256=""), encoder_of(template))
+    return PreparedData(streams, DataReport(streams={}, overlap=None, tokenizer_sha256=""), encoder_of(template))
 
 
-def test_features_of_ones_own(prepared: Prepared, template: Template, tmp_path: Path) -> None:  # noqa: F811
+def test_features_of_ones_own(prepared: PreparedData, template: Template, tmp_path: Path) -> None:  # noqa: F811
     method = Mine(WeightedConfig(), ROUNDS)
     options = {"rounds": ROUNDS, "batch_size": BATCH, "workers": 1, "seed": 1}
     plan = write_plan(prepared.streams, str(tmp_path / "plan"), batches_per_round=method.batches_per_round(), **options)
     places = {"folder": str(tmp_path / "run"), "cache": str(tmp_path / "cache")}
-    sidecars = write_references(method.needs, prepared, plan, TARGET, settings=Settings("mine"), **places)
+    sidecars = write_references(method.needs, prepared, plan, TARGET, settings=FeatureContext("mine"), **places)
     assert set(sidecars) == {"forget", "holdout"}
 
     module, _ = load_causal_lm(TARGET)
@@ -131,7 +131,7 @@ def test_features_of_ones_own(prepared: Prepared, template: Template, tmp_path: 
     assert figures[-1]["forget_loss"] < 1.0
 
 
-def test_a_plan_knows_their_shapes(prepared: Prepared) -> None:
+def test_a_plan_knows_their_shapes(prepared: PreparedData) -> None:
     shape = load_causal_lm(TARGET)[0].config
     batch = micro_batch(shape, 2, 10, 4, [Need("forget", NLL, of=Reversed()), Need("forget", Embeddings(3))])
     assert batch["other_reference_nll"].shape == (2,)
@@ -139,7 +139,7 @@ def test_a_plan_knows_their_shapes(prepared: Prepared) -> None:
     assert batch["reference_embeddings"].shape == (2, 3)
 
 
-def test_other_settings_are_another_table(prepared: Prepared, tmp_path: Path) -> None:
+def test_other_settings_are_another_table(prepared: PreparedData, tmp_path: Path) -> None:
     plan = write_plan(
         prepared.streams, str(tmp_path / "plan"), batches_per_round={"forget": 1}, rounds=1, batch_size=1, workers=1,
         seed=0,

@@ -96,3 +96,19 @@ def test_models_are_made_in_one_room() -> None:
 def test_pipelines_are_thin() -> None:
     lines = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "pipelines").glob("*.py")}
     assert sum(lines.values()) <= 1500, lines
+
+
+SAME_NAMES = {"__init__", "protocol", "registry"}
+"""What several rooms have: the protocol that their parts implement, the registry that lists them."""
+
+
+def test_a_file_name_says_which_file_is_meant() -> None:
+    """A command in pipelines/ and its options in config/ share the command's name; no other two files share one."""
+    files: dict[str, list[str]] = {}
+    for own, path in sources():
+        if path.stem not in SAME_NAMES and own != "pipelines":
+            files.setdefault(path.stem, []).append(str(path.relative_to(ROOT)))
+    shared = {name: paths for name, paths in files.items() if len(paths) > 1}
+    commands = {path.stem for own, path in sources() if own == "pipelines"}
+    elsewhere = {name: files[name] for name in commands & files.keys() if files[name] != [f"ofmu_ray/config/{name}.py"]}
+    assert not shared and not elsewhere, f"rename one of each: {shared} {elsewhere}"

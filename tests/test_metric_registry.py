@@ -15,7 +15,7 @@ from ofmu_ray.metrics.paired import Resamples, tested
 from ofmu_ray.metrics.registry import Metric, metric, metrics, register
 from ofmu_ray.metrics.rule import Goal, select
 from ofmu_ray.metrics.summary import summarise
-from ofmu_ray.reporting.figures import metric_table
+from ofmu_ray.reporting.formats import metric_table
 from pipelines.terminal import metrics_table
 
 SHOUTING = Metric(

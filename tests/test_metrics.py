@@ -205,8 +205,8 @@ def test_utility_interval_holds_the_utility() -> None:
 
 
 def test_figures_as_json() -> None:
-    assert intervals.Figure(0.5, 0.4, 0.6, 9).to_json() == {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
-    assert intervals.Figure.absent("why").to_json() == {"value": None, "reason": "why"}
+    assert intervals.MetricValue(0.5, 0.4, 0.6, 9).to_json() == {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
+    assert intervals.MetricValue.absent("why").to_json() == {"value": None, "reason": "why"}
 
 
 # --------------------------------------------------------------------------------------- the TOFU release's logs

@@ -20,7 +20,7 @@ from ofmu_ray.evaluation.rows import MEASURED, with_row_metrics
 from ofmu_ray.metrics import functions as metrics
 from ofmu_ray.metrics import intervals, membership, memorisation
 from ofmu_ray.metrics.summary import summarise
-from ofmu_ray.reporting.figures import DOWN, MATCH, UP, direction, label
+from ofmu_ray.reporting.formats import DOWN, MATCH, UP, direction, label
 
 # ------------------------------------------------------------------------------------------------- by clusters
 
@@ -42,7 +42,7 @@ def _rows(drawn: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.concatenate([groups[unit] for unit in drawn])
 
 
-def _bounds(values: list[float], figure: intervals.Figure) -> None:
+def _bounds(values: list[float], figure: intervals.MetricValue) -> None:
     low, high = np.percentile(values, [2.5, 97.5])
     assert figure.value is not None
     assert (figure.low, figure.high) == pytest.approx((min(low, figure.value), max(high, figure.value)))
@@ -152,7 +152,7 @@ def test_over_seeds() -> None:
 
 
 def test_variance_over_probes() -> None:
-    one, two = (intervals.Estimate(value, np.array([value, value + 0.1]), 5) for value in (0.2, 0.6))
+    one, two = (intervals.ResampledValue(value, np.array([value, value + 0.1]), 5) for value in (0.2, 0.6))
     figure = intervals.variance_figure([one, two])
     assert figure.value == pytest.approx(0.08)
     assert (figure.low, figure.high, figure.n) == pytest.approx((0.08, 0.08, 2))

@@ -25,7 +25,7 @@ from ofmu_ray.models.loading import empty_model
 from ofmu_ray.planning.cost import GPUS, LINKS
 from ofmu_ray.planning.propose import Target, propose
 from ofmu_ray.planning.replay import replay
-from ofmu_ray.planning.setup import Estimate, Planner, Rows
+from ofmu_ray.planning.setup import Planner, Requirements, Rows
 from ofmu_ray.planning.shapes import micro_batch, parameter_counts
 from ofmu_ray.planning.trace import trace_pass
 from pipelines import cli
@@ -151,7 +151,7 @@ def test_checkpointing_adapters_and_bf16_save_what_they_should() -> None:
 def test_proposal_fits_is_faster_with_more_memory_and_trains_all_weights_when_it_can() -> None:
     planner = _planner(SHALLOW, batch_size=16, precision="bf16", row_tokens=512)
     device, link = GPUS["A100-80GB"].device("bf16", 0.4), LINKS["nvlink"]
-    found: list[Estimate] = []
+    found: list[Requirements] = []
     for memory in (6e9, 16e9, 40e9, 80e9):
         proposal = propose(planner, Target(int(memory), 8, device, link))
         assert proposal.peak.bytes <= memory

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.cluster import map_tasks
 from ofmu_ray.config import FormatConfig, ModelConfig, SourceConfig
-from ofmu_ray.data.answers import AnswerEncoder
+from ofmu_ray.data.answer_encoder import AnswerEncoder
 from ofmu_ray.data.batch_plan import write_plan
 from ofmu_ray.data.batches import local_rounds, padded
-from ofmu_ray.data.prepare import Prepared, TokenisedStream
+from ofmu_ray.data.prepare import PreparedData, TokenisedStream
 from ofmu_ray.data.row_checks import DataReport
 from ofmu_ray.data.sources import fragments
 from ofmu_ray.data.template import Template
@@ -27,7 +27,7 @@ from ofmu_ray.data.tokenise import PartJob, encode_fragment
 from ofmu_ray.errors import UserError
 from ofmu_ray.features import reference, refusals
 from ofmu_ray.features.builtin import LOG_PROBABILITIES, NLL, Activations, Refusals
-from ofmu_ray.features.protocol import Need, Settings
+from ofmu_ray.features.protocol import FeatureContext, Need
 from ofmu_ray.features.reference import cut, write_references
 from ofmu_ray.models.loading import load_tokenizer
 
@@ -62,25 +62,27 @@ def stream(name: str, folder: Path, template: Template) -> TokenisedStream:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory, template: Template) -> Prepared:
+def prepared(tmp_path_factory: pytest.TempPathFactory, template: Template) -> PreparedData:
     folder = tmp_path_factory.mktemp("tokens")
     streams = {name: stream(name, folder / name, template) for name in ("forget", "retain")}
-    return Prepared(streams, DataReport(streams={}, overlap=None, tokenizer_sha256=""), encoder_of(template))
+    return PreparedData(streams, DataReport(streams={}, overlap=None, tokenizer_sha256=""), encoder_of(template))
 
 
-def planned(prepared: Prepared, folder: Path) -> Any:
+def planned(prepared: PreparedData, folder: Path) -> Any:
     options = {"rounds": ROUNDS, "batch_size": BATCH, "workers": 1, "seed": 1}
     return write_plan(prepared.streams, str(folder), batches_per_round={"forget": 1, "retain": 1}, **options)
 
 
-def computed(prepared: Prepared, folder: Path, needs: Any = NEEDS, **options: Any) -> tuple[Any, dict[str, str]]:
+def computed(prepared: PreparedData, folder: Path, needs: Any = NEEDS, **options: Any) -> tuple[Any, dict[str, str]]:
     plan = planned(prepared, folder / "plan")
     places = {"folder": str(folder / "run"), "cache": str(folder / "cache")}
-    return plan, write_references(needs, prepared, plan, TARGET, **{**places, "settings": Settings("npo"), **options})
+    return plan, write_references(
+        needs, prepared, plan, TARGET, **{**places, "settings": FeatureContext("npo"), **options}
+    )
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, prepared: Prepared) -> tuple[Path, Any, dict[str, str]]:
+def finished(tmp_path_factory: pytest.TempPathFactory, prepared: PreparedData) -> tuple[Path, Any, dict[str, str]]:
     folder = tmp_path_factory.mktemp("reference")
     return folder, *computed(prepared, folder)
 
@@ -133,7 +135,7 @@ def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool
 
 
 def test_values_do_not_depend_on_batches(
-    finished: Any, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Any, prepared: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reference, "BATCH_TOKENS", 1)  # a row at a time
     _, sidecars = computed(prepared, tmp_path)
@@ -146,11 +148,11 @@ def test_values_do_not_depend_on_batches(
             assert np.abs(a - b).max() < 1e-3, quantity
 
 
-def test_a_second_run_takes_the_cache(finished: Any, prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_run_takes_the_cache(finished: Any, prepared: PreparedData, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = finished[0]
     monkeypatch.setattr(reference, "load_causal_lm", lambda _: pytest.fail("the model was loaded again"))
     plan = planned(prepared, folder / "plan")
-    places = {"cache": str(folder / "cache"), "settings": Settings("npo")}
+    places = {"cache": str(folder / "cache"), "settings": FeatureContext("npo")}
     again = write_references(NEEDS, prepared, plan, TARGET, folder=str(folder / "run"), **places)  # a resumed run
     assert again == finished[2]
     shared = tuple(need for need in NEEDS if need.feature in (NLL, Activations(2)) or need.stream == "retain")
@@ -159,7 +161,7 @@ def test_a_second_run_takes_the_cache(finished: Any, prepared: Prepared, monkeyp
         write_references(NEEDS[:2], prepared, plan, TARGET, folder=str(folder / "other"), **places)
 
 
-def test_only_numbers_outlive_the_run(finished: Any, prepared: Prepared) -> None:
+def test_only_numbers_outlive_the_run(finished: Any, prepared: PreparedData) -> None:
     """The cache holds no token ids, no text, and nothing whose largest entries spell a forget answer."""
     folder = finished[0]
     tables = [json.loads(path.read_text()) for path in (folder / "cache").rglob("table.json")]
@@ -217,7 +219,7 @@ def test_own_refusals_and_mistakes_in_them(tmp_path: Path) -> None:
     assert "row 2" in str(caught.value)
 
 
-def test_a_refusal_that_does_not_fit_keeps_eos(prepared: Prepared, template: Template) -> None:
+def test_a_refusal_that_does_not_fit_keeps_eos(prepared: PreparedData, template: Template) -> None:
     short = Template(template.tokenizer, dataclasses.replace(template.config, max_length=20))
     table = pq.read_table(Path(prepared.streams["forget"].folder, "part.parquet"))
     for row in refusals.refusal_rows(table.to_pylist(), ["I never heard of it."], short, 0):
@@ -226,7 +228,7 @@ def test_a_refusal_that_does_not_fit_keeps_eos(prepared: Prepared, template: Tem
 
 
 def test_large_tables_are_half_precision_or_refused(
-    prepared: Prepared, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: PreparedData, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reference, "HALF_ABOVE_BYTES", 1000)
     _, sidecars = computed(prepared, tmp_path, NEEDS[4:5])
@@ -258,7 +260,7 @@ def test_batches_hold_every_row_once_and_keep_their_bounds(monkeypatch: pytest.M
 
 @pytest.mark.full
 def test_actors_give_the_same_values(
-    finished: Any, prepared: Prepared, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, local_ray: None
+    finished: Any, prepared: PreparedData, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, local_ray: None
 ):
     monkeypatch.setattr(map_tasks, "SMALL_FLOPS", 0.0)
     monkeypatch.setattr(reference, "BATCH_TOKENS", 256)

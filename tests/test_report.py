@@ -16,7 +16,7 @@ from scipy.stats import ks_2samp
 
 from ofmu_ray.config import TrackingConfig, TrainConfig, UnlearnConfig, config_hash, to_dict
 from ofmu_ray.reporting import ReportData, build_manifest, write_model_card, write_report
-from ofmu_ray.reporting.figures import byte_size, duration, metric_table, number, quantity
+from ofmu_ray.reporting.formats import byte_size, duration, metric_table, number, quantity
 from ofmu_ray.reporting.plots import kolmogorov_smirnov
 from ofmu_ray.tracking import finish, start
 

@@ -7,11 +7,11 @@ import pytest
 from optuna.distributions import CategoricalDistribution
 
 from ofmu_ray.config import SearchConfig, UnlearnConfig, apply_overrides
-from ofmu_ray.metrics.degeneration import Sound
+from ofmu_ray.metrics.degeneration import SoundRange
 from ofmu_ray.metrics.rule import Goal
 from ofmu_ray.search.priors import at
 from ofmu_ray.search.spaces import ON, space_for
-from ofmu_ray.search.suggest import Search, Seen, Suggestion, without_other_batches
+from ofmu_ray.search.suggest import EarlierTrial, Search, Suggestion, without_other_batches
 from tune_spaces import Choice, Integers, Knob, LogUniform, Space, Uniform, ZeroOrLogUniform
 
 BASE = apply_overrides(UnlearnConfig(), {"ofmu.preset": "lite"})
@@ -23,9 +23,11 @@ def search(kind: str, space: Space = LITE, **options) -> Search:
     return Search(SearchConfig(kind=kind, **options), space, BASE, GOAL)
 
 
-def ended(one: Suggestion, quality: float, utility: float = 0.6, status: str = "finished", stages: int = 1) -> Seen:
+def ended(
+    one: Suggestion, quality: float, utility: float = 0.6, status: str = "finished", stages: int = 1
+) -> EarlierTrial:
     steps = [{"forget_quality": quality, "model_utility": utility}] * stages
-    return Seen(one, status, steps, flops=1e9 * (1 + one.number))
+    return EarlierTrial(one, status, steps, flops=1e9 * (1 + one.number))
 
 
 def bowl(options) -> float:
@@ -33,8 +35,8 @@ def bowl(options) -> float:
     return 10 ** -(3 * abs(math.log10(options["ofmu.inner.lr"] / 3e-5)) + 2 * (options["ofmu.beta"] > 0))
 
 
-def searched(made: Search, trials: int, judge) -> list[Seen]:
-    seen: list[Seen] = []
+def searched(made: Search, trials: int, judge) -> list[EarlierTrial]:
+    seen: list[EarlierTrial] = []
     for number in range(trials):
         found = made.suggest(number, seen)
         assert found is not None
@@ -45,12 +47,12 @@ def searched(made: Search, trials: int, judge) -> list[Seen]:
 
 @pytest.mark.parametrize("kind", ["tpe", "multi_objective"])
 def test_the_estimator_is_told_of_degenerate_trials(kind):
-    goal = Goal("forget_quality", "model_utility", 0.5, sound=Sound("retrained", {"repetition": (0.0, 0.0, 0.05)}))
+    goal = Goal("forget_quality", "model_utility", 0.5, sound=SoundRange("retrained", {"repetition": (0.0, 0.0, 0.05)}))
     made = Search(SearchConfig(kind=kind), LITE, BASE, goal)
     one = ended(made.suggest(0, []), 0.5)
     for repetition, violated in ((0.0, 0.0), (0.9, 1.0)):
         ends = {f"forget_repetition{end}": repetition for end in ("", "_low", "_high")}
-        told_of = made._told(Seen(one.suggestion, "finished", [dict(one.figures[0]) | ends]))
+        told_of = made._told(EarlierTrial(one.suggestion, "finished", [dict(one.figures[0]) | ends]))
         assert max(0.0, *told_of.constraints.values()) == violated
 
 
@@ -104,8 +106,8 @@ def test_the_estimator_heeds_the_floor():
 def test_running_and_failed_trials_are_no_obstacle():
     made = search("tpe", trials=9, startup_trials=2)
     seen = searched(made, 4, lambda one: ended(one, 0.1))
-    first, second = made.suggest(4, seen), made.suggest(5, [*seen, Seen(made.suggest(4, seen), "running")])
-    failed = made.suggest(5, [*seen, Seen(first, "failed")])
+    first, second = made.suggest(4, seen), made.suggest(5, [*seen, EarlierTrial(made.suggest(4, seen), "running")])
+    failed = made.suggest(5, [*seen, EarlierTrial(first, "failed")])
     assert first.options != second.options
     assert failed.options != first.options
 
@@ -159,14 +161,14 @@ def test_the_worst_member_becomes_a_changed_copy_of_the_best():
 
 def test_a_generation_waits_for_the_one_before():
     made = search("population", MEMBERS, trials=4, population=2)
-    seen = searched(made, 2, lambda one: Seen(one, "running"))
+    seen = searched(made, 2, lambda one: EarlierTrial(one, "running"))
     assert made.suggest(2, seen) is None
     assert made.waits(2, seen)
 
 
 def test_a_failed_member_is_replaced():
     made = search("population", MEMBERS, trials=4, population=2)
-    seen = searched(made, 2, lambda one: ended(one, 0.1) if one.number else Seen(one, "failed"))
+    seen = searched(made, 2, lambda one: ended(one, 0.1) if one.number else EarlierTrial(one, "failed"))
     assert made.suggest(2, seen).parent == 1
 
 

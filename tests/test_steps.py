@@ -14,7 +14,7 @@ from engine_models import tiny_model, token_batch
 from ofmu_ray.algorithm import similarity_gradient
 from ofmu_ray.algorithm.curvature import Curvature, Exact, FiniteDifference, MeasuredDifference
 from ofmu_ray.algorithm.space import Vector, combine
-from ofmu_ray.algorithm.steps import START, Estimate, Steps
+from ofmu_ray.algorithm.steps import START, StepEstimate, Steps
 from ofmu_ray.config import LoraConfig, ModelConfig, OptimizerConfig, UnlearnConfig
 from ofmu_ray.engines import TorchEngine
 from ofmu_ray.errors import UserError
@@ -100,7 +100,7 @@ def test_an_estimate_finds_noise_and_curvature(sigma: float) -> None:
     pairs = [(gradient(x), gradient(-x)) for x in (h, h / 4)]
     (s, d), (x, y) = ((plus + minus - 2 * base, plus - minus) for plus, minus in pairs)
     sums = [float(a @ b) for a, b in ((s, s), (s, x), (x, x), (d, d), (d, y), (y, y))]
-    found = Estimate.of(h, sums, float(base.norm()), 1e-16)
+    found = StepEstimate.of(h, sums, float(base.norm()), 1e-16)
     assert found.sigma == pytest.approx(sigma, rel=0.05)
     assert found.product == pytest.approx(float(product.norm()), rel=0.01)
     assert found.first == pytest.approx(float(second.norm()) / 2, rel=0.05)

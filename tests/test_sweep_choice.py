@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ofmu_ray.config import ModelConfig, SweepConfig, UnlearnConfig, apply_overrides
-from ofmu_ray.metrics.degeneration import Sound
+from ofmu_ray.metrics.degeneration import SoundRange
 from ofmu_ray.metrics.rule import Goal
 from ofmu_ray.runs.trial import SplitData, model_path, result_path
 from ofmu_ray.search.choice import choose, priors, prune_models
@@ -13,7 +13,7 @@ from ofmu_ray.search.ledger import Ledger
 from ofmu_ray.search.suggest import Search, Suggestion
 from tune_spaces import ofmu_lite, parse_prior
 
-GOAL = Goal("forget_quality", "model_utility", 0.5, sound=Sound("retrained", {"repetition": (0.0, 0.0, 0.05)}))
+GOAL = Goal("forget_quality", "model_utility", 0.5, sound=SoundRange("retrained", {"repetition": (0.0, 0.0, 0.05)}))
 RATES = (1e-5, 2e-5, 3e-5, 5e-5, 8e-5, 4e-6)
 
 

@@ -16,8 +16,8 @@ import pytest
 
 from ofmu_ray.attacks.importance import MINIMUM_TRIALS
 from ofmu_ray.metrics.rule import Goal
-from ofmu_ray.reporting import figures
-from ofmu_ray.reporting.sweep import write_sweep_report
+from ofmu_ray.reporting import formats
+from ofmu_ray.reporting.sweep_page import write_sweep_report
 
 FLOOR = 0.54
 SPACE = [
@@ -230,10 +230,10 @@ def test_figures_have_intervals_and_fresh_seeds_stand_beside_them(folder: Path) 
     assert row["Chosen, all rows"] == ["0.563", "0.530 – 0.590"]
     assert row["target, as judged"][0] == "0.600"
     half = 4.302653 * 0.005 / np.sqrt(3)
-    low, high = figures.number(0.56 - half), figures.number(0.56 + half)
+    low, high = formats.number(0.56 - half), formats.number(0.56 + half)
     assert row["Fresh seeds, all rows"] == ["0.560", f"{low} – {high}", "3 of 3 seeds"]
     assert table["Forget quality ↑"]["Fresh seeds, all rows"][:2] == [
-        figures.number(float(np.exp(np.mean(np.log([0.1, 0.2, 0.3]))))), "runs 0.100 · 0.200 · 0.300",
+        formats.number(float(np.exp(np.mean(np.log([0.1, 0.2, 0.3]))))), "runs 0.100 · 0.200 · 0.300",
     ]  # fmt: skip
     rouge = next(row for name, row in table.items() if name.startswith("Forget ROUGE-L recall"))
     assert rouge["Chosen, all rows"] == ["0.400", "0.350 – 0.450"]
@@ -246,7 +246,7 @@ def test_what_was_spent_counts_every_trial_and_what_was_saved(folder: Path) -> N
     page, (trials, _, _) = (folder / "report.html").read_text(), make_sweep()
     spent = sum(t["flops"] or 0 for t in trials)
     saved = sum(2e12 - t["flops"] for t in trials if t["status"] == "stopped")
-    words = f"{figures.quantity(spent, 'FLOP')}, {saved / (spent + saved):.0%} saved by ending trials early"
+    words = f"{formats.quantity(spent, 'FLOP')}, {saved / (spent + saved):.0%} saved by ending trials early"
     assert f"<dd>{words}</dd>" in page
 
 
@@ -285,7 +285,7 @@ def test_tables_of_options_and_trials(folder: Path) -> None:
         options, row = json.loads(t["options"]), table[str(t["number"])]
         assert row["rho"] == [f"{options['ofmu.rho']:.4g}"]
         assert row["rho_growth"] == [f"{options['ofmu.rho_growth']:.4g}" if "ofmu.rho_growth" in options else "–"]
-        assert row["Model utility ↑"][0] == figures.number(t["model_utility"])
+        assert row["Model utility ↑"][0] == formats.number(t["model_utility"])
         assert "–" in row["Model utility ↑"][1]
     assert '<p class="note">Trial 39: CUDA &lt;out&gt; of memory.</p>' in page
     assert "MLflow has the rest" in page
@@ -319,7 +319,7 @@ def test_no_trial_meets_the_floor(tmp_path: Path) -> None:
     write_sweep_report(tmp_path, trials, stages, wanted)
     page = (tmp_path / "report.html").read_text()
     assert "nothing to recommend" in page
-    assert f"the nearest trial, {nearest['number']}, has {figures.number(nearest['model_utility'])}" in page
+    assert f"the nearest trial, {nearest['number']}, has {formats.number(nearest['model_utility'])}" in page
     table = _Page(page).table("Trial", "inner.lr")
     assert {str(t["number"]) for t in whole if t["front"] or t is nearest} <= set(table)
     assert table[str(nearest["number"])]["Trial"][:2] == [str(nearest["number"]), "nearest"]

@@ -13,7 +13,7 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.metrics.rule import Goal
 from ofmu_ray.search.priors import at, text_of
 from ofmu_ray.search.spaces import read_space, space_for
-from ofmu_ray.search.suggest import Search, Seen
+from ofmu_ray.search.suggest import EarlierTrial, Search
 from tune_spaces import (
     Choice,
     Integers,
@@ -124,10 +124,10 @@ def test_suggestions_are_those_of_earlier_sweeps():
     base = apply_overrides(BASE, LABELS["ofmu_lite"])
     goal = Goal("forget_quality", "model_utility", 0.5)
     search = Search(SearchConfig(kind="tpe", startup_trials=4), space_for("ofmu_lite", base), base, goal)
-    seen: list[Seen] = []
+    seen: list[EarlierTrial] = []
     for number in range(6):
         figures = {"forget_quality": 0.1 + 0.05 * ((number * 7) % 5), "model_utility": 0.6}
-        seen.append(Seen(search.suggest(number, seen), "finished", [figures], flops=1e9 * (1 + number)))
+        seen.append(EarlierTrial(search.suggest(number, seen), "finished", [figures], flops=1e9 * (1 + number)))
     assert [one.suggestion.options for one in (seen[0], seen[3], seen[5])] == SUGGESTED
 
 
@@ -338,7 +338,7 @@ def test_a_split_with_its_own_rows_leaves_the_built_in_rows():
 
 
 def test_what_a_label_fixes_is_not_tuned():
-    from ofmu_ray.search.benchmark import space_of
+    from ofmu_ray.search.run_benchmark import space_of
 
     labels = {"one_step": {"method": "ofmu", "ofmu.preset": "full", "ofmu.inner_steps": 1}}
     config = BenchmarkConfig(methods=["one_step"], labels=labels)

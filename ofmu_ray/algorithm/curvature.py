@@ -17,7 +17,7 @@ import torch
 
 from ofmu_ray.algorithm.similarity import Similarity
 from ofmu_ray.algorithm.space import Kind, ParameterSpace, Vector, add_, combine, scale_
-from ofmu_ray.algorithm.steps import LONGEST, SHORTEST, START, WALKS, Estimate, Product, Step, Steps
+from ofmu_ray.algorithm.steps import LONGEST, SHORTEST, START, WALKS, Product, Step, StepEstimate, Steps
 
 # A displacement so small that it cannot be told from rounding has no usable difference.
 TINY = 1e-30
@@ -182,13 +182,13 @@ class MeasuredDifference:
 
     def _estimate(
         self, h: float, long: tuple[Vector, Vector], short: tuple[Vector, Vector], gradient: float
-    ) -> Estimate | None:
+    ) -> StepEstimate | None:
         (s, d), (x, y) = long, short
         sums = self.space.dot((s, s), (s, x), (x, x), (d, d), (d, y), (y, y))
         eps = torch.finfo(s[0].dtype).eps
-        return Estimate.of(h, sums, gradient, eps) if all(map(math.isfinite, sums)) else None
+        return StepEstimate.of(h, sums, gradient, eps) if all(map(math.isfinite, sums)) else None
 
-    def _chosen(self, found: Estimate | None, h: float, gradient: float) -> Step:
+    def _chosen(self, found: StepEstimate | None, h: float, gradient: float) -> Step:
         if found is None:  # a gradient that is not finite: the round will say so
             return Step(h / self.theta, self.steps.difference != "forward", math.inf, START, gradient, self.steps.round)
         central = found.central(self.steps.difference)

@@ -82,7 +82,7 @@ class Steps:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class StepEstimate:
     """What a pair of steps h and h/4 says about differences along one direction."""
 
     step: float
@@ -101,7 +101,7 @@ class Estimate:
     """|C(h) - C(h/4)|."""
 
     @classmethod
-    def of(cls, step: float, sums: list[float], gradient: float, eps: float) -> Estimate:
+    def of(cls, step: float, sums: list[float], gradient: float, eps: float) -> StepEstimate:
         """From (S,S), (S,S'), (S',S'), (D,D), (D,D'), (D',D'), where D = 2hC and a prime marks h/4."""
         ss, sx, xx, dd, dx, yy = sums
         noise = max(0.0, xx - sx / 8 + ss / 256)

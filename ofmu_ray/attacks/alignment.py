@@ -23,7 +23,7 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.rows import EvaluationRow
 from ofmu_ray.evaluation.scoring import length_sorted
 from ofmu_ray.metrics.functions import FloatArray
-from ofmu_ray.metrics.intervals import Clusters, Figure, mean_figure, resampled_estimates
+from ofmu_ray.metrics.intervals import Clusters, MetricValue, mean_figure, resampled_estimates
 from ofmu_ray.models.answers import Text, right_padded
 
 Pooling = Literal["mean", "last"]
@@ -37,9 +37,9 @@ class LayerAlignment:
 
     set: str
     layer: int
-    cka: Figure
-    cka_debiased: Figure
-    cosine: Figure
+    cka: MetricValue
+    cka_debiased: MetricValue
+    cosine: MetricValue
 
 
 def alignment_texts(sets: Mapping[str, Sequence[EvaluationRow]], template: Any) -> dict[str, list[Text]]:
@@ -173,19 +173,19 @@ def row_cosines(x: FloatArray, y: FloatArray) -> FloatArray:
 
 def _cka_figures(
     x: FloatArray, y: FloatArray, *, samples: int, seed: int, name: str, clusters: Clusters
-) -> tuple[Figure, Figure]:
+) -> tuple[MetricValue, MetricValue]:
     """(CKA without an interval, debiased CKA)."""
     if _constant(x) or _constant(y):
-        absent = Figure.absent("a layer represents all rows alike, so there is nothing to align")
+        absent = MetricValue.absent("a layer represents all rows alike, so there is nothing to align")
         return absent, absent
-    plain = Figure(linear_cka(x, y), n=len(x), reason="no interval: resampling rows raises CKA; see debiased CKA")
+    plain = MetricValue(linear_cka(x, y), n=len(x), reason="no interval: resampling rows raises CKA; see debiased CKA")
     if len(x) < 4:
-        return plain, Figure.absent("debiased CKA needs four rows")
+        return plain, MetricValue.absent("debiased CKA needs four rows")
     x, y = x - x.mean(axis=0), y - y.mean(axis=0)  # the Gram matrices then lose no digits to the mean
     gram_x, gram_y = x @ x.T, y @ y.T
     value = float(debiased_cka(gram_x, gram_y, np.ones((1, len(x))))[0])
     if np.isnan(value):
-        return plain, Figure.absent("debiased CKA is not defined: a model's own estimate is not positive")
+        return plain, MetricValue.absent("debiased CKA is not defined: a model's own estimate is not positive")
 
     def cka(weights: FloatArray) -> FloatArray:
         return debiased_cka(gram_x, gram_y, weights)
@@ -194,9 +194,9 @@ def _cka_figures(
     return plain, estimate.figure()
 
 
-def _cosine_figure(x: FloatArray, y: FloatArray, **stream: Any) -> Figure:
+def _cosine_figure(x: FloatArray, y: FloatArray, **stream: Any) -> MetricValue:
     if x.shape[1] != y.shape[1]:
-        return Figure.absent(f"the models' hidden sizes differ ({x.shape[1]} and {y.shape[1]})")
+        return MetricValue.absent(f"the models' hidden sizes differ ({x.shape[1]} and {y.shape[1]})")
     return mean_figure(row_cosines(x, y), **stream)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ofmu_ray.errors import UserError
-from ofmu_ray.metrics.intervals import Figure
+from ofmu_ray.metrics.intervals import MetricValue
 
 _OPTION = "tasks"
 _NORMAL_95 = 1.959963984540054  # 97.5 % point of the normal distribution
@@ -29,7 +29,7 @@ def run_lm_eval(
     batch_size: int = 8,
     chat_template: bool = False,
     device: str | None = None,
-) -> dict[str, dict[str, Figure]]:
+) -> dict[str, dict[str, MetricValue]]:
     """Task (or group) -> metric -> figure, as the harness computes them.
 
     `tasks`: names or patterns of the harness's tasks and of those in the folder `include_path`. `num_fewshot`, `limit`
@@ -90,7 +90,7 @@ def _check_names(tasks: Sequence[str], known: Sequence[str], include_path: str |
         )
 
 
-def _figures(values: Mapping[str, Any], n: int | None) -> dict[str, Figure]:
+def _figures(values: Mapping[str, Any], n: int | None) -> dict[str, MetricValue]:
     """The harness's {"metric,filter": value, "metric_stderr,filter": error, "alias": ...} as figures."""
     figures = {}
     for key, value in values.items():
@@ -102,10 +102,10 @@ def _figures(values: Mapping[str, Any], n: int | None) -> dict[str, Figure]:
     return figures
 
 
-def _figure(value: float, error: object, n: int | None) -> Figure:
+def _figure(value: float, error: object, n: int | None) -> MetricValue:
     if not isinstance(error, int | float) or not math.isfinite(error):
-        return Figure(value, n=n, reason="no interval: the harness gives no standard error of this metric")
-    return Figure(value, value - _NORMAL_95 * error, value + _NORMAL_95 * error, n)
+        return MetricValue(value, n=n, reason="no interval: the harness gives no standard error of this metric")
+    return MetricValue(value, value - _NORMAL_95 * error, value + _NORMAL_95 * error, n)
 
 
 def _device() -> str:

@@ -20,10 +20,10 @@ from ofmu_ray.config import SourceConfig
 from ofmu_ray.data import row_checks as checks
 from ofmu_ray.data import sources
 from ofmu_ray.data.row_checks import Problems
-from ofmu_ray.data.sources import Broken
+from ofmu_ray.data.sources import UnreadableRow
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.scoring import length_sorted, mean_nll
-from ofmu_ray.metrics.intervals import Figure, mean_figure
+from ofmu_ray.metrics.intervals import MetricValue, mean_figure
 from ofmu_ray.models.answers import Text, answer_logits
 
 Scoring = Literal["letters", "cloze"]
@@ -73,7 +73,7 @@ def choice_rows(
     for piece in sources.fragments(source, root, stream=name, option=option):
         for number, cells in sources.read(piece):
             place = f"row {number}" if piece.file is None else f"file {piece.file} row {number}"
-            if isinstance(cells, Broken):
+            if isinstance(cells, UnreadableRow):
                 problems.add(cells.kind, place)
             elif row := _row(cells, piece.row_id(number), subject, problems, place):
                 rows.append(row)
@@ -147,7 +147,7 @@ def choice_table(
     return pa.table(columns, schema=CHOSEN)
 
 
-def choice_figures(table: pa.Table, *, samples: int, seed: int, name: str) -> dict[str, Figure]:
+def choice_figures(table: pa.Table, *, samples: int, seed: int, name: str) -> dict[str, MetricValue]:
     """accuracy, and above_chance: its distance to chance (the mean of 1 / number of choices), both in shares of rows.
 
     Rows of one subject are drawn together where the table has more than one subject.

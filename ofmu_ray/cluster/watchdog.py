@@ -24,7 +24,7 @@ PACKAGE = "ofmu_ray"
 
 
 @dataclass(frozen=True)
-class Sign:
+class Heartbeat:
     """What a rank last said of itself."""
 
     at: float
@@ -76,7 +76,7 @@ class Watchdog:
             os._exit(STATUS)  # the loop's thread cannot be interrupted inside a collective
 
 
-def verdict(signs: dict[int, Sign], now: float, interval: float, phase: str) -> str:
+def verdict(signs: dict[int, Heartbeat], now: float, interval: float, phase: str) -> str:
     """Which rank hung, in words, from the last signs of all ranks."""
     silent = [rank for rank, sign in sorted(signs.items()) if now - sign.at > 3 * interval + 1]
     if silent:

@@ -24,6 +24,13 @@ from ofmu_ray.config.evaluation import (
     EvaluationSetsConfig,
     ProbeConfig,
 )
+from ofmu_ray.config.method_sections import (
+    LABELS,
+    METHODS,
+    PRESETS,
+    SPACES,
+    MethodName,
+)
 from ofmu_ray.config.methods import (
     FinetuneConfig,
     MethodConfig,
@@ -49,13 +56,6 @@ from ofmu_ray.config.runs import (
     TrackingConfig,
     TrainConfig,
     UnlearnConfig,
-)
-from ofmu_ray.config.sections import (
-    LABELS,
-    METHODS,
-    PRESETS,
-    SPACES,
-    MethodName,
 )
 from ofmu_ray.config.sweep import (
     EarlyConfig,

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from ofmu_ray.config.evaluation import EvaluationConfig
+from ofmu_ray.config.method_sections import LABELS
 from ofmu_ray.config.overrides import apply_overrides, merged, nested
 from ofmu_ray.config.ranges import not_negative, positive, require
 from ofmu_ray.config.runs import UnlearnConfig
-from ofmu_ray.config.sections import LABELS
 from ofmu_ray.config.values import close_match
 from ofmu_ray.errors import UserError
 
@@ -67,10 +67,10 @@ class RuleConfig:
     forget prompts are not degenerate."""
 
     objective: str = "forget_quality"
-    """Figure (docs/metrics.md): forget_quality and figures of other rows are to be high, KS distance low, the other
+    """Metric (docs/metrics.md): forget_quality and metrics of other rows are to be high, KS distance low, the other
     forget figures near the retrained model's (low without one)."""
     utility: str = "model_utility"
-    """Figure that must not fall below floor x the target's."""
+    """Metric that must not fall below floor x the target's."""
     floor: float = 0.9
     """Fraction of the target's utility (0 to 1)."""
     margin: float = 0.02

@@ -14,7 +14,7 @@ from ofmu_ray.config.ranges import not_negative, require
 
 if TYPE_CHECKING:
     from ofmu_ray.config import ModelConfig, UnlearnConfig
-    from ofmu_ray.data.prepare import Prepared
+    from ofmu_ray.data.prepare import PreparedData
 
 MYPY = False
 """typing.TYPE_CHECKING by its other name for mypy. jsonargparse runs blocks of the first to read annotations, and then
@@ -62,7 +62,7 @@ class MethodConfig:
     def check_run(self, config: UnlearnConfig) -> None:
         """What the method cannot run with; called where it is the chosen one. Raises UserError."""
 
-    def completed(self, prepared: Prepared, model: ModelConfig, cache: str) -> Self:
+    def completed(self, prepared: PreparedData, model: ModelConfig, cache: str) -> Self:
         """The options with what only the rows and the model, before any step, can tell.
 
         `cache`: folder of the storage's caches.

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
-from ofmu_ray.config.sections import PRESETS
+from ofmu_ray.config.method_sections import PRESETS
 from ofmu_ray.config.values import close_match, flatten, to_dict
 from ofmu_ray.errors import UserError
 

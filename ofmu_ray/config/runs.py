@@ -8,10 +8,10 @@ from typing import Any
 
 from ofmu_ray.config.data import BUILTIN_FORGET, DataConfig, SourceConfig, TrainDataConfig
 from ofmu_ray.config.evaluation import EvaluationConfig, ProbeConfig
+from ofmu_ray.config.method_sections import METHODS, MethodName
 from ofmu_ray.config.methods import FinetuneConfig, MethodConfig
 from ofmu_ray.config.models import BUILTIN_TARGET, ModelConfig, ScratchConfig
 from ofmu_ray.config.ranges import not_negative, require
-from ofmu_ray.config.sections import METHODS, MethodName
 from ofmu_ray.config.training import StopConfig, TrainingConfig
 
 BUILTIN_CLUSTERS: dict[str, int | str] = {

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ofmu_ray.config.method_sections import LABELS
 from ofmu_ray.config.overrides import apply_overrides
 from ofmu_ray.config.ranges import not_negative, positive, require
 from ofmu_ray.config.runs import UnlearnConfig
-from ofmu_ray.config.sections import LABELS
 from ofmu_ray.config.values import close_match
 from ofmu_ray.errors import UserError
 
@@ -84,10 +84,10 @@ class SelectConfig:
     """Which trial is chosen: the best objective among those with enough utility."""
 
     objective: str = "forget_quality"
-    """Figure (docs/metrics.md): forget_quality and figures of other rows are to be high, KS distance low, the other
+    """Metric (docs/metrics.md): forget_quality and metrics of other rows are to be high, KS distance low, the other
     forget figures near the retrained model's (low without one)."""
     utility: str = "model_utility"
-    """Figure that must not fall below the floor."""
+    """Metric that must not fall below the floor."""
     utility_floor: float = 0.9
     """The floor, as a fraction of the reference's utility (0 to 1)."""
     margin: float = 0.02

@@ -152,7 +152,7 @@ def write_plan(
 
 
 @dataclass(frozen=True)
-class Places:
+class Slots:
     """Where the rows of one stream go, sorted by row."""
 
     row: np.ndarray
@@ -163,7 +163,7 @@ class Places:
     """int64 [places], rank in the lane over all rounds."""
 
 
-def places(stream: TokenisedStream, plan: Plan) -> Places:
+def places(stream: TokenisedStream, plan: Plan) -> Slots:
     """Every place of every row of a stream."""
     per_round = plan.batches_per_round[stream.name]
     order = batch_order(
@@ -178,7 +178,7 @@ def places(stream: TokenisedStream, plan: Plan) -> Places:
     lane = np.broadcast_to(np.arange(plan.workers, dtype=np.int32)[None, None, :, None], dealt.shape)
     rows = stream.rows[dealt.ravel()]
     by_row = np.argsort(rows, kind="stable")
-    return Places(rows[by_row], lane.ravel()[by_row], position.ravel()[by_row])
+    return Slots(rows[by_row], lane.ravel()[by_row], position.ravel()[by_row])
 
 
 def _write_lanes_here(plan: Plan, streams: Mapping[str, TokenisedStream], folder: str) -> None:
@@ -227,7 +227,7 @@ def _explosions(streams: Mapping[str, TokenisedStream], plan: Plan) -> list[dict
         for name, rows in stream.parts:
             low, high = np.searchsorted(found.row, [first, first + rows])
             if high > low:
-                piece = Places(found.row[low:high] - first, found.lane[low:high], found.position[low:high])
+                piece = Slots(found.row[low:high] - first, found.lane[low:high], found.position[low:high])
                 items.append({"path": join(stream.folder, name), "places": piece})
             first += rows
     return items
@@ -239,7 +239,7 @@ def _explode(batch: dict[str, np.ndarray], *, chunk_rows: int, files: int) -> pa
     return _spread(str(batch["path"][0]), ray.get(batch["places"][0]), chunk_rows, files)
 
 
-def _spread(part: str, found: Places, chunk_rows: int, files: int) -> pa.Table:
+def _spread(part: str, found: Slots, chunk_rows: int, files: int) -> pa.Table:
     """The rows of one part, each as often as it has places, with their `position` and the number of their file."""
     filesystem, path = locate(part)
     names = payload_columns(pq.read_schema(path, filesystem=filesystem).names)

@@ -11,7 +11,7 @@ import torch
 
 from ofmu_ray.data.batch import IGNORED, Batch
 from ofmu_ray.data.batch_plan import Plan
-from ofmu_ray.data.shards import lane_files, read_pieces
+from ofmu_ray.data.shard_files import lane_files, read_pieces
 from ofmu_ray.data.sidecar import Sidecar, open_sidecars
 
 Rows = Sequence[Mapping[str, Any]]

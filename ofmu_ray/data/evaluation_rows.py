@@ -9,7 +9,7 @@ from ofmu_ray.config import FormatConfig, SourceConfig
 from ofmu_ray.data import row_checks as checks
 from ofmu_ray.data import sources
 from ofmu_ray.data.row_checks import Problems
-from ofmu_ray.data.sources import Broken
+from ofmu_ray.data.sources import UnreadableRow
 
 PARAPHRASED, PERTURBED = "paraphrased_answer", "perturbed_answer"
 
@@ -43,7 +43,7 @@ def evaluation_rows(
             if limit is not None and len(raw) == limit:
                 break
             place = f"row {number}" if piece.file is None else f"file {piece.file} row {number}"
-            if isinstance(row, Broken):
+            if isinstance(row, UnreadableRow):
                 problems.add(row.kind, place)
             else:
                 raw.append((place, row))

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from ofmu_ray.config import SourceConfig
 from ofmu_ray.data import row_checks as checks
 from ofmu_ray.data import sources
-from ofmu_ray.data.answers import AnswerEncoder
+from ofmu_ray.data.answer_encoder import AnswerEncoder
 from ofmu_ray.data.encoder import Encoder
 from ofmu_ray.data.row_checks import DataReport, OverlapReport, Policy, Problems, StreamReport
 from ofmu_ray.data.template import Template
@@ -53,7 +53,7 @@ class TokenisedStream:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedData:
     """Encoded streams by name, what is known about them, and what encoded them."""
 
     streams: dict[str, TokenisedStream]
@@ -91,7 +91,7 @@ def prepare_streams(
     private: Mapping[str, str] | None = None,
     overlap: Policy = "error",
     duplicates: Policy = "allow",
-) -> Prepared:
+) -> PreparedData:
     """Check and encode every source (option `data.<name>`), or take the result of an earlier run.
 
     Tokens go to `<storage>/cache/data/<hash of content, encoder and this code>/`, where other runs find them.
@@ -122,7 +122,7 @@ def prepare_streams(
             tokenizer_sha256=encoder.fingerprint(),
         )
     streams = {name: _stream(name, folders[name], keys[name], judged) for name in sources}
-    return Prepared(streams, report, encoder)
+    return PreparedData(streams, report, encoder)
 
 
 def _fragments(name: str, source: SourceConfig, root: str | None) -> list[sources.Fragment]:

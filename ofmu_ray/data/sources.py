@@ -30,7 +30,7 @@ HUB_SLICE_ROWS = 20_000
 
 
 @dataclass(frozen=True)
-class Broken:
+class UnreadableRow:
     """A row that could not be read; never holds its text."""
 
     kind: str
@@ -83,7 +83,7 @@ def fragments(source: SourceConfig, root: str | None, *, stream: str, option: st
     return found if source.limit is None else list(_limited(found, source.limit))
 
 
-def read(fragment: Fragment, columns: list[str] | None = None) -> Iterator[tuple[int, dict[str, Any] | Broken]]:
+def read(fragment: Fragment, columns: list[str] | None = None) -> Iterator[tuple[int, dict[str, Any] | UnreadableRow]]:
     """(row number from 1, row) of each row; a row that cannot be read comes as `Broken`."""
     rows = _read_json(fragment) if fragment.kind == "json" else _read_table(fragment, columns)
     return rows if fragment.rows is None else itertools.islice(rows, fragment.rows)
@@ -235,7 +235,7 @@ def _limited(pieces: list[Fragment], limit: int) -> Iterator[Fragment]:
 # ------------------------------------------------------------------------------------------------------ reading
 
 
-def _read_json(fragment: Fragment) -> Iterator[tuple[int, dict[str, Any] | Broken]]:
+def _read_json(fragment: Fragment) -> Iterator[tuple[int, dict[str, Any] | UnreadableRow]]:
     filesystem, path = locate(fragment.path)
     with filesystem.open_input_stream(path, buffer_size=1 << 20) as file:
         for number, line in enumerate(_lines(file), start=1):
@@ -244,9 +244,12 @@ def _read_json(fragment: Fragment) -> Iterator[tuple[int, dict[str, Any] | Broke
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-                yield number, Broken("not JSON (one object per line is expected)")
+                yield number, UnreadableRow("not JSON (one object per line is expected)")
                 continue
-            yield number, row if isinstance(row, dict) else Broken("not a JSON object (one per line is expected)")
+            yield (
+                number,
+                row if isinstance(row, dict) else UnreadableRow("not a JSON object (one per line is expected)"),
+            )
 
 
 def _lines(file: Any) -> Iterator[bytes]:
@@ -259,7 +262,7 @@ def _lines(file: Any) -> Iterator[bytes]:
         yield rest
 
 
-def _read_table(fragment: Fragment, columns: list[str] | None) -> Iterator[tuple[int, dict[str, Any] | Broken]]:
+def _read_table(fragment: Fragment, columns: list[str] | None) -> Iterator[tuple[int, dict[str, Any] | UnreadableRow]]:
     table = fragment.table
     if table is None:
         filesystem, path = locate(fragment.path)

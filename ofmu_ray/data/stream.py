@@ -16,7 +16,7 @@ from ray.data import DataIterator
 from ofmu_ray.cluster.nodes import here, on
 from ofmu_ray.data.batch_plan import Plan
 from ofmu_ray.data.batches import Collate, RoundBatches, assemble
-from ofmu_ray.data.shards import lane_files, read_ahead
+from ofmu_ray.data.shard_files import lane_files, read_ahead
 
 STORE_SHARE = 0.25
 """Part of a node's object store that its lanes may fill. Ray Data overshoots: at 0.5 it came to 0.85."""

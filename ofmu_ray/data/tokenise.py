@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from ofmu_ray.data.encoder import BOOKKEEPING, Encoder, encoded_schema, payload_columns
 from ofmu_ray.data.row_checks import Problems, digests
-from ofmu_ray.data.sources import Broken, Fragment, read
+from ofmu_ray.data.sources import Fragment, UnreadableRow, read
 from ofmu_ray.storage import join, locate
 
 BATCH_ROWS = 1024
@@ -56,7 +56,7 @@ def encode_fragment(job: PartJob, encoder: Encoder) -> Part:
 def _table(fragment: Fragment, chunk: list[Any], encoder: Encoder, problems: Problems, schema: pa.Schema) -> pa.Table:
     readable = []
     for number, row in chunk:
-        if isinstance(row, Broken):
+        if isinstance(row, UnreadableRow):
             problems.add(row.kind, _place(fragment, number))
         else:
             readable.append((number, row))

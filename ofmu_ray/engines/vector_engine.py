@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from ofmu_ray.config import OptimizerConfig
-from ofmu_ray.engines.optimizers import LoopOptimizer
+from ofmu_ray.engines.loop_optimizer import LoopOptimizer
 from ofmu_ray.engines.protocol import Batch, Kind, Loop, Loss, PassAccount, Vector, sum_and_count
 from ofmu_ray.engines.shards import Shards, trainable_parameters
 from ofmu_ray.errors import UserError

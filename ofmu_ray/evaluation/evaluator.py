@@ -10,7 +10,7 @@ from typing import Any
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import DataConfig, EvaluationConfig, FormatConfig, SourceConfig, UnlearnConfig
 from ofmu_ray.errors import UserError
-from ofmu_ray.evaluation.sample import Sample
+from ofmu_ray.evaluation.sample import RowSample
 from ofmu_ray.models.source import model_source
 from ofmu_ray.storage import PathLike, join
 
@@ -37,7 +37,7 @@ class Evaluator:
     sets: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     own_tokenizers: bool = False
     """A model that comes with a tokenizer is evaluated with that one, the others with `tokenizer`."""
-    sample: Sample | None = None
+    sample: RowSample | None = None
     """Where `sets` are a sample of larger ones: how its rows are named there."""
 
     @classmethod
@@ -85,7 +85,7 @@ class Evaluator:
 
     def sampled(self, rows: int | None, evaluation: EvaluationConfig, seed: int) -> Evaluator:
         """The same on `rows` rows of each set, evenly spread (None: all), with these options."""
-        sample = Sample.of(self.sets, rows)
+        sample = RowSample.of(self.sets, rows)
         return replace(self, evaluation=evaluation, seed=seed, sets=sample.sets, sample=sample)
 
     def tokenizer_of(self, model: str) -> str:

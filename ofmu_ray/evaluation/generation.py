@@ -21,7 +21,7 @@ _COMPACT_BELOW = 0.7  # share of unfinished texts below which finished ones leav
 
 
 @dataclass(frozen=True)
-class Draws:
+class Sampling:
     """Sampling at a temperature, each text from random numbers of its own: batches and their order do not enter."""
 
     temperature: float
@@ -31,7 +31,7 @@ class Draws:
     """float64 [texts, tokens] in [0, 1)."""
 
     @classmethod
-    def of(cls, names: Sequence[str], max_new_tokens: int, temperature: float, top_k: int) -> Draws:
+    def of(cls, names: Sequence[str], max_new_tokens: int, temperature: float, top_k: int) -> Sampling:
         """The random numbers that belong to these names."""
         seeds = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "big") for name in names]
         return cls(temperature, top_k, np.stack([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds]))
@@ -85,7 +85,7 @@ def generate_batch(
     *,
     max_new_tokens: Sequence[int],
     stop: frozenset[int],
-    draws: Draws | None = None,
+    draws: Sampling | None = None,
 ) -> list[list[int]]:
     """`generate` for prompts that go through the model together, with `draws` sampled instead of greedy.
 
@@ -154,7 +154,7 @@ class _Thinned:
 class _Drawn:
     """A processor of `model.generate`: only the drawn token is possible."""
 
-    def __init__(self, draws: Draws, rows: Sequence[int], width: int) -> None:
+    def __init__(self, draws: Sampling, rows: Sequence[int], width: int) -> None:
         self.draws, self.rows, self.width = draws, rows, width
 
     def __call__(self, ids_bt: torch.Tensor, scores_bv: torch.Tensor) -> torch.Tensor:

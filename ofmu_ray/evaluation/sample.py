@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 
 @dataclass(frozen=True)
-class Sample:
+class RowSample:
     """Some rows of each set; their values are named as in the whole sets, `<set>-<index>`."""
 
     sets: Mapping[str, Sequence[Mapping[str, Any]]]
@@ -19,7 +19,7 @@ class Sample:
     """Set -> index in the whole set of each sampled row."""
 
     @classmethod
-    def of(cls, sets: Mapping[str, Sequence[Mapping[str, Any]]], count: int | None) -> Sample:
+    def of(cls, sets: Mapping[str, Sequence[Mapping[str, Any]]], count: int | None) -> RowSample:
         """`count` rows of each set, evenly spread; None: all."""
         places = {name: spread(len(rows), count) for name, rows in sets.items()}
         return cls({name: [sets[name][index] for index in found] for name, found in places.items()}, places)

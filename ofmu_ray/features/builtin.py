@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ofmu_ray.data.batch import IGNORED, REFUSAL
-from ofmu_ray.features.protocol import Row, Settings, Tokens, Values
+from ofmu_ray.features.protocol import FeatureContext, Row, Tokens, Values
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,7 +95,7 @@ class Refusals(Tokens):
     texts: tuple[str, ...] = ()
     seed: int = 0
 
-    def resolved(self, settings: Settings) -> Refusals:
+    def resolved(self, settings: FeatureContext) -> Refusals:
         from ofmu_ray.features.refusals import read_refusals
 
         texts = read_refusals(self.path, settings.root, f"{settings.method}.refusals")
@@ -125,7 +125,7 @@ class Alternatives(Tokens):
     def count(self) -> int:
         return self.alternatives
 
-    def resolved(self, settings: Settings) -> Alternatives:
+    def resolved(self, settings: FeatureContext) -> Alternatives:
         return replace(self, seed=settings.seed)
 
     def rows(self, model: ReferenceModel, rows: Sequence[Row], template: Template) -> list[dict[str, Any]]:
@@ -143,10 +143,10 @@ class Alternatives(Tokens):
         """The tokens drawn after each row's, int64."""
         import numpy as np
 
-        from ofmu_ray.evaluation.generation import Draws, generate_batch
+        from ofmu_ray.evaluation.generation import Sampling, generate_batch
 
         names = [f"{self.seed}/{row['row_id']}" for row in rows]
-        draws = Draws.of(names, self.max_new_tokens, self.temperature, self.top_k)
+        draws = Sampling.of(names, self.max_new_tokens, self.temperature, self.top_k)
         new = generate_batch(
             reference.module,
             [row["input_ids"] for row in rows],

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from ofmu_ray.config import ModelConfig
-from ofmu_ray.data.prepare import Prepared, spread
+from ofmu_ray.data.prepare import PreparedData, spread
 from ofmu_ray.features.reference import ChosenRows, stream_losses
 
 
-def measured(level: str, prepared: Prepared, model: ModelConfig, cache: str) -> float:
+def measured(level: str, prepared: PreparedData, model: ModelConfig, cache: str) -> float:
     """Nats per token that `ofmu.forget_level` names: holdout, holdout:QUANTILE or unigram.
 
     Args:
@@ -25,7 +25,7 @@ def measured(level: str, prepared: Prepared, model: ModelConfig, cache: str) -> 
     return float(np.quantile(losses, float(quantile)) if quantile else losses.mean())
 
 
-def unigram_entropy(prepared: Prepared, most: int = 10_000) -> float:
+def unigram_entropy(prepared: PreparedData, most: int = 10_000) -> float:
     """Entropy of the tokens of retain answers (nats), of at most `most` rows: the loss of who knows the vocabulary's
     frequencies and nothing else."""
     stream = prepared.streams["retain"]

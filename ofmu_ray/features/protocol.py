@@ -65,7 +65,7 @@ class Values:
 
 
 @dataclass(frozen=True)
-class Settings:
+class FeatureContext:
     """The run that asks."""
 
     method: str = ""
@@ -86,7 +86,7 @@ class Tokens:
         """How many a row has, under `numbered` ids: epoch e takes number e modulo `count`. None: one, under its own."""
         return None
 
-    def resolved(self, settings: Settings) -> Self:
+    def resolved(self, settings: FeatureContext) -> Self:
         """With all that decides the texts in its fields. Raises UserError."""
         return self
 

@@ -30,14 +30,14 @@ from ofmu_ray.cluster.map_tasks import device_kind, map_tasks, runs_here
 from ofmu_ray.config import ModelConfig
 from ofmu_ray.data.batch_plan import Plan, places
 from ofmu_ray.data.batches import collate
-from ofmu_ray.data.prepare import Prepared, TokenisedStream, spread
+from ofmu_ray.data.prepare import PreparedData, TokenisedStream, spread
 from ofmu_ray.data.sidecar import SidecarContent, StoredValues, has_table, new_table, read_rows
 from ofmu_ray.data.tokenise import take_rows
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.generation import stop_ids
 from ofmu_ray.features import refusals
 from ofmu_ray.features.builtin import NLL
-from ofmu_ray.features.protocol import Need, Row, Settings, Tokens, Values, answer_tokens
+from ofmu_ray.features.protocol import FeatureContext, Need, Row, Tokens, Values, answer_tokens
 from ofmu_ray.models.loading import load_causal_lm, read_config
 from ofmu_ray.models.source import model_fingerprint, weights_folder
 from ofmu_ray.storage import is_file, join
@@ -57,14 +57,14 @@ _ROW = ["row_id", "input_ids", "prompt_tokens"]
 
 def write_references(
     needs: Sequence[Need],
-    prepared: Prepared,
+    prepared: PreparedData,
     plan: Plan,
     model: ModelConfig,
     *,
     folder: str,
     cache: str,
     private: str | None = None,
-    settings: Settings | None = None,
+    settings: FeatureContext | None = None,
 ) -> dict[str, str]:
     """Compute what is missing of `needs`; returns the sidecars' folders (<folder>/<stream>) by stream.
 
@@ -76,7 +76,7 @@ def write_references(
     """
     if not needs:
         return {}
-    settings = settings or Settings()
+    settings = settings or FeatureContext()
     source = ReferenceModel(model, cache, private or join(folder, "private"), settings.method)
     found = {}
     for stream in dict.fromkeys(need.stream for need in needs):
@@ -106,7 +106,7 @@ def write_references(
     return found
 
 
-def stream_losses(prepared: Prepared, name: str, model: ModelConfig, cache: str, most: int = 1000) -> np.ndarray:
+def stream_losses(prepared: PreparedData, name: str, model: ModelConfig, cache: str, most: int = 1000) -> np.ndarray:
     """Mean token loss of each row's answer under the reference model (nats), of at most `most` rows of a stream, evenly
     spread; float64 [rows]. Kept in the cache."""
     stream = prepared.streams[name]
@@ -142,7 +142,7 @@ class ReferenceModel:
         """Of the text part, as transformers has it."""
         return read_config(self.model.path, trust_remote_code=self.model.trust_remote_code).get_text_config()
 
-    def texts(self, tokens: Tokens, chosen: ChosenRows, prepared: Prepared) -> str:
+    def texts(self, tokens: Tokens, chosen: ChosenRows, prepared: PreparedData) -> str:
         """Path of the rows' texts, whose name is a hash of what decides them."""
         key = _digest(self.fingerprint, chosen.key, prepared.template.fingerprint(), _identity(tokens))
         path = join(self.private, f"{key}.parquet")

@@ -14,7 +14,7 @@ from ofmu_ray.config import SourceConfig
 from ofmu_ray.data import row_checks as checks
 from ofmu_ray.data import sources
 from ofmu_ray.data.row_checks import Problems
-from ofmu_ray.data.sources import Broken
+from ofmu_ray.data.sources import UnreadableRow
 from ofmu_ray.data.template import Template
 from ofmu_ray.features.protocol import Row
 from ofmu_ray.storage import atomic_write
@@ -31,7 +31,7 @@ def read_refusals(path: str | None, root: str | None, option: str) -> list[str]:
     problems, found = Problems(), []
     for piece in sources.fragments(source, root, stream="refusals", option=option):
         for number, row in sources.read(piece, ["answer"]):
-            if isinstance(row, Broken):
+            if isinstance(row, UnreadableRow):
                 problems.add(row.kind, f"row {number}")
             elif (text := checks.cell(row, "answer", None, problems, f"row {number}")) is not None:
                 found.append(text)

@@ -24,7 +24,7 @@ Bounds = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
-class Sound:
+class SoundRange:
     """Generations that are taken for sound."""
 
     of: str
@@ -33,7 +33,7 @@ class Sound:
     """By measure."""
 
 
-def failed_measures(figures: Mapping[str, Any], sound: Sound | None) -> tuple[str, ...] | None:
+def failed_measures(figures: Mapping[str, Any], sound: SoundRange | None) -> tuple[str, ...] | None:
     """The measures in which a model's answers to forget prompts are worse than sound ones; None: not known.
 
     `figures`: plain numbers, `forget_repetition`, `forget_repetition_low` and so on. A measure is worse when it differs
@@ -59,7 +59,7 @@ def failed_measures(figures: Mapping[str, Any], sound: Sound | None) -> tuple[st
     return tuple(failed) if known else None
 
 
-def words(figures: Mapping[str, Any], sound: Sound | None) -> str | None:
+def words(figures: Mapping[str, Any], sound: SoundRange | None) -> str | None:
     """The verdict on a model's answers to forget prompts as a sentence; None: not known."""
     failed = failed_measures(figures, sound)
     if failed is None or sound is None:

@@ -28,7 +28,7 @@ def number_of(trial: Trial, name: str) -> float | None:
 
 
 def plain(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Figures as written down (`Figure.to_json`) as plain numbers: NAME, NAME_low, NAME_high (None: absent)."""
+    """Figures as written down (`MetricValue.to_json`) as plain numbers: NAME, NAME_low, NAME_high (None: absent)."""
     found: dict[str, Any] = {}
     for name, figure in figures.items():
         found |= {name: figure.get("value"), f"{name}_low": figure.get("low"), f"{name}_high": figure.get("high")}

@@ -10,9 +10,9 @@ import pyarrow.compute as pc
 
 from ofmu_ray.metrics import memorisation
 from ofmu_ray.metrics.columns import clusters_of, finite, of_tokens, rows_of
-from ofmu_ray.metrics.degeneration import MEASURES, Bounds, Sound, ngram_variety
+from ofmu_ray.metrics.degeneration import MEASURES, Bounds, SoundRange, ngram_variety
 from ofmu_ray.metrics.functions import FloatArray
-from ofmu_ray.metrics.intervals import Figure
+from ofmu_ray.metrics.intervals import MetricValue
 from ofmu_ray.metrics.registry import Better, Metric, mean_of, register
 
 COLUMNS = {
@@ -70,7 +70,7 @@ def sound_generations(
     bootstrap_samples: int = 1000,
     seed: int = 0,
     longest: int | None = None,
-) -> Sound | None:
+) -> SoundRange | None:
     """What a model's answers to forget prompts are held against: the retrained model's to the same prompts; where there
     is none, the target's to prompts of holdout rows, which it never saw either, else to those of the retain rows.
 
@@ -92,11 +92,11 @@ def sound_generations(
                 bounds[measure] = found
         if bounds:
             tokens = pc.max(rows["generated_tokens"]).as_py()
-            return Sound(whose, bounds) if longest is None or longest >= tokens else None
+            return SoundRange(whose, bounds) if longest is None or longest >= tokens else None
     return None
 
 
-def _bounds(measure: str, figure: Figure) -> Bounds | None:
+def _bounds(measure: str, figure: MetricValue) -> Bounds | None:
     if figure.value is None or figure.low is None or figure.high is None:
         return None
     low, high = figure.low, figure.high

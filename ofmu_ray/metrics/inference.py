@@ -10,7 +10,7 @@ import pyarrow as pa
 from ofmu_ray.metrics import membership
 from ofmu_ray.metrics.columns import clusters_of, finite, of_tokens, rows_of, same_rows
 from ofmu_ray.metrics.functions import FloatArray
-from ofmu_ray.metrics.intervals import Clusters, Figure, attack_figures, privleak_figure
+from ofmu_ray.metrics.intervals import Clusters, MetricValue, attack_figures, privleak_figure
 from ofmu_ray.metrics.registry import NEEDS_RETRAINED, Inputs, Metric, register
 
 ATTACKS = {
@@ -25,7 +25,7 @@ ATTACKS = {
 _GRADIENT = "answer_gradient_norm"  # a column that only some tables have: it costs a backward pass per row
 
 
-def membership_figures(inputs: Inputs) -> Mapping[str, Figure]:
+def membership_figures(inputs: Inputs) -> Mapping[str, MetricValue]:
     """mia_<attack>_auc, mia_<attack>_tpr and privleak, of forget rows against holdout rows; {} without holdout rows."""
     table, retrained, options = inputs.table, inputs.retrained, inputs.options
     if not inputs.rows("holdout").num_rows:
@@ -37,30 +37,30 @@ def membership_figures(inputs: Inputs) -> Mapping[str, Figure]:
     else:
         same = all(same_rows(*pair) for pair in zip(rows, references, strict=True))
         unusable = None if same else "the retrained model was evaluated on other forget or holdout rows"
-    figures: dict[str, Figure] = {}
+    figures: dict[str, MetricValue] = {}
     for attack in ATTACKS:
         if attack == "gradient_norm" and _GRADIENT not in table.column_names:
             continue
         scores = unusable if attack == "reference" and unusable else _both(rows, attack, references)
         auc, rate = f"mia_{attack}_auc", f"mia_{attack}_tpr"
         if isinstance(scores, str):
-            figures |= {auc: Figure.absent(scores), rate: Figure.absent(scores)}
+            figures |= {auc: MetricValue.absent(scores), rate: MetricValue.absent(scores)}
             continue
         there = [~np.isnan(values) for values in scores]
         kept = [values[some] for values, some in zip(scores, there, strict=True)]
         figures[auc], figures[rate] = attack_figures(
             kept[0], kept[1], name=f"mia_{attack}", clusters=_kept_clusters(rows, there), **options
         )
-    figures["privleak"] = Figure.absent(unusable) if unusable else _privleak(rows, references or [], options)
+    figures["privleak"] = MetricValue.absent(unusable) if unusable else _privleak(rows, references or [], options)
     return figures
 
 
-def _privleak(rows: list[pa.Table], references: list[pa.Table], options: dict[str, int]) -> Figure:
+def _privleak(rows: list[pa.Table], references: list[pa.Table], options: dict[str, int]) -> MetricValue:
     own, other = _both(rows, "min_k"), _both(references, "min_k")
     if isinstance(own, str):
-        return Figure.absent(own)
+        return MetricValue.absent(own)
     if isinstance(other, str):
-        return Figure.absent(f"retrained model: {other}")
+        return MetricValue.absent(f"retrained model: {other}")
     there = [~np.isnan(one) & ~np.isnan(two) for one, two in zip(own, other, strict=True)]
     model, retrained = ((scores[0][there[0]], scores[1][there[1]]) for scores in (own, other))
     return privleak_figure(model, retrained, name="privleak", clusters=_kept_clusters(rows, there), **options)

@@ -26,7 +26,7 @@ _BLOCK_ELEMENTS = 1 << 22  # resampled values held at once (32 MiB of float64)
 
 
 @dataclass(frozen=True)
-class Figure:
+class MetricValue:
     """A number with its 95 % interval and the rows behind it; or no number, and the reason.
 
     A number without an interval also has a reason. `clusters`: how many were drawn, of the sets that have them.
@@ -40,7 +40,7 @@ class Figure:
     clusters: int | None = None
 
     @classmethod
-    def absent(cls, reason: str) -> Figure:
+    def absent(cls, reason: str) -> MetricValue:
         return cls(value=None, reason=reason)
 
     def to_json(self) -> dict[str, float | int | str | None]:
@@ -54,7 +54,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class ResampledValue:
     """A number and what it is in each resample [samples]; no resamples where a set is one row or one cluster."""
 
     value: float
@@ -62,16 +62,16 @@ class Estimate:
     n: int
     clusters: int | None = None
 
-    def figure(self) -> Figure:
+    def figure(self) -> MetricValue:
         if self.resampled is None or np.isnan(self.resampled).all():
             reason = "no interval: a set of one row or one cluster cannot be resampled"
-            return Figure(self.value, n=self.n, clusters=self.clusters, reason=reason)
+            return MetricValue(self.value, n=self.n, clusters=self.clusters, reason=reason)
         low, high = (float(bound) for bound in np.nanpercentile(self.resampled, [2.5, 97.5]))
         # resampling biases the KS statistic upwards: the interval is widened to hold the figure itself
-        return Figure(self.value, min(low, self.value), max(high, self.value), self.n, clusters=self.clusters)
+        return MetricValue(self.value, min(low, self.value), max(high, self.value), self.n, clusters=self.clusters)
 
 
-def mean_figure(values: FloatArray, *, samples: int, seed: int, name: str, clusters: Clusters = None) -> Figure:
+def mean_figure(values: FloatArray, *, samples: int, seed: int, name: str, clusters: Clusters = None) -> MetricValue:
     """Mean over rows. `name` separates the random streams of the figures that share a seed."""
 
     def mean(weights: FloatArray) -> FloatArray:
@@ -87,7 +87,7 @@ def utility_estimate(
     seed: int,
     name: str,
     clusters: Mapping[str, Clusters] | None = None,
-) -> Estimate:
+) -> ResampledValue:
     """Model utility: the sets' rows are resampled independently, a row's three values together.
 
     `sets` maps a set to its three columns [rows] (NaN: the row lacks this value); n counts the rows of all sets.
@@ -107,14 +107,14 @@ def utility_estimate(
     return resampled_estimates(utility, [float(value)], rows, samples, seed, name)[0]
 
 
-def utility_figure(sets: Mapping[str, Sequence[FloatArray]], *, samples: int, seed: int, name: str) -> Figure:
+def utility_figure(sets: Mapping[str, Sequence[FloatArray]], *, samples: int, seed: int, name: str) -> MetricValue:
     """`utility_estimate` of independent rows as a figure."""
     return utility_estimate(sets, samples=samples, seed=seed, name=name).figure()
 
 
 def forget_quality_estimates(
     ratio: FloatArray, retrained_ratio: FloatArray, *, samples: int, seed: int, name: str, clusters: Clusters = None
-) -> list[Estimate]:
+) -> list[ResampledValue]:
     """[p-value, statistic] of forget quality over the same forget rows of two models [rows], [rows].
 
     A resample draws rows, and with each row both models' ratios: the models answered the same questions.
@@ -133,7 +133,7 @@ def forget_quality_estimates(
 
 def forget_quality_figures(
     ratio: FloatArray, retrained_ratio: FloatArray, *, samples: int, seed: int, name: str, clusters: Clusters = None
-) -> tuple[Figure, Figure]:
+) -> tuple[MetricValue, MetricValue]:
     """`forget_quality_estimates` as figures."""
     p_value, statistic = forget_quality_estimates(
         ratio, retrained_ratio, samples=samples, seed=seed, name=name, clusters=clusters
@@ -149,7 +149,7 @@ def attack_figures(
     seed: int,
     name: str,
     clusters: tuple[Clusters, Clusters] = (None, None),
-) -> tuple[Figure, Figure]:
+) -> tuple[MetricValue, MetricValue]:
     """(AUC, TPR at 1 % FPR) of a membership score, [rows] each; the two sets are resampled independently."""
 
     def attack(members: FloatArray, others: FloatArray) -> FloatArray:
@@ -170,11 +170,11 @@ def privleak_figure(
     seed: int,
     name: str,
     clusters: tuple[Clusters, Clusters] = (None, None),
-) -> Figure:
+) -> MetricValue:
     """PrivLeak of (forget, holdout) scores, of the same rows by both models; a row's two scores stay together."""
     auc, reference = membership.attack_auc(*model), membership.attack_auc(*retrained)
     if reference == 1.0:
-        return Figure.absent("the retrained model's AUC is 1: PrivLeak divides by its distance from 1")
+        return MetricValue.absent("the retrained model's AUC is 1: PrivLeak divides by its distance from 1")
 
     def leak(*weights: FloatArray) -> FloatArray:
         pair = (weights[0], weights[1])
@@ -186,31 +186,31 @@ def privleak_figure(
     return resampled_estimates(leak, [value], rows, samples, seed, name)[0].figure()
 
 
-def variance_figure(estimates: Sequence[Estimate]) -> Figure:
+def variance_figure(estimates: Sequence[ResampledValue]) -> MetricValue:
     """Sample variance of the same figure over probes; needs two of them. n counts probes, the interval is over rows."""
     if len(estimates) < 2:
-        return Figure.absent("a variance needs two probes")
+        return MetricValue.absent("a variance needs two probes")
     value = float(np.var([estimate.value for estimate in estimates], ddof=1))
     resampled = [estimate.resampled for estimate in estimates if estimate.resampled is not None]
     draws = np.var(resampled, axis=0, ddof=1) if len(resampled) == len(estimates) else None
-    return Estimate(value, draws, len(estimates)).figure()
+    return ResampledValue(value, draws, len(estimates)).figure()
 
 
-def over_seeds(values: Sequence[float]) -> Figure:
+def over_seeds(values: Sequence[float]) -> MetricValue:
     """Mean over seeds with its 95 % interval from Student's t; n counts seeds.
 
     The interval assumes that the seeds' values are roughly normal. One seed has no interval, and none no figure; both
     with the reason.
     """
     if not len(values):
-        return Figure.absent("no seeds")
+        return MetricValue.absent("no seeds")
     mean, n = float(np.mean(values)), len(values)
     if n == 1:
-        return Figure(mean, n=1, reason="one seed: no interval over seeds")
+        return MetricValue(mean, n=1, reason="one seed: no interval over seeds")
     from scipy.stats import t
 
     half = float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
-    return Figure(mean, mean - half, mean + half, n)
+    return MetricValue(mean, mean - half, mean + half, n)
 
 
 # -------------------------------------------------------------------------------------------------------- resamples
@@ -223,7 +223,7 @@ def resampled_estimates(
     samples: int,
     seed: int,
     name: str,
-) -> list[Estimate]:
+) -> list[ResampledValue]:
     """The values with their resamples; `statistic` makes [draws] or [values, draws] of the weights of each set."""
     n = sum(rows for rows, _ in sets)
     places = [np.arange(rows) if labels is None else _numbered(labels) for rows, labels in sets]
@@ -231,7 +231,7 @@ def resampled_estimates(
     counts = [unit for unit, (_, labels) in zip(units, sets, strict=True) if labels is not None]
     clusters = sum(counts) if counts else None
     if min(units) < 2:
-        return [Estimate(float(value), None, n, clusters) for value in values]
+        return [ResampledValue(float(value), None, n, clusters) for value in values]
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     draws = zip(*(_resamples(unit, samples, rng, width=n) for unit in units), strict=True)
     blocks = [
@@ -239,7 +239,7 @@ def resampled_estimates(
         for block in draws
     ]
     resampled = np.atleast_2d(np.concatenate(blocks, axis=-1))
-    return [Estimate(float(value), row, n, clusters) for value, row in zip(values, resampled, strict=True)]
+    return [ResampledValue(float(value), row, n, clusters) for value, row in zip(values, resampled, strict=True)]
 
 
 def _numbered(labels: NDArray[Any]) -> NDArray[np.int64]:

@@ -23,10 +23,10 @@ import numpy as np
 import pyarrow as pa
 
 from ofmu_ray.metrics import functions
-from ofmu_ray.metrics.answers import SCORES, SETS, UTILITY_SETS
 from ofmu_ray.metrics.columns import clusters_of, finite, rows_of
 from ofmu_ray.metrics.functions import FloatArray
 from ofmu_ray.metrics.registry import Metric, Values, metric, metrics
+from ofmu_ray.metrics.tofu import SCORES, SETS, UTILITY_SETS
 
 Result = Literal["best", "not significantly worse", "worse", "below the utility floor", "degenerate", "not tested"]
 
@@ -41,7 +41,7 @@ def tested() -> list[str]:
 
 
 @dataclass(frozen=True)
-class Draws:
+class ResampledRun:
     """A figure of one run, and what it is in each resample of the rows."""
 
     value: float
@@ -89,7 +89,7 @@ class Resamples:
                 weights = np.concatenate([np.ones((1, units)), drawn if units > 1 else np.empty((0, 1))])[:, places]
                 self.sets[name] = SetWeights(rows["index"].to_pylist(), weights, units)
 
-    def figure(self, name: str, table: pa.Table, retrained: pa.Table | None) -> Draws | str:
+    def figure(self, name: str, table: pa.Table, retrained: pa.Table | None) -> ResampledRun | str:
         """The metric of a model from its per-row table; or why it cannot be computed."""
         declared = metric(name)
         if declared.paired == "distance":
@@ -109,7 +109,7 @@ class Resamples:
         means = self._mean(declared, table)
         return means if isinstance(means, str) else _draws(means, self.sets[declared.set].units)
 
-    def score(self, name: str, table: pa.Table, retrained: pa.Table | None) -> Draws | str:
+    def score(self, name: str, table: pa.Table, retrained: pa.Table | None) -> ResampledRun | str:
         """`turned` figure of a model, so that higher is better; or why it cannot be computed."""
         draws = self.figure(name, table, retrained)
         declared = metric(name)
@@ -135,7 +135,7 @@ class Resamples:
         with np.errstate(invalid="ignore"):  # a resample without any row that has the value: NaN
             return np.asarray((weights @ np.nan_to_num(values)) / (weights @ ~np.isnan(values)))
 
-    def _distance(self, table: pa.Table, retrained: pa.Table | None) -> Draws | str:
+    def _distance(self, table: pa.Table, retrained: pa.Table | None) -> ResampledRun | str:
         """KS statistic of the truth ratios of the forget rows against the retrained model's on the same rows."""
         if retrained is None:
             return "there is no retrained model"
@@ -152,17 +152,19 @@ class Resamples:
         return _draws(np.abs(apart).max(axis=1) / weights.sum(axis=1), self.sets["forget"].units)
 
 
-def turned(name: str, draws: Draws | str, retrained: Draws | str) -> Draws | str:
+def turned(name: str, draws: ResampledRun | str, retrained: ResampledRun | str) -> ResampledRun | str:
     """The figure turned so that higher is better: 1 - KS statistic; minus the distance to the retrained model's figure
     for the other figures of the forget rows; all others as they are. A reason in place of either stays a reason."""
     declared = metric(name)
     if isinstance(draws, str) or not declared.forgetting:
         return draws
     if declared.paired == "distance":
-        return Draws(1.0 - draws.value, 1.0 - draws.resampled, draws.units)
+        return ResampledRun(1.0 - draws.value, 1.0 - draws.resampled, draws.units)
     if isinstance(retrained, str):
         return retrained
-    return Draws(-abs(draws.value - retrained.value), -np.abs(draws.resampled - retrained.resampled), draws.units)
+    return ResampledRun(
+        -abs(draws.value - retrained.value), -np.abs(draws.resampled - retrained.resampled), draws.units
+    )
 
 
 def _ratios(rows: pa.Table, name: str) -> FloatArray | str:
@@ -173,8 +175,8 @@ def _ordered(table: pa.Table, name: str) -> pa.Table:
     return rows_of(table, name).sort_by("index")
 
 
-def _draws(values: FloatArray, units: int) -> Draws:
-    return Draws(float(values[0]), values[1:], units)
+def _draws(values: FloatArray, units: int) -> ResampledRun:
+    return ResampledRun(float(values[0]), values[1:], units)
 
 
 # ------------------------------------------------------------------------------------------------------------ tests
@@ -194,7 +196,7 @@ class PairedTest:
     """What the interval and the p-value cover: rows and seeds, rows only, seeds only, or nothing."""
 
 
-def paired_test(a: Mapping[int, Draws], b: Mapping[int, Draws]) -> PairedTest | None:
+def paired_test(a: Mapping[int, ResampledRun], b: Mapping[int, ResampledRun]) -> PairedTest | None:
     """Seed -> score of two methods, resampled by the same draws; over the seeds that both have (None: no such seed)."""
     from scipy.stats import t
 
@@ -246,7 +248,7 @@ class Verdict:
 
 
 def verdicts(
-    scores: Mapping[str, Mapping[int, Draws]], barred: Mapping[str, Result] | None = None, level: float = 0.05
+    scores: Mapping[str, Mapping[int, ResampledRun]], barred: Mapping[str, Result] | None = None, level: float = 0.05
 ) -> dict[str, Verdict]:
     """Method -> (seed -> score, higher is better) -> who is best, and who is not significantly worse than it.
 

@@ -12,8 +12,8 @@ import pyarrow as pa
 from ofmu_ray.metrics import functions as metrics
 from ofmu_ray.metrics.columns import clusters_of, finite, right_answer_ratios, rows_of, same_rows
 from ofmu_ray.metrics.intervals import (
-    Estimate,
-    Figure,
+    MetricValue,
+    ResampledValue,
     forget_quality_estimates,
     utility_estimate,
     variance_figure,
@@ -30,7 +30,7 @@ def probe_names(table: pa.Table) -> list[str]:
     return list(dict.fromkeys(probe for _, (probe, _, half) in halves if probe and half in ("forget", "retain")))
 
 
-def probe_figures(inputs: Inputs) -> dict[str, Figure]:
+def probe_figures(inputs: Inputs) -> dict[str, MetricValue]:
     """Per probe `<probe>_forget_quality`, `<probe>_ks_statistic` and `<probe>_utility`; then their VARIANCES.
 
     Forget quality: as the main figure, of the probe's forget rows; truth ratios start from the answer itself where a
@@ -38,28 +38,28 @@ def probe_figures(inputs: Inputs) -> dict[str, Figure]:
     rows. Variances are over the probes that have the figure. Empty without probes.
     """
     table, retrained, samples, seed = inputs.table, inputs.retrained, inputs.samples, inputs.seed
-    figures: dict[str, Figure] = {}
-    qualities: list[Estimate] = []
-    utilities: list[Estimate] = []
+    figures: dict[str, MetricValue] = {}
+    qualities: list[ResampledValue] = []
+    utilities: list[ResampledValue] = []
     names = probe_names(table)
     for probe in names:
         found = NEEDS_RETRAINED if retrained is None else _quality(table, retrained, probe, samples, seed)
         if isinstance(found, str):
-            figures[f"{probe}_forget_quality"] = figures[f"{probe}_ks_statistic"] = Figure.absent(found)
+            figures[f"{probe}_forget_quality"] = figures[f"{probe}_ks_statistic"] = MetricValue.absent(found)
         else:
             figures[f"{probe}_forget_quality"], figures[f"{probe}_ks_statistic"] = (each.figure() for each in found)
             qualities.append(found[0])
         utility = _utility(table, probe, samples, seed)
-        figures[f"{probe}_utility"] = Figure.absent(utility) if isinstance(utility, str) else utility.figure()
+        figures[f"{probe}_utility"] = MetricValue.absent(utility) if isinstance(utility, str) else utility.figure()
         utilities += [] if isinstance(utility, str) else [utility]
     if names:
         lacking = retrained is None
-        figures[VARIANCES[0]] = Figure.absent(NEEDS_RETRAINED) if lacking else variance_figure(qualities)
+        figures[VARIANCES[0]] = MetricValue.absent(NEEDS_RETRAINED) if lacking else variance_figure(qualities)
         figures[VARIANCES[1]] = variance_figure(utilities)
     return figures
 
 
-def _quality(table: pa.Table, retrained: pa.Table, probe: str, samples: int, seed: int) -> list[Estimate] | str:
+def _quality(table: pa.Table, retrained: pa.Table, probe: str, samples: int, seed: int) -> list[ResampledValue] | str:
     name = f"{probe}_forget"
     rows = [rows_of(source, name) for source in (table, retrained)]
     if not all(those.num_rows for those in rows):
@@ -78,7 +78,7 @@ def _quality(table: pa.Table, retrained: pa.Table, probe: str, samples: int, see
     return forget_quality_estimates(own[both], other[both], samples=samples, seed=seed, name=quality, clusters=clusters)
 
 
-def _utility(table: pa.Table, probe: str, samples: int, seed: int) -> Estimate | str:
+def _utility(table: pa.Table, probe: str, samples: int, seed: int) -> ResampledValue | str:
     name = f"{probe}_retain"
     rows = rows_of(table, name)
     if rows.num_rows == 0:

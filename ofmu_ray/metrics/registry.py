@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from ofmu_ray.metrics.columns import clusters_of, rows_of
 from ofmu_ray.metrics.functions import FloatArray
-from ofmu_ray.metrics.intervals import Clusters, Figure, mean_figure
+from ofmu_ray.metrics.intervals import Clusters, MetricValue, mean_figure
 
 Better = Literal["high", "low", "retrained"]
 """Which way is better; retrained: best where it is what a model scores that never saw the forget rows."""
@@ -45,7 +45,7 @@ class Metric:
     values: Values | None = None
     always: bool = False
     """Listed, as absent with the reason, where the set has no rows."""
-    figures: Callable[[Inputs], Mapping[str, Figure]] | None = None
+    figures: Callable[[Inputs], Mapping[str, MetricValue]] | None = None
     """Computes it, and others that share the work, where it is no mean over rows."""
     needs: frozenset[str] = frozenset()
     """retrained, generations, or a set of rows besides forget and retain (holdout, real_authors, world_facts)."""
@@ -93,24 +93,24 @@ class Inputs:
             return f"no {metric.set} rows were evaluated (evaluation.sets.{metric.set})"
         return metric.values(rows, metric.set)
 
-    def mean(self, metric: Metric) -> Figure:
+    def mean(self, metric: Metric) -> MetricValue:
         """The mean over the rows that have the value."""
         assert metric.set is not None
         return mean_of(self.values(metric), clusters_of(self.rows(metric.set)), metric.name, **self.options)
 
 
-def mean_of(values: FloatArray | str, clusters: Clusters, name: str, **options: int) -> Figure:
+def mean_of(values: FloatArray | str, clusters: Clusters, name: str, **options: int) -> MetricValue:
     """Mean over the rows that have a value, with its interval; absent with the reason where there is none."""
     if isinstance(values, str):
-        return Figure.absent(values)
+        return MetricValue.absent(values)
     there = ~np.isnan(values)
     if not there.any():
-        return Figure.absent("no row has it")
+        return MetricValue.absent("no row has it")
     return mean_figure(values[there], name=name, clusters=None if clusters is None else clusters[there], **options)
 
 
 _DECLARED: dict[str, Metric] = {}
-_MODULES = ("answers", "generations", "inference", "probes", "aggregate")
+_MODULES = ("tofu", "generations", "inference", "probes", "aggregate")
 """Modules of this folder that declare metrics, in the order of reports."""
 
 
@@ -151,8 +151,8 @@ def compute(inputs: Inputs) -> dict[str, Any]:
     return dict(_computed(inputs))
 
 
-def _computed(inputs: Inputs) -> Iterator[tuple[str, Figure]]:
-    done: dict[Any, Mapping[str, Figure]] = {}
+def _computed(inputs: Inputs) -> Iterator[tuple[str, MetricValue]]:
+    done: dict[Any, Mapping[str, MetricValue]] = {}
     for one in metrics():
         if one.values is not None and one.set is not None:
             if one.always or inputs.rows(one.set).num_rows:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ofmu_ray.metrics.degeneration import Sound, failed_measures
+from ofmu_ray.metrics.degeneration import SoundRange, failed_measures
 from ofmu_ray.metrics.fronts import Trial, number_of
 from ofmu_ray.metrics.registry import metric
 
@@ -28,7 +28,7 @@ class Goal:
     retrained_objective: float | None = None
     """The retrained model's objective, for figures that should match it; None: these are to be low."""
 
-    sound: Sound | None = None
+    sound: SoundRange | None = None
     """Generations beside which a model's are degenerate; None: no model is."""
     margin: float = 0.0
     """Added to the floor when a trial is chosen, in units of the metric, if some trial that is not degenerate reaches

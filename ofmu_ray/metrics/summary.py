@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from ofmu_ray.metrics.intervals import Figure
+from ofmu_ray.metrics.intervals import MetricValue
 from ofmu_ray.metrics.registry import Inputs, compute
 
 
 def summarise(
     table: pa.Table, retrained: pa.Table | None = None, *, bootstrap_samples: int = 1000, seed: int = 0
-) -> dict[str, Figure]:
+) -> dict[str, MetricValue]:
     """All metrics of one model from its per-row values, as `evaluate_model` returns them.
 
     `retrained`: the same of the model trained without the forget rows; metrics that need it are absent without it. A

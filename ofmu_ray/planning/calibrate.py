@@ -18,7 +18,7 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.methods import build_method
 from ofmu_ray.models.loading import empty_model
 from ofmu_ray.planning.cost import Link, RoundTime
-from ofmu_ray.planning.setup import Estimate, Planner
+from ofmu_ray.planning.setup import Planner, Requirements
 from ofmu_ray.planning.shapes import micro_batch
 
 REPEATS = 3
@@ -27,7 +27,7 @@ LARGEST_VECTOR = 16_000_000
 
 
 def calibrated_time(
-    planner: Planner, estimate: Estimate, link: Link, clock: Callable[[], float] = time.perf_counter
+    planner: Planner, estimate: Requirements, link: Link, clock: Callable[[], float] = time.perf_counter
 ) -> RoundTime:
     """Seconds of a round of `estimate`, from measurements here with the number of threads that torch is set to.
 
@@ -53,7 +53,9 @@ def _layers(shape: Any) -> int:
     return int(layers)
 
 
-def _pass_seconds(planner: Planner, estimate: Estimate, stream: str, layers: int, clock: Callable[[], float]) -> float:
+def _pass_seconds(
+    planner: Planner, estimate: Requirements, stream: str, layers: int, clock: Callable[[], float]
+) -> float:
     """Forward and backward of one micro-batch of mean length on a model of that many layers with random weights."""
     shape = copy.deepcopy(planner.shape)
     text = shape.get_text_config()
@@ -78,7 +80,7 @@ def _run(module: torch.nn.Module, micro: Any) -> None:
     value.backward()  # type: ignore[no-untyped-call]
 
 
-def _vector_seconds(planner: Planner, estimate: Estimate, clock: Callable[[], float]) -> float:
+def _vector_seconds(planner: Planner, estimate: Requirements, clock: Callable[[], float]) -> float:
     """A round of the method minus its passes, on a model of one vector."""
     layout, sizes = estimate.layout, estimate.sizes
     shard = sizes.trainable if layout.zero_stage == 0 else -(-sizes.trainable // layout.workers)

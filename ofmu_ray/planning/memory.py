@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ofmu_ray.planning.replay import Held, ReplayedPass, Round
+from ofmu_ray.planning.replay import LiveVectors, ReplayedPass, Round
 from ofmu_ray.planning.trace import PassTrace
 
 FULL = 4
@@ -86,7 +86,7 @@ def peaks(layout: Layout, sizes: Sizes, done: Round, traces: Traces, base: int =
         moments += parts.during(replayed, traces[index])
     found = {"round": max(moments, key=lambda peak: peak.bytes)}
     if layout.device == "cpu":
-        rest = Held(0, done.peak.saved, done.peak.moments)
+        rest = LiveVectors(0, done.peak.saved, done.peak.moments)
         shard = parts.vector
         copies = {"copies for the checkpoint": int((1 + rest.moments) * shard)}
         found["checkpoint"] = Peak("checkpoint", {**parts.resident(rest), **copies})
@@ -107,7 +107,7 @@ class _Parts:
         self.vector = self.shard * FULL
         """Bytes of one vector."""
 
-    def resident(self, held: Held) -> dict[str, int]:
+    def resident(self, held: LiveVectors) -> dict[str, int]:
         """What stays between passes."""
         layout, sizes, w = self.layout, self.sizes, self.layout.weight_bytes
         own = {"process": self.base}
@@ -134,7 +134,7 @@ class _Parts:
         elements = REDUCE_BUCKET if self.layout.device == "cuda" else min(REDUCE_BUCKET, self.sizes.trainable)
         return elements * element
 
-    def between(self, held: Held) -> Peak:
+    def between(self, held: LiveVectors) -> Peak:
         """Linear algebra; with offload, the moments of the loop that steps are on the device."""
         components = self.resident(held)
         if self.layout.offload and self.layout.device == "cuda":

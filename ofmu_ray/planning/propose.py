@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ofmu_ray.config import LoraConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.planning.cost import Device, Link
-from ofmu_ray.planning.setup import Estimate, Planner, SetUp
+from ofmu_ray.planning.setup import Planner, Requirements, SetUp
 
 MOST_GPUS = 512
 
@@ -25,13 +25,13 @@ class Target:
     link: Link
 
 
-def propose(planner: Planner, target: Target) -> Estimate:
+def propose(planner: Planner, target: Target) -> Requirements:
     """The fastest set-up whose peak fits; all weights are trained if any such set-up fits, else LoRA adapters are.
 
     Raises:
         UserError: none fits; names the largest component of the smallest one and the nearest that would fit.
     """
-    smallest: Estimate | None = None
+    smallest: Requirements | None = None
     given = planner.given().lora
     for lora in [given] if given is not None else [None, LoraConfig()]:
         found = [planner.estimate(setup) for setup in _setups(planner, target.gpus, lora)]
@@ -59,7 +59,7 @@ def _setups(planner: Planner, gpus: int, lora: LoraConfig | None) -> Iterator[Se
                 yield SetUp(stage, gpus, micro, recompute, "optimizer", lora)
 
 
-def _refusal(planner: Planner, target: Target, smallest: Estimate) -> UserError:
+def _refusal(planner: Planner, target: Target, smallest: Requirements) -> UserError:
     peak = smallest.peak
     largest = peak.largest
     text = (

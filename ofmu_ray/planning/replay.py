@@ -21,7 +21,7 @@ UNIT = 1 << 20
 
 
 @dataclass(frozen=True)
-class Held:
+class LiveVectors:
     """What exists at a moment of a round, in vectors (fp32 copies of the trainable parameters)."""
 
     vectors: float
@@ -43,7 +43,7 @@ class ReplayedPass:
     kind: Kind
     loss: Loss
     differenced: bool
-    held: Held
+    held: LiveVectors
     """Before the pass makes its own vector."""
     batch: Any = field(compare=False)
 
@@ -53,7 +53,7 @@ class Round:
     """What a round after the first does: every optimiser has its moments, every room its size."""
 
     passes: list[ReplayedPass] = field(default_factory=list)
-    peak: Held = Held(0, 0, 0)
+    peak: LiveVectors = LiveVectors(0, 0, 0)
     """Most vectors at any moment between passes."""
     refreshes: int = 0
     """How often forward passes get new weights: twice per displacement, once per step."""
@@ -87,8 +87,8 @@ class PlanSpace:
         self._peak = 0.0
 
     @property
-    def held(self) -> Held:
-        return Held(self.meter.live / UNIT / 4, self._saved, sum(self._moments.values()))
+    def held(self) -> LiveVectors:
+        return LiveVectors(self.meter.live / UNIT / 4, self._saved, sum(self._moments.values()))
 
     def _grown(self, live: int) -> None:
         if self.held.total > self.round.peak.total:
@@ -186,7 +186,7 @@ def replay(
     return found
 
 
-def _held_as(one: ReplayedPass, first: Round) -> Iterator[Held]:
+def _held_as(one: ReplayedPass, first: Round) -> Iterator[LiveVectors]:
     """What is held before `one`, and before the passes of its kind in the first round (whose moments arise in it)."""
     yield one.held
     for other in first.passes:

@@ -66,7 +66,7 @@ class SetUp:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Requirements:
     """What a set-up needs."""
 
     setup: SetUp
@@ -133,7 +133,7 @@ class Planner:
             lora=model.lora,
         )
 
-    def estimate(self, setup: SetUp) -> Estimate:
+    def estimate(self, setup: SetUp) -> Requirements:
         """What `setup` needs; traces the model if that was not done for its passes yet."""
         sizes, done, traces = self._trace(setup)
         layout = Layout(
@@ -147,7 +147,7 @@ class Planner:
         passes = {kind: sum(p.kind == kind for p in done.passes) for kind in ("forget", "retain")}
         batch = self.training.batch_size
         tokens = sum(count * batch * self.rows[kind].mean for kind, count in passes.items())
-        return Estimate(
+        return Requirements(
             setup=setup,
             phases=peaks(layout, sizes, done, traces, self.base),
             sizes=sizes,

@@ -84,7 +84,7 @@ class Meter(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
-class Moment:
+class MemoryPoint:
     """A point in a pass that no other exceeds in both of its numbers."""
 
     activation_bytes: int
@@ -97,7 +97,7 @@ class Moment:
 class PassTrace:
     """One forward and backward pass over one micro-batch."""
 
-    moments: tuple[Moment, ...]
+    moments: tuple[MemoryPoint, ...]
     """By falling activation_bytes and rising gradients_done."""
     forward_bytes: int
     """Most activation bytes before backward begins."""
@@ -191,10 +191,10 @@ def trace_pass(
             hook.remove()
         for parameter in parameters:
             parameter.grad = None
-    kept: list[Moment] = []
+    kept: list[MemoryPoint] = []
     for elements, live in sorted(moments.items(), reverse=True):
         if not kept or live > kept[-1].activation_bytes:
-            kept.append(Moment(live, elements))
+            kept.append(MemoryPoint(live, elements))
     return PassTrace(tuple(reversed(kept)), forward, logits, meter.flops, meter.bytes_moved, meter.operations)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ofmu_ray.reporting.figures import MATCH, UP, Cell, cell
+from ofmu_ray.reporting.formats import MATCH, UP, MetricCell, cell
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Row:
     label: str
     direction: str
     """Which way is better; empty: it depends."""
-    cells: Mapping[str, Cell]
+    cells: Mapping[str, MetricCell]
     """Model -> cell."""
 
 
@@ -30,7 +30,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Table:
+class AttackTable:
     """A check."""
 
     title: str
@@ -91,7 +91,7 @@ def model_row(label: str, direction: str, found: Mapping[str, Mapping[str, Any] 
     return Row(label, direction, {model: cell(figure) for model, figure in found.items()})
 
 
-def check_table(name: str, found: Mapping[str, Mapping[str, Any]], models: Sequence[str]) -> Table:
+def check_table(name: str, found: Mapping[str, Mapping[str, Any]], models: Sequence[str]) -> AttackTable:
     """A check's figures (model -> `<group>/<what>` -> figure) with the page's models as columns."""
     kind, _, which = name.partition("/")
     title, note = _TITLES[kind]
@@ -106,7 +106,7 @@ def check_table(name: str, found: Mapping[str, Mapping[str, Any]], models: Seque
     others = {"forget": "Forget rows that it does not train on", "retain": "Retain rows that it does not train on"}
     words = _WORDS | others if kind == "relearn" else _WORDS
     titled = [Group(words.get(group, group), rows) for group, rows in groups.items()]
-    return Table(f"{title}: {which}" if which else title, note, titled)
+    return AttackTable(f"{title}: {which}" if which else title, note, titled)
 
 
 def _words(what: str) -> str:

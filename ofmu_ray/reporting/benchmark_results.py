@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from ofmu_ray.metrics.fronts import Trial, geometric_mean, number_of
-from ofmu_ray.metrics.intervals import Figure, over_seeds
-from ofmu_ray.metrics.paired import Draws, Resamples, Result, Verdict, tested, turned, verdicts
+from ofmu_ray.metrics.intervals import MetricValue, over_seeds
+from ofmu_ray.metrics.paired import ResampledRun, Resamples, Result, Verdict, tested, turned, verdicts
 from ofmu_ray.metrics.registry import metric
 from ofmu_ray.metrics.rule import Goal
 from ofmu_ray.reporting.benchmark_settings import BenchmarkSettings
@@ -25,7 +25,7 @@ FIRST_FIGURES = ("forget_quality", "ks_statistic", "aggregate", "model_utility",
 class Summary:
     """A method's figure over its reported seeds."""
 
-    over_seeds: Figure
+    over_seeds: MetricValue
     """Mean (of p-values: geometric, without interval) with the t interval over seeds."""
     values: dict[int, float]
     """Seed -> the run's figure."""
@@ -42,10 +42,10 @@ class SplitResults:
     runs: dict[str, list[dict[str, Any]]]
     """Method -> reported runs."""
     summaries: dict[str, dict[str, Summary]]
-    """Figure -> method."""
+    """Metric -> method."""
     verdicts: dict[str, dict[str, Verdict]]
-    """Figure -> method; empty for figures that are not tested."""
-    references: dict[str, dict[str, Draws]]
+    """Metric -> method; empty for figures that are not tested."""
+    references: dict[str, dict[str, ResampledRun]]
     """target, retrained -> figure."""
     target_utility: float | None
     missed: set[str]
@@ -56,7 +56,7 @@ class SplitResults:
     """Runs whose recorded figures are not those of their rows."""
 
 
-class Benchmark:
+class BenchmarkData:
     """The input of a report, looked up by split, method and phase."""
 
     def __init__(
@@ -78,7 +78,7 @@ class Benchmark:
         table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist([dict(row) for row in rows])
         self._tables, self._tuning_rows = _tables(table)
         self._resamples: dict[str, Resamples | None] = {}
-        self._draws: dict[tuple[str, str, int | None, str], Draws | str] = {}
+        self._draws: dict[tuple[str, str, int | None, str], ResampledRun | str] = {}
 
     def methods(self, split: str) -> list[str]:
         """Methods of a split in the order in which they ran, without the ablation's variants."""
@@ -99,7 +99,7 @@ class Benchmark:
             self._resamples[split] = None if table is None else Resamples(table, samples=samples)
         return self._resamples[split]
 
-    def figure(self, split: str, method: str, seed: int | None, name: str) -> Draws | str:
+    def figure(self, split: str, method: str, seed: int | None, name: str) -> ResampledRun | str:
         """A figure of a run, or of a reference model (no seed), from its rows; or why there is none."""
         key = split, method, seed, name
         if key not in self._draws:
@@ -109,11 +109,11 @@ class Benchmark:
             self._draws[key] = resamples.figure(name, table, retrained) if resamples and known else "no rows"
         return self._draws[key]
 
-    def reference(self, split: str, model: str) -> dict[str, Draws]:
+    def reference(self, split: str, model: str) -> dict[str, ResampledRun]:
         """Figures of the target or of the retrained model, from its rows (forget quality by its KS statistic)."""
         names = dict.fromkeys(name for name in (*self.figures, self.utility) if name in tested()[1:])
         found = {name: self.figure(split, model, None, name) for name in names}
-        return {name: draws for name, draws in found.items() if isinstance(draws, Draws)}
+        return {name: draws for name, draws in found.items() if isinstance(draws, ResampledRun)}
 
     def target_utility(self, split: str, phase: str = "report") -> float | None:
         """The target's utility on the rows that runs of the phase are judged on; None where its rows are not known."""
@@ -124,7 +124,7 @@ class Benchmark:
             draws = Resamples(cut, samples=0).figure(self.utility, cut, None)
         else:
             draws = self.figure(split, "target", None, self.utility)
-        return draws.value if isinstance(draws, Draws) else None
+        return draws.value if isinstance(draws, ResampledRun) else None
 
     def goal(self, split: str) -> Goal:
         """The rule of a split, as the benchmark wrote it down; without that, from the target's rows."""
@@ -135,17 +135,17 @@ class Benchmark:
             return Goal(self.objective, self.utility, math.nan)
         return Goal(self.objective, self.utility, self.floor * target, margin=self.settings.margin * target)
 
-    def scores(self, split: str, method: str, name: str, *phases: str) -> dict[int, Draws]:
+    def scores(self, split: str, method: str, name: str, *phases: str) -> dict[int, ResampledRun]:
         """Seed -> figure turned so that higher is better, with resamples where the run's rows are known."""
-        found: dict[int, Draws] = {}
+        found: dict[int, ResampledRun] = {}
         for run in self.runs(split, method, *phases):
             draws, aim = self.figure(split, method, run["seed"], name), self.figure(split, "retrained", None, name)
             value = number_of(run, "ks_statistic" if name == "forget_quality" else name)
             if isinstance(draws, str) and value is not None:
-                draws = Draws(value, np.empty(0))
-                aim = aim if isinstance(aim, str) else Draws(aim.value, np.empty(0))
+                draws = ResampledRun(value, np.empty(0))
+                aim = aim if isinstance(aim, str) else ResampledRun(aim.value, np.empty(0))
             score = turned(name, draws, aim)
-            if isinstance(score, Draws):
+            if isinstance(score, ResampledRun):
                 found[int(run["seed"])] = score
         return found
 
@@ -172,7 +172,7 @@ def _tables(rows: pa.Table) -> tuple[dict[Key, pa.Table], dict[str, set[tuple[st
     return {key: rows.take(pa.array(numbers)) for key, numbers in places.items()}, tuning
 
 
-def split_results(benchmark: Benchmark, split: str) -> SplitResults:
+def split_results(benchmark: BenchmarkData, split: str) -> SplitResults:
     """Means, intervals and verdicts of a split's reported runs."""
     methods = benchmark.methods(split)
     runs = {method: benchmark.runs(split, method, "report") for method in methods}
@@ -212,27 +212,31 @@ def split_results(benchmark: Benchmark, split: str) -> SplitResults:
     )
 
 
-def _row_figures(benchmark: Benchmark, split: str, method: str, runs: Sequence[Trial]) -> dict[str, dict[int, Draws]]:
-    """Figure -> seed -> the figure as the rows give it (forget quality by its KS statistic)."""
-    found: dict[str, dict[int, Draws]] = {}
+def _row_figures(
+    benchmark: BenchmarkData, split: str, method: str, runs: Sequence[Trial]
+) -> dict[str, dict[int, ResampledRun]]:
+    """Metric -> seed -> its value as the rows give it (forget quality by its KS statistic)."""
+    found: dict[str, dict[int, ResampledRun]] = {}
     for name in (name for name in benchmark.figures if name in tested()[1:]):
         for run in runs:
             draws = benchmark.figure(split, method, run["seed"], name)
-            if isinstance(draws, Draws):
+            if isinstance(draws, ResampledRun):
                 found.setdefault(name, {})[int(run["seed"])] = draws
     return found
 
 
-def _summary(name: str, runs: Sequence[Trial], draws: Mapping[int, Draws]) -> Summary | None:
+def _summary(name: str, runs: Sequence[Trial], draws: Mapping[int, ResampledRun]) -> Summary | None:
     values = {int(run["seed"]): value for run in runs if (value := number_of(run, name)) is not None}
     if not values:
         return None
     if name == "forget_quality":
         reason = "p-values: geometric mean, each run's value beside it"
-        return Summary(Figure(geometric_mean(list(values.values())), n=len(values), reason=reason), values)
+        return Summary(MetricValue(geometric_mean(list(values.values())), n=len(values), reason=reason), values)
     interval = None
     if values.keys() == draws.keys() and all(len(draw.resampled) for draw in draws.values()):
-        mean = Draws(float(np.mean(list(values.values()))), np.mean([d.resampled for d in draws.values()], axis=0))
+        mean = ResampledRun(
+            float(np.mean(list(values.values()))), np.mean([d.resampled for d in draws.values()], axis=0)
+        )
         interval = mean.interval()
     elif len(values) == 1:
         run = next(run for run in runs if number_of(run, name) is not None)
@@ -242,14 +246,14 @@ def _summary(name: str, runs: Sequence[Trial], draws: Mapping[int, Draws]) -> Su
 
 
 def _verdicts(
-    benchmark: Benchmark, split: str, methods: Sequence[str], name: str, barred: Mapping[str, Result]
+    benchmark: BenchmarkData, split: str, methods: Sequence[str], name: str, barred: Mapping[str, Result]
 ) -> dict[str, Verdict]:
     scores = {method: benchmark.scores(split, method, name, "report") for method in methods}
     scores = {method: seeds for method, seeds in scores.items() if seeds}
     return verdicts(scores, barred if metric(name).forgetting else None) if len(scores) > 1 else {}
 
 
-def _mismatches(method: str, runs: Sequence[Trial], rows: Mapping[str, Mapping[int, Draws]]) -> list[str]:
+def _mismatches(method: str, runs: Sequence[Trial], rows: Mapping[str, Mapping[int, ResampledRun]]) -> list[str]:
     return [
         f"{method}, seed {run['seed']}: {name} is {recorded:.6g}, its rows give {rows[name][run['seed']].value:.6g}"
         for run in runs

@@ -8,12 +8,12 @@ from typing import Any
 
 from ofmu_ray.metrics.fronts import Trial, number_of
 from ofmu_ray.metrics.rule import select
-from ofmu_ray.reporting import figures
-from ofmu_ray.reporting.benchmark_results import Benchmark
+from ofmu_ray.reporting import formats
+from ofmu_ray.reporting.benchmark_results import BenchmarkData
 from ofmu_ray.reporting.tables import Cell, Table, cells
 
 
-def selected_table(benchmark: Benchmark, split: str) -> tuple[Table | None, list[str]]:
+def selected_table(benchmark: BenchmarkData, split: str) -> tuple[Table | None, list[str]]:
     """The options that the reported runs use, and where they are not what the rule chooses."""
     rows, records, notes = [], [], []
     target = benchmark.target_utility(split, "tune")
@@ -37,8 +37,8 @@ def selected_table(benchmark: Benchmark, split: str) -> tuple[Table | None, list
                 Cell(options_words(chosen) if chosen else "none yet", why),
                 "–" if chosen is None else str(chosen["trial"]),
                 f"{done} of {len(tuned)}",
-                figures.number(None if chosen is None else number_of(chosen, benchmark.objective)),
-                Cell(figures.number(utility), share),
+                formats.number(None if chosen is None else number_of(chosen, benchmark.objective)),
+                Cell(formats.number(utility), share),
             )
         )  # fmt: skip
         records.append(
@@ -48,8 +48,8 @@ def selected_table(benchmark: Benchmark, split: str) -> tuple[Table | None, list
                 "trials": len(tuned), "trials_with_figures": done,
             }
         )  # fmt: skip
-    header = ["Method", "Options", "Trial", "Trials with figures", figures.label(benchmark.objective),
-              figures.label(benchmark.utility)]  # fmt: skip
+    header = ["Method", "Options", "Trial", "Trials with figures", formats.label(benchmark.objective),
+              formats.label(benchmark.utility)]  # fmt: skip
     refine = benchmark.settings.refine
     second = f" (the last {refine} of a method's draws are from a quarter of each range around the best of the others)"
     caption = (
@@ -69,7 +69,7 @@ def options_words(trial: Trial) -> str:
     return ", ".join(words) or "defaults"
 
 
-def runs_table(benchmark: Benchmark, split: str) -> Table:
+def runs_table(benchmark: BenchmarkData, split: str) -> Table:
     """Every run of every phase: nothing is left out because another was better."""
     names = list(dict.fromkeys((benchmark.objective, "ks_statistic", benchmark.utility)))
     rows = []
@@ -83,12 +83,12 @@ def runs_table(benchmark: Benchmark, split: str) -> Table:
             cells(
                 trial["method"], trial["phase"], f"{number}{', chosen' if trial.get('selected') else ''}",
                 str(trial.get("status")).replace("_", " ") + ", degenerate ⊘" * bool(trial.get("degenerate")),
-                *(figures.number(number_of(trial, name)) for name in names),
+                *(formats.number(number_of(trial, name)) for name in names),
                 "–" if used is None or not budget else f"{100 * used / budget:.1f} %",
-                figures.duration(number_of(trial, "train_seconds") or 0.0),
+                formats.duration(number_of(trial, "train_seconds") or 0.0),
             )
         )  # fmt: skip
-    header = ["Method", "Phase", "Run", "Status", *map(figures.label, names), "Of the budget", "Training"]
+    header = ["Method", "Phase", "Run", "Status", *map(formats.label, names), "Of the budget", "Training"]
     return Table(name="", caption="Every run", header=header, rows=rows, words=4, folded=True)
 
 
@@ -98,7 +98,7 @@ def passes(trial: Trial) -> float | None:
     return None if forget is None or retain is None else forget + retain
 
 
-def failures_table(benchmark: Benchmark) -> Table | None:
+def failures_table(benchmark: BenchmarkData) -> Table | None:
     """Runs that did not finish as planned, with the reason."""
     bad = [trial for trial in benchmark.trials if trial.get("status") != "finished"]
     records = [

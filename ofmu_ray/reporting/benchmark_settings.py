@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ofmu_ray.metrics.degeneration import Sound
+from ofmu_ray.metrics.degeneration import SoundRange
 from ofmu_ray.metrics.rule import Goal
 
 
@@ -66,7 +66,7 @@ class BenchmarkSettings:
 
 
 def _goal(found: Mapping[str, Any]) -> Goal:
-    return Goal(**{**found, "sound": found["sound"] and Sound(**found["sound"])})
+    return Goal(**{**found, "sound": found["sound"] and SoundRange(**found["sound"])})
 
 
 def _planned_runs(config: Mapping[str, Any]) -> int | None:

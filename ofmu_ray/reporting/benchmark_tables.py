@@ -9,9 +9,9 @@ import numpy as np
 
 from ofmu_ray.metrics import functions as metrics
 from ofmu_ray.metrics.fronts import Trial, number_of
-from ofmu_ray.metrics.paired import Draws, Verdict, holm, paired_test
-from ofmu_ray.reporting import figures
-from ofmu_ray.reporting.benchmark_results import FIRST_FIGURES, Benchmark, SplitResults
+from ofmu_ray.metrics.paired import ResampledRun, Verdict, holm, paired_test
+from ofmu_ray.reporting import formats
+from ofmu_ray.reporting.benchmark_results import FIRST_FIGURES, BenchmarkData, SplitResults
 from ofmu_ray.reporting.published import PUBLISHED, SOURCE, URL_TEXT
 from ofmu_ray.reporting.tables import Cell, Table, cells
 
@@ -26,25 +26,25 @@ _COSTS = (
     "forget_passes", "retain_passes", "updates", "tokens", "flops", "train_seconds", "total_seconds",
     "peak_memory_bytes",
 )  # fmt: skip
-_ARROWS = {figures.UP: "↑", figures.DOWN: "↓", figures.MATCH: "→ retrained"}
+_ARROWS = {formats.UP: "↑", formats.DOWN: "↓", formats.MATCH: "→ retrained"}
 
 
 def heading(name: str) -> str:
     """Label of a figure with its direction."""
-    return f"{figures.label(name)} {_ARROWS[figures.direction(name)]}"
+    return f"{formats.label(name)} {_ARROWS[formats.direction(name)]}"
 
 
 def span(low: float | None, high: float | None) -> str:
     """An interval in words."""
     if low is None or high is None:
         return "–"
-    return f"{figures.number(low)} {'to' if low < 0 else '–'} {figures.number(high)}"
+    return f"{formats.number(low)} {'to' if low < 0 else '–'} {formats.number(high)}"
 
 
 # --------------------------------------------------------------------------------------------------------- results
 
 
-def results_table(benchmark: Benchmark, found: SplitResults) -> Table:
+def results_table(benchmark: BenchmarkData, found: SplitResults) -> Table:
     """Methods x first figures and costs, the retrained model and the target below them."""
     first = [*FIRST_FIGURES, benchmark.objective, benchmark.utility]
     names = [name for name in dict.fromkeys(first) if name in found.summaries]
@@ -63,7 +63,7 @@ def results_table(benchmark: Benchmark, found: SplitResults) -> Table:
     return Table(name="results", caption="", header=header, rows=rows, records=_records(found))
 
 
-def other_figures_table(benchmark: Benchmark, found: SplitResults) -> Table | None:
+def other_figures_table(benchmark: BenchmarkData, found: SplitResults) -> Table | None:
     """All further figures, one a row, since there are many."""
     shown = {*FIRST_FIGURES, benchmark.objective, benchmark.utility}
     names = [name for name, summary in found.summaries.items() if name not in shown and summary]
@@ -79,17 +79,17 @@ def other_figures_table(benchmark: Benchmark, found: SplitResults) -> Table | No
         for name in names
     ]
     return Table(
-        name="", caption="All other figures", header=["Figure", *found.methods, *models], rows=rows, folded=True
+        name="", caption="All other metrics", header=["Metric", *found.methods, *models], rows=rows, folded=True
     )
 
 
-def _figure_cell(benchmark: Benchmark, found: SplitResults, name: str, method: str) -> Cell:
+def _figure_cell(benchmark: BenchmarkData, found: SplitResults, name: str, method: str) -> Cell:
     summary = found.summaries.get(name, {}).get(method)
     if summary is None:
         return Cell("–")
     figure, lines = summary.over_seeds, []
     if name == "forget_quality":
-        lines.append("runs " + " · ".join(figures.number(value) for value in summary.values.values()))
+        lines.append("runs " + " · ".join(formats.number(value) for value in summary.values.values()))
     else:
         lines.append("one seed" if figure.low is None else f"seeds {span(figure.low, figure.high)}")
         if summary.over_rows is not None:
@@ -101,7 +101,7 @@ def _figure_cell(benchmark: Benchmark, found: SplitResults, name: str, method: s
     if name == benchmark.utility and method in found.missed:
         mark = f"{mark} ▽".strip()
     best = verdict is not None and verdict.result == "best"
-    return Cell(figures.number(figure.value), tuple(lines), mark, strong=best, title=_verdict_words(verdict))
+    return Cell(formats.number(figure.value), tuple(lines), mark, strong=best, title=_verdict_words(verdict))
 
 
 def _verdict_words(verdict: Verdict | None) -> str:
@@ -111,24 +111,24 @@ def _verdict_words(verdict: Verdict | None) -> str:
         return verdict.result
     test = verdict.test
     return (
-        f"{verdict.result}: the best is ahead by {figures.number(test.difference)} ({span(test.low, test.high)}), "
-        f"p = {figures.number(verdict.p_adjusted)} after Holm, over {test.covers}"
+        f"{verdict.result}: the best is ahead by {formats.number(test.difference)} ({span(test.low, test.high)}), "
+        f"p = {formats.number(verdict.p_adjusted)} after Holm, over {test.covers}"
     )
 
 
-def _reference_cell(benchmark: Benchmark, found: SplitResults, name: str, model: str) -> Cell:
+def _reference_cell(benchmark: BenchmarkData, found: SplitResults, name: str, model: str) -> Cell:
     draws = found.references[model].get("ks_statistic" if name == "forget_quality" else name)
     resamples = benchmark.resamples(found.split)
     if draws is None or resamples is None:
         return Cell("–")
     if name == "forget_quality":
-        return Cell(figures.number(metrics.exact_ks_p_value(draws.value, len(resamples.sets["forget"].rows))))
+        return Cell(formats.number(metrics.exact_ks_p_value(draws.value, len(resamples.sets["forget"].rows))))
     interval = draws.interval()
     same = model == "retrained" and name == "ks_statistic"
-    return Cell(figures.number(draws.value), (f"rows {span(*interval)}",) if interval and not same else ())
+    return Cell(formats.number(draws.value), (f"rows {span(*interval)}",) if interval and not same else ())
 
 
-def _seeds_words(benchmark: Benchmark, found: SplitResults, method: str) -> tuple[str, ...]:
+def _seeds_words(benchmark: BenchmarkData, found: SplitResults, method: str) -> tuple[str, ...]:
     there = {run["seed"] for run in found.runs[method] if number_of(run, benchmark.objective) is not None}
     planned = len(benchmark.settings.seeds) or len(found.runs[method])
     bad = sum(bool(run.get("degenerate")) for run in found.runs[method])
@@ -143,9 +143,9 @@ def _cost_cells(runs: Sequence[Trial]) -> list[Cell]:
     parts = "" if forget is None or retain is None else f"{forget:.4g} forget + {retain:.4g} retain"
     return [
         Cell("–" if passes is None else f"{passes:.5g}", title=parts),
-        Cell("–" if flops is None else figures.quantity(flops).replace("FLOP", "")),
-        Cell("–" if seconds is None else figures.duration(seconds)),
-        Cell("–" if memory is None else figures.byte_size(memory)),
+        Cell("–" if flops is None else formats.quantity(flops).replace("FLOP", "")),
+        Cell("–" if seconds is None else formats.duration(seconds)),
+        Cell("–" if memory is None else formats.byte_size(memory)),
     ]
 
 
@@ -182,7 +182,7 @@ def _test_record(verdict: Verdict | None) -> dict[str, Any]:
     }
 
 
-def tests_table(benchmark: Benchmark, found: SplitResults) -> Table | None:
+def tests_table(benchmark: BenchmarkData, found: SplitResults) -> Table | None:
     """The tests behind the marks of the rule's two figures."""
     rows = []
     for name in dict.fromkeys((benchmark.objective, benchmark.utility)):
@@ -190,15 +190,15 @@ def tests_table(benchmark: Benchmark, found: SplitResults) -> Table | None:
             test, p_value = verdict.test, verdict.p_adjusted
             rows.append(
                 cells(
-                    figures.label("ks_statistic" if name == "forget_quality" else name), method, verdict.result,
-                    "–" if test is None else figures.number(test.difference),
+                    formats.label("ks_statistic" if name == "forget_quality" else name), method, verdict.result,
+                    "–" if test is None else formats.number(test.difference),
                     "–" if test is None else span(test.low, test.high),
-                    "–" if test is None or test.p_value is None else figures.number(test.p_value),
-                    "–" if p_value is None else figures.number(p_value),
+                    "–" if test is None or test.p_value is None else formats.number(test.p_value),
+                    "–" if p_value is None else formats.number(p_value),
                     "–" if test is None else test.covers,
                 )
             )  # fmt: skip
-    header = ["Figure", "Method", "Result", "Best is ahead by", "95 % interval", "p", "p after Holm", "Covers"]
+    header = ["Metric", "Method", "Result", "Best is ahead by", "95 % interval", "p", "p after Holm", "Covers"]
     caption = "The paired tests behind the marks"
     return Table(name="", caption=caption, header=header, rows=rows, words=3, folded=True) if rows else None
 
@@ -206,7 +206,7 @@ def tests_table(benchmark: Benchmark, found: SplitResults) -> Table | None:
 # ----------------------------------------------------------------------------------------- ablation, published rows
 
 
-def ablation_table(benchmark: Benchmark, split: str) -> Table | None:
+def ablation_table(benchmark: BenchmarkData, split: str) -> Table | None:
     """Variants of one method against it: paired differences in forgetting and in utility."""
     reference = benchmark.settings.ablation_of
     trials = [trial for trial in benchmark.trials if (trial["split"], trial["phase"]) == (split, "ablation")]
@@ -224,7 +224,7 @@ def ablation_table(benchmark: Benchmark, split: str) -> Table | None:
         runs = benchmark.runs(split, label, "report", "ablation")
         lines = ("reference",) if label == reference else ()
         shown = [columns[name].get(label, Cell("–")) for name in (goal, benchmark.utility)]
-        means = [figures.number(_mean(runs, name)) for name in (goal, benchmark.utility)]
+        means = [formats.number(_mean(runs, name)) for name in (goal, benchmark.utility)]
         rows.append(cells(Cell(label, lines), means[0], shown[0], means[1], shown[1], *_cost_cells(runs)[:3]))
     header = ["Variant", heading(goal), "Forgetting, difference", heading(benchmark.utility), "Utility, difference",
               "Passes", "FLOPs", "Training"]  # fmt: skip
@@ -237,7 +237,7 @@ def ablation_table(benchmark: Benchmark, split: str) -> Table | None:
 
 
 def _differences(
-    name: str, scores: Mapping[str, Mapping[int, Draws]], reference: str, records: Mapping[str, dict[str, Any]]
+    name: str, scores: Mapping[str, Mapping[int, ResampledRun]], reference: str, records: Mapping[str, dict[str, Any]]
 ) -> dict[str, Cell]:
     """Variant -> difference to the reference, and the same into the variants' records."""
     tests = {label: paired_test(scores[label], scores[reference]) for label in records}
@@ -249,7 +249,7 @@ def _differences(
             continue
         p_value = adjusted.get(label)
         mark = "" if p_value is None or p_value >= 0.05 else "+" if test.difference > 0 else "−"
-        words = "" if p_value is None else f"p = {figures.number(p_value)}"
+        words = "" if p_value is None else f"p = {formats.number(p_value)}"
         lines = tuple(line for line in (span(test.low, test.high), words) if line not in ("", "–"))
         found[label] = Cell(f"{test.difference:+.3f}", lines, mark, title=f"over {test.covers}")
         records[label].update(
@@ -261,7 +261,7 @@ def _differences(
     return found
 
 
-def published_table(benchmark: Benchmark, found: SplitResults) -> Table | None:
+def published_table(benchmark: BenchmarkData, found: SplitResults) -> Table | None:
     """The paper's numbers with ours beside them, where it has this split."""
     if found.split not in PUBLISHED:
         return None
@@ -272,10 +272,10 @@ def published_table(benchmark: Benchmark, found: SplitResults) -> Table | None:
         ours = [label for label in row.labels if label in found.methods or found.references.get(label)]
         shown = [" · ".join(_own(benchmark, found, name, label) for label in ours) or "–" for name in names]
         rows.append(
-            cells(row.name, ", ".join(ours) or "–", *(figures.number(row.figures[name]) for name in names), *shown)
+            cells(row.name, ", ".join(ours) or "–", *(formats.number(row.figures[name]) for name in names), *shown)
         )
         records.append({"split": found.split, "source": SOURCE, "setting": setting, "name": row.name, **row.figures})
-    labels = [figures.label(name) for name in names]
+    labels = [formats.label(name) for name in names]
     header = [
         "Published",
         "Here",
@@ -289,8 +289,8 @@ def published_table(benchmark: Benchmark, found: SplitResults) -> Table | None:
     return Table(name="published", caption=caption, header=header, rows=rows, words=2, records=records)
 
 
-def _own(benchmark: Benchmark, found: SplitResults, name: str, label: str) -> str:
+def _own(benchmark: BenchmarkData, found: SplitResults, name: str, label: str) -> str:
     if label in found.references:
         return _reference_cell(benchmark, found, name, label).text
     summary = found.summaries.get(name, {}).get(label)
-    return "–" if summary is None else figures.number(summary.over_seeds.value)
+    return "–" if summary is None else formats.number(summary.over_seeds.value)

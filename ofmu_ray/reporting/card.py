@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ofmu_ray.reporting import figures
+from ofmu_ray.reporting import formats
 from ofmu_ray.storage import PathLike, atomic_write, join
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -45,7 +45,7 @@ def write_model_card(
         keep_trailing_newline=True,
     )
     method = str(config.get("method") or "finetune")
-    rows = figures.metric_table(metrics or {})
+    rows = formats.metric_table(metrics or {})
     text = environment.get_template("card.md.j2").render(
         name=name,
         front=_front_matter(config, method),
@@ -59,7 +59,7 @@ def write_model_card(
         config_hash=config_hash,
         streams=dict((data or {}).get("streams") or {}),
         rows=rows,
-        models=[model for model in figures.MODELS if (metrics or {}).get(model)],
+        models=[model for model in formats.MODELS if (metrics or {}).get(model)],
     )
     atomic_write(join(folder, "README.md"), text)
 

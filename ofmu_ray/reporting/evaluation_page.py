@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ofmu_ray.metrics.registry import GROUPS, metric
-from ofmu_ray.reporting import figures
+from ofmu_ray.reporting import formats
 from ofmu_ray.reporting.attack_tables import Group, Row, check_table, model_row
 from ofmu_ray.reporting.page import page_environment, yaml_text
 from ofmu_ray.storage import PathLike, atomic_write
@@ -75,7 +75,7 @@ def grouped(metrics: Mapping[str, Mapping[str, Any]]) -> tuple[list[Group], list
         if declared.group == "Membership inference":  # the heading says it
             label = label.removeprefix("Membership ")
             label = label[0].upper() + label[1:]
-        row = model_row(label, figures.direction(name), of_models)
+        row = model_row(label, formats.direction(name), of_models)
         if any(cell.value is not None for cell in row.cells.values()):
             rows.setdefault(declared.group, []).append(row)
         else:

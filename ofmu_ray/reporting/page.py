@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ofmu_ray.evaluation.rows import is_private
-from ofmu_ray.reporting import figures, plots, samples
+from ofmu_ray.reporting import formats, plots, samples
 from ofmu_ray.storage import PathLike, atomic_write
 
 
@@ -71,11 +71,11 @@ def page_environment() -> Any:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "number": figures.number,
-        "quantity": figures.quantity,
-        "bytes": figures.byte_size,
-        "duration": figures.duration,
-        "label": figures.label,
+        "number": formats.number,
+        "quantity": formats.quantity,
+        "bytes": formats.byte_size,
+        "duration": formats.duration,
+        "label": formats.label,
     }
     return environment
 
@@ -89,8 +89,8 @@ def _context(data: ReportData) -> dict[str, Any]:
         "data": data,
         "header": _header(data),
         "headline": _headline(data.metrics),
-        "metric_rows": figures.metric_table(data.metrics),
-        "models": [model for model in figures.MODELS if data.metrics.get(model)],
+        "metric_rows": formats.metric_table(data.metrics),
+        "models": [model for model in formats.MODELS if data.metrics.get(model)],
         "truth_ratios": plots.truth_ratio_panel(ratios, tests.get("after")) if ratios else None,
         "tests": tests,
         "panels": plots.series_panels(data.series),
@@ -151,9 +151,9 @@ def _headline(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
         ("forget_quality", "p-value of the KS test against the retrained model"),
         ("model_utility", "harmonic mean of nine scores on what is to stay"),
     ):
-        cells = {model: figures.cell((metrics.get(model) or {}).get(name)) for model in figures.MODELS}
+        cells = {model: formats.cell((metrics.get(model) or {}).get(name)) for model in formats.MODELS}
         if any(cell.value is not None for cell in cells.values()):
-            rows.append({"label": figures.label(name), "words": words, "cells": cells})
+            rows.append({"label": formats.label(name), "words": words, "cells": cells})
     return rows
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from ofmu_ray.attacks.importance import quiet_study
 from ofmu_ray.reporting.marks import COLOURS, SHAPES, Key, Plot
 from ofmu_ray.reporting.plots import FAINT, INK, inline_svg, new_axes, with_page_colours
-from ofmu_ray.reporting.sweep_results import WITHOUT_RESULT, Sweep, noun
+from ofmu_ray.reporting.sweep_results import WITHOUT_RESULT, SweepData, noun
 
 _C = list(COLOURS)
 _KINDS = (
@@ -19,7 +19,7 @@ _KINDS = (
 """Label, colour, marker, filled."""
 
 
-def front_plot(sweep: Sweep) -> Plot | None:
+def front_plot(sweep: SweepData) -> Plot | None:
     """Objective against utility: all trials, those of ended ones from their last evaluation, with the front, the floor
     and the reference models; None without any evaluation. Trials of the front and the chosen one have their numbers."""
     points = [(*place, trial) for trial in sweep.all if (place := sweep.place(trial)) is not None]
@@ -62,7 +62,7 @@ def front_plot(sweep: Sweep) -> Plot | None:
     return Plot(title, inline_svg(figure, title, COLOURS), legend, wide=True)
 
 
-def _objective_axis(axes: Any, sweep: Sweep) -> None:
+def _objective_axis(axes: Any, sweep: SweepData) -> None:
     """Up is better."""
     axes.set_ylabel(sweep.axis.label)
     if sweep.axis.log:
@@ -71,7 +71,7 @@ def _objective_axis(axes: Any, sweep: Sweep) -> None:
         axes.invert_yaxis()
 
 
-def history_plot(sweep: Sweep) -> Plot | None:
+def history_plot(sweep: SweepData) -> Plot | None:
     """The objective of the trials that ran to their end, and the best that the rule would choose so far, as Optuna
     draws them; None where none is eligible."""
     import matplotlib

@@ -10,11 +10,11 @@ from functools import cached_property
 from typing import Any
 
 from ofmu_ray.attacks.importance import Importance, importances
-from ofmu_ray.metrics.degeneration import Sound
+from ofmu_ray.metrics.degeneration import SoundRange
 from ofmu_ray.metrics.fronts import Trial, number_of
 from ofmu_ray.metrics.registry import metric
 from ofmu_ray.metrics.rule import Goal
-from ofmu_ray.reporting import figures
+from ofmu_ray.reporting import formats
 
 WITHOUT_RESULT = ("failed", "stopped")
 """Statuses of trials whose figures, if any, are those of an evaluation on the way."""
@@ -37,7 +37,7 @@ class Axis:
         return max(value, 1e-300) if self.log else value
 
 
-class Sweep:
+class SweepData:
     """The trials of a sweep under its rule."""
 
     def __init__(
@@ -55,7 +55,7 @@ class Sweep:
         self.floor: float | None = self.rule.get("floor")
         self.chosen: Mapping[str, Any] | None = settings.get("chosen")
         sound, aim = self.rule.get("sound"), self.reference("retrained", self.objective)
-        self.goal = Goal(self.objective, self.utility, self.floor, aim, sound and Sound(**sound))
+        self.goal = Goal(self.objective, self.utility, self.floor, aim, sound and SoundRange(**sound))
         last = {row["number"]: row for row in sorted(stages, key=lambda row: int(row["stage"]))}
         self._last: Mapping[int, Mapping[str, Any]] = last
 
@@ -159,5 +159,5 @@ def short(field: str, space: Sequence[Mapping[str, Any]]) -> str:
 
 def noun(name: str) -> str:
     """A figure's label within a sentence: model utility, KS distance to retrained."""
-    label = figures.label(name)
+    label = formats.label(name)
     return label if label[1:2].isupper() else label[:1].lower() + label[1:]

@@ -9,16 +9,16 @@ from ofmu_ray.attacks.importance import Importance
 from ofmu_ray.metrics.fronts import Trial, geometric_mean, number_of, sensitivity
 from ofmu_ray.metrics.intervals import over_seeds
 from ofmu_ray.metrics.registry import metric
-from ofmu_ray.reporting import figures
+from ofmu_ray.reporting import formats
 from ofmu_ray.reporting.benchmark_tables import heading, span
-from ofmu_ray.reporting.sweep_results import Sweep, options, short
+from ofmu_ray.reporting.sweep_results import SweepData, options, short
 from ofmu_ray.reporting.tables import Cell, Table, cells
 
 BEST = 10
 """Trials of the list; trials.csv has all."""
 
 
-def figures_table(sweep: Sweep) -> Table | None:
+def figures_table(sweep: SweepData) -> Table | None:
     """The recommended trial's figures, those of the rule first, beside fresh seeds and the reference models."""
     trial = sweep.recommended
     if trial is None or sweep.chosen is None:
@@ -38,12 +38,12 @@ def figures_table(sweep: Sweep) -> Table | None:
         )
         for name in dict.fromkeys((sweep.objective, sweep.utility, *known))
     ]
-    header = ["Figure", "Chosen, all rows", *fresh, "Chosen, as judged", *(f"{model}, as judged" for model in models)]
+    header = ["Metric", "Chosen, all rows", *fresh, "Chosen, as judged", *(f"{model}, as judged" for model in models)]
     caption = f"Trial {trial['number']} with 95 % intervals; {judged_on(sweep)}"
     return Table(name="", caption=caption, header=header, rows=rows)
 
 
-def judged_on(sweep: Sweep) -> str:
+def judged_on(sweep: SweepData) -> str:
     """The rows of the rule."""
     rows = sweep.search.get("rows")
     return "trials are judged on all rows" if rows is None else f"trials are judged on {rows} rows of each set"
@@ -56,23 +56,23 @@ def fresh_cell(fresh: Sequence[Trial], name: str) -> Cell:
         return Cell("–")
     count = f"{len(values)} of {len(fresh)} seeds"
     if metric(name).p_value:
-        runs = " · ".join(figures.number(value) for value in values)
-        return Cell(figures.number(geometric_mean(values)), (f"runs {runs}", count))
+        runs = " · ".join(formats.number(value) for value in values)
+        return Cell(formats.number(geometric_mean(values)), (f"runs {runs}", count))
     found = over_seeds(values)
-    return Cell(figures.number(found.value), (span(found.low, found.high), count))
+    return Cell(formats.number(found.value), (span(found.low, found.high), count))
 
 
 def _figure(trial: Trial, name: str) -> Cell:
     low, high = number_of(trial, f"{name}_low"), number_of(trial, f"{name}_high")
-    return Cell(figures.number(number_of(trial, name)), () if low is None or high is None else (span(low, high),))
+    return Cell(formats.number(number_of(trial, name)), () if low is None or high is None else (span(low, high),))
 
 
 def _reference(figure: Mapping[str, Any] | None) -> Cell:
-    found = figures.cell(figure)
+    found = formats.cell(figure)
     return Cell(found.text, (found.interval,) if found.interval else (), title=found.reason)
 
 
-def best_table(sweep: Sweep) -> Table | None:
+def best_table(sweep: SweepData) -> Table | None:
     """The first trials in the order of the rule and the fresh seeds; where nothing is recommended, the front too."""
     front = [] if sweep.recommended else [trial for trial in sweep.whole[BEST:] if trial.get("front")]
     fields = [str(knob["field"]) for knob in sweep.space]
@@ -85,7 +85,7 @@ def best_table(sweep: Sweep) -> Table | None:
         name = f"seed {trial.get('seed')}" if trial.get("phase") == "confirm" else str(trial["number"])
         both = (_figure(trial, figure) for figure in (sweep.objective, sweep.utility))
         flops, drawn = number_of(trial, "flops"), options(trial)
-        cost = "–" if flops is None else figures.quantity(flops).rstrip()
+        cost = "–" if flops is None else formats.quantity(flops).rstrip()
         values = (_value(drawn.get(field, "–")) for field in fields)
         rows.append(cells(Cell(name, tuple(signs), strong=chosen), *both, *values, cost))
     names = [short(field, sweep.space) for field in fields]
@@ -97,7 +97,7 @@ def _value(value: Any) -> str:
     return "null" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def options_table(sweep: Sweep) -> Table | None:
+def options_table(sweep: SweepData) -> Table | None:
     """What was tuned, in which ranges and why, what a next sweep would take, and how much each option mattered for
     either figure: its share of the importance (the most important first) and its rank correlation."""
     narrowed: Mapping[str, str] = sweep.settings.get("priors") or {}
@@ -115,7 +115,7 @@ def options_table(sweep: Sweep) -> Table | None:
         more = [narrowed.get(field, "–")] if narrowed else []
         why = str(knob.get("why") or "")
         rows.append(cells(Cell(short(field, sweep.space), given), *mattered, str(knob["prior"]), *more, why))
-    names = [f"{figures.label(name)}, share" for name in (sweep.objective, sweep.utility)]
+    names = [f"{formats.label(name)}, share" for name in (sweep.objective, sweep.utility)]
     header = ["Option", *names, "Prior", *(["For a next sweep"] if narrowed else []), "Source of the range"]
     return Table(name="", caption="", header=header, rows=rows, words=6) if rows else None
 
@@ -124,10 +124,10 @@ def _mattered(row: Importance | None, rank: float | None) -> Cell:
     lines = () if rank is None else (f"rank {rank:+.2f}",)
     if row is None:
         return Cell("–", lines)
-    return Cell(f"{row.share:.2f}", (span(row.low, row.high), f"p = {figures.number(row.p_value)}", *lines))
+    return Cell(f"{row.share:.2f}", (span(row.low, row.high), f"p = {formats.number(row.p_value)}", *lines))
 
 
-def records(sweep: Sweep) -> list[dict[str, Any]]:
+def records(sweep: SweepData) -> list[dict[str, Any]]:
     """trials.csv: what is known of every trial, with a column per option."""
     fields = dict.fromkeys(name for trial in sweep.all for name in options(trial))
     return [{**trial, **{f"option.{name}": options(trial).get(name) for name in fields}} for trial in sweep.all]

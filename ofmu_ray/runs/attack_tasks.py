@@ -134,7 +134,7 @@ class Checks:
 
     def figures(self) -> dict[str, Figures]:
         """The figures by check and model; those of the harness are computed here."""
-        from ofmu_ray.attacks.summary import check_figures
+        from ofmu_ray.attacks.attack_metrics import check_figures
 
         figures: dict[str, Figures] = {}
         for wanted in self.wanted:

@@ -10,8 +10,8 @@ from ofmu_ray.storage import join, remove_file, remove_folder
 
 if TYPE_CHECKING:
     from ofmu_ray.data.batch_plan import Plan
-    from ofmu_ray.data.prepare import Prepared
-    from ofmu_ray.training.job import WorkerJob
+    from ofmu_ray.data.prepare import PreparedData
+    from ofmu_ray.training.worker_job import WorkerJob
 
 WATCHED = "watched.parquet"
 PLAN = "plan"
@@ -46,7 +46,7 @@ class Spec:
 
 def make_job(
     spec: Spec,
-    prepared: Prepared,
+    prepared: PreparedData,
     folder: str,
     cache: str,
     config_hash: str,
@@ -64,7 +64,7 @@ def make_job(
     """
     from ofmu_ray.data.batch_plan import write_plan
     from ofmu_ray.data.prepare import write_sample
-    from ofmu_ray.training.job import WorkerJob
+    from ofmu_ray.training.worker_job import WorkerJob
 
     watched = None
     if spec.stop.utility_floor is not None:
@@ -95,13 +95,13 @@ def make_job(
 
 
 def with_references(
-    job: WorkerJob, spec: Spec, prepared: Prepared, plan: Plan, cache: str, private: str | None = None
+    job: WorkerJob, spec: Spec, prepared: PreparedData, plan: Plan, cache: str, private: str | None = None
 ) -> WorkerJob:
     """The job with what its method needs to know about rows under the reference model.
 
     `private`: folder for tables that would give a forget row's text away; None: the run's own.
     """
-    from ofmu_ray.features.protocol import Settings
+    from ofmu_ray.features.protocol import FeatureContext
     from ofmu_ray.features.reference import write_references
 
     sidecars = write_references(
@@ -112,7 +112,7 @@ def with_references(
         folder=join(job.run_dir, SIDECARS),
         cache=cache,
         private=private,
-        settings=Settings(spec.method_name, spec.root, spec.seed),
+        settings=FeatureContext(spec.method_name, spec.root, spec.seed),
     )
     return replace(job, sidecars=sidecars)
 

@@ -28,7 +28,7 @@ from ofmu_ray.runs.preflight import (
     prepare_storage,
     public,
 )
-from ofmu_ray.runs.writing import Results
+from ofmu_ray.runs.writing import RunResults
 from ofmu_ray.storage import atomic_write, drop_copies, explained, is_whole, join, name_of, remove_folder
 from ofmu_ray.tasks import task_named
 
@@ -172,7 +172,7 @@ def _unlearn(begun: Run, config: UnlearnConfig) -> Outcome:
     return outcome
 
 
-def _work(begun: Run, config: UnlearnConfig, evaluation: Evaluation, encoder: Encoder, handle: Any) -> Results:
+def _work(begun: Run, config: UnlearnConfig, evaluation: Evaluation, encoder: Encoder, handle: Any) -> RunResults:
     """Data, evaluation before, the rounds, evaluation after."""
     from ofmu_ray.data.prepare import prepare_streams
     from ofmu_ray.training.launch import fit
@@ -207,7 +207,7 @@ def _work(begun: Run, config: UnlearnConfig, evaluation: Evaluation, encoder: En
         after = evaluation.table(join(begun.home, "model"), "after")
         tables = {"before": before, "after": after, "retrained": retrained}
         metrics = {name: evaluation.figures(table, retrained) for name, table in tables.items()}
-    return Results(
+    return RunResults(
         training=summary,
         metrics=metrics,
         tables=tables,

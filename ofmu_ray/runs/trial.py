@@ -20,7 +20,7 @@ from ofmu_ray.runs.job import Spec, make_job, with_references
 from ofmu_ray.storage import atomic_write
 
 if TYPE_CHECKING:
-    from ofmu_ray.training.job import WorkerJob
+    from ofmu_ray.training.worker_job import WorkerJob
 
 PRIVATE = "private"
 """Folder of a benchmark for what would give forget rows' text away; it goes when the benchmark ends."""
@@ -34,7 +34,7 @@ class SplitData:
     folder: str
     """The benchmark's folder."""
     prepared: Any
-    """ofmu_ray.data.prepare.Prepared: the tokenised streams."""
+    """ofmu_ray.data.prepare.PreparedData: the tokenised streams."""
     evaluator: Any
     """The task's Evaluation, on all rows."""
     retrained: Any
@@ -77,7 +77,7 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Watch:
+class TrialHooks:
     """What a sweep wants of its trials besides their result."""
 
     stages: int
@@ -114,7 +114,7 @@ def work_path(folder: str | Path, key: str) -> Path:
     return Path(folder) / "work" / key
 
 
-def run_trial(trial: Trial, data: SplitData, *, local: bool, watch: Watch | None = None) -> dict[str, Any]:
+def run_trial(trial: Trial, data: SplitData, *, local: bool, watch: TrialHooks | None = None) -> dict[str, Any]:
     """Run, evaluate, and write <folder>/trials/<key>.json whole, whatever happens; returns its content.
 
     `local`: in this process (engine torch, one worker); otherwise through Ray Train, from the driver. An exception is
@@ -162,7 +162,7 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {line[:300]}"
 
 
-def _run(trial: Trial, data: SplitData, work: Path, local: bool, watch: Watch | None) -> dict[str, Any]:
+def _run(trial: Trial, data: SplitData, work: Path, local: bool, watch: TrialHooks | None) -> dict[str, Any]:
     from ofmu_ray.training.export import export_model
     from ofmu_ray.training.start import run_local
 
@@ -254,7 +254,7 @@ def job_of(trial: Trial, data: SplitData, work: Path) -> WorkerJob:
 def _mean_tokens(plan_dir: str) -> dict[str, float]:
     """Mean tokens of the rows of each stream in a plan."""
     from ofmu_ray.data.batch_plan import read_plan
-    from ofmu_ray.data.shards import lane_files, read_pieces
+    from ofmu_ray.data.shard_files import lane_files, read_pieces
 
     plan = read_plan(plan_dir)
     tokens: dict[str, list[int]] = {name: [] for name in plan.streams}

@@ -16,7 +16,7 @@ from ofmu_ray.storage import PathLike, atomic_write, join, name_of
 
 
 @dataclass(frozen=True)
-class Results:
+class RunResults:
     """A run that has ended, before it is written down."""
 
     training: dict[str, Any]
@@ -38,7 +38,7 @@ class Results:
 
 
 def write(
-    home: str, results: Results, config: dict[str, Any], config_hash: str, command: Sequence[str], mlflow: str
+    home: str, results: RunResults, config: dict[str, Any], config_hash: str, command: Sequence[str], mlflow: str
 ) -> list[str]:
     """Write everything to a run's folder or URI, and delete what holds the forget rows' text.
 
@@ -121,7 +121,7 @@ def _models(home: PathLike, config: dict[str, Any]) -> dict[str, str | None]:
     }
 
 
-def _run(home: PathLike, results: Results, config: dict[str, Any]) -> dict[str, Any]:
+def _run(home: PathLike, results: RunResults, config: dict[str, Any]) -> dict[str, Any]:
     """What became of the run, and where it lies."""
     training = results.training
     return {

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ofmu_ray.config import BenchmarkConfig
-from ofmu_ray.metrics.degeneration import Sound
+from ofmu_ray.metrics.degeneration import SoundRange
 from ofmu_ray.metrics.fronts import plain
 from ofmu_ray.metrics.rule import Goal
 from ofmu_ray.runs.preflight import public
@@ -26,7 +26,7 @@ COSTS = (
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenTrial:
     """The tuning trial whose options the reported runs of a method on a split use."""
 
     trial: int
@@ -53,7 +53,7 @@ def round_cost(result: Mapping[str, Any], data: SplitData) -> dict[str, float]:
 
 
 def trial_row(
-    trial: Trial, result: Mapping[str, Any], selected: bool = False, sound: Sound | None = None
+    trial: Trial, result: Mapping[str, Any], selected: bool = False, sound: SoundRange | None = None
 ) -> dict[str, Any]:
     """One row of the trials table; `sound`: what its generations are held against."""
     row = {
@@ -80,7 +80,7 @@ def write(
     data: Mapping[str, SplitData],
     references: Mapping[str, Mapping[str, Any]],
     done: Sequence[tuple[Trial, dict[str, Any]]],
-    selected: Mapping[tuple[str, str], Chosen],
+    selected: Mapping[tuple[str, str], ChosenTrial],
     goals: Mapping[str, Goal],
     command: list[str],
 ) -> list[Path]:
@@ -88,7 +88,7 @@ def write(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from ofmu_ray.reporting.benchmark import write_benchmark_report
+    from ofmu_ray.reporting.benchmark_page import write_benchmark_report
     from ofmu_ray.reporting.manifest import code_version, package_versions
 
     done = sorted(done, key=lambda one: _place(one[0], config))
@@ -121,7 +121,7 @@ def _rows(
     data: Mapping[str, SplitData],
     references: Mapping[str, Mapping[str, Any]],
     done: Sequence[tuple[Trial, dict[str, Any]]],
-    selected: Mapping[tuple[str, str], Chosen],
+    selected: Mapping[tuple[str, str], ChosenTrial],
     goals: Mapping[str, Goal],
 ) -> tuple[list[dict[str, Any]], list[Any]]:
     """The rows of the trials table, and the per-row values of all models."""
@@ -193,7 +193,7 @@ def _place(trial: Trial, config: BenchmarkConfig) -> tuple[int, ...]:
     return split, phase, labels.index(trial.method), trial.trial, trial.config.seed
 
 
-def _is_chosen(trial: Trial, selected: Mapping[tuple[str, str], Chosen]) -> bool:
+def _is_chosen(trial: Trial, selected: Mapping[tuple[str, str], ChosenTrial]) -> bool:
     choice = selected.get((trial.split, trial.method))
     return trial.phase == "tune" and choice is not None and choice.trial == trial.trial
 

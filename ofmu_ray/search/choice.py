@@ -25,7 +25,7 @@ PRIORS_FROM = 3
 
 
 @dataclass
-class Outcome:
+class SweepChoice:
     """What came of a sweep."""
 
     chosen: int | None = None
@@ -38,11 +38,11 @@ class Outcome:
     """(fresh seed, result) of the chosen options, on all rows."""
 
 
-def choose(ledger: Ledger) -> Outcome:
+def choose(ledger: Ledger) -> SweepChoice:
     """The rule's choice among the trials that came to their end, and the Pareto front of those not degenerate."""
     goal, numbers = ledger.search.goal, range(len(ledger.suggestions))
     order = ranked(ledger, numbers)
-    outcome = Outcome(front=pareto(ledger, sound_only(ledger, order)))
+    outcome = SweepChoice(front=pareto(ledger, sound_only(ledger, order)))
     if order and goal.eligible(plain((ledger.result(order[0]) or {})["figures"])):
         outcome.chosen = order[0]
     elif order:
@@ -87,7 +87,7 @@ def best_config(ledger: Ledger, number: int) -> UnlearnConfig:
     return replace(config, name=f"{ledger.config.name}-best", storage=ledger.config.storage)
 
 
-def export(ledger: Ledger, outcome: Outcome, retrained: Any) -> None:
+def export(ledger: Ledger, outcome: SweepChoice, retrained: Any) -> None:
     """<folder>/best.yaml, best/model and best/metrics.json of the chosen trial; figures on all rows go to `outcome`.
 
     Where no trial has enough utility, what an earlier start chose is removed: it would not be this sweep's choice.

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ofmu_ray.metrics.degeneration import Sound, failed_measures
+from ofmu_ray.metrics.degeneration import SoundRange, failed_measures
 from ofmu_ray.metrics.rule import Goal
 from ofmu_ray.runs.trial import SplitData
 
@@ -16,9 +16,9 @@ Tables = Mapping[str, Any]
 
 def cut(data: SplitData, tables: Tables, rows: int | None) -> dict[str, Any]:
     """The tables on the rows that runs are judged on."""
-    from ofmu_ray.evaluation.sample import Sample
+    from ofmu_ray.evaluation.sample import RowSample
 
-    sample = Sample.of(data.evaluator.sets, rows)
+    sample = RowSample.of(data.evaluator.sets, rows)
     return {model: sample.cut(table) for model, table in tables.items()}
 
 
@@ -32,7 +32,7 @@ def reference_figure(data: SplitData, tables: Tables, rows: int | None, model: s
     return summarise(found[model], found["retrained"], bootstrap_samples=1)[name].value
 
 
-def sound_of(data: SplitData, tables: Tables, rows: int | None, longest: int | None = None) -> Sound | None:
+def sound_of(data: SplitData, tables: Tables, rows: int | None, longest: int | None = None) -> SoundRange | None:
     """What generations of runs are held against; `longest`: of theirs, in tokens, where it is not the references'."""
     from ofmu_ray.metrics.generations import sound_generations
 
@@ -57,7 +57,7 @@ def goal_of(
     return Goal(objective, utility, floor, retrained, sound_of(data, tables, rows, longest), margin)
 
 
-def marks(figures: Mapping[str, Any], sound: Sound | None) -> dict[str, Any]:
+def marks(figures: Mapping[str, Any], sound: SoundRange | None) -> dict[str, Any]:
     """Columns of the trials table about the generations of a run (plain numbers): is it degenerate, and by what."""
     failed = failed_measures(figures, sound)
     return {"degenerate": None if failed is None else bool(failed), "degenerate_by": ", ".join(failed or ())}

@@ -12,7 +12,7 @@ from typing import Any
 from ofmu_ray.config import SweepConfig, UnlearnConfig, apply_overrides, config_hash
 from ofmu_ray.metrics.fronts import plain
 from ofmu_ray.runs.trial import SplitData, Trial, published, read_result, result_path, work_path
-from ofmu_ray.search.suggest import Search, Seen, Suggestion
+from ofmu_ray.search.suggest import EarlierTrial, Search, Suggestion
 from ofmu_ray.storage import atomic_write
 from ofmu_ray.training import stages
 
@@ -129,18 +129,18 @@ class Ledger:
         found = published(work_path(self.folder, self.key(number))) if result is None else result.get("evaluations")
         return found or []
 
-    def seen(self) -> list[Seen]:
+    def seen(self) -> list[EarlierTrial]:
         """All trials so far, in their order."""
         return [self._seen(number) for number in range(len(self.suggestions))]
 
-    def _seen(self, number: int) -> Seen:
+    def _seen(self, number: int) -> EarlierTrial:
         suggestion, result = self.suggestions[number], self.result(number)
         if result is None:
-            return Seen(suggestion, "running")
+            return EarlierTrial(suggestion, "running")
         figures = [plain(one["figures"]) for one in result.get("evaluations") or []]
         if result.get("figures"):
             figures.append(plain(result["figures"]))
-        return Seen(suggestion, result["status"], figures, result.get("flops"))
+        return EarlierTrial(suggestion, result["status"], figures, result.get("flops"))
 
     def forget_failures(self) -> None:
         """Let trials that failed run again."""

@@ -39,7 +39,7 @@ class Suggestion:
 
 
 @dataclass(frozen=True)
-class Seen:
+class EarlierTrial:
     """What is known of an earlier trial."""
 
     suggestion: Suggestion
@@ -61,7 +61,7 @@ class Search:
     share: float = 1.0
     """Of the floor that is enough for a trial that has not come to its end."""
 
-    def suggest(self, number: int, seen: Sequence[Seen]) -> Suggestion | None:
+    def suggest(self, number: int, seen: Sequence[EarlierTrial]) -> Suggestion | None:
         """The trial of this number; None: it follows from trials that still run, or the space holds nothing new.
 
         `seen`: all trials of lower numbers, in their order.
@@ -75,13 +75,13 @@ class Search:
                 return Suggestion(number, options)
         return None
 
-    def waits(self, number: int, seen: Sequence[Seen]) -> bool:
+    def waits(self, number: int, seen: Sequence[EarlierTrial]) -> bool:
         """Whether `suggest` gives None because the generation before this trial's still runs."""
         if self.config.kind != "population":
             return False
         return any(one.status == "running" for one in self._generation_before(number, seen))
 
-    def _options(self, number: int, seen: Sequence[Seen], attempt: int) -> Overrides:
+    def _options(self, number: int, seen: Sequence[EarlierTrial], attempt: int) -> Overrides:
         config = self.config
         if config.kind == "random" or number < config.startup_trials or attempt:
             return self.space.at(self._sobol(number + attempt * config.trials), self.base)
@@ -96,7 +96,7 @@ class Search:
 
     # ------------------------------------------------------------------------------------------------------- Optuna
 
-    def _estimated(self, number: int, seen: Sequence[Seen]) -> Overrides:
+    def _estimated(self, number: int, seen: Sequence[EarlierTrial]) -> Overrides:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -110,7 +110,7 @@ class Search:
         study.add_trials([self._told(one) for one in seen])
         return self.space.ask(study.ask(), self.base)
 
-    def _told(self, one: Seen) -> Any:
+    def _told(self, one: EarlierTrial) -> Any:
         """An earlier trial as Optuna knows trials."""
         from optuna.trial import TrialState, create_trial
 
@@ -137,11 +137,11 @@ class Search:
 
     # --------------------------------------------------------------------------------------------------- population
 
-    def _generation_before(self, number: int, seen: Sequence[Seen]) -> Sequence[Seen]:
+    def _generation_before(self, number: int, seen: Sequence[EarlierTrial]) -> Sequence[EarlierTrial]:
         first = number - number % self.config.population
         return seen[first - self.config.population : first] if first else []
 
-    def _member(self, number: int, seen: Sequence[Seen]) -> Suggestion | None:
+    def _member(self, number: int, seen: Sequence[EarlierTrial]) -> Suggestion | None:
         """Synchronous population-based training: the worst members become changed copies of the best."""
         before = self._generation_before(number, seen)
         if not before:
@@ -157,12 +157,12 @@ class Search:
         parent = ranked[int(rng.integers(replaced))].suggestion
         return Suggestion(number, self._changed(parent.options, rng), parent.number)
 
-    def score(self, one: Seen) -> float:
+    def score(self, one: EarlierTrial) -> float:
         """The rule's score at the last evaluation; failed trials are below all others."""
         figures = one.figures[-1] if one.figures and one.status != "failed" else {}
         return self.goal.score(figures, self._share(one))
 
-    def _share(self, one: Seen) -> float:
+    def _share(self, one: EarlierTrial) -> float:
         return self.share if one.status == "stopped" else 1.0
 
     def _changed(self, options: Overrides, rng: np.random.Generator) -> Overrides:

@@ -15,7 +15,7 @@ from ofmu_ray.metrics.fronts import plain
 from ofmu_ray.runs.preflight import public
 from ofmu_ray.runs.trial import result_path
 from ofmu_ray.search.benchmark_output import COSTS, duration, machine
-from ofmu_ray.search.choice import BEST, Outcome, plane, priors, sound_only
+from ofmu_ray.search.choice import BEST, SweepChoice, plane, priors, sound_only
 from ofmu_ray.search.judging import marks
 from ofmu_ray.search.ledger import Ledger, ranked
 from ofmu_ray.search.priors import text_of
@@ -25,7 +25,7 @@ from ofmu_ray.storage import atomic_write
 # ----------------------------------------------------------------------------------------------------------- tables
 
 
-def trial_rows(ledger: Ledger, outcome: Outcome) -> list[dict[str, Any]]:
+def trial_rows(ledger: Ledger, outcome: SweepChoice) -> list[dict[str, Any]]:
     """One row per trial and per fresh seed, with figures as columns NAME, NAME_low, NAME_high."""
     goal, rows = ledger.search.goal, []
     for number, suggestion in enumerate(ledger.suggestions):
@@ -95,7 +95,7 @@ def stage_rows(ledger: Ledger) -> list[dict[str, Any]]:
 
 def settings(
     ledger: Ledger,
-    outcome: Outcome,
+    outcome: SweepChoice,
     references: Mapping[str, Any],
     narrowed: Mapping[str, str],
     command: Sequence[str],
@@ -164,12 +164,12 @@ def space_rows(space: Space) -> list[dict[str, Any]]:
     return [{"field": k.field, "prior": text_of(k.prior), "why": k.why, "given": k.given} for k in space.knobs]
 
 
-def write(ledger: Ledger, outcome: Outcome, references: Mapping[str, Any], command: Sequence[str]) -> list[Path]:
+def write(ledger: Ledger, outcome: SweepChoice, references: Mapping[str, Any], command: Sequence[str]) -> list[Path]:
     """trials.parquet, sweep.json, priors.yaml and the report; returns their paths."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from ofmu_ray.reporting.sweep import write_sweep_report
+    from ofmu_ray.reporting.sweep_page import write_sweep_report
 
     folder, narrowed = ledger.folder, priors(ledger)
     rows, steps = trial_rows(ledger, outcome), stage_rows(ledger)
@@ -232,7 +232,7 @@ def line(ledger: Ledger, number: int) -> str:
     return ", ".join([*shown, *([status] if status else []), *([duration(seconds)] if seconds else [])])
 
 
-def summary(ledger: Ledger, outcome: Outcome) -> str:
+def summary(ledger: Ledger, outcome: SweepChoice) -> str:
     """The choice, or the front and the nearest trial."""
     goal, lines = ledger.search.goal, []
 

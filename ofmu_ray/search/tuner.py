@@ -23,7 +23,7 @@ from ray.tune.search import Searcher
 from ofmu_ray.config import EarlyConfig, TrackingConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.metrics.fronts import plain
-from ofmu_ray.runs.trial import Watch, run_trial, write_failure
+from ofmu_ray.runs.trial import TrialHooks, run_trial, write_failure
 from ofmu_ray.search.ledger import Ledger
 
 POLL_SECONDS = 0.1
@@ -155,7 +155,7 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]
     def _run(self) -> None:
         trial = self.ledger.trial(self.number)
         handle = child_run(self.tracking, self.ledger, self.number, self.parent)
-        watch = Watch(stages=trial.stages, tracking=handle, parent=trial.parent)
+        watch = TrialHooks(stages=trial.stages, tracking=handle, parent=trial.parent)
         run_trial(trial, self.ledger.data, local=self.local, watch=watch)
 
     def step(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from ofmu_ray.config import DataConfig, ModelConfig, TrainDataConfig, UnlearnConfig
-    from ofmu_ray.data.answers import AnswerEncoder
+    from ofmu_ray.data.answer_encoder import AnswerEncoder
     from ofmu_ray.evaluation.evaluator import Evaluator
     from ofmu_ray.storage import PathLike
 
@@ -31,7 +31,7 @@ class CausalLM:
         return check_model(config, option)
 
     def encoder(self, processor: Any, data: DataConfig | TrainDataConfig) -> AnswerEncoder:
-        from ofmu_ray.data.answers import AnswerEncoder
+        from ofmu_ray.data.answer_encoder import AnswerEncoder
 
         return AnswerEncoder(processor, data.format)
 

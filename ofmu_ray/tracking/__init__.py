@@ -1,7 +1,7 @@
 """MLflow: one run per run name, kept over resumption. Importing this room does not import MLflow."""
 
 from ofmu_ray.tracking.late import conclude, deliver_late
+from ofmu_ray.tracking.mlflow_run import RunHandle, finish, open_command, start, system_metrics
 from ofmu_ray.tracking.rounds import RoundLogger
-from ofmu_ray.tracking.run import RunHandle, finish, open_command, start, system_metrics
 
 __all__ = ["RoundLogger", "RunHandle", "conclude", "deliver_late", "finish", "open_command", "start", "system_metrics"]

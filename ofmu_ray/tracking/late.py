@@ -11,8 +11,8 @@ from ofmu_ray.config import TrackingConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage import PathLike, atomic_write, is_file, join, local_file, read_text, remove_file, scratch
 from ofmu_ray.tracking.connection import check_reachable, resolve_uri
+from ofmu_ray.tracking.mlflow_run import RunHandle, Status, finish
 from ofmu_ray.tracking.rounds import RoundLogger
-from ofmu_ray.tracking.run import RunHandle, Status, finish
 
 UNDELIVERED = "undelivered.json"
 

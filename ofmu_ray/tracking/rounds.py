@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ofmu_ray.errors import UserError
 from ofmu_ray.tracking import connection
-from ofmu_ray.tracking.run import RunHandle
+from ofmu_ray.tracking.mlflow_run import RunHandle
 
 FLUSH_ROUNDS = 50
 FLUSH_SECONDS = 2.0

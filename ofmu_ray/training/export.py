@@ -12,7 +12,7 @@ from ofmu_ray.engines.protocol import Engine
 from ofmu_ray.storage import atomic_dir, atomic_write, join
 from ofmu_ray.tasks import task_named
 from ofmu_ray.training.checkpoint import LoopState
-from ofmu_ray.training.job import WorkerJob
+from ofmu_ray.training.worker_job import WorkerJob
 
 
 def export_model(

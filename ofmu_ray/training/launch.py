@@ -13,8 +13,8 @@ from ofmu_ray.cluster.nodes import cluster_room, here, on
 from ofmu_ray.errors import UserError, user_error_within
 from ofmu_ray.internals.ray_private import STARTUP_TIMEOUT
 from ofmu_ray.storage import is_uri, join, locate, read_text
-from ofmu_ray.training.job import WorkerJob
-from ofmu_ray.training.progress import Progress, Watch
+from ofmu_ray.training.watch import Progress, ProgressForwarder
+from ofmu_ray.training.worker_job import WorkerJob
 
 COLLECTIVE_TIMEOUT_SECONDS = 1800
 """Ray Train's own value."""
@@ -35,11 +35,11 @@ def fit(job: WorkerJob, title: str) -> dict[str, Any]:
 
     from ofmu_ray.cluster.rendezvous import OneInterface
     from ofmu_ray.cluster.shared_files import SharedFiles
-    from ofmu_ray.training import registry
+    from ofmu_ray.training import checkpoint_list
     from ofmu_ray.training.start import worker_loop
 
     if not is_uri(job.run_dir):  # an object is there or not, never torn
-        registry.mend(Path(job.run_dir) / "train")
+        checkpoint_list.mend(Path(job.run_dir) / "train")
     training = job.training
     gpu = training.gpus_per_worker > 0
     resources = {"CPU": training.cpus_per_worker}
@@ -81,7 +81,7 @@ def fit(job: WorkerJob, title: str) -> dict[str, Any]:
             worker_runtime_env={"env_vars": worker_environment(training.cpus_per_worker)},
         ),
     )
-    with Watch(actor, training.rounds, title):
+    with ProgressForwarder(actor, training.rounds, title):
         try:
             trainer.fit()
         except Exception as error:

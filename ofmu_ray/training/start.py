@@ -12,9 +12,9 @@ from ofmu_ray.data.batch_plan import read_plan
 from ofmu_ray.data.batches import local_rounds
 from ofmu_ray.data.stream import lane_iterator, rounds
 from ofmu_ray.training.export import export_model
-from ofmu_ray.training.job import WorkerJob
 from ofmu_ray.training.session import LocalSession, RaySession
 from ofmu_ray.training.worker import Worker
+from ofmu_ray.training.worker_job import WorkerJob
 
 
 def worker_loop(config: dict[str, Any]) -> None:

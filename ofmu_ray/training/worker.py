@@ -19,9 +19,9 @@ from ofmu_ray.methods.protocol import run_round
 from ofmu_ray.tasks import task_named
 from ofmu_ray.training import checkpoint, integrity
 from ofmu_ray.training.checkpoint import LoopState
-from ofmu_ray.training.job import WorkerJob
 from ofmu_ray.training.session import Session
 from ofmu_ray.training.utility import UtilityProbe
+from ofmu_ray.training.worker_job import WorkerJob
 
 
 class Worker:

@@ -13,7 +13,7 @@ from ofmu_ray.errors import UserError
 
 if TYPE_CHECKING:
     from ofmu_ray.config import ModelConfig, UnlearnConfig
-    from ofmu_ray.data.prepare import Prepared
+    from ofmu_ray.data.prepare import PreparedData
 
 PresetName = Literal["first_order", "lite", "full"]
 ForgetLoss = Literal["nll", "bounded_row", "bounded_token", "npo", "simnpo"]
@@ -123,7 +123,7 @@ class OFMUConfig(MethodConfig):
                 "data.holdout, or give the level in nats per token"
             )
 
-    def completed(self, prepared: Prepared, model: ModelConfig, cache: str) -> OFMUConfig:
+    def completed(self, prepared: PreparedData, model: ModelConfig, cache: str) -> OFMUConfig:
         """With `forget_level` in nats per token, where the loss is bounded."""
         if not self.bounded:
             return self

@@ -14,7 +14,7 @@ from ofmu_ray.data.encoder import EncodedRow
 from ofmu_ray.data.row_checks import Problems, pair
 from ofmu_ray.data.template import Template
 
-_CODE = ("answers.py", "template.py")
+_CODE = ("answer_encoder.py", "template.py")
 
 
 class AnswerEncoder:

@@ -12,7 +12,7 @@ from ofmu_ray.attacks.curves import areas, row_curves
 from ofmu_ray.attacks.multiple_choice import choice_figures
 from ofmu_ray.attacks.prefix import worst_case
 from ofmu_ray.metrics.functions import FloatArray
-from ofmu_ray.metrics.intervals import Clusters, Figure, mean_figure
+from ofmu_ray.metrics.intervals import Clusters, MetricValue, mean_figure
 
 MEASURES = ("cka_debiased", "cka", "cosine")
 Values = dict[str, tuple[FloatArray, Clusters]]
@@ -20,7 +20,7 @@ Values = dict[str, tuple[FloatArray, Clusters]]
 
 def check_figures(
     kind: str, table: pa.Table, reference: pa.Table | None = None, *, samples: int, seed: int
-) -> dict[str, Figure]:
+) -> dict[str, MetricValue]:
     """Figures of one check of one model, named `<group>/<what>`; the names and definitions: docs/metrics.md.
 
     `reference`: the retrained model's table of the same check, for what is measured against it. A mean over rows of
@@ -37,7 +37,7 @@ def check_figures(
     for name, (values, clusters) in make(table, reference).items():
         broken = int((~np.isfinite(values)).sum())
         if broken:
-            figures[name] = Figure.absent(f"the loss is not finite on {broken} of {len(values)} rows")
+            figures[name] = MetricValue.absent(f"the loss is not finite on {broken} of {len(values)} rows")
         else:
             figures[name] = mean_figure(values, samples=samples, seed=seed, name=f"{kind}/{name}", clusters=clusters)
     return figures
@@ -83,10 +83,10 @@ def _prefix(table: pa.Table, _: pa.Table | None) -> Values:
     return found
 
 
-def _alignment(table: pa.Table) -> dict[str, Figure]:
+def _alignment(table: pa.Table) -> dict[str, MetricValue]:
     """Each layer's figures, and their means over layers (which have no interval of their own)."""
-    means: dict[str, Figure] = {}
-    layers: dict[str, Figure] = {}
+    means: dict[str, MetricValue] = {}
+    layers: dict[str, MetricValue] = {}
     for measure in MEASURES:
         for name in table["set"].unique().to_pylist():
             rows = table.filter(pc.equal(table["set"], name)).to_pylist()
@@ -94,11 +94,11 @@ def _alignment(table: pa.Table) -> dict[str, Figure]:
             reasons = [f"layer {row['layer']}: {row[f'{measure}_reason']}" for row in rows if row[measure] is None]
             place = f"{measure}/{name}"
             if reasons:
-                means[f"{place}/mean"] = Figure.absent(reasons[0])
+                means[f"{place}/mean"] = MetricValue.absent(reasons[0])
             else:
                 why = "no interval: a mean over layers; the layers have theirs where there is one"
-                means[f"{place}/mean"] = Figure(float(np.mean(values)), reason=why)
+                means[f"{place}/mean"] = MetricValue(float(np.mean(values)), reason=why)
             for row in rows:
                 low, high, reason = (row[f"{measure}_{part}"] for part in ("low", "high", "reason"))
-                layers[f"{place}/layer_{row['layer']}"] = Figure(row[measure], low, high, reason=reason)
+                layers[f"{place}/layer_{row['layer']}"] = MetricValue(row[measure], low, high, reason=reason)
     return means | layers

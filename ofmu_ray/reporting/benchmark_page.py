@@ -11,10 +11,10 @@ import pyarrow as pa
 
 from ofmu_ray.metrics.fronts import Trial, hypervolume, number_of, pareto_front, sensitivity
 from ofmu_ray.metrics.registry import metric
-from ofmu_ray.reporting import benchmark_runs, figures
+from ofmu_ray.reporting import benchmark_runs, formats
 from ofmu_ray.reporting import benchmark_tables as tables
 from ofmu_ray.reporting.benchmark_plots import Point, cost_plot, plane, sensitivity_plot
-from ofmu_ray.reporting.benchmark_results import Benchmark, SplitResults, split_results
+from ofmu_ray.reporting.benchmark_results import BenchmarkData, SplitResults, split_results
 from ofmu_ray.reporting.benchmark_settings import BenchmarkSettings
 from ofmu_ray.reporting.sections import Head, Section, all_tables, html_page, markdown_page, some
 from ofmu_ray.reporting.tables import Table, cells, csv_text
@@ -39,7 +39,7 @@ def write_benchmark_report(
             of rows.parquet), with those of the target and of the retrained model under these names as `method`.
         settings: see `BenchmarkSettings.of`.
     """
-    benchmark = Benchmark(trials, rows, BenchmarkSettings.of(settings))
+    benchmark = BenchmarkData(trials, rows, BenchmarkSettings.of(settings))
     sections = _sections(benchmark)
     head = _head(benchmark)
     title, command = benchmark.settings.title, benchmark.settings.command
@@ -61,13 +61,13 @@ def write_benchmark_report(
 # ------------------------------------------------------------------------------------------------------ the content
 
 
-def _head(benchmark: Benchmark) -> Head:
+def _head(benchmark: BenchmarkData) -> Head:
     settings, trials = benchmark.settings, benchmark.trials
     planned = settings.planned_runs or len(trials)
     units = {(str(trial.get("budget_unit")), number_of(trial, "budget")) for trial in trials}
     budgets = sorted({(unit, amount) for unit, amount in units if amount is not None})
     per_run = ", ".join(
-        f"{figures.quantity(amount)}{'' if unit == 'flops' else ' '}{_unit(unit)}" for unit, amount in budgets
+        f"{formats.quantity(amount)}{'' if unit == 'flops' else ' '}{_unit(unit)}" for unit, amount in budgets
     )
     facts = {
         "runs": f"{len(trials)} of {planned}",
@@ -78,7 +78,7 @@ def _head(benchmark: Benchmark) -> Head:
         "budget of a run": per_run,
         **settings.facts,
     }
-    utility, objective = (figures.label(name).lower() for name in (benchmark.utility, benchmark.objective))
+    utility, objective = (formats.label(name).lower() for name in (benchmark.utility, benchmark.objective))
     rule = (
         f"The rule: of a method's tuning trials with at least {benchmark.floor + settings.margin:g} × the target's "
         f"{utility}{f' ({benchmark.floor:g} where none has that)' if settings.margin else ''} whose "
@@ -97,7 +97,7 @@ def _head(benchmark: Benchmark) -> Head:
     return Head(status, done, {name: words for name, words in facts.items() if words}, [rule, reading])
 
 
-def _aim(benchmark: Benchmark) -> str:
+def _aim(benchmark: BenchmarkData) -> str:
     """Which way the objective is better."""
     return {"high": "high", "low": "low", "retrained": "near the retrained model's"}[metric(benchmark.objective).better]
 
@@ -112,7 +112,7 @@ def _unit(unit: str) -> str:
     return "FLOP" if unit == "flops" else unit
 
 
-def _sections(benchmark: Benchmark) -> list[Section]:
+def _sections(benchmark: BenchmarkData) -> list[Section]:
     sections: list[Section] = []
     for split in benchmark.splits:
         found = split_results(benchmark, split)
@@ -127,7 +127,7 @@ def _sections(benchmark: Benchmark) -> list[Section]:
     return [section for section in sections if section.notes or section.tables or section.plots]
 
 
-def _results(benchmark: Benchmark, found: SplitResults) -> Section:
+def _results(benchmark: BenchmarkData, found: SplitResults) -> Section:
     notes = [f"Recorded figures that differ from their rows': {words}." for words in found.mismatches]
     if found.target_utility is None:
         notes.append("The target's rows are not there: no run can be held against the utility floor.")
@@ -147,7 +147,7 @@ def _results(benchmark: Benchmark, found: SplitResults) -> Section:
     )  # fmt: skip
 
 
-def _plane(benchmark: Benchmark, found: SplitResults) -> Section:
+def _plane(benchmark: BenchmarkData, found: SplitResults) -> Section:
     """Every trial in the plane, each method's Pareto front, and how much of the plane it covers."""
     split, title = found.split, f"Forgetting and utility, {found.split}"
     scale = {phase: benchmark.target_utility(split, phase) for phase in ("tune", "report")}
@@ -162,7 +162,7 @@ def _plane(benchmark: Benchmark, found: SplitResults) -> Section:
             x = draws[benchmark.utility].value / ((found.target_utility if relative else None) or 1.0)
             y = 1.0 - draws["ks_statistic"].value
             references[model] = Point(x, y, f"{model}: utility {x:.3f}, 1 − KS {y:.3f}")
-    label = figures.label(benchmark.utility).lower()
+    label = formats.label(benchmark.utility).lower()
     x_label = f"{label} / the target's" if relative else label
     floor = benchmark.floor if relative else None
     table = _areas(split, points, floor, references.get("target"), (scale["report"] or 1.0) if relative else 1.0)
@@ -173,7 +173,7 @@ def _plane(benchmark: Benchmark, found: SplitResults) -> Section:
     return Section(title, notes, plots=[plane(title, points, references, floor, x_label)], more=[table], level=3)
 
 
-def _points(benchmark: Benchmark, split: str, method: str, scale: Mapping[str, float | None]) -> list[Point]:
+def _points(benchmark: BenchmarkData, split: str, method: str, scale: Mapping[str, float | None]) -> list[Point]:
     points = []
     for run in benchmark.runs(split, method, "tune", "report"):
         distance, utility = number_of(run, "ks_statistic"), number_of(run, benchmark.utility)
@@ -214,7 +214,7 @@ def _areas(
         rows.append(
             cells(
                 method, f"{len(runs)}", f"{len(runs) - len(sound)}", f"{len(front)}",
-                figures.number(areas["hypervolume"]), figures.number(areas["hypervolume_all_runs"]),
+                formats.number(areas["hypervolume"]), formats.number(areas["hypervolume_all_runs"]),
                 "–" if above is None else f"{above:.4f}",
             )
         )  # fmt: skip
@@ -243,7 +243,7 @@ def _cost(found: SplitResults) -> Section:
         for run in runs:
             seconds, distance = number_of(run, "train_seconds"), number_of(run, "ks_statistic")
             if seconds is not None and distance is not None:
-                words = f"{method}, seed {run.get('seed')}: {figures.duration(seconds)}, 1 − KS {1 - distance:.3f}"
+                words = f"{method}, seed {run.get('seed')}: {formats.duration(seconds)}, 1 − KS {1 - distance:.3f}"
                 points.setdefault(method, []).append(Point(seconds, 1.0 - distance, words))
     # the same place in the legend and the same colour as in the plane
     ordered = {method: points.get(method, []) for method in found.methods}
@@ -260,11 +260,11 @@ def _share(run: Trial) -> float | None:
     return None if used is None or not budget else used / budget
 
 
-def _choice(benchmark: Benchmark, split: str) -> Section:
+def _choice(benchmark: BenchmarkData, split: str) -> Section:
     """Chosen options, and how the outcome went with each option that was tuned."""
     table, notes = benchmark_runs.selected_table(benchmark, split)
     panels, rows, records = [], [], []
-    objective, utility = figures.label(benchmark.objective).lower(), figures.label(benchmark.utility).lower()
+    objective, utility = formats.label(benchmark.objective).lower(), formats.label(benchmark.utility).lower()
     for method in benchmark.methods(split):
         for entry in sensitivity(benchmark.runs(split, method, "tune"), benchmark.objective, benchmark.utility):
             panels.append(sensitivity_plot(f"{method}: {entry.option}", entry, objective, utility))
@@ -287,9 +287,9 @@ def _choice(benchmark: Benchmark, split: str) -> Section:
     )  # fmt: skip
 
 
-def _ablation(benchmark: Benchmark, split: str) -> Section:
+def _ablation(benchmark: BenchmarkData, split: str) -> Section:
     return Section(f"Ablation, {split}", tables=some(tables.ablation_table(benchmark, split)), level=3)
 
 
-def _published(benchmark: Benchmark, found: SplitResults) -> Section:
+def _published(benchmark: BenchmarkData, found: SplitResults) -> Section:
     return Section(f"Published numbers, {found.split}", tables=some(tables.published_table(benchmark, found)), level=3)

@@ -12,7 +12,7 @@ from ofmu_ray.config.overrides import nested
 from ofmu_ray.metrics import degeneration
 from ofmu_ray.metrics.fronts import number_of
 from ofmu_ray.metrics.registry import metric
-from ofmu_ray.reporting import figures
+from ofmu_ray.reporting import formats
 from ofmu_ray.reporting import sweep_tables as tables
 from ofmu_ray.reporting.benchmark_settings import facts
 from ofmu_ray.reporting.benchmark_tables import span
@@ -20,7 +20,7 @@ from ofmu_ray.reporting.marks import Plot, standalone_svg
 from ofmu_ray.reporting.page import yaml_text
 from ofmu_ray.reporting.sections import Head, Section, html_page, markdown_page, some
 from ofmu_ray.reporting.sweep_plots import front_plot, history_plot
-from ofmu_ray.reporting.sweep_results import Sweep, noun, options
+from ofmu_ray.reporting.sweep_results import SweepData, noun, options
 from ofmu_ray.reporting.tables import csv_text
 from ofmu_ray.storage import atomic_write
 
@@ -37,7 +37,7 @@ def write_sweep_report(
     `trials`, `stages` and `settings` are those of `search/sweep_output.py`, as in trials.parquet and sweep.json; trials
     of phase confirm have the chosen options, a fresh seed and all rows.
     """
-    sweep = Sweep(trials, stages, settings)
+    sweep = SweepData(trials, stages, settings)
     plane, head = front_plot(sweep), _head(sweep)
     failures = Section("Trials that did not finish as planned", _failures(sweep))
     sections = [_recommendation(sweep), _certainty(sweep), _best(sweep, plane), _options(sweep), failures]
@@ -54,22 +54,22 @@ def write_sweep_report(
     return [Path(folder) / name for name in texts]
 
 
-def _head(sweep: Sweep) -> Head:
+def _head(sweep: SweepData) -> Head:
     settings, (spent, saved) = sweep.settings, sweep.flops()
     share = f", {saved / (spent + saved):.0%} saved by ending trials early" if saved else ""
     found = {
         "method": settings.get("method"),
         "trials": f"{len(sweep.trials)}, {len(sweep.whole)} to their end" if sweep.trials else "none yet",
         "fresh seeds": str(len(sweep.fresh)) if sweep.fresh else None,
-        "spent": figures.quantity(spent, "FLOP") + share if spent else None,
-        "wall clock": figures.duration(settings["seconds"]) if settings.get("seconds") else None,
+        "spent": formats.quantity(spent, "FLOP") + share if spent else None,
+        "wall clock": formats.duration(settings["seconds"]) if settings.get("seconds") else None,
         **facts(settings, (settings.get("config") or {}).get("base") or {}),
     }
     status = f"recommended: trial {sweep.recommended['number']}" if sweep.recommended else "nothing to recommend"
     return Head(status, sweep.recommended is not None, {name: str(words) for name, words in found.items() if words})
 
 
-def _recommendation(sweep: Sweep) -> Section:
+def _recommendation(sweep: SweepData) -> Section:
     trial, chosen = sweep.recommended, sweep.chosen
     if trial is None or chosen is None:
         return Section("What to do", lead=_nothing(sweep))
@@ -89,7 +89,7 @@ def _recommendation(sweep: Sweep) -> Section:
     return Section("What to do", lead=lead, code=code, more=some(tables.figures_table(sweep)))
 
 
-def _nothing(sweep: Sweep) -> list[str]:
+def _nothing(sweep: SweepData) -> list[str]:
     utility, nearest = noun(sweep.utility), sweep.nearest
     widen = "widen the space towards smaller learning rates or fewer rounds"
     if nearest is not None and sweep.goal.degenerate(nearest):
@@ -100,7 +100,7 @@ def _nothing(sweep: Sweep) -> list[str]:
     if nearest is not None:
         return [
             f"No trial meets the floor: the {utility} must be at least {_floor(sweep)}, and the nearest trial, "
-            f"{nearest['number']}, has {figures.number(number_of(nearest, sweep.utility))}. Nothing is recommended: "
+            f"{nearest['number']}, has {formats.number(number_of(nearest, sweep.utility))}. Nothing is recommended: "
             f"lower select.utility_floor, {widen}, or make more trials."
         ]
     if sweep.whole:
@@ -114,13 +114,13 @@ def _nothing(sweep: Sweep) -> list[str]:
     ]
 
 
-def _floor(sweep: Sweep) -> str:
+def _floor(sweep: SweepData) -> str:
     share, base = sweep.rule.get("utility_floor"), sweep.rule.get("relative_to") or "target"
     of = "" if share is None else f" ({share:g} × the {base}{' model' if base == 'retrained' else ''}'s)"
-    return f"{figures.number(sweep.floor)}{of}"
+    return f"{formats.number(sweep.floor)}{of}"
 
 
-def _certainty(sweep: Sweep) -> Section:
+def _certainty(sweep: SweepData) -> Section:
     trial, objective = sweep.recommended, noun(sweep.objective)
     if trial is None:
         return Section("How sure")
@@ -164,12 +164,12 @@ def _certainty(sweep: Sweep) -> Section:
     if sweep.floor is not None and low is not None and low < sweep.floor:
         notes.append(
             f"The interval of its {noun(sweep.utility)} ({span(low, high)}) reaches below the floor "
-            f"of {figures.number(sweep.floor)}: on other rows it may miss it."
+            f"of {formats.number(sweep.floor)}: on other rows it may miss it."
         )
     return Section("How sure", lead=notes)
 
 
-def _best(sweep: Sweep, plane: Plot | None) -> Section:
+def _best(sweep: SweepData, plane: Plot | None) -> Section:
     if plane is None:
         return Section("The best trials", ["No trial has been evaluated yet."] if sweep.trials else ())
     notes = [
@@ -181,7 +181,7 @@ def _best(sweep: Sweep, plane: Plot | None) -> Section:
     return Section("The best trials", notes, some(tables.best_table(sweep)), plots=[plane])
 
 
-def _failures(sweep: Sweep) -> list[str]:
+def _failures(sweep: SweepData) -> list[str]:
     """Those that neither finished nor were ended by the scheduler, with the reason."""
     found = []
     for trial in sweep.all:
@@ -191,7 +191,7 @@ def _failures(sweep: Sweep) -> list[str]:
     return found
 
 
-def _options(sweep: Sweep) -> Section:
+def _options(sweep: SweepData) -> Section:
     """How the space was searched, and which options mattered."""
     search, count, plot = sweep.search, len(sweep.whole), history_plot(sweep)
     early = (search.get("early") or {}).get("kind", "none")

@@ -77,7 +77,7 @@ def benchmark(config: BenchmarkConfig, command: Sequence[str] = ()) -> Benchmark
             by_split = [run_paths(config.run(split, config.methods[0]), f"{split}: ") for split in config.splits]
             join_cluster(training, storage, {option: paths for found in by_split for option, paths in found.items()})
             progress.note("benchmark", f"{folder}")
-            bench = Benchmark(config, storage, evaluators, spaces, handle)
+            bench = BenchmarkRun(config, storage, evaluators, spaces, handle)
             complete = bench.run()
         files = results.write(
             bench.folder, config, bench.data, bench.references, bench.done, bench.selected, bench.goals, list(command)
@@ -119,7 +119,7 @@ def _checked_split(config: BenchmarkConfig, split: str, storage: Path) -> Any:
     return checked(config.run(split, config.methods[0]), storage, asked, generation, where=f"{split}: ")
 
 
-class Benchmark:
+class BenchmarkRun:
     """A benchmark while it runs: its prepared data, its finished runs, its choices."""
 
     def __init__(
@@ -136,7 +136,7 @@ class Benchmark:
         self.references: dict[str, dict[str, Any]] = {}
         """Split -> target and retrained -> per-row values."""
         self.done: list[tuple[Trial, dict[str, Any]]] = []
-        self.selected: dict[tuple[str, str], results.Chosen] = {}
+        self.selected: dict[tuple[str, str], results.ChosenTrial] = {}
         self.goals: dict[str, Goal] = {}
         for split, evaluator in evaluators.items():
             base = config.run(split, config.methods[0])
@@ -354,7 +354,7 @@ class Benchmark:
             progress.note("select", f"{label} {split}: no trial has {rule.objective} and {rule.utility}; not reported")
             return
         number, options = int(choice.trial["trial"]), json.loads(choice.trial["options"])
-        self.selected[split, label] = results.Chosen(number, options, choice.floor_missed, choice.degenerate)
+        self.selected[split, label] = results.ChosenTrial(number, options, choice.floor_missed, choice.degenerate)
         notes = ["no trial reaches the floor"] * choice.floor_missed + ["all are degenerate"] * choice.degenerate
         progress.note("select", f"{label} {split}: trial {number}" + (f" ({'; '.join(notes)})" if notes else ""))
 

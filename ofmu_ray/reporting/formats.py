@@ -13,7 +13,7 @@ MODELS = ("before", "after", "retrained")
 
 
 @dataclass(frozen=True)
-class Cell:
+class MetricCell:
     """One model's figure in the table."""
 
     text: str
@@ -31,7 +31,7 @@ class MetricRow:
     name: str
     label: str
     direction: str
-    cells: dict[str, Cell]
+    cells: dict[str, MetricCell]
     rows: int | None
 
 
@@ -57,15 +57,15 @@ def metric_table(metrics: Mapping[str, Any]) -> list[MetricRow]:
     return rows
 
 
-def cell(figure: Mapping[str, Any] | None) -> Cell:
+def cell(figure: Mapping[str, Any] | None) -> MetricCell:
     """Text of one figure with its 95 % interval; a dash with the reason when it is absent."""
     if figure is None:
-        return Cell("–")
+        return MetricCell("–")
     if figure.get("value") is None:
-        return Cell("–", reason=str(figure.get("reason") or ""))
+        return MetricCell("–", reason=str(figure.get("reason") or ""))
     value, low, high = (figure.get(key) for key in ("value", "low", "high"))
     interval = "" if low is None or high is None else f"{number(low)} – {number(high)}"
-    return Cell(number(value), interval, "", value, low, high)
+    return MetricCell(number(value), interval, "", value, low, high)
 
 
 def number(value: float | None) -> str:

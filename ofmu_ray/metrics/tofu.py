@@ -10,7 +10,7 @@ import pyarrow as pa
 from ofmu_ray.metrics import functions
 from ofmu_ray.metrics.columns import clusters_of, finite, rows_of, same_rows
 from ofmu_ray.metrics.functions import FloatArray
-from ofmu_ray.metrics.intervals import Figure, forget_quality_figures, utility_estimate
+from ofmu_ray.metrics.intervals import MetricValue, forget_quality_figures, utility_estimate
 from ofmu_ray.metrics.registry import Inputs, Metric, metric, register
 
 SETS = {"forget": "Forget", "retain": "Retain", "real_authors": "Real authors", "world_facts": "World facts"}
@@ -36,14 +36,14 @@ def truth_ratio(rows: pa.Table, name: str) -> FloatArray | str:
     return functions.closer_to_1(found) if name == "forget" else functions.true_better(found)
 
 
-def quality(inputs: Inputs) -> Mapping[str, Figure]:
+def quality(inputs: Inputs) -> Mapping[str, MetricValue]:
     """forget_quality and ks_statistic, of the forget rows' truth ratios against the retrained model's."""
     found = _quality(inputs)
-    both = (Figure.absent(found), Figure.absent(found)) if isinstance(found, str) else found
+    both = (MetricValue.absent(found), MetricValue.absent(found)) if isinstance(found, str) else found
     return dict(zip(("forget_quality", "ks_statistic"), both, strict=True))
 
 
-def _quality(inputs: Inputs) -> tuple[Figure, Figure] | str:
+def _quality(inputs: Inputs) -> tuple[MetricValue, MetricValue] | str:
     if inputs.retrained is None:
         return "needs the truth ratios of a model trained without the forget rows (evaluation.retrained)"
     ratios: list[FloatArray] = []
@@ -63,13 +63,13 @@ def _quality(inputs: Inputs) -> tuple[Figure, Figure] | str:
     )
 
 
-def utility(inputs: Inputs) -> Mapping[str, Figure]:
+def utility(inputs: Inputs) -> Mapping[str, MetricValue]:
     """model_utility: harmonic mean of nine scores on what is to stay."""
     columns = {part: [inputs.values(metric(f"{part}_{score}")) for score in SCORES] for part in UTILITY_SETS}
     reasons = [found for scores in columns.values() for found in scores if isinstance(found, str)]
     if reasons:
         reason = f"model utility needs all of its nine components: {'; '.join(dict.fromkeys(reasons))}"
-        return {"model_utility": Figure.absent(reason)}
+        return {"model_utility": MetricValue.absent(reason)}
     sets = {part: [found for found in scores if not isinstance(found, str)] for part, scores in columns.items()}
     clusters = {part: clusters_of(inputs.rows(part)) for part in UTILITY_SETS}
     return {"model_utility": utility_estimate(sets, name="model_utility", clusters=clusters, **inputs.options).figure()}

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from ofmu_ray import progress
-from ofmu_ray.cluster.watchdog import Sign
+from ofmu_ray.cluster.watchdog import Heartbeat
 
 POLL_SECONDS = 0.5
 
@@ -21,7 +21,7 @@ class Progress:
     def __init__(self) -> None:
         self.now: tuple[int, dict[str, float]] = (0, {})
         self.notes: list[str] = []
-        self.last: dict[int, Sign] = {}
+        self.last: dict[int, Heartbeat] = {}
 
     def update(self, done: int, figures: dict[str, float]) -> None:
         """Rank 0: rounds done and the figures of the last one."""
@@ -33,9 +33,9 @@ class Progress:
 
     def sign(self, rank: int, where: str) -> None:
         """A rank is alive."""
-        self.last[rank] = Sign(time.monotonic(), where)
+        self.last[rank] = Heartbeat(time.monotonic(), where)
 
-    def signs(self) -> tuple[float, dict[int, Sign]]:
+    def signs(self) -> tuple[float, dict[int, Heartbeat]]:
         """This actor's clock, and the last sign of every rank."""
         return time.monotonic(), self.last
 
@@ -49,7 +49,7 @@ class Progress:
         return (*self.now, self.notes)
 
 
-class Watch:
+class ProgressForwarder:
     """Passes on to the listener what the actor hears, while the driver waits for the workers."""
 
     def __init__(self, actor: Any, rounds: int, title: str):
@@ -59,7 +59,7 @@ class Watch:
         self.thread = threading.Thread(target=self._pass_on, daemon=True)
         self._noted = 0
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> ProgressForwarder:
         self.thread.start()
         return self
 

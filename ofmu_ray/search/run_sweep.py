@@ -128,7 +128,7 @@ def sweep(config: SweepConfig, command: Sequence[str] = ()) -> SweepOutcome:
         raise
     finally:
         tables = [path for path in files if path.suffix == ".parquet"]
-        pages = [path for path in files if path.suffix in tracking.run.ARTIFACT_SUFFIXES]
+        pages = [path for path in files if path.suffix in tracking.mlflow_run.ARTIFACT_SUFFIXES]
         tracking.finish(handle, artifacts=pages, tables=tables, status=status)
     _discard(ledger)
     text = results.summary(ledger, outcome)
@@ -183,9 +183,9 @@ def _begin(
 
 def _references(ledger: Ledger, tables: dict[str, Any]) -> dict[str, Any]:
     """Figures of target and retrained model on the rows that trials are judged on."""
-    from ofmu_ray.evaluation.sample import Sample
+    from ofmu_ray.evaluation.sample import RowSample
 
-    sample = Sample.of(ledger.data.evaluator.sets, ledger.config.select.rows)
+    sample = RowSample.of(ledger.data.evaluator.sets, ledger.config.select.rows)
     retrained = sample.cut(tables["retrained"])
     return {name: ledger.data.evaluator.figures(sample.cut(table), retrained) for name, table in tables.items()}
 
