@@ -111,4 +111,5 @@ def test_a_file_name_says_which_file_is_meant() -> None:
     shared = {name: paths for name, paths in files.items() if len(paths) > 1}
     commands = {path.stem for own, path in sources() if own == "pipelines"}
     elsewhere = {name: files[name] for name in commands & files.keys() if files[name] != [f"ofmu_ray/config/{name}.py"]}
-    assert not shared and not elsewhere, f"rename one of each: {shared} {elsewhere}"
+    assert not shared, f"rename one of each: {shared}"
+    assert not elsewhere, f"rename: {elsewhere}"
