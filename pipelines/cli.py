@@ -10,6 +10,7 @@ import sys
 # before torch is imported anywhere; a value of the user's own stays.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("DS_LOG_LEVEL", "error")
 
 COMMANDS = {
     "unlearn": "make a model forget a set of rows and keep the rest",

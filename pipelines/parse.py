@@ -44,8 +44,11 @@ def parse(config_class: type[Config], arguments: Sequence[str], prog: str) -> Co
     try:
         # print_config would print the defaults of the wrong preset, so presets are looked for without it
         plain = [word for word in arguments if not word.startswith("--print_config") and word not in ("-h", "--help")]
-        parser.set_defaults(_preset_defaults(parser.parse_args(plain)))
-        namespace = parser.parse_args(list(arguments))
+        namespace = parser.parse_args(plain)
+        defaults = _preset_defaults(namespace)
+        if len(plain) < len(arguments) or any(parser.get_default(name) != value for name, value in defaults.items()):
+            parser.set_defaults(defaults)
+            namespace = parser.parse_args(list(arguments))
         _refuse_empty(namespace, known)
         built = vars(parser.instantiate(namespace))
     except argparse.ArgumentError as error:

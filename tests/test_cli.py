@@ -97,7 +97,10 @@ MISTAKES = {
     "batch that does not divide": (["--training.workers", "2", "--training.batch_size", "7"], "does not divide"),
     "micro-batch that does not divide": (["--training.micro_batch_size", "3"], "training.micro_batch_size = 3"),
     "torch engine on two workers": (["--training.engine", "torch", "--training.workers", "2"], "training.engine"),
-    "exact curvature on DeepSpeed": (["--ofmu.curvature", "exact"], "--training.engine torch"),
+    "exact curvature on DeepSpeed": (
+        ["--ofmu.curvature", "exact", "--training.engine", "deepspeed"],
+        "--training.engine torch",
+    ),
     "MLflow not reachable": (["--tracking.uri", "http://127.0.0.1:9"], "tracking.uri"),
     "credentials in the storage": (["--storage", "s3://key:secret@bucket/runs"], "storage"),
 }

@@ -170,6 +170,10 @@ def map_tasks(
     """
     if not items:
         return
+    if running_ray() is None:
+        from ofmu_ray.cluster.connect import connect
+
+        connect(1)
     resource = "GPU" if device_kind() == "cuda" else "CPU"
     free, places = _free_places(resource, min(len(items), most or MOST_PROCESSES), nodes)
     cpus, gpus = (0.0, 1.0) if resource == "GPU" else (float(free), 0.0)
@@ -181,8 +185,10 @@ def map_tasks(
 
 
 def runs_here(flops: float) -> bool:
-    """Whether work of this size is done in this process: Ray is not running, or it is little for a CPU."""
-    return running_ray() is None or (device_kind() == "cpu" and flops < SMALL_FLOPS)
+    """Whether work of this size is done in this process: it is little for a CPU, or this process has the only GPU."""
+    if device_kind() == "cpu":
+        return flops < SMALL_FLOPS
+    return running_ray() is None
 
 
 def device_kind() -> str:

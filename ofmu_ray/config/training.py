@@ -10,12 +10,21 @@ from ofmu_ray.config.ranges import not_negative, positive, require
 from ofmu_ray.errors import UserError
 
 
+def resolved_engine(engine: str, workers: int, offload: str) -> str:
+    """The engine that `auto` stands for: torch or deepspeed."""
+    if engine == "auto":
+        return "torch" if workers == 1 and offload == "none" else "deepspeed"
+    return engine
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How the loop runs on Ray Train."""
 
-    engine: Literal["torch", "deepspeed"] = "deepspeed"
-    """deepspeed (ZeRO, any number of workers) or torch (one worker; offers exact curvature)."""
+    engine: Literal["auto", "torch", "deepspeed"] = "auto"
+    """deepspeed (ZeRO, any number of workers) or torch (one worker; offers exact curvature). auto: torch for one
+    worker, deepspeed for several or with offload. The one worker of torch runs in the command's own process, without
+    Ray, unless RAY_ADDRESS names a cluster, the command is a submitted job, or the storage is a URI."""
     workers: int = 1
     """Ray Train workers (processes)."""
     cpus_per_worker: float = 1.0
@@ -79,6 +88,11 @@ class TrainingConfig:
                     f"training.network_interface = {self.network_interface!r}: neither an interface's name nor a "
                     "subnet such as 10.1.0.0/16"
                 ) from None
+
+    @property
+    def single(self) -> bool:
+        """Whether the engine is torch, which needs no process group."""
+        return resolved_engine(self.engine, self.workers, self.offload) == "torch"
 
     @property
     def accumulation(self) -> int:

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ofmu_ray.cluster.map_tasks import running_ray
 from ofmu_ray.data.encoder import payload_columns
 from ofmu_ray.data.order import batch_order, lane_slots
 from ofmu_ray.data.prepare import TokenisedStream
@@ -141,7 +142,8 @@ def write_plan(
         return plan
     remove_folder(folder)
     with published(folder, MARKER) as partial_folder:
-        write = _write_lanes_here if here or plan.total_rows <= SMALL_ROWS else _write_lanes
+        small = here or plan.total_rows <= SMALL_ROWS or running_ray() is None
+        write = _write_lanes_here if small else _write_lanes
         write(plan, streams, partial_folder)
         text = {key: value for key, value in asdict(plan).items() if key != "folder"}
         write_text(join(partial_folder, MARKER), json.dumps(text, indent=1))

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow.parquet as pq
 
+from ofmu_ray import progress
+from ofmu_ray.cluster.map_tasks import running_ray
 from ofmu_ray.config import SourceConfig
 from ofmu_ray.data import row_checks as checks
 from ofmu_ray.data import sources
@@ -96,7 +98,7 @@ def prepare_streams(
 
     Tokens go to `<storage>/cache/data/<hash of content, encoder and this code>/`, where other runs find them.
     Those of the streams in `private` go to the folder that it names, under the same hash: a run whose data must not
-    outlive it deletes its own folder, and nobody else's tokens. Ray must be up unless everything is there already.
+    outlive it deletes its own folder, and nobody else's tokens. Ray does the work if it is up, else this process.
     Overlap is that of the streams `forget` and `retain`, if both are given.
 
     Raises UserError with all problems of all sources in one message.
@@ -141,14 +143,12 @@ def _tokenise(
     """Write the parts and the marker of each stream; problems by stream."""
     if not todo:
         return {}
-    from ofmu_ray.data.ray_data import run_tasks
-
     items = [
         PartJob(piece, join(places[name], f"part-{index:06d}.parquet"))
         for name, pieces in todo.items()
         for index, piece in enumerate(pieces)
     ]
-    done: list[Part] = run_tasks(encode_fragment, items, encoder, "tokenising")
+    done: list[Part] = _encoded(items, encoder)
     problems: dict[str, Problems] = {}
     for name in todo:
         mine = [part for part in done if part.stream == name]
@@ -159,6 +159,19 @@ def _tokenise(
         content = {"parts": [[part.name, part.rows] for part in mine]}
         write_text(join(places[name], MARKER), json.dumps(content))
     return problems
+
+
+def _encoded(items: list[PartJob], encoder: Encoder) -> list[Part]:
+    if running_ray() is not None:
+        from ofmu_ray.data.ray_data import run_tasks
+
+        return run_tasks(encode_fragment, items, encoder, "tokenising")
+    with progress.bar("tokenising", len(items), "part") as bar:
+        done = []
+        for item in items:
+            done.append(encode_fragment(item, encoder))
+            bar.update()
+        return done
 
 
 def _parts(folder: str) -> list[tuple[str, int]]:

@@ -32,7 +32,7 @@ def reshard(states: Sequence[State], layout: Mapping[str, Any]) -> dict[str, Any
             return dict(first)
         raise UserError(
             f"the checkpoint was written by {found['workers']} workers with {found['layout']}, this run is "
-            f"{layout['layout']}: resume with the same training.zero_stage and model"
+            f"{layout['layout']}: resume with the same training.engine, training.zero_stage and model"
         )
     masters = _cut([state["masters"] for state in states], found["pieces"], layout)
     loops = {loop: _optimizer(states, loop, layout) for loop in first["optimizers"]}

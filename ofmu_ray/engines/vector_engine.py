@@ -277,7 +277,7 @@ class VectorEngine:
         if found != own:
             raise UserError(
                 f"the checkpoint was written by {_describe(found)}, this run is {_describe(own)}: "
-                "resume with the same training.zero_stage and model"
+                "resume with the same training.engine, training.zero_stage and model"
             )
         self._saved_is_current = False
         with torch.no_grad():

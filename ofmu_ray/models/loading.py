@@ -59,7 +59,7 @@ def pretrained(path: str, option: str = "model.path", **options: Any) -> Any:
     import transformers
 
     try:
-        with _quiet():
+        with quiet():
             return transformers.AutoModelForCausalLM.from_pretrained(
                 model_source(path, option), use_safetensors=True, **options
             )
@@ -73,8 +73,8 @@ def pretrained(path: str, option: str = "model.path", **options: Any) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers draws a bar for each model that it loads."""
+def quiet() -> Iterator[None]:
+    """Without the bar that transformers draws for each model that it loads or saves."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -52,9 +52,11 @@ def _setups(planner: Planner, gpus: int, lora: LoraConfig | None) -> Iterator[Se
         )
     share = batch // gpus
     checkpointing = [False, True] if not planner.model.gradient_checkpointing else [True]
+    engine = planner.training.engine
+    stages = (0,) if engine == "torch" or (engine == "auto" and gpus == 1) else (0, 2, 3) if gpus > 1 else (0, 2)
     for micro in (size for size in range(share, 0, -1) if share % size == 0):
         for recompute in checkpointing:
-            for stage in (0,) if planner.training.engine == "torch" else (0, 2, 3) if gpus > 1 else (0, 2):
+            for stage in stages:
                 yield SetUp(stage, gpus, micro, recompute, "none", lora)
                 yield SetUp(stage, gpus, micro, recompute, "optimizer", lora)
 

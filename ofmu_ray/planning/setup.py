@@ -125,7 +125,7 @@ class Planner:
         """The set-up that the configuration asks for."""
         training, model = self.training, self.model
         return SetUp(
-            zero_stage=0 if training.engine == "torch" else training.zero_stage,
+            zero_stage=0 if training.single else training.zero_stage,
             workers=training.workers,
             micro_batch_size=training.micro_batch_size or training.batch_size // training.workers,
             gradient_checkpointing=model.gradient_checkpointing,

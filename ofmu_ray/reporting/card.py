@@ -54,6 +54,7 @@ def write_model_card(
         options=_yaml({method: config[method]} if method in config else {}),
         seed=config.get("seed"),
         training=config.get("training") or {},
+        engine=formats.engine_name(config.get("training") or {}),
         precision=(config.get("model") or {}).get("precision"),
         rounds=rounds,
         config_hash=config_hash,

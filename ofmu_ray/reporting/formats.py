@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ofmu_ray.config.training import resolved_engine
 from ofmu_ray.metrics.registry import metric
 
 UP, DOWN, MATCH = "↑ better", "↓ better", "match retrained"
@@ -43,6 +44,14 @@ def label(name: str) -> str:
 def direction(name: str) -> str:
     """Which way is better. What forget rows score should be what a model scores that never saw them."""
     return {"high": UP, "low": DOWN, "retrained": MATCH}[metric(name).better]
+
+
+def engine_name(training: Mapping[str, Any]) -> str:
+    """The engine of a run's `training` options, as `torch` or `deepspeed ZeRO-2`; empty if they name none."""
+    if not training.get("engine"):
+        return ""
+    name = resolved_engine(training["engine"], training.get("workers", 1), training.get("offload", "none"))
+    return f"{name} ZeRO-{training['zero_stage']}" if name == "deepspeed" else name
 
 
 def metric_table(metrics: Mapping[str, Any]) -> list[MetricRow]:

@@ -116,8 +116,7 @@ def _header(data: ReportData) -> list[tuple[str, str]]:
     engine = " ".join(
         str(part)
         for part in (
-            training.get("engine"),
-            f"ZeRO-{training['zero_stage']}" if training.get("engine") == "deepspeed" else None,
+            formats.engine_name(training),
             f"× {workers} workers" if workers and workers > 1 else None,
         )
         if part is not None

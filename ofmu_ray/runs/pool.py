@@ -36,7 +36,7 @@ class Pool:
         training = base.training
         self.data, self.size = data, 1
         self.processes: ProcessPool[Trial, dict[str, Any]] | None = None
-        if training.engine == "torch" and training.workers == 1:
+        if training.single:
             cpus, gpus = training.cpus_per_worker, training.gpus_per_worker
             room = cluster_room(cpus, gpus)
             self.size = max(1, min(room, concurrency or room))

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """What Ray sets in the process of a submitted job, and nowhere else."""
+RAY_TRAIN_LIST = "checkpoint_manager_snapshot.json"
+"""Ray Train's list of a run's checkpoints."""
 UPLOADS = "working_dir_files"
 """Ray's folder of unpacked working directories on a node."""
 
@@ -103,6 +105,16 @@ def check_job_storage(storage: str) -> None:
             f"storage = {storage!r}: a submitted job's own folder is removed with all that was written there; name the "
             "folder that all nodes share by its absolute path (--storage /mnt/...), or a URI (s3://, gs://)"
         )
+
+
+def runs_here(training: TrainingConfig, home: str) -> bool:
+    """Whether the rounds run in this process, without Ray: one worker with the engine torch, on this machine.
+
+    Not in a submitted job or where RAY_ADDRESS names a cluster, whose nodes have the CPUs; not with a storage at a URI,
+    which Ray Train writes checkpoints to; and not where Ray Train began the run.
+    """
+    cluster = "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ
+    return training.single and not cluster and not is_uri(home) and not is_file(join(home, "train", RAY_TRAIN_LIST))
 
 
 def public(config: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ofmu_ray import progress
@@ -27,6 +28,7 @@ from ofmu_ray.runs.preflight import (
     claim,
     prepare_storage,
     public,
+    runs_here,
 )
 from ofmu_ray.runs.writing import RunResults
 from ofmu_ray.storage import atomic_write, drop_copies, explained, is_whole, join, name_of, remove_folder
@@ -35,6 +37,7 @@ from ofmu_ray.tasks import task_named
 if TYPE_CHECKING:
     from ofmu_ray.data.encoder import Encoder
     from ofmu_ray.tasks.protocol import Evaluation
+    from ofmu_ray.training.worker_job import WorkerJob
 
 
 @dataclass
@@ -60,6 +63,11 @@ class Run:
         """<storage>/<name>, a folder or a URI."""
         prefix = "train" if isinstance(self.config, TrainConfig) else self.config.method
         return join(self.storage, self.config.name or f"{prefix}-{self.digest[:8]}")
+
+    @cached_property
+    def here(self) -> bool:
+        """Whether the rounds run in this process, without Ray."""
+        return runs_here(self.config.training, self.home)
 
     @property
     def cache(self) -> str:
@@ -154,9 +162,11 @@ def _unlearn(begun: Run, config: UnlearnConfig) -> Outcome:
     with _tracked(begun, tags) as handle:
         with begun.phase("start"):
             progress.note("run", begun.home)
-            join_cluster(config.training, begun.storage, run_paths(config))
-            check_task_on_nodes(config.task)
-        results = _work(begun, config, evaluation, encoder, handle)
+            if not begun.here:
+                join_cluster(config.training, begun.storage, run_paths(config))
+                check_task_on_nodes(config.task)
+        with _threads(begun):
+            results = _work(begun, config, evaluation, encoder, handle)
         finished = results.training["status"] == "finished"
     link = tracking.open_command(handle)
     files = writing.write(begun.home, results, public(config), begun.digest, begun.command, link)
@@ -175,7 +185,6 @@ def _unlearn(begun: Run, config: UnlearnConfig) -> Outcome:
 def _work(begun: Run, config: UnlearnConfig, evaluation: Evaluation, encoder: Encoder, handle: Any) -> RunResults:
     """Data, evaluation before, the rounds, evaluation after."""
     from ofmu_ray.data.prepare import prepare_streams
-    from ofmu_ray.training.launch import fit
 
     with begun.phase("data"):
         prepared = prepare_streams(
@@ -199,7 +208,7 @@ def _work(begun: Run, config: UnlearnConfig, evaluation: Evaluation, encoder: En
         before = evaluation.table(config.model.path, "before")
         retrained = evaluation.table(config.evaluation.retrained, "retrained")
     with begun.phase("training"):
-        summary = fit(job, "unlearn")
+        summary = _fit(begun, job)
     progress.note("train", f"{summary['round']} rounds, {summary['train_seconds']:.1f} s; {summary['status']}")
     if summary["message"]:
         progress.note("stop", summary["message"])
@@ -219,6 +228,32 @@ def _work(begun: Run, config: UnlearnConfig, evaluation: Evaluation, encoder: En
     )
 
 
+@contextmanager
+def _threads(begun: Run) -> Iterator[None]:
+    """What runs in this process has a worker's threads."""
+    if not begun.here:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, int(begun.config.training.cpus_per_worker)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _fit(begun: Run, job: WorkerJob) -> dict[str, Any]:
+    if begun.here:
+        from ofmu_ray.training.start import fit_here
+
+        return fit_here(job, begun.kind)
+    from ofmu_ray.training.launch import fit
+
+    return fit(job, begun.kind)
+
+
 def _data_line(plan: Any) -> str:
     streams = ", ".join(f"{name} {plan.rows[name]} rows ({plan.epochs[name]:.1f} epochs)" for name in plan.streams)
     return f"{streams}; {plan.rounds} rounds of " + " + ".join(
@@ -233,7 +268,6 @@ def _train(begun: Run, config: TrainConfig) -> Outcome:
     from ofmu_ray import tracking
     from ofmu_ray.cluster.join import join_cluster, model_paths, source_paths
     from ofmu_ray.data.prepare import prepare_streams
-    from ofmu_ray.training.launch import fit
 
     home = begun.home
     claim(home, begun.digest, write=True)
@@ -241,9 +275,10 @@ def _train(begun: Run, config: TrainConfig) -> Outcome:
     task = task_named(config.task)
     encoder = task.encoder(task.check_model(model), config.data)
     with _tracked(begun, {"ofmu.kind": "train"}) as handle:
-        rows_at = source_paths("data.train", config.data.train, config.data.root)
-        join_cluster(config.training, begun.storage, model_paths(model) | rows_at)
-        check_task_on_nodes(config.task)
+        if not begun.here:
+            rows_at = source_paths("data.train", config.data.train, config.data.root)
+            join_cluster(config.training, begun.storage, model_paths(model) | rows_at)
+            check_task_on_nodes(config.task)
         prepared = prepare_streams(
             {"train": config.data.train},
             config.data.root,
@@ -258,8 +293,8 @@ def _train(begun: Run, config: TrainConfig) -> Outcome:
         spec = Spec.of(config, placed(model))
         spec = dataclasses.replace(spec, training=replace(config.training, rounds=rounds))
         job, _ = make_job(spec, prepared, home, begun.cache, outcome_hash(config, stream.fingerprint))
-        with begun.phase("training"):
-            summary = fit(replace(job, tracking=handle), "train")
+        with begun.phase("training"), _threads(begun):
+            summary = _fit(begun, replace(job, tracking=handle))
     status: Any = "FINISHED" if summary["status"] == "finished" else "FAILED"
     delivered = tracking.finish(handle, cost=_train_cost(summary), status=status)
     manifest = {"config": public(config), "config_hash": begun.digest, "data": prepared.report.to_json()}

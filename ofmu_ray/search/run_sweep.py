@@ -195,7 +195,7 @@ def _run_trials(ledger: Ledger, handle: Any, at_once: int) -> bool:
     from ofmu_ray.search import tuner
 
     training, trials = ledger.config.base.training, ledger.config.search.trials
-    local = training.engine == "torch" and training.workers == 1
+    local = training.single
     started, told, heard = time.perf_counter(), set(), progress.current()
     before = sum(ledger.result(number) is not None for number in range(len(ledger.suggestions)))
     if before:

@@ -77,9 +77,12 @@ class CausalLM:
     def export(
         self, module: torch.nn.Module, processor: Any, weights: Mapping[str, torch.Tensor], folder: Path
     ) -> None:
+        from ofmu_ray.models.loading import quiet
+
         model: Any = module
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        base.save_pretrained(folder, state_dict=dict(weights), max_shard_size=MAX_SHARD_SIZE)
+        with quiet():
+            base.save_pretrained(folder, state_dict=dict(weights), max_shard_size=MAX_SHARD_SIZE)
         processor.save_pretrained(folder)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from ofmu_ray import progress
 from ofmu_ray.storage import atomic_dir, explained, join
 
 
@@ -28,6 +29,46 @@ class Session(Protocol):
 
     def checkpoints(self) -> Sequence[tuple[str, AbstractContextManager[Path]]]:
         """(name, folder) of the run's checkpoints, newest first. Collective."""
+
+
+class Reports(Protocol):
+    """Who hears how far a worker is."""
+
+    def begin(self) -> list[str]:
+        """The workers begin (again): what was noted so far."""
+
+    def note(self, *texts: str) -> None:
+        """Something that the user should know, once."""
+
+    def update(self, done: int, figures: dict[str, float]) -> None:
+        """Rounds done and the metrics of the last one."""
+
+
+class ListenerReports:
+    """A worker in the process of whoever listens."""
+
+    def __init__(self, bar: progress.Bar):
+        self.listener, self.bar, self.noted = progress.current(), bar, dict[str, None]()
+
+    def begin(self) -> list[str]:
+        """What was noted so far."""
+        return list(self.noted)
+
+    def note(self, *texts: str) -> None:
+        """Something that the user should know, once."""
+        for text in texts:
+            if text not in self.noted:
+                self.noted[text] = None
+                self.listener.note("note", text)
+
+    def update(self, done: int, figures: dict[str, float]) -> None:
+        """Rounds done and the metrics of the last one."""
+        self.bar.at(done, **losses_of(figures))
+
+
+def losses_of(figures: Mapping[str, float]) -> dict[str, str]:
+    """What a bar shows of a round."""
+    return {name.removesuffix("_loss"): f"{value:.3f}" for name, value in figures.items() if name.endswith("loss")}
 
 
 class RaySession:
@@ -87,12 +128,10 @@ class LocalSession:
 
     rank, world = 0, 1
 
-    def __init__(self, run_dir: str, keep: int) -> None:
+    def __init__(self, run_dir: str, keep: int, gpu: bool | None = None) -> None:
+        """`gpu` None: if there is one."""
         self.folder, self.keep = Path(run_dir) / "train", keep
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device("cuda" if (torch.cuda.is_available() if gpu is None else gpu) else "cpu")
 
     def report(self, folder: Path, name: str, done: int) -> None:
         numbers = [int(path.name[:6]) for path in self._checkpoints()]

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from ofmu_ray import progress
 from ofmu_ray.cluster.watchdog import Watchdog
 from ofmu_ray.data.batch_plan import read_plan
 from ofmu_ray.data.batches import local_rounds
-from ofmu_ray.data.stream import lane_iterator, rounds
+from ofmu_ray.storage import join, read_text
 from ofmu_ray.training.export import export_model
-from ofmu_ray.training.session import LocalSession, RaySession
+from ofmu_ray.training.session import ListenerReports, LocalSession, RaySession, Reports
 from ofmu_ray.training.worker import Worker
 from ofmu_ray.training.worker_job import WorkerJob
 
 
 def worker_loop(config: dict[str, Any]) -> None:
     """The function that Ray Train runs. `config` holds the `WorkerJob` and the progress actor."""
+    from ofmu_ray.data.stream import lane_iterator, rounds
+    from ofmu_ray.training.watch import ActorReports
+
     job: WorkerJob = config["job"]
     session = RaySession(job.run_dir)
     torch.set_num_threads(max(1, int(job.training.cpus_per_worker)))
-    watchdog = Watchdog(session.rank, job.training.round_timeout, config.get("progress"))
-    worker = Worker(job, session, config.get("progress"), watchdog)
+    watchdog = Watchdog(session.rank, job.training.round_timeout, config["progress"])
+    worker = Worker(job, session, ActorReports(config["progress"]), watchdog)
     plan = read_plan(job.plan_dir)
 
     def source(start: int, options: dict[str, Any]) -> Iterable[dict[str, list[Any]]]:
@@ -36,13 +41,23 @@ def worker_loop(config: dict[str, Any]) -> None:
     watchdog.close()
 
 
-def run_local(job: WorkerJob) -> Worker:
+def fit_here(job: WorkerJob, title: str) -> dict[str, Any]:
+    """`launch.fit` for one worker, in this process and without Ray."""
+    with progress.bar(title, job.training.rounds, "round") as bar:
+        worker = run_local(job, ListenerReports(bar), gpu=job.training.gpus_per_worker > 0)
+    export_model(job, worker.engine, worker.module, worker.processor, worker.state, 0)
+    summary: dict[str, Any] = json.loads(read_text(join(job.run_dir, "training.json")))
+    return summary
+
+
+def run_local(job: WorkerJob, reports: Reports | None = None, gpu: bool | None = None) -> Worker:
     """The same loop in this process, with the only worker of the run: for many short runs, each on one core.
 
-    Nothing is exported: the returned worker holds the model in memory. Raises AssertionError for more workers.
+    Nothing is exported: the returned worker holds the model in memory. `gpu` None: on one, if there is one.
+    Raises AssertionError for more workers.
     """
     assert job.training.workers == 1, "run_local is for one worker"
-    worker = Worker(job, LocalSession(job.run_dir, job.training.keep_checkpoints))
+    worker = Worker(job, LocalSession(job.run_dir, job.training.keep_checkpoints, gpu), reports)
     plan = read_plan(job.plan_dir)
     worker.run(lambda start, options: local_rounds(plan, 0, start_round=start, **options))
     return worker

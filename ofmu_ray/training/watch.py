@@ -10,6 +10,7 @@ import ray
 
 from ofmu_ray import progress
 from ofmu_ray.cluster.watchdog import Heartbeat
+from ofmu_ray.training.session import losses_of
 
 POLL_SECONDS = 0.5
 
@@ -49,6 +50,26 @@ class Progress:
         return (*self.now, self.notes)
 
 
+class ActorReports:
+    """A worker's side of the actor (training.session.Reports)."""
+
+    def __init__(self, actor: Any):
+        self.actor = actor
+
+    def begin(self) -> list[str]:
+        """The workers begin (again): what was noted so far."""
+        notes: list[str] = ray.get(self.actor.begin.remote())
+        return notes
+
+    def note(self, *texts: str) -> None:
+        """Something that the user should know, once."""
+        self.actor.note.remote(*texts)
+
+    def update(self, done: int, figures: dict[str, float]) -> None:
+        """Rounds done and the metrics of the last one."""
+        self.actor.update.remote(done, figures)
+
+
 class ProgressForwarder:
     """Passes on to the listener what the actor hears, while the driver waits for the workers."""
 
@@ -81,4 +102,4 @@ class ProgressForwarder:
         for text in notes[self._noted :]:
             self.listener.note("note", text)
         self._noted = len(notes)
-        bar.at(done, **{k.removesuffix("_loss"): f"{v:.3f}" for k, v in figures.items() if k.endswith("loss")})
+        bar.at(done, **losses_of(figures))

@@ -19,7 +19,7 @@ from ofmu_ray.methods.protocol import run_round
 from ofmu_ray.tasks import task_named
 from ofmu_ray.training import checkpoint, integrity
 from ofmu_ray.training.checkpoint import LoopState
-from ofmu_ray.training.session import Session
+from ofmu_ray.training.session import Reports, Session
 from ofmu_ray.training.utility import UtilityProbe
 from ofmu_ray.training.worker_job import WorkerJob
 
@@ -28,7 +28,9 @@ class Worker:
     """A worker with its model: resumes what the session holds, or begins; then one round after the other, with what
     surrounds it: checks, rollbacks, checkpoints, series, progress."""
 
-    def __init__(self, job: WorkerJob, session: Session, progress: Any = None, watchdog: Watchdog | None = None):
+    def __init__(
+        self, job: WorkerJob, session: Session, progress: Reports | None = None, watchdog: Watchdog | None = None
+    ):
         torch.manual_seed(job.seed)
         self.job, self.session = job, session
         self.task = task_named(job.task)
@@ -41,7 +43,7 @@ class Worker:
         rows, ranks = job.utility_rows, (session.rank, session.world)
         self.probe = UtilityProbe(self.task, self.collate, rows, *ranks) if rows else None
         self.progress = progress
-        """Actor that tells the driver how far rank 0 is and what was survived, or None."""
+        """Hears how far rank 0 is and what was survived."""
         self.watchdog = watchdog or Watchdog(session.rank, None, None)
         self.logger: Any = None
         self.resumed = False
@@ -69,11 +71,9 @@ class Worker:
         """Take up what was noted while no checkpoint could be written, and show what this start has noted."""
         if self.progress is None:
             return
-        import ray
-
-        known = ray.get(self.progress.begin.remote())
+        known = self.progress.begin()
         self.state.notes = list(dict.fromkeys([*known, *self.state.notes]))
-        self.progress.note.remote(*self.state.notes)
+        self.progress.note(*self.state.notes)
 
     def _inherited(self, folder: Path) -> LoopState:
         """Go on from the end of another run, with this one's options."""
@@ -264,13 +264,13 @@ class Worker:
         if self.logger is not None:
             self.logger.log(self.state.round, figures)
         if self.progress is not None:
-            self.progress.update.remote(self.state.round, figures)
+            self.progress.update(self.state.round, figures)
 
     def _note(self, *sentences: str) -> None:
         self.state.notes.extend(sentences)
         if self.progress is not None and self.session.rank == 0:
             for sentence in sentences:
-                self.progress.note.remote(sentence)
+                self.progress.note(sentence)
 
     def roll_back(self) -> bool:
         """After a round that was not finite: to the last good checkpoint, with shorter steps. False: not (any more).
@@ -345,7 +345,7 @@ def build_engine(job: WorkerJob, module: torch.nn.Module, loss: Loss, device: to
     inner, outer = job.method.optimizers
     module = module.to(device)
     precision, offload = job.model.precision, training.offload
-    if training.engine == "torch":
+    if training.single:
         from ofmu_ray.engines import TorchEngine
 
         return TorchEngine(module, loss_fn=loss, inner=inner, outer=outer, precision=precision, offload=offload)

@@ -156,7 +156,7 @@ class OFMUConfig(MethodConfig):
                 "or do without similarity and penalty: --ofmu.beta 0 --ofmu.rho 0"
             )
         exact = self.curvature == "exact"
-        if exact and config.training.engine != "torch":
+        if exact and not config.training.single:
             raise UserError(
                 "ofmu.curvature = exact needs double backward, which DeepSpeed does not offer on sharded models: "
                 "use --training.engine torch (one worker) or --ofmu.curvature finite_difference"
