@@ -10,6 +10,7 @@ import pytest
 
 from ofmu_ray.internals import deepspeed_private, ray_private
 from ofmu_ray.internals.contract import Private
+from ofmu_ray.training.checkpoint_list import RAY_TRAIN_LIST
 
 ROOT = Path(__file__).resolve().parent.parent
 BORROWED = [
@@ -48,6 +49,11 @@ def test_the_list_of_checkpoints_is_one_that_ray_train_reads() -> None:
     assert [entry.checkpoint_dir_name for entry in state.checkpoint_results] == ["a", "b"]
     assert state.latest_checkpoint_result.checkpoint_dir_name == "b"
     assert json.loads(text)["current_report_index"] == 2
+
+
+def test_the_list_has_the_name_that_ray_train_gives_it() -> None:
+    """Known without importing Ray."""
+    assert ray_private.SNAPSHOT_FILE.get() == RAY_TRAIN_LIST
 
 
 def test_what_moved_is_named() -> None:

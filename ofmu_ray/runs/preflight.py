@@ -6,7 +6,7 @@ import json
 import os
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ofmu_ray.config import DataConfig, TrainingConfig, UnlearnConfig, to_dict
 from ofmu_ray.errors import UserError
@@ -23,14 +23,13 @@ from ofmu_ray.storage import (
     without_credentials,
 )
 from ofmu_ray.storage.trouble import refusal
+from ofmu_ray.training.checkpoint_list import RAY_TRAIN_LIST, local_checkpoints
 
 if TYPE_CHECKING:
     from ofmu_ray.tasks.protocol import Task
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """What Ray sets in the process of a submitted job, and nowhere else."""
-RAY_TRAIN_LIST = "checkpoint_manager_snapshot.json"
-"""Ray Train's list of a run's checkpoints."""
 UPLOADS = "working_dir_files"
 """Ray's folder of unpacked working directories on a node."""
 
@@ -107,14 +106,31 @@ def check_job_storage(storage: str) -> None:
         )
 
 
+def engine_of(training: TrainingConfig, home: str) -> Literal["torch", "deepspeed"]:
+    """The engine of a run: training.engine, where `auto` keeps to what the checkpoints of this name were written by."""
+    if training.engine == "auto" and is_file(join(home, "train", RAY_TRAIN_LIST)):
+        return "deepspeed"
+    return "torch" if training.single else "deepspeed"
+
+
 def runs_here(training: TrainingConfig, home: str) -> bool:
     """Whether the rounds run in this process, without Ray: one worker with the engine torch, on this machine.
 
     Not in a submitted job or where RAY_ADDRESS names a cluster, whose nodes have the CPUs; not with a storage at a URI,
-    which Ray Train writes checkpoints to; and not where Ray Train began the run.
+    which Ray Train writes checkpoints to; and not where Ray Train started the run.
+
+    Raises:
+        UserError: this process's checkpoints are there, but Ray Train, which does not read them, would resume the run.
     """
+    began_there = is_file(join(home, "train", RAY_TRAIN_LIST))
     cluster = "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ
-    return training.single and not cluster and not is_uri(home) and not is_file(join(home, "train", RAY_TRAIN_LIST))
+    here = engine_of(training, home) == "torch" and not cluster and not is_uri(home) and not began_there
+    if not here and not is_uri(home) and not began_there and local_checkpoints(Path(home) / "train"):
+        raise UserError(
+            f"name = {name_of(home)!r}: this run was started by one worker without Ray: resume it with "
+            "--training.workers 1, without RAY_ADDRESS, or choose another --name"
+        )
+    return here
 
 
 def public(config: Any) -> dict[str, Any]:

@@ -5,7 +5,6 @@ It neither prints nor exits: progress goes to a listener (ofmu_ray.progress), a 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
@@ -26,6 +25,7 @@ from ofmu_ray.runs.preflight import (
     check_sources,
     check_task_on_nodes,
     claim,
+    engine_of,
     prepare_storage,
     public,
     runs_here,
@@ -68,6 +68,11 @@ class Run:
     def here(self) -> bool:
         """Whether the rounds run in this process, without Ray."""
         return runs_here(self.config.training, self.home)
+
+    def spec(self, model: ModelConfig) -> Spec:
+        """What the workers are told of the configuration, for a model that all nodes find."""
+        spec = Spec.of(self.config, model)
+        return replace(spec, training=replace(spec.training, engine=engine_of(spec.training, self.home)))
 
     @property
     def cache(self) -> str:
@@ -197,7 +202,7 @@ def _work(begun: Run, config: UnlearnConfig, evaluation: Evaluation, encoder: En
             duplicates=config.data.duplicates,
         )
         digest = outcome_hash(config, *(stream.fingerprint for stream in prepared.streams.values()))
-        spec = Spec.of(config, placed(config.model))
+        spec = begun.spec(placed(config.model))
         job, plan = make_job(spec, prepared, begun.home, begun.cache, digest)
     progress.note("data", _data_line(plan))
     for topic, text in job.method.remarks.items():
@@ -290,8 +295,8 @@ def _train(begun: Run, config: TrainConfig) -> Outcome:
         stream = prepared.streams["train"]
         rounds = max(1, math.ceil(config.epochs * len(stream.rows) / config.training.batch_size))
         progress.note("data", f"{len(stream.rows)} rows, {rounds} steps of {config.training.batch_size} rows")
-        spec = Spec.of(config, placed(model))
-        spec = dataclasses.replace(spec, training=replace(config.training, rounds=rounds))
+        spec = begun.spec(placed(model))
+        spec = replace(spec, training=replace(spec.training, rounds=rounds))
         job, _ = make_job(spec, prepared, home, begun.cache, outcome_hash(config, stream.fingerprint))
         with begun.phase("training"), _threads(begun):
             summary = _fit(begun, replace(job, tracking=handle))

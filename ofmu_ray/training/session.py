@@ -12,6 +12,7 @@ import torch
 
 from ofmu_ray import progress
 from ofmu_ray.storage import atomic_dir, explained, join
+from ofmu_ray.training.checkpoint_list import local_checkpoints
 
 
 class Session(Protocol):
@@ -145,5 +146,4 @@ class LocalSession:
         return [(path.name, nullcontext(path)) for path in reversed(self._checkpoints())]
 
     def _checkpoints(self) -> list[Path]:
-        """Oldest first; what a kill left half-written has another name."""
-        return sorted(path for path in self.folder.glob("*") if path.is_dir() and path.name[:6].isdigit())
+        return local_checkpoints(self.folder)
