@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from ofmu_ray.errors import UserError
 from ofmu_ray.metrics import registry
 from ofmu_ray.metrics.paired import Resamples, tested
 from ofmu_ray.metrics.registry import Metric, metric, metrics, register
@@ -60,11 +61,7 @@ def test_one_entry_is_enough(shouting: Metric) -> None:
     (row,) = metric_table(written)
     assert (row.label, row.direction) == ("Forget shouting", "↓ better")
     assert "Forget shouting v" in metrics_table(written)
-    trials = [
-        {"phase": "tune", "trial": number, shouting.name: value, "model_utility": 0.9}
-        for number, value in enumerate((0.7, 0.1))
-    ]
-    choice = select(trials, Goal(shouting.name, "model_utility", 0.5))
+    choice = select(trials_with(shouting.name, 0.7, 0.1), Goal(shouting.name, "model_utility", 0.5))
     assert choice is not None
     assert choice.trial["trial"] == 1
     assert shouting.name in tested()
@@ -78,12 +75,31 @@ def test_one_entry_is_enough(shouting: Metric) -> None:
 )
 def test_the_rule_follows_the_direction(objective: str, best: float) -> None:
     """High, low, and like the retrained model (here 0.35)."""
-    trials = [
-        {"phase": "tune", "trial": n, objective: value, "model_utility": 0.9} for n, value in enumerate((0.1, 0.4, 0.9))
-    ]
+    trials = trials_with(objective, 0.1, 0.4, 0.9)
     choice = select(trials, Goal(objective, "model_utility", 0.5, retrained_objective=0.35))
     assert choice is not None
     assert choice.trial[objective] == best
+
+
+def test_what_attacks_measure_is_declared_too() -> None:
+    """The first pattern that matches; what nobody declared has no better direction, and no rule compares by it."""
+    better = {
+        "relearn/forget/step_5": "retrained",
+        "relearn/forget/height_beyond_retrained": "zero",
+        "relearn/retain/height": "high",
+        "quantise/forget/rtn4": "retrained",
+        "prefix/probability/worst_case": "retrained",
+        "alignment/cka/forget/mean": "high",
+        "choice/accuracy": "depends",
+        "something_new": "depends",
+    }
+    assert {name: metric(name).better for name in better} == better
+    with pytest.raises(UserError, match="something_new: which way is better is not declared"):
+        select(trials_with("something_new", 0.1, 0.4), Goal("something_new", "model_utility", 0.5))
+    beyond = "relearn/forget/height_beyond_retrained"
+    nearest = select(trials_with(beyond, -0.3, 0.1, 0.4), Goal(beyond, "model_utility", 0.5))
+    assert nearest is not None
+    assert nearest.trial["trial"] == 1
 
 
 def test_the_margin_counts_where_some_trial_reaches_it() -> None:

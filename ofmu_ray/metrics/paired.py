@@ -153,13 +153,15 @@ class Resamples:
 
 
 def turned(name: str, draws: ResampledRun | str, retrained: ResampledRun | str) -> ResampledRun | str:
-    """The figure turned so that higher is better: 1 - KS statistic; minus the distance to the retrained model's figure
-    for the other figures of the forget rows; all others as they are. A reason in place of either stays a reason."""
+    """The metric turned so that higher is better, by its declaration: 1 minus a KS distance or what is better low,
+    minus the distance to the retrained model's for what should match it. A reason in place of either stays a reason."""
     declared = metric(name)
-    if isinstance(draws, str) or not declared.forgetting:
+    if isinstance(draws, str):
         return draws
-    if declared.paired == "distance":
+    if declared.paired == "distance" or declared.better == "low":
         return ResampledRun(1.0 - draws.value, 1.0 - draws.resampled, draws.units)
+    if declared.better == "high":
+        return draws
     if isinstance(retrained, str):
         return retrained
     return ResampledRun(

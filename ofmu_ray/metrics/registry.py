@@ -19,9 +19,10 @@ from ofmu_ray.metrics.columns import clusters_of, rows_of
 from ofmu_ray.metrics.functions import FloatArray
 from ofmu_ray.metrics.intervals import Clusters, MetricValue, mean_figure
 
-Better = Literal["high", "low", "retrained"]
-"""Which way is better; retrained: best where it is what a model scores that never saw the forget rows."""
-Group = Literal["Forgetting", "Utility", "Memorisation", "Generations", "Membership inference", "Probes"]
+Better = Literal["high", "low", "zero", "retrained", "depends"]
+"""Which way is better. retrained: near what a model scores that never saw the forget rows; depends: on the rows, or
+nobody declared it, and no rule compares by it."""
+Group = Literal["Forgetting", "Utility", "Memorisation", "Generations", "Membership inference", "Probes", "Robustness"]
 GROUPS: tuple[Group, ...] = get_args(Group)
 """In the order of reports."""
 Values = Callable[[pa.Table, str], FloatArray | str]
@@ -110,7 +111,7 @@ def mean_of(values: FloatArray | str, clusters: Clusters, name: str, **options: 
 
 
 _DECLARED: dict[str, Metric] = {}
-_MODULES = ("tofu", "generations", "inference", "probes", "aggregate")
+_MODULES = ("tofu", "generations", "inference", "probes", "aggregate", "robustness")
 """Modules of this folder that declare metrics, in the order of reports."""
 
 
@@ -129,7 +130,7 @@ def metrics() -> list[Metric]:
 
 
 def metric(name: str) -> Metric:
-    """The declaration of a metric by its name in metrics.json; what nobody declared is better high."""
+    """The declaration of a metric by its name in metrics.json; what nobody declared has no better direction."""
     metrics()
     if name in _DECLARED:
         return _DECLARED[name]
@@ -138,7 +139,7 @@ def metric(name: str) -> Metric:
             head, _, tail = one.name.partition("*")
             which = name[len(head) : len(name) - len(tail)]
             return Metric(**{**vars(one), "name": name, "label": _spelled(one.label, which)})
-    return Metric(name=name, label=name.replace("_", " ").capitalize(), better="high", group="Utility")
+    return Metric(name=name, label=name.replace("_", " ").capitalize(), better="depends", group="Utility")
 
 
 def _spelled(label: str, which: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ofmu_ray.errors import UserError
 from ofmu_ray.metrics.degeneration import SoundRange, failed_measures
 from ofmu_ray.metrics.fronts import Trial, number_of
 from ofmu_ray.metrics.registry import metric
@@ -42,6 +43,10 @@ class Goal:
         kind = metric(self.objective).better
         if kind == "high":
             return value
+        if kind == "zero":
+            return -abs(value)
+        if kind == "depends":
+            raise UserError(f"{self.objective}: which way is better is not declared: choose another objective")
         if kind == "low" or self.retrained_objective is None:
             return -value
         return -abs(value - self.retrained_objective)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ofmu_ray.reporting.formats import MATCH, UP, MetricCell, cell
+from ofmu_ray.reporting.formats import MetricCell, cell, direction
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def check_table(name: str, found: Mapping[str, Mapping[str, Any]], models: Seque
                 figure.rpartition("/") if kind != "alignment" else figure.removesuffix("/mean").partition("/")
             )
             values = {model: found.get(model, {}).get(figure) for model in models if model in found}
-            groups.setdefault(group, []).append(model_row(_words(what), _direction(kind, group, what), values))
+            groups.setdefault(group, []).append(model_row(_words(what), direction(f"{kind}/{figure}"), values))
     others = {"forget": "Forget rows that it does not train on", "retain": "Retain rows that it does not train on"}
     words = _WORDS | others if kind == "relearn" else _WORDS
     titled = [Group(words.get(group, group), rows) for group, rows in groups.items()]
@@ -118,11 +118,3 @@ def _words(what: str) -> str:
     if what in ("forget", "retain"):
         return f"{what} rows"
     return _WORDS.get(what, what.replace("_", " "))
-
-
-def _direction(kind: str, group: str, what: str) -> str:
-    if kind in ("choice", "lm_eval"):
-        return ""  # lower on what was to be forgotten, higher on the rest
-    if kind == "alignment" or group == "retain":
-        return UP if "retrained" not in what else ""
-    return MATCH if "retrained" not in what else "0"

@@ -31,7 +31,7 @@ _ARROWS = {formats.UP: "↑", formats.DOWN: "↓", formats.MATCH: "→ retrained
 
 def heading(name: str) -> str:
     """Label of a figure with its direction."""
-    return f"{formats.label(name)} {_ARROWS[formats.direction(name)]}"
+    return f"{formats.label(name)} {_ARROWS.get(formats.direction(name), '')}".rstrip()
 
 
 def span(low: float | None, high: float | None) -> str:

@@ -10,6 +10,7 @@ from ofmu_ray.config.training import resolved_engine
 from ofmu_ray.metrics.registry import metric
 
 UP, DOWN, MATCH = "↑ better", "↓ better", "match retrained"
+_DIRECTIONS = {"high": UP, "low": DOWN, "zero": "0", "retrained": MATCH, "depends": ""}
 MODELS = ("before", "after", "retrained")
 
 
@@ -43,7 +44,7 @@ def label(name: str) -> str:
 
 def direction(name: str) -> str:
     """Which way is better. What forget rows score should be what a model scores that never saw them."""
-    return {"high": UP, "low": DOWN, "retrained": MATCH}[metric(name).better]
+    return _DIRECTIONS[metric(name).better]
 
 
 def engine_name(training: Mapping[str, Any]) -> str:

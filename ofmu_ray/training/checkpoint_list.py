@@ -17,7 +17,7 @@ RAY_TRAIN_LIST = "checkpoint_manager_snapshot.json"
 
 
 def local_checkpoints(folder: Path) -> list[Path]:
-    """Those of a run without Ray (session.LocalSession), oldest first; what a kill left half-written has another name."""
+    """Those of a run without Ray, oldest first; what a kill left half-written has another name."""
     return sorted(path for path in folder.glob("*") if path.is_dir() and path.name[:6].isdigit())
 
 
