@@ -90,10 +90,7 @@ def ceu(logits: torch.Tensor, micro: Micro, options: Any) -> torch.Tensor:
 
 
 def margin(logits: torch.Tensor, micro: Micro, options: Any) -> torch.Tensor:
-    if options.positions == "peer_unshifted":
-        chosen = list(logits[micro["labels"] >= 0])
-    else:
-        chosen = [z for z, _ in flat(predictions(logits, micro["labels"]))]
+    chosen = [z for z, _ in flat(predictions(logits, micro["labels"]))]
     return mean([(max(z) - sum(z) / len(z)) ** 2 for z in chosen])
 
 

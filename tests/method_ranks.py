@@ -31,7 +31,6 @@ OPTIONS: dict[str, config.OneLoopConfig] = {
     "satimp": config.METHODS["satimp"](optimizer=MOMENTUM, forget_weight=1.0, beta1=0.5),
     "ceu": config.METHODS["ceu"](optimizer=ADAMW),
     "pdu": config.METHODS["pdu"](optimizer=ADAMW, tolerance=0.0, warmup_rounds=1, dual_rate=5.0),
-    "pdu-peer": config.METHODS["pdu"](optimizer=ADAMW, retain_bound=4.0, positions="peer_unshifted"),
     "task_arithmetic": config.METHODS["task_arithmetic"](optimizer=UNDECAYED, scale=0.7),
     "task_arithmetic-sgd": config.METHODS["task_arithmetic"](optimizer=MOMENTUM, scale=2.0),
     "retain_finetune": config.METHODS["retain_finetune"](optimizer=ADAMW),

@@ -29,7 +29,7 @@ OPTIONS: dict[str, Any] = {
     "altpo": config.METHODS["altpo"](optimizer=SGD, beta=0.4, retain_weight=0.5),
     "undial": config.METHODS["undial"](optimizer=SGD, beta=3.0),
     "rmu": config.METHODS["rmu"](optimizer=SGD, steering=3.0),
-    "rmu-peer": config.METHODS["rmu"](optimizer=SGD, reduction="peer_broadcast", train_layers=1, retain_weight=0.7),
+    "rmu-last": config.METHODS["rmu"](optimizer=SGD, train_layers=1, retain_weight=0.7),
 }
 LAYER = 0
 """The steered one of two."""

@@ -28,7 +28,6 @@ VARIANTS: dict[str, config.OneLoopConfig] = {
     "ceu": config.METHODS["ceu"](),
     "ceu-all": config.METHODS["ceu"](skip_tokens=0),
     "pdu": config.METHODS["pdu"](),
-    "pdu-peer": config.METHODS["pdu"](positions="peer_unshifted"),
     "blur": config.METHODS["blur"](),
     "blur-nll": config.METHODS["blur"](forget_loss="nll"),
     "dualoptim": config.METHODS["dualoptim"](),
@@ -109,22 +108,6 @@ def test_forget_loss(variant: str, seed: int) -> None:
 def test_retain_loss(retain_loss: Any) -> None:
     method = build_method(config.METHODS["grad_diff"](retain_loss=retain_loss))
     compare(method.retain_loss, getattr(loss_formulas, retain_loss), seed=2)
-
-
-def test_peer_positions_are_one_place_later() -> None:
-    """OpenUnlearning's unshifted mask: the end token's own position counts, the last of the prompt does not."""
-    logits = torch.zeros(1, 4, 3, dtype=torch.float64)
-    logits[0, :, 0] = torch.tensor([9.0, 3.0, 6.0, 12.0])  # margins squared: 36, 4, 16, 64
-    ids = torch.zeros(1, 4, dtype=torch.long)
-    micro = {"input_ids": ids, "attention_mask": ids + 1, "labels": torch.tensor([[-100, -100, 1, 2]])}
-    found = {
-        positions: build_method(config.METHODS["pdu"](positions=positions)).forget_loss(Table(logits), micro)
-        for positions in ("answer", "peer_unshifted")
-    }
-    assert {name: (float(total), count) for name, (total, count) in found.items()} == {
-        "answer": (4 + 16, 2),
-        "peer_unshifted": (16 + 64, 2),
-    }
 
 
 def test_ceu_gradient_is_what_it_says() -> None:

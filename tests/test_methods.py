@@ -33,7 +33,7 @@ FIGURES = 1e-3
 """Of each figure of each round."""
 
 ALONE = [Case(variant, micro=1, resume=True) for variant in OPTIONS]
-ONE_ENGINE_WILL_DO = {"grad_diff-no_retain", "pdu-peer", "blur-nll"}  # their siblings make the same calls
+ONE_ENGINE_WILL_DO = {"grad_diff-no_retain", "blur-nll"}  # their siblings make the same calls
 TWO_RANKS = [
     *(Case(variant, 0, micro=1) for variant in OPTIONS if "-sgd" not in variant and variant not in ONE_ENGINE_WILL_DO),
     *(

@@ -55,15 +55,13 @@ def kl(model: Any, reference: Any, micro: Any) -> torch.Tensor:
     return (p.exp() * (p - q)).sum(1).mean()
 
 
-def distance(model: Any, micro: Any, target: torch.Tensor, reduction: str) -> torch.Tensor:
+def distance(model: Any, micro: Any, target: torch.Tensor) -> torch.Tensor:
     """Row by row; `target`: a vector, or activations of all positions."""
     sums, lengths = [], []
     for row, (hidden, labels) in enumerate(zip(activations(model, micro), micro["labels"], strict=True)):
         goal = target if target.dim() == 1 else target[row][labels >= 0]
         sums.append(((hidden[labels >= 0] - goal) ** 2).mean(1).sum())
         lengths.append(int((labels >= 0).sum()))
-    if reduction == "peer_broadcast":
-        return torch.stack([s / n for s in sums for n in lengths]).mean()  # [rows] / [rows, 1] -> [rows, rows]
     return torch.stack([s / n for s, n in zip(sums, lengths, strict=True)]).mean()
 
 
@@ -86,14 +84,14 @@ def forget_loss(name: str, options: Any, model: Any, reference: Any, micro: Any,
             z_ref[at, label] -= options.beta
         target = z_ref.exp() / z_ref.exp().sum(1, keepdim=True)
         return -(target * answer_logits(model, micro).log_softmax(1)).sum(1).mean()
-    return distance(model, micro, u, options.reduction)
+    return distance(model, micro, u)
 
 
 def retain_loss(name: str, options: Any, model: Any, reference: Any, micro: Any) -> torch.Tensor:
     if name == "rmu":
         with torch.no_grad():
             target = activations(reference, micro)
-        return distance(model, micro, target, options.reduction)
+        return distance(model, micro, target)
     return kl(model, reference, micro) if options.retain_loss == "kl" else token_nll(model, micro)
 
 

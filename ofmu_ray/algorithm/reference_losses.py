@@ -43,22 +43,13 @@ def distilled_from_adjusted(
     return functional.cross_entropy(logits_tv, target_tv, reduction="sum"), len(labels_t)
 
 
-def misdirection(
-    hidden_td: torch.Tensor,
-    target_td: torch.Tensor,
-    rows_t: torch.Tensor,
-    rows: int,
-    mean_inverse_length: torch.Tensor | None = None,
-) -> LossParts:
+def misdirection(hidden_td: torch.Tensor, target_td: torch.Tensor, rows_t: torch.Tensor, rows: int) -> LossParts:
     """Mean squared distance of hidden states and target (which may be one [width] vector); mean over rows.
 
-    RMU (Li et al. 2024, arXiv 2403.03218). S_i is the sum over row i's tokens of the mean over the width, n_i their
-    number. By default the mean over rows is that of S_i / n_i. With `mean_inverse_length`, the mean of 1 / n_j over
-    the global batch, it is mean_i(S_i) mean_j(1 / n_j): what OpenUnlearning computes, where [rows] / [rows, 1]
-    broadcasts to [rows, rows].
+    RMU (Li et al. 2024, arXiv 2403.03218). The mean over rows is that of S_i / n_i: S_i the sum over row i's tokens of
+    the mean over the width, n_i their number. OpenUnlearning computes mean_i(S_i) mean_j(1 / n_j) instead, where
+    [rows] / [rows, 1] broadcasts to [rows, rows].
     """
     squares_t = (hidden_td - target_td.to(hidden_td.dtype)).square().mean(1)
     sums_r = row_sums(squares_t, rows_t, rows)
-    if mean_inverse_length is not None:
-        return (sums_r * mean_inverse_length.to(sums_r.dtype)).sum(), rows
     return (sums_r / torch.bincount(rows_t, minlength=rows)).sum(), rows

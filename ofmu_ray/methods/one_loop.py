@@ -66,10 +66,6 @@ class OneLoop(Method, Generic[C]):
         """A forget batch as its loss sees it: what the loss does not run is left out, or the account counts it."""
         return batch
 
-    def retain_batch(self, batch: Any) -> Any:
-        """A retain batch as its loss sees it."""
-        return batch
-
     def forget_loss(self, module: torch.nn.Module, micro: Mapping[str, Any]) -> LossParts:
         """Loss on forget rows that is minimised."""
         raise AssertionError(f"{self.name} has no forget loss")
@@ -110,7 +106,7 @@ class OneLoop(Method, Generic[C]):
             batch = self.forget_batch(next(drawn(forget_batches, "forget")))
             forget, figures["forget_loss"] = engine.gradient(batch, self.forget_loss, kind="forget", work=self.work)
         if counts["retain"]:
-            batch = self.retain_batch(next(drawn(retain_batches, "retain")))
+            batch = next(drawn(retain_batches, "retain"))
             retain, figures["retain_loss"] = engine.gradient(batch, self.retain_loss, kind="retain", work=self.work)
         figures["gradient_norm"] = engine.apply(self.direction(engine, forget, retain, figures), "outer")
         self.rounds_done += 1

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from ofmu_ray.config.methods import MYPY, RATE, OneLoopConfig, Ranges
 from ofmu_ray.config.ranges import not_negative, positive
-from ofmu_ray.data.batch import IGNORED
 from ofmu_ray.methods.one_loop import OneLoop
 
 if MYPY:
@@ -35,8 +34,6 @@ class PDUConfig(OneLoopConfig):
     """With retain_bound null, how much the retain loss may rise, relative to where it starts."""
     warmup_rounds: int = 0
     """Rounds before the dual variable starts to move."""
-    positions: Literal["answer", "peer_unshifted"] = "answer"
-    """answer: where answer tokens are predicted; peer_unshifted: one place later (OpenUnlearning's unshifted mask)."""
 
     def check(self, section: str) -> None:
         super().check(section)
@@ -71,10 +68,8 @@ class PDU(OneLoop[PDUConfig]):
 
     def forget_loss(self, module: torch.nn.Module, micro: Mapping[str, Any]) -> LossParts:
         from ofmu_ray.algorithm.losses import logit_margin
-        from ofmu_ray.models.answers import answers, logits_at
+        from ofmu_ray.models.answers import answers
 
-        if self.config.positions == "peer_unshifted":
-            return logit_margin(logits_at(module, micro, micro["labels"] != IGNORED))
         return logit_margin(answers(module, micro).logits_tv)
 
     def direction(

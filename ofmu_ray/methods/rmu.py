@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from ofmu_ray.config.methods import MYPY, RATE, RETAIN_WEIGHT, OneLoopConfig, Ranges
 from ofmu_ray.config.ranges import not_negative, positive
-from ofmu_ray.data.batch import IGNORED, Batch
+from ofmu_ray.data.batch import IGNORED
 from ofmu_ray.errors import UserError
 from ofmu_ray.features.builtin import Activations
 from ofmu_ray.features.protocol import Need
@@ -35,8 +35,6 @@ class RMUConfig(OneLoopConfig):
     """c, norm of the random target vector."""
     train_layers: int | None = None
     """Train the last n layers up to `layer` only (the authors use 3); null: all weights up to it (OpenUnlearning)."""
-    reduction: Literal["row_mean", "peer_broadcast"] = "row_mean"
-    """row_mean: mean over rows of each row's mean over tokens; peer_broadcast: as OpenUnlearning computes it."""
 
     def check(self, section: str) -> None:
         super().check(section)
@@ -123,30 +121,7 @@ class RMU(OneLoop[RMUConfig]):
         hidden_td = layer_output(module, micro, self.layer)[labelled]
         hidden_td = hidden_td.float() if hidden_td.dtype in (torch.bfloat16, torch.float16) else hidden_td
         target = target.to(hidden_td.device)
-        return misdirection(
-            hidden_td, target, labelled.nonzero()[:, 0], len(labelled), micro.get("mean_inverse_length")
-        )
-
-    def forget_batch(self, batch: Batch) -> Batch:
-        return self._with_mean_length(batch)
-
-    def retain_batch(self, batch: Batch) -> Batch:
-        return self._with_mean_length(batch)
-
-    def _with_mean_length(self, batch: Batch) -> Batch:
-        """For peer_broadcast, mean_j(1 / n_j) of the global batch in every micro-batch. Collective."""
-        import torch
-        import torch.distributed as dist
-
-        if self.config.reduction == "row_mean":
-            return batch
-        lengths = torch.cat([(micro["labels"] != IGNORED).sum(1) for micro in batch.micro]).double()
-        sums = torch.stack([(1 / lengths).sum(), lengths.new_tensor(len(lengths))])
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            sums = sums.cuda() if dist.get_backend() == "nccl" else sums
-            dist.all_reduce(sums)
-        mean = (sums[0] / sums[1]).cpu()
-        return Batch([{**micro, "mean_inverse_length": mean} for micro in batch.micro], batch.row_ids)
+        return misdirection(hidden_td, target, labelled.nonzero()[:, 0], len(labelled))
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "target": self.target.tolist()}
