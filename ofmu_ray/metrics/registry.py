@@ -111,7 +111,7 @@ def mean_of(values: FloatArray | str, clusters: Clusters, name: str, **options: 
 
 
 _DECLARED: dict[str, Metric] = {}
-_MODULES = ("tofu", "generations", "inference", "probes", "aggregate", "robustness")
+_MODULES = ("tofu", "generations", "inference", "probes", "aggregate", "under_attack")
 """Modules of this folder that declare metrics, in the order of reports."""
 
 
