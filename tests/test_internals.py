@@ -51,12 +51,12 @@ def test_the_list_of_checkpoints_is_one_that_ray_train_reads() -> None:
 
 
 def test_what_moved_is_named() -> None:
-    with pytest.raises(AssertionError, match=r"ray 2\.[\d.]+: ray\.train\.Gone is not there any more; used for a test"):
+    with pytest.raises(AssertionError, match=r"ray 2\.[\d.]+: ray\.train\.Gone is gone; used for a test"):
         Private("ray.train", "Gone", "a test").get()
     with pytest.raises(AssertionError, match=r"ray [\d.]+: ray\._private\.gone\.Thing is not there"):
         Private("ray._private.gone", "Thing", "a test").get()
     entry = ray_private.SNAPSHOT_ENTRY
-    with pytest.raises(AssertionError, match="_TrainingResultState has no weights any more; used for a test"):
+    with pytest.raises(AssertionError, match="_TrainingResultState no longer has weights; used for a test"):
         Private(entry.module, entry.name, "a test", ("metrics", "weights")).get()
 
 

@@ -27,7 +27,7 @@ class IDKConfig(WeightedConfig):
 
 
 class IDK(Weighted[IDKConfig]):
-    """Minimises gamma NLL(refusal to the forget question) + alpha R, mean over tokens; forget answers are not seen."""
+    """Minimises gamma NLL(refusal to the forget question) + alpha R, mean over tokens; forget answers are not used."""
 
     name = "idk"
     options = IDKConfig
