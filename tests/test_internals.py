@@ -53,7 +53,7 @@ def test_the_list_of_checkpoints_is_one_that_ray_train_reads() -> None:
 def test_what_moved_is_named() -> None:
     with pytest.raises(AssertionError, match=r"ray 2\.[\d.]+: ray\.train\.Gone is gone; used for a test"):
         Private("ray.train", "Gone", "a test").get()
-    with pytest.raises(AssertionError, match=r"ray [\d.]+: ray\._private\.gone\.Thing is not there"):
+    with pytest.raises(AssertionError, match=r"ray [\d.]+: ray\._private\.gone\.Thing is gone"):
         Private("ray._private.gone", "Thing", "a test").get()
     entry = ray_private.SNAPSHOT_ENTRY
     with pytest.raises(AssertionError, match="_TrainingResultState no longer has weights; used for a test"):
