@@ -197,7 +197,7 @@ def test_a_node_that_sees_other_files_is_named(cluster, runs, store):
     assert told.count("cannot read or write in storage") == told.count(f"has no {model} (model.path)") == 1
     told = str(refused.value)
     assert "storage = s3://bucket/runs, models and data must be the same on all nodes" in told
-    assert told.count("\n  node ") == told.count("access was refused: check the credentials (environment, profile") == 1
+    assert told.count("\n  node ") == told.count("access denied: check the credentials (environment, profile") == 1
     assert "give Ray on all nodes the same credentials" in told
     assert not store.keys()
     node, told = seeing[0].address, str(joined.value)

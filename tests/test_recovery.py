@@ -214,7 +214,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(undisturbed, tmp_path):
         assert driver.wait(timeout=PATIENCE_SECONDS) == 1
         ended = time.time()
         told = (tmp_path / "full.log").read_text()
-        assert f"{checkpoint(disk, 'full', EVERY)} (checkpoint): no room left there: make room" in told
+        assert f"{checkpoint(disk, 'full', EVERY)} (checkpoint): no space left: free some space" in told
         assert "Traceback" not in told
         assert checkpoint(disk, "full", 0).joinpath("manifest.json").exists()
         resize("200m")
