@@ -154,7 +154,7 @@ def test_a_killed_driver_is_resumed_by_its_name(storage, undisturbed, killed):
     fault_table.record(stands, phase="any round", at=suspended, rounds=begun, models=models)
     notes = json.loads((storage / "driver/training.json").read_text())["notes"]
     passed, hung = (note for note in notes if not note.startswith("round "))  # those of the method aside
-    assert f"was passed over: rank_00001.pt does not match its checksum; went on from round {EVERY}" in passed
+    assert f"was skipped: rank_00001.pt does not match its checksum; resumed from round {EVERY}" in passed
     assert re.match(r"rank [01] hung in round \d+: no sign of life after", hung)
     shown = (storage / "driver.log").read_text()
     for note in (passed, hung):

@@ -1,7 +1,7 @@
-"""Ray Train's list of a run's checkpoints, mended when a kill left it torn.
+"""Repairs Ray Train's list of a run's checkpoints if a kill truncated it.
 
-Ray Train 2.60 writes `checkpoint_manager_snapshot.json` in place: a driver that is killed within the write leaves an
-empty or cut file, and no later driver of the run would start. What the list says is in the checkpoints themselves.
+Ray Train 2.60 writes `checkpoint_manager_snapshot.json` in place: a driver killed during the write leaves an empty or
+truncated file, and no later driver of the run would start. The list can be rebuilt from the checkpoints.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from ofmu_ray.storage.checksums import MANIFEST
 
 
 def mend(folder: Path) -> None:
-    """Write the list of the checkpoints in Ray Train's `folder` anew if it is there and cannot be read.
+    """Rewrite the list of the checkpoints in Ray Train's `folder` if it exists but is not readable.
 
-    Taken up are those that have a manifest, in the order in which it was written; whether they are whole is checked
-    when one is restored (`checkpoint.newest`).
+    It then contains those with a manifest, in the order of writing; their integrity is checked when one is restored
+    (`checkpoint.newest`).
     """
     listed = folder / str(SNAPSHOT_FILE.get())
     if not listed.exists() or _is_json(listed.read_text()):
