@@ -145,7 +145,7 @@ def test_workers_that_fit_on_no_node(cluster, runs):
     training = TrainingConfig(cpus_per_worker=3, node_timeout=2, checkpoint_every=1)
     with pytest.raises(UserError, match=r"training.workers = 1, each with 3 CPU on one node.*room for 0"):
         join_cluster(training, runs, {})
-    with pytest.raises(UserError, match=r"in training.node_timeout = 2 s .* room for 0; the same command takes"):
+    with pytest.raises(UserError, match=r"room for 0 in training.node_timeout = 2 s; the same command resumes"):
         fit(make_job(runs, training=training, name="homeless"), "homeless")
 
 

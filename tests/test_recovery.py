@@ -200,7 +200,7 @@ def test_a_run_in_an_object_store_goes_on_on_another_machine(undisturbed, tmp_pa
             monkeypatch.setenv(name, value)
         assert here(f"{server.bucket}/runs", "x", *options, "--tracking.uri", f"sqlite:///{tmp_path}/third.db") == 0
         shown = capsys.readouterr()
-        assert "x is finished already" in shown.err
+        assert "x is already finished" in shown.err
         assert "s3://bucket/runs/x/model" in shown.out
 
 

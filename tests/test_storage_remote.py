@@ -182,7 +182,7 @@ def test_a_run_in_googles_store(tmp_path: Path) -> None:
     with gcs_server(tmp_path) as google:
         command = [sys.executable, "-m", "pipelines.unlearn", "--storage", f"{google.bucket}/runs", *words]
         environment = os.environ | google.environment | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-        for shown in ("report  gs://bucket/runs/x/report.html", "x is finished already"):
+        for shown in ("report  gs://bucket/runs/x/report.html", "x is already finished"):
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr[-3000:]
             assert shown in done.stdout + done.stderr

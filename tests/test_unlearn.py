@@ -183,7 +183,7 @@ def test_a_finished_run_is_shown_and_its_name_is_not_reused(finished, capsys):
     evaluation = ["--evaluation.max_new_tokens", "20", "--evaluation.bootstrap_samples", "50"]
     assert run(storage, "two", *BRIEF, *options, *evaluation) == (0, metrics)
     shown = capsys.readouterr()
-    assert "finished already" in shown.err
+    assert "already finished" in shown.err
     assert metrics["run"]["generations"] in shown.out
     assert run(storage, "two", *BRIEF, "--seed", "1")[0] == 2
     assert "choose another --name" in capsys.readouterr().err
