@@ -83,7 +83,7 @@ def split(words: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
                 )
             command = word
         elif command is None and word not in ("-h", "--help"):
-            raise UserError(f"unknown option {word}; options of the command come after it: {PROG} COMMAND {word} ...")
+            raise UserError(f"unknown option {word}; the command's options follow it: {PROG} COMMAND {word} ...")
         else:
             (own if command is None else rest).append(word)
     return own, command, rest

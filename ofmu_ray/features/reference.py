@@ -80,9 +80,9 @@ def write_references(
     source = ReferenceModel(model, cache, private or join(folder, "private"), settings.method)
     folders = {}
     for stream in dict.fromkeys(need.stream for need in needs):
-        whole = prepared.streams[stream]
+        tokenised = prepared.streams[stream]
         planned = stream != "forget" and stream in plan.streams
-        chosen = ChosenRows(whole, np.unique(places(whole, plan).row) if planned else whole.rows)
+        chosen = ChosenRows(tokenised, np.unique(places(tokenised, plan).row) if planned else tokenised.rows)
         sidecar = SidecarContent()
         texts: dict[Tokens, str] = {}
 

@@ -27,7 +27,7 @@ class DPOConfig(WeightedConfig):
     beta: float = 0.1
     """Inverse temperature."""
     refusals: str | None = None
-    """JSON Lines with a column `answer`, one refusal a row; null: the built-in list."""
+    """JSON Lines with a column `answer`, one refusal per row; null: the built-in list."""
 
     def check(self, section: str) -> None:
         super().check(section)

@@ -23,7 +23,7 @@ class IDKConfig(WeightedConfig):
     """Descent on refusals as answers to forget questions (TOFU's IDK baseline, Maini et al. 2024, arXiv 2401.06121)."""
 
     refusals: str | None = None
-    """JSON Lines with a column `answer`, one refusal a row; null: the built-in list."""
+    """JSON Lines with a column `answer`, one refusal per row; null: the built-in list."""
 
 
 class IDK(Weighted[IDKConfig]):

@@ -33,10 +33,10 @@ class SoundRange:
     """By measure."""
 
 
-def failed_measures(figures: Mapping[str, Any], sound: SoundRange | None) -> tuple[str, ...] | None:
+def failed_measures(metrics: Mapping[str, Any], sound: SoundRange | None) -> tuple[str, ...] | None:
     """The measures in which a model's answers to forget prompts are worse than sound ones; None: unknown.
 
-    `figures`: plain numbers, `forget_repetition`, `forget_repetition_low` and so on. A measure is worse if it differs
+    `metrics`: plain numbers, `forget_repetition`, `forget_repetition_low` and so on. A measure is worse if it differs
     by more than `MARGIN` and the 95 % interval of the difference is on the wrong side of 0. That interval is built
     from those of the two values (MOVER: Zou and Donner 2008, https://doi.org/10.1002/sim.3095). A value outside the
     other's interval is not enough, as both are estimates; and 0.7 % against 0.3 % of repeated 4-grams can be
@@ -46,7 +46,7 @@ def failed_measures(figures: Mapping[str, Any], sound: SoundRange | None) -> tup
         return None
     known, failed = False, []
     for name, (other, other_low, other_high) in sound.bounds.items():
-        value, low, high = (figures.get(f"forget_{name}{end}") for end in ("", "_low", "_high"))
+        value, low, high = (metrics.get(f"forget_{name}{end}") for end in ("", "_low", "_high"))
         if value is None or low is None or high is None:
             continue
         known = True
@@ -59,15 +59,15 @@ def failed_measures(figures: Mapping[str, Any], sound: SoundRange | None) -> tup
     return tuple(failed) if known else None
 
 
-def words(figures: Mapping[str, Any], sound: SoundRange | None) -> str | None:
+def words(metrics: Mapping[str, Any], sound: SoundRange | None) -> str | None:
     """The verdict on a model's answers to forget prompts as a sentence; None: unknown."""
-    failed = failed_measures(figures, sound)
+    failed = failed_measures(metrics, sound)
     if failed is None or sound is None:
         return None
     shown = [
-        f"{MEASURES[name]} {figures[f'forget_{name}']:.2f} ({sound.of} {sound.bounds[name][0]:.2f})"
+        f"{MEASURES[name]} {metrics[f'forget_{name}']:.2f} ({sound.of} {sound.bounds[name][0]:.2f})"
         for name in failed or [name for name in MEASURES if name in sound.bounds]
-        if figures.get(f"forget_{name}") is not None
+        if metrics.get(f"forget_{name}") is not None
     ]
     return f"answers to forget prompts: {', '.join(shown)}: {'degenerate' if failed else 'not degenerate'}"
 

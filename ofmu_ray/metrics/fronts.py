@@ -27,10 +27,10 @@ def number_of(trial: Trial, name: str) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
-def plain(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def plain(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Metrics in JSON form (`MetricValue.to_json`) as plain numbers: NAME, NAME_low, NAME_high (None: absent)."""
     numbers: dict[str, Any] = {}
-    for name, value in figures.items():
+    for name, value in metrics.items():
         numbers |= {name: value.get("value"), f"{name}_low": value.get("low"), f"{name}_high": value.get("high")}
     return numbers
 

@@ -37,22 +37,22 @@ def membership_figures(inputs: Inputs) -> Mapping[str, MetricValue]:
     else:
         same = all(same_rows(*pair) for pair in zip(rows, references, strict=True))
         unusable = None if same else "the retrained model was evaluated on other forget or holdout rows"
-    figures: dict[str, MetricValue] = {}
+    result: dict[str, MetricValue] = {}
     for attack in ATTACKS:
         if attack == "gradient_norm" and _GRADIENT not in table.column_names:
             continue
         scores = unusable if attack == "reference" and unusable else _both(rows, attack, references)
         auc, rate = f"mia_{attack}_auc", f"mia_{attack}_tpr"
         if isinstance(scores, str):
-            figures |= {auc: MetricValue.absent(scores), rate: MetricValue.absent(scores)}
+            result |= {auc: MetricValue.absent(scores), rate: MetricValue.absent(scores)}
             continue
         there = [~np.isnan(values) for values in scores]
         kept = [values[some] for values, some in zip(scores, there, strict=True)]
-        figures[auc], figures[rate] = attack_figures(
+        result[auc], result[rate] = attack_figures(
             kept[0], kept[1], name=f"mia_{attack}", clusters=_kept_clusters(rows, there), **options
         )
-    figures["privleak"] = MetricValue.absent(unusable) if unusable else _privleak(rows, references or [], options)
-    return figures
+    result["privleak"] = MetricValue.absent(unusable) if unusable else _privleak(rows, references or [], options)
+    return result
 
 
 def _privleak(rows: list[pa.Table], references: list[pa.Table], options: dict[str, int]) -> MetricValue:

@@ -121,7 +121,7 @@ class Resamples:
         if part not in self.sets or not rows.num_rows:
             return f"no {part} rows"
         if rows["index"].to_pylist() != self.sets[part].rows:
-            return f"other {part} rows than the rest of the split"
+            return f"its {part} rows differ from the rest of the split"
         return values(rows, part)
 
     def _mean(self, declared: Metric, table: pa.Table) -> FloatArray | str:

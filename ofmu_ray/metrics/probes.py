@@ -38,25 +38,25 @@ def probe_figures(inputs: Inputs) -> dict[str, MetricValue]:
     Variances are over the probes with a value. Empty without probes.
     """
     table, retrained, samples, seed = inputs.table, inputs.retrained, inputs.samples, inputs.seed
-    figures: dict[str, MetricValue] = {}
+    result: dict[str, MetricValue] = {}
     qualities: list[ResampledValue] = []
     utilities: list[ResampledValue] = []
     names = probe_names(table)
     for probe in names:
         quality = NEEDS_RETRAINED if retrained is None else _quality(table, retrained, probe, samples, seed)
         if isinstance(quality, str):
-            figures[f"{probe}_forget_quality"] = figures[f"{probe}_ks_statistic"] = MetricValue.absent(quality)
+            result[f"{probe}_forget_quality"] = result[f"{probe}_ks_statistic"] = MetricValue.absent(quality)
         else:
-            figures[f"{probe}_forget_quality"], figures[f"{probe}_ks_statistic"] = (each.figure() for each in quality)
+            result[f"{probe}_forget_quality"], result[f"{probe}_ks_statistic"] = (each.figure() for each in quality)
             qualities.append(quality[0])
         utility = _utility(table, probe, samples, seed)
-        figures[f"{probe}_utility"] = MetricValue.absent(utility) if isinstance(utility, str) else utility.figure()
+        result[f"{probe}_utility"] = MetricValue.absent(utility) if isinstance(utility, str) else utility.figure()
         utilities += [] if isinstance(utility, str) else [utility]
     if names:
         lacking = retrained is None
-        figures[VARIANCES[0]] = MetricValue.absent(NEEDS_RETRAINED) if lacking else variance_figure(qualities)
-        figures[VARIANCES[1]] = variance_figure(utilities)
-    return figures
+        result[VARIANCES[0]] = MetricValue.absent(NEEDS_RETRAINED) if lacking else variance_figure(qualities)
+        result[VARIANCES[1]] = variance_figure(utilities)
+    return result
 
 
 def _quality(table: pa.Table, retrained: pa.Table, probe: str, samples: int, seed: int) -> list[ResampledValue] | str:

@@ -130,7 +130,7 @@ def load_tokenizer(config: ModelConfig, option: str | None = None) -> Any:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{option} = {path!r} has no tokenizer that loads: {_one_line(error)}") from error
+        raise UserError(f"{option} = {path!r} has no usable tokenizer: {_one_line(error)}") from error
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # without files, transformers makes an empty one
         raise UserError(f"{option} = {path!r} has no tokenizer files: set model.tokenizer to a directory with them")
     if tokenizer.eos_token_id is None:

@@ -49,7 +49,7 @@ def calibrated_time(
 def _layers(shape: Any) -> int:
     layers = getattr(shape.get_text_config(), "num_hidden_layers", None)
     if not layers:
-        raise UserError("plan.calibrate: the model's configuration has no num_hidden_layers; plan without it")
+        raise UserError("plan.calibrate: the model's configuration has no num_hidden_layers; turn calibration off")
     return int(layers)
 
 

@@ -143,7 +143,7 @@ class _Parts:
 
     def during(self, replayed: ReplayedPass, trace: PassTrace) -> Iterable[Peak]:
         """Peaks in a pass: the end of forward, points in backward, and the gradient sum."""
-        layout, live = self.layout, replayed.held
+        layout, live = self.layout, replayed.live
         start = self.resident(live)
         if layout.zero_stage == 0:
             yield Peak("pass", {**start, "activations": trace.peak_bytes})
@@ -168,6 +168,6 @@ class _Parts:
     def _gathered(self) -> int:
         """Full parameters during a pass of stage 3, and the buffer of the last gather."""
         sizes = self.sizes
-        whole = min(sizes.total, LIVE_PARAMETERS + PREFETCH_BUCKET)
+        gathered = min(sizes.total, LIVE_PARAMETERS + PREFETCH_BUCKET)
         buffer = min(sizes.total, PREFETCH_BUCKET + sizes.largest) if self.layout.workers > 1 else 0
-        return (whole + buffer) * self.layout.weight_bytes
+        return (gathered + buffer) * self.layout.weight_bytes

@@ -82,7 +82,7 @@ def _counted(config: PlanConfig, stream: str, template: Any) -> Any:
         if isinstance(row, dict) and all(isinstance(row.get(name), str) for name in columns):
             texts.append([row[name] for name in columns])
     if not texts:
-        raise UserError(f"data.{stream}: no row with columns {columns} to count tokens on; give --plan.row_tokens")
+        raise UserError(f"data.{stream}: no row with columns {columns} to count tokens; set --plan.row_tokens")
     encoded = template.encode_rows([q for q, _ in texts], [a for _, a in texts])
     lengths = [len(row.input_ids) for row in encoded]
     prompts = sum(row.prompt_tokens for row in encoded) / len(encoded)

@@ -43,7 +43,7 @@ class ReplayedPass:
     kind: Kind
     loss: Loss
     differenced: bool
-    held: LiveVectors
+    live: LiveVectors
     """Live vectors before the pass creates its own."""
     batch: Any = field(compare=False)
 
@@ -87,12 +87,12 @@ class PlanSpace:
         self._peak = 0.0
 
     @property
-    def held(self) -> LiveVectors:
+    def live(self) -> LiveVectors:
         return LiveVectors(self.meter.live / UNIT / 4, self._saved, sum(self._moments.values()))
 
     def _grown(self, live: int) -> None:
-        if self.held.total > self.round.peak.total:
-            self.round.peak = self.held
+        if self.live.total > self.round.peak.total:
+            self.round.peak = self.live
 
     def _vector(self) -> Vector:
         return [torch.empty(UNIT, device="meta")]
@@ -100,7 +100,7 @@ class PlanSpace:
     def gradient(
         self, batch: Any, loss: Loss | None = None, *, kind: Kind = "forget", differenced: bool = False, work: float = 1
     ) -> tuple[Vector, float]:
-        pass_ = ReplayedPass(kind, loss or self.loss_fn, differenced or self._displaced > 0, self.held, batch)
+        pass_ = ReplayedPass(kind, loss or self.loss_fn, differenced or self._displaced > 0, self.live, batch)
         self.round.passes.append(pass_)
         return self._vector(), 1.0
 
@@ -181,16 +181,16 @@ def replay(
             space.round.vector_bytes += (space.meter.bytes_moved - before) / UNIT
     second: Round = space.round
     assert first is not None
-    second.peak = max(first.peak, second.peak, key=lambda held: held.total)
+    second.peak = max(first.peak, second.peak, key=lambda live: live.total)
     second.passes = [
-        replace(one, held=max(_live_before(one, first), key=lambda held: held.total)) for one in second.passes
+        replace(one, live=max(_live_before(one, first), key=lambda live: live.total)) for one in second.passes
     ]
     return second
 
 
 def _live_before(one: ReplayedPass, first: Round) -> Iterator[LiveVectors]:
     """Live vectors before `one`, and before passes of its kind in the first round (which creates the moments)."""
-    yield one.held
+    yield one.live
     for other in first.passes:
         if (other.kind, other.differenced) == (one.kind, one.differenced):
-            yield replace(other.held, moments=one.held.moments)
+            yield replace(other.live, moments=one.live.moments)

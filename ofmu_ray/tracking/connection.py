@@ -36,7 +36,7 @@ def resolve_uri(uri: str | None, storage: str) -> str:
         if is_uri(storage):
             raise UserError(
                 f"tracking.uri = null keeps MLflow's database under storage = {storage!r}, but SQLite needs a local "
-                "disk: give a tracking server with --tracking.uri http://HOST:PORT (or, with all on one machine, sqlite:///FILE)"
+                "disk: set a tracking server with --tracking.uri http://HOST:PORT (or, on one machine, sqlite:///FILE)"
             )
         return f"sqlite:///{local_path(storage) / 'mlflow.db'}"
     if uri.startswith("sqlite:///"):

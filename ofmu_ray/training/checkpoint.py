@@ -35,7 +35,7 @@ class LoopState:
     round: int = 0
     """Rounds done: the cursor of both streams."""
     utility_start: float | None = None
-    """Mean answer probability on the watched retain rows before the first round."""
+    """Mean answer probability on the monitored retain rows before the first round."""
     utility: float | None = None
     """The same at the last check."""
     status: str = "running"

@@ -40,7 +40,7 @@ class Reports(Protocol):
     def note(self, *texts: str) -> None:
         """Messages for the user, each shown once."""
 
-    def update(self, done: int, figures: dict[str, float]) -> None:
+    def update(self, done: int, values: dict[str, float]) -> None:
         """Rounds done and the metrics of the last one."""
 
 
@@ -61,14 +61,14 @@ class ListenerReports:
                 self.noted[text] = None
                 self.listener.note("note", text)
 
-    def update(self, done: int, figures: dict[str, float]) -> None:
+    def update(self, done: int, values: dict[str, float]) -> None:
         """Rounds done and the metrics of the last one."""
-        self.bar.at(done, **losses_of(figures))
+        self.bar.at(done, **losses_of(values))
 
 
-def losses_of(figures: Mapping[str, float]) -> dict[str, str]:
+def losses_of(values: Mapping[str, float]) -> dict[str, str]:
     """The values of a round that a bar shows."""
-    return {name.removesuffix("_loss"): f"{value:.3f}" for name, value in figures.items() if name.endswith("loss")}
+    return {name.removesuffix("_loss"): f"{value:.3f}" for name, value in values.items() if name.endswith("loss")}
 
 
 class RaySession:

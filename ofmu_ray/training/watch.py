@@ -24,9 +24,9 @@ class Progress:
         self.notes: list[str] = []
         self.last: dict[int, Heartbeat] = {}
 
-    def update(self, done: int, figures: dict[str, float]) -> None:
+    def update(self, done: int, values: dict[str, float]) -> None:
         """Rank 0: rounds done and the metrics of the last one."""
-        self.now = (done, figures)
+        self.now = (done, values)
 
     def note(self, *texts: str) -> None:
         """Messages for the user, each shown once."""
@@ -65,9 +65,9 @@ class ActorReports:
         """Messages for the user, each shown once."""
         self.actor.note.remote(*texts)
 
-    def update(self, done: int, figures: dict[str, float]) -> None:
+    def update(self, done: int, values: dict[str, float]) -> None:
         """Rounds done and the metrics of the last one."""
-        self.actor.update.remote(done, figures)
+        self.actor.update.remote(done, values)
 
 
 class ProgressForwarder:
@@ -96,10 +96,10 @@ class ProgressForwarder:
 
     def _refresh(self, bar: progress.Bar) -> None:
         try:
-            done, figures, notes = ray.get(self.actor.read.remote(), timeout=5)
+            done, values, notes = ray.get(self.actor.read.remote(), timeout=5)
         except Exception:  # progress must never end a run
             return
         for text in notes[self._noted :]:
             self.listener.note("note", text)
         self._noted = len(notes)
-        bar.at(done, **losses_of(figures))
+        bar.at(done, **losses_of(values))

@@ -251,7 +251,7 @@ class Worker:
             return True
         state.status = "utility_floor"
         state.message = (
-            f"utility floor reached in round {state.round}: mean answer probability on the watched retain rows is "
+            f"utility floor reached in round {state.round}: mean answer probability on the monitored retain rows is "
             f"{state.utility:.4f}, below {floor:g} x {state.utility_start:.4f}"
         )
         return False

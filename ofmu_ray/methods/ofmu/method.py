@@ -202,7 +202,7 @@ class _Forgetting:
         return self._engine.gradient(batch, loss, kind=kind, differenced=differenced)
 
     def graph_gradient(self, batch: Any, *, kind: Kind) -> Any:
-        engine: Any = self._engine  # the one that offers double backward takes a loss
+        engine: Any = self._engine  # engines with double backward take a loss
         return engine.graph_gradient(batch, self._loss if kind == "forget" else None, kind=kind)
 
 
