@@ -6,7 +6,7 @@
     outcome = unlearn(UnlearnConfig(name="mine"))
     print(outcome.status, outcome.model, outcome.metrics["after"]["forget_quality"])
 
-Importing the package imports neither torch nor Ray; each room imports what it needs where it needs it.
+Importing the package imports neither torch nor Ray; each subpackage imports them where it needs them.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ __all__ = ["train", "unlearn"]
 def unlearn(config: UnlearnConfig, listener: Listener | None = None) -> Outcome:
     """Make a model forget; the same as `ofmu unlearn`.
 
-    A killed run resumes under the same name, and a finished one is read, not repeated. `listener` hears of progress.
+    A killed run resumes under the same name; a finished one is read, not repeated. `listener` receives the progress.
 
     Raises:
-        UserError: something in the configuration, the data or the cluster must change; the message says what.
+        UserError: the configuration, the data or the cluster must change; the message says what.
     """
     from ofmu_ray.runs.run import run
 
@@ -36,7 +36,7 @@ def unlearn(config: UnlearnConfig, listener: Listener | None = None) -> Outcome:
 
 
 def train(config: TrainConfig, listener: Listener | None = None) -> Outcome:
-    """Fit a target or a retrained model; the same as `ofmu train`. Everything else as in `unlearn`."""
+    """Fit a target or a retrained model; the same as `ofmu train`. Otherwise like `unlearn`."""
     from ofmu_ray.runs.run import run
 
     return run(config, listener)

@@ -1,6 +1,6 @@
-"""What library code tells about its progress, and who listens: a terminal, log lines, a test, or nobody.
+"""Progress reports from library code, and their listener: a terminal, log lines, a test, or none.
 
-Library code calls `note` and `bar`; it never prints. Whoever starts the work chooses the listener:
+Library code calls `note` and `bar`; it never prints. The caller chooses the listener:
 
     with listening(TerminalListener()):
         outcome = run(config)
@@ -15,31 +15,31 @@ from typing import Any
 
 
 class Bar:
-    """Work of a known size. This one shows nothing; a listener's own overrides both verbs."""
+    """Work of a known size. This one shows nothing; listeners override both methods."""
 
     def update(self, count: int = 1) -> None:
         """`count` more units are done."""
 
     def at(self, done: int, **shown: str) -> None:
-        """`done` units are done in all; `shown`: values of the last one by name."""
+        """`done` units are done in total; `shown`: values of the last one by name."""
 
 
 class Listener:
-    """Hears of progress. Every method does nothing until it is overridden; none may raise."""
+    """Receives progress reports. Methods do nothing by default, and must not raise."""
 
     def note(self, topic: str, text: str) -> None:
         """One line: `topic` is a word (run, data, train, stop, note, ...)."""
 
     @contextmanager
     def bar(self, title: str, total: int, unit: str) -> Iterator[Bar]:
-        """Work of `total` units, while the block runs."""
+        """Work of `total` units that runs in the block."""
         yield Bar()
 
     def started(self, run: Any) -> None:
-        """A run begins or resumes; `run`: ofmu_ray.runs.run.Run."""
+        """A run starts or resumes; `run`: ofmu_ray.runs.run.Run."""
 
     def ended(self, run: Any, outcome: Any) -> None:
-        """A run has ended; `outcome`: ofmu_ray.runs.outcome.Outcome, or None if an exception ended it."""
+        """A run ended; `outcome`: ofmu_ray.runs.outcome.Outcome, or None if an exception ended it."""
 
 
 _CURRENT: ContextVar[Listener] = ContextVar("listener", default=Listener())  # noqa: B039 (it holds no state)
@@ -47,7 +47,7 @@ _CURRENT: ContextVar[Listener] = ContextVar("listener", default=Listener())  # n
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[Listener]:
-    """Send everything that the block tells to `listener`."""
+    """Send all progress of the block to `listener`."""
     token = _CURRENT.set(listener)
     try:
         yield listener
@@ -56,12 +56,12 @@ def listening(listener: Listener) -> Iterator[Listener]:
 
 
 def current() -> Listener:
-    """Who listens now. A new thread starts with nobody: hand it the listener."""
+    """The current listener. A new thread starts without one: pass it in."""
     return _CURRENT.get()
 
 
 def note(topic: str, text: str) -> None:
-    """Tell one line."""
+    """Report one line."""
     current().note(topic, text)
 
 

@@ -1,4 +1,4 @@
-"""`ofmu benchmark`: methods x splits x seeds at equal compute, tuned alike, reported on fresh seeds."""
+"""`ofmu benchmark`: methods x splits x seeds at equal compute, with equal tuning, reported on fresh seeds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROG = "ofmu benchmark"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; exit status 0, 2 for a user's mistake, 1 when a method has no reported run."""
+    """Command line; exit status 0, 2 for a user's mistake, 1 if a method has no reported run."""
     words = sys.argv[1:] if arguments is None else arguments
     try:
         with listening(Terminal()):

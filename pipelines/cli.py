@@ -7,20 +7,20 @@ import os
 import sys
 
 # Two processes with two spinning threads each on two cores run ten times slower than with one thread each. Set
-# before torch is imported anywhere; a value of the user's own stays.
+# before torch is imported; the user's values take precedence.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("DS_LOG_LEVEL", "error")
 
 COMMANDS = {
-    "unlearn": "make a model forget a set of rows and keep the rest",
+    "unlearn": "make a model forget some rows and keep the rest",
     "train": "fit a target or a retrained model on a data set",
     "evaluate": "compare models: metrics, probes, attacks",
-    "sweep": "find a method's options by a stated rule",
+    "sweep": "tune a method's options by an explicit rule",
     "benchmark": "compare methods at equal compute: methods x splits x seeds",
-    "submit": "run one of the commands as a job of a Ray cluster",
-    "plan": "memory, time and cost of an unlearn run before it starts",
-    "metrics": "figures from evaluation logs of other programs",
+    "submit": "run a command as a job on a Ray cluster",
+    "plan": "estimate memory, time and cost of an unlearn run",
+    "metrics": "metrics from evaluation logs of other programs",
 }
 
 
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print("usage: ofmu COMMAND [--config FILE] [--section.option VALUE ...]\n")
         print("\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items()))
-        print("\nofmu COMMAND --help shows a command's options; --print_config the whole configuration as YAML.")
+        print("\nofmu COMMAND --help shows a command's options; --print_config prints the configuration as YAML.")
         return 0 if words else 2
     if words[0] == "--version":
         from ofmu_ray import __version__

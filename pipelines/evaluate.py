@@ -1,4 +1,4 @@
-"""`ofmu evaluate`: any number of models side by side, by the same code and with the same numbers as a run's end."""
+"""`ofmu evaluate`: compare any number of models, with the same code and numbers as at the end of a run."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     try:
         with listening(Terminal()):
-            found = compare(parse(EvaluateConfig, words, PROG), [*PROG.split(), *words])
+            comparison = compare(parse(EvaluateConfig, words, PROG), [*PROG.split(), *words])
     except UserError as error:
         return fail(error, PROG)
-    print(metrics_table(found.metrics, list(found.metrics)))
-    say(f"report  {join(found.home, 'report.html')}")
-    say(f"mlflow  {found.mlflow}")
+    print(metrics_table(comparison.metrics, list(comparison.metrics)))
+    say(f"report  {join(comparison.home, 'report.html')}")
+    say(f"mlflow  {comparison.mlflow}")
     return 0
 
 

@@ -20,7 +20,7 @@ from ofmu_ray.errors import UserError
 Config = TypeVar("Config")
 
 
-@functools.cache  # half a second of CPU time; a process parses more than once in tests and when a job is submitted
+@functools.cache  # half a second of CPU time; tests and job submission parse several times
 def parser_for(config_class: type[Any], prog: str) -> ArgumentParser:
     """A parser whose options are the fields of `config_class`, nested ones with dots."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -33,16 +33,16 @@ def parser_for(config_class: type[Any], prog: str) -> ArgumentParser:
 def parse(config_class: type[Config], arguments: Sequence[str], prog: str) -> Config:
     """The configuration of a command line; `--print_config` and `--help` print and exit with 0.
 
-    A preset (`ofmu.preset`) changes the defaults, so that options given in a file or on the line still override it.
+    A preset (`ofmu.preset`) changes the defaults, so options in a file or on the command line still override it.
 
     Raises:
-        UserError: unknown option (with the closest known one), wrong type, value out of range, missing file.
+        UserError: unknown option (names the closest one), wrong type, value out of range, missing file.
     """
     kind: Any = config_class
     parser = parser_for(kind, prog)
     known = [option.removeprefix("--") for option in parser._option_string_actions if option.startswith("--")]
     try:
-        # print_config would print the defaults of the wrong preset, so presets are looked for without it
+        # print_config would print the defaults of the wrong preset, so presets are parsed without it
         plain = [word for word in arguments if not word.startswith("--print_config") and word not in ("-h", "--help")]
         namespace = parser.parse_args(plain)
         defaults = _preset_defaults(namespace)
@@ -54,37 +54,39 @@ def parse(config_class: type[Config], arguments: Sequence[str], prog: str) -> Co
     except argparse.ArgumentError as error:
         raise UserError(_explained(str(error), known)) from None
     except ValueError as error:
-        # an optional section (model.lora) is a union for jsonargparse, which folds the section's own message in
-        if isinstance(error, UserError) or not (own := re.search(r"- (\S+ = .*: must be .*)", str(error))):
+        # an optional section (model.lora) is a union for jsonargparse, which embeds the section's message
+        if isinstance(error, UserError) or not (reason := re.search(r"- (\S+ = .*: must be .*)", str(error))):
             raise
-        raise UserError(own[1]) from None
+        raise UserError(reason[1]) from None
     built.pop("config", None)
     built.pop("__path__", None)
     return config_class(**built)
 
 
 def _preset_defaults(namespace: Any) -> dict[str, Any]:
-    """Every option that some preset of its method sets, as the chosen one has it: the parser may have served another
-    one before."""
-    found: dict[str, Any] = {}
+    """All options set by any preset of a method, with the chosen preset's values: the cached parser may have the
+    defaults of another one."""
+    defaults: dict[str, Any] = {}
     for method, presets in PRESETS.items():
         chosen = getattr(getattr(namespace, method, None), "preset", None)
         if chosen is not None:
             plain = {field.name: field.default for field in dataclasses.fields(METHODS[method])}  # type: ignore[arg-type]
             names = {name for options in presets.values() for name in options}
-            found |= {f"{method}.{name}": presets[chosen].get(name, plain[name]) for name in sorted(names)}
-    return found
+            defaults |= {f"{method}.{name}": presets[chosen].get(name, plain[name]) for name in sorted(names)}
+    return defaults
 
 
 def _refuse_empty(namespace: Any, known: list[str]) -> None:
-    """UserError for an unknown option whose value in a file is {}: jsonargparse drops those without a word."""
+    """UserError for an unknown option whose value in a file is {}: jsonargparse silently drops those."""
 
     def look(content: Any, prefix: str) -> None:
         for key, value in content.items() if isinstance(content, dict) else ():
             name = f"{prefix}{key}"
             if value == {} and not any(option == name or option.startswith(f"{name}.") for option in known):
                 raise UserError(f"unknown option {name} in the configuration.{_close(name, known)} All options: --help")
-            if name not in known or any(option.startswith(f"{name}.") for option in known):  # not an option's own value
+            if name not in known or any(
+                option.startswith(f"{name}.") for option in known
+            ):  # not the value of an option
                 look(value, f"{name}.")
 
     for file in namespace.config or ():
@@ -105,20 +107,20 @@ def _explained(message: str, known: list[str]) -> str:
     if match := re.search(r"Parser key \"(.+?)\": Expected a typing\.Literal\[(.*?)\]\. Got value: (.+)", message):
         choices = [choice.strip("' ") for choice in match[2].split(",")]
         hint = close_match(match[3], choices)
-        return f"{match[1]} = {match[3]}: no such choice.{hint} One of {', '.join(choices)}"
+        return f"{match[1]} = {match[3]}: no such choice.{hint} Use one of {', '.join(choices)}"
     if match := re.search(r"does not accept (?:nested )?(?:key|option)s? '(.+?)'", message):
         return f"unknown option {match[1]} in the configuration.{_close(match[1], known)} All options: --help"
     return message
 
 
 def _close(word: str, known: list[str]) -> str:
-    """Also finds the right option under another section or without its section."""
+    """A suggestion for a misspelt option; also finds it in another section or without its section."""
     tail = word.rsplit(".", 1)[-1]
     same_tail = [name for name in known if name.rsplit(".", 1)[-1] == tail]
     return f" Did you mean {same_tail[0]}?" if same_tail else close_match(word, known)
 
 
 def fail(error: UserError, prog: str) -> int:
-    """Print a user's mistake, or what storage refused, the way every command does; the exit status."""
+    """Print a user's mistake or a storage error, as all commands do; returns the exit status."""
     print(f"{prog}: error: {error}", file=sys.stderr)
     return error.status

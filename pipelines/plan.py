@@ -1,4 +1,4 @@
-"""`ofmu plan`: memory, time, communication and cost of an `ofmu unlearn` before anything starts."""
+"""`ofmu plan`: memory, time, communication and cost of an `ofmu unlearn` before it starts."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ PROG = "ofmu plan"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; exit status 0, or 2 for a user's mistake and for what cannot fit."""
+    """Command line; exit status 0, or 2 for a user's mistake and if nothing fits."""
     words = sys.argv[1:] if arguments is None else arguments
     try:
         config = parse(PlanConfig, words, PROG)
-        found = planned(config)
+        plan = planned(config)
     except UserError as error:
         return fail(error, PROG)
     if config.plan.json:
-        Path(config.plan.json).write_text(json.dumps(found, indent=1) + "\n")
+        Path(config.plan.json).write_text(json.dumps(plan, indent=1) + "\n")
     if config.plan.print:
         from ofmu_ray.planning.table import lines
 
-        print("\n".join(lines(found)))
+        print("\n".join(lines(plan)))
     return 0
 
 

@@ -1,8 +1,8 @@
-"""`ofmu submit COMMAND`: another command as a job of a Ray cluster, through the dashboard's address.
+"""`ofmu submit COMMAND`: run another command as a job on a Ray cluster, through the dashboard's address.
 
-What it does beyond `ray job submit`, whose command line it prints: the configuration is checked before the upload, the
-submission id follows from the configuration, so that the same command finds the job that is running, and the exit
-status is the pipeline's.
+It prints the equivalent `ray job submit` command line and does more: it checks the configuration before the upload,
+derives the submission id from the configuration, so the same command finds the running job, and returns the
+pipeline's exit status.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def split(words: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
-    """Submit's own options, the command, and the command's options: everything that is not submit's own.
+    """Submit's options, the command, and the command's options (all others).
 
     Raises:
-        UserError: the first word that is no option of submit is not a command that can be submitted.
+        UserError: the first word that is not an option of submit is not a command that can be submitted.
     """
     own: list[str] = []
     command: str | None = None
@@ -78,7 +78,9 @@ def split(words: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
         elif command is None and not word.startswith("-"):
             if word not in JOBS:
                 known = ", ".join(JOBS)
-                raise UserError(f"{word!r} cannot be submitted.{close_match(word, JOBS)} First COMMAND, of: {known}")
+                raise UserError(
+                    f"{word!r} cannot be submitted.{close_match(word, JOBS)} Give COMMAND first, one of: {known}"
+                )
             command = word
         elif command is None and word not in ("-h", "--help"):
             raise UserError(f"unknown option {word}; the command's options follow it: {PROG} COMMAND {word} ...")
@@ -91,7 +93,7 @@ def submit(config: SubmitConfig, command: str, options: list[str]) -> int:
     """Check, upload, start (or find running), follow.
 
     Raises:
-        UserError: the command's configuration is wrong, or would not reach the cluster; no cluster answers.
+        UserError: the command's configuration is wrong or does not reach the cluster, or no cluster responds.
     """
     from ofmu_ray.cluster.upload import load_environment, packed
 
@@ -105,7 +107,7 @@ def submit(config: SubmitConfig, command: str, options: list[str]) -> int:
     with packed(config, environment, needed) as package:
         running, submission = jobs.find(f"ofmu-{command}-{digest[:8]}")
         if running:
-            say(f"job     {submission} has this configuration and is running; nothing was uploaded")
+            say(f"job     {submission} with this configuration is already running; nothing uploaded")
         else:
             say(f"upload  {package.files} files, {package.megabytes:.1f} MB")
             say(f"$ {plain_command(config, submission, entrypoint)}")
@@ -118,16 +120,16 @@ def submit(config: SubmitConfig, command: str, options: list[str]) -> int:
 
 
 def check(command: str, options: list[str]) -> str:
-    """The digest of the command's configuration, which must be in order and write outside the job's folder.
+    """Check the command's configuration, which must write outside the job's folder; returns its digest.
 
     Raises:
-        UserError: an option is wrong, `storage` is not absolute, or a word holds credentials.
+        UserError: an option is wrong, `storage` is not absolute, or a word contains credentials.
     """
     for word in options:
         if SECRET.search(word):
             raise UserError(
-                f"{without_credentials(word)}: a job's command line is shown in its log and on the dashboard; put "
-                "credentials into a file of the configuration, or into the environment of the cluster's nodes"
+                f"{without_credentials(word)}: a job's command line is visible in its log and on the dashboard; put "
+                "credentials into a configuration file, or into the environment of the cluster's nodes"
             )
     parsed = parse(JOBS[command], options, f"ofmu {command}")
     check_job_storage(parsed.storage)
@@ -135,10 +137,10 @@ def check(command: str, options: list[str]) -> str:
 
 
 def _placed(options: list[str], working_dir: Path) -> tuple[list[str], list[str]]:
-    """The options with configuration files as seen from the working directory, and these files' names in it.
+    """The options with configuration files relative to the working directory, and these files' names in it.
 
     Raises:
-        UserError: a file lies outside, so it would not be uploaded.
+        UserError: a file is outside and would not be uploaded.
     """
     placed, names = list(options), []
     root = working_dir.resolve()
@@ -149,8 +151,8 @@ def _placed(options: list[str], working_dir: Path) -> tuple[list[str], list[str]
             continue
         if not Path(path).resolve().is_relative_to(root):
             raise UserError(
-                f"config = {path!r}: outside {str(working_dir)!r}, the folder that is uploaded; move the file into it, "
-                "or name another folder with --working-dir"
+                f"config = {path!r}: outside {str(working_dir)!r}, the uploaded folder; move the file there, or set "
+                "another folder with --working-dir"
             )
         names.append(Path(path).resolve().relative_to(root).as_posix())
         placed[index] = prefix + names[-1]
@@ -158,28 +160,28 @@ def _placed(options: list[str], working_dir: Path) -> tuple[list[str], list[str]
 
 
 def plain_command(config: SubmitConfig, submission: str, entrypoint: str) -> str:
-    """The `ray job submit` command line that does the same."""
+    """The equivalent `ray job submit` command line."""
     where = ["--address", without_credentials(config.address), "--submission-id", submission]
     what = ["--runtime-env", config.runtime_env, "--working-dir", config.working_dir]
     return f"{shlex.join(['ray', 'job', 'submit', *where, *what, '--'])} {entrypoint}"
 
 
 def _jobs(config: SubmitConfig) -> Jobs:
-    """Their progress on stderr, their output and status on stdout."""
+    """The job client: progress on stderr, output and status on stdout."""
     from ofmu_ray.cluster.job_server import Jobs
 
     return Jobs(config.address, tell=say, show=partial(print, end="", flush=True))
 
 
 def _control(config: SubmitConfig) -> int:
-    """Follow, show or stop a job that was submitted before."""
+    """Follow, show or stop a submitted job."""
     if config.attach:
         return _jobs(config).follow(config.attach)
     if config.status:
         return _jobs(config).status(config.status)
     if config.stop:
         return _jobs(config).stop(config.stop)
-    raise UserError(f"name a COMMAND ({', '.join(JOBS)}), or a job with --attach, --status or --stop")
+    raise UserError(f"give a COMMAND ({', '.join(JOBS)}), or a job with --attach, --status or --stop")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`ofmu sweep`: Ray Tune finds a method's options, by a stated rule, among complete unlearning runs."""
+"""`ofmu sweep`: Ray Tune tunes a method's options over unlearning runs, by an explicit rule."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROG = "ofmu sweep"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; exit status 0, 2 for a user's mistake, 1 when no trial meets the floor or the sweep was stopped."""
+    """Command line; exit status 0, 2 for a user's mistake, 1 if no trial meets the floor or the sweep was stopped."""
     words = sys.argv[1:] if arguments is None else arguments
     try:
         with listening(Terminal()):
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
         say(f"written {path}")
     say(f"mlflow  {outcome.mlflow}")
     if not outcome.complete:
-        say("stopped before all trials ended; the same command resumes")
+        say("stopped before all trials finished; the same command resumes")
     return 0 if outcome.complete and outcome.chosen is not None else 1
 
 

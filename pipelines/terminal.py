@@ -1,4 +1,4 @@
-"""What a person sees on the terminal."""
+"""Terminal output."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ ARROWS = {"high": "^", "low": "v", "retrained": "~"}
 
 
 def say(line: str) -> None:
-    """A line of progress, on stderr so that stdout stays for results."""
+    """Print a line of progress to stderr; stdout is for results."""
     print(line, file=sys.stderr, flush=True)
 
 
 class Terminal(Listener):
-    """Lines on stderr, and bars where that is a terminal."""
+    """Lines on stderr, and bars if it is a terminal."""
 
     def __init__(self) -> None:
         self._bars: list[Any] = []
@@ -57,7 +57,7 @@ class _Shown(Bar):
 
 
 def metrics_table(metrics: Mapping[str, Any], models: Sequence[str] = ("before", "after", "retrained")) -> str:
-    """The models side by side, one metric a line, with 95 % intervals."""
+    """The models side by side, one metric per line, with 95 % intervals."""
     from ofmu_ray.metrics.registry import metric
 
     columns = [name for name in models if metrics.get(name)]
@@ -67,14 +67,14 @@ def metrics_table(metrics: Mapping[str, Any], models: Sequence[str] = ("before",
     for one in shown:
         cells = [_cell(metrics[name].get(one.name)) for name in columns]
         lines.append(f"{one.label + ' ' + ARROWS[one.better]:26}" + "".join(f"{cell:>28}" for cell in cells))
-    lines.append("^ higher is better   v lower   ~ best where it matches the retrained model   [95 % interval]")
+    lines.append("^ higher is better   v lower   ~ closest to the retrained model is best   [95 % interval]")
     return "\n".join(lines)
 
 
-def _cell(figure: dict[str, Any] | None) -> str:
-    if not figure or figure.get("value") is None:
+def _cell(metric: dict[str, Any] | None) -> str:
+    if not metric or metric.get("value") is None:
         return "-"
-    value, low, high = figure["value"], figure.get("low"), figure.get("high")
+    value, low, high = metric["value"], metric.get("low"), metric.get("high")
     if low is None or high is None:
         return f"{value:.3g}"
     return f"{value:.3g} [{low:.2g}, {high:.2g}]"

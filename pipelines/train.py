@@ -1,4 +1,4 @@
-"""`ofmu train`: fit a target or a retrained model on a data set, on the same Ray path as unlearning."""
+"""`ofmu train`: fit a target or a retrained model on a data set, with the same code as unlearning."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PROG = "ofmu train"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; exit status 0, 2 for a user's mistake, 1 when the fit did not end well."""
+    """Command line; exit status 0, 2 for a user's mistake, 1 if the fit failed."""
     words = sys.argv[1:] if arguments is None else arguments
     try:
         outcome = run(parse(TrainConfig, words, PROG), Terminal(), [*PROG.split(), *words])

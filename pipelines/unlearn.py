@@ -1,4 +1,4 @@
-"""`ofmu unlearn`: the main job, from configuration to an unlearned model, its metrics, its cost and a report."""
+"""`ofmu unlearn`: from a configuration to an unlearned model with metrics, cost and a report."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ PROG = "ofmu unlearn"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; exit status 0, 2 for a user's mistake, 1 when the run stopped before its end."""
+    """Command line; exit status 0, 2 for a user's mistake, 1 if the run stopped early."""
     words = sys.argv[1:] if arguments is None else arguments
     try:
         outcome = run(parse(UnlearnConfig, words, PROG), Terminal(), [*PROG.split(), *words])
     except UserError as error:
         return fail(error, PROG)
     if outcome.reused:
-        say(f"{outcome.name} is finished already; --name NEW runs it again\n")
+        say(f"{outcome.name} is already finished; --name NEW runs it again\n")
     if outcome.metrics.get("before"):
         print(metrics_table(outcome.metrics))
         if outcome.run.get("generations"):
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(
         f"\ncost    {passes['forget']} forget + {passes['retain']} retain passes, {cost['updates']} updates, "
         f"{cost['tokens']} tokens, {cost['flops']:.2e} FLOPs, {seconds['rounds']:.1f} s in rounds, "
-        f"{sum(spent for name, spent in seconds.items() if name != 'rounds'):.1f} s in all"
+        f"{sum(spent for name, spent in seconds.items() if name != 'rounds'):.1f} s in total"
     )
     print(f"model   {outcome.run['model']}\nreport  {outcome.run['report']}\nmlflow  {outcome.run['mlflow']}")
     if outcome.message:

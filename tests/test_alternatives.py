@@ -149,9 +149,9 @@ def test_a_prompt_asks_for_another_answer(few: PreparedData) -> None:
     row = tokens(few)[0]
     question, truth = alternatives.texts(row, few.template)
     assert few.template.encode(question, truth)[0] == row["input_ids"]
-    (asked, second) = alternatives.asked([row], 2, "Invent: {question} Not: {answer}", few.template)
-    assert asked["input_ids"] == few.template.encode_prompt(f"Invent: {question} Not: {truth}") == second["input_ids"]
-    assert [asked["row_id"], second["row_id"]] == [f"{row['row_id']}/{number}" for number in (0, 1)]
+    (first, second) = alternatives.alternative_prompts([row], 2, "Invent: {question} Not: {answer}", few.template)
+    assert first["input_ids"] == few.template.encode_prompt(f"Invent: {question} Not: {truth}") == second["input_ids"]
+    assert [first["row_id"], second["row_id"]] == [f"{row['row_id']}/{number}" for number in (0, 1)]
     needs = build_method(config.METHODS["altpo"](prompt="Invent: {question}")).needs
     assert [need.of.temperature for need in needs if need.of] == [1.0]
 

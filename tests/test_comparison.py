@@ -229,7 +229,10 @@ def test_what_cannot_be_computed_says_why() -> None:
     retrained, model = table(2), table(1)
     resamples = Resamples(retrained, samples=20)
     assert resamples.figure("forget_quality", model, None) == "there is no retrained model"
-    assert resamples.figure("retain_rouge", model.slice(0, 70), None) == "other retain rows than the rest of the split"
+    assert (
+        resamples.figure("retain_rouge", model.slice(0, 70), None)
+        == "its retain rows differ from the rest of the split"
+    )
     assert resamples.figure("retain_rouge", model.slice(0, 60), None) == "no retain rows"
     assert resamples.figure("model_utility", model.drop_columns("rouge_l_recall"), None) == (
         "the rows of retain were evaluated without rouge_l_recall"

@@ -39,7 +39,7 @@ def test_a_worker_killed_in_every_phase(tmp_path, local_ray):
         # a checkpoint counts a moment after it is written, when Ray Train has taken note of it
         assert cost["rounds_lost"] <= (2 if fault.does == "damage" else 1) * EVERY + 1
     (note,) = (note for note in found["notes"] if not note.startswith("round "))  # those of the method aside
-    assert "was passed over" in note
+    assert "was skipped" in note
     assert [row["round"] for row in training(job)["series"]] == list(range(1, ROUNDS + 1))
     assert training(job)["account"] == training(undisturbed)["account"]
 

@@ -100,9 +100,9 @@ def test_a_damaged_checkpoint_is_passed_over(words: str, job: WorkerJob, undistu
     worker = run_local(job)
     assert same(worker, undisturbed)
     (note,) = worker.state.notes
-    assert "000002_round_000004 was passed over" in note
+    assert "000002_round_000004 was skipped" in note
     assert words in note
-    assert note.endswith("went on from round 2")
+    assert note.endswith("resumed from round 2")
     assert [row["round"] for row in worker.state.series] == list(range(1, ROUNDS + 1))
     assert worker.engine.account == undisturbed.engine.account
 
@@ -113,7 +113,7 @@ def test_without_a_whole_checkpoint_the_run_begins_again(job: WorkerJob, undistu
     worker = run_local(job)
     assert same(worker, undisturbed)
     assert len(worker.state.notes) == 3
-    assert all(note.endswith("began again") for note in worker.state.notes)
+    assert all(note.endswith("started over") for note in worker.state.notes)
 
 
 class Malicious:
@@ -134,7 +134,7 @@ def test_code_in_a_checkpoint_is_not_run(zipped: bool, job: WorkerJob, tmp_path:
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["rank_00000.pt"] = fingerprint(folder / "rank_00000.pt")
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"rank_00000\.pt holds something else than tensors"):
+    with pytest.raises(UserError, match=r"rank_00000\.pt contains more than tensors"):
         run_local(job)
     assert not mark.exists()
     torch.load(folder / "rank_00000.pt", weights_only=False)
@@ -170,7 +170,7 @@ def test_a_round_that_is_not_finite_is_tried_again_with_shorter_steps(
 def test_rollbacks_are_counted_and_then_the_last_good_model_is_kept(tmp_path: Path) -> None:
     worker = run_local(make_job(tmp_path, stop=StopConfig(shrink=0.5, max_rollbacks=1), method=EXPLODING))
     assert (worker.state.status, worker.state.round, worker.state.rollbacks) == ("non_finite", 0, 1)
-    assert "the model is that of round 0" in worker.state.message
+    assert "the model is from round 0" in worker.state.message
     assert len(worker.state.notes) == 1
 
 
@@ -259,5 +259,5 @@ def test_ranks_agree_on_what_they_pass_over(ranks: dict[str, dict[str, Any]]) ->
     assert resumed["agreed"]
     assert resumed["first"] == 2
     (note,) = resumed["notes"]
-    assert "round_000004 was passed over: rank_00001.pt does not match its checksum" in note
+    assert "round_000004 was skipped: rank_00001.pt does not match its checksum" in note
     assert distance(resumed["weights"], whole["weights"]) == 0

@@ -154,7 +154,7 @@ def test_a_killed_driver_is_resumed_by_its_name(storage, undisturbed, killed):
     fault_table.record(stands, phase="any round", at=suspended, rounds=begun, models=models)
     notes = json.loads((storage / "driver/training.json").read_text())["notes"]
     passed, hung = (note for note in notes if not note.startswith("round "))  # those of the method aside
-    assert f"was passed over: rank_00001.pt does not match its checksum; went on from round {EVERY}" in passed
+    assert f"was skipped: rank_00001.pt does not match its checksum; resumed from round {EVERY}" in passed
     assert re.match(r"rank [01] hung in round \d+: no sign of life after", hung)
     shown = (storage / "driver.log").read_text()
     for note in (passed, hung):
@@ -200,7 +200,7 @@ def test_a_run_in_an_object_store_goes_on_on_another_machine(undisturbed, tmp_pa
             monkeypatch.setenv(name, value)
         assert here(f"{server.bucket}/runs", "x", *options, "--tracking.uri", f"sqlite:///{tmp_path}/third.db") == 0
         shown = capsys.readouterr()
-        assert "x is finished already" in shown.err
+        assert "x is already finished" in shown.err
         assert "s3://bucket/runs/x/model" in shown.out
 
 
@@ -214,7 +214,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(undisturbed, tmp_path):
         assert driver.wait(timeout=PATIENCE_SECONDS) == 1
         ended = time.time()
         told = (tmp_path / "full.log").read_text()
-        assert f"{checkpoint(disk, 'full', EVERY)} (checkpoint): no room left there: make room" in told
+        assert f"{checkpoint(disk, 'full', EVERY)} (checkpoint): no space left: free some space" in told
         assert "Traceback" not in told
         assert checkpoint(disk, "full", 0).joinpath("manifest.json").exists()
         resize("200m")

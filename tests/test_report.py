@@ -61,7 +61,7 @@ def make_data(**changes: Any) -> ReportData:
         }
         for at, (model, quality) in enumerate({"before": 2.4e-11, "after": 0.31, "retrained": 1.0}.items())
     }  # fmt: skip
-    absent = {"value": None, "reason": "the world_facts rows lack what it needs (columns perturbed_answer)"}
+    absent = {"value": None, "reason": "the world_facts rows lack the columns it needs (perturbed_answer)"}
     for named in figures.values():
         named["world_facts_truth_ratio"] = absent
     values: dict[str, Any] = {
@@ -209,7 +209,7 @@ def test_a_degenerate_model_is_called_so(page: str) -> None:
 
 
 def test_absent_figures_say_why(page: str) -> None:
-    assert "–: the world_facts rows lack what it needs" in page
+    assert "–: the world_facts rows lack the columns it needs" in page
 
 
 def test_a_fit_without_evaluation_has_a_page_too(tmp_path: Path) -> None:

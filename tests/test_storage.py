@@ -68,7 +68,7 @@ def test_a_full_disk_is_told_in_a_sentence_and_keeps_what_was_there(tmp_path: Pa
     with small_disk(disk, "1m"):
         write("old")
         for fill in (lambda: write("new" * 100_000), table):
-            with pytest.raises(StorageError, match=f"{disk}.* no room left there: make room"):
+            with pytest.raises(StorageError, match=f"{disk}.* no space left: free some space"):
                 fill()
             assert [path.name for path in disk.rglob("*")] == ["model", "o"]
 

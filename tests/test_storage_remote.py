@@ -73,10 +73,10 @@ def test_what_is_half_written_or_damaged_is_not_taken(server: Server, way: Proxy
     with pytest.raises(UserError, match=r"model\.path = s3://bucket/bad/way: nothing is there"):
         storage.fetched(place, "model.path")
     way.spoil = lambda path, body: body.replace(b"weights", b"weighty")
-    with pytest.raises(StorageError, match="s3://bucket/bad/way/a: what was read back is not what was written"):
+    with pytest.raises(StorageError, match="s3://bucket/bad/way/a: the data read back differs from what was written"):
         put(place, {"a": "weights"})
     assert not storage.is_whole(place)
-    with pytest.raises(UserError, match="s3://bucket/bad/way is half-written"):
+    with pytest.raises(UserError, match="s3://bucket/bad/way is incomplete"):
         storage.fetched(place)
 
     way.spoil = lambda path, body: body
@@ -86,7 +86,7 @@ def test_what_is_half_written_or_damaged_is_not_taken(server: Server, way: Proxy
         storage.fetched(place)
     listing = {"complete": True, "files": {"../../a": {"bytes": 1, "sha256": ""}}}
     server.client.put_object(Bucket=BUCKET, Key="bad/way/manifest.json", Body=json.dumps(listing).encode())
-    with pytest.raises(UserError, match="names a file outside of it"):
+    with pytest.raises(UserError, match="lists a file outside the folder"):
         storage.fetched(place)
 
 
@@ -125,25 +125,25 @@ def test_a_storage_that_refuses_is_found_out_at_the_start(server: Server, way: P
     before = server.keys()
     with server.refusing():
         for said in (told(f"{server.bucket}/runs"), told(f"{server.bucket}/runs", train, *fit)):
-            assert "storage = 's3://bucket/runs': access was refused: check the credentials" in said
+            assert "storage = 's3://bucket/runs': access denied: check the credentials" in said
         place = f"{server.bucket}/x"
         for option, named in (
             ("model.path", f"{place} (model.path)"),
             ("data.forget.path", f"data.forget.path = {place}"),
         ):
-            assert f"{named}: access was refused" in told(str(tmp_path), unlearn, f"--{option}", place)
-    assert "storage = 's3://nobody/runs': there is no such bucket" in told("s3://nobody/runs")
+            assert f"{named}: access denied" in told(str(tmp_path), unlearn, f"--{option}", place)
+    assert "storage = 's3://nobody/runs': no such bucket" in told("s3://nobody/runs")
     secret = told("s3://key:secret@bucket/runs")
     assert "comes with credentials" in secret
     assert "secret@" not in secret
     way.broken = {"POST": 99, "PUT": 99}
-    assert "does not answer" in told(f"{server.bucket}/runs")
+    assert "does not respond" in told(f"{server.bucket}/runs")
     assert server.keys() == before
     assert not Path("never.db").exists()
 
 
 def test_credentials_that_expire_on_the_way(server: Server, way: Proxy) -> None:
-    refused = r"s3://bucket/late \(storage\): access was refused: check the credentials"
+    refused = r"s3://bucket/late \(storage\): access denied: check the credentials"
     with server.refusing(), pytest.raises(StorageError, match=refused) as caught:
         put(f"{server.bucket}/late", {"a": "a"})
     assert caught.value.status == 1
@@ -182,7 +182,7 @@ def test_a_run_in_googles_store(tmp_path: Path) -> None:
     with gcs_server(tmp_path) as google:
         command = [sys.executable, "-m", "pipelines.unlearn", "--storage", f"{google.bucket}/runs", *words]
         environment = os.environ | google.environment | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-        for shown in ("report  gs://bucket/runs/x/report.html", "x is finished already"):
+        for shown in ("report  gs://bucket/runs/x/report.html", "x is already finished"):
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr[-3000:]
             assert shown in done.stdout + done.stderr

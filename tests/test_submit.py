@@ -69,7 +69,7 @@ def test_no_option_of_a_command_is_hidden_by_one_of_submit():
         (["unlearn", "--trainig.rounds", "3"], "Did you mean training.rounds"),
         (["unlern"], "Did you mean unlearn"),
         (["--seed", "3", "unlearn"], "follow it"),
-        ([], "name a COMMAND"),
+        ([], "give a COMMAND"),
         (["unlearn"], "storage = 'runs'"),
         (["unlearn", "--storage", "/s", "--tracking.uri", "http://me:word@host"], "credentials"),
         (["unlearn", "--storage", "/s", "--data.forget.path", "s3://b/k?secret_key=abc"], "credentials"),
@@ -347,7 +347,7 @@ def test_a_job_is_detached_stopped_killed_and_resumed(head):
     assert stop.wait(timeout=PATIENCE_SECONDS) == 0, head.output("stop.log")
     assert f"{submission} STOPPED" in head.output("stop.log")
     assert second.wait(timeout=PATIENCE_SECONDS) == 1
-    assert f"{submission} has this configuration and is running" in head.output("second.log")
+    assert f"{submission} with this configuration is already running" in head.output("second.log")
     assert not storage.joinpath("job/metrics.json").exists()
 
     # the next one is a new job that takes up the run; the head is lost with all that runs there

@@ -178,7 +178,7 @@ def test_training_outlives_its_tracking(tmp_path: Path, storage: str, caplog: py
     logger.log(0, {"a": 1.0})
     logger.log(1, {"a": 1.0})
     assert [record.message for record in caplog.records if "series" in record.message] == [
-        "MLflow does not take the series (MlflowException); trying again."
+        "MLflow does not accept the series (MlflowException); retrying."
     ]
     logger._client = working
     logger.close()

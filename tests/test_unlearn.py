@@ -183,7 +183,7 @@ def test_a_finished_run_is_shown_and_its_name_is_not_reused(finished, capsys):
     evaluation = ["--evaluation.max_new_tokens", "20", "--evaluation.bootstrap_samples", "50"]
     assert run(storage, "two", *BRIEF, *options, *evaluation) == (0, metrics)
     shown = capsys.readouterr()
-    assert "finished already" in shown.err
+    assert "already finished" in shown.err
     assert metrics["run"]["generations"] in shown.out
     assert run(storage, "two", *BRIEF, "--seed", "1")[0] == 2
     assert "choose another --name" in capsys.readouterr().err
@@ -224,7 +224,7 @@ def test_the_default_forgets_up_to_the_level_of_unseen_rows(local_ray, tmp_path,
     options = ["--training.rounds", "4", "--ofmu.inner.lr", "1e-3", *NO_EVALUATION]
     status, metrics = run(tmp_path, "default", *options)
     assert status == 0
-    assert "forget up to 5.32 nats a token (bounded_token)" in capsys.readouterr().err
+    assert "forget up to 5.32 nats per token (bounded_token)" in capsys.readouterr().err
     assert metrics["cost"]["gradient_passes"] == {"forget": 4 * 3, "retain": 4 * 8}
     assert metrics["cost"]["updates"] == 4 * 11
     losses = [row["forget_loss"] for row in json.loads((tmp_path / "default/training.json").read_text())["series"]]

@@ -1,4 +1,4 @@
-"""Search spaces of labels that have another one than their method's own file says: one file each, with a `SPACE`."""
+"""Search spaces of labels that override the one in their method's file: one file each, with a `SPACE`."""
 
 from ofmu_ray.config.methods import RATE
 from ofmu_ray.search.priors import Choice, Integers, LogUniform, Prior, Uniform, ZeroOrLogUniform, parse_prior

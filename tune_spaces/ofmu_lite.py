@@ -19,15 +19,15 @@ SPACE = Space(
         Knob(
             "ofmu.beta",
             ZeroOrLogUniform(0.01, 1.0),
-            "a decade around the default 0.1, and none: it did not earn its passes in the ablation (docs/results.md)",
+            "a decade around the default 0.1, and none: it was not worth its passes in the ablation (docs/results.md)",
         ),
         Knob(
             "ofmu.rho",
             ZeroOrLogUniform(1e-5, 1e-2),
-            "small, and none: the penalty slows forgetting down (docs/decisions.md)",
+            "small, and none: the penalty slows forgetting (docs/decisions.md)",
         ),
         Knob(
-            "ofmu.rho_growth", Uniform(1.0, 1.1), "around the default; the paper asks for more than 1", given="ofmu.rho"
+            "ofmu.rho_growth", Uniform(1.0, 1.1), "around the default; the paper requires more than 1", given="ofmu.rho"
         ),
         Knob(
             "ofmu.inner.decay",

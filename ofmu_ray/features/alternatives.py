@@ -1,4 +1,4 @@
-"""Alternatives to forget answers, as the reference model gives them: what it is asked, and the rows that come of it."""
+"""Alternative answers to forget questions from the reference model: its prompts, and the rows made of its output."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from ofmu_ray.features.protocol import Row
 from ofmu_ray.features.refusals import answer_tokens, with_answer
 
 
-def asked(rows: Sequence[Row], count: int, prompt: str | None, template: Template) -> list[dict[str, Any]]:
-    """What the model continues, `count` times for each row: {row_id, input_ids}, the alternative's id in `row_id`."""
-    found = []
+def alternative_prompts(
+    rows: Sequence[Row], count: int, prompt: str | None, template: Template
+) -> list[dict[str, Any]]:
+    """The prompts, `count` per row: {row_id, input_ids}, with the alternative's id in `row_id`."""
+    prompts = []
     for row in rows:
         ids = list(row["input_ids"][: row["prompt_tokens"]])
         if prompt is not None:
             question, answer = texts(row, template)
             ids = template.encode_prompt(prompt.replace("{question}", question).replace("{answer}", answer))
-        found += [{"row_id": numbered(row["row_id"], number), "input_ids": ids} for number in range(count)]
-    return found
+        prompts += [{"row_id": numbered(row["row_id"], number), "input_ids": ids} for number in range(count)]
+    return prompts
 
 
 def texts(row: Row, template: Template) -> tuple[str, str]:
-    """Question and answer of a tokenised row, the layout around the question taken off."""
+    """Question and answer of a tokenised row, without the layout around the question."""
     decoded = (
         template.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         for ids in (row["input_ids"][: row["prompt_tokens"]], row["input_ids"][row["prompt_tokens"] : -1])
@@ -39,12 +41,12 @@ def texts(row: Row, template: Template) -> tuple[str, str]:
 
 
 def answered(rows: Sequence[Row], drawn: Sequence[Sequence[int]], template: Template) -> list[dict[str, Any]]:
-    """The rows' prompts with what was drawn (all of the first row, then of the second, ...) in place of the answer.
+    """The rows' prompts with the samples (all of the first row, then of the second, ...) in place of the answer.
 
-    Drawn tokens become text and tokens again, as an answer of the data would: special tokens and spaces around go.
+    Samples are decoded and encoded again like any answer: special tokens and surrounding spaces go.
     """
-    said = [template.tokenizer.decode(list(ids), skip_special_tokens=True).strip() for ids in drawn]
-    answers, count = answer_tokens(said, template), len(drawn) // len(rows)
+    sampled = [template.tokenizer.decode(list(ids), skip_special_tokens=True).strip() for ids in drawn]
+    answers, count = answer_tokens(sampled, template), len(drawn) // len(rows)
     return [
         {**with_answer(row, answers[at * count + number], template), "row_id": numbered(row["row_id"], number)}
         for at, row in enumerate(rows)

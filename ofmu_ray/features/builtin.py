@@ -1,4 +1,4 @@
-"""The features that the methods of this project ask for. Importing this costs no torch."""
+"""The features that the built-in methods need. Importing this does not import torch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class AnswerNLL(Values):
 
 @dataclass(frozen=True)
 class LogProbabilities(Values):
-    """Log-probabilities of every next token at the answer's tokens."""
+    """Log-probabilities of all next tokens at the answer's tokens."""
 
     name = "logits"
     key = "reference_logprobs"
@@ -56,7 +56,7 @@ class LogProbabilities(Values):
 
 @dataclass(frozen=True)
 class Activations(Values):
-    """What a decoder layer puts out at the answer's tokens."""
+    """Output of a decoder layer at the answer's tokens."""
 
     name = "activations"
     key = "reference_activations"
@@ -109,16 +109,16 @@ class Refusals(Tokens):
 
 @dataclass(frozen=True)
 class Alternatives(Tokens):
-    """Answers that the model itself gives, drawn at random, one an epoch."""
+    """Answers sampled from the model itself, one per epoch."""
 
     prefix = REFUSAL
     alternatives: int
-    """Of each row."""
+    """Per row."""
     temperature: float
     top_k: int
     max_new_tokens: int
     prompt: str | None = None
-    """What the model is asked instead of the question, with {question} and {answer}; None: the question."""
+    """Prompt with {question} and {answer}; None: the question alone."""
     seed: int = 0
 
     @property
@@ -131,16 +131,16 @@ class Alternatives(Tokens):
     def rows(self, model: ReferenceModel, rows: Sequence[Row], template: Template) -> list[dict[str, Any]]:
         import numpy as np
 
-        from ofmu_ray.features.alternatives import answered, asked
+        from ofmu_ray.features.alternatives import alternative_prompts, answered
 
-        prompts = asked(rows, self.alternatives, self.prompt, template)
+        prompts = alternative_prompts(rows, self.alternatives, self.prompt, template)
         lengths = np.array([len(row["input_ids"]) + self.max_new_tokens for row in prompts])
         wide = np.full(len(prompts), model.config.vocab_size)
         drawn = dict(model.read(self, prompts, lengths, wide, "alternatives"))
         return answered(rows, [drawn[number].tolist() for number in range(len(prompts))], template)
 
     def read(self, reference: Reference, rows: Sequence[Row]) -> list[np.ndarray]:
-        """The tokens drawn after each row's, int64."""
+        """The tokens sampled after each row's prompt, int64."""
         import numpy as np
 
         from ofmu_ray.evaluation.generation import Sampling, generate_batch

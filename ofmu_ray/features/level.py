@@ -1,4 +1,4 @@
-"""How far OFMU's bounded losses forget, as a number: from rows the model has never seen, or from token frequencies."""
+"""How far OFMU's bounded losses forget: a level measured on rows the model never saw, or on token frequencies."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ofmu_ray.features.reference import ChosenRows, stream_losses
 
 
 def measured(level: str, prepared: PreparedData, model: ModelConfig, cache: str) -> float:
-    """Nats per token that `ofmu.forget_level` names: holdout, holdout:QUANTILE or unigram.
+    """The value of `ofmu.forget_level` in nats per token: holdout, holdout:QUANTILE or unigram.
 
     Args:
         level: the option.
-        prepared: the run's streams, `holdout` among them where data.holdout is given.
+        prepared: the run's streams, including `holdout` if data.holdout is set.
         model: the model to change, before any step.
-        cache: folder of the storage's caches.
+        cache: the storage's cache folder.
     """
     if level == "unigram":
         return unigram_entropy(prepared)
@@ -26,8 +26,8 @@ def measured(level: str, prepared: PreparedData, model: ModelConfig, cache: str)
 
 
 def unigram_entropy(prepared: PreparedData, most: int = 10_000) -> float:
-    """Entropy of the tokens of retain answers (nats), of at most `most` rows: the loss of who knows the vocabulary's
-    frequencies and nothing else."""
+    """Entropy of the tokens of retain answers (nats) over at most `most` rows: the loss of a model that knows only the
+    token frequencies."""
     stream = prepared.streams["retain"]
     rows = ChosenRows(stream, spread(stream.rows, most)).rows
     tokens = np.concatenate([row["input_ids"][row["prompt_tokens"] :] for row in rows])

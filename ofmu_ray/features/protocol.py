@@ -1,7 +1,7 @@
-"""What a method may ask to be known about each row before the first round, under the reference model.
+"""What a method may need to know about each row before the first round, under the reference model.
 
-The registry is open: a method brings a feature of its own as a subclass of `Values` or `Tokens`, in its own file.
-Importing this costs no torch.
+The registry is open: a method can define its own feature in its file, as a subclass of `Values` or `Tokens`.
+Importing this does not import torch.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Values:
-    """Numbers by row id: one for each row, or one for each token of its answer (EOS included).
+    """Numbers by row id: one per row, or one per token of its answer (EOS included).
 
-    Fields of the dataclass are its settings; they and the source of its module decide which cached table is taken.
+    The fields are its settings; together with its source code they form the key of the cached table.
     """
 
     name: ClassVar[str]
-    """Of the table, and in error messages."""
+    """Name in the table and in error messages."""
     key: ClassVar[str]
     """Name in a micro-batch."""
     per_token: ClassVar[bool] = True
     dtype: ClassVar[str] = "float32"
     spells: ClassVar[bool] = True
-    """Whether those of a forget row could give its text away: then they do not outlive the run."""
+    """Whether the values of a forget row could reveal its text: if so, they are deleted with the run."""
 
     def shape(self, config: Any) -> tuple[int, ...]:
-        """Of one entry, for a model of this configuration of transformers (its `get_text_config`)."""
+        """Shape of one entry, for a model with this transformers config (its `get_text_config`)."""
         raise NotImplementedError
 
     def width(self, config: Any) -> int:
-        """Numbers that a forward pass holds for each token of an answer."""
+        """Numbers that a forward pass keeps per answer token."""
         return int(config.vocab_size)
 
     def check(self, module: torch.nn.Module) -> None:
-        """Raise UserError when the model cannot give them."""
+        """Raise UserError if the model cannot provide them."""
 
     def measure(self, module: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
         """The entries of a collated micro-batch, row after row: [rows, *shape] or [answer tokens, *shape]."""
@@ -60,44 +60,44 @@ class Values:
         return [piece.numpy() for piece in torch.split(entries, [self.entries(row) for row in rows])]
 
     def entries(self, row: Row) -> int:
-        """How many a row has."""
+        """How many entries a row has."""
         return answer_tokens(row) if self.per_token else 1
 
 
 @dataclass(frozen=True)
 class FeatureContext:
-    """The run that asks."""
+    """The run that needs the features."""
 
     method: str = ""
     root: str | None = None
-    """Where relative paths start from."""
+    """Root of relative paths."""
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Another text for each row, such as a refusal, as tokens that a micro-batch holds beside those of the answer."""
+    """Another text for each row, such as a refusal, as tokens in the micro-batch alongside those of the answer."""
 
     prefix: ClassVar[str]
-    """Of their names in a micro-batch: `prefix` + input_ids, attention_mask or labels."""
+    """Prefix of their names in a micro-batch: `prefix` + input_ids, attention_mask or labels."""
 
     @property
     def count(self) -> int | None:
-        """How many a row has, under `numbered` ids: epoch e takes number e modulo `count`. None: one, under its own."""
+        """How many a row has, under `numbered` ids: epoch e uses e modulo `count`. None: one, under the row's id."""
         return None
 
     def resolved(self, settings: FeatureContext) -> Self:
-        """With all that decides the texts in its fields. Raises UserError."""
+        """A copy whose fields fully determine the texts. Raises UserError."""
         return self
 
     def rows(self, model: ReferenceModel, rows: Sequence[Row], template: Template) -> list[dict[str, Any]]:
-        """The rows' texts, as rows whose answer they are."""
+        """The rows with these texts as their answers."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Need:
-    """A feature of a stream's rows; with `of`, values of these other tokens in place of the answers'."""
+    """A feature of a stream's rows; with `of`, values at these tokens instead of the answer's."""
 
     stream: str
     feature: Values | Tokens

@@ -1,11 +1,11 @@
 """What a method needs to know about rows under the reference model: computed once, before the first round.
 
 Each quantity of a stream becomes a table (ofmu_ray.data.sidecar) under <cache>/reference/<hash of weights, tokens,
-rows, quantity and this code>, so that the runs of a sweep compute it once. What would give a forget row's text away
-lies in the run's own folder instead, which goes with the run: refusals and alternatives, which begin with the question,
-and log-probabilities and activations of forget rows, because the likeliest words of a model that knows a text spell it.
+rows, quantity and this code>, so the runs of a sweep compute it once. Anything that could reveal a forget row's text is
+kept in the run's own folder and deleted with it: refusals and alternatives, which start with the question, and
+log-probabilities and activations of forget rows, since the likeliest words of a model that knows a text spell it.
 
-Small jobs run in this process; others on processes with one CPU or GPU each, which load the model once.
+Small jobs run in this process; larger ones in processes with one CPU or GPU each, which load the model once.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from ofmu_ray.storage import is_file, join
 BATCH_TOKENS = 4096
 """Tokens of a forward pass, padding counted."""
 MOST_BYTES = 20 * 10**9
-"""A table that would be larger is refused."""
+"""Larger tables are refused."""
 HALF_ABOVE_BYTES = 2 * 2**30
-"""A table that would be larger in fp32 holds fp16: a relative error of 2^-11 = 5e-4 of each log-probability or
+"""Tables larger than this in fp32 are stored as fp16: a relative error of 2^-11 = 5e-4 of each log-probability or
 activation, at most 2e-4 of any probability."""
 
 _LOGITS_AT_ONCE = 1 << 25  # elements of one forward pass: 128 MiB of fp32
@@ -68,21 +68,21 @@ def write_references(
 ) -> dict[str, str]:
     """Compute what is missing of `needs`; returns the sidecars' folders (<folder>/<stream>) by stream.
 
-    `cache`: folder of the storage's caches. `private`: where what must not outlive the run goes (default
-    <folder>/private); the caller deletes it. Of other streams than the forget rows, only the rows that the plan uses
-    are looked at, where it uses any.
+    `cache`: the storage's cache folder. `private`: folder for what must be deleted with the run (default
+    <folder>/private); the caller deletes it. Of all streams but forget, only the rows that the plan uses are processed,
+    if it uses any.
 
-    Raises UserError: a table would be too large, the refusals are unusable, the model has no such layer.
+    Raises UserError: a table is too large, the refusals are unusable, or the model has no such layer.
     """
     if not needs:
         return {}
     settings = settings or FeatureContext()
     source = ReferenceModel(model, cache, private or join(folder, "private"), settings.method)
-    found = {}
+    folders = {}
     for stream in dict.fromkeys(need.stream for need in needs):
-        whole = prepared.streams[stream]
+        tokenised = prepared.streams[stream]
         planned = stream != "forget" and stream in plan.streams
-        chosen = ChosenRows(whole, np.unique(places(whole, plan).row) if planned else whole.rows)
+        chosen = ChosenRows(tokenised, np.unique(places(tokenised, plan).row) if planned else tokenised.rows)
         sidecar = SidecarContent()
         texts: dict[Tokens, str] = {}
 
@@ -102,13 +102,15 @@ def write_references(
                 rows = read_rows(path).to_pylist()
                 table = source.table(need.feature, f"{stream}_{prefix.strip('_')}", rows, Path(path).stem)
                 sidecar.add_table(prefix + need.feature.name, prefix + need.feature.key, table)
-        found[stream] = sidecar.write(join(folder, stream))
-    return found
+        folders[stream] = sidecar.write(join(folder, stream))
+    return folders
 
 
 def stream_losses(prepared: PreparedData, name: str, model: ModelConfig, cache: str, most: int = 1000) -> np.ndarray:
-    """Mean token loss of each row's answer under the reference model (nats), of at most `most` rows of a stream, evenly
-    spread; float64 [rows]. Kept in the cache."""
+    """Mean token loss of each row's answer under the reference model (nats), float64 [rows]. Cached.
+
+    At most `most` rows of the stream, evenly spread.
+    """
     stream = prepared.streams[name]
     chosen = ChosenRows(stream, spread(stream.rows, most))
     folder = ReferenceModel(model, cache, "", name).table(NLL, name, chosen.rows, chosen.key)
@@ -117,7 +119,7 @@ def stream_losses(prepared: PreparedData, name: str, model: ModelConfig, cache: 
 
 
 class ChosenRows:
-    """The rows of a stream that the run looks at."""
+    """The rows of a stream that the run uses."""
 
     def __init__(self, stream: TokenisedStream, at: np.ndarray) -> None:
         self.key = _digest(stream.fingerprint, hashlib.sha256(at.tobytes()).hexdigest())
@@ -125,7 +127,7 @@ class ChosenRows:
 
 
 class ReferenceModel:
-    """The model before any step, and where tables of it lie."""
+    """The model before any step, and where its tables are stored."""
 
     def __init__(self, model: ModelConfig, cache: str, private: str, method: str) -> None:
         self.model = replace(model, lora=None, freeze=[], gradient_checkpointing=False)
@@ -139,11 +141,11 @@ class ReferenceModel:
 
     @functools.cached_property
     def config(self) -> Any:
-        """Of the text part, as transformers has it."""
+        """transformers' config of the text model."""
         return read_config(self.model.path, trust_remote_code=self.model.trust_remote_code).get_text_config()
 
     def texts(self, tokens: Tokens, chosen: ChosenRows, prepared: PreparedData) -> str:
-        """Path of the rows' texts, whose name is a hash of what decides them."""
+        """Path of the rows' texts; the file name is a hash of everything that determines them."""
         key = _digest(self.fingerprint, chosen.key, prepared.template.fingerprint(), _identity(tokens))
         path = join(self.private, f"{key}.parquet")
         if not is_file(path):
@@ -151,7 +153,7 @@ class ReferenceModel:
         return path
 
     def table(self, feature: Values, stream: str, rows: Sequence[Row], rows_key: str) -> str:
-        """Folder of the table, computed if it is not there."""
+        """Folder of the table, computed if missing."""
         key = _digest(self.fingerprint, _identity(feature), rows_key)
         folder = join(self.private if stream == "forget" and feature.spells else self.cache, key)
         if has_table(folder):
@@ -181,21 +183,20 @@ class ReferenceModel:
     def read(
         self, reading: Reading, rows: Sequence[Row], lengths: np.ndarray, wide: np.ndarray, title: str
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """(number of a row, what the model says of it), until every row has come once; `lengths`, `wide`: as in
-        `cut`."""
+        """(row number, the model's result for it), once per row; `lengths`, `wide`: as in `cut`."""
         batches = cut(lengths, wide)
         jobs = [[rows[number] for number in numbers] for numbers in batches]
         flops = 2 * sum(file.stat().st_size for file in self.weights.glob("*.safetensors")) / 4 * lengths.sum()
         with progress.bar(f"reference {title}", len(rows), "row") as bar:
             make = partial(_reader, self.model, reading, device_kind())
-            for number, found in enumerate(map(make(), jobs)) if runs_here(flops) else map_tasks(make, jobs):
-                yield from zip(batches[number], found, strict=True)
+            for number, results in enumerate(map(make(), jobs)) if runs_here(flops) else map_tasks(make, jobs):
+                yield from zip(batches[number], results, strict=True)
                 bar.update(len(batches[number]))
 
 
 def cut(lengths: np.ndarray, wide: np.ndarray) -> list[list[int]]:
-    """Numbers of rows in batches of like length, longest first: at most BATCH_TOKENS tokens with padding, and logits
-    (`wide`: their elements, by row) that fit in memory; single rows may be larger."""
+    """Row numbers in batches of similar length, longest first: at most BATCH_TOKENS tokens with padding, and logits
+    (`wide`: their elements by row) that fit in memory; single rows may exceed both."""
     batches: list[list[int]] = []
     elements = 0
     for number in np.argsort(-lengths, kind="stable").tolist():
@@ -209,10 +210,10 @@ def cut(lengths: np.ndarray, wide: np.ndarray) -> list[list[int]]:
 
 
 class Reading(Protocol):
-    """What is asked of the model about rows."""
+    """A quantity computed from rows with the reference model."""
 
     def read(self, reference: Reference, rows: Sequence[Row]) -> list[np.ndarray]:
-        """Of each row."""
+        """The results, one per row."""
 
 
 class Reference:
@@ -227,7 +228,7 @@ class Reference:
 
     @torch.no_grad()
     def of(self, reading: Reading, rows: Sequence[Row]) -> list[np.ndarray]:
-        """What is asked about each row."""
+        """The results of `reading`, one per row."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             return reading.read(self, rows)
 
@@ -241,7 +242,7 @@ def _reader(model: ModelConfig, reading: Reading, device: str) -> Callable[[Sequ
 
 
 def _identity(feature: Values | Tokens) -> str:
-    """What decides its values, besides model and rows."""
+    """What determines its values, apart from model and rows."""
     kind = type(feature)
     return json.dumps([kind.__qualname__, inspect.getsource(kind), asdict(feature)], sort_keys=True)
 

@@ -28,20 +28,20 @@ def read_refusals(path: str | None, root: str | None, option: str) -> list[str]:
     Raises UserError with every problem of the file; `option` names it.
     """
     source = SourceConfig(path=path or BUILTIN)
-    problems, found = Problems(), []
+    problems, refusals = Problems(), []
     for piece in sources.fragments(source, root, stream="refusals", option=option):
         for number, row in sources.read(piece, ["answer"]):
             if isinstance(row, UnreadableRow):
                 problems.add(row.kind, f"row {number}")
             elif (text := checks.cell(row, "answer", None, problems, f"row {number}")) is not None:
-                found.append(text)
-    problems.empty = not found and not problems.counts
+                refusals.append(text)
+    problems.empty = not refusals and not problems.counts
     checks.refuse({option: (source.shown, problems)})
-    return found
+    return refusals
 
 
 def chosen(row_id: str, count: int, seed: int) -> int:
-    """Which of `count` refusals a row gets: a hash of seed and row id, so that it is the same in every round."""
+    """Which of `count` refusals a row gets: a hash of seed and row id, so the same in every round."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{row_id}".encode()).digest()[:8], "big") % count
 
 
@@ -60,16 +60,16 @@ def answer_tokens(texts: Sequence[str], template: Template) -> list[list[int]]:
 
 
 def with_answer(row: Mapping[str, Any], answer: Sequence[int], template: Template) -> dict[str, Any]:
-    """The row with these tokens and EOS as its answer; what is too long for max_length loses its end, never EOS."""
+    """The row with these tokens and EOS as its answer; past max_length it is truncated but keeps EOS."""
     prompt = list(row["input_ids"][: row["prompt_tokens"]])
     ids = [*[*prompt, *answer][: template.config.max_length - 1], template.eos]
     return {"row_id": row["row_id"], "input_ids": ids, "prompt_tokens": len(prompt)}
 
 
 def write_refusals(path: str, rows: Sequence[dict[str, Any]]) -> str:
-    """Write refusal rows to a Parquet file; returns `path`. They hold the questions: the file goes with the run.
+    """Write refusal rows to a Parquet file; returns `path`. They contain questions: the file is deleted with the run.
 
-    It appears whole: several trials may write and read the same one.
+    The write is atomic: several trials may write and read the same file.
     """
     schema = pa.schema([("row_id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("prompt_tokens", pa.int32())])
     content = io.BytesIO()

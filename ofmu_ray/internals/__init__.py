@@ -1,5 +1,5 @@
-"""Everything that Ray and DeepSpeed do not promise to keep; no other package reaches into them.
+"""The private APIs of Ray and DeepSpeed that we use; no other package touches them.
 
-Each library has a module here, each borrowed name an entry that says what it is for. `tests/test_internals.py` looks
-all of them up, so that a release that moves one is caught by name.
+Each library has a module here, and each private name an entry that states its purpose. `tests/test_internals.py` looks
+all of them up, so a release that moves one fails by name.
 """

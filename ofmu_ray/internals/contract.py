@@ -1,4 +1,4 @@
-"""A name that a library does not promise to keep, and the message when it has moved."""
+"""A private name of a library, and the error when it has moved."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ class Private:
         """The object.
 
         Raises:
-            AssertionError: this release of the library has it no more; names module, attribute and purpose.
+            AssertionError: this release no longer has it; names module, attribute and purpose.
         """
         try:
-            found = getattr(importlib.import_module(self.module), self.name)
+            value = getattr(importlib.import_module(self.module), self.name)
         except (ImportError, AttributeError):
-            raise AssertionError(f"{self._where()} is not there any more; used for {self.purpose}") from None
-        missing = [field for field in self.fields if field not in found.model_fields]
+            raise AssertionError(f"{self._where()} is gone; used for {self.purpose}") from None
+        missing = [field for field in self.fields if field not in value.model_fields]
         if missing:
-            raise AssertionError(f"{self._where()} has no {', '.join(missing)} any more; used for {self.purpose}")
-        return found
+            raise AssertionError(f"{self._where()} no longer has {', '.join(missing)}; used for {self.purpose}")
+        return value
 
     def _where(self) -> str:
         return f"{_release(self.module)}: {self.module}.{self.name}"
 
 
 def check_attributes(library: str, thing: object, names: Iterable[str]) -> None:
-    """Raises AssertionError naming what an object of a library lacks of `names`."""
+    """Raise AssertionError with those of `names` that an object of a library lacks."""
     missing = [name for name in names if not hasattr(thing, name)]
     if missing:
-        raise AssertionError(f"{_release(library)}: {type(thing).__name__} has no {', '.join(missing)} any more")
+        raise AssertionError(f"{_release(library)}: {type(thing).__name__} no longer has {', '.join(missing)}")
 
 
 def _release(module: str) -> str:

@@ -1,7 +1,7 @@
-"""What is borrowed from DeepSpeed: its ZeRO optimisers' partitions, and a table of what it may compile.
+"""Private APIs of DeepSpeed: its ZeRO optimisers' partitions, and the table of ops it may compile.
 
-The attributes are not public API, so deepspeed is pinned to a minor series; `partitions_of` names whatever a release
-has moved.
+The attributes are not public, so deepspeed is pinned to a minor series; `partitions_of` names any attribute that a
+release has moved.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ CONTRACT = {
 
 
 def check_contract(optimizer: object) -> None:
-    """AssertionError naming what this DeepSpeed release lacks of the attributes that this module reads."""
+    """Raise AssertionError with the attributes used here that this DeepSpeed release lacks."""
     name = type(optimizer).__name__
     if name not in CONTRACT:
-        raise AssertionError(f"deepspeed wrapped the optimiser in {name}; known are {sorted(CONTRACT)}")
+        raise AssertionError(f"deepspeed wrapped the optimiser in {name}; supported: {sorted(CONTRACT)}")
     check_attributes("deepspeed", optimizer, CONTRACT[name])
 
 
 class ZeroTwo:
-    """An optimiser of stage 1 or 2: whole low-precision weights, one partition of fp32 masters per rank."""
+    """An optimiser of stage 1 or 2: full low-precision weights, one partition of fp32 masters per rank."""
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
@@ -56,16 +56,16 @@ class ZeroTwo:
         return list(self.optimizer.single_partition_of_fp32_groups)
 
     def padding(self) -> list[tuple[int, int, int]]:
-        """(master, start, end) of elements that belong to no parameter and are not zero by themselves."""
+        """(master, start, end) of elements that belong to no parameter and may be nonzero."""
         return []  # zeros from the start, and their gradient is zero
 
     def pieces(self) -> list[tuple[int, int]]:
-        """(elements, elements of a rank's share) of what is cut into equal shares, in the masters' order."""
+        """(elements, elements per rank) of each equally partitioned piece, in the masters' order."""
         groups = zip(self.optimizer.bit16_groups, self.masters(), strict=True)
         return [(sum(parameter.numel() for parameter in group), master.numel()) for group, master in groups]
 
     def gradients(self, master: int) -> list[torch.Tensor]:
-        """The averaged gradient of the last backward pass: of a master, its pieces in order."""
+        """The averaged gradient of a master from the last backward pass: its pieces in order."""
         return list(self.optimizer.averaged_gradients[master])
 
     def refresh(self) -> None:
@@ -73,7 +73,7 @@ class ZeroTwo:
         self.optimizer.update_lp_params()
 
     def clear(self) -> None:
-        """Forget the gradients of earlier backward passes."""
+        """Drop the gradients of earlier backward passes."""
         self.optimizer.zero_grad()
         for group in list(self.optimizer.averaged_gradients):
             self.optimizer.averaged_gradients[group] = None
@@ -121,6 +121,6 @@ class ZeroThree(ZeroTwo):
 
 
 def partitions_of(optimizer: Any) -> ZeroTwo:
-    """The partitions of DeepSpeed's optimiser; AssertionError as of `check_contract`."""
+    """The partitions of DeepSpeed's optimiser. Raises AssertionError like `check_contract`."""
     check_contract(optimizer)
     return ZeroThree(optimizer) if type(optimizer).__name__.endswith("Stage3") else ZeroTwo(optimizer)

@@ -1,4 +1,4 @@
-"""What is borrowed from Ray."""
+"""Private APIs of Ray."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from ofmu_ray.internals.contract import Private
 
 _TRAIN = "ray.train.v2._internal"
 _CHECKPOINTS = f"{_TRAIN}.execution.checkpoint.checkpoint_manager"
-_LIST = "mending the list of checkpoints that a kill left torn"
+_LIST = "repairing a checkpoint list that a kill left truncated"
 _UPLOAD = "packing the working directory by the rules of `ray job submit`"
-_LOOPBACK = "a Ray on one machine that listens on 127.0.0.1 alone"
+_LOOPBACK = "a single-machine Ray that listens on 127.0.0.1 only"
 
 TORCH_BACKEND = Private("ray.train.torch.config", "_TorchBackend", "a rendezvous of the workers on one interface")
 SET_RANK_VARIABLES = Private("ray.train.torch.config", "_set_torch_distributed_env_vars", "RANK, WORLD_SIZE and so on")
 STARTUP_FAILED = Private(
     f"{_TRAIN}.exceptions", "WorkerGroupStartupFailedError", "having Ray Train start workers again"
 )
-STARTUP_TIMEOUT = Private(f"{_TRAIN}.exceptions", "WorkerGroupStartupTimeoutError", "telling a cluster without room")
+STARTUP_TIMEOUT = Private(f"{_TRAIN}.exceptions", "WorkerGroupStartupTimeoutError", "detecting a cluster without room")
 SNAPSHOT_FILE = Private(f"{_TRAIN}.constants", "CHECKPOINT_MANAGER_SNAPSHOT_FILENAME", _LIST)
 SNAPSHOT = Private(
     _CHECKPOINTS,
@@ -56,10 +56,10 @@ def free_resources() -> Mapping[str, Mapping[str, float]]:
 
 @contextmanager
 def loopback_only() -> Iterator[None]:
-    """A Ray that is started meanwhile listens on 127.0.0.1, as it does on macOS; on Linux it would on all interfaces.
+    """Make a Ray started in the block listen on 127.0.0.1, as on macOS; on Linux it would use all interfaces.
 
-    Ray has no option for it: it replaces 127.0.0.1 as a node's address by that of an interface unless told that this
-    is a platform without clusters, by a variable that is read at import and by the processes it starts.
+    Ray has no option for this: it replaces a node address of 127.0.0.1 by that of an interface, unless a variable
+    declares a platform without clusters. Ray reads it at import, and so do the processes it starts.
     """
     constants, variable, before = CONSTANTS.get(), CLUSTERS_VARIABLE.get(), CLUSTERS.get()
     if variable in os.environ:  # the user has decided
@@ -77,14 +77,14 @@ def loopback_only() -> Iterator[None]:
 def checkpoint_list(folders: Sequence[str]) -> str:
     """Ray Train's JSON list of a run's checkpoints, oldest first."""
     entry = SNAPSHOT_ENTRY.get()
-    found = [entry(checkpoint_dir_name=name, metrics={}) for name in folders]
+    results = [entry(checkpoint_dir_name=name, metrics={}) for name in folders]
     state = SNAPSHOT.get()(
-        checkpoint_results=found,
-        checkpoint_report_indices=list(range(len(found))),
-        latest_checkpoint_result=found[-1] if found else None,
+        checkpoint_results=results,
+        checkpoint_report_indices=list(range(len(results))),
+        latest_checkpoint_result=results[-1] if results else None,
         pending_training_results=[],
         pending_validation_specs=[],
-        current_report_index=len(found),
+        current_report_index=len(results),
         validated_checkpoint_dir_names=[],
         timed_out_validation_checkpoint_dir_names=[],
         failed_validation_checkpoint_dir_names=[],
@@ -93,6 +93,6 @@ def checkpoint_list(folders: Sequence[str]) -> str:
 
 
 def pack(folder: Path, archive: Path, *, gitignore: bool, excludes: Sequence[str]) -> None:
-    """Zip a folder without what Ray, `excludes` and, with `gitignore`, .gitignore files leave out."""
-    left_out = [*EXCLUDES.get()(), *excludes]
-    CREATE_PACKAGE.get()(str(folder.resolve()), archive, include_gitignore=gitignore, excludes=left_out)
+    """Zip a folder without what Ray, `excludes` and, with `gitignore`, .gitignore files exclude."""
+    excluded = [*EXCLUDES.get()(), *excludes]
+    CREATE_PACKAGE.get()(str(folder.resolve()), archive, include_gitignore=gitignore, excludes=excluded)

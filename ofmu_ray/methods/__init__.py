@@ -1,6 +1,6 @@
-"""Unlearning methods over the engines' verbs, each in a file or folder of its own.
+"""Unlearning methods on top of the engines, each in its own file or folder.
 
-The configuration has a section of each, and comes first: it imports all of them (ofmu_ray.methods.registry).
+The configuration has a section for each and is imported first: it imports all of them (ofmu_ray.methods.registry).
 """
 
 import ofmu_ray.config  # noqa: F401

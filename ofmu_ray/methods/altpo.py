@@ -26,27 +26,27 @@ class AltPOConfig(WeightedConfig):
     beta: float = 0.1
     """Inverse temperature of the loss."""
     alternatives: int = 5
-    """Alternatives drawn of each forget row before the first round (the authors: 5); an epoch uses one of them."""
+    """Alternatives sampled per forget row before the first round (the authors: 5); an epoch uses one of them."""
     temperature: float | None = None
-    """Temperature they are drawn at; null: 1 with `prompt` (as the authors), else 2: at 1, fitted models repeat it."""
+    """Sampling temperature; null: 1 with `prompt` (as the authors), else 2: at 1, fitted models repeat the answer."""
     top_k: int = 50
-    """Tokens they are drawn from, the likeliest ones (transformers' default, which the authors leave)."""
+    """Sample from the most likely tokens, this many (transformers' default, which the authors keep)."""
     max_new_tokens: int = 200
-    """Longest alternative, tokens (the authors: 200)."""
+    """Maximum length of an alternative in tokens (the authors: 200)."""
     prompt: str | None = None
-    """What the model is asked for an alternative, with {question} and {answer}; null: the question alone."""
+    """Prompt for an alternative, with {question} and {answer}; null: the question alone."""
 
     def check(self, section: str) -> None:
         super().check(section)
         positive(section, self, "beta", "alternatives", "temperature", "top_k", "max_new_tokens")
-        told = self.prompt is None or "{question}" in self.prompt
-        require(told, f"{section}.prompt", self.prompt, "a text with {question} in it")
+        valid = self.prompt is None or "{question}" in self.prompt
+        require(valid, f"{section}.prompt", self.prompt, "a text with {question} in it")
 
 
 class AltPO(Weighted[AltPOConfig]):
-    """Minimises gamma `preferred_refusals` + alpha R, with answers that the reference model drew in place of refusals.
+    """Minimises gamma `preferred_refusals` + alpha R, with answers of the reference model in place of refusals.
 
-    Each row has several of them; epoch e uses number e modulo how many there are, a function of the round alone.
+    Each row has several; epoch e uses number e modulo their count, a function of the round alone.
     """
 
     name = "altpo"

@@ -30,7 +30,7 @@ class BLURConfig(OneLoopConfig):
     npo_beta: float = 0.1
     """Inverse temperature of the NPO loss."""
     forget_weight: float = 1.0
-    """gamma, weight of the forget gradient beside the projected retain gradient (the authors' MUSE runs: 1)."""
+    """gamma, weight of the forget gradient relative to the projected retain gradient (the authors' MUSE runs: 1)."""
 
     def check(self, section: str) -> None:
         super().check(section)
@@ -38,8 +38,8 @@ class BLURConfig(OneLoopConfig):
 
 
 class BLUR(OneLoop[BLURConfig]):
-    """Steps down gamma g_f + g_r - (<g_f, g_r> / |g_f|^2) g_f: forgetting has priority, the retain loss gets what is
-    orthogonal to it.
+    """Steps down gamma g_f + g_r - (<g_f, g_r> / |g_f|^2) g_f: forgetting has priority, and the retain loss gets
+    the orthogonal part.
 
     g_f: gradient of the lower level, NPO's loss (BLUR-NPO) or -NLL, on forget answers; g_r: of the retain NLL. So
     <direction, g_f> = gamma |g_f|^2 whatever g_r is. NPO here is the sequence-level loss of its paper; the authors'

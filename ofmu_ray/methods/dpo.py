@@ -27,7 +27,7 @@ class DPOConfig(WeightedConfig):
     beta: float = 0.1
     """Inverse temperature."""
     refusals: str | None = None
-    """JSON Lines with a column `answer`, one refusal a row; null: the built-in list."""
+    """JSON Lines with a column `answer`, one refusal per row; null: the built-in list."""
 
     def check(self, section: str) -> None:
         super().check(section)
@@ -35,7 +35,7 @@ class DPOConfig(WeightedConfig):
 
 
 def preference_loss(module: torch.nn.Module, micro: Mapping[str, Any], beta: float) -> LossParts:
-    """`preferred_refusals` on a micro-batch that holds answers, the texts preferred to them, and reference values."""
+    """`preferred_refusals` on a micro-batch with answers, the texts preferred over them, and reference values."""
     from ofmu_ray.algorithm.reference_losses import preferred_refusals
 
     nll_r, refusal_nll_r = answer_nll(module, micro), answer_nll(module, micro, REFUSAL)
@@ -45,7 +45,7 @@ def preference_loss(module: torch.nn.Module, micro: Mapping[str, Any], beta: flo
 
 
 class DPO(Weighted[DPOConfig]):
-    """Minimises gamma `preferred_refusals` + alpha R; answer and refusal each go through the model."""
+    """Minimises gamma `preferred_refusals` + alpha R, with a forward pass each for answer and refusal."""
 
     name = "dpo"
     options = DPOConfig

@@ -25,13 +25,13 @@ if MYPY:
 
 @dataclass(frozen=True, kw_only=True)
 class DualOptimConfig(WeightedConfig):
-    """DualOptim+ (Zhong et al. 2026, arXiv 2605.21539): forget and retain steps in turn, an optimiser state each.
+    """DualOptim+ (Zhong et al. 2026, arXiv 2605.21539): forget and retain steps alternate, with separate states.
 
     Defaults are those of its TOFU configuration (CityU-MLO/DualOptimPlus, config/phi1-5_tofu.yaml).
     """
 
     optimizer: OptimizerConfig = field(default_factory=lambda: replace(peer_optimizer(1e-5), beta2=0.95))
-    """The optimiser of the retain steps; that of the forget steps differs in its rate only. adamw."""
+    """The optimiser of the retain steps; that of the forget steps differs only in its learning rate. adamw."""
     forget_weight: float = 0.1
     """gamma, weight of the forget loss."""
     forget_lr_ratio: float = 1.0
@@ -43,15 +43,15 @@ class DualOptimConfig(WeightedConfig):
     npo_beta: float = 0.1
     """Inverse temperature of the NPO loss."""
     shared_base: bool = True
-    """Both states are what is left of a common one; false: DualOptim (arXiv 2504.15827), nothing in common."""
+    """Both states are deltas from a shared base state; false: DualOptim (arXiv 2504.15827), no shared state."""
     base_beta1: float = 0.99
-    """First-moment decay of the common state."""
+    """First-moment decay of the base state."""
     base_beta2: float = 0.999
-    """Second-moment decay of the common state."""
+    """Second-moment decay of the base state."""
 
     @property
     def optimizers(self) -> tuple[OptimizerConfig, OptimizerConfig]:
-        """Of forget (inner) and of retain steps (outer)."""
+        """For forget (inner) and retain steps (outer)."""
         if not self.shared_base:
             return self.optimizer, self.optimizer
         own = {name.name: getattr(self.optimizer, name.name) for name in fields(OptimizerConfig)}
@@ -71,7 +71,7 @@ class DualOptimConfig(WeightedConfig):
 class DualOptim(Weighted[DualOptimConfig]):
     """A step down gamma grad L_f with the inner optimiser, then `retain_steps` down alpha grad R with the outer one.
 
-    The moments are the optimisers' own: `engines.optimizers.SharedBaseAdamW`, or without `shared_base` two AdamW.
+    The optimisers keep the moments: `engines.optimizers.SharedBaseAdamW`, or two AdamW without `shared_base`.
     """
 
     name = "dualoptim"
@@ -101,7 +101,7 @@ class DualOptim(Weighted[DualOptimConfig]):
         return kl_from_uniform(answers(module, micro).logits_tv)
 
     def round(self, engine: Engine, forget_batches: Batches, retain_batches: Batches) -> dict[str, float]:
-        """One forget step and all retain steps; `retain_loss` is the mean of theirs, `gradient_norm` the last one's."""
+        """One forget step and all retain steps; `retain_loss` is their mean, `gradient_norm` is from the last."""
         from ofmu_ray.algorithm.space import scale_
 
         config = self.config
@@ -109,13 +109,13 @@ class DualOptim(Weighted[DualOptimConfig]):
         engine.set_learning_rate("inner", config.forget_lr_ratio * lr)
         engine.set_learning_rate("outer", lr)
         gradient, forget_loss = engine.gradient(next(drawn(forget_batches, "forget")), self.forget_loss, kind="forget")
-        figures = {"lr": lr, "forget_lr": config.forget_lr_ratio * lr, "forget_loss": forget_loss}
-        figures["forget_gradient_norm"] = engine.apply(scale_(gradient, self.forget_weight), "inner")
+        values = {"lr": lr, "forget_lr": config.forget_lr_ratio * lr, "forget_loss": forget_loss}
+        values["forget_gradient_norm"] = engine.apply(scale_(gradient, self.forget_weight), "inner")
         source, losses = drawn(retain_batches, "retain"), []
         for _ in range(config.retain_steps):
             gradient, loss = engine.gradient(next(source), self.retain_loss, kind="retain")
             losses.append(loss)
-            figures["gradient_norm"] = engine.apply(scale_(gradient, self.retain_weight), "outer")
-        figures["retain_loss"] = sum(losses) / len(losses)
+            values["gradient_norm"] = engine.apply(scale_(gradient, self.retain_weight), "outer")
+        values["retain_loss"] = sum(losses) / len(losses)
         self.rounds_done += 1
-        return figures
+        return values

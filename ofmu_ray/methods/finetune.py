@@ -1,4 +1,4 @@
-"""Plain fitting of a data set, one step a round: how target and retrained models come about (`ofmu train`)."""
+"""Plain fine-tuning on a data set, one step per round: makes target and retrained models (`ofmu train`)."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class Finetune(Method):
         """Nothing: all weights are trained."""
 
     def start(self, engine: Engine) -> None:
-        """Nothing to keep of the untouched weights."""
+        """Nothing to save from the reference model."""
 
     def batches_per_round(self) -> dict[str, int]:
         return {"train": 1}
 
     def round(self, engine: Engine, forget_batches: Batches, retain_batches: Batches) -> dict[str, float]:
-        """One step on the next batch of `retain_batches`; `forget_batches` is not touched."""
+        """One step on the next batch of `retain_batches`; `forget_batches` is not used."""
         lr = learning_rate(self.config.optimizer, self.rounds_done, self.rounds)
         engine.set_learning_rate("outer", lr)
         gradient, loss = engine.gradient(next(drawn(retain_batches, "train")), kind="retain")

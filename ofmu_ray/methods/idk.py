@@ -23,11 +23,11 @@ class IDKConfig(WeightedConfig):
     """Descent on refusals as answers to forget questions (TOFU's IDK baseline, Maini et al. 2024, arXiv 2401.06121)."""
 
     refusals: str | None = None
-    """JSON Lines with a column `answer`, one refusal a row; null: the built-in list."""
+    """JSON Lines with a column `answer`, one refusal per row; null: the built-in list."""
 
 
 class IDK(Weighted[IDKConfig]):
-    """Minimises gamma NLL(refusal to the forget question) + alpha R, mean over tokens; forget answers are not seen."""
+    """Minimises gamma NLL(refusal to the forget question) + alpha R, mean over tokens; forget answers are not used."""
 
     name = "idk"
     options = IDKConfig

@@ -1,4 +1,4 @@
-"""What the methods with one loop share: a forget and a retain gradient, added up, one optimiser step a round."""
+"""Base of the one-loop methods: a weighted sum of forget and retain gradient, one optimiser step per round."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ W = TypeVar("W", bound=WeightedConfig)
 class OneLoop(Method, Generic[C]):
     """theta <- step down (forget_weight grad L_f + retain_weight grad L_r); a weight of 0 saves the pass.
 
-    A method overrides `forget_loss` (and `retain_loss`, or `direction`); the steps are those of the engine's outer
-    optimiser.
+    A method overrides `forget_loss` (and `retain_loss`, or `direction`); the engine's outer
+    optimiser makes the steps.
     """
 
     forget_weight: float = 1.0
@@ -43,7 +43,7 @@ class OneLoop(Method, Generic[C]):
         self.config, self.rounds = config, rounds
         self.rounds_done = 0
         self.own_loss: Loss = causal_lm_loss
-        """The engine's, once `start` has been called."""
+        """The engine's after `start`."""
 
     @property
     def asks(self) -> frozenset[str]:
@@ -63,7 +63,7 @@ class OneLoop(Method, Generic[C]):
         return {"forget": int(self.forget_weight > 0), "retain": int(self.retain_weight > 0)}
 
     def forget_batch(self, batch: Any) -> Any:
-        """A forget batch as its loss sees it: what the loss does not run is left out, or the account counts it."""
+        """A forget batch as its loss sees it. Drop what the loss does not run, or its cost is counted."""
         return batch
 
     def forget_loss(self, module: torch.nn.Module, micro: Mapping[str, Any]) -> LossParts:
@@ -71,13 +71,13 @@ class OneLoop(Method, Generic[C]):
         raise AssertionError(f"{self.name} has no forget loss")
 
     def retain_loss(self, module: torch.nn.Module, micro: Mapping[str, Any]) -> LossParts:
-        """Loss on retain rows that is minimised: the engine's own, which is the token-mean NLL of language models."""
+        """Loss on retain rows that is minimised: the engine's loss, the token-mean NLL for language models."""
         from ofmu_ray.engines.protocol import sum_and_count
 
         return sum_and_count(self.own_loss(module, micro))
 
     def negated_loss(self, module: torch.nn.Module, micro: Mapping[str, Any]) -> LossParts:
-        """The engine's own loss, negated: what gradient ascent minimises."""
+        """The negated engine loss, as gradient ascent minimises it."""
         from ofmu_ray.engines.protocol import sum_and_count
 
         total, count = sum_and_count(self.own_loss(module, micro))
@@ -86,7 +86,7 @@ class OneLoop(Method, Generic[C]):
     def direction(
         self, engine: Engine, forget: Vector | None, retain: Vector | None, figures: dict[str, float]
     ) -> Vector:
-        """What the step goes down, from both gradients, which it may use up; may add to the round's `figures`."""
+        """The direction to descend, from both gradients (may overwrite them); may add to the round's `figures`."""
         from ofmu_ray.algorithm.space import add_, scale_
 
         total = None if forget is None else scale_(forget, self.forget_weight)
@@ -96,21 +96,21 @@ class OneLoop(Method, Generic[C]):
         return total
 
     def round(self, engine: Engine, forget_batches: Batches, retain_batches: Batches) -> dict[str, float]:
-        """One update; draws `batches_per_round()` batches."""
+        """One update from `batches_per_round()` batches."""
         lr = learning_rate(self.config.optimizer, self.rounds_done, self.rounds)
         engine.set_learning_rate("outer", lr)
-        figures: dict[str, float] = {"lr": lr}
+        values: dict[str, float] = {"lr": lr}
         forget = retain = None
         counts = self.batches_per_round()
         if counts["forget"]:
             batch = self.forget_batch(next(drawn(forget_batches, "forget")))
-            forget, figures["forget_loss"] = engine.gradient(batch, self.forget_loss, kind="forget", work=self.work)
+            forget, values["forget_loss"] = engine.gradient(batch, self.forget_loss, kind="forget", work=self.work)
         if counts["retain"]:
             batch = next(drawn(retain_batches, "retain"))
-            retain, figures["retain_loss"] = engine.gradient(batch, self.retain_loss, kind="retain", work=self.work)
-        figures["gradient_norm"] = engine.apply(self.direction(engine, forget, retain, figures), "outer")
+            retain, values["retain_loss"] = engine.gradient(batch, self.retain_loss, kind="retain", work=self.work)
+        values["gradient_norm"] = engine.apply(self.direction(engine, forget, retain, values), "outer")
         self.rounds_done += 1
-        return figures
+        return values
 
     def state_dict(self) -> dict[str, Any]:
         return {"rounds_done": self.rounds_done}
@@ -123,7 +123,7 @@ class Weighted(OneLoop[W]):
     """A one-loop method whose weights and retain loss are options.
 
     retain_loss kl: KL(reference model || model) at the tokens of retain answers, mean over tokens. (OpenUnlearning
-    takes it at every position, prompts and padding included, so that its value depends on how rows are batched.)
+    takes it at every position, prompts and padding included, so its value depends on the batching.)
     """
 
     def __init__(self, config: W, rounds: int | None = None):

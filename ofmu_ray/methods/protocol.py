@@ -1,4 +1,4 @@
-"""What an unlearning method is: rounds over an engine's verbs."""
+"""The interface of unlearning methods: rounds on top of an engine."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ Batches = Iterable[Any]
 
 
 class Method(Protocol):
-    """One file or folder of this room each, found by its name: its options, what is tuned of them, and this class."""
+    """A method: a file or folder of this package, discovered by name, with its options, search space and this class."""
 
     name: str
-    """That of the file; the options stand in the configuration's section of this name."""
+    """The file's name, and that of the configuration section with the options."""
     options: type[MethodConfig]
     space: ClassVar[Ranges]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """Values of the option `preset`, with what they set; each that is not the default is a label, NAME_PRESET."""
+    """Preset -> the options it sets; every preset but the default has a label NAME_PRESET."""
     unlearns: ClassVar[bool] = True
     """Whether `ofmu unlearn` offers it."""
     notes: Sequence[str]
-    """What the user should know of the last round, in sentences."""
+    """Messages for the user about the last round."""
 
     @property
     def asks(self) -> frozenset[str]:
-        """What its losses take for granted of the task (`Task.offers`)."""
+        """What its losses require of the task (`Task.offers`)."""
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        """What has to be known about rows beforehand; () for most methods."""
+        """Features of rows to compute beforehand; () for most methods."""
 
     def freeze(self, module: torch.nn.Module) -> None:
-        """Switch off what this method does not train (requires_grad), before the engine is built."""
+        """Freeze what this method does not train (requires_grad), before the engine is built."""
 
     def start(self, engine: Engine) -> None:
-        """Once, on the untouched weights and before a checkpoint is restored. Collective."""
+        """Called once, on the reference model, before a checkpoint is restored. Collective."""
 
     def batches_per_round(self) -> dict[str, int]:
-        """Global batches that a round draws from each stream; the batch plan is laid out for exactly these."""
+        """Global batches per round and stream; the batch plan contains exactly these."""
 
     def round(self, engine: Engine, forget_batches: Batches, retain_batches: Batches) -> dict[str, float]:
-        """One round; returns the figures of the per-round series. Collective: every rank calls it.
+        """One round; returns the metrics of the per-round series. Collective: every rank calls it.
 
-        A further stream that `batches_per_round` names comes as an argument NAME_batches.
+        Any other stream of `batches_per_round` is passed as the argument NAME_batches.
         """
 
     def state_dict(self) -> dict[str, Any]:
@@ -63,20 +63,20 @@ class Method(Protocol):
 
 
 def drawn(batches: Batches, stream: str) -> Iterator[Any]:
-    """Batches one by one: an iterator is drawn from, a collection is gone round as often as needed."""
+    """Batches one by one: an iterator is consumed, a collection is cycled."""
     source = iter(batches) if isinstance(batches, Iterator) else cycle(batches)
     empty = True
     for batch in source:
         empty = False
         yield batch
-    found = "is empty" if empty else "ran out in the middle of a round"
-    raise UserError(f"the stream of {stream} batches {found}: give the method as many batches as batches_per_round()")
+    problem = "is empty" if empty else "ran out in the middle of a round"
+    raise UserError(f"the stream of {stream} batches {problem}: give the method as many batches as batches_per_round()")
 
 
 def run_round(method: Method, engine: Engine, streams: Mapping[str, Iterable[Any]]) -> dict[str, float]:
-    """A round on these streams' batches; the rows that `ofmu train` fits stand in for retain rows."""
-    batches: dict[str, Any] = {name: iter(found) for name, found in streams.items()}
+    """A round on these streams' batches; `ofmu train` passes its rows as retain rows."""
+    batches: dict[str, Any] = {name: iter(stream) for name, stream in streams.items()}
     forget = batches.pop("forget", iter(()))
     retain = batches.pop("retain", None) or batches.pop("train", iter(()))
     call: Callable[..., dict[str, float]] = method.round
-    return call(engine, forget, retain, **{f"{name}_batches": found for name, found in batches.items()})
+    return call(engine, forget, retain, **{f"{name}_batches": stream for name, stream in batches.items()})

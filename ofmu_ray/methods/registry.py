@@ -1,4 +1,4 @@
-"""The methods there are: every module or package of this room with a method of its own name."""
+"""All methods: every module or package of this package that defines a method of the same name."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 @functools.cache
 def discovered() -> dict[str, type[Any]]:
-    """Name -> class of every method (ofmu_ray.methods.protocol.Method), by name. Imports no torch."""
+    """Name -> class of every method (ofmu_ray.methods.protocol.Method), sorted. Does not import torch."""
     package = importlib.import_module("ofmu_ray.methods")
-    found = {}
+    methods = {}
     for entry in pkgutil.iter_modules(package.__path__):
         module = importlib.import_module(f"{package.__name__}.{entry.name}")
         for kind in vars(module).values():
             if isinstance(kind, type) and vars(kind).get("name") == entry.name:
-                found[entry.name] = kind
-    return dict(sorted(found.items()))
+                methods[entry.name] = kind
+    return dict(sorted(methods.items()))
 
 
 def build_method(options: MethodConfig, rounds: int | None = None) -> Method:
-    """The method whose options these are; `rounds` of the whole run, for the schedules of learning rates."""
+    """The method with these options; `rounds`: of the complete run, for the learning rate schedules."""
     [kind] = [kind for kind in discovered().values() if kind.options is type(options)]
     method: Method = kind(options, rounds)
     return method

@@ -1,4 +1,4 @@
-"""Fine-tuning on retain rows only: the control that forgets nothing on purpose."""
+"""Fine-tuning on retain rows only: the control that does not try to forget."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ofmu_ray.methods.one_loop import OneLoop
 
 @dataclass(frozen=True, kw_only=True)
 class RetainFinetuneConfig(OneLoopConfig):
-    """Fine-tuning on retain rows only: what forgetting costs nothing to get."""
+    """Fine-tuning on retain rows only: the forgetting that comes for free."""
 
 
 class RetainFinetune(OneLoop[RetainFinetuneConfig]):

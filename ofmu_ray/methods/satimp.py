@@ -35,8 +35,8 @@ class SatImpConfig(WeightedConfig):
 class SatImp(Weighted[SatImpConfig]):
     """Minimises gamma mean_t(-p_t^b1 (1 - p_t)^b2 NLL_t) + alpha R, mean over the tokens of forget answers.
 
-    The weights have no gradient: p^b1 (saturation) spares tokens that are forgotten already, (1 - p)^b2 (importance)
-    those that the model would say anyway.
+    The weights have no gradient: p^b1 (saturation) spares tokens that are already forgotten, (1 - p)^b2 (importance)
+    those that the model would predict anyway.
     """
 
     name = "satimp"

@@ -24,9 +24,9 @@ class TaskArithmeticConfig(OneLoopConfig):
     """The negated task vector (Ilharco et al. 2023, arXiv 2212.04089): away from a fit to the forget rows."""
 
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
-    """The optimiser of the fit (no weight decay: it would pull the unlearned weights, not the fitted ones)."""
+    """The optimiser of the fit (no weight decay: it would act on the unlearned weights, not the fitted ones)."""
     scale: float = 1.0
-    """How far to go: the weights are theta_0 - scale (theta_fit - theta_0)."""
+    """Scale of the task vector: the weights are theta_0 - scale (theta_fit - theta_0)."""
 
     def check(self, section: str) -> None:
         super().check(section)
@@ -43,10 +43,10 @@ class TaskArithmetic(OneLoop[TaskArithmeticConfig]):
         phi = theta_0 + (theta_0 - theta) / s = theta + (1 + 1/s) (theta_0 - theta),
 
     and its step phi <- phi - lr u(g) is theta <- theta + s lr u(g): a step down -g with s times the learning rate,
-    exact for SGD and AdamW, whose update u is odd in g. Rounding of theta reaches phi (1 + 1/s) times as large.
+    exact for SGD and AdamW, whose update u is odd in g. Rounding errors of theta are (1 + 1/s) times as large in phi.
 
-    With LoRA the weights are what counts, theta_0 + B A, which is not linear in both factors: one of them is frozen at
-    its random start and the other, 0 at first, is mirrored, so that the product of the fit is negated exactly.
+    With LoRA the weights are theta_0 + B A, which is not linear in both factors: one factor is frozen at its random
+    start, and the other, initially 0, is mirrored, so the fit's product is negated exactly.
     """
 
     name = "task_arithmetic"
@@ -58,13 +58,13 @@ class TaskArithmetic(OneLoop[TaskArithmeticConfig]):
     start_weights: Vector
 
     def freeze(self, module: torch.nn.Module) -> None:
-        """Of each adapter, the factor that does not start at 0."""
+        """Freeze the factor of each adapter that does not start at 0."""
         for name, parameter in module.named_parameters():
             if ".lora_A." in name or ".lora_embedding_B" in name:
                 parameter.requires_grad_(False)
 
     def start(self, engine: Engine) -> None:
-        """Keep theta_0 (one copy of this rank's share); a resumed run reads it from the reference model again."""
+        """Save theta_0 (one copy of this rank's shard); a resumed run reads it from the reference model again."""
         super().start(engine)
         self.start_weights = engine.weights()
 

@@ -26,9 +26,9 @@ class UNDIALConfig(WeightedConfig):
     optimizer: OptimizerConfig = field(default_factory=lambda: peer_optimizer(1e-4))
     """The optimiser."""
     retain_weight: float = 0.0
-    """alpha, weight of the retain loss; 0: no retain pass at all."""
+    """alpha, weight of the retain loss; 0: no retain pass."""
     beta: float = 10.0
-    """What is subtracted from the reference model's logit of each answer token."""
+    """Subtracted from the reference model's logit of each answer token."""
 
     def check(self, section: str) -> None:
         super().check(section)
@@ -38,8 +38,8 @@ class UNDIALConfig(WeightedConfig):
 class UNDIAL(Weighted[UNDIALConfig]):
     """Minimises gamma CE(softmax(z_ref - beta onehot(label)), softmax(z)) at the answers' tokens, + alpha R.
 
-    (OpenUnlearning averages over every position, prompts and padding included, and there subtracts beta from word
-    V - 100 of the vocabulary, as which the mask's label -100 is read.)
+    (OpenUnlearning averages over every position, prompts and padding included. There it subtracts beta from token
+    V - 100, since it reads the mask's label -100 as an index.)
     """
 
     name = "undial"

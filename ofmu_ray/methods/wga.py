@@ -31,7 +31,7 @@ class WGAConfig(WeightedConfig):
 class WGA(Weighted[WGAConfig]):
     """Minimises gamma mean_t(-p_t^beta NLL_t) + alpha R, mean over the tokens of forget answers.
 
-    The weight p_t^beta has no gradient: what the model no longer believes in is no longer pushed away.
+    The weight p_t^beta has no gradient: tokens that the model no longer predicts are no longer pushed away.
     """
 
     name = "wga"

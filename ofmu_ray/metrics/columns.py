@@ -1,4 +1,4 @@
-"""Columns of the per-row table as arrays over one set's rows, or the reason why there are none."""
+"""Columns of the per-row table as arrays over a set's rows, or the reason for their absence."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from ofmu_ray.metrics import functions as metrics
 from ofmu_ray.metrics.functions import FloatArray
 
-_ANSWERS = {"probability", "truth_ratio"}  # what only rows with the answers that it needs have
+_ANSWERS = {"probability", "truth_ratio"}  # only for rows with the required answers
 
 
 def rows_of(table: pa.Table, name: str) -> pa.Table:
@@ -21,12 +21,12 @@ def rows_of(table: pa.Table, name: str) -> pa.Table:
 
 
 def same_rows(one: pa.Table, other: pa.Table) -> bool:
-    """Whether two tables hold the same rows in the same order."""
+    """Whether two tables contain the same rows in the same order."""
     return bool(one["row_id"].to_pylist() == other["row_id"].to_pylist())
 
 
 def clusters_of(rows: pa.Table) -> np.ndarray | None:
-    """The rows' clusters [rows]; a row without one is its own. None: no row has one."""
+    """The rows' clusters [rows]; a row without a cluster forms its own. None: no row has one."""
     if "cluster" not in rows.column_names or rows["cluster"].null_count == rows.num_rows:
         return None
     names = rows["cluster"].to_pylist()
@@ -34,7 +34,7 @@ def clusters_of(rows: pa.Table) -> np.ndarray | None:
 
 
 def finite(rows: pa.Table, name: str, column: str) -> FloatArray | str:
-    """The column [rows], NaN where a row lacks it; or why the set `name` has no usable values in it."""
+    """The column [rows], NaN if a row lacks it; or why the set `name` has no usable values."""
     if column not in rows.column_names:
         return f"the rows of {name} were evaluated without {column}"
     missing = rows[column].is_null().to_numpy()
@@ -42,7 +42,7 @@ def finite(rows: pa.Table, name: str, column: str) -> FloatArray | str:
         if column not in _ANSWERS:
             return f"the {name} rows lack {column}"
         need = "perturbed_answer" if name in ("real_authors", "world_facts") else "paraphrased_answer, perturbed_answer"
-        return f"the {name} rows lack what it needs (columns {need})"
+        return f"the {name} rows lack the columns it needs ({need})"
     values = np.asarray(rows[column].cast(pa.float64()).fill_null(0.0).to_numpy(), dtype=np.float64)
     broken = int((~np.isfinite(values) & ~missing).sum())
     if broken:
@@ -51,7 +51,7 @@ def finite(rows: pa.Table, name: str, column: str) -> FloatArray | str:
 
 
 def of_tokens(rows: pa.Table, name: str, column: str, value: Callable[[Sequence[Any]], float]) -> FloatArray | str:
-    """`value` of each row's list of token values without the last, the end-of-text token's, [rows]; or why not."""
+    """`value` of each row's list of token values without the last, the end-of-text token's, [rows]; or the reason."""
     if column not in rows.column_names or rows[column].null_count == rows.num_rows:
         return f"the rows of {name} were evaluated without {column}"
     lists = rows[column].to_pylist()
@@ -59,7 +59,7 @@ def of_tokens(rows: pa.Table, name: str, column: str, value: Callable[[Sequence[
 
 
 def right_answer_ratios(rows: pa.Table, name: str) -> FloatArray | str:
-    """Truth ratios [rows] of probes, which start from the answer itself where a row has no paraphrase; or why not."""
+    """Truth ratios [rows] of probes, based on the answer itself if a row has no paraphrase; or the reason."""
     nll = finite(rows, name, "answer_nll")
     if isinstance(nll, str):
         return nll
@@ -67,5 +67,5 @@ def right_answer_ratios(rows: pa.Table, name: str) -> FloatArray | str:
     wrong = metrics.pad_ragged(rows["wrong_nll"].to_pylist())
     has_wrong = ~np.isnan(wrong).all(axis=1)
     if not has_wrong.any():
-        return f"the {name} rows lack what it needs (column perturbed_answer)"
+        return f"the {name} rows lack the column it needs (perturbed_answer)"
     return metrics.truth_ratio(np.where(np.isnan(paraphrase), nll, paraphrase), wrong)

@@ -1,5 +1,5 @@
-"""Signs of a damaged generator in what it generates (see also `metrics.repetition`), and when they make a model
-degenerate; apart from forgetting."""
+"""Signs of a damaged generator in its output (see also `metrics.repetition`), and when they make a model degenerate.
+Independent of forgetting."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ import numpy as np
 from ofmu_ray.metrics.functions import FloatArray
 
 MEASURES = {"repetition": "repetition", "empty": "empty answers", "ngram_variety": "n-gram variety"}
-"""What tells a damaged generator -> in words. More of the first two, or less of the last, is worse."""
+"""Sign of a damaged generator -> label. More of the first two, or less of the last, is worse."""
 
 MARGIN = 0.05
-"""Difference in a measure below which nobody would call a model's answers degenerate, however certain it is."""
+"""Smaller differences in a measure do not count as degenerate, even if significant."""
 
 Bounds = tuple[float, float, float]
-"""A figure's value and the ends of its 95 % interval."""
+"""A value and the bounds of its 95 % interval."""
 
 
 @dataclass(frozen=True)
 class SoundRange:
-    """Generations that are taken for sound."""
+    """Measures of sound generations."""
 
     of: str
-    """Whose they are: "retrained", or "target on holdout rows" and "target on retain rows" where there is none."""
+    """Their source: "retrained", else "target on holdout rows" or "target on retain rows"."""
     bounds: Mapping[str, Bounds]
     """By measure."""
 
 
-def failed_measures(figures: Mapping[str, Any], sound: SoundRange | None) -> tuple[str, ...] | None:
-    """The measures in which a model's answers to forget prompts are worse than sound ones; None: not known.
+def failed_measures(metrics: Mapping[str, Any], sound: SoundRange | None) -> tuple[str, ...] | None:
+    """The measures in which a model's answers to forget prompts are worse than sound ones; None: unknown.
 
-    `figures`: plain numbers, `forget_repetition`, `forget_repetition_low` and so on. A measure is worse when it differs
-    by more than `MARGIN` and the 95 % interval of the difference lies on the wrong side of 0. That interval is built
-    from the two metrics' own (MOVER: Zou and Donner 2008, https://doi.org/10.1002/sim.3095). A value merely outside the
-    other's interval is no sign, as both are estimates; and 0.7 % against 0.3 % of repeated 4-grams can be significant
-    and still mean nothing.
+    `metrics`: plain numbers, `forget_repetition`, `forget_repetition_low` and so on. A measure is worse if it differs
+    by more than `MARGIN` and the 95 % interval of the difference is on the wrong side of 0. That interval is built
+    from those of the two values (MOVER: Zou and Donner 2008, https://doi.org/10.1002/sim.3095). A value outside the
+    other's interval is not enough, as both are estimates; and 0.7 % against 0.3 % of repeated 4-grams can be
+    significant but is harmless.
     """
     if sound is None:
         return None
     known, failed = False, []
     for name, (other, other_low, other_high) in sound.bounds.items():
-        value, low, high = (figures.get(f"forget_{name}{end}") for end in ("", "_low", "_high"))
+        value, low, high = (metrics.get(f"forget_{name}{end}") for end in ("", "_low", "_high"))
         if value is None or low is None or high is None:
             continue
         known = True
@@ -59,15 +59,15 @@ def failed_measures(figures: Mapping[str, Any], sound: SoundRange | None) -> tup
     return tuple(failed) if known else None
 
 
-def words(figures: Mapping[str, Any], sound: SoundRange | None) -> str | None:
-    """The verdict on a model's answers to forget prompts as a sentence; None: not known."""
-    failed = failed_measures(figures, sound)
+def words(metrics: Mapping[str, Any], sound: SoundRange | None) -> str | None:
+    """The verdict on a model's answers to forget prompts as a sentence; None: unknown."""
+    failed = failed_measures(metrics, sound)
     if failed is None or sound is None:
         return None
     shown = [
-        f"{MEASURES[name]} {figures[f'forget_{name}']:.2f} ({sound.of} {sound.bounds[name][0]:.2f})"
+        f"{MEASURES[name]} {metrics[f'forget_{name}']:.2f} ({sound.of} {sound.bounds[name][0]:.2f})"
         for name in failed or [name for name in MEASURES if name in sound.bounds]
-        if figures.get(f"forget_{name}") is not None
+        if metrics.get(f"forget_{name}") is not None
     ]
     return f"answers to forget prompts: {', '.join(shown)}: {'degenerate' if failed else 'not degenerate'}"
 
@@ -76,16 +76,16 @@ def ngram_entropy(tokens: Sequence[int]) -> float:
     """(H_2 + 2 H_3) / 3 in bits: what the editing literature reports as fluency; at least 0.
 
     H_n is the entropy of the text's n-gram frequencies (Zhang et al., arXiv 1809.05972), weighted over bigrams and
-    trigrams as in ROME (Meng et al., arXiv 2202.05262, which counts words; these are the model's tokens). It says how
-    varied a text is, not how well it reads, and it is at most about the binary logarithm of the length: compare texts
-    of similar lengths. A text without trigrams has H_3 = 0.
+    trigrams as in ROME (Meng et al., arXiv 2202.05262, which counts words; these are the model's tokens). It measures
+    variety, not quality, and is bounded by about the binary logarithm of the length: compare texts of similar length.
+    A text without trigrams has H_3 = 0.
     """
     return (_entropy(tokens, 2) + 2.0 * _entropy(tokens, 3)) / 3.0
 
 
 def ngram_variety(entropy: FloatArray, tokens: FloatArray) -> FloatArray:
-    """Share of the largest n-gram entropy that a text of as many tokens can have, in [0, 1]: 1 where no bigram and no
-    trigram occurs twice, and for texts too short to have two of them. [rows], [rows] -> [rows]."""
+    """N-gram entropy relative to the maximum for the number of tokens, in [0, 1]: 1 if no bigram and no trigram occurs
+    twice, and for texts too short to have two of them. [rows], [rows] -> [rows]."""
     bigrams, trigrams = (np.log2(np.maximum(tokens - short, 1.0)) for short in (1, 2))
     largest = (bigrams + 2.0 * trigrams) / 3.0
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -1,8 +1,8 @@
 """The metrics as pure functions of per-row values (definitions: docs/metrics.md).
 
 A row's raw values are mean token losses (natural log, EOS counted): `nll` of the right answer, `wrong_nll` of its wrong
-answers. Arrays over rows are float64; ragged wrong answers are padded with NaN (`pad_ragged`). Nothing here knows a
-model, a file or a framework.
+answers. Arrays over rows are float64; ragged wrong answers are padded with NaN (`pad_ragged`). Nothing here depends on
+a model, a file or a framework.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from numpy.typing import ArrayLike, NDArray
 FloatArray = NDArray[np.float64]
 
 METRIC_VERSION = 2
-"""Part of every evaluation cache key: raise it when a per-row value changes its meaning."""
+"""Part of every evaluation cache key: increment it when the meaning of a per-row value changes."""
 
-_LARGEST_EXPONENT = 700.0  # exp() of more overflows float64; such ratios are clipped, their order is beyond use
+_LARGEST_EXPONENT = 700.0  # exp() overflows float64 above; such ratios are clipped, their order does not matter
 
 
 def pad_ragged(lists: Sequence[Sequence[float] | None]) -> FloatArray:
@@ -39,8 +39,8 @@ def probability(nll: ArrayLike) -> FloatArray:
 def options_probability(nll: ArrayLike, wrong_nll: ArrayLike) -> FloatArray:
     """P(right) / (P(right) + sum over wrong of P(wrong)), in (0, 1]. [rows], [rows, wrong] -> [rows].
 
-    Computed from differences of losses, so that it stays defined when every probability underflows. A row without
-    wrong answers has no options to compare with: NaN.
+    Computed from differences of losses, so it stays defined if every probability underflows. A row without wrong
+    answers has no options to compare: NaN.
     """
     right = np.asarray(nll, dtype=np.float64)
     wrong = np.asarray(wrong_nll, dtype=np.float64)
@@ -55,7 +55,7 @@ def truth_ratio(
 
     `nll` is of the paraphrased answer on forget and retain, of the answer itself on real_authors and world_facts.
     geometric: exp(nll - mean_j wrong_nll_j), as in the TOFU release's logs and OpenUnlearning. arithmetic:
-    mean_j exp(nll - wrong_nll_j), as in the TOFU release's evaluation while training; never below the geometric one.
+    mean_j exp(nll - wrong_nll_j), as in the TOFU release's evaluation during training; never below the geometric one.
     A row without wrong answers gives NaN. [rows], [rows, wrong] -> [rows].
     """
     difference: FloatArray = np.asarray(nll, dtype=np.float64)[:, None] - np.asarray(wrong_nll, dtype=np.float64)
@@ -69,22 +69,22 @@ def truth_ratio(
 
 
 def closer_to_1(ratio: ArrayLike) -> FloatArray:
-    """min(R, 1/R) per row, in [0, 1]: 1 when right and wrong answers are equally likely (forget truth ratio)."""
+    """min(R, 1/R) per row, in [0, 1]: 1 if right and wrong answers are equally likely (forget truth ratio)."""
     values = np.asarray(ratio, dtype=np.float64)
     with np.errstate(divide="ignore"):
         return np.minimum(values, 1.0 / values)
 
 
 def true_better(ratio: ArrayLike) -> FloatArray:
-    """max(0, 1 - R) per row, in [0, 1]: 1 when the wrong answers are impossible (truth ratio of the other sets)."""
+    """max(0, 1 - R) per row, in [0, 1]: 1 if the wrong answers are impossible (truth ratio of the other sets)."""
     return np.maximum(0.0, 1.0 - np.asarray(ratio, dtype=np.float64))
 
 
 def forget_quality(ratio: ArrayLike, retrained_ratio: ArrayLike) -> tuple[float, float]:
     """(p-value, statistic) of the two-sided Kolmogorov-Smirnov test between two models' truth ratios on forget rows.
 
-    A large p-value: the model's ratios could be the retrained model's. The test sees the order of the values only, so R
-    and 1/R give the same result.
+    A large p-value: the model's ratios could be the retrained model's. The test depends only on the order of the
+    values, so R and 1/R give the same result.
     """
     from scipy.stats import ks_2samp
 
@@ -109,8 +109,7 @@ def exact_ks_p_value(statistic: float, n: int) -> float:
 
 
 def counts_up_to(values: FloatArray, levels: FloatArray, weights: FloatArray) -> FloatArray:
-    """Weight of the values that are at most each level, in every draw. [rows], [levels], [draws, rows] -> [draws,
-    levels]."""
+    """Total weight of the values <= each level, in each draw. [rows], [levels], [draws, rows] -> [draws, levels]."""
     order = np.argsort(values, kind="stable")
     sums = np.zeros((len(weights), len(values) + 1))
     np.cumsum(weights[:, order], axis=1, out=sums[:, 1:])
@@ -119,7 +118,7 @@ def counts_up_to(values: FloatArray, levels: FloatArray, weights: FloatArray) ->
 
 def model_utility(components: ArrayLike) -> float | FloatArray:
     """Harmonic mean over the last axis of the nine numbers {probability, ROUGE-L recall, truth ratio} x {retain,
-    real_authors, world_facts}, each in [0, 1]; any 0 gives 0. [..., 9] -> [...]."""
+    real_authors, world_facts}, each in [0, 1]; 0 if any is 0. [..., 9] -> [...]."""
     values = np.asarray(components, dtype=np.float64)
     with np.errstate(divide="ignore"):
         mean = values.shape[-1] / np.sum(1.0 / values, axis=-1)
@@ -127,6 +126,6 @@ def model_utility(components: ArrayLike) -> float | FloatArray:
 
 
 def repetition(tokens: Sequence[int], n: int = 4) -> float:
-    """Share of a text's n-grams that stood in it before, in [0, 1); 0 for a text shorter than n tokens."""
+    """Share of a text's n-grams that repeat an earlier one, in [0, 1); 0 for a text shorter than n tokens."""
     grams = [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0

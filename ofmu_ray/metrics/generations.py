@@ -1,4 +1,4 @@
-"""What a model generates and completes: measures of memorisation and of a damaged generator, as metrics."""
+"""Metrics of generations and completions: memorisation, and signs of a damaged generator."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ COLUMNS = {
     "ngram_entropy": ("generated_entropy", "n-gram entropy (bits)"),
     "ngram_variety": ("", "n-gram variety"),
 }
-"""Measure of a generation -> its column, and in words."""
+"""Measure of a generation -> its column and label."""
 
 
 def generation_values(rows: pa.Table, name: str, measure: str) -> FloatArray | str:
-    """A measure of each generation, [rows]; or why there is none."""
+    """A measure of each generation, [rows]; or the reason for its absence."""
     if measure != "ngram_variety":
         return finite(rows, name, COLUMNS[measure][0])
     entropy, tokens = (finite(rows, name, column) for column in ("generated_entropy", "generated_tokens"))
@@ -36,7 +36,7 @@ def generation_values(rows: pa.Table, name: str, measure: str) -> FloatArray | s
 
 
 def completed(value: Callable[[Sequence[bool]], float]) -> Callable[[pa.Table, str], FloatArray | str]:
-    """A measure of memorisation as values by row."""
+    """A measure of memorisation as per-row values."""
     return lambda rows, name: of_tokens(rows, name, "answer_matches", value)
 
 
@@ -71,11 +71,11 @@ def sound_generations(
     seed: int = 0,
     longest: int | None = None,
 ) -> SoundRange | None:
-    """What a model's answers to forget prompts are held against: the retrained model's to the same prompts; where there
-    is none, the target's to prompts of holdout rows, which it never saw either, else to those of the retain rows.
+    """The baseline for a model's answers to forget prompts: the retrained model's answers to the same prompts; without
+    it, the target's answers to holdout prompts, which it never saw, else to retain prompts.
 
-    `longest`: of the other model's generations (tokens). None where nothing was generated, or where generations so
-    short could not be compared: those of the reference are longer.
+    `longest`: tokens of the model's longest generation. Returns None if nothing was generated, or if the baseline's
+    generations are longer and so not comparable.
     """
     options = {"samples": bootstrap_samples, "seed": seed}
     sources = [("retrained", retrained, "forget")] if retrained is not None else []
@@ -87,24 +87,24 @@ def sound_generations(
         bounds: dict[str, Bounds] = {}
         for measure in MEASURES:
             values = generation_values(rows, name, measure)
-            found = _bounds(measure, mean_of(values, clusters_of(rows), f"{name}_{measure}", **options))
-            if found is not None:
-                bounds[measure] = found
+            interval = _bounds(measure, mean_of(values, clusters_of(rows), f"{name}_{measure}", **options))
+            if interval is not None:
+                bounds[measure] = interval
         if bounds:
             tokens = pc.max(rows["generated_tokens"]).as_py()
             return SoundRange(whose, bounds) if longest is None or longest >= tokens else None
     return None
 
 
-def _bounds(measure: str, figure: MetricValue) -> Bounds | None:
-    if figure.value is None or figure.low is None or figure.high is None:
+def _bounds(measure: str, mean: MetricValue) -> Bounds | None:
+    if mean.value is None or mean.low is None or mean.high is None:
         return None
-    low, high = figure.low, figure.high
-    # resampling nothing but zeros (of variety: ones) says that the mean is 0 for sure; the exact bound on the share of
-    # rows that are not 0 (Clopper and Pearson, 1934), and so on the mean of values in [0, 1], is
-    room = 1.0 - 0.025 ** (1.0 / figure.n) if figure.n else 0.0
+    low, high = mean.low, mean.high
+    # resampling all zeros (variety: ones) gives an interval of width 0; the exact bound on the share of nonzero rows
+    # (Clopper and Pearson, 1934), and so on the mean of values in [0, 1], is
+    room = 1.0 - 0.025 ** (1.0 / mean.n) if mean.n else 0.0
     if measure == "ngram_variety":
-        low = 1.0 - room if figure.value == 1.0 else low
-    elif figure.value == 0.0:
+        low = 1.0 - room if mean.value == 1.0 else low
+    elif mean.value == 0.0:
         high = room
-    return figure.value, low, high
+    return mean.value, low, high

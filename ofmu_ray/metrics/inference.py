@@ -21,8 +21,8 @@ ATTACKS = {
     "reference": "reference",
     "gradient_norm": "gradient norm",
 }
-"""Attack -> in words."""
-_GRADIENT = "answer_gradient_norm"  # a column that only some tables have: it costs a backward pass per row
+"""Attack -> label."""
+_GRADIENT = "answer_gradient_norm"  # optional column: it costs a backward pass per row
 
 
 def membership_figures(inputs: Inputs) -> Mapping[str, MetricValue]:
@@ -37,22 +37,22 @@ def membership_figures(inputs: Inputs) -> Mapping[str, MetricValue]:
     else:
         same = all(same_rows(*pair) for pair in zip(rows, references, strict=True))
         unusable = None if same else "the retrained model was evaluated on other forget or holdout rows"
-    figures: dict[str, MetricValue] = {}
+    result: dict[str, MetricValue] = {}
     for attack in ATTACKS:
         if attack == "gradient_norm" and _GRADIENT not in table.column_names:
             continue
         scores = unusable if attack == "reference" and unusable else _both(rows, attack, references)
         auc, rate = f"mia_{attack}_auc", f"mia_{attack}_tpr"
         if isinstance(scores, str):
-            figures |= {auc: MetricValue.absent(scores), rate: MetricValue.absent(scores)}
+            result |= {auc: MetricValue.absent(scores), rate: MetricValue.absent(scores)}
             continue
         there = [~np.isnan(values) for values in scores]
         kept = [values[some] for values, some in zip(scores, there, strict=True)]
-        figures[auc], figures[rate] = attack_figures(
+        result[auc], result[rate] = attack_figures(
             kept[0], kept[1], name=f"mia_{attack}", clusters=_kept_clusters(rows, there), **options
         )
-    figures["privleak"] = MetricValue.absent(unusable) if unusable else _privleak(rows, references or [], options)
-    return figures
+    result["privleak"] = MetricValue.absent(unusable) if unusable else _privleak(rows, references or [], options)
+    return result
 
 
 def _privleak(rows: list[pa.Table], references: list[pa.Table], options: dict[str, int]) -> MetricValue:
@@ -69,8 +69,8 @@ def _privleak(rows: list[pa.Table], references: list[pa.Table], options: dict[st
 def _both(
     rows: list[pa.Table], attack: str, references: list[pa.Table] | None = None
 ) -> tuple[FloatArray, FloatArray] | str:
-    """An attack's (forget, holdout) scores, [rows] each with NaN for an answer without tokens; or why not."""
-    found: list[FloatArray] = []
+    """An attack's (forget, holdout) scores, [rows] each NaN for an answer without tokens; or the reason."""
+    both: list[FloatArray] = []
     for number, name in enumerate(("forget", "holdout")):
         if rows[number].num_rows == 0:
             return f"no {name} rows were evaluated (evaluation.sets.{name})"
@@ -78,9 +78,9 @@ def _both(
         if isinstance(scores, str):
             return scores
         if np.isnan(scores).all():
-            return f"no answer of the {name} rows has a token besides the end-of-text token"
-        found.append(scores)
-    return found[0], found[1]
+            return f"no answer of the {name} rows has a token other than the end-of-text token"
+        both.append(scores)
+    return both[0], both[1]
 
 
 def _attack_scores(rows: pa.Table, name: str, attack: str, reference: pa.Table | None) -> FloatArray | str:

@@ -1,8 +1,8 @@
-"""Figures with 95 % intervals: percentile bootstrap over rows or clusters of rows, seeded and vectorised.
+"""Values with 95 % intervals: percentile bootstrap over rows or clusters of rows, seeded and vectorised.
 
-Clusters: rows about one person are not independent of each other, so whole persons are drawn, with replacement. A
-resample is a vector of weights, how often each row was drawn; as clusters differ in size, every mean is a ratio of
-weighted sums (pairs cluster bootstrap: Cameron, Gelbach and Miller, 2008, https://doi.org/10.1162/rest.90.3.414).
+Rows about the same person are not independent, so clusters (persons) are drawn with replacement. A resample is a vector
+of weights, how often each row was drawn; clusters differ in size, so every mean is a ratio of weighted sums
+(pairs cluster bootstrap: Cameron, Gelbach and Miller, 2008, https://doi.org/10.1162/rest.90.3.414).
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from ofmu_ray.metrics.functions import FloatArray
 Clusters = NDArray[Any] | None
 """The cluster of each row [rows]; None: every row is its own."""
 
-_BLOCK_ELEMENTS = 1 << 22  # resampled values held at once (32 MiB of float64)
+_BLOCK_ELEMENTS = 1 << 22  # resampled values in memory at once (32 MiB of float64)
 
 
 @dataclass(frozen=True)
 class MetricValue:
-    """A number with its 95 % interval and the rows behind it; or no number, and the reason.
+    """A number with its 95 % interval and number of rows; or no number, and the reason.
 
-    A number without an interval also has a reason. `clusters`: how many were drawn, of the sets that have them.
+    A number without an interval also has a reason. `clusters`: number of clusters drawn, in the sets that have them.
     """
 
     value: float | None
@@ -44,18 +44,18 @@ class MetricValue:
         return cls(value=None, reason=reason)
 
     def to_json(self) -> dict[str, float | int | str | None]:
-        """`{"value", "low", "high", "n"}` and, where they are not None, "clusters" and "reason"; or `{"value": None,
+        """`{"value", "low", "high", "n"}` plus "clusters" and "reason" if not None; or `{"value": None,
         "reason"}`."""
         if self.value is None:
             return {"value": None, "reason": self.reason}
-        found = {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
+        fields = {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
         more = {"clusters": self.clusters, "reason": self.reason}
-        return found | {name: extra for name, extra in more.items() if extra is not None}
+        return fields | {name: extra for name, extra in more.items() if extra is not None}
 
 
 @dataclass(frozen=True)
 class ResampledValue:
-    """A number and what it is in each resample [samples]; no resamples where a set is one row or one cluster."""
+    """A number and its value in each resample [samples]; no resamples if a set has one row or one cluster."""
 
     value: float
     resampled: FloatArray | None
@@ -67,12 +67,12 @@ class ResampledValue:
             reason = "no interval: a set of one row or one cluster cannot be resampled"
             return MetricValue(self.value, n=self.n, clusters=self.clusters, reason=reason)
         low, high = (float(bound) for bound in np.nanpercentile(self.resampled, [2.5, 97.5]))
-        # resampling biases the KS statistic upwards: the interval is widened to hold the figure itself
+        # resampling biases the KS statistic upwards: the interval is widened to contain the value
         return MetricValue(self.value, min(low, self.value), max(high, self.value), self.n, clusters=self.clusters)
 
 
 def mean_figure(values: FloatArray, *, samples: int, seed: int, name: str, clusters: Clusters = None) -> MetricValue:
-    """Mean over rows. `name` separates the random streams of the figures that share a seed."""
+    """Mean over rows. `name` separates the random streams of metrics that share a seed."""
 
     def mean(weights: FloatArray) -> FloatArray:
         return np.asarray(weights @ values / weights.sum(axis=1))
@@ -88,14 +88,14 @@ def utility_estimate(
     name: str,
     clusters: Mapping[str, Clusters] | None = None,
 ) -> ResampledValue:
-    """Model utility: the sets' rows are resampled independently, a row's three values together.
+    """Model utility: the sets' rows are resampled independently, a row's three values jointly.
 
     `sets` maps a set to its three columns [rows] (NaN: the row lacks this value); n counts the rows of all sets.
     """
     stacked = [np.stack(columns, axis=1) for columns in sets.values()]  # [rows, 3] each
 
     def utility(*weights: FloatArray) -> FloatArray:
-        with np.errstate(invalid="ignore"):  # a resample without any row that has the value: NaN, left out
+        with np.errstate(invalid="ignore"):  # NaN if no row of a resample has the value; skipped
             means = [
                 (draws @ np.nan_to_num(values)) / (draws @ ~np.isnan(values))
                 for draws, values in zip(weights, stacked, strict=True)
@@ -108,7 +108,7 @@ def utility_estimate(
 
 
 def utility_figure(sets: Mapping[str, Sequence[FloatArray]], *, samples: int, seed: int, name: str) -> MetricValue:
-    """`utility_estimate` of independent rows as a figure."""
+    """`utility_estimate` of independent rows as a `MetricValue`."""
     return utility_estimate(sets, samples=samples, seed=seed, name=name).figure()
 
 
@@ -117,7 +117,7 @@ def forget_quality_estimates(
 ) -> list[ResampledValue]:
     """[p-value, statistic] of forget quality over the same forget rows of two models [rows], [rows].
 
-    A resample draws rows, and with each row both models' ratios: the models answered the same questions.
+    A resample draws rows, each with both models' ratios: the models answered the same questions.
     """
     known: dict[tuple[float, int], float] = {}
 
@@ -134,7 +134,7 @@ def forget_quality_estimates(
 def forget_quality_figures(
     ratio: FloatArray, retrained_ratio: FloatArray, *, samples: int, seed: int, name: str, clusters: Clusters = None
 ) -> tuple[MetricValue, MetricValue]:
-    """`forget_quality_estimates` as figures."""
+    """`forget_quality_estimates` as `MetricValue`s."""
     p_value, statistic = forget_quality_estimates(
         ratio, retrained_ratio, samples=samples, seed=seed, name=name, clusters=clusters
     )
@@ -171,7 +171,7 @@ def privleak_figure(
     name: str,
     clusters: tuple[Clusters, Clusters] = (None, None),
 ) -> MetricValue:
-    """PrivLeak of (forget, holdout) scores, of the same rows by both models; a row's two scores stay together."""
+    """PrivLeak of (forget, holdout) scores, of the same rows by both models; a row's two scores are drawn together."""
     auc, reference = membership.attack_auc(*model), membership.attack_auc(*retrained)
     if reference == 1.0:
         return MetricValue.absent("the retrained model's AUC is 1: PrivLeak divides by its distance from 1")
@@ -187,7 +187,7 @@ def privleak_figure(
 
 
 def variance_figure(estimates: Sequence[ResampledValue]) -> MetricValue:
-    """Sample variance of the same figure over probes; needs two of them. n counts probes, the interval is over rows."""
+    """Sample variance of a metric over probes; needs at least two. n counts probes, the interval is over rows."""
     if len(estimates) < 2:
         return MetricValue.absent("a variance needs two probes")
     value = float(np.var([estimate.value for estimate in estimates], ddof=1))
@@ -199,8 +199,7 @@ def variance_figure(estimates: Sequence[ResampledValue]) -> MetricValue:
 def over_seeds(values: Sequence[float]) -> MetricValue:
     """Mean over seeds with its 95 % interval from Student's t; n counts seeds.
 
-    The interval assumes that the seeds' values are roughly normal. One seed has no interval, and none no figure; both
-    with the reason.
+    The interval assumes roughly normal values. One seed gives no interval, none no value; both state the reason.
     """
     if not len(values):
         return MetricValue.absent("no seeds")
@@ -224,7 +223,7 @@ def resampled_estimates(
     seed: int,
     name: str,
 ) -> list[ResampledValue]:
-    """The values with their resamples; `statistic` makes [draws] or [values, draws] of the weights of each set."""
+    """The values with their resamples; `statistic` maps the weights of each set to [draws] or [values, draws]."""
     n = sum(rows for rows, _ in sets)
     places = [np.arange(rows) if labels is None else _numbered(labels) for rows, labels in sets]
     units = [int(place.max()) + 1 for place in places]
@@ -248,9 +247,9 @@ def _numbered(labels: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def _resamples(n: int, samples: int, rng: np.random.Generator, width: int = 0) -> Iterator[NDArray[np.int64]]:
-    """Numbers below n drawn with replacement, [draws, n] in blocks of bounded memory; `samples` draws in all.
+    """Numbers below n drawn with replacement, [draws, n] in blocks of bounded memory; `samples` draws in total.
 
-    `width`: values held per draw, where they are more than n.
+    `width`: values per draw in memory, if more than n.
     """
     block = max(1, _BLOCK_ELEMENTS // max(n, width, 1))
     for start in range(0, samples, block):
@@ -258,13 +257,13 @@ def _resamples(n: int, samples: int, rng: np.random.Generator, width: int = 0) -
 
 
 def _counts(draws: NDArray[np.int64], n: int) -> FloatArray:
-    """How often each number below n stands in each draw. [draws, drawn] -> [draws, n]."""
+    """How often each number below n occurs in each draw. [draws, drawn] -> [draws, n]."""
     places = draws + n * np.arange(len(draws))[:, None]
     return np.bincount(places.ravel(), minlength=n * len(draws)).reshape(len(draws), n).astype(np.float64)
 
 
 def _ks_statistics(a: FloatArray, b: FloatArray, weights: FloatArray) -> FloatArray:
-    """Kolmogorov-Smirnov statistics of two columns whose rows are weighted alike. [rows] x 2, [draws, rows] -> [draws].
+    """Kolmogorov-Smirnov statistics of two columns with the same row weights. [rows] x 2, [draws, rows] -> [draws].
 
     The distribution functions of all draws are cumulative counts over the pooled sorted values.
     """

@@ -1,14 +1,14 @@
-"""Paired tests between methods that were run on the same rows with the same seeds.
+"""Paired tests between methods run on the same rows with the same seeds.
 
-Two things make a method's figure uncertain: which rows were asked, and what the training seed did. Rows are resampled
-(whole clusters where they have them), with the same draw for every method, seed and the retrained reference, so that
-what rows have in common cancels. Seeds are too few to resample: where they dominate, resampling three of them calls one
-in six equal pairs different at the 5 % level (in simulation, with the variance corrected). Their variance is that of
-the paired differences instead, and both parts go into one t statistic with Satterthwaite's degrees of freedom (1946,
-https://doi.org/10.2307/3002019): one in nineteen with three seeds, but still one in nine with two.
+A method's score varies with the evaluated rows and with the training seed. Rows (or clusters of rows) are resampled
+with the same draw for all methods, seeds and the retrained reference, so shared row effects cancel. Seeds are too few
+to resample: where they dominate, resampling three of them calls one in six equal pairs different at the 5 % level (in
+simulation, with the variance corrected). Their variance is that of the paired differences instead, and both parts go
+into one t statistic with Satterthwaite's degrees of freedom (1946, https://doi.org/10.2307/3002019): one in nineteen
+with three seeds, but still one in nine with two.
 
-The tests are between all pairs of methods, corrected by Holm's procedure (1979, https://www.jstor.org/stable/4615733),
-of which those with the best method are read: which one is best was chosen from the same data.
+All pairs of methods are tested, with Holm's correction (1979, https://www.jstor.org/stable/4615733), and only the tests
+against the best method are reported: the best method was chosen from the same data.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ Result = Literal["best", "not significantly worse", "worse", "below the utility 
 
 
 def tested() -> list[str]:
-    """Metrics that can be computed from the rows, and hence tested. Forget quality stands for its KS statistic here:
-    p-values are not differences of anything."""
+    """Metrics that can be computed from rows, and hence tested. Forget quality means its KS statistic here, as
+    differences of p-values mean nothing."""
     return [one.name for one in metrics() if one.paired is not None]
 
 
-# ------------------------------------------------------------------------------------------------- figures of draws
+# ------------------------------------------------------------------------------------------------------ resamples
 
 
 @dataclass(frozen=True)
 class ResampledRun:
-    """A figure of one run, and what it is in each resample of the rows."""
+    """A metric of one run, and its value in each resample of the rows."""
 
     value: float
     resampled: FloatArray
-    """[samples], or [0] where the rows are not known or cannot be resampled."""
+    """[samples], or [0] if the rows are unknown or cannot be resampled."""
     units: int = 0
-    """Rows, or clusters of rows, that were drawn (of the smallest set)."""
+    """Number of rows or clusters drawn (in the smallest set)."""
 
     def interval(self) -> tuple[float, float] | None:
-        """95 % percentile interval over rows, widened to hold the value; None without resamples."""
+        """95 % percentile interval over rows, widened to contain the value; None without resamples."""
         if not len(self.resampled):
             return None
         low, high = (float(bound) for bound in np.nanpercentile(self.resampled, [2.5, 97.5]))
@@ -60,7 +60,7 @@ class ResampledRun:
 
 @dataclass(frozen=True)
 class SetWeights:
-    """How often each row of a set stands in each resample."""
+    """How often each row of a set occurs in each resample."""
 
     rows: list[int]
     """The rows' `index`, in the order of the weights."""
@@ -70,10 +70,10 @@ class SetWeights:
 
 
 class Resamples:
-    """The resamples of a split: one draw of rows, shared by everything that is compared on it.
+    """The resamples of a split: one draw of rows, shared by all comparisons on it.
 
     `reference`: per-row table (set, index, cluster and value columns) of any model on the split; every other table must
-    hold the same rows. Sets are drawn independently.
+    contain the same rows. Sets are drawn independently.
     """
 
     def __init__(self, reference: pa.Table, *, samples: int = 1000, seed: int = 0) -> None:
@@ -90,7 +90,7 @@ class Resamples:
                 self.sets[name] = SetWeights(rows["index"].to_pylist(), weights, units)
 
     def figure(self, name: str, table: pa.Table, retrained: pa.Table | None) -> ResampledRun | str:
-        """The metric of a model from its per-row table; or why it cannot be computed."""
+        """The metric of a model from its per-row table, or why it cannot be computed."""
         declared = metric(name)
         if declared.paired == "distance":
             return self._distance(table, retrained)
@@ -99,18 +99,18 @@ class Resamples:
             reasons = [part for part in parts if isinstance(part, str)]
             if reasons:
                 return reasons[0]
-            # sets of one row or cluster are not resampled, and then the utility is not
-            found = [part for part in parts if isinstance(part, np.ndarray)]
-            samples = min(len(part) for part in found)
-            utility = np.asarray(functions.model_utility(np.stack([part[:samples] for part in found], axis=-1)))
+            # sets of one row or cluster are not resampled, and then neither is the utility
+            means = [part for part in parts if isinstance(part, np.ndarray)]
+            samples = min(len(part) for part in means)
+            utility = np.asarray(functions.model_utility(np.stack([part[:samples] for part in means], axis=-1)))
             return _draws(utility, min(self.sets[part].units for part in UTILITY_SETS))
         assert declared.paired == "mean", f"{name} has no paired test"
         assert declared.set is not None
-        means = self._mean(declared, table)
-        return means if isinstance(means, str) else _draws(means, self.sets[declared.set].units)
+        mean = self._mean(declared, table)
+        return mean if isinstance(mean, str) else _draws(mean, self.sets[declared.set].units)
 
     def score(self, name: str, table: pa.Table, retrained: pa.Table | None) -> ResampledRun | str:
-        """`turned` figure of a model, so that higher is better; or why it cannot be computed."""
+        """The `turned` metric of a model, so that higher is better, or why it cannot be computed."""
         draws = self.figure(name, table, retrained)
         declared = metric(name)
         needs_aim = declared.forgetting and declared.paired != "distance" and retrained is not None
@@ -121,18 +121,18 @@ class Resamples:
         if part not in self.sets or not rows.num_rows:
             return f"no {part} rows"
         if rows["index"].to_pylist() != self.sets[part].rows:
-            return f"other {part} rows than the rest of the split"
+            return f"its {part} rows differ from the rest of the split"
         return values(rows, part)
 
     def _mean(self, declared: Metric, table: pa.Table) -> FloatArray | str:
-        """Mean over rows in the data and in each resample, [1 + samples]; rows without the value are left out."""
+        """Mean over rows in the data and in each resample, [1 + samples]; rows without the value are skipped."""
         assert declared.set is not None
         assert declared.values is not None
         values = self._values(declared.values, declared.set, table)
         if isinstance(values, str):
             return values
         weights = self.sets[declared.set].weights
-        with np.errstate(invalid="ignore"):  # a resample without any row that has the value: NaN
+        with np.errstate(invalid="ignore"):  # NaN if no row of a resample has the value
             return np.asarray((weights @ np.nan_to_num(values)) / (weights @ ~np.isnan(values)))
 
     def _distance(self, table: pa.Table, retrained: pa.Table | None) -> ResampledRun | str:
@@ -153,8 +153,8 @@ class Resamples:
 
 
 def turned(name: str, draws: ResampledRun | str, retrained: ResampledRun | str) -> ResampledRun | str:
-    """The metric turned so that higher is better, by its declaration: 1 minus a KS distance or what is better low,
-    minus the distance to the retrained model's for what should match it. A reason in place of either stays a reason."""
+    """The metric, turned so that higher is better, by its declaration: 1 minus a KS distance or what is better low;
+    minus the distance to the retrained model's value for what should match it. A reason is passed on."""
     declared = metric(name)
     if isinstance(draws, str):
         return draws
@@ -190,16 +190,16 @@ class PairedTest:
 
     difference: float
     low: float | None
-    """95 % interval of the difference, not corrected for the number of tests; None where it cannot be had."""
+    """95 % interval of the difference, not corrected for the number of tests; None if unknown."""
     high: float | None
     p_value: float | None
     seeds: int
     covers: str
-    """What the interval and the p-value cover: rows and seeds, rows only, seeds only, or nothing."""
+    """Sources of variation in the interval and the p-value: rows and seeds, rows only, seeds only, or nothing."""
 
 
 def paired_test(a: Mapping[int, ResampledRun], b: Mapping[int, ResampledRun]) -> PairedTest | None:
-    """Seed -> score of two methods, resampled by the same draws; over the seeds that both have (None: no such seed)."""
+    """Compare two methods (seed -> score, from the same draws) over their common seeds; None: no common seed."""
     from scipy.stats import t
 
     seeds = sorted(a.keys() & b.keys())
@@ -230,7 +230,7 @@ def paired_test(a: Mapping[int, ResampledRun], b: Mapping[int, ResampledRun]) ->
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values, in the order given: below 0.05 in them keeps the chance of any false claim there."""
+    """Holm's adjusted p-values, in the given order: testing them at 0.05 bounds the chance of any false claim by it."""
     adjusted = [0.0] * len(p_values)
     largest = 0.0
     for rank, index in enumerate(np.argsort(p_values, kind="stable")):
@@ -241,45 +241,45 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a split's table says about a method in one figure."""
+    """Verdict on a method for one metric of a split's table."""
 
     result: Result
     test: PairedTest | None = None
-    """Of the best method against this one (the difference is how much better the best is)."""
+    """The best method against this one (a positive difference: the best is better)."""
     p_adjusted: float | None = None
 
 
 def verdicts(
     scores: Mapping[str, Mapping[int, ResampledRun]], barred: Mapping[str, Result] | None = None, level: float = 0.05
 ) -> dict[str, Verdict]:
-    """Method -> (seed -> score, higher is better) -> who is best, and who is not significantly worse than it.
+    """Method -> (seed -> score, higher is better) -> its verdict against the best method.
 
-    `barred`: methods that cannot be best in this figure, and why; they are not compared.
+    `barred`: methods that cannot be best in this metric, and why; they are not compared.
     """
     barred = barred or {}
-    found = {method: Verdict(barred[method]) for method in scores if method in barred}
+    results = {method: Verdict(barred[method]) for method in scores if method in barred}
     means = {
         method: float(np.mean([draws.value for draws in seeds.values()]))
         for method, seeds in scores.items()
         if method not in barred and seeds
     }
     if not means:
-        return found
+        return results
     tests = {(one, two): paired_test(scores[one], scores[two]) for one, two in combinations(means, 2)}
     p_values = {pair: test.p_value for pair, test in tests.items() if test is not None and test.p_value is not None}
     adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
     best = max(means, key=lambda method: means[method])
-    found[best] = Verdict("best")
+    results[best] = Verdict("best")
     for method in means.keys() - {best}:
         pair = (best, method) if (best, method) in tests else (method, best)
         test, p_value = tests[pair], adjusted.get(pair)
         if test is not None and pair[0] != best:
             test = _reversed(test)
         if p_value is None:
-            found[method] = Verdict("not tested", test)
+            results[method] = Verdict("not tested", test)
         else:
-            found[method] = Verdict("worse" if p_value < level else "not significantly worse", test, p_value)
-    return {method: found[method] for method in scores if method in found}
+            results[method] = Verdict("worse" if p_value < level else "not significantly worse", test, p_value)
+    return {method: results[method] for method in scores if method in results}
 
 
 def _reversed(test: PairedTest) -> PairedTest:

@@ -1,7 +1,7 @@
-"""Hard in-scope probes: is what was forgotten gone in other words, in another language, in combination too?
+"""Hard in-scope probes: is the forgotten content also gone in other words, in another language, in combination?
 
 A probe is a pair of evaluation sets, `<probe>_forget` and `<probe>_retain`: questions about the forget rows' facts, and
-of the same kind about what is to stay. Both models, unlearned and retrained, answer them.
+of the same kind about content to keep. Both the unlearned and the retrained model answer them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ VARIANCES = ("probes_forget_quality_variance", "probes_utility_variance")
 
 
 def probe_names(table: pa.Table) -> list[str]:
-    """The probes that the table has a `<probe>_forget` or `<probe>_retain` set of, in its order."""
+    """The probes with a `<probe>_forget` or `<probe>_retain` set in the table, in its order."""
     sets = dict.fromkeys(table["set"].to_pylist())
     halves = [(name, name.rpartition("_")) for name in sets]
     return list(dict.fromkeys(probe for _, (probe, _, half) in halves if probe and half in ("forget", "retain")))
@@ -33,30 +33,30 @@ def probe_names(table: pa.Table) -> list[str]:
 def probe_figures(inputs: Inputs) -> dict[str, MetricValue]:
     """Per probe `<probe>_forget_quality`, `<probe>_ks_statistic` and `<probe>_utility`; then their VARIANCES.
 
-    Forget quality: as the main figure, of the probe's forget rows; truth ratios start from the answer itself where a
-    row has no paraphrase. Utility: harmonic mean of probability, ROUGE-L recall and truth ratio of the probe's retain
-    rows. Variances are over the probes that have the figure. Empty without probes.
+    Forget quality: as the main metric, on the probe's forget rows; truth ratios use the answer itself if a row has no
+    paraphrase. Utility: harmonic mean of probability, ROUGE-L recall and truth ratio of the probe's retain rows.
+    Variances are over the probes with a value. Empty without probes.
     """
     table, retrained, samples, seed = inputs.table, inputs.retrained, inputs.samples, inputs.seed
-    figures: dict[str, MetricValue] = {}
+    result: dict[str, MetricValue] = {}
     qualities: list[ResampledValue] = []
     utilities: list[ResampledValue] = []
     names = probe_names(table)
     for probe in names:
-        found = NEEDS_RETRAINED if retrained is None else _quality(table, retrained, probe, samples, seed)
-        if isinstance(found, str):
-            figures[f"{probe}_forget_quality"] = figures[f"{probe}_ks_statistic"] = MetricValue.absent(found)
+        quality = NEEDS_RETRAINED if retrained is None else _quality(table, retrained, probe, samples, seed)
+        if isinstance(quality, str):
+            result[f"{probe}_forget_quality"] = result[f"{probe}_ks_statistic"] = MetricValue.absent(quality)
         else:
-            figures[f"{probe}_forget_quality"], figures[f"{probe}_ks_statistic"] = (each.figure() for each in found)
-            qualities.append(found[0])
+            result[f"{probe}_forget_quality"], result[f"{probe}_ks_statistic"] = (each.figure() for each in quality)
+            qualities.append(quality[0])
         utility = _utility(table, probe, samples, seed)
-        figures[f"{probe}_utility"] = MetricValue.absent(utility) if isinstance(utility, str) else utility.figure()
+        result[f"{probe}_utility"] = MetricValue.absent(utility) if isinstance(utility, str) else utility.figure()
         utilities += [] if isinstance(utility, str) else [utility]
     if names:
         lacking = retrained is None
-        figures[VARIANCES[0]] = MetricValue.absent(NEEDS_RETRAINED) if lacking else variance_figure(qualities)
-        figures[VARIANCES[1]] = variance_figure(utilities)
-    return figures
+        result[VARIANCES[0]] = MetricValue.absent(NEEDS_RETRAINED) if lacking else variance_figure(qualities)
+        result[VARIANCES[1]] = variance_figure(utilities)
+    return result
 
 
 def _quality(table: pa.Table, retrained: pa.Table, probe: str, samples: int, seed: int) -> list[ResampledValue] | str:

@@ -1,4 +1,4 @@
-"""ROUGE-L recall with the words and stems of rouge_score, whose numbers the published TOFU results are."""
+"""ROUGE-L recall with the words and stems of rouge_score, as in the published TOFU results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _stemmer() -> Any:
 
 
 class _CachedStemmer:
-    """The stemmer that rouge_score uses; texts repeat their words, and a stem costs more than the rest of the score."""
+    """The stemmer that rouge_score uses; cached, as words repeat and stemming costs more than the rest of the score."""
 
     @staticmethod
     @lru_cache(maxsize=1 << 16)
@@ -33,7 +33,7 @@ def _words(text: str) -> tuple[str, ...]:
 def rouge_l_recall(references: Sequence[str], generated: Sequence[str]) -> list[float]:
     """Longest common subsequence of words / words of the reference, per pair, in [0, 1].
 
-    Words are lower-cased runs of a-z and 0-9, those longer than three letters are Porter-stemmed. A text without such
+    Words are lower-cased runs of a-z and 0-9; those longer than three letters are Porter-stemmed. A text without such
     words (another script) scores 0. Equal to rouge_score's `rougeL` with `use_stemmer=True`.
     """
     return [_recall(_words(reference), _words(text)) for reference, text in zip(references, generated, strict=True)]
@@ -46,7 +46,7 @@ def _recall(reference: tuple[str, ...], generated: tuple[str, ...]) -> float:
 def common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
     """Length of the longest common subsequence, one row of the table per machine operation (Hyyrö 2004).
 
-    Bit i of `row` is 0 where the table's row grows between columns i and i + 1.
+    Bit i of `row` is 0 if the table's row grows between columns i and i + 1.
     """
     places: dict[str, int] = {}
     for place, word in enumerate(first):

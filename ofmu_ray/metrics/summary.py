@@ -1,4 +1,4 @@
-"""From per-row values to the metrics of `metrics.json`: the one path that every reported number takes."""
+"""From per-row values to the metrics of `metrics.json`: the single path of all reported numbers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def summarise(
 ) -> dict[str, MetricValue]:
     """All metrics of one model from its per-row values, as `evaluate_model` returns them.
 
-    `retrained`: the same of the model trained without the forget rows; metrics that need it are absent without it. A
-    metric whose inputs are missing or not finite is absent with the reason. Which there are: `registry.metrics`; those
-    of memorisation, generations, membership (set `holdout`) and probes (sets `<probe>_forget` and `<probe>_retain`) are
-    listed where their set has rows.
+    `retrained`: per-row values of the model trained without the forget rows; without it, metrics that need it are
+    absent. A metric whose inputs are missing or not finite is absent with the reason. All metrics: `registry.metrics`;
+    those of memorisation, generations, membership (set `holdout`) and probes (sets `<probe>_forget` and
+    `<probe>_retain`) are listed only if their set has rows.
     """
     return compute(Inputs(table, retrained, bootstrap_samples, seed))

@@ -14,10 +14,10 @@ from ofmu_ray.metrics.intervals import MetricValue, forget_quality_figures, util
 from ofmu_ray.metrics.registry import Inputs, Metric, metric, register
 
 SETS = {"forget": "Forget", "retain": "Retain", "real_authors": "Real authors", "world_facts": "World facts"}
-"""Set -> in words."""
+"""Set -> label."""
 UTILITY_SETS = tuple(SETS)[1:]
 SCORES = {"probability": "probability", "rouge": "ROUGE-L recall", "truth_ratio": "truth ratio"}
-"""Scores of every set -> in words."""
+"""Score of every set -> label."""
 
 
 def probability(rows: pa.Table, name: str) -> FloatArray | str:
@@ -29,17 +29,17 @@ def rouge(rows: pa.Table, name: str) -> FloatArray | str:
 
 
 def truth_ratio(rows: pa.Table, name: str) -> FloatArray | str:
-    """As a score: near 1 on forget rows, right answers likelier than wrong ones elsewhere."""
-    found = finite(rows, name, "truth_ratio")
-    if isinstance(found, str):
-        return found
-    return functions.closer_to_1(found) if name == "forget" else functions.true_better(found)
+    """As a score: closeness to 1 on forget rows; elsewhere, how much likelier right answers are than wrong ones."""
+    ratios = finite(rows, name, "truth_ratio")
+    if isinstance(ratios, str):
+        return ratios
+    return functions.closer_to_1(ratios) if name == "forget" else functions.true_better(ratios)
 
 
 def quality(inputs: Inputs) -> Mapping[str, MetricValue]:
     """forget_quality and ks_statistic, of the forget rows' truth ratios against the retrained model's."""
-    found = _quality(inputs)
-    both = (MetricValue.absent(found), MetricValue.absent(found)) if isinstance(found, str) else found
+    result = _quality(inputs)
+    both = (MetricValue.absent(result), MetricValue.absent(result)) if isinstance(result, str) else result
     return dict(zip(("forget_quality", "ks_statistic"), both, strict=True))
 
 
@@ -49,10 +49,10 @@ def _quality(inputs: Inputs) -> tuple[MetricValue, MetricValue] | str:
     ratios: list[FloatArray] = []
     rows = [inputs.rows("forget"), rows_of(inputs.retrained, "forget")]
     for whose, those in zip(("", "retrained model: "), rows, strict=True):
-        found = finite(those, "forget", "truth_ratio") if those.num_rows else "no forget rows were evaluated"
-        if isinstance(found, str):
-            return whose + found
-        ratios.append(found)
+        values = finite(those, "forget", "truth_ratio") if those.num_rows else "no forget rows were evaluated"
+        if isinstance(values, str):
+            return whose + values
+        ratios.append(values)
     if not same_rows(*rows):
         return "the retrained model was evaluated on other forget rows"
     both = ~np.isnan(ratios[0]) & ~np.isnan(ratios[1])
@@ -64,13 +64,13 @@ def _quality(inputs: Inputs) -> tuple[MetricValue, MetricValue] | str:
 
 
 def utility(inputs: Inputs) -> Mapping[str, MetricValue]:
-    """model_utility: harmonic mean of nine scores on what is to stay."""
+    """model_utility: harmonic mean of nine scores on content to keep."""
     columns = {part: [inputs.values(metric(f"{part}_{score}")) for score in SCORES] for part in UTILITY_SETS}
-    reasons = [found for scores in columns.values() for found in scores if isinstance(found, str)]
+    reasons = [column for scores in columns.values() for column in scores if isinstance(column, str)]
     if reasons:
-        reason = f"model utility needs all of its nine components: {'; '.join(dict.fromkeys(reasons))}"
+        reason = f"model utility needs all nine components: {'; '.join(dict.fromkeys(reasons))}"
         return {"model_utility": MetricValue.absent(reason)}
-    sets = {part: [found for found in scores if not isinstance(found, str)] for part, scores in columns.items()}
+    sets = {part: [column for column in scores if not isinstance(column, str)] for part, scores in columns.items()}
     clusters = {part: clusters_of(inputs.rows(part)) for part in UTILITY_SETS}
     return {"model_utility": utility_estimate(sets, name="model_utility", clusters=clusters, **inputs.options).figure()}
 

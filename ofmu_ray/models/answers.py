@@ -1,5 +1,5 @@
-"""The one forward over answers: the output head runs at the labelled tokens only. Training, features, evaluation and
-attacks share it."""
+"""The forward pass over answers: the output head runs at labelled tokens only. Shared by training, features,
+evaluation and attacks."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ class Answers(NamedTuple):
     """What a model predicts at the labelled tokens of a micro-batch, row after row."""
 
     logits_tv: torch.Tensor
-    """[tokens, vocabulary], at least fp32: what the position before each labelled token says."""
+    """[tokens, vocabulary], at least fp32: the predictions of each labelled token, from the position before it."""
     labels_t: torch.Tensor
     """int64 [tokens]."""
     rows_t: torch.Tensor
-    """int64 [tokens], row of each token."""
+    """int64 [tokens], the row of each token."""
     rows: int
 
 
 def logits_at(
     module: torch.nn.Module, batch: Mapping[str, Any], positions: torch.Tensor, prefix: str = ""
 ) -> torch.Tensor:
-    """Run the model with its output head at some positions only: logits [selected, vocabulary], at least fp32.
+    """Run the model with its output head at selected positions only: logits [selected, vocabulary], at least fp32.
 
-    `batch`: input_ids and, unless padding stands where no selected position looks, attention_mask (each under `prefix`
-    + its name), int64 [rows, positions], and position_ids where they are not the usual ones; `positions`: bool of the
-    same shape. The head's cost, and the size of logits and of their gradient, follow the selection.
+    `batch`: input_ids and attention_mask (names prefixed by `prefix`), int64 [rows, positions], and position_ids if not
+    the default ones. The mask is optional if no selected position attends to padding. `positions`: bool of the same
+    shape. The cost of the head and the size of the logits and their gradient scale with the selection.
     """
     ids, mask = batch[f"{prefix}input_ids"], batch.get(f"{prefix}attention_mask")
     options = {"logits_to_keep": positions} if _selects(unwrapped(module).__class__) else {}
@@ -53,8 +53,7 @@ def answers(
 ) -> Answers:
     """Run the model and select its predictions of the labelled tokens.
 
-    `batch` as in `logits_at`, with labels (`labels`, if given, in their place): int64 [rows, positions], -100 where
-    there is no loss.
+    `batch` as in `logits_at`, plus labels: int64 [rows, positions], -100 means no loss. `labels` overrides them.
     """
     labels = (batch[f"{prefix}labels"] if labels is None else labels)[:, 1:]
     labelled = labels != IGNORED
@@ -63,7 +62,7 @@ def answers(
 
 
 def answer_logits(model: Any, texts: Sequence[Text]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Logits [n, vocabulary] that predict the answers' tokens, those tokens [n], and how many each text has."""
+    """Logits [n, vocabulary] that predict the answers' tokens, these tokens [n], and their number per text."""
     device = model.get_input_embeddings().weight.device
     ids_bt = right_padded(texts)
     labels_bt = torch.full(ids_bt.shape, IGNORED)
@@ -76,7 +75,7 @@ def answer_logits(model: Any, texts: Sequence[Text]) -> tuple[torch.Tensor, torc
 
 
 def right_padded(texts: Sequence[Text]) -> torch.Tensor:
-    """Token ids, int64 [texts, longest]. No attention mask is needed: no token of a causal model looks to its right."""
+    """Token ids, int64 [texts, longest]. No attention mask is needed: causal models do not attend to the right."""
     ids_bt = torch.zeros(len(texts), max(len(ids) for ids, _ in texts), dtype=torch.long)
     for row, (ids, _) in enumerate(texts):
         ids_bt[row, : len(ids)] = torch.as_tensor(ids)
@@ -98,5 +97,5 @@ def unwrapped(module: Any) -> Any:
 
 @functools.cache
 def _selects(model: Any) -> bool:
-    """Whether models of this class take the positions that their head is to run at, as most of transformers' do."""
+    """Whether models of this class can restrict their head to positions, like most in transformers."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -1,4 +1,4 @@
-"""What can be found out about a language model without loading its weights."""
+"""Checks of a language model that do not load its weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ofmu_ray.models.source import model_source
 
 
 def check_model(config: ModelConfig, option: str = "model.path") -> Any:
-    """Load configuration and tokenizer and look into the weights' headers; returns the tokenizer.
+    """Load configuration and tokenizer, and check the weights' headers; returns the tokenizer.
 
     Raises:
         UserError: no such folder, no weights, unreadable weights, no tokenizer, or a tokenizer without EOS.
@@ -21,7 +21,7 @@ def check_model(config: ModelConfig, option: str = "model.path") -> Any:
 
     try:
         path = model_source(config.path, option)
-    except StorageError as error:  # nothing has started: the user's to correct
+    except StorageError as error:  # before the start this is the user's mistake
         raise UserError(str(error)) from None
     if Path(path).is_dir():
         _check_weights(Path(path), option, config.trust_remote_code)
@@ -32,7 +32,7 @@ def check_model(config: ModelConfig, option: str = "model.path") -> Any:
 
 
 def placed(config: ModelConfig) -> ModelConfig:
-    """The same model for a worker, whose working directory is another: local folders as absolute paths."""
+    """The same model with local folders as absolute paths, as workers have another working directory."""
 
     def absolute(path: str | None) -> str | None:
         return str(Path(path).absolute()) if path is not None and Path(path).is_dir() else path

@@ -1,4 +1,4 @@
-"""A small Llama with seeded random weights, and a vocabulary learned from the rows it will be fitted to."""
+"""A small Llama with seeded random weights, and a vocabulary learned from its training rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ofmu_ray.storage import PathLike, atomic_dir
 
 
 def write_initial_model(folder: PathLike, config: TrainConfig) -> None:
-    """Write a Hugging Face directory with configuration, weights and tokenizer; the same seed gives the same bytes.
+    """Write a Hugging Face directory with configuration, weights and tokenizer; deterministic for a seed.
 
     Raises:
         UserError: the rows or the tokenizer cannot be read.
@@ -38,9 +38,9 @@ def write_initial_model(folder: PathLike, config: TrainConfig) -> None:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    with atomic_dir(folder) as beside:
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
+    with atomic_dir(folder) as staging:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
 
 
 def _tokenizer(config: TrainConfig) -> Any:
@@ -54,7 +54,7 @@ def _tokenizer(config: TrainConfig) -> Any:
     form = config.data.format
     pieces = sources.fragments(config.data.train, config.data.root, stream="train", option="data.train")
     rows = (row for piece in pieces for _, row in sources.read(piece, [form.question, form.answer]))
-    # rows that cannot be read or lack a cell are refused, with their number, when the data is prepared
+    # data preparation refuses unreadable and incomplete rows, with their numbers
     texts = (
         form.prompt_template.replace("{question}", str(row[form.question])) + " " + str(row[form.answer])
         for row in rows

@@ -23,8 +23,8 @@ _DROPOUT_NUMBERS = ("attention_dropout", "attn_dropout", "hidden_dropout", "drop
 def load_causal_lm(config: ModelConfig) -> tuple[torch.nn.Module, Any]:
     """The model and its tokenizer, ready for an engine: dropout off, frozen parts frozen, adapters added.
 
-    The weights are fp32, or bf16 for precision bf16. Raises UserError, naming model.path and the cause, when
-    something does not load, when an expression of model.freeze matches nothing, and when nothing is left to train.
+    The weights are fp32, or bf16 for precision bf16. Raises UserError with model.path and the cause if something does
+    not load, if an expression of model.freeze matches nothing, or if no parameter is left to train.
     """
     module = pretrained(config.path, **_options(config))
     tokenizer = load_tokenizer(config)
@@ -32,7 +32,7 @@ def load_causal_lm(config: ModelConfig) -> tuple[torch.nn.Module, Any]:
 
 
 def _options(config: ModelConfig) -> dict[str, Any]:
-    """What transformers is told about a model to be trained."""
+    """Options for transformers to load a model for training."""
     return {
         "dtype": torch.bfloat16 if config.precision == "bf16" else torch.float32,
         "attn_implementation": config.attention,
@@ -51,10 +51,10 @@ def _ready(module: torch.nn.Module, config: ModelConfig) -> torch.nn.Module:
 
 
 def pretrained(path: str, option: str = "model.path", **options: Any) -> Any:
-    """A causal language model from its safetensors, by transformers with these options; no bar is drawn.
+    """Load a causal language model from safetensors, with these options of transformers and without a progress bar.
 
     Raises:
-        UserError: it does not load; names `option`.
+        UserError: loading failed; names `option`.
     """
     import transformers
 
@@ -65,7 +65,7 @@ def pretrained(path: str, option: str = "model.path", **options: Any) -> Any:
             )
     except UserError:
         raise
-    except Exception as error:  # a broken directory shows as any of OSError, KeyError, ValueError, SafetensorError
+    except Exception as error:  # a broken directory may raise OSError, KeyError, ValueError, SafetensorError
         raise UserError(
             f"{option} = {path!r} does not load: {_one_line(error)}. It must be a Hugging Face model directory or hub "
             "name of a causal language model with safetensors weights"
@@ -74,7 +74,7 @@ def pretrained(path: str, option: str = "model.path", **options: Any) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the bar that transformers draws for each model that it loads or saves."""
+    """Hide the progress bars of transformers for loading and saving."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -90,7 +90,7 @@ def read_config(path: str, option: str = "model.path", *, trust_remote_code: boo
     """A model's configuration (transformers), without its weights.
 
     Raises:
-        UserError: there is none that loads; names `option`.
+        UserError: it does not load; names `option`.
     """
     import transformers
 
@@ -103,9 +103,9 @@ def read_config(path: str, option: str = "model.path", *, trust_remote_code: boo
 
 
 def empty_model(shape: Any, config: ModelConfig, device: str = "meta") -> torch.nn.Module:
-    """The model with adapters, frozen parts and checkpointing as the engine gets it, on `device`.
+    """The model with adapters, frozen parts and checkpointing as passed to the engine, on `device`.
 
-    `shape`: of `read_config`. On the meta device it holds no storage; elsewhere its weights are random.
+    `shape`: from `read_config`. On the meta device it has no storage; elsewhere its weights are random.
     """
     import transformers
 
@@ -114,10 +114,10 @@ def empty_model(shape: Any, config: ModelConfig, device: str = "meta") -> torch.
 
 
 def load_tokenizer(config: ModelConfig, option: str | None = None) -> Any:
-    """The tokenizer of model.tokenizer, or the model's own; padding on the right, with a pad token.
+    """The tokenizer of model.tokenizer, else the model's; padding on the right, with a pad token.
 
     Raises:
-        UserError: it does not load, or has no end-of-sequence token; names `option`, or the one that it comes from.
+        UserError: it does not load, or has no end-of-sequence token; names `option`, or its source.
     """
     import transformers
 
@@ -130,9 +130,9 @@ def load_tokenizer(config: ModelConfig, option: str | None = None) -> Any:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{option} = {path!r} has no tokenizer that loads: {_one_line(error)}") from error
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes an empty one of a bare config
-        raise UserError(f"{option} = {path!r} has no tokenizer files: name a directory that has, with model.tokenizer")
+        raise UserError(f"{option} = {path!r} has no usable tokenizer: {_one_line(error)}") from error
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # without files, transformers makes an empty one
+        raise UserError(f"{option} = {path!r} has no tokenizer files: set model.tokenizer to a directory with them")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{option} = {path!r}: its tokenizer has no end-of-sequence token; add eos_token to it")
     if tokenizer.pad_token_id is None:
@@ -147,7 +147,7 @@ def _one_line(error: Exception) -> str:
 
 
 def add_lora(module: torch.nn.Module, lora: LoraConfig) -> torch.nn.Module:
-    """The model with low-rank adapters (fp32 when the weights are); only they train."""
+    """The model with low-rank adapters (fp32 if the weights are); only they are trained."""
     import peft
 
     try:
@@ -168,13 +168,13 @@ def add_lora(module: torch.nn.Module, lora: LoraConfig) -> torch.nn.Module:
 
 
 def freeze_matching(module: torch.nn.Module, expressions: Sequence[str]) -> None:
-    """Stop the training of every parameter whose name matches one of the regular expressions (re.search)."""
+    """Freeze every parameter whose name matches one of the regular expressions (re.search)."""
     names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
     for expression in expressions:
         try:
             pattern = re.compile(expression)
         except re.error as error:
-            raise UserError(f"model.freeze: {expression!r} is no regular expression: {error}") from error
+            raise UserError(f"model.freeze: {expression!r} is not a regular expression: {error}") from error
         if not any(pattern.search(name) for name in names):
             raise UserError(f"model.freeze: {expression!r} matches no parameter; names look like {names[0]!r}")
         for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -185,7 +185,7 @@ def freeze_matching(module: torch.nn.Module, expressions: Sequence[str]) -> None
 
 
 def disable_dropout(module: torch.nn.Module) -> None:
-    """Set every dropout probability to 0, also those that attention layers keep as a plain number."""
+    """Set every dropout probability to 0, including those that attention layers keep as plain numbers."""
     for part in module.modules():
         if isinstance(part, torch.nn.modules.dropout._DropoutNd):
             part.p = 0.0
@@ -208,8 +208,8 @@ def _enable_checkpointing(module: Any, config: ModelConfig) -> None:
 def exported_weights(module: torch.nn.Module, gathered: Gathered, *, keep: bool) -> dict[str, torch.Tensor] | None:
     """State dict in host memory, parameter by parameter through `gathered`; None unless `keep`.
 
-    LoRA adapters are merged into the weights that they adapt, under the base model's names. Tied parameters stay one
-    tensor under their several names. Collective when `gathered` is.
+    LoRA adapters are merged into their weights, under the base model's names. Tied parameters remain one tensor under
+    several names. Collective if `gathered` is.
     """
     weights: dict[str, torch.Tensor] = {}
     copies: dict[int, torch.Tensor] = {}
@@ -256,15 +256,15 @@ def _base_name(name: str) -> str:
 
 
 def copy_with(module: Any, weights: Mapping[str, torch.Tensor]) -> torch.nn.Module:
-    """A model with these weights, where the module is: the module itself may be sharded, in bf16 or wrapped (LoRA)."""
+    """A model with these weights on the module's device; the module itself may be sharded, bf16 or wrapped (LoRA)."""
     from transformers import AutoModelForCausalLM
 
     base = unwrapped(module)
     device = next(module.parameters()).device
     dtype = torch.float32 if device.type == "cpu" else next(iter(weights.values())).dtype
-    with torch.random.fork_rng(), device:  # initial weights, soon overwritten, must not move the run's generator
+    with torch.random.fork_rng(), device:  # the initial weights must not advance the run's generator
         model: Any = AutoModelForCausalLM.from_config(base.config, dtype=dtype)
-    unexpected = model.load_state_dict(weights, strict=False).unexpected_keys  # tied weights stand there once
+    unexpected = model.load_state_dict(weights, strict=False).unexpected_keys  # tied weights occur once
     assert not unexpected, f"weights that the model's configuration does not have: {unexpected[:3]}"
     model.tie_weights()
     copied: torch.nn.Module = model.eval()

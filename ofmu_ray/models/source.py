@@ -1,4 +1,4 @@
-"""Where a model is: built in, a folder, a URI or a name on the hub; and what tells it from others."""
+"""Locations of models: built in, a folder, a URI or a name on the hub; and fingerprints of their content."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _MODEL_FILES = ("*.safetensors", "config.json", "generation_config.json", "*.py"
 
 
 def model_source(path: str, option: str = "model.path") -> str:
-    """A model's path as transformers takes it on this machine: a URI's content is fetched (once), a hub name stays.
+    """A model's path for transformers on this machine: a URI's content is fetched (once), a hub name is kept.
 
     Raises:
-        UserError: nothing whole lies at the URI; it names `option`.
+        UserError: the URI has no complete model; names `option`.
     """
     return str(fetched(path, option)) if is_uri(path) else resolve_builtin(path)
 
 
 def weights_folder(model: str) -> Path:
-    """The model's folder on this machine; what a hub name or a URI stands for is fetched once and kept.
+    """The model's folder on this machine; hub names and URIs are fetched once and cached.
 
-    Raises UserError when there is neither, or when it holds no safetensors weights or no config.json.
+    Raises UserError if there is no such model, or if it has no safetensors weights or no config.json.
     """
     folder = fetched(model, "model") if is_uri(model) else Path(model)
     if not folder.is_dir():
@@ -34,18 +34,18 @@ def weights_folder(model: str) -> Path:
             folder = Path(snapshot_download(model, allow_patterns=list(_MODEL_FILES)))
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{model} is neither a model directory nor a model the hub serves ({type(error).__name__})"
+                f"{model} is neither a model directory nor a model on the hub ({type(error).__name__})"
             ) from None
     if not any(folder.glob("*.safetensors")) or not (folder / "config.json").is_file():
         raise UserError(
-            f"{model} is no model directory: it needs config.json and weights as *.safetensors "
+            f"{model} is not a model directory: it needs config.json and weights as *.safetensors "
             "(convert others with save_pretrained)"
         )
     return folder
 
 
 def model_fingerprint(folder: Path) -> str:
-    """Hex digest of the model's weights and configuration by content; the folder's name does not matter."""
+    """Hex digest of the content of the model's weights and configuration, independent of the folder."""
     paths = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
     digest = hashlib.sha256()
     for path in paths:

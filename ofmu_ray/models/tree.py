@@ -1,7 +1,7 @@
-"""All texts of a row in one sequence: a tree of tokens in which the prompt and every common beginning stand once.
+"""All texts of a row in one sequence: a tree of tokens that contains the prompt and every common prefix once.
 
-Each token has its position and sees the tokens on its own path from the root, by a 4-D attention mask (tree attention,
-as in speculative decoding: SpecInfer, arXiv 2305.09781).
+Each token has its position and attends to its path from the root, through a 4-D attention mask (tree attention, as in
+speculative decoding: SpecInfer, arXiv 2305.09781).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ofmu_ray.models.answers import Text, answer_logits, logits_at
 class Tree:
     """The texts of a row. Node 0 is the first token of the prompt, which all texts share; nodes follow in text order.
 
-    The last token of a text is no node: nothing is predicted from it.
+    The last token of a text is not a node: nothing is predicted from it.
     """
 
     prompt: int
@@ -31,24 +31,24 @@ class Tree:
     depths: list[int]
     """Position of each node in its text."""
     branches: dict[tuple[int, int], int]
-    """(node, next token) -> node, where a text leaves those before it; otherwise a node is followed by the next one."""
+    """(node, next token) -> node, where a text branches off; otherwise the next node follows."""
     ends: set[int]
-    """Nodes that the next one does not follow."""
+    """Nodes not followed by the next one."""
     paths: list[list[int]]
     """Per text, the nodes of its answer."""
     fresh: list[int]
-    """Per text, how many nodes at the end of its path no earlier text has."""
+    """Per text, the number of nodes at the end of its path that are new."""
     answers: list[list[int]]
     """Per text, the tokens of its answer."""
 
     def child(self, node: int, token: int) -> int | None:
-        """The node of this token after a node."""
+        """The node for this token after `node`."""
         if node not in self.ends and self.tokens[node + 1] == token:
             return node + 1
         return self.branches.get((node, token))
 
     def predictors(self, text: int) -> list[int]:
-        """The node from which each token of the text's answer is predicted."""
+        """The nodes that predict the tokens of the text's answer."""
         return [self.prompt - 1, *self.paths[text]]
 
 
@@ -79,10 +79,9 @@ def tree_of(texts: Sequence[Text]) -> Tree:
 
 
 def takes_trees(model: Any) -> bool:
-    """Whether the model's forward of a tree gives the logits of its texts: looked up, then tried on two small trees.
+    """Whether the model's forward pass over a tree gives the logits of its texts: inspected, then tried on two trees.
 
-    It needs positions as an argument and plain caches (no sliding windows, no recurrent states), and must heed a mask
-    of its caller's.
+    The model must accept positions and custom masks, and use plain caches (no sliding windows, no recurrent states).
     """
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False
@@ -94,19 +93,19 @@ def takes_trees(model: Any) -> bool:
         for ids, prompt in (([3, 5, 7, 11, 13, 2], 2), ([3, 5, 7, 11, 17, 2], 2), ([19, 23, 2], 1))
     ]
     try:
-        found = tree_logits(model, [tree_of(texts[:2]), tree_of(texts[2:])]).double()
+        actual = tree_logits(model, [tree_of(texts[:2]), tree_of(texts[2:])]).double()
     except (ValueError, RuntimeError):  # flash attention has no masks
         return False
     with torch.inference_mode():
         alone = [answer_logits(model, [text])[0] for text in texts]
     expected = torch.cat([alone[0], alone[1][-1:], alone[2]]).double()
     tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2
-    return bool((found - expected).norm() <= tolerance * expected.norm())
+    return bool((actual - expected).norm() <= tolerance * expected.norm())
 
 
 @torch.inference_mode()
 def tree_logits(model: Any, trees: Sequence[Tree]) -> torch.Tensor:
-    """Logits of every node from the prompts' last ones on, tree by tree, [nodes, vocabulary], in one forward."""
+    """Logits of all nodes from the prompts' last on, tree by tree, [nodes, vocabulary], in one forward pass."""
     weight = model.get_input_embeddings().weight
     shape = len(trees), max(len(tree.tokens) for tree in trees)
     ids_bt, depths_bt, predicts_bt = (np.zeros(shape, dtype=kind) for kind in (np.int64, np.int64, bool))

@@ -1,4 +1,4 @@
-"""What this machine's CPU takes: a pass is measured on models of one and two layers and extended to all of them."""
+"""Time on this machine's CPU: passes are measured on models of one and two layers and extrapolated to all layers."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from ofmu_ray.planning.shapes import micro_batch
 
 REPEATS = 3
 LARGEST_VECTOR = 16_000_000
-"""Elements of the vectors that arithmetic is measured on, at most."""
+"""Maximum elements of the vectors in arithmetic measurements."""
 
 
 def calibrated_time(
     planner: Planner, estimate: Requirements, link: Link, clock: Callable[[], float] = time.perf_counter
 ) -> RoundTime:
-    """Seconds of a round of `estimate`, from measurements here with the number of threads that torch is set to.
+    """Seconds of a round of `estimate`, measured on this machine with torch's current number of threads.
 
-    `clock`: time.process_time counts what other processes on a busy machine do not disturb.
+    `clock`: time.process_time is not affected by other processes on a busy machine.
 
-    Raises UserError for a model whose configuration does not say how many layers it has.
+    Raises UserError if the model's configuration does not give the number of layers.
     """
     layers = _layers(planner.shape)
     passes = 0.0
@@ -49,14 +49,14 @@ def calibrated_time(
 def _layers(shape: Any) -> int:
     layers = getattr(shape.get_text_config(), "num_hidden_layers", None)
     if not layers:
-        raise UserError("plan.calibrate: the model's configuration has no num_hidden_layers; plan without it")
+        raise UserError("plan.calibrate: the model's configuration has no num_hidden_layers; turn calibration off")
     return int(layers)
 
 
 def _pass_seconds(
     planner: Planner, estimate: Requirements, stream: str, layers: int, clock: Callable[[], float]
 ) -> float:
-    """Forward and backward of one micro-batch of mean length on a model of that many layers with random weights."""
+    """Forward and backward pass of a micro-batch on a model with `layers` layers and random weights."""
     shape = copy.deepcopy(planner.shape)
     text = shape.get_text_config()
     text.num_hidden_layers = layers
@@ -68,7 +68,7 @@ def _pass_seconds(
     tokens = max(2, round(rows.longest))
     micro = micro_batch(shape, setup.micro_batch_size, tokens, min(round(rows.prompt), tokens - 1))
     mask = torch.ones_like(micro["labels"])
-    mask[0, -1] = 0  # batches have padding as a rule, and the attention kernel is another without
+    mask[0, -1] = 0  # batches usually have padding, which selects another attention kernel
     micro["attention_mask"] = mask
     return _seconds(lambda: _run(module, micro), clock)
 
@@ -81,7 +81,7 @@ def _run(module: torch.nn.Module, micro: Any) -> None:
 
 
 def _vector_seconds(planner: Planner, estimate: Requirements, clock: Callable[[], float]) -> float:
-    """A round of the method minus its passes, on a model of one vector."""
+    """A round of the method without its passes, on a model that is one vector."""
     layout, sizes = estimate.layout, estimate.sizes
     shard = sizes.trainable if layout.zero_stage == 0 else -(-sizes.trainable // layout.workers)
     elements = min(shard, LARGEST_VECTOR)
@@ -92,12 +92,12 @@ def _vector_seconds(planner: Planner, estimate: Requirements, clock: Callable[[]
     method = build_method(planner.method, planner.training.rounds)
     counts = method.batches_per_round()
     batches = [[None] * counts.get(stream, 0) for stream in ("forget", "retain")]
-    method.round(engine, iter(batches[0]), iter(batches[1]))  # the first makes the moments
+    method.round(engine, iter(batches[0]), iter(batches[1]))  # the first round creates the moments
     return _seconds(lambda: method.round(engine, iter(batches[0]), iter(batches[1])), clock) * shard / elements
 
 
 class _Arithmetic(TorchEngine):
-    """The engine whose gradients are given: what is left of a round is linear algebra, steps and displacements."""
+    """An engine with fixed gradients: only linear algebra, steps and displacements of a round remain."""
 
     def __init__(self, module: torch.nn.Module, *, inner: OptimizerConfig, outer: OptimizerConfig):
         super().__init__(module, inner=inner, outer=outer)
@@ -110,9 +110,9 @@ class _Arithmetic(TorchEngine):
 
 def _seconds(action: Callable[[], Any], clock: Callable[[], float]) -> float:
     action()
-    found = []
+    times = []
     for _ in range(REPEATS):
         started = clock()
         action()
-        found.append(clock() - started)
-    return median(found)
+        times.append(clock() - started)
+    return median(times)

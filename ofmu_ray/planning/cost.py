@@ -1,4 +1,4 @@
-"""Time and communication of a round. The communication model is also that of benchmarks/scaling.py."""
+"""Time and communication of a round. benchmarks/scaling.py uses the same communication model."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Link:
     """Latency of one message."""
 
 
-# Nominal data rates (1 byte = 8 bits; nvlink: 4th generation, 450 GB/s per direction) and usual latencies; collectives
-# reach about 80 % of them, which Traffic.seconds takes into account
+# Nominal data rates (1 byte = 8 bits; nvlink: 4th generation, 450 GB/s per direction) and typical latencies;
+# collectives reach about 80 % of the rates (REACHED)
 LINKS: dict[str, Link] = {
     "nvlink": Link(450e9, 5e-6),
     "infiniband-400g": Link(50e9, 5e-6),
@@ -34,23 +34,23 @@ REACHED = 0.8
 
 @dataclass(frozen=True)
 class Device:
-    """What computes."""
+    """A compute device."""
 
     flops: float
-    """FLOP/s that matrix products of the run's precision reach."""
+    """Achieved FLOP/s of matrix products in the run's precision."""
     bytes_per_second: float
     operation_seconds: float
-    """Least time of one operation (kernel launch, dispatch)."""
+    """Minimum time of one operation (kernel launch, dispatch)."""
 
 
 @dataclass(frozen=True)
 class GPU:
-    """A data sheet: dense FLOP/s without sparsity."""
+    """Data sheet values: dense FLOP/s, without sparsity."""
 
     memory: int
     bf16: float
     fp32: float
-    """Outside tensor cores: torch's default for fp32 matrix products."""
+    """Without tensor cores: torch's default for fp32 matrix products."""
     bytes_per_second: float
 
     def device(self, precision: str, efficiency: float) -> Device:
@@ -70,7 +70,7 @@ GPUS: dict[str, GPU] = {
 
 @dataclass(frozen=True)
 class Traffic:
-    """Collectives of one rank: how many, and how many bytes of tensor each kind carries."""
+    """Collectives of one rank: their number, and the tensor bytes of each kind."""
 
     all_reduce: float = 0.0
     reduce_scatter: float = 0.0
@@ -85,7 +85,7 @@ class Traffic:
                        round(self.calls * count))  # fmt: skip
 
     def sent_bytes(self, workers: int) -> float:
-        """What a rank sends in ring collectives (and receives): an all-reduce is a reduce-scatter and an all-gather."""
+        """Bytes a rank sends (and receives) in ring collectives; all-reduce: reduce-scatter plus all-gather."""
         share = (workers - 1) / workers
         return share * (2 * self.all_reduce + self.reduce_scatter + self.all_gather)
 
@@ -97,15 +97,15 @@ class Traffic:
 
 
 def pass_traffic(layout: Layout, sizes: Sizes) -> Traffic:
-    """Of one gradient pass."""
+    """Traffic of one gradient pass."""
     micro, w = layout.micro_batches, layout.weight_bytes
     sums = Traffic(all_reduce=3 * 8, calls=1)  # loss, count, tokens
     if layout.zero_stage == 0:
         return sums + Traffic(all_reduce=sizes.trainable * FULL, calls=1)
-    # DeepSpeed reduces stage 2's buckets to their owners by all-reduces (use_multi_rank_bucket_allreduce, its default)
+    # DeepSpeed reduces stage 2's buckets by all-reduces (use_multi_rank_bucket_allreduce, its default)
     if layout.zero_stage < 3:
         return sums + Traffic(all_reduce=sizes.trainable * FULL, calls=1).times(micro)
-    # weights are gathered in forward and again in backward unless they fit among the live parameters
+    # weights are gathered in forward, and again in backward unless they fit the live parameters
     gathers = 1 if sizes.total <= LIVE_PARAMETERS else 2
     gathered = gathers * (sizes.total - sizes.persistent) * w
     reduced = Traffic(reduce_scatter=sizes.trainable * FULL, all_gather=gathered, calls=1 + 2 * gathers)
@@ -113,7 +113,7 @@ def pass_traffic(layout: Layout, sizes: Sizes) -> Traffic:
 
 
 def round_traffic(layout: Layout, sizes: Sizes, done: Round) -> Traffic:
-    """Of one round: passes, new weights after every displacement and step, inner products."""
+    """Traffic of one round: passes, new weights after every displacement and step, inner products."""
     total = pass_traffic(layout, sizes).times(len(done.passes))
     if layout.zero_stage:
         renewed = sizes.persistent if layout.zero_stage == 3 else sizes.trainable
@@ -132,12 +132,12 @@ class RoundTime:
 
     @property
     def total(self) -> float:
-        """Communication is not taken to overlap with computation: gradients are reduced after backward."""
+        """Assumes no overlap of communication and computation: gradients are reduced after backward."""
         return self.passes + self.vectors + self.communication
 
 
 def pass_seconds(trace: PassTrace, device: Device) -> float:
-    """A micro-batch by a roofline: products at their rate, everything else at the memory's, launches at theirs."""
+    """Roofline time of a micro-batch: compute plus memory traffic, at least the kernel launches."""
     return max(trace.flops / device.flops + trace.bytes_moved / device.bytes_per_second,
                trace.operations * device.operation_seconds)  # fmt: skip
 
@@ -149,5 +149,5 @@ def vector_seconds(layout: Layout, sizes: Sizes, done: Round, bytes_per_second: 
 
 
 def flops_as_reported(sizes: Sizes, tokens: float) -> float:
-    """What the run's account will say: 6 x parameters x tokens."""
+    """FLOPs as the run reports them: 6 x parameters x tokens."""
     return 6.0 * sizes.total * tokens

@@ -1,7 +1,7 @@
 """Peak memory of one rank by component, for a parallel layout.
 
-Sizes follow from the engine (engines/shards.py, zero_shards.py) and from DeepSpeed's ZeRO as deepspeed_config sets it
-up; tests/test_plan.py holds them against the measured peak of real processes.
+Sizes follow from the engine (engines/shards.py, zero_shards.py) and from DeepSpeed's ZeRO as set up by
+deepspeed_config; tests/test_plan.py compares them with the measured peak of real processes.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from ofmu_ray.planning.replay import LiveVectors, ReplayedPass, Round
 from ofmu_ray.planning.trace import PassTrace
 
 FULL = 4
-"""Bytes of an element of masters, moments and vectors."""
-# DeepSpeed's defaults, which deepspeed_config leaves (deepspeed/runtime/zero/config.py), in elements
+"""Bytes per element of masters, moments and vectors."""
+# DeepSpeed's defaults in elements (deepspeed/runtime/zero/config.py), unchanged by deepspeed_config
 REDUCE_BUCKET = 500_000_000
 PREFETCH_BUCKET = 50_000_000
 LIVE_PARAMETERS = 1_000_000_000
@@ -23,10 +23,10 @@ LIVE_PARAMETERS = 1_000_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a model lies on the ranks."""
+    """How a model is distributed over the ranks."""
 
     zero_stage: int
-    """0 also for the single-process engine."""
+    """0 for the single-process engine as well."""
     workers: int
     device: Literal["cpu", "cuda"]
     precision: str = "fp32"
@@ -37,7 +37,7 @@ class Layout:
 
     @property
     def weight_bytes(self) -> int:
-        """Of an element of the weights that forward passes read."""
+        """Bytes per element of the weights in forward passes."""
         return 2 if self.precision == "bf16" else FULL
 
 
@@ -48,18 +48,18 @@ class Sizes:
     total: int
     trainable: int
     largest: int
-    """Of its largest parameter."""
+    """Elements of the largest parameter."""
     persistent: int = 0
-    """Of parameters so small that stage 3 keeps them whole."""
+    """Elements of parameters so small that stage 3 does not shard them."""
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The moment of highest memory of one rank."""
+    """The moment of peak memory on a rank."""
 
     phase: str
     components: Mapping[str, int] = field(default_factory=dict)
-    """Bytes by component; none is counted twice."""
+    """Bytes by component, without double counting."""
 
     @property
     def bytes(self) -> int:
@@ -75,31 +75,31 @@ Traces = Mapping[int, PassTrace]
 
 
 def peaks(layout: Layout, sizes: Sizes, done: Round, traces: Traces, base: int = 0) -> dict[str, Peak]:
-    """The highest moment of a round, of a checkpoint and of the export; `base`: bytes of the process before all that.
+    """The peaks of a round, a checkpoint and the export; `base`: bytes of the process before all that.
 
-    A checkpoint copies masters and moments to host memory, the export all weights (rank 0): on CUDA that is not the
-    device's memory, and both phases are left out.
+    A checkpoint copies masters and moments to host memory, the export all weights (rank 0). On CUDA this is not device
+    memory, and both phases are skipped.
     """
     parts = _Parts(layout, sizes, base)
     moments = [parts.between(done.peak)]
     for index, replayed in enumerate(done.passes):
         moments += parts.during(replayed, traces[index])
-    found = {"round": max(moments, key=lambda peak: peak.bytes)}
+    phases = {"round": max(moments, key=lambda peak: peak.bytes)}
     if layout.device == "cpu":
         rest = LiveVectors(0, done.peak.saved, done.peak.moments)
         shard = parts.vector
         copies = {"copies for the checkpoint": int((1 + rest.moments) * shard)}
-        found["checkpoint"] = Peak("checkpoint", {**parts.resident(rest), **copies})
-        found["export"] = Peak("export", {**parts.resident(rest), "copy of the weights": sizes.total * FULL})
-    return found
+        phases["checkpoint"] = Peak("checkpoint", {**parts.resident(rest), **copies})
+        phases["export"] = Peak("export", {**parts.resident(rest), "copy of the weights": sizes.total * FULL})
+    return phases
 
 
-def highest(found: Mapping[str, Peak]) -> Peak:
-    return max(found.values(), key=lambda peak: peak.bytes)
+def highest(phases: Mapping[str, Peak]) -> Peak:
+    return max(phases.values(), key=lambda peak: peak.bytes)
 
 
 class _Parts:
-    """Components of one rank."""
+    """Memory components of a rank."""
 
     def __init__(self, layout: Layout, sizes: Sizes, base: int):
         self.layout, self.sizes, self.base = layout, sizes, base
@@ -107,49 +107,49 @@ class _Parts:
         self.vector = self.shard * FULL
         """Bytes of one vector."""
 
-    def resident(self, held: LiveVectors) -> dict[str, int]:
-        """What stays between passes."""
+    def resident(self, live: LiveVectors) -> dict[str, int]:
+        """Memory that stays between passes."""
         layout, sizes, w = self.layout, self.sizes, self.layout.weight_bytes
         own = {"process": self.base}
         if layout.zero_stage == 0:
             own["weights"] = sizes.total * w
             own["gradients"] = sizes.trainable * (w + (FULL if w < FULL else 0))
-            own["master weights"] = sizes.trainable * FULL if w < FULL else 0  # else they are the weights
+            own["master weights"] = sizes.trainable * FULL if w < FULL else 0  # otherwise the weights
         else:
             sharded = layout.zero_stage == 3
             own["weights"] = -(-sizes.total // layout.workers) * w if sharded else sizes.total * w
             own["master weights"] = self.vector
             own["gradients"] = self.vector if sharded else 0
-            # stage 2 lets go of its bucket after a pass, stage 3 keeps it
+            # stage 2 frees its bucket after a pass, stage 3 keeps it
             own["gradient bucket"] = self._bucket() if sharded else 0
         offloaded = layout.offload and layout.device == "cuda"
-        own["moments"] = 0 if offloaded else int(held.moments * self.vector)
-        own["saved weights"] = int(held.saved * self.vector)
-        own["vectors"] = int(held.vectors * self.vector)
+        own["moments"] = 0 if offloaded else int(live.moments * self.vector)
+        own["saved weights"] = int(live.saved * self.vector)
+        own["vectors"] = int(live.vectors * self.vector)
         return own
 
     def _bucket(self) -> int:
         element = FULL if self.layout.zero_stage == 3 else self.layout.weight_bytes
-        # on a CPU, memory that is allocated and never written does not count
+        # on a CPU, allocated memory that is never written does not count
         elements = REDUCE_BUCKET if self.layout.device == "cuda" else min(REDUCE_BUCKET, self.sizes.trainable)
         return elements * element
 
-    def between(self, held: LiveVectors) -> Peak:
-        """Linear algebra; with offload, the moments of the loop that steps are on the device."""
-        components = self.resident(held)
+    def between(self, live: LiveVectors) -> Peak:
+        """Linear algebra; with offload, the moments of the stepping loop are on the device."""
+        components = self.resident(live)
         if self.layout.offload and self.layout.device == "cuda":
-            components["moments"] = int(held.moments / 2 * self.vector)
+            components["moments"] = int(live.moments / 2 * self.vector)
         return Peak("vectors", components)
 
     def during(self, replayed: ReplayedPass, trace: PassTrace) -> Iterable[Peak]:
-        """Moments of one pass: the end of forward, every moment of backward, and the sum that it makes."""
-        layout, held = self.layout, replayed.held
-        start = self.resident(held)
+        """Peaks in a pass: the end of forward, points in backward, and the gradient sum."""
+        layout, live = self.layout, replayed.live
+        start = self.resident(live)
         if layout.zero_stage == 0:
             yield Peak("pass", {**start, "activations": trace.peak_bytes})
             yield Peak("pass", {**start, "vectors": start["vectors"] + self.vector})
             return
-        # later micro-batches add to a sum that is there already
+        # later micro-batches add to an existing sum
         sums = self.vector if layout.micro_batches > 1 else 0
         start["vectors"] += sums
         if layout.zero_stage == 3:
@@ -162,12 +162,12 @@ class _Parts:
             written = layout.weight_bytes * moment.gradients_done
             bucket = min(written, self._bucket()) if layout.device == "cpu" else self._bucket()
             yield Peak("backward", {**start, "gradient bucket": bucket, "activations": moment.activation_bytes})
-        # when all gradients are in the bucket: this rank's averages, and room for one more shard while they are made
+        # with all gradients in the bucket: this rank's averages, and one more shard while they are computed
         yield Peak("reduction", {**start, "gradient bucket": self._bucket(), "gradients": 2 * self.vector})
 
     def _gathered(self) -> int:
-        """Whole parameters during a pass of stage 3, and the buffer that the last of them were gathered in."""
+        """Full parameters during a pass of stage 3, and the buffer of the last gather."""
         sizes = self.sizes
-        whole = min(sizes.total, LIVE_PARAMETERS + PREFETCH_BUCKET)
+        gathered = min(sizes.total, LIVE_PARAMETERS + PREFETCH_BUCKET)
         buffer = min(sizes.total, PREFETCH_BUCKET + sizes.largest) if self.layout.workers > 1 else 0
-        return (whole + buffer) * self.layout.weight_bytes
+        return (gathered + buffer) * self.layout.weight_bytes

@@ -14,7 +14,7 @@ from ofmu_ray.errors import UserError
 def planned(config: PlanConfig) -> dict[str, Any]:
     """The plan as plain values (bytes, seconds, FLOPs).
 
-    Raises UserError when nothing fits plan.gpu_memory, or a configuration cannot be planned.
+    Raises UserError if nothing fits plan.gpu_memory, or if the configuration cannot be planned.
     """
     from ofmu_ray.models.loading import read_config
     from ofmu_ray.planning.cost import GPUS
@@ -26,7 +26,7 @@ def planned(config: PlanConfig) -> dict[str, Any]:
     cuda = gpu is not None or options.gpu_memory is not None or training.gpus_per_worker > 0
     proposing = gpu is not None or options.gpu_memory is not None
     if options.calibrate and cuda:
-        raise UserError("plan.calibrate measures this machine's CPU: leave out plan.gpu and plan.gpu_memory")
+        raise UserError("plan.calibrate measures this machine's CPU: remove plan.gpu and plan.gpu_memory")
     rows = _rows(config)
     shape = read_config(config.model.path, trust_remote_code=config.model.trust_remote_code)
     planner = Planner(
@@ -35,7 +35,7 @@ def planned(config: PlanConfig) -> dict[str, Any]:
     )  # fmt: skip
     workers = options.gpus or training.workers
     name, link = link_of(options.link, workers, options.gpus_per_node, "cuda" if cuda else "cpu")
-    # without a stated GPU the order of set-ups is that on an A100; seconds are then not reported
+    # without a GPU, set-ups are ordered as on an A100, and no seconds are reported
     device = (gpu or GPUS["A100-80GB"]).device(config.model.precision, options.efficiency)
     if proposing:
         capacity = parsed_bytes(options.gpu_memory) if options.gpu_memory else gpu.memory if gpu else 0
@@ -43,11 +43,11 @@ def planned(config: PlanConfig) -> dict[str, Any]:
         estimate = propose(planner, Target(usable, workers, device, link))
     else:
         usable = None
-        # the configuration's own checks (a batch divides over workers and micro-batches) hold for plan.gpus too
+        # runs the configuration's checks (the batch divides over workers and micro-batches) for plan.gpus
         planner.training = dataclasses.replace(training, workers=workers)
         estimate = planner.estimate(planner.given())
     time = estimate.time(device, link) if gpu is not None else None
-    reason = None if time else "no plan.gpu is named, and plan.calibrate is off"
+    reason = None if time else "plan.gpu is not set and plan.calibrate is off"
     if options.calibrate:
         from ofmu_ray.planning.calibrate import calibrated_time
 
@@ -69,28 +69,28 @@ def _rows(config: PlanConfig) -> dict[str, Any]:
 
 
 def _counted(config: PlanConfig, stream: str, template: Any) -> Any:
-    """Tokens of the first rows of a stream."""
+    """Token counts from the first rows of a stream."""
     from ofmu_ray.data import sources
     from ofmu_ray.planning.setup import Rows
 
     data = config.data
-    found = []
+    texts = []
     fragments = sources.fragments(getattr(data, stream), data.root, stream=stream, option=f"data.{stream}")
     columns = [data.format.question, data.format.answer]
     every = (row for piece in fragments for _, row in sources.read(piece, columns))
     for row in itertools.islice(every, config.plan.sample_rows):
         if isinstance(row, dict) and all(isinstance(row.get(name), str) for name in columns):
-            found.append([row[name] for name in columns])
-    if not found:
-        raise UserError(f"data.{stream}: no row with columns {columns} to count tokens on; give --plan.row_tokens")
-    encoded = template.encode_rows([q for q, _ in found], [a for _, a in found])
+            texts.append([row[name] for name in columns])
+    if not texts:
+        raise UserError(f"data.{stream}: no row with columns {columns} to count tokens; set --plan.row_tokens")
+    encoded = template.encode_rows([q for q, _ in texts], [a for _, a in texts])
     lengths = [len(row.input_ids) for row in encoded]
     prompts = sum(row.prompt_tokens for row in encoded) / len(encoded)
     return Rows(max(lengths), sum(lengths) / len(lengths), prompts)
 
 
 def _process_bytes() -> int:
-    """Resident set of this process with everything that a worker imports."""
+    """Resident set of this process with all imports of a worker."""
     from ofmu_ray.engines.deepspeed_engine import import_deepspeed
 
     import_deepspeed()
@@ -115,7 +115,7 @@ def _described(
     return {
         "model": {"path": config.model.path, "parameters": estimate.sizes.total, "trainable": estimate.sizes.trainable},
         "method": config.method,
-        "rows": {stream: dataclasses.asdict(found) for stream, found in rows.items()},
+        "rows": {stream: dataclasses.asdict(counts) for stream, counts in rows.items()},
         "setup": {**dataclasses.asdict(setup), "micro_batches": estimate.layout.micro_batches},
         "options": setup.options(),
         "proposed": usable is not None,

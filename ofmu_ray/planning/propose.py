@@ -15,31 +15,31 @@ MOST_GPUS = 512
 
 @dataclass(frozen=True)
 class Target:
-    """What a proposal has to fit."""
+    """The constraints of a proposal."""
 
     memory: int
     """Usable bytes of one GPU."""
     gpus: int
     device: Device
-    """Orders the set-ups by time."""
+    """For ordering set-ups by time."""
     link: Link
 
 
 def propose(planner: Planner, target: Target) -> Requirements:
-    """The fastest set-up whose peak fits; all weights are trained if any such set-up fits, else LoRA adapters are.
+    """The fastest set-up that fits in memory; trains all weights if such a set-up fits, else LoRA adapters.
 
     Raises:
-        UserError: none fits; names the largest component of the smallest one and the nearest that would fit.
+        UserError: none fits; names the largest component of the smallest set-up, and the nearest set-up that would fit.
     """
     smallest: Requirements | None = None
     given = planner.given().lora
     for lora in [given] if given is not None else [None, LoraConfig()]:
-        found = [planner.estimate(setup) for setup in _setups(planner, target.gpus, lora)]
-        fitting = [estimate for estimate in found if estimate.peak.bytes <= target.memory]
+        estimates = [planner.estimate(setup) for setup in _setups(planner, target.gpus, lora)]
+        fitting = [estimate for estimate in estimates if estimate.peak.bytes <= target.memory]
         if fitting:
-            # what is equal in time: the set-up with less memory
+            # ties in time: the set-up with less memory
             return min(fitting, key=lambda e: (e.time(target.device, target.link).total, e.peak.bytes))
-        smallest = min([*found, *([smallest] if smallest else [])], key=lambda e: e.peak.bytes)
+        smallest = min([*estimates, *([smallest] if smallest else [])], key=lambda e: e.peak.bytes)
     assert smallest is not None
     raise _refusal(planner, target, smallest)
 
@@ -47,9 +47,7 @@ def propose(planner: Planner, target: Target) -> Requirements:
 def _setups(planner: Planner, gpus: int, lora: LoraConfig | None) -> Iterator[SetUp]:
     batch = planner.training.batch_size
     if batch % gpus:
-        raise UserError(
-            f"training.batch_size = {batch} does not divide over plan.gpus = {gpus}: make the batch a multiple of it"
-        )
+        raise UserError(f"training.batch_size = {batch} is not divisible by plan.gpus = {gpus}: make it a multiple")
     share = batch // gpus
     checkpointing = [False, True] if not planner.model.gradient_checkpointing else [True]
     engine = planner.training.engine

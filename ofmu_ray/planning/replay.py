@@ -1,4 +1,4 @@
-"""A method's rounds over vectors without storage: which passes it makes, with how many vectors alive."""
+"""Replays a method's rounds on vectors without storage: its passes, and the number of live vectors."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from ofmu_ray.models.answers import causal_lm_loss
 from ofmu_ray.planning.trace import Meter
 
 UNIT = 1 << 20
-"""Elements of a replayed vector: each stands for one whole vector, whatever the model's size."""
+"""Elements of a replayed vector, which represents a full vector of any model size."""
 
 
 @dataclass(frozen=True)
 class LiveVectors:
-    """What exists at a moment of a round, in vectors (fp32 copies of the trainable parameters)."""
+    """Live memory at a moment of a round, in vectors (fp32 copies of the trainable parameters)."""
 
     vectors: float
-    """The algorithm's own: gradients, directions, products."""
+    """Vectors of the algorithm: gradients, directions, products."""
     saved: float
     """The copy of theta that a displacement restores."""
     moments: float
-    """Of the optimisers of both loops."""
+    """Moments of both loops' optimisers."""
 
     @property
     def total(self) -> float:
@@ -43,34 +43,34 @@ class ReplayedPass:
     kind: Kind
     loss: Loss
     differenced: bool
-    held: LiveVectors
-    """Before the pass makes its own vector."""
+    live: LiveVectors
+    """Live vectors before the pass creates its own."""
     batch: Any = field(compare=False)
 
 
 @dataclass
 class Round:
-    """What a round after the first does: every optimiser has its moments, every room its size."""
+    """What a round after the first does, with all optimiser moments allocated."""
 
     passes: list[ReplayedPass] = field(default_factory=list)
     peak: LiveVectors = LiveVectors(0, 0, 0)
-    """Most vectors at any moment between passes."""
+    """Most live vectors at any moment between passes."""
     refreshes: int = 0
-    """How often forward passes get new weights: twice per displacement, once per step."""
+    """Updates of the forward weights: two per displacement, one per step."""
     steps: dict[str, int] = field(default_factory=dict)
     """Optimiser -> steps."""
     dots: int = 0
-    """Calls of dot, which are one all-reduce each."""
+    """Calls of dot, one all-reduce each."""
     products: int = 0
     """Inner products in them."""
     vector_bytes: float = 0.0
-    """Bytes that linear algebra, steps, displacements and dots read and write, for vectors of one byte."""
+    """Bytes read and written by linear algebra, steps, displacements and dots, for vectors of one byte."""
     fresh_bytes: float = 0.0
     """The same of new vectors."""
 
 
 class PlanSpace:
-    """The engine's verbs over meta vectors. Implements `engines.protocol.Engine` as far as methods use it."""
+    """The engine interface on meta vectors: the part of `engines.protocol.Engine` that methods use."""
 
     offers_exact = False
     device = torch.device("cpu")
@@ -83,16 +83,16 @@ class PlanSpace:
         self._optimizers: dict[Loop, OptimizerConfig] = dict(zip(("inner", "outer"), optimizers, strict=True))  # type: ignore[arg-type]
         self._moments: dict[Loop, int] = {"inner": 0, "outer": 0}
         self._saved = 0
-        self._moment = self._vector()  # made outside the meter: it is counted with the moments
+        self._moment = self._vector()  # created outside the meter: counted with the moments
         self._peak = 0.0
 
     @property
-    def held(self) -> LiveVectors:
+    def live(self) -> LiveVectors:
         return LiveVectors(self.meter.live / UNIT / 4, self._saved, sum(self._moments.values()))
 
     def _grown(self, live: int) -> None:
-        if self.held.total > self.round.peak.total:
-            self.round.peak = self.held
+        if self.live.total > self.round.peak.total:
+            self.round.peak = self.live
 
     def _vector(self) -> Vector:
         return [torch.empty(UNIT, device="meta")]
@@ -100,7 +100,7 @@ class PlanSpace:
     def gradient(
         self, batch: Any, loss: Loss | None = None, *, kind: Kind = "forget", differenced: bool = False, work: float = 1
     ) -> tuple[Vector, float]:
-        pass_ = ReplayedPass(kind, loss or self.loss_fn, differenced or self._displaced > 0, self.held, batch)
+        pass_ = ReplayedPass(kind, loss or self.loss_fn, differenced or self._displaced > 0, self.live, batch)
         self.round.passes.append(pass_)
         return self._vector(), 1.0
 
@@ -111,7 +111,7 @@ class PlanSpace:
         self._saved = 1
         self._grown(self.meter.live)
         self.round.refreshes += 2
-        self.round.vector_bytes += 4 * (3 + 2 + 1)  # start + step * vector, and back again; the copy now and then
+        self.round.vector_bytes += 4 * (3 + 2 + 1)  # start + step * vector and back; the occasional copy
         self._displaced += 1
         yield
         self._displaced -= 1
@@ -124,7 +124,7 @@ class PlanSpace:
         adam = config.name == "adamw"
         self._moments[loop] = 2 if adam else int(config.momentum > 0)
         if isinstance(config, SharedBaseConfig) and loop == "inner":
-            self._moments[loop] += 2  # the common ones
+            self._moments[loop] += 2  # the shared base
         self._grown(self.meter.live)
         self.round.refreshes += 1
         self.round.steps[config.name] = self.round.steps.get(config.name, 0) + 1
@@ -149,10 +149,10 @@ class PlanSpace:
         return self._vector()
 
     def set_learning_rate(self, loop: Loop, lr: float) -> None:
-        """Nothing: a rate costs nothing."""
+        """No cost."""
 
     def graph_gradient(self, *_: Any, **__: Any) -> Any:
-        raise UserError("ofmu.curvature = exact: memory and time of double backward are not planned; plan with "
+        raise UserError("ofmu.curvature = exact: memory and time of double backward cannot be planned; use "
                         "--ofmu.curvature finite_difference")  # fmt: skip
 
 
@@ -160,10 +160,10 @@ def replay(
     method: Method, module: torch.nn.Module, optimizers: tuple[OptimizerConfig, OptimizerConfig], precision: str,
     batches: Callable[[str], Mapping[str, Any]],
 ) -> Round:  # fmt: skip
-    """The second round of `method`, with as many vectors alive as in the first, which may measure steps.
+    """The second round of `method`, with as many live vectors as the first, which may measure steps.
 
-    `batches(stream)` is a micro-batch of that stream. Dot products are made up, so that `ofmu.difference = auto` comes
-    to central differences: the most that it may cost.
+    `batches(stream)`: a micro-batch of the stream. Dot products are made up such that `ofmu.difference = auto` chooses
+    central differences, its maximum cost.
     """
     space: Any = PlanSpace(module, optimizers, precision)
     if getattr(getattr(method, "config", None), "curvature", None) == "exact":
@@ -179,16 +179,18 @@ def replay(
                 method, space, {name: [Batch([batches(name)])] * count for name, count in counts.items() if count}
             )
             space.round.vector_bytes += (space.meter.bytes_moved - before) / UNIT
-    found: Round = space.round
+    second: Round = space.round
     assert first is not None
-    found.peak = max(first.peak, found.peak, key=lambda held: held.total)
-    found.passes = [replace(one, held=max(_held_as(one, first), key=lambda held: held.total)) for one in found.passes]
-    return found
+    second.peak = max(first.peak, second.peak, key=lambda live: live.total)
+    second.passes = [
+        replace(one, live=max(_live_before(one, first), key=lambda live: live.total)) for one in second.passes
+    ]
+    return second
 
 
-def _held_as(one: ReplayedPass, first: Round) -> Iterator[LiveVectors]:
-    """What is held before `one`, and before the passes of its kind in the first round (whose moments arise in it)."""
-    yield one.held
+def _live_before(one: ReplayedPass, first: Round) -> Iterator[LiveVectors]:
+    """Live vectors before `one`, and before passes of its kind in the first round (which creates the moments)."""
+    yield one.live
     for other in first.passes:
         if (other.kind, other.differenced) == (one.kind, one.differenced):
-            yield replace(other.held, moments=one.held.moments)
+            yield replace(other.live, moments=one.live.moments)

@@ -1,4 +1,4 @@
-"""One set-up of a run and what it costs: the place where traces, replay, memory and time meet."""
+"""A set-up of a run and its requirements, from traces, replay, memory and time."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class Rows:
     longest: int
     mean: float
     prompt: float
-    """Mean tokens of the prompt, which have no loss."""
+    """Mean prompt tokens, which have no loss."""
 
 
 @dataclass(frozen=True)
 class SetUp:
-    """What a plan may choose."""
+    """The choices of a plan."""
 
     zero_stage: int
     workers: int
@@ -52,7 +52,7 @@ class SetUp:
     lora: LoraConfig | None
 
     def options(self) -> list[str]:
-        """The command-line options that say so."""
+        """The corresponding command-line options."""
         words = [
             f"--training.zero_stage {self.zero_stage}",
             f"--training.workers {self.workers}",
@@ -67,20 +67,20 @@ class SetUp:
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a set-up needs."""
+    """Requirements of a set-up."""
 
     setup: SetUp
     phases: Mapping[str, Peak]
     sizes: Sizes
     passes: Mapping[str, int]
-    """Gradient passes of a round, by stream."""
+    """Gradient passes per round, by stream."""
     updates: int
     tokens: float
-    """Of a round, over all workers, without padding."""
+    """Per round, over all workers, without padding."""
     flops: float
-    """Of a round, as the run's account counts them."""
+    """Per round, as the run reports them."""
     traffic: Traffic
-    """Of a round, per rank."""
+    """Per round and rank."""
     round: Round = field(repr=False)
     traces: Mapping[int, PassTrace] = field(repr=False)
     layout: Layout = field(repr=False)
@@ -105,7 +105,7 @@ class Requirements:
 
 
 class Planner:
-    """Estimates of one job; traces are made once for what shares them."""
+    """Estimates for a job; set-ups share traces where possible."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class Planner:
         self._traced: dict[tuple[bool, LoraConfig | None, int], tuple[Sizes, Round, dict[int, PassTrace]]] = {}
 
     def given(self) -> SetUp:
-        """The set-up that the configuration asks for."""
+        """The configured set-up."""
         training, model = self.training, self.model
         return SetUp(
             zero_stage=0 if training.single else training.zero_stage,
@@ -134,7 +134,7 @@ class Planner:
         )
 
     def estimate(self, setup: SetUp) -> Requirements:
-        """What `setup` needs; traces the model if that was not done for its passes yet."""
+        """Requirements of `setup`; traces the model if not yet done for its passes."""
         sizes, done, traces = self._trace(setup)
         layout = Layout(
             zero_stage=setup.zero_stage,
@@ -181,15 +181,15 @@ class Planner:
                 for stream, rows in self.rows.items()
             }
             done = replay(method, module, self.method.optimizers, self.model.precision, micro.__getitem__)
-            made: dict[Any, PassTrace] = {}
+            known: dict[Any, PassTrace] = {}
             traces: dict[int, PassTrace] = {}
             for index, one in enumerate(done.passes):
-                # bf16_autocast runs what enters a difference in fp32
+                # bf16_autocast runs passes for differences in fp32
                 precision = "fp32" if one.differenced and self.model.precision == "bf16_autocast" else config.precision
                 same = (one.kind, getattr(one.loss, "__func__", one.loss), precision)
-                if same not in made:
-                    made[same] = trace_pass(module, one.loss, one.batch.micro[0], precision)
-                traces[index] = made[same]
+                if same not in known:
+                    known[same] = trace_pass(module, one.loss, one.batch.micro[0], precision)
+                traces[index] = known[same]
             total, trainable = parameter_counts(module)
             counts = [parameter.numel() for parameter in module.parameters()]
             sizes = Sizes(total, trainable, max(counts), sum(n for n in counts if n < PERSISTENT_BELOW))
@@ -198,7 +198,7 @@ class Planner:
 
 
 def link_of(name: str | None, workers: int, per_node: int, device: str) -> tuple[str, Link]:
-    """The stated link, or the usual one: nvlink within a node, 400 Gbit/s InfiniBand beyond, loopback on CPUs."""
+    """The given link, or the default: nvlink within a node, 400 Gbit/s InfiniBand beyond, loopback on CPUs."""
     if name is None:
         name = "loopback" if device == "cpu" else "nvlink" if workers <= per_node else "infiniband-400g"
     return name, LINKS[name]

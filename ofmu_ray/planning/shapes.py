@@ -1,4 +1,4 @@
-"""A model and its micro-batches without their content: what planning needs of them."""
+"""A model and its micro-batches without content, as planning needs them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def micro_batch(
     needs: Sequence[Need] = (),
     module: torch.nn.Module | None = None,
 ) -> dict[str, torch.Tensor]:
-    """`rows` rows of `tokens` tokens, the first `prompt` of them without a loss, with what `needs` ask for.
+    """`rows` rows of `tokens` tokens, the first `prompt` of them without a loss, with the features in `needs`.
 
-    Ids and labels are real, for what they select has a size. The rest is on the meta device: the attention mask
-    [rows, 1, tokens, tokens], expanded as attention wants it, and what `needs` ask for.
+    Ids and labels are real, as they determine sizes. The rest is on the meta device: the attention mask
+    [rows, 1, tokens, tokens], already expanded, and the features.
     """
     text = shape.get_text_config()
     batch = _texts(rows, tokens, prompt)
@@ -42,7 +42,7 @@ def micro_batch(
             entries = answer if values.per_token else rows
             batch[prefix + values.key] = torch.empty((entries, *values.shape(text)), device="meta")
             if module is not None:
-                values.check(module)  # says so now when the model has no such layer
+                values.check(module)  # fails now if the model has no such layer
     return batch
 
 

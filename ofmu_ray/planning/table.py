@@ -1,4 +1,4 @@
-"""A plan as a table for people."""
+"""A plan as a readable table."""
 
 from __future__ import annotations
 

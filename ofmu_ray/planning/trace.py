@@ -1,4 +1,4 @@
-"""One pass on the meta device: bytes alive over its course, and the operations in it."""
+"""One pass on the meta device: live bytes over time, and its operations."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put)
 
 
 def _selecting(index: torch.Tensor | None) -> torch.Tensor | None:
-    """A mask without content selects nothing: so the head is kept from running where only layers are wanted."""
+    """A mask without content selects nothing, so the head does not run if only layers are needed."""
     if index is None or not (index.is_meta and index.dtype == torch.bool):
         return index
     return torch.zeros(index.shape, dtype=torch.bool)
 
 
 class Meter(TorchDispatchMode):
-    """Bytes of the meta tensors that operations made and that are still alive; FLOPs and bytes moved.
+    """Live bytes of the meta tensors made by operations; FLOPs and bytes moved.
 
-    A question for a meta tensor's content (`item`) is answered with 0.
+    Reading a meta tensor's content (`item`) returns 0.
 
-    Tensors on the CPU (labels, masks) are taken along: where an operation mixes both devices, they become meta
-    tensors, except as an index, whose content decides the shape of the result.
+    CPU tensors (labels, masks) in operations that mix both devices become meta tensors, except as an index, whose
+    content determines the shape of the result.
     """
 
     def __init__(self, known: Iterator[torch.Tensor] | None = None, grown: Callable[[int], None] | None = None):
@@ -40,7 +40,7 @@ class Meter(TorchDispatchMode):
         self.live = 0
         self.flops = 0.0
         self.bytes_moved = 0.0
-        """Inputs and outputs of all operations but views."""
+        """Inputs and outputs of all operations except views."""
         self.operations = 0
         self._sizes: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in known or ()}
         self._grown = grown
@@ -48,7 +48,7 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return 0  # transformers asks whether a mask is all ones: as a rule, batches have padding
+            return 0  # transformers checks if a mask is all ones: batches usually have padding
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         meta = [tensor.is_meta for tensor in tensors]
         if any(meta) and not all(meta) and func._overloadpacket not in _INDEXING:
@@ -85,12 +85,12 @@ class Meter(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class MemoryPoint:
-    """A point in a pass that no other exceeds in both of its numbers."""
+    """A Pareto-optimal moment of a pass in both numbers."""
 
     activation_bytes: int
-    """Activations, logits, saved tensors and the gradients in work; not weights, nor gradients that are done."""
+    """Activations, logits, saved tensors and unfinished gradients; not weights or finished gradients."""
     gradients_done: int
-    """Elements of the parameters' gradients that backward has finished."""
+    """Elements of finished parameter gradients."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,13 @@ class PassTrace:
     """One forward and backward pass over one micro-batch."""
 
     moments: tuple[MemoryPoint, ...]
-    """By falling activation_bytes and rising gradients_done."""
+    """By decreasing activation_bytes and increasing gradients_done."""
     forward_bytes: int
-    """Most activation bytes before backward begins."""
+    """Peak activation bytes before backward."""
     logits_bytes: int
-    """Those of the logits of the tokens with a loss, times the copies of them that are alive at once."""
+    """Bytes of the logits of tokens with a loss, times their number of live copies."""
     flops: float
-    """Of matrix products and attention, forward and backward."""
+    """FLOPs of matrix products and attention, forward and backward."""
     bytes_moved: float
     operations: int
 
@@ -137,7 +137,7 @@ class _Attention(torch.autograd.Function):
 
 @contextmanager
 def _fused_attention(meter: Meter) -> Iterator[None]:
-    """On the meta device torch takes attention apart; what runs on CPU and CUDA is one kernel."""
+    """Trace attention as one kernel, as on CPU and CUDA; the meta device would decompose it."""
     original = functional.scaled_dot_product_attention
 
     def attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> Any:
@@ -153,9 +153,9 @@ def _fused_attention(meter: Meter) -> Iterator[None]:
 def trace_pass(
     module: torch.nn.Module, loss: Callable[..., Any], micro: Mapping[str, Any], precision: str
 ) -> PassTrace:
-    """Run `loss` forward and backward on a module of the meta device; no memory is spent and nothing is computed.
+    """Run `loss` forward and backward on a module on the meta device, without memory or computation.
 
-    `micro`: a micro-batch as `shapes.micro_batch` makes it.
+    `micro`: a micro-batch of `shapes.micro_batch`.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in parameters:

@@ -1,17 +1,17 @@
-"""Where files lie and how they appear: local paths and URIs (s3://, gs://), whole or not at all.
+"""Atomic storage of files and folders at local paths and URIs (s3://, gs://).
 
-| module | what it holds |
+| module | content |
 |---|---|
 | names | paths and URIs as text |
-| places | a file or folder at either: read, write, remove, publish |
-| local | files and folders that move into their place on a disk |
-| scratch | folders for a while, which a kill does not leave behind for ever |
-| folders | folders with a manifest: written and read back, fetched and checked; files to memory-map |
+| places | files and folders at either: read, write, remove, publish |
+| local | atomic files and folders on a local disk |
+| scratch | temporary folders, removed even after a kill |
+| folders | folders with a manifest: written and verified, fetched and checked; files to memory-map |
 | manifest | sizes and SHA-256 |
-| patient | S3 that is asked again |
-| trouble | what a disk or a store refuses, as a sentence |
+| patient | S3 with more retries |
+| trouble | errors of disks and stores, as a sentence |
 
-pyarrow is imported where it is used, so that importing this package stays cheap.
+pyarrow is imported where it is used, to keep the import of this package cheap.
 """
 
 from ofmu_ray.storage.folders import atomic_dir, contents, drop_copies, fetched, is_whole, new_mapped, open_mapped

@@ -1,4 +1,4 @@
-"""What a folder holds: sizes and SHA-256 of its files, in a `manifest.json` that is written last."""
+"""Manifest of a folder: sizes and SHA-256 of its files, in a `manifest.json` that is written last."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 
 def sha256(stream: Any) -> str:
-    """Hex digest of what is left of a binary stream (Python's or pyarrow's)."""
+    """Hex digest of the rest of a binary stream (Python's or pyarrow's)."""
     return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def fingerprints(folder: Path) -> Files:
-    """Every file of a folder, subfolders included."""
+    """All files of a folder, including subfolders."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): fingerprint(path) for path in paths}
 
 
 def difference(path: Path, written: Mapping[str, Any]) -> str | None:
-    """How a file differs from what was written; None: not at all."""
+    """How a file differs from what was written; None: identical."""
     if not path.is_file():
         return f"{path.name} is missing"
     if path.stat().st_size != written["bytes"]:

@@ -1,8 +1,8 @@
-"""Folders with a manifest: filled here and stored anywhere, stored anywhere and read here.
+"""Folders with a manifest: filled locally and stored anywhere, or stored anywhere and read locally.
 
-On a local disk or a shared folder a folder moves into its place by a rename. To a URI its files are copied and read
-back; `manifest.json` says first that the folder is in the making, and last what it holds (sizes and SHA-256). Whoever
-fetches it takes what the manifest names, checked.
+On a local disk or a shared folder, a folder is renamed into place. At a URI its files are copied and read back;
+`manifest.json` first marks the folder as incomplete and finally lists its content (sizes and SHA-256). Readers fetch
+and check exactly the files in the manifest.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ CHUNK_BYTES = 16 << 20
 
 @contextmanager
 def atomic_dir(path: PathLike) -> Iterator[Path]:
-    """A local folder to fill; at the end of the block it takes the place of `path`, on an exception it is removed.
+    """A local folder to fill; it replaces `path` at the end of the block and is removed on an exception.
 
-    A folder that stood at `path` is replaced. At a URI the new one is there once its manifest is.
+    At a URI, the new folder exists once its manifest does.
 
     Raises:
-        StorageError: no room, no rights, no answer, or what was read back is not what was written.
+        StorageError: no space, no permission, no response, or the data read back differs.
     """
     if not is_uri(path):
-        with explained(path), local.whole_folder(local_path(path)) as beside:
-            yield beside
+        with explained(path), local.whole_folder(local_path(path)) as staging:
+            yield staging
         return
     with scratch() as folder:
         with explained(folder, "temporary files"):
@@ -51,8 +51,8 @@ def upload(folder: Path, target: PathLike) -> None:
     """Copy a local folder to a URI, read it back, and write its manifest.
 
     Raises:
-        StorageError: what was read back is not what was written.
-        OSError: as pyarrow says it, after its attempts.
+        StorageError: the data read back differs.
+        OSError: pyarrow's error, after its retries.
     """
     files = fingerprints(folder)
     filesystem, inside = locate(target)
@@ -63,21 +63,23 @@ def upload(folder: Path, target: PathLike) -> None:
             shutil.copyfileobj(source, copy, CHUNK_BYTES)
         with filesystem.open_input_stream(f"{inside}/{name}") as stored:
             if sha256(stored) != written["sha256"]:
-                raise StorageError(f"{without_credentials(target)}/{name}: what was read back is not what was written")
+                raise StorageError(
+                    f"{without_credentials(target)}/{name}: the data read back differs from what was written"
+                )
     for name in stale:
         filesystem.delete_file(f"{inside}/{name}")
     atomic_write(join(target, MANIFEST), json.dumps({"complete": True, "files": files}, indent=1) + "\n")
 
 
 def fetched(path: PathLike, option: str = "storage") -> Path:
-    """A local folder with the content of `path`: itself if it is local, else a copy that this machine keeps.
+    """A local folder with the content of `path`: itself if it is local, else a copy cached on this machine.
 
-    The copy is made once for each content, by one process while others wait, and is checked by the manifest. A folder
-    that came to the store by other means and has none is known by its files' sizes and times.
+    One process makes the copy, once per content, while others wait; it is checked against the manifest. A folder
+    without a manifest, uploaded by other means, is identified by the sizes and times of its files.
 
     Raises:
-        UserError: nothing is there, or it was left half-written.
-        StorageError: a file is not what the manifest says; no room, no rights, no answer.
+        UserError: nothing is there, or it is incomplete.
+        StorageError: a file does not match the manifest; no space, no permission, no response.
     """
     if not is_uri(path):
         return local_path(path)
@@ -91,13 +93,13 @@ def fetched(path: PathLike, option: str = "storage") -> Path:
         place.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{place}.lock"):
             if not place.is_dir():
-                with local.whole_folder(place) as beside:
-                    _download(path, files, beside)
+                with local.whole_folder(place) as staging:
+                    _download(path, files, staging)
     return place
 
 
 def drop_copies(path: PathLike) -> None:
-    """Delete what `fetched` keeps of a URI on this machine."""
+    """Delete this machine's copies of a URI made by `fetched`."""
     if is_uri(path):
         shutil.rmtree(_copies(path), ignore_errors=True)
 
@@ -111,27 +113,27 @@ def _digest(value: object) -> str:
 
 
 def contents(path: PathLike) -> Files:
-    """What a URI's folder holds: by its manifest, else {"bytes", "changed"} of what is listed; {}: nothing is there.
+    """Content of a URI's folder: from its manifest, else {"bytes", "changed"} of the listed files; {}: nothing there.
 
     Raises:
-        UserError: it is being written, or was left half-written.
+        UserError: it is incomplete.
     """
     if not is_file(join(path, MANIFEST)):
         return _listed(path)
     content = json.loads(read_text(join(path, MANIFEST)))
-    if "complete" not in content:  # someone else's file of this name
+    if "complete" not in content:  # another program's file of this name
         return _listed(path)
     if not content["complete"]:
         raise UserError(
-            f"{without_credentials(path)} is half-written: whatever wrote it was interrupted (the same command "
-            "finishes it) or is still at it"
+            f"{without_credentials(path)} is incomplete: its writer was interrupted (the same command finishes it) "
+            "or is still running"
         )
     files: Files = content["files"]
     return files
 
 
 def is_whole(path: PathLike) -> bool:
-    """Whether a folder that `atomic_dir` made stands at `path`."""
+    """Whether a complete folder of `atomic_dir` is at `path`."""
     if not is_uri(path):
         return local_path(path).is_dir()
     manifest = join(path, MANIFEST)
@@ -142,10 +144,10 @@ def _listed(path: PathLike) -> Files:
     from pyarrow.fs import FileSelector, FileType
 
     filesystem, inside = locate(path)
-    found = filesystem.get_file_info(FileSelector(inside, recursive=True, allow_not_found=True))
+    listing = filesystem.get_file_info(FileSelector(inside, recursive=True, allow_not_found=True))
     return {
         info.path[len(inside) :].lstrip("/"): {"bytes": info.size, "changed": info.mtime_ns}
-        for info in found
+        for info in listing
         if info.type == FileType.File
     }
 
@@ -155,20 +157,22 @@ def _download(path: PathLike, files: Files, folder: Path) -> None:
     for name, written in files.items():
         target = folder / name
         if not target.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"{without_credentials(path)}: its manifest names a file outside of it ({name})")
+            raise UserError(f"{without_credentials(path)}: its manifest lists a file outside the folder ({name})")
         target.parent.mkdir(parents=True, exist_ok=True)
         with filesystem.open_input_stream(f"{inside}/{name}") as stored, target.open("wb") as copy:
             shutil.copyfileobj(stored, copy, CHUNK_BYTES)
         reason = difference(target, written) if "sha256" in written else None
         if reason is not None:
-            raise StorageError(f"{without_credentials(path)}: {reason}; it was damaged, write or upload it again")
+            raise StorageError(
+                f"{without_credentials(path)}: {reason}; the folder is damaged, write or upload it again"
+            )
 
 
 @contextmanager
 def new_mapped(path: PathLike) -> Iterator[IO[bytes]]:
-    """A file that can be memory-mapped, to fill; it stands at `path` when the block has ended.
+    """A file to fill that can be memory-mapped; it is at `path` after the block.
 
-    For a URI it has no name on this machine, so that nothing of it is left however the process ends.
+    For a URI it has no name on this machine, so nothing is left however the process ends.
     """
     if not is_uri(path):
         with local_path(path).open("w+b") as file:
@@ -183,7 +187,7 @@ def new_mapped(path: PathLike) -> Iterator[IO[bytes]]:
 
 
 def open_mapped(path: PathLike) -> IO[bytes]:
-    """A file to memory-map; of a URI's, a copy of this process without a name on this machine."""
+    """A file to memory-map; for a URI, an unnamed copy of this process."""
     if not is_uri(path):
         return local_path(path).open("rb")
     file = _nameless()
@@ -197,5 +201,5 @@ def open_mapped(path: PathLike) -> IO[bytes]:
 def _nameless() -> IO[bytes]:
     folder = local.node_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # its user closes it
+    file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # the caller closes it
     return file

@@ -1,4 +1,4 @@
-"""Files and folders on a local disk that appear whole: written beside their place and moved into it."""
+"""Atomic files and folders on a local disk: written next to their target and renamed."""
 
 from __future__ import annotations
 
@@ -13,33 +13,32 @@ from ofmu_ray.storage.scratch import made
 
 
 def write_whole(target: Path, data: bytes) -> None:
-    """Write a file whole; a reader sees the old content or the new, never a part. Folders are made as needed."""
+    """Write a file atomically; readers see the old content or the new. Creates folders as needed."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+    handle, staging = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(beside, 0o666 & ~umask())  # mkstemp makes private files
-        os.replace(beside, target)
+        os.chmod(staging, 0o666 & ~umask())  # mkstemp makes private files
+        os.replace(staging, target)
     except BaseException:
-        Path(beside).unlink(missing_ok=True)
+        Path(staging).unlink(missing_ok=True)
         raise
 
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill; at the end of the block it takes the place of `target`, on an exception it is removed.
+    """A folder to fill; it replaces `target` at the end of the block and is removed on an exception.
 
-    A folder that stood at `target` is replaced. Between the two moves of the replacement there is an instant in which
-    neither is there, but never a moment with a half-filled folder.
+    A replacement takes two renames: in between `target` does not exist, but it is never incomplete.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with made(target.parent, f".{target.name}.", ".part") as beside:
-        yield beside
-        os.chmod(beside, 0o777 & ~umask())
-        _swap(beside, target)
+    with made(target.parent, f".{target.name}.", ".part") as staging:
+        yield staging
+        os.chmod(staging, 0o777 & ~umask())
+        _swap(staging, target)
 
 
 def _swap(new: Path, target: Path) -> None:
@@ -57,12 +56,12 @@ def _swap(new: Path, target: Path) -> None:
 
 
 def node_folder() -> Path:
-    """Where this machine keeps copies of what lies at URIs; whatever is there may be deleted when nothing runs."""
+    """This machine's cache of URI content; safe to delete when nothing runs."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ofmu-ray"
 
 
 def umask() -> int:
-    """The process's file mode mask; it can only be read by setting it."""
+    """The process's file mode mask, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

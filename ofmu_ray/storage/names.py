@@ -1,4 +1,4 @@
-"""Names of places: local paths and URIs (s3://, gs://)."""
+"""Local paths and URIs (s3://, gs://) as text."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def local_path(path: PathLike) -> Path:
 
 
 def absolute(path: PathLike) -> str:
-    """`path` so that it means the same in another process; URIs stay."""
+    """`path` in a form that is valid in other processes; URIs are unchanged."""
     return os.fspath(path) if is_uri(path) else str(local_path(path))
 
 
 def join(root: PathLike, *parts: str) -> str:
-    """`root`/part/part, for paths and URIs alike; in front of the query when `root` is a URI that has one."""
+    """`root`/part/part, for paths and URIs; before the query of a URI."""
     if not is_uri(root):
         return os.path.join(root, *parts)
     stem, query = split_query(root)
@@ -48,12 +48,12 @@ def name_of(path: PathLike) -> str:
 
 
 def without_credentials(path: PathLike) -> str:
-    """`path` as messages may show it: without the parts of a URI that can hold credentials."""
+    """`path` for messages: without the parts of a URI that can contain credentials."""
     return re.sub(r"://[^/@]*@", "://", split_query(path)[0])
 
 
 def split_query(path: PathLike) -> tuple[str, str]:
-    """A URI without its query, and the query with its question mark; a local path whole."""
+    """A URI without its query, and the query with its question mark; a local path unchanged."""
     if not is_uri(path):
         return os.fspath(path), ""
     stem, mark, query = os.fspath(path).partition("?")

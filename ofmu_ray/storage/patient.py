@@ -1,7 +1,7 @@
-"""S3 that is asked again for about a minute; pyarrow's own default gives up after three attempts in some seconds.
+"""S3 with retries for about a minute; pyarrow's default gives up after three attempts within seconds.
 
-The AWS SDK decides what is worth another attempt (connections that break, 5xx, throttling; not refused credentials)
-and waits longer each time. Google's client, behind gs://, tries for a quarter of an hour by itself.
+The AWS SDK decides what to retry (broken connections, 5xx, throttling; not refused credentials) and waits longer each
+time. Google's client, for gs://, retries for 15 minutes by default.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ ATTEMPTS = 8
 
 
 class PatientS3(S3FileSystem):  # type: ignore[misc]  # pyarrow has no type stubs
-    """pyarrow's S3 with `ATTEMPTS`, in this process and in others: pyarrow's own forgets them when it is pickled."""
+    """pyarrow's S3 with `ATTEMPTS` that survive pickling, unlike those of pyarrow's class."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, retry_strategy=AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS))
@@ -24,7 +24,7 @@ class PatientS3(S3FileSystem):  # type: ignore[misc]  # pyarrow has no type stub
 
 
 def patient(filesystem: FileSystem) -> FileSystem:
-    """The same file system, patient if it is S3. (Its options can only be read by way of its pickle.)"""
+    """The same file system, with more retries if it is S3. (Its options can only be read from its pickle.)"""
     return _from_options(*filesystem.__reduce__()[1]) if type(filesystem) is S3FileSystem else filesystem
 
 

@@ -1,4 +1,4 @@
-"""Files and folders at a place, which is a local path or a URI; what appears there appears whole or not at all."""
+"""Atomic files and folders at a local path or a URI."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 IMPATIENT_SECONDS = 10
 DELETION_ATTEMPTS = 5
 PARTIAL = ".partial-"
-"""Between the name of a folder that is being published and a random one."""
+"""Separates the name of a folder being published from a random suffix."""
 
 
 def locate(path: PathLike, option: str = "storage", *, wait: bool = True) -> tuple[FileSystem, str]:
     """pyarrow's file system of a local path or URI, and the path in it.
 
-    `wait`: a store that does not answer is asked again for a minute (S3) or more (Google); otherwise for some seconds.
+    `wait`: retry a store that does not respond for a minute (S3) or more (Google), else for a few seconds.
 
     Raises:
-        UserError: the scheme is not one that pyarrow serves (s3, gs, hdfs); `option` is what the user can correct.
+        UserError: pyarrow does not support the scheme (s3, gs, hdfs); `option` names the option to correct.
     """
     from pyarrow import ArrowInvalid
     from pyarrow.fs import FileSystem, LocalFileSystem
@@ -39,7 +39,7 @@ def locate(path: PathLike, option: str = "storage", *, wait: bool = True) -> tup
     try:
         filesystem, inside = FileSystem.from_uri(os.fspath(path) if wait else _impatient(path))
     except (ArrowInvalid, OSError) as error:
-        reason = refusal(error) or (  # S3 is asked for the bucket's region
+        reason = refusal(error) or (  # pyarrow looks up the region of an S3 bucket
             f"not a location pyarrow can open ({type(error).__name__}); use a local path, s3://bucket/key or "
             "gs://bucket/key"
         )
@@ -52,14 +52,14 @@ def locate(path: PathLike, option: str = "storage", *, wait: bool = True) -> tup
 
 
 def _impatient(uri: PathLike) -> str:
-    """The URI with seconds instead of Google's quarter of an hour; S3's file system is impatient by itself."""
+    """The URI with a limit of seconds instead of Google's 15 minutes; S3's default is short already."""
     stem, query = split_query(uri)
     limit = f"{'&' if query else '?'}retry_limit_seconds={IMPATIENT_SECONDS}"
     return stem + query + (limit if stem.startswith(("gs://", "gcs://")) else "")
 
 
 def is_file(path: PathLike) -> bool:
-    """Whether a file stands at `path`."""
+    """Whether a file exists at `path`."""
     from pyarrow.fs import FileType
 
     filesystem, inside = locate(path)
@@ -70,7 +70,7 @@ def read_text(path: PathLike) -> str:
     """The content of a file.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: no such file.
     """
     filesystem, inside = locate(path)
     with filesystem.open_input_stream(inside) as file:
@@ -78,25 +78,25 @@ def read_text(path: PathLike) -> str:
 
 
 def write_text(path: PathLike, text: str) -> None:
-    """Write a file of a folder that is not `published` yet; on a local disk it may be left half-written."""
+    """Write a file of a folder that is not `published` yet; not atomic on a local disk."""
     filesystem, inside = locate(path)
     with filesystem.open_output_stream(inside) as file:
         file.write(text.encode())
 
 
 def atomic_write(path: PathLike, content: str | bytes) -> None:
-    """Write a file whole; a reader sees the old content or the new, never a part. Local folders are made as needed."""
+    """Write a file atomically; readers see the old content or the new. Creates local folders as needed."""
     data = content.encode() if isinstance(content, str) else content
     if not is_uri(path):
         local.write_whole(local_path(path), data)
         return
     filesystem, inside = locate(path)
-    with filesystem.open_output_stream(inside) as file:  # an object appears when its upload is complete
+    with filesystem.open_output_stream(inside) as file:  # an object appears once its upload is complete
         file.write(data)
 
 
 def local_file(path: PathLike, folder: PathLike) -> Path:
-    """A file as one of this machine: itself, or a copy of a URI's in `folder`."""
+    """A file on this machine: itself, or a copy of a URI in `folder`."""
     if not is_uri(path):
         return local_path(path)
     filesystem, inside = locate(path)
@@ -107,27 +107,27 @@ def local_file(path: PathLike, folder: PathLike) -> Path:
 
 
 def remove_file(path: PathLike) -> None:
-    """Delete a file, if it is there."""
+    """Delete a file, if it exists."""
     if is_file(path):
         filesystem, inside = locate(path)
         filesystem.delete_file(inside)
 
 
 def remove_folder(directory: PathLike) -> None:
-    """Delete a folder and all in it, if it is there, and what kills left of it half-published."""
+    """Delete a folder, if it exists, and any half-published remains."""
     from pyarrow.fs import FileSelector, FileType
 
     filesystem, path = locate(directory)
     path = path.rstrip("/")
-    beside = filesystem.get_file_info(FileSelector(path.rpartition("/")[0], allow_not_found=True))
-    halves = [i.path for i in beside if i.type == FileType.Directory and i.path.startswith(f"{path}{PARTIAL}")]
+    siblings = filesystem.get_file_info(FileSelector(path.rpartition("/")[0], allow_not_found=True))
+    halves = [i.path for i in siblings if i.type == FileType.Directory and i.path.startswith(f"{path}{PARTIAL}")]
     for folder in (path, *halves):
-        # in a store a folder may have no object of its own: Google's lists none then and cannot delete it
+        # in a store a folder may have no object: Google's then lists none and cannot delete it
         for left in reversed(range(DELETION_ATTEMPTS)):
             try:
                 filesystem.delete_dir_contents(folder, missing_dir_ok=True)
                 break
-            except FileNotFoundError:  # a deletion whose answer was lost was asked for again, of a file that was gone
+            except FileNotFoundError:  # a deletion was retried after its response was lost, and the file was gone
                 if not left:
                     raise
         if filesystem.get_file_info(folder).type == FileType.Directory:
@@ -136,11 +136,11 @@ def remove_folder(directory: PathLike) -> None:
 
 @contextmanager
 def published(directory: PathLike, marker: str) -> Iterator[str]:
-    """A folder beside `directory` to write into; moved into place when the block ends well, removed otherwise.
+    """A folder next to `directory` to write to; moved into place if the block succeeds, removed otherwise.
 
-    Readers take a folder for complete when it holds `marker`. Where another process published a complete folder
-    meanwhile, that one stays. Local folders move by one rename; on object stores, which cannot rename a folder, files
-    are copied one by one and the marker last.
+    Readers consider a folder complete if it contains `marker`. If another process published a complete folder in the
+    meantime, that one stays. Local folders are renamed; object stores cannot rename a folder, so files are copied one
+    by one, the marker last.
     """
     stem, query = split_query(absolute(directory))
     partial = f"{stem.rstrip('/')}{PARTIAL}{uuid.uuid4().hex[:12]}{query}"
@@ -158,15 +158,15 @@ def _publish(filesystem: FileSystem, partial: str, final: str, marker: str) -> N
     from pyarrow.fs import FileSelector, FileType, LocalFileSystem
 
     if isinstance(filesystem, LocalFileSystem):
-        if Path(final, marker).exists():  # another process published the same content meanwhile
+        if Path(final, marker).exists():  # another process published the same content
             filesystem.delete_dir(partial)
             return
         if Path(final).exists():
             filesystem.delete_dir(final)
         os.replace(partial, final)
         return
-    found = filesystem.get_file_info(FileSelector(partial, recursive=True))
-    files = sorted((info.path for info in found if info.type == FileType.File), key=lambda p: p.endswith(marker))
+    listing = filesystem.get_file_info(FileSelector(partial, recursive=True))
+    files = sorted((info.path for info in listing if info.type == FileType.File), key=lambda p: p.endswith(marker))
     for path in files:
         target = final + path[len(partial) :]
         filesystem.create_dir(target.rpartition("/")[0], recursive=True)

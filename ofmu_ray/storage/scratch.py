@@ -1,8 +1,8 @@
-"""Folders for a while: gone at the end of their block, and at the next one's beginning if their process was killed.
+"""Temporary folders: removed at the end of their block, or by the next one if their process was killed.
 
-What lies in them may be the weights of a model that knows what is to be forgotten, gigabytes of them. A process holds
-a lock (flock) on each of its folders, which ends with the process however that ends; a folder that nobody holds was
-left behind. File systems that know no locks keep such folders.
+They may contain gigabytes of weights of a model that still knows the forget rows. A process locks (flock) each of its
+folders; the lock ends with the process, so an unlocked folder is abandoned. On file systems without locks, abandoned
+folders stay.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ PREFIX = "ofmu_scratch_"
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """An empty folder in the machine's place for temporary files, removed at the end of the block."""
+    """An empty folder in the system's temporary directory, removed at the end of the block."""
     with made(Path(tempfile.gettempdir()), PREFIX, "") as folder:
         yield folder
 
 
 @contextmanager
 def made(parent: Path, prefix: str, suffix: str) -> Iterator[Path]:
-    """A new folder `<parent>/<prefix>...<suffix>`, removed at the end of the block unless it was moved away.
+    """A new folder `<parent>/<prefix>...<suffix>`, removed at the end of the block unless it was moved.
 
-    Others of such a name that nobody holds any more are removed first.
+    Abandoned folders with such a name are removed first.
     """
     for left in parent.glob(f"{escape(prefix)}*{escape(suffix)}"):
         _remove_abandoned(left)
-    folder, lock = _held(parent, prefix, suffix)
+    folder, lock = _locked(parent, prefix, suffix)
     try:
         yield folder
     finally:
@@ -42,12 +42,12 @@ def made(parent: Path, prefix: str, suffix: str) -> Iterator[Path]:
         os.close(lock)
 
 
-def _held(parent: Path, prefix: str, suffix: str) -> tuple[Path, int]:
+def _locked(parent: Path, prefix: str, suffix: str) -> tuple[Path, int]:
     while True:
         folder = Path(tempfile.mkdtemp(dir=parent, prefix=prefix, suffix=suffix))
         try:
             lock = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:  # someone took it for abandoned before it was held
+        except FileNotFoundError:  # another process removed it as abandoned before it was locked
             continue
         with suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -59,11 +59,11 @@ def _held(parent: Path, prefix: str, suffix: str) -> tuple[Path, int]:
 def _remove_abandoned(folder: Path) -> None:
     try:
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:  # no folder, another user's, or gone meanwhile
+    except OSError:  # no folder, another user's, or gone
         return
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # held, or no locks here
+    except OSError:  # locked, or no locks here
         return
     else:
         shutil.rmtree(folder, ignore_errors=True)

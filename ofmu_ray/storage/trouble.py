@@ -1,4 +1,4 @@
-"""What a disk or an object store refuses, in one sentence with the place and the remedy."""
+"""Errors of disks and object stores, in one sentence with the place and the remedy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NUMBERS = {
     "room": {errno.ENOSPC, errno.EDQUOT, errno.EFBIG},
     "rights": {errno.EACCES, errno.EPERM, errno.EROFS},
 }
-# pyarrow gives the codes of AWS and Google, safetensors the system's words, as text only
+# pyarrow reports codes of AWS and Google as text only, and safetensors the system's messages
 _WORDS = {
     "room": re.compile(r"No space left on device|Disk quota exceeded|File too large"),
     "credentials": re.compile(
@@ -30,21 +30,21 @@ _WORDS = {
     ),
 }
 _SENTENCES = {
-    "room": "no room left there: make room, or name another place",
-    "rights": "no permission: give the user who runs this the right to read and write there, or name another place",
-    "credentials": "access was refused: check the credentials (environment, profile or role, on every node) and their "
-    "right to list, read, write and delete there",
-    "bucket": "there is no such bucket: create it, or correct the name",
-    "silence": "the store does not answer: check the address and the network",
+    "room": "no space left: free some space, or choose another location",
+    "rights": "no permission: give the user read and write access, or choose another location",
+    "credentials": "access denied: check the credentials (environment, profile or role, on every node) and their "
+    "permission to list, read, write and delete",
+    "bucket": "no such bucket: create it, or correct the name",
+    "silence": "the store does not respond: check the address and the network",
 }
 _LONGEST_DETAIL = 300
 
 
 @contextmanager
 def explained(place: PathLike, option: str = "storage") -> Iterator[None]:
-    """Turn what storage refuses in this block into a StorageError that names `option` and `place`.
+    """Turn storage errors in this block into a StorageError that names `option` and `place`.
 
-    An error that names its own file is told with that file; one of another kind passes as it is.
+    An error with a file name reports that file; other errors pass unchanged.
     """
     try:
         yield
@@ -55,23 +55,23 @@ def explained(place: PathLike, option: str = "storage") -> Iterator[None]:
             reason = refusal(cause)
             if reason is not None:
                 where = getattr(cause, "filename", None) or f"{_where(place, cause)} ({option})"
-                raise StorageError(f"{where}: {reason}; then the same command goes on from here") from error
+                raise StorageError(f"{where}: {reason}; then the same command resumes from here") from error
         raise
 
 
 def _where(place: PathLike, error: BaseException) -> PathLike:
-    """A store never fills up: what is full is the disk with this machine's copies."""
+    """Stores do not run out of space: the full disk is the one with this machine's copies."""
     return node_folder() if is_uri(place) and _kind(error) == "room" else without_credentials(place)
 
 
 def refusal(error: BaseException) -> str | None:
-    """What is wrong with the storage, and the remedy, if that is what an error tells of."""
+    """The storage problem that an error reports, and its remedy; None: another error."""
     kind = _kind(error)
     return None if kind is None else f"{_SENTENCES[kind]} ({' '.join(str(error).split())[:_LONGEST_DETAIL]})"
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether an error of the storage may be gone at the next try, without anyone doing something about it."""
+    """Whether a storage error is transient and worth a retry."""
     return not isinstance(error, (FileNotFoundError, UserError)) and _kind(error) in (None, "silence")
 
 

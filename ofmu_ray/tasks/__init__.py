@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def is_builtin(name: str) -> bool:
-    """Whether the task comes with the project, so that every node has it."""
+    """Whether the task is built in, and so available on every node."""
     return name in _builtin()
 
 
@@ -23,7 +23,7 @@ def _builtin() -> list[str]:
 
 
 def importable(name: str) -> bool:
-    """Whether this process finds the task's module; asked of other nodes before a run."""
+    """Whether this process can import the task's module; checked on the other nodes before a run."""
     try:
         importlib.import_module(name)
     except ImportError:

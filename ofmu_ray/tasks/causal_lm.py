@@ -1,4 +1,4 @@
-"""Causal language models on rows of a question and an answer: the task that `ofmu` comes with."""
+"""Causal language models on rows of question and answer: the built-in task."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_SHARD_SIZE = "5GB"
 
 
 class CausalLM:
-    """Models of transformers; only an answer's tokens have a loss."""
+    """Models of transformers; only the answer's tokens have a loss."""
 
     offers = frozenset({"answers"})
 
@@ -68,10 +68,11 @@ class CausalLM:
 
         from ofmu_ray.models.answers import answers
 
-        found = answers(module, micro)
-        nll = functional.cross_entropy(found.logits_tv.float(), found.labels_t, reduction="none").double()
-        sums = torch.zeros(found.rows, dtype=torch.float64, device=nll.device).index_add(0, found.rows_t, nll)
-        tokens = torch.bincount(found.rows_t, minlength=found.rows)
+        predictions = answers(module, micro)
+        nll = functional.cross_entropy(predictions.logits_tv.float(), predictions.labels_t, reduction="none").double()
+        sums = torch.zeros(predictions.rows, dtype=torch.float64, device=nll.device)
+        sums = sums.index_add(0, predictions.rows_t, nll)
+        tokens = torch.bincount(predictions.rows_t, minlength=predictions.rows)
         return torch.exp(-sums / tokens).cpu()
 
     def export(

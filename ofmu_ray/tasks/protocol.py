@@ -1,7 +1,7 @@
-"""What a task is: everything that unlearning has to know about a kind of model and its rows.
+"""The task interface: everything that unlearning needs to know about a kind of model and its rows.
 
-Methods, engines, the training loop, runs and search ask the task and know nothing else about it. To add one, write a
-module with a `TASK` and name it: `--task my_package.my_module`. The module must be importable on every node.
+Methods, engines, the training loop, runs and search use only this interface. To add a task, write a module with a
+`TASK` and name it: `--task my_package.my_module`. The module must be importable on every node.
 """
 
 from __future__ import annotations
@@ -21,51 +21,51 @@ if TYPE_CHECKING:
 
 
 class Evaluation(Protocol):
-    """What a run measures of its models: before, after, and the retrained one."""
+    """Evaluation of a run's models: before, after, and the retrained one."""
 
     def table(self, model: str | None, label: str) -> pa.Table | None:
-        """Values by row of the model at a path, with the columns row_id and set; None: nothing is measured of it."""
+        """Per-row values of the model at a path, with the columns row_id and set; None: not evaluated."""
 
     def live_table(self, module: torch.nn.Module, processor: Any, label: str) -> pa.Table:
-        """The same of a model in memory, as the evaluation of its export would give them."""
+        """The same for a model in memory, as for its export."""
 
     def sampled(self, rows: int | None, evaluation: EvaluationConfig, seed: int) -> Evaluation:
-        """The same on `rows` rows of each set (None: all); tables keep the rows' names, and `figures` of the retrained
-        model's whole table are those on the same rows."""
+        """The same on `rows` rows of each set (None: all). Tables keep the row ids; `figures` restricts the retrained
+        model's full table to the same rows."""
 
     def figures(self, table: pa.Table | None, retrained: pa.Table | None) -> dict[str, Any] | None:
         """Metric -> {"value", "low", "high", "n"} or {"value": null, "reason"}; None without a table."""
 
     def verdict(self, tables: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """More entries of metrics.json, by section: what only all models together tell.
+        """More entries of metrics.json, by section, that depend on several models.
 
-        A section `run` is added to that of the run: `degenerate` (bool or None) and `generations` (a sentence or None).
+        The section `run` is merged into the run's: `degenerate` (bool or None) and `generations` (a sentence or None).
         """
 
     def texts(self) -> dict[str, tuple[str, str]]:
-        """Row id -> (question, answer) for the report's samples; {} where rows are no text, or private."""
+        """Row id -> (question, answer) for the report's samples; {} if rows are not text, or private."""
 
 
 class Task(Protocol):
-    """One kind of model and rows."""
+    """A kind of model and rows."""
 
     offers: frozenset[str]
-    """What losses of methods may rely on: `answers` (token predictions of a language model)."""
+    """What methods' losses may rely on: `answers` (token predictions of a language model)."""
 
     # ------------------------------------------------------------------------------------------------- on the driver
 
     def check_model(self, config: ModelConfig, option: str = "model.path") -> Any:
-        """Look at a model without loading its weights; returns its processor (a tokenizer, say).
+        """Check a model without loading its weights; returns its processor (such as a tokenizer).
 
         Raises:
-            UserError: it cannot be used; names `option`.
+            UserError: it is not usable; names `option`.
         """
 
     def encoder(self, processor: Any, data: DataConfig | TrainDataConfig) -> Encoder:
-        """How rows become what the model trains on."""
+        """The encoder from rows to training inputs."""
 
     def evaluation(self, config: UnlearnConfig, storage: PathLike) -> Evaluation:
-        """The evaluation of a run; reads its rows, and refuses what cannot be used, before any worker starts."""
+        """The evaluation of a run; reads its rows and refuses unusable ones before any worker starts."""
 
     # ------------------------------------------------------------------------------------------------- on the workers
 
@@ -73,18 +73,18 @@ class Task(Protocol):
         """The model, in training mode on the CPU, and its processor."""
 
     def copy(self, module: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> torch.nn.Module:
-        """A model of the module's kind with these weights, in eval mode: the module may be sharded or wrapped."""
+        """A model like the module with these weights, in eval mode; the module may be sharded or wrapped."""
 
     def collate(self, processor: Any) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, torch.Tensor]]:
-        """What makes a micro-batch of encoded rows (columns of `Encoder.payload`)."""
+        """A function from encoded rows (columns of `Encoder.payload`) to a micro-batch."""
 
     def loss(self, module: torch.nn.Module, micro: Any) -> tuple[torch.Tensor, Any]:
-        """Sum of a micro-batch's losses (nats) and how many they are."""
+        """Sum of a micro-batch's losses (nats), and their number."""
 
     def utility(self, module: torch.nn.Module, micro: Any) -> torch.Tensor:
-        """How well each row is answered, 0 to 1: float64 [rows] on the CPU. The utility floor watches its mean."""
+        """How well the model answers each row, 0 to 1: float64 [rows] on the CPU. The utility floor uses the mean."""
 
     def export(
         self, module: torch.nn.Module, processor: Any, weights: Mapping[str, torch.Tensor], folder: Path
     ) -> None:
-        """Write a model directory: safetensors, and what `load` needs."""
+        """Write a model directory: safetensors and everything `load` needs."""

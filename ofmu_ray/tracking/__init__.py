@@ -1,4 +1,4 @@
-"""MLflow: one run per run name, kept over resumption. Importing this room does not import MLflow."""
+"""MLflow: one run per run name, also across resumptions. Importing this package does not import MLflow."""
 
 from ofmu_ray.tracking.late import conclude, deliver_late
 from ofmu_ray.tracking.mlflow_run import RunHandle, finish, open_command, start, system_metrics

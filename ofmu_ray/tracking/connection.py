@@ -1,8 +1,8 @@
-"""Reach a tracking server or database within seconds, or say which option to change.
+"""Reach a tracking server or database within seconds, or name the option to change.
 
-MLflow by itself tries an unreachable server for minutes and a database that it cannot open for two. Everything here
-goes through `MlflowClient`: the fluent API (`mlflow.set_experiment`) exports MLFLOW_EXPERIMENT_ID to the environment,
-which Ray workers inherit and which beats every experiment name given later.
+MLflow retries an unreachable server for minutes and an unusable database for two. Everything here uses
+`MlflowClient`: the fluent API (`mlflow.set_experiment`) exports MLFLOW_EXPERIMENT_ID to the environment, which Ray
+workers inherit and which overrides every later experiment name.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from ofmu_ray.storage import is_uri, local_path
 
 CONNECT_SECONDS = 5
 ANSWER_SECONDS = 30
-"""Of a server that is there; one that has just started, on a busy machine, took more than five for its first answer."""
+"""For a reachable server; on a busy machine, a fresh one took more than five for its first response."""
 _PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _SQLITE_MAGIC = b"SQLite format 3\0"
 
 
 def resolve_uri(uri: str | None, storage: str) -> str:
-    """The tracking URI with an absolute sqlite path, as workers with another working directory need it.
+    """The tracking URI with an absolute SQLite path, as workers have another working directory.
 
     Raises:
-        UserError: MLflow no longer keeps runs there, or the default cannot be used with this storage.
+        UserError: MLflow no longer supports the URI, or the default does not work with this storage.
     """
     if uri is None:
         if is_uri(storage):
             raise UserError(
                 f"tracking.uri = null keeps MLflow's database under storage = {storage!r}, but SQLite needs a local "
-                "disk: give a tracking server with --tracking.uri http://HOST:PORT (or, with all on one machine, sqlite:///FILE)"
+                "disk: set a tracking server with --tracking.uri http://HOST:PORT (or, on one machine, sqlite:///FILE)"
             )
         return f"sqlite:///{local_path(storage) / 'mlflow.db'}"
     if uri.startswith("sqlite:///"):
@@ -56,7 +56,7 @@ def sqlite_file(uri: str) -> Path | None:
 
 
 def without_password(uri: str) -> str:
-    """The URI as it may be shown."""
+    """The URI in a form safe to show."""
     parts = urlsplit(uri)
     if parts.password is None:
         return uri
@@ -64,10 +64,10 @@ def without_password(uri: str) -> str:
 
 
 def check_reachable(uri: str) -> None:
-    """Open the database file, or a connection to the server's port, before MLflow tries for minutes.
+    """Open the database file or connect to the server's port, before MLflow would retry for minutes.
 
     Raises:
-        UserError: naming tracking.uri and what went wrong.
+        UserError: names tracking.uri and the problem.
     """
     file = sqlite_file(uri)
     if file is not None:
@@ -84,15 +84,15 @@ def check_reachable(uri: str) -> None:
 
 
 def unreachable(uri: str, error: object) -> UserError:
-    """The error for a tracking server that does not answer."""
+    """The error for an unreachable tracking server."""
     return UserError(
         f"tracking.uri = {without_password(uri)!r}: MLflow is not reachable ({error}): start it, correct the address, "
-        "or leave tracking.uri null for a local database"
+        "or set tracking.uri to null for a local database"
     )
 
 
 def client(uri: str) -> Any:
-    """An `MlflowClient` of this URI; MLflow's and its migrations' log lines below warnings are silenced."""
+    """An `MlflowClient` for this URI; silences log lines of MLflow and its migrations below warnings."""
     from mlflow import MlflowClient
 
     for name in ("alembic", "mlflow.store", "mlflow.system_metrics", "mlflow.tracking"):
@@ -104,7 +104,7 @@ def client(uri: str) -> Any:
 def impatient(retries: int = 0, timeout_seconds: int = ANSWER_SECONDS) -> Iterator[None]:
     """Few retries and a short timeout for MLflow's HTTP calls in this block.
 
-    MLflow offers these settings as environment variables only; they are read at every request and restored here.
+    MLflow has these settings as environment variables only and reads them at every request; they are restored here.
     """
     settings = {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries),
@@ -131,7 +131,7 @@ def _scheme(uri: str) -> str:
 def _check_sqlite(file: Path) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("ab+") as stream:  # creates it: a folder or file that cannot be written fails here
+        with file.open("ab+") as stream:  # creates the file: fails here if not writable
             stream.seek(0)
             head = stream.read(len(_SQLITE_MAGIC))
     except OSError as error:

@@ -1,5 +1,5 @@
-"""The end of a run in MLflow, now or at the next start of the run: everything is in the run's home (its folder or URI)
-meanwhile."""
+"""Completes a run in MLflow, at its end or at its next start; until then everything is in the run's home (folder or
+URI)."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ UNDELIVERED = "undelivered.json"
 
 
 def conclude(home: PathLike, handle: RunHandle, *, artifacts: Sequence[str], status: Status) -> bool:
-    """Bring MLflow what <home> holds: missing rounds of the series, figures, cost, pages; and close the run.
+    """Deliver the content of <home> to MLflow (missing rounds of the series, metrics, cost, pages) and close the run.
 
     `artifacts`: names of files in <home>.
 
     Returns:
-        False when MLflow did not take all of it: `undelivered.json` then says what `deliver_late` has to do.
+        False if MLflow did not accept everything: `undelivered.json` then lists the rest for `deliver_late`.
     """
     summary = json.loads(read_text(join(home, "metrics.json")))
     training = json.loads(read_text(join(home, "training.json")))
-    metrics = {name: figures for name, figures in summary.items() if name not in ("cost", "run")}
+    metrics = {name: values for name, values in summary.items() if name not in ("cost", "run")}
     done = not training["undelivered"] or _series(handle, training["series"])
     with scratch() as place:
         files = [local_file(join(home, name), place) for name in artifacts]
         done = done and finish(handle, metrics=metrics, cost=summary["cost"], artifacts=files, status=status)
     if done:
         remove_file(join(home, UNDELIVERED))
-    else:  # without the address, which may hold a password
+    else:  # without the address, which may contain a password
         left: dict[str, Any] = {"run_id": handle.run_id, "experiment_id": handle.experiment_id, "status": status}
         left["artifacts"] = list(artifacts)
         atomic_write(join(home, UNDELIVERED), json.dumps(left) + "\n")
@@ -42,7 +42,7 @@ def conclude(home: PathLike, handle: RunHandle, *, artifacts: Sequence[str], sta
 
 
 def deliver_late(home: PathLike, config: TrackingConfig, storage: str) -> bool | None:
-    """What `conclude` could not deliver when the run ended; None: there is nothing, False: still not."""
+    """Deliver what `conclude` could not. None: nothing to deliver; False: failed again."""
     path = join(home, UNDELIVERED)
     if not is_file(path):
         return None
@@ -59,8 +59,8 @@ def deliver_late(home: PathLike, config: TrackingConfig, storage: str) -> bool |
 def _series(handle: RunHandle, series: Iterable[Mapping[str, float]]) -> bool:
     try:
         logger = RoundLogger(handle)
-    except UserError:  # the database's file is gone
+    except UserError:  # the database file is gone
         return False
-    for row in series:  # what MLflow has is left out
+    for row in series:  # rounds that MLflow has are skipped
         logger.log(int(row["round"]), {name: value for name, value in row.items() if name != "round"})
     return logger.close()

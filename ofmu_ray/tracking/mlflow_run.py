@@ -1,4 +1,4 @@
-"""The MLflow run of a run: started or found again by the driver, finished by it, written to by rank 0 in between."""
+"""The MLflow run of a run: the driver starts or finds it and finishes it; rank 0 writes to it in between."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunHandle:
-    """What a worker needs to write to the run; plain strings, so it travels in a train loop's config."""
+    """What a worker needs to write to the run; plain strings, so it fits into a train loop's config."""
 
     run_id: str
     uri: str
@@ -45,20 +45,20 @@ def start(
     *,
     resume: bool = True,
 ) -> RunHandle:
-    """Create the run with its parameters, or find the run of this name and set it running again.
+    """Create the run with its parameters, or find the run of this name and resume it.
 
-    Called once, by the driver, before any worker starts: concurrent first use of a fresh SQLite file fails, so the
-    database and the experiment are made here, under a lock that other drivers on this machine respect.
+    The driver calls it once, before any worker starts: concurrent first use of a fresh SQLite file fails, so this
+    creates the database and the experiment, under a lock shared by all drivers on this machine.
 
     Args:
-        params: the whole configuration, nested or flat; values are logged as JSON (strings as they are), cut to
+        params: the complete configuration, nested or flat; values are logged as JSON (strings unchanged), cut to
             6000 characters.
-        tags: more tags, e.g. the code version; they are overwritten on resumption.
-        resume: take up the latest run of this name if its parameters agree (where the run is stored and how it is
-            reported may differ); False: always a new run.
+        tags: additional tags, e.g. the code version; overwritten on resumption.
+        resume: resume the latest run of this name if its parameters match (storage and reporting may differ); False:
+            always create a new run.
 
     Raises:
-        UserError: MLflow cannot be reached within seconds or does not answer in half a minute, or the experiment was
+        UserError: MLflow is not reachable within seconds or does not respond in 30 seconds, or the experiment was
             deleted.
     """
     from mlflow.exceptions import MlflowException
@@ -70,7 +70,7 @@ def start(
     own_tags = {**(tags or {}), RUN_NAME_TAG: run_name}
     try:
         with connection.impatient(), _lock(uri):
-            client = connection.client(uri)  # makes the tables of a fresh database
+            client = connection.client(uri)  # creates the tables of a fresh database
             experiment_id = _experiment(client, config.experiment, uri, storage)
         run = _find(client, experiment_id, run_name, values) if resume else None
         if run is None:
@@ -94,38 +94,38 @@ def finish(
     tables: Iterable[str | Path] = (),
     status: Status = "FINISHED",
 ) -> bool:
-    """Log the final figures and files, and close the run.
+    """Log the final metrics and files, and close the run.
 
     Args:
         metrics: ``{"before": {name: {"value", "low", "high", ...}}, "after": ..., "retrained": ... | None}`` becomes
-            ``after/forget_quality``, ``after/forget_quality_low`` and so on; absent figures are left out.
+            ``after/forget_quality``, ``after/forget_quality_low`` and so on; absent metrics are skipped.
         cost: nested numbers, logged as ``cost/gradient_passes/forget`` and so on.
-        artifacts: pages and JSON files; evaluation rows hold text and are refused.
-        tables: Parquet files from which the caller has removed every text.
+        artifacts: pages and JSON files; evaluation rows contain text and are refused.
+        tables: Parquet files without any text.
 
     Returns:
-        False when MLflow could not be reached any more: everything is in the run's folder, so the run does not fail
-        for it; a warning says so.
+        False if MLflow is no longer reachable: logs a warning, and the run does not fail, since everything is in its
+        folder.
 
     Raises:
-        AssertionError: an artifact that is no page, plot or JSON.
+        AssertionError: an artifact is not a page, plot or JSON file.
     """
     files = [Path(path) for path in artifacts]
     for file in files:
         assert file.suffix in ARTIFACT_SUFFIXES, (
-            f"{file.name} is not a page, plot or JSON file, so it may hold text of rows"
+            f"{file.name} is not a page, plot or JSON file, so it may contain text of rows"
         )
     files += map(Path, tables)
-    figures = {**_figures(metrics or {}), **_numbers(cost or {}, "cost/")}
+    values = {**_values(metrics or {}), **_numbers(cost or {}, "cost/")}
     client = connection.client(handle.uri)
     try:
         with connection.impatient(retries=2):
-            _log_figures(client, handle.run_id, figures)
+            _log_values(client, handle.run_id, values)
             for file in files:
                 client.log_artifact(handle.run_id, str(file))
             client.set_terminated(handle.run_id, status=status)
     except Exception as error:  # MLflow's stores raise their own, sqlalchemy's and requests' errors
-        _log.warning("MLflow run %s was not closed (%s); its results are complete in the run's folder.",
+        _log.warning("MLflow run %s was not closed (%s); all results are in the run's folder.",
                      handle.run_id, _first_line(error))  # fmt: skip
         return False
     return True
@@ -133,7 +133,7 @@ def finish(
 
 @contextmanager
 def system_metrics(handle: RunHandle, *, enabled: bool = True, interval_seconds: float = 5.0) -> Iterator[None]:
-    """Log CPU, memory, disk, network and GPU use of this machine as ``system/...`` while the block runs."""
+    """Log CPU, memory, disk, network and GPU use of this machine as ``system/...`` during the block."""
     if not enabled:
         yield
         return
@@ -151,7 +151,7 @@ def system_metrics(handle: RunHandle, *, enabled: bool = True, interval_seconds:
 
 
 def open_command(handle: RunHandle) -> str:
-    """How to look at the run: a command that serves a local database, or the run's address on a server."""
+    """How to open the run: a command that serves a local database, or the run's address on a server."""
     page = f"#/experiments/{handle.experiment_id}/runs/{handle.run_id}"
     if handle.uri.startswith(("http://", "https://")):
         return f"{connection.without_password(handle.uri).rstrip('/')}/{page}"
@@ -164,7 +164,7 @@ def open_command(handle: RunHandle) -> str:
 
 @contextmanager
 def _lock(uri: str) -> Iterator[None]:
-    """One driver at a time makes the tables of a SQLite database."""
+    """Lets one driver at a time create the tables of a SQLite database."""
     file = connection.sqlite_file(uri)
     if file is None:
         yield
@@ -180,7 +180,7 @@ def _experiment(client: Any, name: str, uri: str, storage: str) -> str:
 
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        # A server decides itself; a database would put artifacts under the working directory.
+        # A server chooses the location; a database would use the working directory.
         on_server = uri.startswith(("http", "databricks"))
         try:
             return str(client.create_experiment(name, None if on_server else _artifact_location(uri, storage)))
@@ -197,7 +197,7 @@ def _experiment(client: Any, name: str, uri: str, storage: str) -> str:
 
 
 def _artifact_location(uri: str, storage: str) -> str:
-    """In the storage; beside a SQLite file when the storage is a URI, for which MLflow would need boto3 and others."""
+    """In the storage, or next to the SQLite file if the storage is a URI (MLflow would need boto3 and others)."""
     file = connection.sqlite_file(uri)
     if not is_uri(storage):
         return (local_path(storage) / "mlartifacts").as_uri()
@@ -205,23 +205,23 @@ def _artifact_location(uri: str, storage: str) -> str:
 
 
 def _find(client: Any, experiment_id: str, run_name: str, values: Mapping[str, str]) -> Any | None:
-    """The latest run of this name, if it has the same parameters as far as they determine the run."""
-    quote = '"' if "'" in run_name else "'"  # MLflow's filters know no escape
+    """The latest run of this name, if the parameters that determine the run are the same."""
+    quote = '"' if "'" in run_name else "'"  # MLflow's filters have no escapes
     query = f"tags.`{RUN_NAME_TAG}` = {quote}{run_name}{quote}"
-    found = client.search_runs([experiment_id], query, max_results=1, order_by=["attributes.start_time DESC"])
-    if not found:
+    runs = client.search_runs([experiment_id], query, max_results=1, order_by=["attributes.start_time DESC"])
+    if not runs:
         return None
-    logged = found[0].data.params
+    logged = runs[0].data.params
     differing = [
         name
         for name, value in values.items()
         if name.partition(".")[0] not in WHERE_KEPT and name not in ELASTIC and logged.get(name, value) != value
     ]
-    return None if differing else found[0]
+    return None if differing else runs[0]
 
 
 def _log_params(client: Any, run: Any, values: Mapping[str, str]) -> None:
-    """Log what is not there yet; MLflow refuses to change a parameter."""
+    """Log missing parameters; MLflow refuses to change existing ones."""
     from mlflow.entities import Param
 
     missing = [Param(name, value) for name, value in values.items() if name not in run.data.params]
@@ -238,18 +238,18 @@ def _first_line(error: object) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
-# -------------------------------------------------------------------------------------------------- final figures
+# --------------------------------------------------------------------------------------------------- final values
 
 
-def _figures(metrics: Mapping[str, Any]) -> dict[str, float]:
-    figures: dict[str, float] = {}
+def _values(metrics: Mapping[str, Any]) -> dict[str, float]:
+    values: dict[str, float] = {}
     for model, named in metrics.items():
-        for name, figure in (named or {}).items():
-            if isinstance(figure, Mapping) and figure.get("value") is not None:
-                figures[f"{model}/{name}"] = float(figure["value"])
-                bounds = {side: figure.get(side) for side in ("low", "high")}
-                figures |= {f"{model}/{name}_{side}": float(x) for side, x in bounds.items() if x is not None}
-    return figures
+        for name, metric in (named or {}).items():
+            if isinstance(metric, Mapping) and metric.get("value") is not None:
+                values[f"{model}/{name}"] = float(metric["value"])
+                bounds = {side: metric.get(side) for side in ("low", "high")}
+                values |= {f"{model}/{name}_{side}": float(x) for side, x in bounds.items() if x is not None}
+    return values
 
 
 def _numbers(nested: Mapping[str, Any], prefix: str) -> dict[str, float]:
@@ -261,10 +261,10 @@ def _numbers(nested: Mapping[str, Any], prefix: str) -> dict[str, float]:
     }
 
 
-def _log_figures(client: Any, run_id: str, figures: Mapping[str, float]) -> None:
+def _log_values(client: Any, run_id: str, values: Mapping[str, float]) -> None:
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
-    logged = [Metric(name, value, now, 0) for name, value in figures.items()]
+    logged = [Metric(name, value, now, 0) for name, value in values.items()]
     for begin in range(0, len(logged), METRICS_PER_CALL):
         client.log_batch(run_id, metrics=logged[begin : begin + METRICS_PER_CALL])

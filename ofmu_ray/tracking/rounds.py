@@ -29,16 +29,16 @@ class _Point(NamedTuple):
 
 
 class RoundLogger:
-    """Logs a few numbers per round without holding the round up: buffered, one call per flush.
+    """Logs a few numbers per round without delaying the round: buffered, one call per flush.
 
-    After a resumption the rounds since the last checkpoint run again; what they log a second time is left out, series
-    by series, so that no step stands twice. An MLflow that stops answering does not stop the training: points wait in
-    the buffer and the next try is half a minute later; what could not be delivered by `close` is reported once.
+    After a resumption, the rounds since the last checkpoint run again; values logged before are skipped, series by
+    series, so each step occurs once. If MLflow stops responding, training continues: points stay in the buffer, with a
+    retry every 30 seconds; `close` reports undelivered values once.
 
     Use it as a context manager, or call `close`. One instance per run, on rank 0 only.
 
     Raises:
-        UserError: the run is kept in SQLite and the file is not on this machine.
+        UserError: the run is in a SQLite file that is not on this machine.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class RoundLogger:
         self._failing = False
 
     def log(self, round: int, values: Mapping[str, float]) -> None:
-        """Take the series' values of one round (the MLflow step); flushes every 50 rounds or 2 seconds."""
+        """Log the values of one round (the MLflow step); flushes every 50 rounds or 2 seconds."""
         now = int(time.time() * 1000)
         self._buffer += [_Point(name, float(value), now, round) for name, value in values.items()]
         del self._buffer[:-LONGEST_BUFFER]
@@ -71,13 +71,13 @@ class RoundLogger:
             self.flush()
 
     def flush(self) -> bool:
-        """Deliver the buffer; False when MLflow did not take it (it stays buffered)."""
+        """Deliver the buffer; False if MLflow did not accept it (it stays buffered)."""
         try:
             with connection.impatient(retries=1, timeout_seconds=10):
                 self._deliver()
         except Exception as error:  # MLflow's stores raise their own, sqlalchemy's and requests' errors
             if not self._failing:
-                _log.warning("MLflow does not take the series (%s); trying again.", type(error).__name__)
+                _log.warning("MLflow does not accept the series (%s); retrying.", type(error).__name__)
             self._failing = True
             self._next_flush = time.monotonic() + RETRY_SECONDS
             return False
@@ -87,17 +87,17 @@ class RoundLogger:
         return True
 
     def rewind(self, round: int) -> None:
-        """The rounds after `round` run again with other steps: their values are logged a second time, and later.
+        """Prepare for running the rounds after `round` again with other steps: their values will be logged again.
 
-        MLflow deletes nothing: the history of a series then holds the values of the rounds that were thrown away too,
-        and what it shows for a step is the latest.
+        MLflow deletes nothing: the history of a series also contains the values of the discarded rounds, and the latest
+        value of a step is shown.
         """
         self.flush()
         self._buffer = [point for point in self._buffer if point.step <= round]
         self._last = {name: min(last, round) for name, last in self._last.items()}
 
     def close(self) -> bool:
-        """Deliver what is left; False: MLflow did not take it."""
+        """Deliver the rest; False: MLflow did not accept it."""
         if not self._buffer or self.flush():
             return True
         _log.warning("%d values of the series were not delivered to MLflow.", len(self._buffer))
@@ -128,7 +128,7 @@ class RoundLogger:
             del self._buffer[: len(chunk)]
 
     def _last_step(self, name: str) -> int:
-        """The last step of a series in MLflow (-1: none); asked once, as this logger is the only writer."""
+        """The last step of a series in MLflow (-1: none); queried once, as this logger is the only writer."""
         if name not in self._last:
             if self._known is None:
                 self._known = frozenset(self._client.get_run(self._run_id).data.metrics)

@@ -1,9 +1,9 @@
-"""Sharded checkpoints: one file per rank, and the loop's state as JSON that a person can read.
+"""Sharded checkpoints: one file per rank, and the loop's state as readable JSON.
 
-A checkpoint is a folder with `rank_00000.pt` ... (this rank's fp32 weights and both optimisers' moments),
-`state.json` (cursor, method state, cost, why it was taken), `series.jsonl` (the per-round figures so far, so that
-a resumed run has one history) and `manifest.json` (sizes and checksums of all of them). Nothing in it is code: the
-ranks' files are read as tensors and plain values only.
+A checkpoint is a folder with `rank_00000.pt` ... (the rank's fp32 weights and both optimisers' moments), `state.json`
+(cursor, method state, cost, reason of the checkpoint), `series.jsonl` (the per-round metrics so far, so a resumed run
+has one history) and `manifest.json` (sizes and checksums of all files). It contains no code: the ranks' files are read
+as tensors and plain values only.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from ofmu_ray.training.session import Session
 
 @dataclass
 class LoopState:
-    """Where the loop stands. Equal on all ranks."""
+    """State of the loop. Equal on all ranks."""
 
     config_hash: str
     round: int = 0
     """Rounds done: the cursor of both streams."""
     utility_start: float | None = None
-    """Mean answer probability on the watched retain rows before the first round."""
+    """Mean answer probability on the monitored retain rows before the first round."""
     utility: float | None = None
     """The same at the last check."""
     status: str = "running"
@@ -43,33 +43,33 @@ class LoopState:
     message: str = ""
     """Why the run stopped early."""
     train_seconds: float = 0.0
-    """Wall-clock seconds in rounds so far, over all attempts."""
+    """Wall-clock seconds spent in rounds, over all attempts."""
     peak_memory_bytes: int = 0
     """Highest memory of a worker (device memory on CUDA, else resident set)."""
     rollbacks: int = 0
-    """How often a round that was not finite sent the run back to a checkpoint."""
+    """How often a non-finite round reset the run to a checkpoint."""
     thrown_away: int = 0
-    """Rounds run and given up for an earlier checkpoint; the account and train_seconds hold their cost."""
+    """Rounds discarded for an earlier checkpoint; pass counts and train_seconds include their cost."""
     learning_rate_factor: float = 1.0
-    """On every learning rate: stop.shrink once per rollback."""
+    """Multiplier of all learning rates: stop.shrink once per rollback."""
     notes: list[str] = field(default_factory=list)
-    """What the run survived and its user should know: checkpoints passed over, rollbacks, workers that hung."""
+    """Messages for the user about problems survived: skipped checkpoints, rollbacks, hung workers."""
     undelivered: bool = False
-    """Whether MLflow had not taken the whole series when the loop ended."""
+    """Whether MLflow had not accepted the complete series at the end of the loop."""
     series: list[dict[str, float]] = field(default_factory=list)
-    """Per-round figures, oldest first; kept in series.jsonl."""
+    """Per-round metrics, oldest first; stored in series.jsonl."""
 
 
 def save(state: LoopState, engine: Engine, method: Method, session: Session) -> None:
     """Report a checkpoint to the session. Collective; returns when this rank's files are in storage.
 
     Raises:
-        StorageError: no room, no rights or no answer, on this machine or in the storage; older checkpoints stay.
+        StorageError: no space, no permission or no response, on this machine or in the storage; older checkpoints stay.
     """
     with scratch() as folder:
         _write(folder, state, engine, method, session)
         integrity.write_manifest(folder, session.rank, session.world)
-        # the end of a stopped run stands at an earlier round, whose checkpoint must not be written over
+        # a stopped run ends at an earlier round, whose checkpoint must not be overwritten
         suffix = "" if state.status == "running" else f"_{state.status}"
         session.report(folder, f"round_{state.round:06d}{suffix}", state.round)
 
@@ -77,7 +77,7 @@ def save(state: LoopState, engine: Engine, method: Method, session: Session) -> 
 def _write(folder: Path, state: LoopState, engine: Engine, method: Method, session: Session) -> None:
     shard = engine.state_dict()
     with explained(folder, "temporary files"):
-        with _shard(folder, session.rank).open("wb", buffering=0) as file:  # else torch hides that the disk is full
+        with _shard(folder, session.rank).open("wb", buffering=0) as file:  # otherwise torch hides a full disk
             torch.save(shard, file)
         if session.rank == 0:
             readable = asdict(state)
@@ -90,29 +90,29 @@ def _write(folder: Path, state: LoopState, engine: Engine, method: Method, sessi
 
 @contextmanager
 def newest(session: Session) -> Iterator[tuple[Path | None, list[str]]]:
-    """The folder of the newest checkpoint that is whole (None: there is none), and what was passed over. Collective.
+    """The folder of the newest intact checkpoint (None: there is none), and the reasons for skipped ones. Collective.
 
-    All ranks pass over the same ones.
+    All ranks skip the same checkpoints.
     """
-    passed: list[str] = []
+    skipped: list[str] = []
     for name, opened in session.checkpoints():
         with opened as folder:
             reason = integrity.damage(folder, session.rank, session.world)
             if reason is None:
-                yield folder, passed
+                yield folder, skipped
                 return
-        passed.append(f"checkpoint {name} was passed over: {reason}")
-    yield None, passed
+        skipped.append(f"checkpoint {name} was skipped: {reason}")
+    yield None, skipped
 
 
 def restore(folder: Path, engine: Engine, method: Method, session: Session, config_hash: str | None) -> LoopState:
-    """Weights, optimisers, method and loop state from a whole checkpoint; `config_hash` None: of any run.
+    """Restore weights, optimisers, method and loop state from an intact checkpoint; `config_hash` None: of any run.
 
-    Another number of workers may have written it: its shards are cut anew.
+    Another number of workers may have written it: its shards are resharded.
 
     Raises:
-        UserError: the checkpoint belongs to another configuration or ZeRO stage, or a file of it holds anything but
-            tensors and plain values.
+        UserError: the checkpoint belongs to another configuration or ZeRO stage, or one of its files contains anything
+            but tensors and plain values.
     """
     state, extra = read_state(folder)
     if config_hash is not None and state.config_hash != config_hash:
@@ -133,7 +133,7 @@ def restore(folder: Path, engine: Engine, method: Method, session: Session, conf
 
 
 def read_state(folder: Path) -> tuple[LoopState, dict[str, Any]]:
-    """The readable part of a checkpoint folder: loop state, and method and account states by name."""
+    """The readable part of a checkpoint folder: loop state, and states of method and pass counts by name."""
     content = json.loads((folder / "state.json").read_text())
     extra = {name: content.pop(name) for name in ("method", "account")}
     series = [json.loads(line) for line in (folder / "series.jsonl").read_text().splitlines()]
@@ -141,17 +141,17 @@ def read_state(folder: Path) -> tuple[LoopState, dict[str, Any]]:
 
 
 def read_shard(path: Path) -> dict[str, Any]:
-    """One rank's file. Nothing in it is executed.
+    """One rank's file. Executes nothing in it.
 
     Raises:
-        UserError: it holds anything but tensors and plain values.
+        UserError: it contains anything but tensors and plain values.
     """
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
         raise UserError(
-            f"{path} holds something else than tensors and numbers, so this program did not write it; it was not "
-            f"opened ({type(error).__name__}): find out who did, or start again with another --name"
+            f"{path} contains more than tensors and numbers, so this program did not write it; it was not loaded "
+            f"({type(error).__name__}): find out where it comes from, or start over with another --name"
         ) from None
     return content
 

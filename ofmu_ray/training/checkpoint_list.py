@@ -1,7 +1,7 @@
-"""What checkpoints a run has; Ray Train's list of them, mended when a kill left it torn.
+"""What checkpoints a run has; repairs Ray Train's list of them if a kill truncated it.
 
-Ray Train 2.60 writes `checkpoint_manager_snapshot.json` in place: a driver that is killed within the write leaves an
-empty or cut file, and no later driver of the run would start. What the list says is in the checkpoints themselves.
+Ray Train 2.60 writes `checkpoint_manager_snapshot.json` in place: a driver killed during the write leaves an empty or
+truncated file, and no later driver of the run would start. The list can be rebuilt from the checkpoints.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ RAY_TRAIN_LIST = "checkpoint_manager_snapshot.json"
 
 
 def local_checkpoints(folder: Path) -> list[Path]:
-    """Those of a run without Ray, oldest first; what a kill left half-written has another name."""
+    """Those of a run without Ray, oldest first; those left incomplete by a kill have other names."""
     return sorted(path for path in folder.glob("*") if path.is_dir() and path.name[:6].isdigit())
 
 
 def mend(folder: Path) -> None:
-    """Write the list of the checkpoints in Ray Train's `folder` anew if it is there and cannot be read.
+    """Rewrite the list of the checkpoints in Ray Train's `folder` if it exists but is not readable.
 
-    Taken up are those that have a manifest, in the order in which it was written; whether they are whole is checked
-    when one is restored (`checkpoint.newest`).
+    It then contains those with a manifest, in the order of writing; their integrity is checked when one is restored
+    (`checkpoint.newest`).
     """
     from ofmu_ray.internals.ray_private import checkpoint_list
 

@@ -1,4 +1,4 @@
-"""Export of the changed model as a directory that the task can load, by one worker."""
+"""One worker exports the model as a directory that the task can load."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ofmu_ray.training.worker_job import WorkerJob
 def export_model(
     job: WorkerJob, engine: Engine, module: torch.nn.Module, processor: Any, state: LoopState, rank: int
 ) -> None:
-    """Write <run>/model, as the task exports it, and <run>/training.json. Collective.
+    """Write <run>/model in the task's format and <run>/training.json. Collective.
 
-    A killed export leaves nothing that a reader would take for a model.
+    A killed export leaves nothing that looks like a model.
     """
     weights = engine.full_weights()
     if rank != 0:

@@ -1,4 +1,4 @@
-"""Whether a checkpoint's folder holds what was written: sizes and SHA-256 of its files, in `manifest.json`."""
+"""Integrity of checkpoint folders: sizes and SHA-256 of their files, in `manifest.json`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ofmu_ray.storage.checksums import MANIFEST, Files, difference, fingerprints
 
 
 def write_manifest(folder: Path, rank: int, world: int) -> None:
-    """Rank 0 writes sizes and checksums of every rank's files into its folder. Collective."""
+    """Rank 0 writes sizes and checksums of every rank's files into the folder. Collective."""
     own = fingerprints(folder)
     files: Files = {}
     for part in gathered(own, world):
@@ -22,14 +22,14 @@ def write_manifest(folder: Path, rank: int, world: int) -> None:
 
 
 def read_workers(folder: Path) -> int:
-    """How many workers wrote a checkpoint."""
+    """The number of workers that wrote a checkpoint."""
     return int(json.loads((folder / MANIFEST).read_text())["workers"])
 
 
 def damage(folder: Path, rank: int, world: int) -> str | None:
-    """What is wrong with a checkpoint's folder; None: nothing. The ranks share the work and agree. Collective."""
-    found = _damage(folder, rank, world)
-    return next((reason for reason in gathered(found, world) if reason is not None), None)
+    """How a checkpoint's folder is damaged; None: intact. The ranks share the work and agree. Collective."""
+    reason = _damage(folder, rank, world)
+    return next((each for each in gathered(reason, world) if each is not None), None)
 
 
 def _damage(folder: Path, rank: int, world: int) -> str | None:
@@ -47,7 +47,7 @@ def _damage(folder: Path, rank: int, world: int) -> str | None:
 
 
 def gathered(value: Any, world: int) -> list[Any]:
-    """Every rank's value, in their order. Collective."""
+    """All ranks' values, in rank order. Collective."""
     if world == 1:
         return [value]
     values: list[Any] = [None] * world

@@ -1,4 +1,4 @@
-"""The driver's side: TorchTrainer set up, progress shown."""
+"""The driver's side: sets up TorchTrainer and shows progress."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ofmu_ray.training.watch import Progress, ProgressForwarder
 from ofmu_ray.training.worker_job import WorkerJob
 
 COLLECTIVE_TIMEOUT_SECONDS = 1800
-"""Ray Train's own value."""
+"""Ray Train's default."""
 PLACING_SECONDS = 60.0
-"""How long Ray Train waits for room before it looks at the cluster again; its own value."""
+"""How long Ray Train waits for resources before it checks the cluster again; its default."""
 
 
 def fit(job: WorkerJob, title: str) -> dict[str, Any]:
-    """Run the workers to the end (resuming what the run's folder holds) and return <run>/training.json.
+    """Run the workers to the end (resuming from the run's folder) and return <run>/training.json.
 
     Raises:
-        UserError: a worker found a user's mistake, a worker's node does not see the run's files, or a lost node was
-            not replaced in training.node_timeout.
+        UserError: a worker raised one, a worker's node cannot access the run's files, or a lost node was not replaced
+            within training.node_timeout.
         RuntimeError: the workers failed more than training.max_failures times.
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -38,7 +38,7 @@ def fit(job: WorkerJob, title: str) -> dict[str, Any]:
     from ofmu_ray.training import checkpoint_list
     from ofmu_ray.training.start import worker_loop
 
-    if not is_uri(job.run_dir):  # an object is there or not, never torn
+    if not is_uri(job.run_dir):  # objects are never truncated
         checkpoint_list.mend(Path(job.run_dir) / "train")
     training = job.training
     gpu = training.gpus_per_worker > 0
@@ -49,9 +49,9 @@ def fit(job: WorkerJob, title: str) -> dict[str, Any]:
     read: dict[str, list[str | None]] = {"model.path": [job.model.path], "model.tokenizer": [job.model.tokenizer]}
     shared = SharedFiles.of(job.run_dir, join(job.run_dir, "train"), read)
     actor = Progress.options(scheduling_strategy=on(here())).remote()  # type: ignore[attr-defined]
-    # a collective must not give up before the watchdog, which says who was to blame
+    # collectives must not time out before the watchdog, which names the culprit
     patience = max(COLLECTIVE_TIMEOUT_SECONDS, ceil(training.round_timeout or 0) + 60)
-    # both are Ray Train's: it asks so often, so long each time, whether there is room for all workers
+    # Ray Train retries to place all workers this often, waiting this long each time
     placing = min(PLACING_SECONDS, training.node_timeout)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{placing:g}"
     attempts = ceil(training.node_timeout / placing)
@@ -94,13 +94,13 @@ def fit(job: WorkerJob, title: str) -> dict[str, Any]:
 
 
 def _no_room(error: Exception, job: WorkerJob) -> UserError | None:
-    """What to tell when Ray Train has given up waiting for nodes."""
+    """The error after Ray Train gave up waiting for nodes."""
     if not isinstance(getattr(error, "controller_failure", None), STARTUP_TIMEOUT.get()):
         return None
     training = job.training
-    found = cluster_room(training.cpus_per_worker, training.gpus_per_worker)
+    room = cluster_room(training.cpus_per_worker, training.gpus_per_worker)
     return UserError(
-        f"training.workers = {training.workers}: in training.node_timeout = {training.node_timeout:g} s the cluster's "
-        f"nodes came to have room for {found}; the same command takes the run up from its last checkpoint when there "
-        "is room, or with fewer workers (--training.workers)"
+        f"training.workers = {training.workers}: the cluster's nodes had room for {room} in training.node_timeout = "
+        f"{training.node_timeout:g} s; the same command resumes from the last checkpoint once there is room, or with "
+        "fewer workers (--training.workers)"
     )

@@ -1,4 +1,4 @@
-"""Where a worker's loop runs: inside Ray Train, or alone in this process."""
+"""Where a worker's loop runs: in Ray Train, or alone in this process."""
 
 from __future__ import annotations
 
@@ -26,50 +26,50 @@ class Session(Protocol):
         """Where this worker's model belongs."""
 
     def report(self, folder: Path, name: str, done: int) -> None:
-        """Keep this rank's checkpoint files, copied or moved away, as checkpoint `name`. Collective."""
+        """Store this rank's checkpoint files (copied or moved) as checkpoint `name`. Collective."""
 
     def checkpoints(self) -> Sequence[tuple[str, AbstractContextManager[Path]]]:
         """(name, folder) of the run's checkpoints, newest first. Collective."""
 
 
 class Reports(Protocol):
-    """Who hears how far a worker is."""
+    """Receiver of a worker's progress."""
 
     def begin(self) -> list[str]:
-        """The workers begin (again): what was noted so far."""
+        """The workers start (again); returns the notes so far."""
 
     def note(self, *texts: str) -> None:
-        """Something that the user should know, once."""
+        """Messages for the user, each shown once."""
 
-    def update(self, done: int, figures: dict[str, float]) -> None:
+    def update(self, done: int, values: dict[str, float]) -> None:
         """Rounds done and the metrics of the last one."""
 
 
 class ListenerReports:
-    """A worker in the process of whoever listens."""
+    """For a worker in the listener's process."""
 
     def __init__(self, bar: progress.Bar):
         self.listener, self.bar, self.noted = progress.current(), bar, dict[str, None]()
 
     def begin(self) -> list[str]:
-        """What was noted so far."""
+        """The notes so far."""
         return list(self.noted)
 
     def note(self, *texts: str) -> None:
-        """Something that the user should know, once."""
+        """Messages for the user, each shown once."""
         for text in texts:
             if text not in self.noted:
                 self.noted[text] = None
                 self.listener.note("note", text)
 
-    def update(self, done: int, figures: dict[str, float]) -> None:
+    def update(self, done: int, values: dict[str, float]) -> None:
         """Rounds done and the metrics of the last one."""
-        self.bar.at(done, **losses_of(figures))
+        self.bar.at(done, **losses_of(values))
 
 
-def losses_of(figures: Mapping[str, float]) -> dict[str, str]:
-    """What a bar shows of a round."""
-    return {name.removesuffix("_loss"): f"{value:.3f}" for name, value in figures.items() if name.endswith("loss")}
+def losses_of(values: Mapping[str, float]) -> dict[str, str]:
+    """The values of a round that a bar shows."""
+    return {name.removesuffix("_loss"): f"{value:.3f}" for name, value in values.items() if name.endswith("loss")}
 
 
 class RaySession:
@@ -79,24 +79,24 @@ class RaySession:
         import ray.train
 
         self.home = home
-        """Of the run; a checkpoint lies in <home>/train."""
+        """The run's home; checkpoints are in <home>/train."""
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.neighbours = context.get_local_world_size()
-        """Workers of this node, this one included."""
+        """Workers on this node, including this one."""
         self._taken: set[str] = set()
 
     @property
     def device(self) -> torch.device:
         from ray.train.torch import get_device
 
-        found: torch.device = get_device()
-        return found
+        device: torch.device = get_device()
+        return device
 
     def report(self, folder: Path, name: str, done: int) -> None:
         import ray.train
 
-        # Ray Train deletes old checkpoints by their path: one that was passed over must not share it with its successor
+        # Ray Train deletes old checkpoints by path: a skipped one must not share its path with its successor
         while name in self._taken:
             name += "_again"
         self._taken.add(name)
@@ -112,8 +112,8 @@ class RaySession:
     def checkpoints(self) -> Sequence[tuple[str, AbstractContextManager[Path]]]:
         import ray.train
 
-        found = [reported.checkpoint for reported in ray.train.get_all_reported_checkpoints()]
-        named = [(Path(checkpoint.path).name, _as_path(checkpoint)) for checkpoint in reversed(found)]
+        checkpoints = [reported.checkpoint for reported in ray.train.get_all_reported_checkpoints()]
+        named = [(Path(checkpoint.path).name, _as_path(checkpoint)) for checkpoint in reversed(checkpoints)]
         self._taken |= {name for name, _ in named}
         return named
 
@@ -130,15 +130,15 @@ class LocalSession:
     rank, world = 0, 1
 
     def __init__(self, run_dir: str, keep: int, gpu: bool | None = None) -> None:
-        """`gpu` None: if there is one."""
+        """`gpu` None: use one if available."""
         self.folder, self.keep = Path(run_dir) / "train", keep
         self.device = torch.device("cuda" if (torch.cuda.is_available() if gpu is None else gpu) else "cpu")
 
     def report(self, folder: Path, name: str, done: int) -> None:
         numbers = [int(path.name[:6]) for path in self._checkpoints()]
         place = self.folder / f"{max(numbers, default=-1) + 1:06d}_{name}"
-        with atomic_dir(place) as beside:
-            shutil.copytree(folder, beside, dirs_exist_ok=True)
+        with atomic_dir(place) as staging:
+            shutil.copytree(folder, staging, dirs_exist_ok=True)
         for old in self._checkpoints()[: -self.keep]:
             shutil.rmtree(old)
 

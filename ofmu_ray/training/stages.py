@@ -1,8 +1,8 @@
-"""Evaluations during a run, after each of which someone else decides whether it goes on (schedulers of a sweep).
+"""Evaluations during a run, after each of which a sweep's scheduler decides if it continues.
 
-Worker and decider share a folder: rank 0 writes `<stage>.json` (figures and cost), the decider answers with
-`<stage>.go` or `<stage>.stop`. Files, because they outlive either process: a resumed run knows what it measured and
-what was decided, and the two may be in different processes on different nodes of one shared storage.
+Worker and scheduler share a folder: rank 0 writes `<stage>.json` (metrics and cost), the scheduler answers with
+`<stage>.go` or `<stage>.stop`. Files outlive both processes: a resumed run knows its measurements and the decisions,
+and the two may run on different nodes with shared storage.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ POLL_SECONDS = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class Stages:
-    """When a run is evaluated on its way, and on what."""
+    """When a run is evaluated on the way, and on what."""
 
     folder: str
-    """Of the decisions; on storage that worker and decider see."""
+    """Folder of the decisions, on storage shared by worker and scheduler."""
     count: int
-    """Evaluations of a whole run; the last one, at its end, is not taken here."""
+    """Evaluations of a complete run; the last one, at its end, is done elsewhere."""
     evaluation: Evaluation
-    """Of the rows that the run is judged on."""
+    """Evaluation on the rows that decide."""
     retrained: Any = None
     """Per-row values of the retrained model (pyarrow Table), or None."""
 
     def reached(self, before: float, after: float) -> int | None:
-        """The stage that a round passes which takes the run's progress (0 to 1) from `before` to `after`; None: none.
+        """The stage passed when the run's progress (0 to 1) goes from `before` to `after`; None: none.
 
-        Of several stages in one round, the last; never the one at the end.
+        If a round passes several, the last of them; never the one at the end.
         """
         stage = min(int(after * self.count + 1e-9), self.count - 1)
         return stage if stage > int(before * self.count + 1e-9) else None
@@ -48,10 +48,9 @@ class Stages:
     def measure(
         self, task: Task, engine: Engine, module: torch.nn.Module, processor: Any, rank: int
     ) -> dict[str, Any] | None:
-        """Metrics of the model as it is now, on rank 0; None elsewhere. Collective. The model is left as it was.
+        """Metrics of the current model on rank 0; None elsewhere. Collective. Does not change the model.
 
-        They are computed from a copy of the weights, in fp32 on a CPU and as stored on CUDA, as those of the exported
-        model are.
+        Computed from a copy of the weights, in fp32 on a CPU and as stored on CUDA, like those of the exported model.
         """
         weights = engine.full_weights()
         if weights is None or rank != 0:
@@ -60,15 +59,15 @@ class Stages:
         return self.evaluation.figures(table, self.retrained)
 
     def known(self, stage: int) -> dict[str, Any] | None:
-        """What a stage's evaluation found, if it took place."""
+        """The published result of a stage, if any."""
         return read_stage(self.folder, stage)
 
     def publish(self, stage: int, content: Mapping[str, Any]) -> None:
-        """Write a stage down; its decision may follow."""
+        """Publish the result of a stage, for the decision."""
         atomic_write(_path(self.folder, stage, "json"), json.dumps(content) + "\n")
 
     def wait(self, stage: int, rank: int) -> bool:
-        """Whether the run goes on, once that is decided. Collective."""
+        """Wait for the decision whether the run continues. Collective."""
         go = False
         if rank == 0:
             decided = None
@@ -85,18 +84,18 @@ class Stages:
 
 
 def read_stage(folder: str | Path, stage: int) -> dict[str, Any] | None:
-    """What was published of a stage, or None."""
+    """The published result of a stage, or None."""
     path = _path(folder, stage, "json")
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def decide(folder: str | Path, stage: int, *, go: bool) -> None:
-    """The decider's answer to a stage."""
+    """Record the scheduler's decision after a stage."""
     atomic_write(_path(folder, stage, "go" if go else "stop"), "")
 
 
 def decision(folder: str | Path, stage: int) -> bool | None:
-    """What was decided after a stage; None: nothing yet."""
+    """The decision after a stage; None: not yet."""
     for word, go in (("stop", False), ("go", True)):
         if _path(folder, stage, word).exists():
             return go

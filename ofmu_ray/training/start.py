@@ -1,4 +1,4 @@
-"""How a worker starts: by Ray Train, or alone in this process."""
+"""Entry points of a worker: in Ray Train, or alone in this process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ofmu_ray.training.worker_job import WorkerJob
 
 
 def worker_loop(config: dict[str, Any]) -> None:
-    """The function that Ray Train runs. `config` holds the `WorkerJob` and the progress actor."""
+    """The function that Ray Train runs. `config`: the `WorkerJob` and the progress actor."""
     from ofmu_ray.data.stream import lane_iterator, rounds
     from ofmu_ray.training.watch import ActorReports
 
@@ -42,7 +42,7 @@ def worker_loop(config: dict[str, Any]) -> None:
 
 
 def fit_here(job: WorkerJob, title: str) -> dict[str, Any]:
-    """`launch.fit` for one worker, in this process and without Ray."""
+    """`launch.fit` for one worker, in this process without Ray."""
     with progress.bar(title, job.training.rounds, "round") as bar:
         worker = run_local(job, ListenerReports(bar), gpu=job.training.gpus_per_worker > 0)
     export_model(job, worker.engine, worker.module, worker.processor, worker.state, 0)
@@ -51,10 +51,10 @@ def fit_here(job: WorkerJob, title: str) -> dict[str, Any]:
 
 
 def run_local(job: WorkerJob, reports: Reports | None = None, gpu: bool | None = None) -> Worker:
-    """The same loop in this process, with the only worker of the run: for many short runs, each on one core.
+    """The same loop for a single worker in this process: for many short runs, each on one core.
 
-    Nothing is exported: the returned worker holds the model in memory. `gpu` None: on one, if there is one.
-    Raises AssertionError for more workers.
+    Does not export: the returned worker has the model in memory. `gpu` None: use one if available.
+    Raises AssertionError for several workers.
     """
     assert job.training.workers == 1, "run_local is for one worker"
     worker = Worker(job, LocalSession(job.run_dir, job.training.keep_checkpoints, gpu), reports)

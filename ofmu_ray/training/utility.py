@@ -1,4 +1,4 @@
-"""The utility watched during a run: the task's, on a fixed sample of retain rows."""
+"""The utility monitored during a run: the task's, on a fixed sample of retain rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROWS_PER_BATCH = 16
 
 
 class UtilityProbe:
-    """Holds this rank's share of the sample; every rank runs the same number of batches (ZeRO-3 is collective)."""
+    """This rank's shard of the sample; all ranks run the same number of batches (ZeRO-3 is collective)."""
 
     def __init__(self, task: Task, collate: Collate, rows_path: str, rank: int, world: int):
         self.task = task
@@ -29,7 +29,7 @@ class UtilityProbe:
 
     def measure(self, engine: Engine) -> float:
         """Mean of the task's utility over the sample. Collective."""
-        values = torch.cat([found for batch in self.batches for found in engine.evaluate(batch, self.task.utility)])
+        values = torch.cat([rows for batch in self.batches for rows in engine.evaluate(batch, self.task.utility)])
         weights = torch.tensor(self.weights, dtype=torch.float64)
         total = torch.stack([(values * weights).sum(), weights.sum()])
         if dist.is_initialized() and dist.get_world_size() > 1:

@@ -1,4 +1,4 @@
-"""What the workers tell the driver while `fit` blocks: how far they are, and what went wrong and was survived."""
+"""Reports from the workers to the driver while `fit` blocks: progress, and problems survived."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ POLL_SECONDS = 0.5
 
 @ray.remote(num_cpus=0)
 class Progress:
-    """The actor that both sides talk to; it lives as long as the driver, so notes survive the workers."""
+    """The actor between both sides; it lives as long as the driver, so notes outlive the workers."""
 
     def __init__(self) -> None:
         self.now: tuple[int, dict[str, float]] = (0, {})
         self.notes: list[str] = []
         self.last: dict[int, Heartbeat] = {}
 
-    def update(self, done: int, figures: dict[str, float]) -> None:
-        """Rank 0: rounds done and the figures of the last one."""
-        self.now = (done, figures)
+    def update(self, done: int, values: dict[str, float]) -> None:
+        """Rank 0: rounds done and the metrics of the last one."""
+        self.now = (done, values)
 
     def note(self, *texts: str) -> None:
-        """Something that the user should know, once."""
+        """Messages for the user, each shown once."""
         self.notes += [text for text in dict.fromkeys(texts) if text not in self.notes]
 
     def sign(self, rank: int, where: str) -> None:
@@ -37,16 +37,16 @@ class Progress:
         self.last[rank] = Heartbeat(time.monotonic(), where)
 
     def signs(self) -> tuple[float, dict[int, Heartbeat]]:
-        """This actor's clock, and the last sign of every rank."""
+        """This actor's clock, and the last heartbeat of each rank."""
         return time.monotonic(), self.last
 
     def begin(self) -> list[str]:
-        """The workers begin (again): what was noted so far."""
+        """The workers start (again); returns the notes so far."""
         self.last = {}
         return self.notes
 
     def read(self) -> tuple[int, dict[str, float], list[str]]:
-        """Rounds done, figures of the last one, notes."""
+        """Rounds done, metrics of the last one, notes."""
         return (*self.now, self.notes)
 
 
@@ -57,21 +57,21 @@ class ActorReports:
         self.actor = actor
 
     def begin(self) -> list[str]:
-        """The workers begin (again): what was noted so far."""
+        """The workers start (again); returns the notes so far."""
         notes: list[str] = ray.get(self.actor.begin.remote())
         return notes
 
     def note(self, *texts: str) -> None:
-        """Something that the user should know, once."""
+        """Messages for the user, each shown once."""
         self.actor.note.remote(*texts)
 
-    def update(self, done: int, figures: dict[str, float]) -> None:
+    def update(self, done: int, values: dict[str, float]) -> None:
         """Rounds done and the metrics of the last one."""
-        self.actor.update.remote(done, figures)
+        self.actor.update.remote(done, values)
 
 
 class ProgressForwarder:
-    """Passes on to the listener what the actor hears, while the driver waits for the workers."""
+    """Forwards the actor's reports to the listener while the driver waits for the workers."""
 
     def __init__(self, actor: Any, rounds: int, title: str):
         self.actor, self.rounds, self.title = actor, rounds, title
@@ -96,10 +96,10 @@ class ProgressForwarder:
 
     def _refresh(self, bar: progress.Bar) -> None:
         try:
-            done, figures, notes = ray.get(self.actor.read.remote(), timeout=5)
+            done, values, notes = ray.get(self.actor.read.remote(), timeout=5)
         except Exception:  # progress must never end a run
             return
         for text in notes[self._noted :]:
             self.listener.note("note", text)
         self._noted = len(notes)
-        bar.at(done, **losses_of(figures))
+        bar.at(done, **losses_of(values))

@@ -1,4 +1,4 @@
-"""The loop of a worker, wherever it runs (ofmu_ray.training.session)."""
+"""The loop of a worker, independent of where it runs (ofmu_ray.training.session)."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from ofmu_ray.training.worker_job import WorkerJob
 
 
 class Worker:
-    """A worker with its model: resumes what the session holds, or begins; then one round after the other, with what
-    surrounds it: checks, rollbacks, checkpoints, series, progress."""
+    """A worker with its model: resumes from the session's checkpoint or starts, then runs the rounds with checks,
+    rollbacks, checkpoints, series and progress."""
 
     def __init__(
         self, job: WorkerJob, session: Session, progress: Reports | None = None, watchdog: Watchdog | None = None
@@ -43,32 +43,32 @@ class Worker:
         rows, ranks = job.utility_rows, (session.rank, session.world)
         self.probe = UtilityProbe(self.task, self.collate, rows, *ranks) if rows else None
         self.progress = progress
-        """Hears how far rank 0 is and what was survived."""
+        """Receives rank 0's progress and notes."""
         self.watchdog = watchdog or Watchdog(session.rank, None, None)
         self.logger: Any = None
         self.resumed = False
-        """Whether the state is that of a checkpoint of this run."""
+        """Whether the state comes from a checkpoint of this run."""
         self.state = self._begin()
         self._exchange_notes()
 
     def _begin(self) -> LoopState:
-        with checkpoint.newest(self.session) as (folder, passed):
+        with checkpoint.newest(self.session) as (folder, skipped):
             if folder is not None:
                 state = checkpoint.restore(folder, self.engine, self.method, self.session, self.job.config_hash)
                 self.resumed = True
-                state.notes += [f"{text}; went on from round {state.round}" for text in passed]
+                state.notes += [f"{text}; resumed from round {state.round}" for text in skipped]
                 return state
         state = LoopState(config_hash=self.job.config_hash)
-        state.notes = [f"{text}; began again" for text in passed]
+        state.notes = [f"{text}; started over" for text in skipped]
         if self.job.start_from is not None:
             state = self._inherited(Path(self.job.start_from))
         if self.probe is not None and state.utility_start is None:
             state.utility_start = state.utility = self.probe.measure(self.engine)
-        checkpoint.save(state, self.engine, self.method, self.session)  # so that there always is a last good model
+        checkpoint.save(state, self.engine, self.method, self.session)  # ensures that there is always a last good model
         return state
 
     def _exchange_notes(self) -> None:
-        """Take up what was noted while no checkpoint could be written, and show what this start has noted."""
+        """Merge notes made while no checkpoint was written, and show this start's notes."""
         if self.progress is None:
             return
         known = self.progress.begin()
@@ -76,10 +76,10 @@ class Worker:
         self.progress.note(*self.state.notes)
 
     def _inherited(self, folder: Path) -> LoopState:
-        """Go on from the end of another run, with this one's options."""
+        """Continue from the end of another run, with this run's options."""
         reason = integrity.damage(folder, self.session.rank, self.session.world)
         if reason is not None:
-            raise UserError(f"the checkpoint {folder} to begin with is damaged: {reason}")
+            raise UserError(f"the checkpoint {folder} to start from is damaged: {reason}")
         state = checkpoint.restore(folder, self.engine, self.method, self.session, None)
         state.config_hash, state.status, state.message = self.job.config_hash, "running", ""
         state.learning_rate_factor, state.rollbacks, state.notes = 1.0, 0, []
@@ -87,7 +87,7 @@ class Worker:
         return state
 
     def run(self, source: Callable[[int, dict[str, Any]], Iterable[dict[str, list[Any]]]]) -> None:
-        """Run the rounds that are left. `source(first round, options of collation)` gives their batches."""
+        """Run the remaining rounds. `source(first round, collation options)` yields their batches."""
         training = self.job.training
         options = {
             "micro_batch_size": training.micro_batch_size or training.batch_size // self.session.world,
@@ -98,11 +98,11 @@ class Worker:
         if self.resumed and self.state.status == "running":
             self.passed(0.0)
         while self.state.status == "running" and not self._rounds(source(self.state.round, options)):
-            pass  # rolled back: the batches begin again at an earlier round
+            pass  # rolled back: batches restart at an earlier round
         self.close()
 
     def _rounds(self, batches: Iterable[dict[str, list[Any]]]) -> bool:
-        """Rounds until the run ends, or (False) until one sends it back to a checkpoint."""
+        """Run rounds until the run ends; False: a round reset it to a checkpoint."""
         for of_round in self.watched(batches):
             if self.spent() or self.forgotten():
                 break
@@ -122,11 +122,11 @@ class Worker:
             from ofmu_ray.tracking import RoundLogger
 
             self.logger = RoundLogger(self.job.tracking)
-            for row in self.state.series:  # what a killed worker had not delivered; what MLflow has is left out
+            for row in self.state.series:  # undelivered values of a killed worker; those that MLflow has are skipped
                 self.logger.log(int(row["round"]), {name: value for name, value in row.items() if name != "round"})
 
     def watched(self, batches: Iterable[dict[str, list[Any]]]) -> Iterator[dict[str, list[Any]]]:
-        """The batches of each round; reading them, the round and its checkpoint are watched."""
+        """The batches of each round; the watchdog covers reading them, the round and its checkpoint."""
         source = iter(batches)
         while True:
             self.watchdog.begin(f"round {self.state.round + 1}")
@@ -137,23 +137,23 @@ class Worker:
             yield of_round
 
     def round(self, batches: dict[str, list[Any]]) -> bool:
-        """Run one round; False: stop, the weights are not to be kept."""
+        """Run one round; False: stop and discard the weights."""
         state, training = self.state, self.job.training
         started, tokens = time.perf_counter(), self.engine.account.tokens
-        figures = run_round(self.method, self.engine, batches)
+        values = run_round(self.method, self.engine, batches)
         seconds = time.perf_counter() - started
         state.round += 1
         state.train_seconds += seconds
         state.peak_memory_bytes = max(state.peak_memory_bytes, peak_memory_bytes())
 
         passes = self.engine.account.gradient_passes
-        for name in figures:
-            if name == "lr" or name.endswith("_lr"):  # a method states its schedule's; these are the steps'
-                figures[name] *= state.learning_rate_factor
-        figures |= {"forget_passes": passes["forget"], "retain_passes": passes["retain"]}
-        figures["tokens_per_second"] = (self.engine.account.tokens - tokens) / seconds
-        good = self._finite(figures) and self._useful(figures)
-        self._log(figures)
+        for name in values:
+            if name == "lr" or name.endswith("_lr"):  # from the method's schedule to the actual rate
+                values[name] *= state.learning_rate_factor
+        values |= {"forget_passes": passes["forget"], "retain_passes": passes["retain"]}
+        values["tokens_per_second"] = (self.engine.account.tokens - tokens) / seconds
+        good = self._finite(values) and self._useful(values)
+        self._log(values)
         if good:
             self._note(*self.method.notes)
         last = state.round == training.rounds
@@ -164,7 +164,7 @@ class Worker:
 
     @property
     def done(self) -> float:
-        """How much of the run is done (0 to 1), by whichever of its limits is nearest."""
+        """Progress of the run (0 to 1), by the closest of its limits."""
         stop, account = self.job.stop, self.engine.account
         shares = [self.state.round / self.job.training.rounds]
         for spent, limit in ((sum(account.gradient_passes.values()), stop.max_passes), (account.flops, stop.max_flops)):
@@ -172,44 +172,43 @@ class Worker:
         return max(shares)
 
     def passed(self, before: float) -> bool:
-        """Evaluate and ask, where the rounds since progress `before` passed a stage; False: the run is to end here.
+        """If a stage was passed since progress `before`: evaluate and wait for the decision; False: end the run.
 
-        From 0 on it is the last stage before a resumed run's checkpoint, whose answer a kill may have left open.
-        Collective.
+        From 0: the last stage before a resumed run's checkpoint, whose decision a kill may have left open. Collective.
         """
         stages = self.job.stages
         stage = None if stages is None else stages.reached(before, self.done)
         if stages is None or stage is None:
             return True
-        found = stages.known(stage)
-        if found is None:
-            checkpoint.save(self.state, self.engine, self.method, self.session)  # the decision may take its time
+        result = stages.known(stage)
+        if result is None:
+            checkpoint.save(self.state, self.engine, self.method, self.session)  # the decision may take a while
         self.watchdog.end()
-        figures = None
-        if found is None:
-            figures = stages.measure(self.task, self.engine, self.module, self.processor, self.session.rank)
-        if figures is not None:
+        metrics = None
+        if result is None:
+            metrics = stages.measure(self.task, self.engine, self.module, self.processor, self.session.rank)
+        if metrics is not None:
             state, account = self.state, self.engine.account.state()
             spent = {"round": state.round, "train_seconds": state.train_seconds, "account": account}
             spent["peak_memory_bytes"] = state.peak_memory_bytes
-            found = {"stage": stage, "figures": figures, **spent}
-            stages.publish(stage, found)
-        if found is not None:
-            self._log_stage(found)
+            result = {"stage": stage, "figures": metrics, **spent}
+            stages.publish(stage, result)
+        if result is not None:
+            self._log_stage(result)
         if stages.wait(stage, self.session.rank):
             return True
         self.state.status = "stopped"
-        self.state.message = f"ended after evaluation {stage} of {stages.count}"
+        self.state.message = f"stopped after evaluation {stage} of {stages.count}"
         self._save_end()
         return False
 
-    def _log_stage(self, found: Mapping[str, Any]) -> None:
+    def _log_stage(self, result: Mapping[str, Any]) -> None:
         if self.logger is not None:
-            values = {f"stage/{name}": figure["value"] for name, figure in found["figures"].items()}
-            self.logger.log(found["round"], {name: value for name, value in values.items() if value is not None})
+            values = {f"stage/{name}": metric["value"] for name, metric in result["figures"].items()}
+            self.logger.log(result["round"], {name: value for name, value in values.items() if value is not None})
 
     def spent(self) -> bool:
-        """Whether another round, at the mean cost of those so far, would exceed stop.max_passes or stop.max_flops."""
+        """Whether another round of mean cost would exceed stop.max_passes or stop.max_flops."""
         stop, account, rounds = self.job.stop, self.engine.account, self.state.round + self.state.thrown_away
         if rounds == 0:
             return False
@@ -218,7 +217,7 @@ class Worker:
         return any(limit is not None and spent * (rounds + 1) / rounds > limit for spent, limit in pairs)
 
     def forgotten(self) -> bool:
-        """Whether no ascent step was taken in the last stop.forgotten rounds: every forget row is at its level."""
+        """Whether the last stop.forgotten rounds took no ascent step: every forget row is at its level."""
         patience, steps = self.job.stop.forgotten, getattr(self.job.method, "inner_steps", None)
         if patience is None or steps is None or len(self.state.series) < patience:
             return False
@@ -231,9 +230,9 @@ class Worker:
         stop, at = self.job.stop, self.state.round
         return self.probe is not None and (at % stop.check_every == 0 or at == self.job.training.rounds)
 
-    def _finite(self, figures: dict[str, float]) -> bool:
-        # the weights' norm shows what the losses, which were measured before the last step, cannot
-        bad = [name for name, value in figures.items() if not math.isfinite(value)]
+    def _finite(self, values: dict[str, float]) -> bool:
+        # losses are measured before the last step; the weights' norm covers it
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
         if not bad and math.isfinite(self.engine.parameters_norm()):
             return True
         what = ", ".join(bad) if bad else "the weights' norm"
@@ -241,30 +240,30 @@ class Worker:
         self.state.message = f"not finite in round {self.state.round}: {what}; lower the learning rates"
         return False
 
-    def _useful(self, figures: dict[str, float]) -> bool:
+    def _useful(self, values: dict[str, float]) -> bool:
         if not self._check_due() or self.probe is None:
             return True
         state, floor = self.state, self.job.stop.utility_floor
-        state.utility = figures["utility"] = self.probe.measure(self.engine)
+        state.utility = values["utility"] = self.probe.measure(self.engine)
         assert state.utility_start is not None
         assert floor is not None
         if state.utility >= floor * state.utility_start:
             return True
         state.status = "utility_floor"
         state.message = (
-            f"utility floor reached in round {state.round}: mean answer probability on the watched retain rows is "
+            f"utility floor reached in round {state.round}: mean answer probability on the monitored retain rows is "
             f"{state.utility:.4f}, below {floor:g} x {state.utility_start:.4f}"
         )
         return False
 
-    def _log(self, figures: dict[str, float]) -> None:
-        self.state.series.append({"round": self.state.round, **figures})
+    def _log(self, values: dict[str, float]) -> None:
+        self.state.series.append({"round": self.state.round, **values})
         if self.session.rank != 0:
             return
         if self.logger is not None:
-            self.logger.log(self.state.round, figures)
+            self.logger.log(self.state.round, values)
         if self.progress is not None:
-            self.progress.update(self.state.round, figures)
+            self.progress.update(self.state.round, values)
 
     def _note(self, *sentences: str) -> None:
         self.state.notes.extend(sentences)
@@ -273,9 +272,9 @@ class Worker:
                 self.progress.note(sentence)
 
     def roll_back(self) -> bool:
-        """After a round that was not finite: to the last good checkpoint, with shorter steps. False: not (any more).
+        """After a non-finite round, return to the last good checkpoint, with smaller steps. False: not (or no longer).
 
-        The account and the seconds keep the cost of the rounds that are thrown away; the series forgets them.
+        Pass counts and seconds keep the cost of the discarded rounds; the series drops them.
         """
         bad, stop = self.state, self.job.stop
         if bad.status != "non_finite" or bad.rollbacks >= stop.max_rollbacks:
@@ -291,30 +290,28 @@ class Worker:
         self.engine.scale_learning_rates(state.learning_rate_factor)
         if self.logger is not None:
             self.logger.rewind(state.round)
-        checkpoint.save(state, self.engine, self.method, self.session)  # a kill must not make it forget the cost
+        checkpoint.save(state, self.engine, self.method, self.session)  # keeps the cost after a kill
         return True
 
     def end_at_last_good(self) -> None:
-        """Weights and cursor of the last checkpoint; the stop's reason, the series and the cost stay."""
+        """End with weights and cursor of the last checkpoint; keep the reason, the series and the cost."""
         stopped = self.state
         self._return_to_last_good()
         self.state.status = stopped.status
-        self.state.message = f"{stopped.message}; the model is that of round {self.state.round}"
+        self.state.message = f"{stopped.message}; the model is from round {self.state.round}"
         self.state.series = stopped.series
         self._save_end()
 
     def _return_to_last_good(self) -> None:
-        """Everything of the newest checkpoint that is whole, except the cost, which stays."""
+        """Restore everything but the cost from the newest intact checkpoint."""
         bad, account = self.state, self.engine.account.state()
-        with checkpoint.newest(self.session) as (folder, passed):
+        with checkpoint.newest(self.session) as (folder, skipped):
             if folder is None:
-                raise UserError(
-                    f"{bad.message}, and no checkpoint is whole any more ({'; '.join(passed)}): start again"
-                )
+                raise UserError(f"{bad.message}, and no checkpoint is intact ({'; '.join(skipped)}): start over")
             self.state = checkpoint.restore(folder, self.engine, self.method, self.session, self.job.config_hash)
         self.engine.account.load(account)
         state = self.state
-        state.notes = [*bad.notes, *passed]
+        state.notes = [*bad.notes, *skipped]
         state.train_seconds, state.peak_memory_bytes = bad.train_seconds, bad.peak_memory_bytes
         state.thrown_away = bad.thrown_away + bad.round - state.round
         state.rollbacks, state.learning_rate_factor = bad.rollbacks, bad.learning_rate_factor
@@ -334,13 +331,13 @@ class Worker:
         checkpoint.save(state, self.engine, self.method, self.session)
 
     def close(self) -> None:
-        """Deliver the series, and remember whether MLflow has all of it."""
+        """Deliver the series, and record whether MLflow has all of it."""
         if self.logger is not None:
             self.state.undelivered = not self.logger.close()
 
 
 def build_engine(job: WorkerJob, module: torch.nn.Module, loss: Loss, device: torch.device) -> Engine:
-    """The engine that training.engine names, on a device; `loss` is the task's."""
+    """The engine of training.engine on a device; `loss`: the task's."""
     training = job.training
     inner, outer = job.method.optimizers
     module = module.to(device)
@@ -364,7 +361,7 @@ def build_engine(job: WorkerJob, module: torch.nn.Module, loss: Loss, device: to
 
 
 def peak_memory_bytes() -> int:
-    """Highest memory of this process: allocated on the CUDA device, else the resident set."""
+    """Peak memory of this process: allocated on the CUDA device, else the resident set."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

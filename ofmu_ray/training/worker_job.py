@@ -1,4 +1,4 @@
-"""What the driver tells the workers: one picklable value."""
+"""What the driver sends to the workers: one picklable value."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from ofmu_ray.training.stages import Stages
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerJob:
-    """Everything a worker needs; paths and URIs are of storage that every node sees."""
+    """Everything a worker needs; paths and URIs are on storage shared by all nodes."""
 
     run_dir: str
     """Folder or URI of the run; the exported model goes to <run_dir>/model."""
     plan_dir: str
     """The batch plan (ofmu_ray.data.batch_plan)."""
     config_hash: str
-    """Stands in every checkpoint: a checkpoint of another configuration is refused."""
+    """Stored in every checkpoint: checkpoints of another configuration are refused."""
     seed: int
     model: ModelConfig
     method: MethodConfig
     training: TrainingConfig
     stop: StopConfig
     utility_rows: str | None
-    """Parquet of tokenised retain rows on which the utility floor is watched; None: no floor."""
+    """Parquet of tokenised retain rows for the utility floor; None: no floor."""
     task: str = "causal_lm"
     """Name of the task (ofmu_ray.tasks)."""
     tracking: Any = None
     """ofmu_ray.tracking.RunHandle; None: no tracking."""
 
     sidecars: Mapping[str, str] = field(default_factory=dict)
-    """Stream -> folder of what was computed about its rows beforehand (ofmu_ray.data.sidecar)."""
+    """Stream -> folder of precomputed features of its rows (ofmu_ray.data.sidecar)."""
     start_from: str | None = None
-    """Folder of a checkpoint of another run to begin with (same ZeRO stage); None: the reference model."""
+    """Folder of another run's checkpoint to start from (same ZeRO stage); None: the reference model."""
     stages: Stages | None = None
-    """Evaluations on the way, after each of which a scheduler may end the run; None: none."""
+    """Evaluations during the run, after each of which a scheduler may end it; None: none."""
 
     def build_method(self) -> Method:
         """The method, with its options."""

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 class OFMU(Method):
     """T ascent steps on Phi = L_f - beta Sim(g_f, g_r), then descent steps on L_r + rho_k |grad Phi|^2.
 
-    L_f is the engine's own loss, or, with a `forget_loss`, that of causal language models which it names. Its level is
-    a number by the time a run starts (ofmu_ray.features.level); without one there is no bound: the engine's own loss.
+    L_f is the engine's loss or the one named by `forget_loss`. Its level is a number when the run starts
+    (ofmu_ray.features.level); without a level there is no bound: the engine's loss.
 
-    The loops have an optimiser each; the engine holds both. State: k, the rounds done, which gives rho_k, the steps of
-    finite differences, and what the user was told already.
+    Each loop has its optimiser, kept by the engine. State: k, the number of rounds done, which gives rho_k; the steps
+    of finite differences; the notes already shown to the user.
     """
 
     name = "ofmu"
@@ -41,12 +41,12 @@ class OFMU(Method):
     presets = PRESETS
 
     def __init__(self, config: OFMUConfig | None = None, rounds: int | None = None):
-        """`rounds` of the whole run, for the courses of the learning rates; None: the engine's rates, as they are."""
+        """`rounds`: of the complete run, for the learning rate schedules; None: keep the engine's rates."""
         self.config, self.rounds = config or OFMUConfig(), rounds
         self.rounds_done = 0
         self.steps = Steps(self.config.difference, self.config.step_check_every)
         self.notes: Sequence[str] = ()
-        self._told: list[str] = []
+        self._noted: list[str] = []
 
     @property
     def asks(self) -> frozenset[str]:
@@ -66,7 +66,7 @@ class OFMU(Method):
         """Nothing: all weights are trained."""
 
     def start(self, engine: Engine) -> None:
-        """Nothing to keep of the untouched weights."""
+        """Nothing to save from the reference model."""
 
     @property
     def rho(self) -> float:
@@ -76,7 +76,7 @@ class OFMU(Method):
             return 0.0
         limit = 10.0 * config.rho if config.rho_max is None else config.rho_max
         if self.rounds_done * math.log(config.rho_growth) >= math.log(limit / config.rho):
-            return limit  # gamma^k may be beyond what a float holds
+            return limit  # gamma^k may overflow
         return config.rho * config.rho_growth**self.rounds_done
 
     def batches_per_round(self) -> dict[str, int]:
@@ -85,9 +85,9 @@ class OFMU(Method):
         return batches_per_round(self.config, penalise=self.config.rho > 0)
 
     def round(self, engine: Engine, forget_batches: Batches, retain_batches: Batches) -> dict[str, float]:
-        """One round; `forget_batches` and `retain_batches` give `batches_per_round()` batches (lists are cycled).
+        """One round; `forget_batches` and `retain_batches` yield `batches_per_round()` batches (lists are cycled).
 
-        Returns the figures of `RoundStats` (without absent ones), `rho`, and both learning rates.
+        Returns the values of `RoundStats` (except None), `rho`, and both learning rates.
 
         Raises:
             UserError: curvature `exact` on an engine without double backward; too few batches.
@@ -102,7 +102,7 @@ class OFMU(Method):
             )
         rho, self.steps.round = self.rho, self.rounds_done
         inner_lr, outer_lr = (learning_rate(rate, self.rounds_done, self.rounds) for rate in config.optimizers)
-        if self.rounds is not None:  # on its own, a round leaves the engine's rates as they are
+        if self.rounds is not None:  # a single round keeps the engine's rates
             engine.set_learning_rate("inner", inner_lr)
             engine.set_learning_rate("outer", outer_lr)
         loss = forget_loss(config, self.level)
@@ -118,11 +118,11 @@ class OFMU(Method):
         )
         self.rounds_done += 1
         self._judge(stats)
-        figures = dataclasses.asdict(stats)
-        norms = figures.pop("inner_gradient_norms")
-        figures["inner_gradient_norm"] = sum(norms) / len(norms) if norms else 0.0
-        figures.update(rho=rho, inner_lr=inner_lr, outer_lr=outer_lr)
-        return {name: float(value) for name, value in figures.items() if value is not None}
+        values = dataclasses.asdict(stats)
+        norms = values.pop("inner_gradient_norms")
+        values["inner_gradient_norm"] = sum(norms) / len(norms) if norms else 0.0
+        values.update(rho=rho, inner_lr=inner_lr, outer_lr=outer_lr)
+        return {name: float(value) for name, value in values.items() if value is not None}
 
     def _judge(self, stats: RoundStats) -> None:
         self.notes = ()
@@ -135,8 +135,8 @@ class OFMU(Method):
         if (stats.penalty_ratio or 0.0) > 1.0:
             self._note(
                 "penalty_ratio",
-                f"the penalty is {stats.penalty_ratio:.2g} times the retain gradient, so that outer steps follow it "
-                "rather than the retain loss: lower ofmu.rho or ofmu.rho_max",
+                f"the penalty is {stats.penalty_ratio:.2g} times the retain gradient, so outer steps follow it rather "
+                "than the retain loss: lower ofmu.rho or ofmu.rho_max",
             )
         if stats.skipped_ascents == self.config.inner_steps:
             self._note(
@@ -144,10 +144,10 @@ class OFMU(Method):
                 f"all forget rows of the round are at their level of {self.level:.3g} nats: no ascent step taken",
             )
 
-    def _note(self, figure: str, sentence: str) -> None:
-        """Once a run for each figure."""
-        if figure not in self._told:
-            self._told.append(figure)
+    def _note(self, value: str, sentence: str) -> None:
+        """Once per run and value."""
+        if value not in self._noted:
+            self._noted.append(value)
             self.notes = [*self.notes, f"round {self.rounds_done}: {sentence}"]
 
     def state_dict(self) -> dict[str, Any]:
@@ -155,17 +155,17 @@ class OFMU(Method):
             "rounds_done": self.rounds_done,
             "rho": self.rho,
             "steps": self.steps.state_dict(),
-            "told": list(self._told),
+            "told": list(self._noted),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.rounds_done = int(state["rounds_done"])
         self.steps.load_state_dict(state["steps"])
-        self._told = list(state["told"])
+        self._noted = list(state["told"])
 
 
 def forget_loss(config: OFMUConfig, level: float | None) -> Loss | None:
-    """The loss that the inner loop raises; None: the engine's own."""
+    """The loss that the inner loop raises; None: the engine's loss."""
     from ofmu_ray.algorithm.losses import bounded_rows, bounded_tokens, simple_negative_preference, token_nll
     from ofmu_ray.models.answers import answers
 
@@ -202,12 +202,12 @@ class _Forgetting:
         return self._engine.gradient(batch, loss, kind=kind, differenced=differenced)
 
     def graph_gradient(self, batch: Any, *, kind: Kind) -> Any:
-        engine: Any = self._engine  # the one that offers double backward takes a loss
+        engine: Any = self._engine  # engines with double backward take a loss
         return engine.graph_gradient(batch, self._loss if kind == "forget" else None, kind=kind)
 
 
 class _Shared:
-    """The engine with one optimiser for both loops, stepped at the learning rate of whichever loop asks."""
+    """The engine with one optimiser for both loops, stepped at the learning rate of the calling loop."""
 
     def __init__(self, engine: Engine, inner_lr: float, outer_lr: float):
         self._engine = engine

@@ -1,4 +1,4 @@
-"""Options of OFMU, its presets, and what is tuned of it."""
+"""Options of OFMU, its presets, and its search space."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ if TYPE_CHECKING:
 PresetName = Literal["first_order", "lite", "full"]
 ForgetLoss = Literal["nll", "bounded_row", "bounded_token", "npo", "simnpo"]
 BOUNDED: tuple[ForgetLoss, ...] = ("bounded_row", "bounded_token")
-"""Forget losses that count up to a level."""
+"""Forget losses that are bounded by a level."""
 DEFAULT_RATE = OptimizerConfig.lr
-"""An outer.lr that nobody has set."""
+"""outer.lr if not set."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OFMUConfig(MethodConfig):
-    """OFMU's two loops (arXiv 2509.22483, Algorithm 1). Costs per round are in the cost table of docs/method.md."""
+    """OFMU's two loops (arXiv 2509.22483, Algorithm 1). Costs per round: docs/method.md."""
 
     preset: PresetName = "lite"
-    """Named set of options that the others override: first_order (one pass an update, a bounded forget loss), lite (1.7
-    passes an update) or full (the paper's step, 4.7)."""
+    """Named set of defaults for the other options: first_order (one pass per update, a bounded forget loss), lite (1.7
+    passes per update) or full (the paper's step, 4.7)."""
     forget_loss: ForgetLoss = "nll"
-    """What the inner loop raises on forget answers. nll: the token NLL, without bound; bounded_token: each token's NLL
+    """Loss that the inner loop raises on forget answers. nll: the token NLL, unbounded; bounded_token: each token's NLL
     up to forget_level; bounded_row: each row's mean NLL up to forget_level; npo, simnpo: the negated losses of these
-    methods, which fade out."""
+    methods, whose gradients fade out."""
     forget_level: float | str | None = None
-    """Where bounded losses end: nats per token; holdout: the reference model's mean loss on the rows of data.holdout;
-    holdout:Q, their quantile Q of the rows' losses (0 to 1); unigram: entropy of the tokens of retain answers. null:
-    holdout where there are such rows, else unigram."""
+    """Bound of bounded losses: nats per token; holdout: the reference model's mean loss on the rows of data.holdout;
+    holdout:Q: quantile Q (0 to 1) of these rows' losses; unigram: entropy of the tokens of retain answers. null:
+    holdout if data.holdout is set, else unigram."""
     forget_beta: float = 0.1
     """Inverse temperature of forget_loss npo (0.1 in its paper) and simnpo."""
     projection: float = 0.0
-    """Share of g_f's conflict with the retain loss that is taken out of an inner step: its component along the outer
-    optimiser's first moment, where that raises the retain loss (0: none, 1: all; needs outer.name adamw)."""
+    """Share of g_f's conflict with the retain loss that is removed from an inner step: its component along the outer
+    optimiser's first moment, if that raises the retain loss (0: none, 1: all; needs outer.name adamw)."""
     beta: float = 0.1
     """Weight of the similarity term in the inner objective Phi = L_f - beta * Sim(g_f, g_r)."""
     inner_steps: int = 5
     """T, ascent steps on Phi per round (paper: 5 to 10)."""
     outer_steps: int = 1
-    """S, outer steps per round (paper: 1). Only the first carries the penalty; the others descend the retain loss."""
+    """S, outer steps per round (paper: 1). Only the first includes the penalty; the others descend the retain loss."""
     rho: float = 0.001
     """rho_0, weight of the penalty |grad Phi|^2 in the outer objective (0: no penalty)."""
     rho_growth: float = 1.05
@@ -60,30 +60,30 @@ class OFMUConfig(MethodConfig):
     curvature: Literal["finite_difference", "exact"] = "finite_difference"
     """Hessian-vector products: differences of gradients (every engine) or double backward (engine torch only)."""
     difference: Literal["auto", "forward", "central"] = "auto"
-    """Finite differences: forward (one extra pass each), central (two, more exact), or auto: central ones for the
-    products whose forward difference is estimated to err by more than 0.5 %."""
+    """Finite differences: forward (one extra pass each), central (two, more accurate), or auto: central for products
+    whose forward difference has an estimated error above 0.5 %."""
     relative_step: float | None = None
-    """Norm of the displacement relative to that of the weights, the same always (auto is then forward); null: chosen
-    for each product by a measurement of rounding and curvature."""
+    """Norm of the displacement relative to that of the weights, fixed (auto is then forward); null: chosen per product
+    from measured rounding error and curvature."""
     step_check_every: int = 20
-    """Rounds between these measurements (4 to 12 passes a product, in the account); a gradient whose norm has changed
-    fourfold asks for one sooner."""
+    """Rounds between these measurements (4 to 12 passes per product, counted as cost); sooner if a gradient's norm
+    changes fourfold."""
     penalty_curvature: Literal["full", "forget", "none"] = "forget"
-    """Curvature in the penalty's gradient 2 rho (Hess Phi)(grad Phi): of Phi, of L_f alone, or no penalty at all."""
+    """Curvature in the penalty's gradient 2 rho (Hess Phi)(grad Phi): of Phi, of L_f alone, or no penalty."""
     decorrelate_every: int | None = None
-    """Refresh grad Sim every n inner steps and hold it in between (1: each step; null: once a round)."""
+    """Refresh grad Sim every n inner steps and reuse it in between (1: every step; null: once per round)."""
     reuse_retain_gradient: bool = True
-    """Hold the retain side of the similarity (g_r and H_r w) from its first refresh for the rest of the round."""
+    """Reuse the retain side of the similarity (g_r and H_r w) from its first refresh for the rest of the round."""
     reuse_forget_gradient: bool = True
-    """With penalty_curvature forget: take the penalty at the last inner iterate, whose g_f is already there."""
+    """With penalty_curvature forget: take the penalty at the last inner iterate, whose g_f is already known."""
     inner: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5, decay="linear"))
     """Optimiser of the inner loop (ascent on Phi)."""
     outer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
-    """Optimiser of the outer loop (descent on F = L_r + rho |grad Phi|^2); its state is its own."""
+    """Optimiser of the outer loop (descent on F = L_r + rho |grad Phi|^2), with its own state."""
     outer_ratio: float | None = None
-    """Learning rate of the outer loop over that of the inner loop, unless outer.lr is given; null: outer.lr counts."""
+    """Learning rate of the outer loop over that of the inner loop, unless outer.lr is set; null: use outer.lr."""
     shared_optimizer: bool = False
-    """Both loops step the inner loop's optimiser (moments, clipping, decay), each at its own learning rate: an
+    """Both loops use the inner loop's optimiser (moments, clipping, decay), each at its own learning rate: an
     ablation of the separate states."""
 
     def __post_init__(self) -> None:
@@ -103,12 +103,12 @@ class OFMUConfig(MethodConfig):
 
     @property
     def bounded(self) -> bool:
-        """Whether the forget loss counts up to a level only."""
+        """Whether the forget loss is bounded by a level."""
         return self.forget_loss in BOUNDED
 
     @property
     def streams(self) -> frozenset[str]:
-        """Holdout rows too, where they decide how far to forget."""
+        """Includes holdout rows if they determine the forget level."""
         level = self.forget_level
         holdout = self.bounded and (level is None or str(level).startswith("holdout"))
         return super().streams | ({"holdout"} if holdout else set())
@@ -116,15 +116,15 @@ class OFMUConfig(MethodConfig):
     def check_run(self, config: UnlearnConfig) -> None:
         self._check_curvature(config)
         level = self.forget_level
-        asks = isinstance(level, str) and level.startswith("holdout") and self.bounded
-        if asks and "holdout" not in config.data.sources:
+        needs_holdout = isinstance(level, str) and level.startswith("holdout") and self.bounded
+        if needs_holdout and "holdout" not in config.data.sources:
             raise UserError(
-                f"ofmu.forget_level = {level!r}: no rows that the model has never seen are given; name some in "
-                "data.holdout, or give the level in nats per token"
+                f"ofmu.forget_level = {level!r}: it needs rows that the model never saw; set data.holdout, "
+                "or give the level in nats per token"
             )
 
     def completed(self, prepared: PreparedData, model: ModelConfig, cache: str) -> OFMUConfig:
-        """With `forget_level` in nats per token, where the loss is bounded."""
+        """A copy with `forget_level` in nats per token, if the loss is bounded."""
         if not self.bounded:
             return self
         level = self.forget_level
@@ -140,11 +140,11 @@ class OFMUConfig(MethodConfig):
     def remarks(self) -> dict[str, str]:
         if not self.bounded:
             return {}
-        return {"level": f"forget up to {self.forget_level:.3g} nats a token ({self.forget_loss})"}
+        return {"level": f"forget up to {self.forget_level:.3g} nats per token ({self.forget_loss})"}
 
     @property
     def penalises(self) -> bool:
-        """Whether outer steps carry the penalty."""
+        """Whether outer steps include the penalty."""
         return self.rho > 0 and self.penalty_curvature != "none"
 
     def _check_curvature(self, config: UnlearnConfig) -> None:
@@ -153,7 +153,7 @@ class OFMUConfig(MethodConfig):
             raise UserError(
                 "model.precision = bf16 with ofmu.curvature = finite_difference: differences of gradients at weights "
                 "that are rounded to bf16 are mostly noise (docs/precision.md); use --model.precision bf16_autocast, "
-                "or do without similarity and penalty: --ofmu.beta 0 --ofmu.rho 0"
+                "or disable similarity and penalty: --ofmu.beta 0 --ofmu.rho 0"
             )
         exact = self.curvature == "exact"
         if exact and not config.training.single:
@@ -184,7 +184,7 @@ class OFMUConfig(MethodConfig):
 
     @property
     def optimizers(self) -> tuple[OptimizerConfig, OptimizerConfig]:
-        """Of the inner and of the outer loop; outer_ratio gives the latter's rate where outer.lr was left alone."""
+        """For the inner and the outer loop; outer_ratio sets the outer rate if outer.lr is not set."""
         if self.outer_ratio is None or self.outer.lr != DEFAULT_RATE:
             return self.inner, self.outer
         return self.inner, dataclasses.replace(self.outer, lr=self.outer_ratio * self.inner.lr)
@@ -209,7 +209,7 @@ _PAPER = {
     "outer_ratio": None,
 }
 PRESETS: dict[str, dict[str, Any]] = {
-    # one gradient an update: T + S passes a round
+    # one gradient per update: T + S passes per round
     "first_order": {
         "forget_loss": "bounded_token",
         "projection": 0.0,
@@ -219,7 +219,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "outer_steps": 8,
         "outer_ratio": 0.45,
     },
-    # grad Sim and g_r once a round, penalty curvature from L_f alone: 7 forget + 3 retain passes for 6 updates
+    # grad Sim and g_r once per round, penalty curvature from L_f alone: 7 forget + 3 retain passes for 6 updates
     "lite": {
         **_PAPER,
         "penalty_curvature": "forget",
@@ -227,7 +227,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reuse_retain_gradient": True,
         "reuse_forget_gradient": True,
     },
-    # the paper's step: every derivative fresh, 14 forget + 14 retain passes for 6 updates
+    # the paper's step: all derivatives fresh, 14 forget + 14 retain passes for 6 updates
     "full": {
         **_PAPER,
         "penalty_curvature": "full",
@@ -239,7 +239,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def check_level(level: float | str | None) -> None:
-    """Raise UserError for a forget_level that is neither a number of nats nor one of the words."""
+    """Raise UserError for a forget_level that is neither a number of nats nor a keyword."""
     option, shape = "ofmu.forget_level", "nats per token above 0, holdout, holdout:QUANTILE, or unigram"
     if isinstance(level, str):
         word, _, quantile = level.partition(":")
@@ -255,7 +255,7 @@ def check_level(level: float | str | None) -> None:
 SPACE: Ranges = {
     "inner.lr": (
         "loguniform(2e-5, 1e-4)",
-        "the upper end of the other methods' range: the bounded loss makes large rates safe, and no draw below "
+        "the upper end of the other methods' range: the bounded loss makes large rates safe, and no smaller one "
         "forgot anything on TOFU forget05 (docs/decisions.md)",
     ),
     "outer_ratio": ("loguniform(0.3, 0.65)", "good draws had 0.3 to 0.6 (docs/decisions.md)"),
