@@ -362,7 +362,7 @@ def test_recorded_figures_that_are_not_their_rows_are_told(tmp_path: Path) -> No
     trials[-1]["model_utility"] += 0.01
     write_benchmark_report(tmp_path, trials, pa.concat_tables(rows), make_settings())
     text = (tmp_path / "report.md").read_text()
-    assert text.count("Recorded figures that differ from their rows'") == 1
+    assert text.count("Recorded values that differ from those computed from the rows") == 1
     assert "npo, seed 3: model_utility is " in text
 
 

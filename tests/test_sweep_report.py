@@ -237,8 +237,8 @@ def test_figures_have_intervals_and_fresh_seeds_stand_beside_them(folder: Path) 
     ]  # fmt: skip
     rouge = next(row for name, row in table.items() if name.startswith("Forget ROUGE-L recall"))
     assert rouge["Chosen, all rows"] == ["0.400", "0.350 – 0.450"]
-    assert "Figures on all rows are not comparable" in page
-    assert "flattered by the choice" in page
+    assert "Values on all rows are not comparable" in page
+    assert "biased upwards" in page
     assert "Believe these runs" in page
 
 
@@ -246,7 +246,7 @@ def test_what_was_spent_counts_every_trial_and_what_was_saved(folder: Path) -> N
     page, (trials, _, _) = (folder / "report.html").read_text(), make_sweep()
     spent = sum(t["flops"] or 0 for t in trials)
     saved = sum(2e12 - t["flops"] for t in trials if t["status"] == "stopped")
-    words = f"{formats.quantity(spent, 'FLOP')}, {saved / (spent + saved):.0%} saved by ending trials early"
+    words = f"{formats.quantity(spent, 'FLOP')}, {saved / (spent + saved):.0%} saved by stopping trials early"
     assert f"<dd>{words}</dd>" in page
 
 
@@ -258,7 +258,7 @@ def test_the_front_has_its_trials_numbers_and_the_floor(folder: Path) -> None:
     assert {"floor", "target", "retrained", str(wanted["chosen"]["number"])} <= words
     assert len(front & words) >= len(front) - 1  # one may be dominated by a tie
     assert not {str(t["number"]) for t in trials if t["status"] == "stopped"} & words - front
-    for kind in ("ran to its end", "fresh seed", "without a result, at its last evaluation", "chosen"):
+    for kind in ("completed", "fresh seed", "without a result, at its last evaluation", "chosen"):
         assert f"</svg>{kind}</span>" in page
 
 
@@ -288,7 +288,7 @@ def test_tables_of_options_and_trials(folder: Path) -> None:
         assert row["Model utility ↑"][0] == formats.number(t["model_utility"])
         assert "–" in row["Model utility ↑"][1]
     assert '<p class="note">Trial 39: CUDA &lt;out&gt; of memory.</p>' in page
-    assert "MLflow has the rest" in page
+    assert "trials in MLflow and compare them" in page
 
 
 def test_the_csv_has_full_precision(folder: Path) -> None:
@@ -350,11 +350,11 @@ def all_stopped() -> Any:
 @pytest.mark.parametrize(
     ("make", "files", "words"),
     [
-        (lambda: ([], [], {}), {"trials"}, "No trial has ended yet"),
-        (lambda: ([], [], settings()), {"trials"}, "No trial has ended yet"),
+        (lambda: ([], [], {}), {"trials"}, "No trial has finished yet"),
+        (lambda: ([], [], settings()), {"trials"}, "No trial has finished yet"),
         (one_only, {"trials", "plane"}, "It was not run again with a fresh seed"),
         (all_failed, {"trials"}, "4 of 4 trials failed"),
-        (all_stopped, {"trials", "plane"}, "No trial came to its end"),
+        (all_stopped, {"trials", "plane"}, "No trial completed with both"),
     ],
 )
 def test_it_takes_what_there_is(tmp_path: Path, make: Callable[[], Any], files: set[str], words: str) -> None:
@@ -370,7 +370,7 @@ def test_few_trials_have_no_importances(tmp_path: Path) -> None:
     trials, stages, wanted = make_sweep(MINIMUM_TRIALS, stopped=0, fresh=0)  # one of them failed
     write_sweep_report(tmp_path, trials, stages, wanted)
     page = (tmp_path / "report.html").read_text()
-    assert f"{MINIMUM_TRIALS - 1} trials ran to their end; importances mean nothing below {MINIMUM_TRIALS}" in page
+    assert f"{MINIMUM_TRIALS - 1} completed trials; importances mean nothing below {MINIMUM_TRIALS}" in page
     share, rank = _Page(page).table("Option", "Prior")["inner.lr"]["Forget quality, share"]
     assert share == "–"
     assert float(rank.removeprefix("rank ")) > 0.8
