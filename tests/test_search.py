@@ -52,7 +52,7 @@ def test_the_estimator_is_told_of_degenerate_trials(kind):
     one = ended(made.suggest(0, []), 0.5)
     for repetition, violated in ((0.0, 0.0), (0.9, 1.0)):
         ends = {f"forget_repetition{end}": repetition for end in ("", "_low", "_high")}
-        told_of = made._told(EarlierTrial(one.suggestion, "finished", [dict(one.figures[0]) | ends]))
+        told_of = made._optuna_trial(EarlierTrial(one.suggestion, "finished", [dict(one.figures[0]) | ends]))
         assert max(0.0, *told_of.constraints.values()) == violated
 
 
@@ -117,7 +117,7 @@ def test_fields_with_conditions_are_left_out_and_told_so():
     drawn = [one.suggestion.options for one in seen]
     assert {(o["ofmu.rho"] > 0) == ("ofmu.rho_growth" in o) for o in drawn} == {True}
     assert {o["ofmu.rho"] > 0 for o in drawn} == {True, False}
-    params, distributions = LITE.told({"ofmu.rho": 0.0, "ofmu.beta": 0.1})
+    params, distributions = LITE.optuna_parameters({"ofmu.rho": 0.0, "ofmu.beta": 0.1})
     assert params == {"ofmu.rho" + ON: False, "ofmu.beta" + ON: True, "ofmu.beta": 0.1}
     assert set(params) == set(distributions)
 

@@ -134,7 +134,7 @@ def test_a_storage_that_refuses_is_found_out_at_the_start(server: Server, way: P
             assert f"{named}: access was refused" in told(str(tmp_path), unlearn, f"--{option}", place)
     assert "storage = 's3://nobody/runs': there is no such bucket" in told("s3://nobody/runs")
     secret = told("s3://key:secret@bucket/runs")
-    assert "comes with credentials" in secret
+    assert "contains credentials" in secret
     assert "secret@" not in secret
     way.broken = {"POST": 99, "PUT": 99}
     assert "does not answer" in told(f"{server.bucket}/runs")

@@ -232,7 +232,7 @@ def test_spaces_from_files(tmp_path):
             "ofmu.beta: loguniform(1)",
             r"a.yaml: ofmu.beta: prior 'loguniform\(1\)': loguniform takes two numbers",
         ),
-        ("a.yaml", "- 3", r"must hold priors by field"),
+        ("a.yaml", "- 3", r"must contain priors by field"),
         ("a.yaml", "a: [", r"not YAML"),
         ("a.py", "SPACE = 3", r"must define SPACE"),
         ("a.txt", "", r"name a .yaml file"),
