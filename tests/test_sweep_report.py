@@ -239,7 +239,7 @@ def test_figures_have_intervals_and_fresh_seeds_stand_beside_them(folder: Path) 
     assert rouge["Chosen, all rows"] == ["0.400", "0.350 – 0.450"]
     assert "Values on all rows are not comparable" in page
     assert "biased upwards" in page
-    assert "Believe these runs" in page
+    assert "Trust these runs" in page
 
 
 def test_what_was_spent_counts_every_trial_and_what_was_saved(folder: Path) -> None:
