@@ -2,8 +2,8 @@
 
     python benchmarks/difference_error.py [--model DIR ...] [--out benchmarks/difference_error.json]
 
-Models: the shipped target, a small Qwen2 that is first fitted to the same rows, and those in DIR. Cases: all weights and
-LoRA of rank 8, fp32 and bf16_autocast, at the start and after five rounds of OFMU (30 updates). A model of 135 M
+Models: the shipped target, a small Qwen2 that is first fitted to the same rows, and those in DIR. Cases: all weights
+and LoRA of rank 8, fp32 and bf16_autocast, at the start and after five rounds of OFMU (30 updates). A model of 135 M
 parameters takes about 12 GB with all weights, 4 GB with LoRA. Reference: double backward in float64, eager attention, 6
 forget and 6 retain rows. Prints Markdown.
 """

@@ -27,8 +27,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Values of one set's rows, as one list per metric.
 
-    `memory`: also compute memorisation and membership scores, in eight passes, one of them through `reference`, a second
-    model in memory (None: six passes, without the Reference attack).
+    `memory`: also compute memorisation and membership scores, in eight passes, one of them through `reference`, a
+    second model in memory (None: six passes, without the Reference attack).
     """
     values: dict[str, Any] = {"answer_nll": _each(model, template, rows, [row.answer for row in rows], _nll)}
     if rows[0].paraphrase is not None:

@@ -4,9 +4,9 @@
 
 CPU seconds (of the process, one thread) of a step: a forget and a retain batch, AdamW. The plain step does what public
 code does: a copy of the model runs every forget batch again, logits are computed at prompts and padding too, cross
-entropy is computed twice (by transformers, because labels are passed, and by hand for sums per row), and batches are not
-sorted by length. Both run in turn over the same rows; on the same batch they must give the same losses. The variants in
-between remove one of these at a time. benchmarks/README.md explains the results.
+entropy is computed twice (by transformers, because labels are passed, and by hand for sums per row), and batches are
+not sorted by length. Both run in turn over the same rows; on the same batch they must give the same losses. The
+variants in between remove one of these at a time. benchmarks/README.md explains the results.
 
 `--data`: a folder with TOFU's files; uses its forget10 and retain90 rows (with a vocabulary learned from them). Without
 it, the built-in people, two to a row.

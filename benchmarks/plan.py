@@ -3,8 +3,8 @@
     python benchmarks/plan.py [--workers 2] [--sizes 3m 10m 30m] [--stages 0 1 2 3] [--time] [--out FILE]
 
 Each case runs two rounds of OFMU on a Llama with random weights, in processes connected by gloo, without Ray. The peak
-is the resident set (VmHWM) above the process's base. The base is the resident set after the same job on a tiny model, so
-imports and the buffers of DeepSpeed and gloo are measured, not assumed. glibc is set to return freed tensors at once
+is the resident set (VmHWM) above the process's base. The base is the resident set after the same job on a tiny model,
+so imports and the buffers of DeepSpeed and gloo are measured, not assumed. glibc is set to return freed tensors at once
 (MALLOC_MMAP_THRESHOLD_); with its default moving threshold, the resident set keeps freed memory and is larger. `--time`
 adds timed rounds and a calibrated prediction, with default glibc settings (peaks are then larger); it needs a quiet
 machine.

@@ -3,11 +3,11 @@
     python benchmarks/scaling.py [--stages 0 2 3] [--rounds 5] [--ray] [--project] [--out FILE] [--smoke]
 
 Workers are processes with one thread each, connected by gloo: two of them need two free cores and an otherwise idle
-machine. Weak scaling: the rows per worker are fixed; strong scaling: the rows of the batch are fixed. Every collective is
-counted in bytes and waited for at once, so that its time is visible; a worker's time includes waiting for the other.
+machine. Weak scaling: the rows per worker are fixed; strong scaling: the rows of the batch are fixed. Every collective
+is counted in bytes and waited for at once, so that its time is visible; a worker's time includes waiting for the other.
 `--ray` runs the loop of `ofmu unlearn` under Ray Train and reports what a round costs beyond the method. `--project`
-needs no quiet machine: it applies the formulas of `ofmu plan` to given GPUs and links; the planned bytes are printed next
-to the counted ones.
+needs no quiet machine: it applies the formulas of `ofmu plan` to given GPUs and links; the planned bytes are printed
+next to the counted ones.
 """
 
 from __future__ import annotations
