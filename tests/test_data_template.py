@@ -151,6 +151,6 @@ def test_pickle_gives_the_same_tokens_and_the_fingerprint_follows_the_layout() -
         (build(chat="{{ bos_token }}"), FormatConfig(), "exactly once"),
     ],
 )
-def test_mistakes_are_told(tokenizer: PreTrainedTokenizerFast, config: FormatConfig, said: str) -> None:
+def test_mistakes_are_reported(tokenizer: PreTrainedTokenizerFast, config: FormatConfig, said: str) -> None:
     with pytest.raises(UserError, match=said):
         Template(tokenizer, config)

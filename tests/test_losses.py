@@ -74,7 +74,7 @@ def value_and_gradient(loss: Any, table: Table) -> tuple[float, torch.Tensor]:
 
 
 def compare(ours: Any, formula: Any, seed: int) -> None:
-    """Value and gradient agree, as the mean over the count, whole and summed over single rows."""
+    """Value and gradient agree: as the mean over the count, for the full batch and summed over single rows."""
     logits, micro = random_batch(seed)
     table = Table(logits)
     total, count = ours(table, micro)
@@ -112,16 +112,16 @@ def test_retain_loss(retain_loss: Any) -> None:
 
 
 def test_peer_positions_are_one_place_later() -> None:
-    """OpenUnlearning's unshifted mask: the end token's own position counts, the last of the prompt does not."""
+    """OpenUnlearning's unshifted mask: the end token's position counts, the prompt's last does not."""
     logits = torch.zeros(1, 4, 3, dtype=torch.float64)
     logits[0, :, 0] = torch.tensor([9.0, 3.0, 6.0, 12.0])  # margins squared: 36, 4, 16, 64
     ids = torch.zeros(1, 4, dtype=torch.long)
     micro = {"input_ids": ids, "attention_mask": ids + 1, "labels": torch.tensor([[-100, -100, 1, 2]])}
-    found = {
+    losses = {
         positions: build_method(config.METHODS["pdu"](positions=positions)).forget_loss(Table(logits), micro)
         for positions in ("answer", "peer_unshifted")
     }
-    assert {name: (float(total), count) for name, (total, count) in found.items()} == {
+    assert {name: (float(total), count) for name, (total, count) in losses.items()} == {
         "answer": (4 + 16, 2),
         "peer_unshifted": (16 + 64, 2),
     }

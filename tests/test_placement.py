@@ -1,4 +1,4 @@
-"""Room for trials is counted before any starts."""
+"""Room for trials is checked before any starts."""
 
 import pytest
 
