@@ -90,7 +90,7 @@ def build_engine(case: Case, module: torch.nn.Module) -> Any:
     inner, outer = OPTIONS[case.variant].optimizers
     if case.stage is None:
         return TorchEngine(module, inner=inner, outer=outer)
-    deepspeed_engine._PERSISTENT_BELOW = 100  # else stage 3 would keep every matrix of so small a model whole
+    deepspeed_engine._PERSISTENT_BELOW = 100  # otherwise stage 3 would not shard the matrices of so small a model
     return DeepSpeedEngine(module, inner=inner, outer=outer, zero_stage=case.stage)  # type: ignore[arg-type]
 
 

@@ -140,7 +140,7 @@ def build_engine(case: Case, method: Any, dtype: torch.dtype) -> Any:
     optimizer = OPTIONS[case.variant].optimizer
     if case.stage is None:
         return TorchEngine(module, inner=optimizer, outer=optimizer)
-    deepspeed_engine._PERSISTENT_BELOW = 100  # else stage 3 would keep every matrix of so small a model whole
+    deepspeed_engine._PERSISTENT_BELOW = 100  # otherwise stage 3 would not shard the matrices of so small a model
     return DeepSpeedEngine(module, inner=optimizer, outer=optimizer, zero_stage=case.stage)  # type: ignore[arg-type]
 
 

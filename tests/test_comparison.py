@@ -161,7 +161,7 @@ def test_two_trials_have_no_correlation() -> None:
     assert [entry.objective_correlation for entry in sensitivity(trials, "forget_quality", "model_utility")] == [None]
 
 
-# ------------------------------------------------------------------------------------------------- figures of draws
+# ------------------------------------------------------------------------------------------------- metrics of draws
 
 SIZES = {"forget": 60, "retain": 50, "real_authors": 20, "world_facts": 20}
 

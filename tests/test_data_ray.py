@@ -351,8 +351,8 @@ def test_stream_that_begins_too_late_is_refused(tmp_path: Path, tokenizer: Any) 
 
 @pytest.mark.full
 def test_a_plan_larger_than_the_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Written as a shuffle, which spills; its two lanes, read at once by processes that take their time, are not
-    spilled. Every row is there once, with its own tokens."""
+    """Writing it is a shuffle, which spills. Its two shards, read concurrently by slow processes, do not spill. Every
+    row is there once, with its tokens."""
     rows, length, parts = 2000, 16_384, 8
     folder = tmp_path / "tokens"
     folder.mkdir()

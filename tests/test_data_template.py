@@ -28,7 +28,7 @@ def byte_level() -> Tokenizer:
 
 
 def one_word() -> Tokenizer:
-    """Merges over white space and across the whole text, so that prompt and answer can share a token."""
+    """Merges over white space and across the complete text, so that prompt and answer can share a token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -290,12 +290,12 @@ def test_text_of_forget_rows_stays_out_of_files(model_dir: Path, tmp_path: Path)
     assert all(record["generated"] is not None for record in stored if record["set"] != "forget")
     hidden = _evaluate(model_dir, tmp_path)
     assert hidden == without_private_text(revealed)
-    # asked for again, the text is there although the cache never held it
+    # when requested again, the text is there although the cache never contained it
     again = _evaluate(model_dir, tmp_path, reveal_text=True)
     assert again == revealed
 
 
-# ----------------------------------------------------------------------------------------------------- the figures
+# ----------------------------------------------------------------------------------------------------- the metrics
 
 
 def _by_hand(table: pa.Table, name: str) -> list[float]:

@@ -177,7 +177,7 @@ def test_which_models_take_trees() -> None:
     deaf.register_forward_pre_hook(
         lambda _module, args, options: (args, options | {"attention_mask": None}), with_kwargs=True
     )
-    assert not tree.takes_trees(deaf)  # only trying it tells
+    assert not tree.takes_trees(deaf)  # only a trial shows it
 
 
 _TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=6)
@@ -224,7 +224,7 @@ def test_generations_that_start_from_trees_are_the_same(tree_model: Any, templat
     expected = [text[: text.index(min(stop))] if min(stop) in text else text for text in free]
     rows = []
     for number, (prompt, text) in enumerate(zip(prompts, free, strict=True)):
-        own = [*text[: number % 30], template.eos]  # from nothing up to the whole generation
+        own = [*text[: number % 30], template.eos]  # from nothing up to the complete generation
         rows.append([([*prompt, 7, template.eos], len(prompt)), (prompt + own, len(prompt))])
     values = row_pass.row_values(tree_model, [tree.tree_of(texts) for texts in rows], stop, 24)
     known = [len(each.begun) for each in values]

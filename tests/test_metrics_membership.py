@@ -51,7 +51,7 @@ def test_rates_by_hand() -> None:
     holdout = np.arange(100, 200)
     assert membership.attack_auc([1, 2], holdout) == 1.0
     assert membership.attack_auc([500], holdout) == 0.0
-    # below 101 lies one holdout row of a hundred: allowed; below 102 two: not
+    # below 101 is one holdout row in a hundred: allowed; below 102 are two: not allowed
     assert membership.tpr_at_fpr([99, 100.5, 101.5, 150], holdout) == 0.5
     assert membership.tpr_at_fpr([99, 100.5, 101.5, 150], holdout[:50]) == 0.25  # of 50, none may be
 

@@ -159,7 +159,7 @@ def test_variance_over_probes() -> None:
     assert intervals.variance_figure([one]).value is None
 
 
-# -------------------------------------------------------------------------------------------------- a whole table
+# ----------------------------------------------------------------------------------------------- a complete table
 
 
 def _table(seed: int, sizes: dict[str, int], clusters: dict[str, int] | None = None) -> pa.Table:
@@ -211,7 +211,7 @@ def test_memorisation_and_degeneration_metrics() -> None:
     assert metrics_of_table["forget_extraction_strength"].value == pytest.approx(np.mean(strengths))
     assert metrics_of_table["forget_extraction_strength"].n == 40
     memorised = [np.mean(each) for each in matches if each]
-    assert len(memorised) == 35  # answers of the end-of-text token alone are left out here
+    assert len(memorised) == 35  # answers with only the end-of-text token are excluded here
     assert metrics_of_table["forget_exact_memorisation"].value == pytest.approx(np.mean(memorised))
     assert metrics_of_table["forget_exact_memorisation"].n == 35
     columns = {"empty": "generated_empty", "repetition": "repetition", "length": "generated_tokens"}

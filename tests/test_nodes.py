@@ -173,8 +173,8 @@ def test_a_raylet_is_killed_in_training(cluster, runs, undisturbed):
 @pytest.mark.full
 @pytest.mark.skipif(NO_NAMESPACES is not None, reason=str(NO_NAMESPACES))
 def test_a_node_that_sees_other_files_is_named(cluster, runs, store):
-    """One node has an empty file system where the others have the storage, and other credentials; then it is gone, and
-    the others are well. A run that began to wait for room before the node came starts its worker there."""
+    """One node has an empty file system where the others have the storage, and other credentials; later it is gone, and
+    the others are fine. A run that was waiting for room before the node joined starts its worker there."""
     model = runs / "model"
     model.mkdir()
     paths = {"model.path": [str(model), None, "some/hub-name", "s3://bucket/model"]}
@@ -221,8 +221,8 @@ def test_a_node_that_sees_other_files_is_named(cluster, runs, store):
 
 @contextmanager
 def blind_node(address: str, folder: Path, run: Future[Any]) -> Iterator[Future[Any]]:
-    """A node of its own mount namespace, in which `folder` is empty, with room for the worker of `run`, and with a
-    secret that the store refuses. It comes when the run has begun to look for room."""
+    """A node with its own mount namespace, in which `folder` is empty, with room for the worker of `run` and a secret
+    that the store refuses. It joins once the run has started to look for room."""
     ray_command = Path(sys.executable).with_name("ray")
     script = f"mount -t tmpfs none {folder} && exec {ray_command} start --address {address} --num-cpus 3 --block"
     before, environment = len(alive()), os.environ | {"AWS_SECRET_ACCESS_KEY": "another"}
@@ -256,8 +256,8 @@ def wait_until(condition: Callable[[], bool]) -> None:
 @pytest.mark.full
 @pytest.mark.skipif(NO_NAMESPACES is not None, reason=str(NO_NAMESPACES))
 def test_a_node_is_cut_off_in_training(runs, undisturbed):
-    """Three machines, Ray on one network and the workers on another, chosen by its subnet; the cables of one that holds
-    a worker are pulled, nobody is told."""
+    """Three machines, Ray on one network and the workers on another, chosen by its subnet; the cables of a machine with
+    a worker are pulled without notice."""
     with temporary() as folder, network(3, folder) as net:
         head, *others = net.machines
         address, token = f"{head.address}:6379", runs / "token"

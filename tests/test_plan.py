@@ -38,8 +38,8 @@ SHALLOW = transformers.LlamaConfig(
 
 @pytest.mark.full
 def test_memory_within_a_tenth_of_the_measured_peak(tmp_path: Path) -> None:
-    """All stages at one size, all sizes at one stage (the benchmark does all of both), two gloo workers each: peaks of
-    a round and of a checkpoint above the base."""
+    """All stages at one size and all sizes at one stage (the benchmark covers all combinations), with two gloo workers:
+    peaks of a round and of a checkpoint above the base."""
     cases = []
     for number, chosen in enumerate((["--sizes", "3m"], ["--sizes", "10m", "30m", "--stages", "3"])):
         out = tmp_path / f"plan{number}.json"

@@ -34,11 +34,12 @@ OPTIONS = [
     *("--evaluation.enabled", "false", "--tracking.system_metrics", "false"),
 ]
 NEWEST = f"round_{2 * EVERY:06d}"
-"""Rounds between checkpoints."""
+"""The newest checkpoint before the end."""
 ROUND_TIMEOUT_SECONDS = 20
 ELASTIC_TOLERANCE = 0.15
 """Of the distance from the target's weights; 0.07 measured. The target is fitted, its gradients are near zero, and
-AdamW makes whole steps of their rounding, which the number of workers changes: tests/test_faults.py holds 1e-4."""
+AdamW turns their rounding, which depends on the number of workers, into full steps: tests/test_faults.py asserts
+1e-4."""
 TWO_WORKERS = ["--training.workers", "2", "--training.zero_stage", "2"]
 
 
@@ -122,8 +123,8 @@ def kill_with_family(driver: subprocess.Popen[str]) -> float:
 
 @pytest.fixture(scope="module")
 def killed(storage, undisturbed, tmp_path_factory):
-    """When the driver of the run `driver` was killed with its family, after the second checkpoint, and a copy of what
-    lay there."""
+    """The time at which the driver of the run `driver` was killed with its family, after the second checkpoint, and a
+    copy of its files."""
     driver = start(storage, "driver")
     kept = storage / "driver/train/checkpoint_manager_snapshot.json"
     wait_for(lambda: kept.exists() and NEWEST in kept.read_text(), driver)
@@ -132,7 +133,7 @@ def killed(storage, undisturbed, tmp_path_factory):
 
 
 def test_a_killed_driver_is_resumed_by_its_name(storage, undisturbed, killed):
-    """While the run is down a bit of the newest checkpoint flips, and the list of checkpoints is found torn; later a
+    """While the run is down, a bit in the newest checkpoint flips and the list of checkpoints is truncated; later a
     worker stops without ending (SIGSTOP)."""
     at, _ = killed
     kept = storage / "driver/train/checkpoint_manager_snapshot.json"
@@ -227,8 +228,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(undisturbed, tmp_path):
 
 
 def test_another_configuration_is_refused_and_another_number_of_workers_is_not(killed, capsys):
-    """Same name, unfinished: other options leave everything as it is, one worker takes up what two began, in a storage
-    that was moved."""
+    """Same name, unfinished: other options change nothing, and one worker resumes what two started, in a storage that
+    was moved."""
     moved = killed[1]
     assert here(str(moved), "driver", *TWO_WORKERS, "--seed", "5") == 2
     assert "another configuration" in capsys.readouterr().err

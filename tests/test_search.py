@@ -52,7 +52,7 @@ def test_the_estimator_knows_degenerate_trials(kind):
     one = ended(made.suggest(0, []), 0.5)
     for repetition, violated in ((0.0, 0.0), (0.9, 1.0)):
         ends = {f"forget_repetition{end}": repetition for end in ("", "_low", "_high")}
-        optuna_trial = made._optuna_trial(EarlierTrial(one.suggestion, "finished", [dict(one.figures[0]) | ends]))
+        optuna_trial = made._optuna_trial(EarlierTrial(one.suggestion, "finished", [dict(one.metrics[0]) | ends]))
         assert max(0.0, *optuna_trial.constraints.values()) == violated
 
 

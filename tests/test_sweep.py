@@ -62,8 +62,8 @@ def without_times(result: dict) -> dict:
 
 
 def killed_in_the_second_trial(words: list[str], storage: Path) -> dict[str, bytes]:
-    """Start a sweep, SIGKILL its driver with all its processes once its second trial has been evaluated for the first
-    time; returns what lay there of results and evaluations."""
+    """Start a sweep, and SIGKILL its driver with all its processes after its second trial's first evaluation; returns
+    the results and evaluations written so far."""
     folder = storage / "sweep"
     with (storage / "killed.log").open("w") as log:
         driver = subprocess.Popen(
@@ -221,8 +221,8 @@ def test_more_trials_and_fresh_seeds_continue_the_same_sweep(sweeps):
 
 @pytest.mark.full
 def test_a_failing_trial_and_a_killed_process_do_not_end_a_sweep(tmp_path, local_ray):
-    """Two trials at once, tracked by a server; one names a layer that there is not, the process of the other is killed
-    and it goes on."""
+    """Two concurrent trials, tracked by a server: one names a layer that does not exist, the other's process is killed
+    and it resumes."""
     space = {"rmu.layer": "choice(1, 99)", "rmu.optimizer.lr": "choice(1e-4)"}
     with mlflow_server(tmp_path) as server:
         changes = {

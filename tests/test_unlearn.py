@@ -208,7 +208,7 @@ def test_workers_and_stages_do_not_change_the_outcome(finished, tmp_path):
     )
     difference = torch.sqrt(sum(((one[k] - two[k]) ** 2).sum() for k in one))
     moved = torch.sqrt(sum(((one[k] - start[k]) ** 2).sum() for k in one))
-    # The target is fitted, so that gradients are near zero; AdamW's first steps turn their rounding into whole steps.
+    # The target is fitted, so gradients are near zero; AdamW's first steps turn their rounding into full steps.
     # tests/test_invariants.py tests the engines with SGD and tight tolerances; here, wrong sums or streams would show.
     assert float(difference) < 0.15 * float(moved)
     first = [

@@ -129,7 +129,7 @@ def _sections(benchmark: BenchmarkData) -> list[Section]:
 def _results(benchmark: BenchmarkData, results: SplitResults) -> Section:
     notes = [f"Recorded values that differ from those computed from the rows: {words}." for words in results.mismatches]
     if results.target_utility is None:
-        notes.append("The target's rows are missing: no run can be held against the utility floor.")
+        notes.append("The target's rows are missing: no run can be compared with the utility floor.")
     if not any(results.runs.values()):
         notes.append("No reported run is done yet.")
         return Section(results.split, notes, more=[benchmark_runs.runs_table(benchmark, results.split)])

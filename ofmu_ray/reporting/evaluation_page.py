@@ -19,7 +19,7 @@ _NOTES = {
     "Membership inference": "Forget rows (members) against holdout rows. The two sets may differ anyway, so the "
     "retrained model's AUC need not be 0.5: compare with the retrained model.",
     "Generations": "A damaged model answers nothing or repeats itself; that is not forgetting.",
-    "Probes": "The same facts, asked in another way.",
+    "Probes": "The same facts, asked in other ways.",
 }
 
 

@@ -144,8 +144,8 @@ class Checks:
             tables = {label: self.tables[wanted.name, label] for label in self.models if self._concerns(wanted, label)}
             metrics[wanted.name] = {
                 label: {
-                    name: figure.to_json()
-                    for name, figure in check_figures(wanted.kind, table, reference, **self._sampling).items()
+                    name: value.to_json()
+                    for name, value in check_figures(wanted.kind, table, reference, **self._sampling).items()
                 }
                 for label, table in tables.items()
             }

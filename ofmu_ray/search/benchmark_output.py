@@ -152,7 +152,7 @@ def _rows(
                 tables = cut(known, references[trial.split], trial.rows)
                 inputs[place] = {model: aggregate_inputs(each) for model, each in tables.items()}
             aggregates = aggregate_figures(aggregate_inputs(table), **inputs[place])
-            row |= plain({name: figure.to_json() for name, figure in aggregates.items()})
+            row |= plain({name: value.to_json() for name, value in aggregates.items()})
             row["aggregate_absent"] = aggregates["aggregate"].reason if aggregates["aggregate"].value is None else None
         rows.append(row)
     return rows, parts
@@ -175,8 +175,8 @@ def _reference_metrics(tables: Mapping[str, Any], config: BenchmarkConfig) -> di
     samples, retrained = config.base.evaluation.bootstrap_samples, tables["retrained"]
     return {
         model: {
-            name: figure.to_json()
-            for name, figure in (
+            name: value.to_json()
+            for name, value in (
                 summarise(table, retrained, bootstrap_samples=samples, seed=config.tuning.seed)
                 | aggregate_figures(inputs[model], **inputs)
             ).items()

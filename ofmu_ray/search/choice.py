@@ -32,7 +32,7 @@ class SweepChoice:
     nearest: int | None = None
     """The first trial in the rule's order, if none may be chosen: all miss the floor or are degenerate."""
     front: list[int] = field(default_factory=list)
-    figures: dict[str, Any] | None = None
+    metrics: dict[str, Any] | None = None
     """Metrics of the chosen trial's model, on all rows."""
     confirmed: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
     """(fresh seed, result) of the chosen options, on all rows."""
@@ -107,8 +107,8 @@ def export(ledger: Ledger, outcome: SweepChoice, retrained: Any) -> None:
         shutil.copytree(model, folder_in_progress, dirs_exist_ok=True, copy_function=_linked)
     evaluator = replace(ledger.data.evaluator, evaluation=config.evaluation, seed=config.seed)
     table = evaluator.table(str(folder / BEST / "model"), "best")
-    outcome.figures = evaluator.figures(table, retrained)
-    atomic_write(folder / BEST / "metrics.json", json.dumps({"after": outcome.figures}, indent=1) + "\n")
+    outcome.metrics = evaluator.figures(table, retrained)
+    atomic_write(folder / BEST / "metrics.json", json.dumps({"after": outcome.metrics}, indent=1) + "\n")
 
 
 def _linked(source: str, place: str) -> None:

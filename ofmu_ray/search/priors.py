@@ -57,7 +57,7 @@ def Uniform(low: float, high: float) -> FloatDistribution:
 def Integers(low: int, high: int) -> IntDistribution:
     """Integers from `low` to `high`, both included, equally likely."""
     integers = isinstance(low, int) and isinstance(high, int)
-    _require(integers and low <= high, f"integer({low}, {high})", "whole numbers with low <= high")
+    _require(integers and low <= high, f"integer({low}, {high})", "integers with low <= high")
     return IntDistribution(low, high)
 
 

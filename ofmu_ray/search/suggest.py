@@ -45,7 +45,7 @@ class EarlierTrial:
     suggestion: Suggestion
     status: str
     """running, or as in its result."""
-    figures: Sequence[Mapping[str, Any]] = ()
+    metrics: Sequence[Mapping[str, Any]] = ()
     """Plain numbers by name for each intermediate evaluation; for a completed trial, the final one comes last."""
     flops: float | None = None
 
@@ -118,13 +118,13 @@ class Search:
         known: dict[str, Any] = {"params": params, "distributions": distributions}
         if one.status == "running":
             return create_trial(state=TrialState.RUNNING, **known)
-        heights = [self.goal.height(figures) for figures in one.figures]
-        utilities = [number_of(figures, self.goal.utility) for figures in one.figures]
+        heights = [self.goal.height(values) for values in one.metrics]
+        utilities = [number_of(values, self.goal.utility) for values in one.metrics]
         measured = [(h, u) for h, u in zip(heights, utilities, strict=True) if h is not None and u is not None]
         if not measured or one.status == "failed":
             return create_trial(state=TrialState.FAIL, **known)
         height, utility = measured[-1]
-        known["constraints"] = {"degenerate": float(self.goal.degenerate(one.figures[-1]) or 0.0)}
+        known["constraints"] = {"degenerate": float(self.goal.degenerate(one.metrics[-1]) or 0.0)}
         if self.config.kind == "multi_objective":  # stopped trials count with their last values
             cost = [-math.log10(max(one.flops or 1.0, 1.0))] if self.config.cost else []
             return create_trial(state=TrialState.COMPLETE, values=[height, utility, *cost], **known)
@@ -159,7 +159,7 @@ class Search:
 
     def score(self, one: EarlierTrial) -> float:
         """The rule's score at the last evaluation; failed trials score below all others."""
-        values = one.figures[-1] if one.figures and one.status != "failed" else {}
+        values = one.metrics[-1] if one.metrics and one.status != "failed" else {}
         return self.goal.score(values, self._share(one))
 
     def _share(self, one: EarlierTrial) -> float:
@@ -169,9 +169,9 @@ class Search:
         drawn = self.space.at([float(value) for value in rng.random(len(self.space.knobs))], self.base)
         changed: Overrides = {}
         for knob in self.space.knobs:
-            anew, factor = rng.random() < RESAMPLE, float(rng.choice(NEARBY))
+            resample, factor = rng.random() < RESAMPLE, float(rng.choice(NEARBY))
             value = options.get(knob.field)
-            if value is None or anew or isinstance(knob.prior, CategoricalDistribution) or not value:
+            if value is None or resample or isinstance(knob.prior, CategoricalDistribution) or not value:
                 if knob.field in drawn:
                     changed[knob.field] = drawn[knob.field]
                 continue

@@ -115,7 +115,7 @@ def settings(
             "number": outcome.chosen,
             "options": dict(ledger.suggestions[outcome.chosen].options),
             "floor_missed": False,
-            "figures": outcome.figures,
+            "figures": outcome.metrics,
             "config_file": "best.yaml",
             "model": f"{BEST}/model",
         }
@@ -248,7 +248,7 @@ def summary(ledger: Ledger, outcome: SweepChoice) -> str:
     if outcome.front:
         lines += ["", "Pareto front:", *map(shown, outcome.front)]
     if outcome.chosen is not None:
-        metrics = outcome.figures or {}
+        metrics = outcome.metrics or {}
         lines += ["", f"chosen: trial {outcome.chosen}; on all rows:"]
         for name in (goal.objective, goal.utility):
             metric_value = metrics.get(name) or {}

@@ -173,9 +173,9 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]
                 return self._report(result.get("figures") or {}, done=True)
             time.sleep(POLL_SECONDS)
 
-    def _report(self, figures: dict[str, Any], *, done: bool) -> dict[str, Any]:
+    def _report(self, metrics: dict[str, Any], *, done: bool) -> dict[str, Any]:
         share = 1.0 if done else self.ledger.search.share
-        score = self.ledger.search.goal.score(plain(figures), share)
+        score = self.ledger.search.goal.score(plain(metrics), share)
         return {"number": self.number, "stage": self.stage, "score": score, "done": done}
 
     def cleanup(self) -> None:
