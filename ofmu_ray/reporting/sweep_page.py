@@ -126,7 +126,7 @@ def _certainty(sweep: SweepData) -> Section:
     if trial is None:
         return Section("How sure")
     notes = [
-        f"The chosen trial is the best of {len(sweep.enough)}, so the value it was chosen by is biased upwards, more "
+        f"The chosen trial is the best of {len(sweep.enough)}, so the value it was chosen by is optimistic, more "
         "so with more trials. Its interval covers rows only and does not correct for this; "
         f"{tables.judged_on(sweep)}."
         if len(sweep.enough) > 1
