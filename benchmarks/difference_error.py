@@ -1,11 +1,11 @@
-"""Error of grad Sim by finite differences: steps measured as a run measures them, beside fixed ones.
+"""Error of grad Sim by finite differences: steps measured as a run measures them, compared with fixed steps.
 
     python benchmarks/difference_error.py [--model DIR ...] [--out benchmarks/difference_error.json]
 
-For the shipped target, a small Qwen2 that is fitted to the same rows first, and the models in DIR: all weights and LoRA
-of rank 8, fp32 and bf16_autocast, at the start and after five rounds of OFMU (30 updates). A model of 135 M parameters
-takes some 12 GB with all weights, 4 GB with LoRA. Reference: double backward in float64, eager attention, 6 forget and
-6 retain rows. Prints Markdown.
+Models: the shipped target, a small Qwen2 that is first fitted to the same rows, and those in DIR. Cases: all weights
+and LoRA of rank 8, fp32 and bf16_autocast, at the start and after five rounds of OFMU (30 updates). A model of 135 M
+parameters takes about 12 GB with all weights, 4 GB with LoRA. Reference: double backward in float64, eager attention, 6
+forget and 6 retain rows. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ofmu_ray.methods.ofmu import OFMU, OFMUConfig
 from ofmu_ray.models.loading import add_lora, load_causal_lm
 
 FIXED = (1e-5, 1e-4, 1e-3)
-"""Relative steps of the forward differences beside the measured ones."""
+"""Relative steps of the forward differences that measured steps are compared with."""
 ROWS = 6
 Batches = dict[str, dict[str, torch.Tensor]]
 
@@ -93,7 +93,7 @@ def exact(module: torch.nn.Module, batches: Batches) -> Vector:
 
 
 def similarity(engine: TorchEngine, curvature: Curvature, batches: Batches) -> Vector:
-    """grad Sim = H_f u + H_r w as a round of OFMU takes it."""
+    """grad Sim = H_f u + H_r w as computed in a round of OFMU."""
     g_f, g_r = (engine.gradient(batches[kind], differenced=True)[0] for kind in ("forget", "retain"))
     _, u, w = similarity_gradient(g_f, g_r)
     norms = [math.sqrt(engine.dot((v, v))[0]) for v in (u, w)]
@@ -101,35 +101,35 @@ def similarity(engine: TorchEngine, curvature: Curvature, batches: Batches) -> V
     return combine(1.0, h_u, 1.0, curvature.hessian_vector(batches["retain"], "retain", g_r, list(w), norms[1]))
 
 
-def relative_error(found: Vector, expected: Vector) -> float:
-    difference = torch.cat(found).double() - torch.cat(expected)
+def relative_error(value: Vector, expected: Vector) -> float:
+    difference = torch.cat(value).double() - torch.cat(expected)
     return float(difference.norm() / torch.cat(expected).norm())
 
 
 def measured(engine: TorchEngine, steps: Steps, batches: Batches, expected: Vector) -> dict[str, Any]:
-    """With the run's own steps, twice: checked where that is due, and as the rounds after it do."""
-    found: dict[str, Any] = {f"fixed_{step:g}": 0.0 for step in FIXED}
+    """Errors of fixed steps and of the run's own steps: at a check, and in the rounds between checks."""
+    errors: dict[str, Any] = {f"fixed_{step:g}": 0.0 for step in FIXED}
     for step in FIXED:
         by = FiniteDifference(engine, "forward", step)
-        found[f"fixed_{step:g}"] = relative_error(similarity(engine, by, batches), expected)
+        errors[f"fixed_{step:g}"] = relative_error(similarity(engine, by, batches), expected)
     before = sum(engine.account.gradient_passes.values())
-    found["measured"] = relative_error(similarity(engine, MeasuredDifference(engine, steps), batches), expected)
-    found["passes"] = sum(engine.account.gradient_passes.values()) - before - 2
+    errors["measured"] = relative_error(similarity(engine, MeasuredDifference(engine, steps), batches), expected)
+    errors["passes"] = sum(engine.account.gradient_passes.values()) - before - 2
     curvature = MeasuredDifference(engine, steps)
     by_steps = similarity(engine, curvature, batches)
-    found["between_checks"] = relative_error(by_steps, expected)
+    errors["between_checks"] = relative_error(by_steps, expected)
     error = math.hypot(*(curvature.error(kind) or 0.0 for kind in ("forget", "retain")))  # type: ignore[arg-type]
-    found["estimated"] = error / math.sqrt(engine.dot((by_steps, by_steps))[0])
-    found["steps"] = {
+    errors["estimated"] = error / math.sqrt(engine.dot((by_steps, by_steps))[0])
+    errors["steps"] = {
         kind: {"relative": step.relative, "central": step.central} for kind, step in steps.products.items()
     }
-    return found
+    return errors
 
 
 def case(
     module: torch.nn.Module, tokenizer: Any, precision: Any, rate: float, updates: int
 ) -> Iterator[dict[str, Any]]:
-    """At the start, and after the updates."""
+    """Results at the start and after the updates."""
     optimizer = OptimizerConfig(lr=rate)
     engine = TorchEngine(module, precision=precision, inner=optimizer, outer=optimizer)
     method = OFMU(OFMUConfig.from_preset("lite", beta=0.1))
@@ -137,8 +137,8 @@ def case(
     streams = drawn(tokenizer, "forget", 1), drawn(tokenizer, "retain", 2)
     while True:
         method.steps.round = method.rounds_done
-        found = measured(engine, copy.deepcopy(method.steps), batches, exact(engine.module, batches))
-        yield {"precision": precision, "updates": engine.account.updates, **found}
+        errors = measured(engine, copy.deepcopy(method.steps), batches, exact(engine.module, batches))
+        yield {"precision": precision, "updates": engine.account.updates, **errors}
         if engine.account.updates >= updates:
             return
         while engine.account.updates < updates:
@@ -146,7 +146,7 @@ def case(
 
 
 def models(args: argparse.Namespace) -> Iterator[tuple[str, torch.nn.Module, Any, float]]:
-    """Name, model, tokenizer and the rate of the updates."""
+    """Name, model, tokenizer and learning rate of the updates."""
     if not args.only_given:
         for rate in (1e-4, 1e-3):
             module, tokenizer = load_causal_lm(ModelConfig(attention="eager"))
@@ -171,13 +171,13 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=200, help="optimiser steps that fit the small Qwen2")
+    parser.add_argument("--steps", type=int, default=200, help="optimiser steps for fitting the small Qwen2")
     parser.add_argument("--model", action="append", default=[], help="another model's directory (may be repeated)")
-    parser.add_argument("--only-given", action="store_true", help="leave the target and the Qwen2 out")
+    parser.add_argument("--only-given", action="store_true", help="skip the target and the Qwen2")
     parser.add_argument("--precision", action="append", default=[], help="default: fp32 and bf16_autocast")
     parser.add_argument("--weights", action="append", default=[], choices=("all", "LoRA"), help="default: both")
-    parser.add_argument("--updates", type=int, default=30, help="0: at the start only")
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--updates", type=int, default=30, help="0: only at the start")
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
     args = parser.parse_args()
     records = []
     for name, module, tokenizer, rate in models(args):

@@ -1,15 +1,15 @@
-"""What an evaluation costs: ours beside a plain one that makes a pass over the rows per metric, on the same model.
+"""What an evaluation costs: ours compared with a plain one, with one pass over the rows per metric, on the same model.
 
     OMP_NUM_THREADS=1 python benchmarks/evaluation.py [--data DIR] [--rows 100] [--out benchmarks/evaluation.json]
 
-CPU seconds (of the process, one thread) of the four sets of TOFU's layout: losses of right, paraphrased and wrong
-answers, greedy generations with ROUGE-L, and the values that memorisation and membership scores are made of. Both run
-in turn, and their values must agree. The Reference attack needs a second model's losses: the plain evaluation has that
-model in memory and runs it, ours takes them from an earlier evaluation of it, as `ofmu evaluate` does (whose cost is
-shown, and which serves every model that is compared). benchmarks/README.md says what the figures mean.
+CPU seconds (of the process, one thread) for the four sets of TOFU's layout: losses of right, paraphrased and wrong
+answers, greedy generations with ROUGE-L, and the inputs of memorisation and membership scores. Both run in turn, and
+their values must agree. The Reference attack needs a second model's losses. The plain evaluation keeps that model in
+memory and runs it; ours takes the losses from an earlier evaluation of it, as `ofmu evaluate` does (its cost is shown;
+it serves all compared models). benchmarks/README.md explains the results.
 
 `--data`: a folder with TOFU's files; a small Llama and its vocabulary are then fitted on full.json (`--model DIR`
-keeps them). Without it the embedded people and the embedded model are evaluated.
+keeps them). Without it, the built-in model is evaluated on the built-in people.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def fit(data: Path, folder: Path, seconds: float, known: Sequence[EvaluationRow]) -> None:
-    """A small Llama fitted to the rows `known`, if any.
+    """Fit a small Llama to the rows `known`, if any.
 
-    Otherwise to full.json and to the questions whose answers a pretrained model would know.
+    Otherwise fit it to full.json and the questions whose answers a pretrained model would know.
     """
     rows = _lines(data / "full.json")
     rows += [row for name in ("real_authors", "world_facts") for row in _lines(data / f"{FILES[name]}.json")] * 2
@@ -119,7 +119,7 @@ def _tokenizer(texts: Sequence[str]) -> Any:
 
 
 def reference_of(model: Any) -> Any:
-    """A second model of the same shape and cost, for the Reference attack: this one, its weights off by a tenth."""
+    """A second model of the same shape and cost for the Reference attack: this one with noise of a tenth added."""
     reference, draw = copy.deepcopy(model), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in reference.parameters():
@@ -128,20 +128,20 @@ def reference_of(model: Any) -> Any:
 
 
 def ours(scorer: Scorer, sets: Sets, known: Mapping[str, Sequence[float]] | None) -> dict[str, list[dict[str, Any]]]:
-    """Records of every set's rows. `known`: the reference's losses of the right answers."""
+    """Records of every set's rows. `known`: the second model's losses of the right answers."""
     units = {name: plan(rows, scorer.template, BATCH) for name, rows in sets.items()}
     every = [unit for of in units.values() for unit in of]
     results: dict[str, list[Result]] = {name: [] for name in sets}
     for number, result in scorer.run_all(every):
         results[every[number].set].append(result)
-    found = {name: with_row_metrics(assemble(rows, results[name])).to_pylist() for name, rows in sets.items()}
+    records_of_sets = {name: with_row_metrics(assemble(rows, results[name])).to_pylist() for name, rows in sets.items()}
     if known is not None:
-        for name, records in found.items():
+        for name, records in records_of_sets.items():
             for record, score in zip(
                 records, reference_score([each["answer_nll"] for each in records], known[name]), strict=True
             ):
                 record["reference"] = float(score)
-    return found
+    return records_of_sets
 
 
 def plainly(scorer: Scorer, sets: Sets, memory: str, reference: Any) -> dict[str, dict[str, Any]]:
@@ -153,10 +153,10 @@ def plainly(scorer: Scorer, sets: Sets, memory: str, reference: Any) -> dict[str
     }
 
 
-def worst_difference(found: dict[str, list[dict[str, Any]]], expected: dict[str, dict[str, Any]]) -> float:
-    """Largest |ours - plain| / max(1, |plain|) over all values that both have; 1 where a generation differs."""
+def worst_difference(records_of_sets: dict[str, list[dict[str, Any]]], expected: dict[str, dict[str, Any]]) -> float:
+    """Largest |ours - plain| / max(1, |plain|) over all values that both have; 1 if a generation differs."""
     worst = 0.0
-    for name, records in found.items():
+    for name, records in records_of_sets.items():
         for index, record in enumerate(records):
             mine = record | plain.from_tokens(record)
             for key, values in expected[name].items():
@@ -171,24 +171,24 @@ def worst_difference(found: dict[str, list[dict[str, Any]]], expected: dict[str,
 
 def cpu_seconds(action: Any, *args: Any) -> tuple[float, Any]:
     started = time.process_time()
-    found = action(*args)
-    return time.process_time() - started, found
+    result = action(*args)
+    return time.process_time() - started, result
 
 
 def spread_of(seconds: Sequence[float], tokens: int) -> dict[str, float]:
     return {"min": min(seconds), "median": median(seconds), "tokens_per_second": tokens / median(seconds)}
 
 
-def work(scorer: Scorer, sets: Sets, found: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
-    """Tokens of the evaluation, and the operations that no way of doing it avoids.
+def work(scorer: Scorer, sets: Sets, records_of_sets: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
+    """Tokens of the evaluation, and the operations that no implementation can avoid.
 
-    Every distinct beginning of a row's texts and every generated token that is not on it goes through the layers
-    once, and through the head where something is predicted from it. Attention is left out.
+    Every distinct prefix of a row's texts, and every generated token beyond these texts, goes through the layers once,
+    and through the head if something is predicted from it. Attention is not counted.
     """
     template, model = scorer.template, scorer.model
     tokens = layers = heads = 0
     for name, rows in sets.items():
-        for row, record in zip(rows, found[name], strict=True):
+        for row, record in zip(rows, records_of_sets[name], strict=True):
             tree = tree_of([template.encode(row.question, text) for text in row.texts])  # type: ignore[attr-defined]
             said = template.tokenizer(record["generated"], add_special_tokens=False)["input_ids"]  # type: ignore[attr-defined]
             node, known = tree.prompt - 1, 0
@@ -206,7 +206,7 @@ def work(scorer: Scorer, sets: Sets, found: dict[str, list[dict[str, Any]]]) -> 
 
 
 def where(scorer: Scorer, sets: Sets) -> dict[str, float]:
-    """Shares of one profiled evaluation's time, by where it goes (profiling itself makes Python look dearer)."""
+    """Shares of one profiled evaluation's time by part (profiling makes Python look more expensive than it is)."""
     profile = cProfile.Profile(time.process_time)
     profile.runcall(ours, scorer, sets, None)
     stats = profile.getstats()
@@ -219,7 +219,7 @@ def where(scorer: Scorer, sets: Sets) -> dict[str, float]:
         ]
         return sum(entry.inlinetime if own else entry.totaltime for entry in mine)
 
-    whole = seconds("ours")
+    total = seconds("ours")
     parts = {
         "trees": seconds("tree_logits"),
         "decoding": seconds("generate_batch"),
@@ -227,32 +227,32 @@ def where(scorer: Scorer, sets: Sets) -> dict[str, float]:
         "ROUGE": seconds("rouge_l_recall"),
         "tokenising": seconds("plan"),
     }
-    return {name: part / whole for name, part in parts.items()}
+    return {name: part / total for name, part in parts.items()}
 
 
 def measure(scorer: Scorer, sets: Sets, repeats: int, memory: str | None, reference: Scorer | None) -> dict[str, Any]:
-    """Figures of both on these rows; ours alone without `memory`, no Reference attack without `reference`."""
+    """Results of both on these rows; only ours without `memory`, no Reference attack without `reference`."""
     warm = {name: rows[:2] for name, rows in sets.items()}
     ours(scorer, warm, None), plainly(scorer, warm, "all", None)
     known, once = None, 0.0
     if reference is not None:
-        once, found = cpu_seconds(ours, reference, sets, None)
-        known = {name: [record["answer_nll"] for record in records] for name, records in found.items()}
+        once, records_of_sets = cpu_seconds(ours, reference, sets, None)
+        known = {name: [record["answer_nll"] for record in records] for name, records in records_of_sets.items()}
     seconds: dict[str, list[float]] = {"ours": [], "plain": []}
     difference = None
     for _ in range(repeats):
-        spent, found = cpu_seconds(ours, scorer, sets, known)
+        spent, records_of_sets = cpu_seconds(ours, scorer, sets, known)
         seconds["ours"].append(spent)
         if memory:
             spent, expected = cpu_seconds(plainly, scorer, sets, memory, reference and reference.model)
             seconds["plain"].append(spent)
-            difference = worst_difference(found, expected)
+            difference = worst_difference(records_of_sets, expected)
             if difference > TOLERANCE:
                 raise SystemExit(f"the two evaluations differ by {difference:.1e} (allowed {TOLERANCE:.0e})")
-    needed = work(scorer, sets, found)
+    needed = work(scorer, sets, records_of_sets)
     result = {name: spread_of(each, int(needed["tokens"])) for name, each in seconds.items() if each}
     ratios = [b / a for a, b in zip(seconds["ours"], seconds["plain"], strict=False)]
-    rouge = [record["rouge_l_recall"] for record in found["forget"]]
+    rouge = [record["rouge_l_recall"] for record in records_of_sets["forget"]]
     return {
         "rows": {name: len(rows) for name, rows in sets.items()},
         "repeats": repeats,
@@ -264,7 +264,9 @@ def measure(scorer: Scorer, sets: Sets, repeats: int, memory: str | None, refere
         "times_faster": median(ratios) if ratios else None,
         "worst_difference": difference,
         "forget_rouge": sum(rouge) / len(rouge),
-        "generated_tokens": sum(record["generated_tokens"] for records in found.values() for record in records),
+        "generated_tokens": sum(
+            record["generated_tokens"] for records in records_of_sets.values() for record in records
+        ),
         "where": where(scorer, sets),
     }
 
@@ -285,7 +287,7 @@ def describe(result: dict[str, Any], rate: float) -> str:
             f"ours is {result['times_faster']:.1f} times faster; worst difference {result['worst_difference']:.0e}"
         )
     if result["reference_attack"]:
-        lines.append(f"reference evaluated once before: {result['reference_seconds']:.1f} s, in neither of the two")
+        lines.append(f"second model evaluated once before: {result['reference_seconds']:.1f} s, included in neither")
     lines.append(f"floor {floor:.1f} s ({result['gflop']:.0f} GFLOP at {rate:.0f} GFLOP/s)")
     lines.append("where: " + ", ".join(f"{name} {share:.0%}" for name, share in result["where"].items()))
     return "\n".join(lines)
@@ -293,23 +295,23 @@ def describe(result: dict[str, Any], rate: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with TOFU's files; without it the embedded people")
+    parser.add_argument("--data", type=Path, help="folder with TOFU's files; default: the built-in people")
+    parser.add_argument("--model", type=Path, help="folder of the model; with --data, it is fitted there if absent")
+    parser.add_argument("--fit-seconds", type=float, default=200, help="CPU seconds for fitting")
     parser.add_argument(
-        "--model", type=Path, help="folder of the model; with --data it is fitted there if it is absent"
+        "--fit-known", action="store_true", help="fit to the evaluated rows only, so that it knows them"
     )
-    parser.add_argument("--fit-seconds", type=float, default=200, help="CPU seconds of fitting")
-    parser.add_argument("--fit-known", action="store_true", help="fit to the evaluated rows alone, which it then knows")
-    parser.add_argument("--rows", type=int, help="rows of each set; all without it")
+    parser.add_argument("--rows", type=int, help="rows of each set; default: all")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--memory",
         choices=["all", "forget"],
         default="all",
-        help="sets of the plain memorisation and membership scores",
+        help="sets with memorisation and membership scores in the plain evaluation",
     )
-    parser.add_argument("--no-reference", action="store_true", help="leave the Reference attack out")
-    parser.add_argument("--only-ours", action="store_true", help="leave the plain evaluation out")
-    parser.add_argument("--out", type=Path, help="JSON file; figures are added to those that stand in it")
+    parser.add_argument("--no-reference", action="store_true", help="skip the Reference attack")
+    parser.add_argument("--only-ours", action="store_true", help="skip the plain evaluation")
+    parser.add_argument("--out", type=Path, help="JSON file; results are appended to those in it")
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
@@ -318,7 +320,7 @@ def main() -> None:
     folder = args.model or Path(resolve_builtin("builtin:people/target"))
     if args.data is not None:
         if args.model is None:
-            parser.error("--data needs --model DIR: where the fitted model is kept")
+            parser.error("--data needs --model DIR, the folder for the fitted model")
         if not (folder / "config.json").is_file():
             known = [row for rows in sets.values() for row in rows] if args.fit_known else []
             fit(args.data, folder, args.fit_seconds, known)

@@ -1,8 +1,8 @@
-"""A plain evaluation to hold ours against: one pass over the rows per metric, as public unlearning suites do it.
+"""A plain evaluation to compare ours with: one pass over the rows per metric, as in public unlearning suites.
 
-Batches in row order, padded; every pass tokenises its rows anew and computes the logits of every position, prompt and
-padding included; `model.generate` on padded batches; rouge_score without any memory. The metrics are those of
-OpenUnlearning's TOFU suite (https://github.com/locuslab/open-unlearning).
+Batches are in row order and padded. Every pass tokenises its rows again and computes the logits of every position,
+including prompt and padding. Generations use `model.generate` on padded batches; rouge_score runs without a cache. The
+metrics are those of OpenUnlearning's TOFU suite (https://github.com/locuslab/open-unlearning).
 """
 
 from __future__ import annotations
@@ -25,34 +25,37 @@ K = 0.4
 def evaluate(
     model: Any, template: Template, rows: Sequence[EvaluationRow], max_new_tokens: int, *, memory: bool, reference: Any
 ) -> dict[str, Any]:
-    """Values of one set's rows, a list each. `memory`: memorisation and membership scores too, eight passes, one of
-    them through `reference`, a second model in memory; None: six, without the Reference attack."""
-    found: dict[str, Any] = {"answer_nll": _each(model, template, rows, [row.answer for row in rows], _nll)}
+    """Values of one set's rows, as one list per metric.
+
+    `memory`: also compute memorisation and membership scores, in eight passes, one of them through `reference`, a
+    second model in memory (None: six passes, without the Reference attack).
+    """
+    values: dict[str, Any] = {"answer_nll": _each(model, template, rows, [row.answer for row in rows], _nll)}
     if rows[0].paraphrase is not None:
         paraphrases = [row.paraphrase or "" for row in rows]
-        found["paraphrase_nll"] = _each(model, template, rows, paraphrases, _nll)
+        values["paraphrase_nll"] = _each(model, template, rows, paraphrases, _nll)
     wrong = [
         _each(model, template, rows, [row.wrong[number] for row in rows], _nll) for number in range(len(rows[0].wrong))
     ]
-    found["wrong_nll"] = [list(losses) for losses in zip(*wrong, strict=True)]
-    found["generated"], found["generated_tokens"] = _generate(model, template, rows, max_new_tokens)
+    values["wrong_nll"] = [list(losses) for losses in zip(*wrong, strict=True)]
+    values["generated"], values["generated_tokens"] = _generate(model, template, rows, max_new_tokens)
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
-    found["rouge_l_recall"] = [
+    values["rouge_l_recall"] = [
         scorer.score(target=row.answer, prediction=text)["rougeL"].recall
-        for row, text in zip(rows, found["generated"], strict=True)
+        for row, text in zip(rows, values["generated"], strict=True)
     ]
     if memory:
         answers = [row.answer for row in rows]
         for name, metric in _MEMORY.items():
-            found[name] = _each(model, template, rows, answers, metric)
+            values[name] = _each(model, template, rows, answers, metric)
         sizes = [len(zlib.compress(answer.encode())) for answer in answers]
-        found["zlib"] = [
+        values["zlib"] = [
             nll / size for nll, size in zip(_each(model, template, rows, answers, _nll), sizes, strict=True)
         ]
         if reference is not None:
             both = (_each(each, template, rows, answers, _nll) for each in (model, reference))
-            found["reference"] = [mine - other for mine, other in zip(*both, strict=True)]
-    return found
+            values["reference"] = [mine - other for mine, other in zip(*both, strict=True)]
+    return values
 
 
 def _each(
@@ -113,7 +116,7 @@ def _min_k_plus(logits_nv: torch.Tensor, ids_n: torch.Tensor) -> float:
 
 
 def _lowest(values_n: torch.Tensor) -> float:
-    """Minus the mean of the lowest K of them."""
+    """Minus the mean of the lowest share K of the values."""
     return -float(values_n.sort().values[: max(1, int(K * len(values_n)))].mean())
 
 
@@ -127,7 +130,7 @@ _MEMORY = {
 
 
 def from_tokens(record: dict[str, Any]) -> dict[str, float]:
-    """The same scores of one row, from the token-level columns of our table."""
+    """The same scores for one row, from the token-level columns of our table."""
     logprobs, zscores, matches = (record[f"answer_{name}"] for name in ("logprobs", "zscores", "matches"))
     wrong = [place for place, match in enumerate(matches[:-1]) if not match]
     count = len(matches) - 1
@@ -144,7 +147,7 @@ def from_tokens(record: dict[str, Any]) -> dict[str, float]:
 def _generate(
     model: Any, template: Template, rows: Sequence[EvaluationRow], max_new_tokens: int
 ) -> tuple[list[str], list[int]]:
-    """Greedy answers and how many tokens each has, EOS not counted."""
+    """Greedy answers and their numbers of tokens, EOS not counted."""
     texts, counts = [], []
     for prompts in _batches([template.encode_prompt(row.question) for row in rows]):
         longest = max(len(ids) for ids in prompts)

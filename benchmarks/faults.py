@@ -1,9 +1,8 @@
-"""Real faults at exact points of a run of two workers: for `soak.py` and `tests/test_every_phase.py`.
+"""Real faults at exact points of a run with two workers, for `soak.py` and `tests/test_every_phase.py`.
 
-The run is OFMU on the built-in model under Ray Train, as `ofmu unlearn` starts it; one of its workers does the fault
-to itself (SIGKILL, SIGSTOP, a bit flipped in a checkpoint) when it reaches the point. `run` tells the rounds that had
-to be run again and the seconds until they were (`recovery`), `difference` how far the final weights of two runs are
-apart.
+The run is OFMU on the built-in model under Ray Train, as `ofmu unlearn` starts it. One of its workers injects the fault
+into itself (SIGKILL, SIGSTOP, a bit flipped in a checkpoint) when it reaches the point. `run` reports how many rounds
+were repeated and how long that took (`recovery`); `difference` reports how far the final weights of two runs are apart.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ METHOD = OFMUConfig.from_preset("full", inner_steps=2, relative_step=1e-3)
 
 @dataclass(frozen=True)
 class Fault:
-    """What rank `rank` does to itself when it first reaches the phase of a round."""
+    """What rank `rank` does to itself when it first reaches the phase in a round."""
 
     name: str
     phase: Phase
     does: Literal["SIGKILL", "SIGSTOP", "raise", "damage"] = "SIGKILL"
-    """damage: flip a bit of the newest checkpoint, then SIGKILL."""
+    """damage: flip a bit in the newest checkpoint, then SIGKILL."""
     round: int = 1
     rank: int = 1
 
@@ -61,7 +60,7 @@ real_loop = start_module.worker_loop
 
 
 class Saboteur:
-    """Does what <run>/faults.json says, each fault once, and notes when, and where the run went on."""
+    """Injects the faults of <run>/faults.json, each once, and records when they happen and when rounds start."""
 
     def __init__(self, folder: Path, rank: int):
         self.folder, self.rank, self.round = folder, rank, 0
@@ -88,13 +87,13 @@ class Saboteur:
         os.kill(os.getpid(), signal.SIGSTOP if fault.does == "SIGSTOP" else signal.SIGKILL)
 
     def begin(self, number: int) -> None:
-        """A round begins, its batches are there."""
+        """Record that a round starts; its batches have arrived."""
         with (self.folder / f"rounds_{self.rank}").open("a") as log:
             log.write(json.dumps({"at": time.time(), "round": number, "first": not self.round}) + "\n")
         self.round = number
 
     def arm(self) -> None:
-        """Put the points of `at` into the loop, the engine, the session and the export."""
+        """Insert calls of `at` into the loop, the engine, the session and the export."""
         from ofmu_ray.training import export
         from ofmu_ray.training.session import RaySession
         from ofmu_ray.training.worker import Worker
@@ -131,7 +130,7 @@ class Saboteur:
 
 
 def before(owner: Any, name: str, call: Callable[..., None]) -> None:
-    """Have `call` see the arguments of a function first."""
+    """Call `call` with a function's arguments before the function itself."""
     function = getattr(owner, name)
 
     def both(*arguments: Any, **options: Any) -> Any:
@@ -147,7 +146,7 @@ def before(owner: Any, name: str, call: Callable[..., None]) -> None:
 def make_job(
     folder: Path, name: str, rounds: int = ROUNDS, every: int = EVERY, timeout: float = HANG_SECONDS, **options: Any
 ) -> WorkerJob:
-    """OFMU on the built-in people, two workers at ZeRO stage 2, with its plan written."""
+    """OFMU on the built-in people with two workers at ZeRO stage 2; writes its plan."""
     from ofmu_ray.data.answer_encoder import AnswerEncoder
     from ofmu_ray.data.batch_plan import write_plan
     from ofmu_ray.data.prepare import prepare_streams
@@ -174,53 +173,52 @@ def make_job(
 
 
 def run(job: WorkerJob, faults: Sequence[Fault]) -> dict[str, Any]:
-    """Train to the end through the faults: seconds, notes, and what each fault cost."""
+    """Train to the end despite the faults; return seconds, notes and the cost of each fault."""
     from ofmu_ray.training.launch import fit
 
     folder = Path(job.run_dir)
     (folder / "faults.json").write_text(json.dumps([asdict(fault) for fault in faults]))
     started = time.perf_counter()
-    start_module.worker_loop = faulty_loop  # what `fit` gives to Ray Train
+    start_module.worker_loop = faulty_loop  # `fit` passes it to Ray Train
     try:
         summary = fit(job, "faults")
     finally:
         start_module.worker_loop = real_loop
-    begun = [json.loads(line) for line in (folder / "rounds_0").read_text().splitlines()]
+    rounds_started = [json.loads(line) for line in (folder / "rounds_0").read_text().splitlines()]
     costs = []
     for number, fault in enumerate(faults):
         done = json.loads((folder / f"fault_{number}").read_text())
-        lost, seconds = recovery(begun, done["at"], done["round"])
+        lost, seconds = recovery(rounds_started, done["at"], done["round"])
         if seconds is None:  # only the export was left
             seconds = (folder / "training.json").stat().st_mtime - done["at"]
         costs.append({"fault": fault.name, "phase": fault.phase, "rounds_lost": lost, "seconds": seconds})
     return {"seconds": time.perf_counter() - started, "notes": summary["notes"], "costs": costs}
 
 
-def recovery(begun: Sequence[dict[str, Any]], at: float, round: int | None = None) -> tuple[int, float | None]:
-    """Rounds that a fault at time `at` sent the run back, and seconds until it was where it had been.
+def recovery(rounds_started: Sequence[dict[str, Any]], at: float, round: int | None = None) -> tuple[int, float | None]:
+    """Number of rounds that a fault at time `at` cost the run, and the seconds until it had caught up.
 
-    `begun`: {"at", "round", "first"} of each round that began, oldest first; "first" after a start or a step back.
-    `round`: the one that the fault hit; None: the last that began before the run was sent back. A run that the fault
-    did not send back lost nothing; its seconds are the longest that it then waited for a round to begin, None: there
-    was none.
+    `rounds_started`: {"at", "round", "first"} of each round that started, oldest first; "first" after a start or a
+    rollback. `round`: the round that the fault hit; None: the last one started before the rollback. A run that was not
+    rolled back lost no round; its seconds are then the longest wait for a round to start (None: no round followed).
     """
-    later = [number for number, row in enumerate(begun) if row["at"] > at]
-    back = next((number for number in later if begun[number]["first"]), None)
+    later = [number for number, row in enumerate(rounds_started) if row["at"] > at]
+    back = next((number for number in later if rounds_started[number]["first"]), None)
     if back is None:
-        times = [at, *(begun[number]["at"] for number in later)]
+        times = [at, *(rounds_started[number]["at"] for number in later)]
         return 0, max((after - before for before, after in pairwise(times)), default=None)
     if round is None:
-        round = begun[back - 1]["round"] if back else 0
-    there = next((row for row in begun[back:] if row["round"] >= round), begun[-1])
-    return max(0, round - begun[back]["round"] + 1), there["at"] - at
+        round = rounds_started[back - 1]["round"] if back else 0
+    there = next((row for row in rounds_started[back:] if row["round"] >= round), rounds_started[-1])
+    return max(0, round - rounds_started[back]["round"] + 1), there["at"] - at
 
 
 def difference(one: WorkerJob, other: WorkerJob) -> float:
-    """Largest difference of a weight of two exported models."""
+    """Largest difference of any weight between two exported models."""
     return largest_difference(*(Path(job.run_dir, "model") for job in (one, other)))
 
 
 def largest_difference(one: Path, other: Path) -> float:
-    """The same of two model folders."""
+    """The same for two model folders."""
     a, b = (load_file(folder / "model.safetensors") for folder in (one, other))
     return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)

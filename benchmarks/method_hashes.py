@@ -1,10 +1,10 @@
-"""SHA-256 of the weights after six rounds of every method on the built-in data, to show that a change of the code moved
-no number:
+"""SHA-256 of the weights after six rounds of every method on the built-in data, to show that a code change changed no
+number:
 
     python benchmarks/method_hashes.py --out before.json     # then change the code
     python benchmarks/method_hashes.py --compare before.json
 
-Hashes are of one machine and one version of torch; compare on the same.
+Hashes depend on the machine and the version of torch; compare on the same ones.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def hashes() -> dict[str, str]:
     from ofmu_ray.runs.trial import Trial, job_of
     from ofmu_ray.runs.trial_data import prepare
 
-    base, found = apply_overrides(UnlearnConfig(), OPTIONS), {}
+    base, digests = apply_overrides(UnlearnConfig(), OPTIONS), {}
     connect(1)
     with tempfile.TemporaryDirectory() as folder:
         storage = Path(folder)
@@ -43,24 +43,24 @@ def hashes() -> dict[str, str]:
             weights = run_local(job_of(trial, data, storage / "work" / method)).engine.full_weights()
             assert weights is not None
             content = b"".join(weight.numpy().tobytes() for _, weight in sorted(weights.items()))
-            found[method] = hashlib.sha256(content).hexdigest()[:16]
-            print(f"{method:16} {found[method]}", flush=True)
-    return found
+            digests[method] = hashlib.sha256(content).hexdigest()[:16]
+            print(f"{method:16} {digests[method]}", flush=True)
+    return digests
 
 
 def main() -> int:
-    """Write, or compare; 1 when a method has other weights."""
+    """Write or compare hashes; return 1 if a method has different weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out")
     parser.add_argument("--compare")
     options = parser.parse_args()
-    found = hashes()
+    digests = hashes()
     if options.out:
-        Path(options.out).write_text(json.dumps(found, indent=1) + "\n")
+        Path(options.out).write_text(json.dumps(digests, indent=1) + "\n")
     if not options.compare:
         return 0
     before = json.loads(Path(options.compare).read_text())
-    moved = [name for name in before if found.get(name) != before[name]]
+    moved = [name for name in before if digests.get(name) != before[name]]
     print(f"{len(before) - len(moved)} of {len(before)} methods have the same weights", *moved, sep="\n")
     return int(bool(moved))
 

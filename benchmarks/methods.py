@@ -1,15 +1,15 @@
-"""What a step of NPO costs: ours beside a plain one with a resident reference model, on the same rows and weights.
+"""What a step of NPO costs: ours and a plain one with a resident reference model, on the same rows and weights.
 
     OMP_NUM_THREADS=1 python benchmarks/methods.py [--data DIR] [--out benchmarks/methods.json] [--smoke]
 
 CPU seconds (of the process, one thread) of a step: a forget and a retain batch, AdamW. The plain step does what public
 code does: a copy of the model runs every forget batch again, logits are computed at prompts and padding too, cross
-entropy twice (by transformers, because labels are passed, and by hand for sums per row), batches are not sorted by
-length. Both run in turn over the same rows; on the same batch they must give the same losses. The steps in between
-leave out one of these at a time. benchmarks/README.md says what the figures mean.
+entropy is computed twice (by transformers, because labels are passed, and by hand for sums per row), and batches are
+not sorted by length. Both run in turn over the same rows; on the same batch they must give the same losses. The
+variants in between remove one of these at a time. benchmarks/README.md explains the results.
 
-`--data`: a folder with TOFU's files, whose forget10 and retain90 rows are taken (with a vocabulary learned from
-them); without it the embedded people, two to a row.
+`--data`: a folder with TOFU's files; uses its forget10 and retain90 rows (with a vocabulary learned from them). Without
+it, the built-in people, two to a row.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ def read_rows(data: Path | None) -> tuple[dict[str, Rows], Any]:
     full = texts["forget"] + texts["retain"]
     tokenizer = build_tokenizer((f"{row['question']} {row['answer']}" for row in full), VOCABULARY)
     template = Template(tokenizer, FormatConfig())
-    found = {}
+    encoded_rows = {}
     for name, rows in texts.items():
         encoded = template.encode_rows([row["question"] for row in rows], [row["answer"] for row in rows])
-        found[name] = [row._asdict() | {"row_id": f"{name}-{i}"} for i, row in enumerate(encoded)]
-    return found, tokenizer
+        encoded_rows[name] = [row._asdict() | {"row_id": f"{name}-{i}"} for i, row in enumerate(encoded)]
+    return encoded_rows, tokenizer
 
 
 def _lines(path: Path) -> Rows:
@@ -83,10 +83,10 @@ def build_model(tokenizer: Any, shape: dict[str, int]) -> torch.nn.Module:
 
 
 def batches(rows: Rows, stream: str, steps: int, size: int, pad: int, *, sort: bool) -> list[dict[str, torch.Tensor]]:
-    """`steps` batches of the first rows of one shuffle: in windows sorted by length, or as they come."""
+    """`steps` batches of the first rows of one shuffle: sorted by length within windows, or unsorted."""
     lengths = np.array([len(row["input_ids"]) for row in rows])
     order = batch_order(lengths, max(steps, WINDOW_BATCHES), size, seed=0, stream=stream)[:steps]
-    if not sort:  # the same rows, not like with like
+    if not sort:  # the same rows, without grouping by length
         order = np.random.default_rng(0).permutation(order.ravel()).reshape(order.shape)
     return [collate([rows[i] for i in slots], pad) for slots in order]
 
@@ -95,7 +95,7 @@ def batches(rows: Rows, stream: str, steps: int, size: int, pad: int, *, sort: b
 
 
 class PlainStep:
-    """A step as public code takes it; each flag leaves one waste out."""
+    """A step as in public code; switching off a flag removes one inefficiency."""
 
     def __init__(self, model: torch.nn.Module, *, resident: bool = True, twice: bool = True, everywhere: bool = True):
         self.model = model
@@ -136,22 +136,22 @@ class PlainStep:
 
 
 class OurStep:
-    """A round of the method on the engine; reference values came with the batch."""
+    """A round of the method on the engine; the batch contains the reference values."""
 
     def __init__(self, model: torch.nn.Module):
         self.engine = TorchEngine(model, inner=OPTIONS.optimizer, outer=OPTIONS.optimizer)
         self.method = build_method(OPTIONS)
 
     def __call__(self, forget: dict[str, torch.Tensor], retain: dict[str, torch.Tensor]) -> tuple[float, float]:
-        figures = self.method.round(self.engine, iter([Batch([forget])]), iter([Batch([retain])]))
-        return figures["forget_loss"], figures["retain_loss"]
+        metrics = self.method.round(self.engine, iter([Batch([forget])]), iter([Batch([retain])]))
+        return metrics["forget_loss"], metrics["retain_loss"]
 
 
 Step = Callable[[dict[str, torch.Tensor], dict[str, torch.Tensor]], tuple[float, float]]
 
 
 def steps_of(model: torch.nn.Module) -> dict[str, tuple[Step, bool]]:
-    """Step and whether its batches are sorted by length, from all waste to none."""
+    """Steps and whether their batches are sorted by length, from the least to the most efficient."""
     fresh = lambda: copy.deepcopy(model)  # noqa: E731
     return {
         "plain": (PlainStep(fresh()), False),
@@ -167,7 +167,7 @@ def steps_of(model: torch.nn.Module) -> dict[str, tuple[Step, bool]]:
 
 
 def measure(rows: dict[str, Rows], tokenizer: Any, shape: dict[str, int], size: int, steps: int, repeats: int) -> Any:
-    """Figures of every step on batches of `size` rows: medians over repeats of CPU seconds over `steps` steps."""
+    """Results of every step on batches of `size` rows: medians over repeats of CPU seconds over `steps` steps."""
     model = build_model(tokenizer, shape)
     streams = {
         sort: [batches(rows[name], name, steps, size, tokenizer.pad_token_id, sort=sort) for name in rows]
@@ -189,7 +189,7 @@ def measure(rows: dict[str, Rows], tokenizer: Any, shape: dict[str, int], size: 
                 step(forget, retain)
             if repeat:  # the first one warms up
                 spent[name].append((time.process_time() - started) / steps)
-    seconds = {name: median(found) for name, found in spent.items()}
+    seconds = {name: median(times) for name, times in spent.items()}
     pairs = zip(spent["plain"], spent["ours"], strict=True)
     tokens = {sort: [count(batch) for stream in streams[sort] for batch in stream] for sort in streams}
     mean = {name: float(np.mean([c[i] for c in tokens[True]])) for i, name in enumerate(("tokens", "answer"))}
@@ -200,8 +200,8 @@ def measure(rows: dict[str, Rows], tokenizer: Any, shape: dict[str, int], size: 
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens_of_a_row": {name: value / size for name, value in mean.items()},
         "padding": {
-            "sorted" if sort else "unsorted": 1 - sum(c[0] for c in found) / sum(c[2] for c in found)
-            for sort, found in tokens.items()
+            "sorted" if sort else "unsorted": 1 - sum(c[0] for c in counts) / sum(c[2] for c in counts)
+            for sort, counts in tokens.items()
         },
         "cpu_seconds": seconds,
         "speedup": median(a / b for a, b in pairs),
@@ -211,18 +211,18 @@ def measure(rows: dict[str, Rows], tokenizer: Any, shape: dict[str, int], size: 
 
 
 def count(batch: dict[str, torch.Tensor]) -> tuple[int, int, int]:
-    """Tokens, answer tokens, and places with padding."""
+    """Tokens, answer tokens, and positions including padding."""
     return int(batch["attention_mask"].sum()), int((batch["labels"] >= 0).sum()), batch["input_ids"].numel()
 
 
 def gflop(model: Any, tokens: float, answers: float) -> float:
-    """Of a forward and backward pass without padding: matrices of the layers at all tokens, the head's at answers'."""
+    """GFLOP of a forward and backward pass without padding: layers at all tokens, head at answer tokens."""
     inner = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
     return 6e-9 * (inner * tokens + model.lm_head.weight.numel() * answers)
 
 
 def check(model: torch.nn.Module, forget: Any, retain: Any) -> None:
-    """On the same batches the first and the last step give the same losses, three steps long. AssertionError if not."""
+    """Assert that plain and ours give the same losses on the same batches, over three steps."""
     plain, ours = PlainStep(copy.deepcopy(model)), OurStep(copy.deepcopy(model))
     for f, r in zip(forget, retain, strict=True):
         np.testing.assert_allclose(ours(f, r), plain(f, r), rtol=TOLERANCE)
@@ -251,10 +251,10 @@ def table(result: dict[str, Any], rate: float) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with TOFU's forget10.json and retain90.json")
-    parser.add_argument("--batches", type=int, nargs="+", default=[8, 16], help="rows of a batch")
-    parser.add_argument("--steps", type=int, default=8, help="steps of a measurement")
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 16], help="rows per batch")
+    parser.add_argument("--steps", type=int, default=8, help="steps per measurement")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--smoke", action="store_true", help="two steps of a tiny model")
     args = parser.parse_args()
     shape = SHAPE
@@ -262,12 +262,12 @@ def main() -> None:
         args.batches, args.steps, args.repeats, shape = [4], 3, 1, TINY
     torch.set_num_threads(1)
     rows, tokenizer = read_rows(args.data)
-    found: dict[str, Any] = {"machine": machine(), "rows": "tofu" if args.data else "people", "workloads": []}
+    results: dict[str, Any] = {"machine": machine(), "rows": "tofu" if args.data else "people", "workloads": []}
     for size in args.batches:
-        found["workloads"].append(measure(rows, tokenizer, shape, size, args.steps, args.repeats))
-        print("\n".join(table(found["workloads"][-1], found["machine"]["matmul_gflop_per_second"])), flush=True)
+        results["workloads"].append(measure(rows, tokenizer, shape, size, args.steps, args.repeats))
+        print("\n".join(table(results["workloads"][-1], results["machine"]["matmul_gflop_per_second"])), flush=True)
     if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""What `ofmu plan` predicts beside what processes really take: peak memory and seconds of a round.
+"""Predictions of `ofmu plan` against what processes really use: peak memory and seconds of a round.
 
     python benchmarks/plan.py [--workers 2] [--sizes 3m 10m 30m] [--stages 0 1 2 3] [--time] [--out FILE]
 
-Each case runs two rounds of OFMU on a Llama with random weights, in processes joined by gloo, without Ray. The peak is
-the resident set (VmHWM) above the process's base: what it holds after the same job on a tiny model, so that imports,
-DeepSpeed's and gloo's own buffers are measured and not assumed. glibc is told to give freed tensors back at once
-(MALLOC_MMAP_THRESHOLD_); with its usual moving threshold the resident set keeps what was freed and is larger.
-`--time` adds rounds that are timed and a calibrated prediction, with glibc as it is (the peaks are then larger); the
-machine must be quiet for it to mean anything.
+Each case runs two rounds of OFMU on a Llama with random weights, in processes connected by gloo, without Ray. The peak
+is the resident set (VmHWM) above the process's base. The base is the resident set after the same job on a tiny model,
+so imports and the buffers of DeepSpeed and gloo are measured, not assumed. glibc is set to return freed tensors at once
+(MALLOC_MMAP_THRESHOLD_); with its default moving threshold, the resident set keeps freed memory and is larger. `--time`
+adds timed rounds and a calibrated prediction, with default glibc settings (peaks are then larger); it needs a quiet
+machine.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "DS_LOG_LEVEL": "error",
 }
-"""Read when a process starts: set for those that this one spawns."""
+"""Read at process start, so set for the processes that this one spawns."""
 SHAPES = {
     "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 128},
     "3m": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 2048},
@@ -55,7 +55,7 @@ SHAPES = {
 }
 OPTIMIZER = OptimizerConfig(name="adamw", lr=1e-6)
 INNER_STEPS = 2
-"""Of a round: more of them change its time and not its memory."""
+"""Inner steps of a round: more of them change its time, not its memory."""
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 ROWS, TOKENS = 2, 48
 """Rows of a worker's share of a batch, and tokens of each."""
@@ -88,7 +88,7 @@ def resident(field: str) -> int:
 
 
 def reset_peak() -> int:
-    """Forget the peak so far; the resident set now."""
+    """Reset the peak; return the current resident set."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -122,13 +122,13 @@ def measured(size: str, stage: int, rows: int, tokens: int, preset: Any, timed: 
     seconds = []
     for _ in range(timed):
         dist.barrier()
-        begun = clock()
+        start = clock()
         method.round(engine, *batches)
-        seconds.append(clock() - begun)
+        seconds.append(clock() - start)
     parameters = engine.numel
     engine.close()
-    found = {"parameters": parameters, "base_bytes": base, "round_bytes": peak, "checkpoint_bytes": checkpoint}
-    return found | {"seconds": median(seconds) if seconds else None}
+    memory = {"parameters": parameters, "base_bytes": base, "round_bytes": peak, "checkpoint_bytes": checkpoint}
+    return memory | {"seconds": median(seconds) if seconds else None}
 
 
 def predicted(size: str, stage: int, workers: int, rows: int, tokens: int, preset: Any, clock: Any) -> dict[str, Any]:
@@ -139,11 +139,11 @@ def predicted(size: str, stage: int, workers: int, rows: int, tokens: int, prese
     lengths = {"forget": length, "retain": length}
     planner = Planner(shape_of(size), ModelConfig(), config, training, lengths, "cpu")
     estimate = planner.estimate(planner.given())
-    found = {f"{phase}_bytes": estimate.phases[phase].bytes for phase in ("round", "checkpoint")}
-    found["components"] = dict(estimate.phases["round"].components)  # type: ignore[assignment]
-    found["parameters"] = estimate.sizes.total
+    memory = {f"{phase}_bytes": estimate.phases[phase].bytes for phase in ("round", "checkpoint")}
+    memory["components"] = dict(estimate.phases["round"].components)  # type: ignore[assignment]
+    memory["parameters"] = estimate.sizes.total
     seconds = calibrated_time(planner, estimate, LINKS["loopback"], clock).total if clock else None
-    return found | {"seconds": seconds}
+    return memory | {"seconds": seconds}
 
 
 def rank_main(rank: int, port: int, args: argparse.Namespace, out: str) -> None:
@@ -153,17 +153,17 @@ def rank_main(rank: int, port: int, args: argparse.Namespace, out: str) -> None:
     wait = datetime.timedelta(seconds=300)
     store = dist.TCPStore("127.0.0.1", port, args.workers, rank == 0, timeout=wait)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=args.workers, timeout=wait)
-    found = []
+    cases = []
     for stage in args.stages:
         for size in args.sizes:
             case = {"size": size, "zero_stage": stage, "workers": args.workers}
             timed = args.repeats if args.time else 0
-            found.append(
+            cases.append(
                 case
                 | {"measured": measured(size, stage, args.rows, args.tokens, args.preset, timed, CLOCKS[args.clock])}
             )
     if rank == 0:
-        Path(out).write_text(json.dumps(found))
+        Path(out).write_text(json.dumps(cases))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -174,14 +174,14 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["3m", "10m", "30m"], choices=list(SHAPES))
     parser.add_argument("--stages", nargs="+", type=int, default=[0, 1, 2, 3])
     parser.add_argument("--preset", default="lite", choices=["lite", "full"])
-    parser.add_argument("--rows", type=int, default=ROWS, help="of a worker's micro-batch")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="of a row")
+    parser.add_argument("--rows", type=int, default=ROWS, help="rows of a worker's micro-batch")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens per row")
     parser.add_argument("--time", action="store_true", help="also predict and measure the seconds of a round")
-    parser.add_argument("--clock", default="wall", choices=list(CLOCKS), help="cpu: on a busy machine, with one worker")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds that are timed")
+    parser.add_argument("--clock", default="wall", choices=list(CLOCKS), help="cpu: for a busy machine and one worker")
+    parser.add_argument("--repeats", type=int, default=5, help="number of timed rounds")
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args()
-    # an allocator that returns memory at once makes memory measurable and time longer: one or the other
+    # an allocator that returns memory at once makes memory measurable but rounds slower: measure one or the other
     os.environ.update({name: value for name, value in ENVIRONMENT.items() if not (args.time and "MALLOC" in name)})
     torch.set_num_threads(1)
     with socket.socket() as probe:

@@ -1,12 +1,13 @@
-"""One worker beside two, what communication and Ray cost, and the curve that follows for 8 to 512 GPUs.
+"""One worker against two, the cost of communication and Ray, and the resulting curve for 8 to 512 GPUs.
 
     python benchmarks/scaling.py [--stages 0 2 3] [--rounds 5] [--ray] [--project] [--out FILE] [--smoke]
 
-Workers are processes of one thread each, joined by gloo: two of them need two free cores, and a machine that does
-nothing else. Weak: the rows of a worker stay; strong: the rows of the batch stay. Every collective is counted in bytes
-and waited for at once, so that its time is seen; that of a worker includes waiting for the other. `--ray` runs the
-loop of `ofmu unlearn` under Ray Train and reports what a round costs beyond the method. `--project` needs no quiet
-machine: it applies the formulas of `ofmu plan`, whose bytes stand beside the counted ones, to stated GPUs and links.
+Workers are processes with one thread each, connected by gloo: two of them need two free cores and an otherwise idle
+machine. Weak scaling: the rows per worker are fixed; strong scaling: the rows of the batch are fixed. Every collective
+is counted in bytes and waited for at once, so that its time is visible; a worker's time includes waiting for the other.
+`--ray` runs the loop of `ofmu unlearn` under Ray Train and reports what a round costs beyond the method. `--project`
+needs no quiet machine: it applies the formulas of `ofmu plan` to given GPUs and links; the planned bytes are printed
+next to the counted ones.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def shape_of(size: str) -> Any:
 
 
 class Collectives:
-    """Counts the collectives of this process in `torch.distributed`: calls, bytes of tensor by kind, seconds."""
+    """Counts this process's `torch.distributed` collectives: calls, tensor bytes by kind, seconds."""
 
     KINDS: ClassVar = {
         "all_reduce": ("all_reduce", 0),
@@ -86,11 +87,11 @@ class Collectives:
             tensors = carried if isinstance(carried, list | tuple) else [carried]
             self.bytes[kind] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
             self.calls += 1
-            begun = time.perf_counter()
+            start = time.perf_counter()
             work = function(*args, **kwargs)
             if work is not None:
                 work.wait()
-            self.seconds += time.perf_counter() - begun
+            self.seconds += time.perf_counter() - start
             return work
 
         return counted
@@ -100,8 +101,8 @@ class Collectives:
 
 
 def batches_of(size: str, rows: int, tokens: int, rank: int) -> list[list[Batch]]:
-    """Forget and retain batch of a rank, one micro-batch each; the first third of a row has no loss."""
-    found = []
+    """A rank's forget and retain batch, one micro-batch each; the first third of a row has no loss."""
+    batches = []
     for seed in (0, 1):
         generator = torch.Generator().manual_seed(2 * rank + seed)
         ids = torch.randint(1, SHAPES[size]["vocab_size"], (rows, tokens), generator=generator)
@@ -109,8 +110,8 @@ def batches_of(size: str, rows: int, tokens: int, rank: int) -> list[list[Batch]
         mask[0, -4:] = 0
         labels = torch.where(mask.bool(), ids, -100)
         labels[:, : tokens // 3] = -100
-        found.append([Batch([{"input_ids": ids, "attention_mask": mask, "labels": labels}])])
-    return found
+        batches.append([Batch([{"input_ids": ids, "attention_mask": mask, "labels": labels}])])
+    return batches
 
 
 def rank_main(rank: int, world: int, port: int, args: argparse.Namespace, out: str) -> None:
@@ -121,12 +122,12 @@ def rank_main(rank: int, world: int, port: int, args: argparse.Namespace, out: s
     wait = datetime.timedelta(seconds=300)
     store = dist.TCPStore("127.0.0.1", port, world, rank == 0, timeout=wait)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=wait)
-    found = []
+    results = []
     for stage in args.stages:
         for rows in sorted({args.rows, args.rows // world}, reverse=True):
-            found.append(timed(args, rank, world, stage, rows, collectives))
+            results.append(timed(args, rank, world, stage, rows, collectives))
     if rank == 0:
-        Path(out).write_text(json.dumps(found))
+        Path(out).write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -141,18 +142,18 @@ def timed(
     module = empty_model(shape_of(args.size), ModelConfig(), device="cpu")
     engine = DeepSpeedEngine(module, inner=OPTIMIZER, outer=OPTIMIZER, zero_stage=stage, micro_batch_size=rows)  # type: ignore[arg-type]
     method, batches = OFMU(METHOD), batches_of(args.size, rows, args.tokens, rank)
-    method.round(engine, *batches)  # moments and kernels' workspaces
+    method.round(engine, *batches)  # allocates moments and kernel workspaces
     seconds, waits = [], []
     before = engine.account.state()
     for _ in range(args.rounds):
         dist.barrier()
         collectives.clear()
-        begun = time.perf_counter()
+        start = time.perf_counter()
         method.round(engine, *batches)
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - start)
         waits.append(collectives.seconds)
     tokens = (engine.account.tokens - before["tokens"]) // args.rounds
-    found = {
+    result = {
         "workers": world,
         "rows_per_worker": rows,
         "zero_stage": stage,
@@ -165,25 +166,25 @@ def timed(
         "calls": collectives.calls,
     }
     engine.close()
-    return found
+    return result
 
 
 def measure(args: argparse.Namespace, world: int) -> list[dict[str, Any]]:
-    """All stages and shares of one number of workers."""
+    """All stages and batch sizes for one number of workers."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/found.json"
         mp.spawn(rank_main, args=(world, port, args, out), nprocs=world)  # type: ignore[no-untyped-call]
-        found: list[dict[str, Any]] = json.loads(Path(out).read_text())
-    for one in found:
+        results: list[dict[str, Any]] = json.loads(Path(out).read_text())
+    for one in results:
         rows = one["rows_per_worker"]
         job = planner(shape_of(args.size), rows * world, args.tokens, "cpu")
         traffic = job.estimate(SetUp(one["zero_stage"], world, rows, False, "none", None)).traffic
         # a single worker's collectives go nowhere
         one["planned_bytes"] = {kind: getattr(traffic, kind) for kind in one["bytes"]}
-    return found
+    return results
 
 
 def planner(shape: Any, batch: int, tokens: int, device: Any, precision: Any = "fp32") -> Planner:
@@ -216,15 +217,15 @@ def ray_loop(config: dict[str, Any]) -> None:
 
     worker.run(source)
     if session.rank == 0:
-        # from the first batch to the last round's: one round less than were run
+        # from the first round's batch to the last round's: one round fewer than were run
         wall = (marks[-1] - marks[0]) / (len(marks) - 1)
         count = len(worker.state.series)
-        found = {"round_seconds": wall, "method_seconds": worker.state.train_seconds / count, "rounds": count}
-        Path(job.run_dir, "scaling.json").write_text(json.dumps(found))
+        seconds = {"round_seconds": wall, "method_seconds": worker.state.train_seconds / count, "rounds": count}
+        Path(job.run_dir, "scaling.json").write_text(json.dumps(seconds))
 
 
 def ray_overhead(workers: int, rounds: int) -> dict[str, Any]:
-    """Seconds of a round under Ray Train, stream, progress and series included, and of the method inside it."""
+    """Seconds of a round under Ray Train, with stream, progress and series, and of the method alone."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -262,8 +263,8 @@ def ray_overhead(workers: int, rounds: int) -> dict[str, Any]:
                 worker_runtime_env={"env_vars": worker_environment(1)},
             ),
         ).fit()  # fmt: skip
-        found: dict[str, Any] = json.loads(Path(folder, "scaling.json").read_text())
-    return found | {"workers": workers}
+        seconds: dict[str, Any] = json.loads(Path(folder, "scaling.json").read_text())
+    return seconds | {"workers": workers}
 
 
 # --------------------------------------------------------------------------------------------------------- projecting
@@ -277,7 +278,7 @@ def projected(gpu: str, rows: int, tokens: int, stage: int, efficiency: float) -
     for gpus in (8, 16, 32, 64, 128, 256, 512):
         one = planner(shape, rows * gpus, tokens, "cuda", "bf16")
         if job is not None:
-            one._traced = job._traced  # traces are those of a micro-batch, which stays
+            one._traced = job._traced  # traces depend on the micro-batch, which stays the same
         job = one
         estimate = one.estimate(SetUp(stage, gpus, rows, True, "none", None))
         name, link = link_of(None, gpus, 8, "cuda")
@@ -296,27 +297,27 @@ def row(*cells: Any) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def print_measured(found: list[dict[str, Any]]) -> None:
+def print_measured(results: list[dict[str, Any]]) -> None:
     heads = ["ZeRO", "workers", "rows a worker", "rounds/s", "tokens/s", "of one worker", "communication, ms a round"]
     print(row(*heads, "share", "MB counted", "MB planned"))
     print("|---" * (len(heads) + 3) + "|")
-    alone = {(one["zero_stage"], one["rows_per_worker"]): one for one in found if one["workers"] == 1}
-    for one in found:
+    alone = {(one["zero_stage"], one["rows_per_worker"]): one for one in results if one["workers"] == 1}
+    for one in results:
         most = max(rows for stage, rows in alone if stage == one["zero_stage"])
-        # weak and strong alike are held against one worker at the larger share
+        # weak and strong scaling are both compared with one worker at the larger batch
         against = one["tokens_per_second"] / alone[one["zero_stage"], most]["tokens_per_second"]
         spent, counted, planned = one["communication_seconds"], one["bytes"], one["planned_bytes"]
         share, sums = spent / one["seconds"], [f"{sum(b.values()) / 1e6:.1f}" for b in (counted, planned)]
-        figures = f"{1 / one['seconds']:.3f}", f"{one['tokens_per_second']:.0f}", f"{against:.2f}", f"{spent * 1e3:.0f}"
-        print(row(one["zero_stage"], one["workers"], one["rows_per_worker"], *figures, f"{share:.1%}", *sums))
+        values = f"{1 / one['seconds']:.3f}", f"{one['tokens_per_second']:.0f}", f"{against:.2f}", f"{spent * 1e3:.0f}"
+        print(row(one["zero_stage"], one["workers"], one["rows_per_worker"], *values, f"{share:.1%}", *sums))
 
 
-def print_projected(found: list[dict[str, Any]]) -> None:
+def print_projected(results: list[dict[str, Any]]) -> None:
     heads = ["GPUs", "link", "s a round", "tokens/s", "of 8 GPUs' rate per GPU", "communication", "GB a GPU"]
     print(row(*heads))
     print("|---" * len(heads) + "|")
-    first = found[0]
-    for one in found:
+    first = results[0]
+    for one in results:
         kept = one["tokens_per_second"] / one["gpus"] / (first["tokens_per_second"] / first["gpus"])
         print(row(one["gpus"], one["link"], f"{one['round_seconds']:.2f}", f"{one['tokens_per_second']:.0f}",
                   f"{kept:.0%}", f"{one['communication_seconds'] / one['round_seconds']:.0%}",
@@ -327,39 +328,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", type=int, default=[0, 2, 3])
     parser.add_argument("--size", default="10m", choices=list(SHAPES))
-    parser.add_argument("--rows", type=int, default=16, help="of a worker's batch (strong scaling: of the whole)")
-    parser.add_argument("--tokens", type=int, default=128, help="of a row")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that are timed")
+    parser.add_argument(
+        "--rows", type=int, default=16, help="rows of a worker's batch (strong scaling: of the global batch)"
+    )
+    parser.add_argument("--tokens", type=int, default=128, help="tokens per row")
+    parser.add_argument("--rounds", type=int, default=5, help="number of timed rounds")
     parser.add_argument("--ray", action="store_true", help="measure what Ray Train adds to a round")
     parser.add_argument("--project", action="store_true", help="the curve for 8 to 512 GPUs")
     parser.add_argument("--gpu", default="H100-80GB", choices=list(GPUS))
     parser.add_argument("--efficiency", type=float, default=0.4, help="share of the data sheet's FLOP/s")
     parser.add_argument("--gpu-rows", type=int, default=8, help="rows of a GPU's batch in the projection")
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--smoke", action="store_true", help="a small model and one round")
     args = parser.parse_args()
     if args.smoke:
         args.size, args.rows, args.tokens, args.rounds = "0.5m", 4, 16, 1
     os.environ["OMP_NUM_THREADS"] = "1"
-    found: dict[str, Any] = {"load_average": os.getloadavg()[0], "measured": [], "ray": [], "projected": []}
+    results: dict[str, Any] = {"load_average": os.getloadavg()[0], "measured": [], "ray": [], "projected": []}
     for world in (1, 2):
-        found["measured"] += measure(args, world)
-    found["measured"].sort(key=lambda one: (one["zero_stage"], one["workers"], -one["rows_per_worker"]))
-    print_measured(found["measured"])
+        results["measured"] += measure(args, world)
+    results["measured"].sort(key=lambda one: (one["zero_stage"], one["workers"], -one["rows_per_worker"]))
+    print_measured(results["measured"])
     if args.ray:
         for workers in (1, 2):
             one = ray_overhead(workers, 4 * args.rounds)
-            found["ray"].append(one)
+            results["ray"].append(one)
             extra = one["round_seconds"] - one["method_seconds"]
             print(
                 f"Ray Train, {workers} worker(s): {one['round_seconds'] * 1e3:.0f} ms a round, {extra * 1e3:.1f} ms "
                 f"({extra / one['round_seconds']:.1%}) of it beyond the method"
             )
     if args.project:
-        found["projected"] = list(projected(args.gpu, args.gpu_rows, 512, 3, args.efficiency))
-        print_projected(found["projected"])
+        results["projected"] = list(projected(args.gpu, args.gpu_rows, 512, 3, args.efficiency))
+        print_projected(results["projected"])
     if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python benchmarks/search.py [--trials 20] [--seeds 0 1 2] [--storage FOLDER] [--out FILE]
 
-Every sweep is a whole one (`pipelines.sweep`), without early stopping. Hypervolume: of (objective on its scale from 0
-to 1, utility) above (0, 0), as in the report of the sweep, after half of the trials and after all. A second start goes
-on where the first one stopped.
+Every sweep is a complete one (`pipelines.sweep`), without early stopping. The hypervolume is that of (objective on its
+scale from 0 to 1, utility) above (0, 0), as in the sweep's report, after half of the trials and after all. A second
+start resumes where the first one stopped.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def volumes(folder: Path) -> list[float]:
 
 
 def main() -> None:
-    """Run all sweeps, print a line for each and the comparison, write JSON."""
+    """Run all sweeps, print one line each and the comparison, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -71,18 +71,21 @@ def main() -> None:
 
     from ofmu_ray.search.run_sweep import sweep
 
-    found: dict[str, list[list[float]]] = {kind: [] for kind in KINDS}
+    volumes_by_kind: dict[str, list[list[float]]] = {kind: [] for kind in KINDS}
     for seed in options.seeds:
         for kind in KINDS:
             sweep(configuration(kind, seed, options.trials, storage), sys.argv)
-            found[kind].append(volumes(Path(storage) / f"{kind}_{seed}"))
-            print(f"hypervolume {kind} seed {seed}: {found[kind][-1]}", flush=True)
+            volumes_by_kind[kind].append(volumes(Path(storage) / f"{kind}_{seed}"))
+            print(f"hypervolume {kind} seed {seed}: {volumes_by_kind[kind][-1]}", flush=True)
     content = {
         "trials": options.trials,
         "seeds": options.seeds,
         "machine": f"{os.cpu_count()} CPUs, {platform.machine()}, {platform.system()}",
-        "hypervolume": found,
-        "mean": {kind: [statistics.mean(column) for column in zip(*rows, strict=True)] for kind, rows in found.items()},
+        "hypervolume": volumes_by_kind,
+        "mean": {
+            kind: [statistics.mean(column) for column in zip(*rows, strict=True)]
+            for kind, rows in volumes_by_kind.items()
+        },
     }
     print(json.dumps(content["mean"], indent=1))
     if options.out:

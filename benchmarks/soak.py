@@ -1,8 +1,8 @@
-"""A long run in which a random worker is killed again and again; its weights must be those of an undisturbed one.
+"""A long run with a random worker killed again and again; its weights must equal those of an undisturbed run.
 
     python -m benchmarks.soak                       # 200 rounds, a kill in every 20: minutes on two quiet cores
 
-Not part of CI. Prints the kills, what each cost, and the largest difference of a final weight (0 is what must come).
+Not part of CI. Prints the kills, the cost of each, and the largest difference of a final weight (must be 0).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.faults import Fault, difference, make_job, run
 
 
 def kills(rounds: int, every: int, seed: int) -> list[Fault]:
-    """One in each stretch of `every` rounds, at a random round and point of a random worker."""
+    """One kill in every `every` rounds, at a random round and point of a random worker."""
     draw = random.Random(seed)
     points = ("inner_loop", "displaced", "outer_step")
     return [
@@ -42,15 +42,15 @@ def main() -> int:
     connect(2)
     faults = kills(options.rounds, options.every, options.seed)
     with tempfile.TemporaryDirectory() as name:
-        # nothing hangs here, and a starved machine must not look as if something did
+        # nothing hangs here, and a slow machine must not look like a hang
         layout = (options.rounds, options.checkpoint_every, 1800.0)
         jobs = [make_job(Path(name), kind, *layout) for kind in ("whole", "killed")]
-        whole, killed = (run(job, chosen) for job, chosen in zip(jobs, ((), faults), strict=True))
+        undisturbed, killed = (run(job, chosen) for job, chosen in zip(jobs, ((), faults), strict=True))
         off = difference(*jobs)
     for fault, cost in zip(faults, killed["costs"], strict=True):
         print(json.dumps({"round": fault.round, "rank": fault.rank} | cost))
     print(
-        f"{options.rounds} rounds, {len(faults)} kills: {whole['seconds']:.0f} s undisturbed, "
+        f"{options.rounds} rounds, {len(faults)} kills: {undisturbed['seconds']:.0f} s undisturbed, "
         f"{killed['seconds']:.0f} s with them, largest difference of a weight {off:g}"
     )
     return 0 if off == 0 else 1

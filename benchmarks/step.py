@@ -1,10 +1,10 @@
-"""What an update costs: OFMU `full` and `lite` beside gradient ascent and GradDiff, on the same engine in one run.
+"""What an update costs: OFMU `full` and `lite` against gradient ascent and GradDiff, on the same engine in one run.
 
     OMP_NUM_THREADS=1 python benchmarks/step.py [--repeats 5] [--out benchmarks/step.json] [--smoke]
 
-Gradient passes, seconds, tokens per second and peak memory per update, and what a round costs beyond its passes. Every
-repeat times all methods and bare gradient passes in turn, on one forget and one retain batch; figures are medians over
-the repeats. benchmarks/README.md says what they mean; `--smoke` is for the tests.
+Measures gradient passes, seconds, tokens per second and peak memory per update, and what a round costs beyond its
+passes. Every repeat times all methods and bare gradient passes in turn, on one forget and one retain batch; results are
+medians over the repeats. benchmarks/README.md explains them; `--smoke` is for the tests.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from ofmu_ray.methods.ofmu import OFMU, OFMUConfig
 from ofmu_ray.models.loading import load_causal_lm, load_tokenizer
 
 ROWS = 8
-"""Rows of a batch."""
+"""Rows per batch."""
 UPDATES = 6
-"""Updates of a round: T = 5 inner steps and one outer step, or six steps of a baseline."""
+"""Updates per round: T = 5 inner steps and one outer step, or six steps of a baseline."""
 OPTIMIZER = OptimizerConfig(name="adamw", lr=1e-6)
 BUILTIN = "builtin:people/target"
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -90,7 +90,7 @@ def build_model(name: str) -> torch.nn.Module:
 
 
 def batch_of(stream: str, joined: int) -> Batch:
-    """The first rows of the embedded corpus as one micro-batch; a row is `joined` questions, then their answers."""
+    """The first rows of the built-in corpus as one micro-batch; a row is `joined` questions, then their answers."""
     lines = Path(resolve_builtin(f"builtin:people/{stream}.jsonl")).read_text().splitlines()[: ROWS * joined]
     single = [json.loads(line) for line in lines]
     pairs = [{c: " ".join(p[c] for p in single[i::ROWS]) for c in ("question", "answer")} for i in range(ROWS)]
@@ -112,7 +112,7 @@ def build_engine(name: str, module: torch.nn.Module) -> Any:
 
 
 def measure(engine: Any, joined: int, repeats: int) -> dict[str, Any]:
-    """Figures of every method on one engine."""
+    """Results of every method on one engine."""
     forget, retain = [batch_of("forget", joined)], [batch_of("retain", joined)]
 
     def passes(kind: str, batch: Batch) -> Callable[[], None]:
@@ -123,7 +123,7 @@ def measure(engine: Any, joined: int, repeats: int) -> dict[str, Any]:
         "retain": passes("retain", retain[0]),
         **{name: (lambda m=method: m.round(engine, forget, retain)) for name, method in methods().items()},
     }
-    # the first round makes optimiser states and kernels' workspaces: it counts passes, and no time or memory
+    # the first round allocates optimiser states and kernel workspaces: use it for passes, not for time or memory
     spent = {name: account_of(engine, action) for name, action in actions.items()}
     memory = {name: peak_bytes(action) for name, action in actions.items()}
     wall: dict[str, list[float]] = {name: [] for name in actions}
@@ -134,13 +134,13 @@ def measure(engine: Any, joined: int, repeats: int) -> dict[str, Any]:
             action()
             cpu[name].append(time.process_time() - started_cpu)
             wall[name].append(time.perf_counter() - started)
-    found = {}
+    results = {}
     for name in methods():
         cost, seconds = spent[name], median(wall[name])
         bare = [
             (cost["forget"] * f + cost["retain"] * r) / 3 for f, r in zip(cpu["forget"], cpu["retain"], strict=True)
         ]
-        found[name] = {
+        results[name] = {
             "forget_passes": cost["forget"],
             "retain_passes": cost["retain"],
             "updates": cost["updates"],
@@ -155,11 +155,11 @@ def measure(engine: Any, joined: int, repeats: int) -> dict[str, Any]:
         }
     pass_seconds = {kind: median(wall[kind]) / 3 for kind in ("forget", "retain")}
     tokens = {kind: spent[kind]["tokens"] // 3 for kind in ("forget", "retain")}
-    return {"pass_seconds": pass_seconds, "pass_tokens": tokens, "methods": found}
+    return {"pass_seconds": pass_seconds, "pass_tokens": tokens, "methods": results}
 
 
 def account_of(engine: Any, action: Callable[[], Any]) -> dict[str, Any]:
-    """What the engine's own account says that one call cost."""
+    """The cost of one call, by the engine's pass counts."""
     before = engine.account.state()
     action()
     after = engine.account.state()
@@ -168,7 +168,7 @@ def account_of(engine: Any, action: Callable[[], Any]) -> dict[str, Any]:
 
 
 def peak_bytes(action: Callable[[], Any]) -> tuple[int, int] | tuple[None, None]:
-    """Highest resident memory of this process during the call, and what that is above its memory at rest (Linux)."""
+    """Peak resident memory of this process during the call, and its excess over memory at rest (Linux)."""
     if not Path("/proc/self/clear_refs").exists():
         return None, None
     gc.collect()
@@ -186,7 +186,7 @@ def resident(field: str) -> int:
 
 
 def machine() -> dict[str, Any]:
-    """Processor and what one thread of it does: the floor that passes and vector work are held against."""
+    """The processor and the throughput of one thread, from which the floors of passes and vector work follow."""
     a = torch.randn(1024, 1024)
     b = torch.randn(1 << 24)
     c = torch.empty_like(b)
@@ -244,35 +244,35 @@ def table(workload: dict[str, Any]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--repeats", type=int, default=5, help="repeats of every measurement (five times as many on the embedded model)"
+        "--repeats", type=int, default=5, help="repeats of every measurement (five times as many on the built-in model)"
     )
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument(
         "--models", nargs="+", default=[BUILTIN, "llama-10m"], help=f"of {BUILTIN}, llama-10m, llama-tiny"
     )
     parser.add_argument("--engines", nargs="+", default=["torch", "deepspeed"], help="of torch, deepspeed (stage 2)")
-    parser.add_argument("--joined", type=int, default=2, help="questions in a row, but for the embedded model: 1")
+    parser.add_argument("--joined", type=int, default=2, help="questions per row (built-in model: always 1)")
     parser.add_argument("--smoke", action="store_true", help="two repeats on a model of 0.1 M parameters")
     args = parser.parse_args()
     if args.smoke:
         args.repeats, args.models = 2, ["llama-tiny"]
     torch.set_num_threads(1)
 
-    found: dict[str, Any] = {"machine": machine(), "rows": ROWS, "workloads": []}
+    results: dict[str, Any] = {"machine": machine(), "rows": ROWS, "workloads": []}
     for model in args.models:
         for name in args.engines:
             engine = build_engine(name, build_model(model))
             joined = 1 if model == BUILTIN else args.joined
-            repeats = args.repeats * (5 if model == BUILTIN else 1)  # its rounds are short, and noisier for it
+            repeats = args.repeats * (5 if model == BUILTIN else 1)  # its rounds are short and therefore noisy
             about = {"model": model, "engine": name, "parameters": engine.numel, "joined": joined, "repeats": repeats}
-            found["workloads"].append(about | measure(engine, joined, repeats))
-            print("\n".join(table(found["workloads"][-1])), flush=True)
+            results["workloads"].append(about | measure(engine, joined, repeats))
+            print("\n".join(table(results["workloads"][-1])), flush=True)
             if name == "deepspeed":
                 engine.close()
             del engine
             gc.collect()
     if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
     if dist.is_initialized():
         dist.destroy_process_group()
 

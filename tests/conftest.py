@@ -1,4 +1,4 @@
-"""Fixtures for every test: where shared reference data lies, and quiet, single-threaded workers."""
+"""Fixtures for all tests: the path of shared reference data, and quiet, single-threaded workers."""
 
 import os
 import sys
@@ -9,24 +9,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")  # nobody looks at how much memory each process uses
+os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")  # per-process memory use is not of interest
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# workers that Ray starts import what tests define, digits_task.py for one
+# workers that Ray starts import what tests define, such as digits_task.py
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
 LONGEST = ("test_submit", "test_recovery", "test_sweep", "test_unlearn", "test_benchmark_pipeline", "test_evaluate")
-"""Files of two minutes and more."""
+"""Files that take two minutes or more."""
 PROCESSES = ("subprocess.Popen", "os.fork", "os.posix_spawn")
 """Audit events of a new process."""
 
 _unit: list[str] = []
-"""The unit test that runs."""
+"""The running unit test."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, those without processes last: two pytest workers that share the files end together."""
+    """The longest files first, those without processes last, so that two pytest workers finish at the same time."""
     for item in items:
         if "local_ray" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.system)
@@ -61,9 +61,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def local_ray() -> None:
-    """Ray on this machine with two CPUs, as a pipeline starts it; the pipelines find it up.
+    """Ray on this machine with two CPUs, as a pipeline starts it; pipelines find it running.
 
-    It stays up for the next file, as each start costs some ten CPU seconds; a file that needs another Ray ends it.
+    It stays up for the next file, because a start costs about ten CPU seconds. A file that needs another Ray stops it.
     """
     from ofmu_ray.cluster.connect import connect
 
@@ -72,7 +72,7 @@ def local_ray() -> None:
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """The reference data beside the checkout (TOFU, golden evaluation logs); it is never committed."""
+    """The reference data next to the checkout (TOFU, golden evaluation logs); it is never committed."""
     path = ROOT.parent / "shared"
     if not (path / "golden").is_dir():
         pytest.skip("no ../shared beside the checkout: TOFU and the golden logs are not part of the repository")

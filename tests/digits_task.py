@@ -1,4 +1,4 @@
-"""A task of its own, in one file: logistic regression on scikit-learn's digits (8 x 8 pixels, ten classes)."""
+"""A custom task in one file: logistic regression on scikit-learn's digits (8 x 8 pixels, ten classes)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Digits:
 
 
 class Accuracy:
-    """Share of right answers on the forget and on the retain rows."""
+    """Share of right answers on the forget and the retain rows."""
 
     def __init__(self, config: UnlearnConfig) -> None:
         self.sets = {"forget": read(config.data.forget.paths[0]), "retain": read(config.data.retain.paths[0])}
@@ -55,14 +55,14 @@ class Accuracy:
         return None if model is None else self.live_table(*TASK.load(ModelConfig(path=model)), label)
 
     def live_table(self, module: torch.nn.Module, processor: Any, label: str) -> pa.Table:
-        found: dict[str, list[Any]] = {"row_id": [], "set": [], "right": []}
+        columns: dict[str, list[Any]] = {"row_id": [], "set": [], "right": []}
         for name, rows in self.sets.items():
             batch = collate(rows)
             right = module(batch["pixels"]).argmax(1) == batch["digit"]
-            found["row_id"] += [f"{name}-{index}" for index in range(len(rows))]
-            found["set"] += [name] * len(rows)
-            found["right"] += right.tolist()
-        return pa.table(found)
+            columns["row_id"] += [f"{name}-{index}" for index in range(len(rows))]
+            columns["set"] += [name] * len(rows)
+            columns["right"] += right.tolist()
+        return pa.table(columns)
 
     def sampled(self, rows: int | None, evaluation: Any, seed: int) -> Accuracy:
         raise AssertionError("no trial asks for it here")

@@ -1,4 +1,4 @@
-"""Tiny models and batches for the engines' tests, and what a set of ranks measures on them."""
+"""Tiny models and batches for the engine tests."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def tiny_model(kind: str = "llama", *, tie: bool = False, seed: int = 0) -> torc
 
 
 def token_batch(lengths: list[int], seed: int) -> dict[str, torch.Tensor]:
-    """Rows of the given lengths, right-padded; the first third of each row carries no loss."""
+    """Rows of the given lengths, right-padded; the first third of each row has no loss."""
     generator = torch.Generator().manual_seed(seed)
     width = max(lengths)
     ids = torch.randint(1, VOCABULARY, (len(lengths), width), generator=generator)

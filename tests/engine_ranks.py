@@ -1,4 +1,4 @@
-"""What two gloo ranks (or one) measure on a DeepSpeed engine, against the single-process engine on the whole batch.
+"""What two gloo ranks (or one) measure on a DeepSpeed engine, against the single-process engine on the global batch.
 
 Started by `run_ranks`; rank 0 writes {case: {quantity: number}} for the tests to judge.
 """
@@ -51,7 +51,7 @@ def build_module(case: Case) -> torch.nn.Module:
         module = add_lora(module, LoraConfig(rank=2))
         with torch.no_grad():
             for name, parameter in module.named_parameters():
-                if "lora_B" in name:  # zero at first, which would hide half of the gradient
+                if "lora_B" in name:  # initially zero, which would hide half of the gradient
                     parameter.normal_(std=0.1)
         module.enable_input_require_grads()
     if case.variant in ("checkpointed", "lora"):
@@ -69,7 +69,7 @@ def rank_main(rank: int, world: int, port: int, cases: list[Any], out: str, meas
     for case in cases:
         try:
             measured[str(case)] = measure(case, rank, world)
-        except Exception:  # the other rank may now wait in a collective: say why before it times out
+        except Exception:  # the other rank may be waiting in a collective: report the reason before it times out
             measured[str(case)] = {"error": traceback.format_exc()}
             torch.save(measured, f"{out}.rank{rank}")
             raise
@@ -86,40 +86,40 @@ def measure(case: Case, rank: int, world: int) -> dict[str, Any]:
     engine = DeepSpeedEngine(build_module(case), zero_stage=case.stage, **options)
     reference = TorchEngine(build_module(case), **options)
     mine = token_batch(LENGTHS[rank], seed=rank)
-    whole = Batch([token_batch(LENGTHS[r], seed=r) for r in range(world)])
+    global_batch = Batch([token_batch(LENGTHS[r], seed=r) for r in range(world)])
     halves = Batch([{k: v[i : i + 2] for k, v in mine.items()} for i in (0, 2)])
 
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     g, value = engine.gradient(mine)
-    h, expected = reference.gradient(whole)
-    found["loss"] = abs(value - expected) / expected
-    found["gradient"] = difference(engine, g, reference, h)
-    found["norm"] = abs(engine.parameters_norm() - reference.parameters_norm()) / reference.parameters_norm()
-    found["dot"] = abs(engine.dot((g, g))[0] / reference.dot((h, h))[0] - 1)
-    found["shard"] = sum(t.numel() for t in g) / engine.numel
-    found["account"] = engine.account == reference.account
-    found["names"] = engine.trainable_names == reference.trainable_names
+    h, expected = reference.gradient(global_batch)
+    results["loss"] = abs(value - expected) / expected
+    results["gradient"] = difference(engine, g, reference, h)
+    results["norm"] = abs(engine.parameters_norm() - reference.parameters_norm()) / reference.parameters_norm()
+    results["dot"] = abs(engine.dot((g, g))[0] / reference.dot((h, h))[0] - 1)
+    results["shard"] = sum(t.numel() for t in g) / engine.numel
+    results["account"] = engine.account == reference.account
+    results["names"] = engine.trainable_names == reference.trainable_names
 
     g_parts, value_parts = engine.gradient(halves)
-    found["accumulated"] = norm_of_difference(engine, g_parts, g)
-    found["accumulated_loss"] = abs(value_parts - value) / value
+    results["accumulated"] = norm_of_difference(engine, g_parts, g)
+    results["accumulated_loss"] = abs(value_parts - value) / value
 
-    found.update(displacements(engine, reference, mine, whole, g, h))
-    found["evaluated"] = evaluated(engine, reference, mine)
-    found["weights"] = trajectories(engine, reference, mine, whole)
-    found["resumed"] = resumed(engine, mine)
-    found["refuses"] = all_ranks(refuses(engine, mine))
+    results.update(displacements(engine, reference, mine, global_batch, g, h))
+    results["evaluated"] = evaluated(engine, reference, mine)
+    results["weights"] = trajectories(engine, reference, mine, global_batch)
+    results["resumed"] = resumed(engine, mine)
+    results["refuses"] = all_ranks(refuses(engine, mine))
     engine.close()
-    return found
+    return results
 
 
-def displacements(engine: Any, reference: Any, mine: Any, whole: Any, g: Any, h: Any) -> dict[str, Any]:
+def displacements(engine: Any, reference: Any, mine: Any, global_batch: Any, g: Any, h: Any) -> dict[str, Any]:
     start = [m.clone() for m in engine.shards.masters]
     with engine.displaced(g, 0.1), reference.displaced(h, 0.1):
         moved, value = engine.gradient(mine)
-        expected, value_expected = reference.gradient(whole)
+        expected, value_expected = reference.gradient(global_batch)
         with engine.displaced(moved, -0.2), reference.displaced(expected, -0.2):
-            nested, expected_nested = engine.gradient(mine)[1], reference.gradient(whole)[1]
+            nested, expected_nested = engine.gradient(mine)[1], reference.gradient(global_batch)[1]
         back = engine.gradient(mine)[0]
     again, _ = engine.gradient(mine)
     return {
@@ -131,12 +131,12 @@ def displacements(engine: Any, reference: Any, mine: Any, whole: Any, g: Any, h:
     }
 
 
-def trajectories(engine: Any, reference: Any, mine: Any, whole: Any) -> float:
+def trajectories(engine: Any, reference: Any, mine: Any, global_batch: Any) -> float:
     """Relative difference of the change of the weights over two inner and two outer steps."""
     before = reference.full_weights()
     for loop in ("inner", "outer", "inner", "outer"):
         engine.apply(engine.gradient(mine)[0], loop)
-        reference.apply(reference.gradient(whole)[0], loop)
+        reference.apply(reference.gradient(global_batch)[0], loop)
     weights, expected = engine.full_weights(), reference.full_weights()
     if weights is None:
         return math.nan
@@ -157,7 +157,7 @@ def evaluated(engine: Any, reference: Any, mine: Any) -> float:
 
 
 def refuses(engine: Any, mine: Any) -> bool:
-    """Whether a state of another layout and double backward are refused with a user's message."""
+    """Whether a state with another layout and double backward are refused with a message for users."""
     from ofmu_ray.errors import UserError
 
     state = engine.state_dict()
@@ -174,7 +174,7 @@ def refuses(engine: Any, mine: Any) -> bool:
 
 
 def resumed(engine: Any, mine: Any) -> bool:
-    """Whether steps after loading a saved state repeat those after saving it, to the bit, on every rank."""
+    """Whether steps after loading a state equal those after saving it, bit for bit, on every rank."""
 
     def steps() -> list[torch.Tensor]:
         for loop in ("inner", "outer"):
@@ -188,7 +188,7 @@ def resumed(engine: Any, mine: Any) -> bool:
 
 
 def difference(engine: Any, g: Any, reference: Any, h: Any) -> float:
-    """Relative difference of two engines' vectors, read off the weights of a displacement far beyond the weights."""
+    """Relative difference of two engines' vectors, read from the weights under a displacement much larger than they."""
     far = 1.0e3 if engine.precision == "bf16" else 1.0e4  # bf16 rounds the weights to 2^-9: a coarse comparison
     with engine.displaced(g, far), reference.displaced(h, far):
         a, b = engine.full_weights(), reference.full_weights()
@@ -220,7 +220,7 @@ def run_ranks(world: int, cases: list[Any], folder: Path, measure: Measure | Non
         port = probe.getsockname()[1]
     out = folder / f"measured{world}.pt"
     arguments = (world, port, cases, str(out), measure or globals()["measure"])
-    # forked from a process that has imported what they need, each of them as it was before its first case
+    # forked from a process that has already imported what they need
     multiprocessing.set_forkserver_preload(["rank_imports"])
     torch.multiprocessing.start_processes(rank_main, arguments, world, start_method="forkserver")
     return torch.load(out)  # type: ignore[no-any-return]

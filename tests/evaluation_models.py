@@ -1,4 +1,4 @@
-"""Tiny random models and a tokenizer for the evaluation's tests."""
+"""Tiny random models and a tokenizer for the evaluation tests."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
             "head_dim": 8,
             "sliding_window": 16,
             "final_logit_softcapping": 2.0,
-            "tie_word_embeddings": False,  # tied, a random model repeats its input for ever
+            "tie_word_embeddings": False,  # with tied weights, a random model repeats its input forever
         },
     ),
     "gpt_neox": (
@@ -51,7 +51,7 @@ ARCHITECTURES = list(_CONFIGS)
 
 
 def tiny_model(architecture: str = "llama", seed: int = 0, **changes: Any) -> Any:
-    """A random model in eval mode, the same for the same seed. `changes` to its configuration."""
+    """A random model in eval mode, reproducible by seed. `changes`: changes to its configuration."""
     config_class, options = _CONFIGS[architecture]
     torch.manual_seed(seed)
     return transformers.AutoModelForCausalLM.from_config(config_class(**{**options, **changes})).eval()

@@ -1,4 +1,4 @@
-"""A small OFMU job on the built-in model, laid out as `ofmu unlearn` does, on random tokens: no Ray is needed."""
+"""A small OFMU job on the built-in model, laid out as by `ofmu unlearn`, on random tokens, without Ray."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ofmu_ray.training.worker_job import WorkerJob
 
 ROUNDS = 8
 METHOD = OFMUConfig.from_preset("lite", inner_steps=2, relative_step=1e-3, rho=1e-7)
-"""A penalty so small that the run has no note to make of it."""
+"""A penalty so small that the run makes no note of it."""
 
 ROWS = {"forget": 9, "retain": 14}
 

@@ -1,4 +1,4 @@
-"""A run of several ranks without Ray: what tests/test_faults.py kills, damages and resumes with other workers."""
+"""A run with several ranks, without Ray, that tests/test_faults.py kills, damages and resumes with other workers."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from ofmu_ray.methods.ofmu import OFMUConfig
 from ofmu_ray.training.worker import Worker
 
 AFTER = 5
-"""Rounds before the interruption; the last checkpoint is that of round 4."""
+"""Rounds before the interruption; the last checkpoint is from round 4."""
 MOMENTS = OptimizerConfig(name="adamw", lr=2e-3, clip=1.0, eps=1e-3), OptimizerConfig(name="sgd", lr=0.05, momentum=0.5)
 METHOD = OFMUConfig.from_preset("lite", inner_steps=2, relative_step=1e-3, rho=1e-7, inner=MOMENTS[0], outer=MOMENTS[1])
 
 
 @dataclass(frozen=True)
 class Part:
-    """A start of one run."""
+    """One start of a run."""
 
     stage: int
     folder: str
     interrupt: bool = False
     damage: bool = False
-    """Flip a bit in the newest checkpoint's last shard beforehand."""
+    """Before the start, flip a bit in the newest checkpoint's last shard."""
 
     def __str__(self) -> str:
         return f"{self.folder}-{'begun' if self.interrupt else 'whole'}"
@@ -58,7 +58,7 @@ class FolderSession:
 
 
 def start(part: Part, rank: int, world: int) -> dict[str, Any]:
-    """Begin or resume a run; what rank 0 knows at its end."""
+    """Start or resume a run; returns what rank 0 knows at its end."""
     training = TrainingConfig(
         workers=world,
         zero_stage=part.stage,
@@ -91,16 +91,16 @@ def start(part: Part, rank: int, world: int) -> dict[str, Any]:
         worker.run(source)
     except KeyboardInterrupt:
         assert part.interrupt
-    state, account = worker.state, worker.engine.account.state()
+    state, counts = worker.state, worker.engine.account.state()
     same = [None] * world
     dist.all_gather_object(same, (first, state.notes))
-    found = {
+    result = {
         "first": first,
         "notes": state.notes,
         "agreed": all_ranks(all(one == same[0] for one in same)),
         "weights": worker.engine.full_weights(),
         "series": state.series,
-        "account": account,
+        "account": counts,
     }
     worker.engine.close()  # type: ignore[attr-defined]
-    return found
+    return result

@@ -1,10 +1,10 @@
-"""The measured table of docs/reliability.md, written by the tests that do the faults.
+"""The measured table of docs/reliability.md, written by the tests that inject the faults.
 
     FAULT_TABLE=faults.jsonl make test PYTEST_ARGS="-m slow"
     python tests/fault_table.py faults.jsonl docs/reliability.md
 
-With FAULT_TABLE the workers of the tests' runs also write down when each round began (`watched`): that tells what a
-fault cost. Without it the tests measure and write nothing down, and runs are as a user starts them.
+With FAULT_TABLE, the workers of the tests' runs also record when each round starts (`watched`), which gives the cost of
+a fault. Without it, the tests measure and record nothing, and runs are as a user starts them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PHASES = (
     "export",
     "evaluation",
 )
-"""In the order of a run, which is that of the table."""
+"""In the order of a run, which is the order of the table."""
 TABLE, ROUNDS = "FAULT_TABLE", "FAULT_ROUNDS"
 WORKER = "ofmu_ray.training.worker"
 
@@ -52,9 +52,9 @@ def record(
 ) -> None:
     """One row.
 
-    `lost`: how many `unit` had to be done again; `seconds`: until they were; `difference`: largest of a final weight
-    (or of a value) from the undisturbed run. Instead of these, `at` (time.time() of the fault) and the files of
-    `watched` that hold the run's rounds, and the folders of the two models.
+    `lost`: how many `unit` had to be repeated; `seconds`: how long that took; `difference`: largest difference of a
+    final weight (or of a value) from the undisturbed run. Instead of these: `at` (time.time() of the fault), the files
+    of `watched` with the run's rounds, and the folders of the two models.
     """
     if TABLE not in os.environ:
         return
@@ -71,11 +71,11 @@ def record(
         file.write(json.dumps(row) + "\n")
 
 
-# --------------------------------------------------------------------------------------------- when the rounds began
+# ------------------------------------------------------------------------------------------- when the rounds started
 
 
 def watched(folder: Path) -> dict[str, str]:
-    """Variables with which the workers of a run write down, in <folder>/<name of the run>.rounds, when rounds began."""
+    """Variables that make a run's workers record in <folder>/<name of the run>.rounds when rounds start."""
     if TABLE not in os.environ:
         return {}
     paths = [str(Path(__file__).resolve().parent / "recording"), os.environ.get("PYTHONPATH", "")]
@@ -83,28 +83,28 @@ def watched(folder: Path) -> dict[str, str]:
 
 
 def noting(round_: Callable[[Any, Any], bool], folder: Path) -> Callable[[Any, Any], bool]:
-    """`Loop.round` that first writes down on rank 0 that the round begins; "first": after a start or a step back."""
+    """`Loop.round` that first records on rank 0 that the round starts; "first": after a start or a rollback."""
 
     def noted(loop: Any, batches: Any) -> bool:
-        begun = loop.state.round + 1
+        number = loop.state.round + 1
         if loop.session.rank == 0:
-            first = begun <= getattr(loop, "noted", begun)
-            loop.noted = begun
+            first = number <= getattr(loop, "noted", number)
+            loop.noted = number
             with (folder / f"{loop.job.run_dir.rstrip('/').rpartition('/')[2]}.rounds").open("a") as file:
-                file.write(json.dumps({"at": time.time(), "round": begun, "first": first}) + "\n")
+                file.write(json.dumps({"at": time.time(), "round": number, "first": first}) + "\n")
         return round_(loop, batches)
 
     return noted
 
 
 def note_rounds_of_runs() -> None:
-    """Have this process do so, if it comes to be one that trains."""
+    """Make this process record them, should it become one that trains."""
     if ROUNDS in os.environ:
         sys.meta_path.insert(0, _WorkerFinder())
 
 
 class _WorkerFinder(importlib.abc.MetaPathFinder):
-    """Changes `Worker` when its module is imported, and not before."""
+    """Changes `Worker` when its module is imported, not before."""
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> Any:
         if name != WORKER:
@@ -127,15 +127,15 @@ class _WorkerFinder(importlib.abc.MetaPathFinder):
 
 
 def merged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """In the order of the phases, then of the faults; of several rows of one fault in one phase, the worst values."""
-    found: dict[tuple[int, str], dict[str, Any]] = {}
+    """Rows ordered by phase, then fault; several rows of one fault in one phase become one with the worst values."""
+    worst: dict[tuple[int, str], dict[str, Any]] = {}
     for row in rows:
         key = PHASES.index(row["phase"]), row["fault"]
-        old = found.setdefault(key, dict(row))
+        old = worst.setdefault(key, dict(row))
         for name in ("lost", "seconds", "difference"):
             values = [value for value in (old[name], row[name]) if value is not None]
             old[name] = max(values, default=None)
-    return [found[key] for key in sorted(found)]
+    return [worst[key] for key in sorted(worst)]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""A server of Google's storage protocol on loopback with one bucket, and the credentials of an invented account."""
+"""A server for Google's storage protocol on loopback with one bucket, and the credentials of a fake account."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BUCKET = "bucket"
 
 
 class Server(NamedTuple):
-    """The server's objects, and how a process finds it."""
+    """The server's objects, and how to reach it."""
 
     storage: Storage
     environment: dict[str, str]
@@ -30,9 +30,9 @@ class Server(NamedTuple):
     bucket: str = f"gs://{BUCKET}"
 
     def keys(self, prefix: str = "") -> list[str]:
-        """Names of all objects; folders' markers are left out."""
-        found, _ = self.storage.get_file_list(BUCKET, prefix)
-        return [item["name"] for item in found if not item["name"].endswith("/")]
+        """Names of all objects, without folder markers."""
+        objects, _ = self.storage.get_file_list(BUCKET, prefix)
+        return [item["name"] for item in objects if not item["name"].endswith("/")]
 
     def read(self, key: str) -> bytes:
         """An object's content."""
@@ -42,7 +42,7 @@ class Server(NamedTuple):
 
 @contextmanager
 def gcs_server(folder: Path) -> Iterator[Server]:
-    """A running server, ended with the block; the account's key lies in `folder`."""
+    """A running server, stopped at the end of the block; the account's key is in `folder`."""
     storage = _Storage(use_memory_fs=True)
     buckets.create_bucket(BUCKET, storage)
     listener = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, storage))
@@ -62,7 +62,7 @@ def gcs_server(folder: Path) -> Iterator[Server]:
 
 
 class _Storage(Storage):  # type: ignore[misc]
-    """The emulator leaves out what Google's server lists when asked for `includeTrailingDelimiter`, as pyarrow asks."""
+    """Adds what Google's server lists with `includeTrailingDelimiter`, which pyarrow sets and the emulator ignores."""
 
     def get_file_list(
         self, bucket: str, prefix: str | None = None, delimiter: str | None = None, *more: Any, **options: Any
@@ -70,16 +70,16 @@ class _Storage(Storage):  # type: ignore[misc]
         files, prefixes = super().get_file_list(bucket, prefix, delimiter, *more, **options)
         if delimiter:
             inside, _ = super().get_file_list(bucket, prefix)
-            files += [item for item in inside if item["name"] in prefixes]  # folders that have an object of their own
+            files += [item for item in inside if item["name"] in prefixes]  # folders with an object of their own
         return files, prefixes
 
 
 class _Quiet(RequestHandler):  # type: ignore[misc]
-    """One request at a time, for which the emulator's storage is made."""
+    """One request at a time: the emulator's storage supports no more."""
 
     turn = Lock()
     lost = 0
-    """Of so many deletions to come the answer is lost."""
+    """Number of coming deletions whose response is lost."""
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -108,12 +108,12 @@ class _Quiet(RequestHandler):  # type: ignore[misc]
 
 
 def lose_answers(deletions: int) -> None:
-    """The store deletes, and its answer does not arrive."""
+    """Make the store delete without its response arriving."""
     _Quiet.lost = deletions
 
 
 def _account() -> dict[str, str]:
-    """A service account signs its requests itself: nobody is asked for a token."""
+    """A service account, which signs its requests itself and requests no token."""
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     pem = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()

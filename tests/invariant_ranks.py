@@ -1,7 +1,7 @@
 """Ten OFMU rounds on one engine, alone or as a rank of a gloo group: what tests/test_invariants.py compares.
 
-Batches come about as in a run: global batches by `batch_order`, dealt to the ranks by `lane_slots`, cut into
-micro-batches, collated. What differs from a run is that rows come from a generator and not from Parquet.
+Batches are made as in a run: global batches by `batch_order`, dealt to the ranks by `lane_slots`, cut into
+micro-batches, collated. Unlike in a run, rows come from a generator, not from Parquet.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from ofmu_ray.methods.ofmu import OFMU, OFMUConfig, PresetName
 
 ROUNDS = 10
 BATCH = 4
-"""Rows of a global batch."""
+"""Rows per global batch."""
 ROWS = {"forget": 10, "retain": 17}
 SHORT: dict[str, dict[str, Any]] = {
     "full": {"inner_steps": 2, "beta": 1.0, "rho": 0.02},
     "lite": {"inner_steps": 3, "beta": 1.0, "rho": 0.02},
     "first_order": {"inner_steps": 2, "outer_steps": 3, "projection": 0.6, "forget_level": 5.0},
 }
-"""Fewer steps than a run takes: 8 + 8, 5 + 3 and 2 + 3 passes a round. The level lies in the midst of the losses."""
+"""Fewer steps than in a run: 8 + 8, 5 + 3 and 2 + 3 passes per round. The level is in the middle of the losses."""
 LOSSES: dict[str, Any] = {"llama": "bounded_token", "neox": "bounded_row", "qwen2": "simnpo"}
 """Forget losses of first_order."""
 OPTIMIZERS = {
@@ -40,7 +40,7 @@ OPTIMIZERS = {
     "adamw": OptimizerConfig(name="adamw", lr=2e-3, clip=1.0, eps=1e-3),
 }
 FAR = 1e4
-"""Displacement that drowns the weights' rounding when a sharded vector is read off the whole weights."""
+"""Displacement that dwarfs the weights' rounding when a sharded vector is read from the full weights."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class Case:
     preset: PresetName = "lite"
     optimizer: Literal["sgd", "adamw"] = "sgd"
     micro: int | None = None
-    """Rows of a micro-batch; None: the rank's whole share."""
+    """Rows per micro-batch; None: all of the rank's share."""
     resume: bool = False
-    """Also continue from the state after half of the rounds, in a fresh engine."""
+    """Also continue in a new engine from the state after half of the rounds."""
     curvature: Literal["finite_difference", "exact"] = "finite_difference"
     relative_step: float | None = 1e-3
-    """Longer than the default: its truncation error is the same everywhere, and rounding hardly enters."""
+    """Longer than the default: its truncation error is the same everywhere, and rounding hardly matters."""
     rounds: int = ROUNDS
 
     def __str__(self) -> str:
@@ -66,7 +66,7 @@ class Case:
 
     @property
     def reference(self) -> Case:
-        """The same trajectory on one process with whole batches."""
+        """The same trajectory in one process with global batches."""
         return Case(self.model, None, self.preset, self.optimizer)
 
 
@@ -85,7 +85,7 @@ def config(case: Case) -> OFMUConfig:
 
 
 def seeded_model(kind: str, seed: int = 0) -> torch.nn.Module:
-    """The tiny model with matrices from numpy's generator by parameter name: the same under any release of torch."""
+    """The tiny model with matrices from numpy's generator by parameter name: the same with every torch release."""
     module = tiny_model(kind)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -96,7 +96,7 @@ def seeded_model(kind: str, seed: int = 0) -> torch.nn.Module:
 
 
 def rows(stream: str) -> list[dict[str, Any]]:
-    """Random rows of 5 to 24 tokens; prompts of any length, so that equal tokens are unequal labels."""
+    """Random rows of 5 to 24 tokens; prompts of any length, so that equal token counts differ in labels."""
     rng = np.random.default_rng(zlib.crc32(stream.encode()))
     lengths = rng.integers(5, 25, size=ROWS[stream])
     ids = [rng.integers(1, VOCABULARY, size=n).tolist() for n in lengths]
@@ -104,7 +104,7 @@ def rows(stream: str) -> list[dict[str, Any]]:
 
 
 def lane(stream: str, per_round: int, rounds: int, world: int, rank: int, micro: int | None) -> list[list[Batch]]:
-    """This rank's batches of each round."""
+    """This rank's batches for each round."""
     table = rows(stream)
     lengths = np.array([len(row["input_ids"]) for row in table])
     order = batch_order(lengths, rounds * per_round, BATCH, seed=3, stream=stream)
@@ -118,17 +118,17 @@ def lane(stream: str, per_round: int, rounds: int, world: int, rank: int, micro:
 
 
 class Watched:
-    """An engine whose vectors are looked at on their way in and out."""
+    """An engine that observes its vectors going in and out."""
 
     def __init__(self, engine: Any):
         self.engine = engine
         self.first: dict[str, torch.Tensor] | None = None
-        """What the first step of the first inner loop goes down: - grad Phi, whole, on rank 0."""
+        """Direction of the first step of the first inner loop: the full -grad Phi, on rank 0."""
         self.applied = 0
         self.largest = 0
         """Elements of the largest vector on this rank."""
         self.left_behind = 0
-        """Most elements of parameters' gradients that were there when a vector was."""
+        """Largest number of parameter-gradient elements alive next to a vector."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
@@ -162,22 +162,22 @@ class Watched:
 
 
 def trajectory(case: Case, rank: int, world: int) -> dict[str, Any]:
-    """Run the case's rounds. Whole vectors are there on rank 0 only."""
+    """Run the case's rounds. Only rank 0 has full vectors."""
     method = OFMU(config(case))
     counts = method.batches_per_round()
     forget, retain = (lane(s, counts[s], case.rounds, world, rank, case.micro) for s in ("forget", "retain"))
     engine = Watched(build_engine(case))
     start = engine.full_weights()
-    figures, saved = [], None
+    metrics, saved = [], None
     for number in range(case.rounds):
         if case.resume and number == case.rounds // 2:
             saved = engine.state_dict(), method.state_dict()
-        figures.append(method.round(engine, iter(forget[number]), iter(retain[number])))
-    found = {
+        metrics.append(method.round(engine, iter(forget[number]), iter(retain[number])))
+    result = {
         "start": start,
         "phi": engine.first,
         "weights": engine.full_weights(),
-        "figures": figures,
+        "figures": metrics,
         "account": engine.account.state(),
         "largest": engine.largest / engine.numel,
         "left_behind": engine.left_behind,
@@ -185,13 +185,13 @@ def trajectory(case: Case, rank: int, world: int) -> dict[str, Any]:
     }
     if saved is not None:
         same = continues(case, saved, engine, forget, retain)
-        found["resumed"] = all_ranks(same) if dist.is_initialized() else same
+        result["resumed"] = all_ranks(same) if dist.is_initialized() else same
     close(engine)
-    return found
+    return result
 
 
 def continues(case: Case, saved: tuple[Any, Any], engine: Any, forget: Any, retain: Any) -> bool:
-    """Whether a fresh engine ends with the weights of `engine`, to the bit, after the second half of the rounds."""
+    """Whether a new engine has exactly the weights of `engine` after the second half of the rounds."""
     fresh, method = build_engine(case, seed=1), OFMU(config(case))
     fresh.load_state_dict(saved[0])
     method.load_state_dict(saved[1])
@@ -210,7 +210,7 @@ def build_engine(case: Case, seed: int = 0) -> Any:
     module = seeded_model(case.model, seed)
     if case.stage is None:
         return TorchEngine(module, inner=optimizer, outer=optimizer)
-    deepspeed_engine._PERSISTENT_BELOW = 100  # else stage 3 would keep every matrix of so small a model whole
+    deepspeed_engine._PERSISTENT_BELOW = 100  # otherwise stage 3 would not shard the matrices of so small a model
     return DeepSpeedEngine(module, inner=optimizer, outer=optimizer, zero_stage=case.stage)  # type: ignore[arg-type]
 
 

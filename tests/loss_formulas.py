@@ -1,4 +1,4 @@
-"""The unlearning losses straight from their written formulas: plain loops over rows and tokens, no code of ours.
+"""The unlearning losses directly from their formulas: plain loops over rows and tokens, without our code.
 
 Each takes logits [rows, positions, vocabulary], the micro-batch and the method's options, and returns the mean loss.
 """
@@ -71,10 +71,10 @@ def simnpo(logits: torch.Tensor, micro: Micro, options: Any) -> torch.Tensor:
 
 
 def npo(logits: torch.Tensor, micro: Micro, options: Any) -> torch.Tensor:
-    """Of BLUR's and DualOptim's options."""
+    """With the options of BLUR and DualOptim."""
     terms = []
     for row, reference in zip(log_probabilities(logits, micro["labels"]), micro["reference_nll"], strict=True):
-        ratio = torch.exp(sum(row) + reference)  # pi / pi_ref of the whole answer
+        ratio = torch.exp(sum(row) + reference)  # pi / pi_ref of the complete answer
         terms.append(2 / options.npo_beta * torch.log(1 + ratio**options.npo_beta))
     return mean(terms)
 
@@ -100,16 +100,16 @@ def blur(logits: torch.Tensor, micro: Micro, options: Any) -> torch.Tensor:
 
 def kl(logits: torch.Tensor, micro: Micro, _: Any = None) -> torch.Tensor:
     terms = []
-    found = flat(predictions(logits, micro["labels"]))
-    for (z, _label), reference in zip(found, micro["reference_logprobs"], strict=True):
+    pairs = flat(predictions(logits, micro["labels"]))
+    for (z, _label), reference in zip(pairs, micro["reference_logprobs"], strict=True):
         terms.append((reference.exp() * (reference - log_softmax(z))).sum())
     return mean(terms)
 
 
 def entropy(logits: torch.Tensor, micro: Micro, _: Any = None) -> torch.Tensor:
     words = logits.shape[-1]
-    found = flat(predictions(logits, micro["labels"]))
-    return mean([sum(1 / words * (math.log(1 / words) - lp) for lp in log_softmax(z)) for z, _ in found])
+    pairs = flat(predictions(logits, micro["labels"]))
+    return mean([sum(1 / words * (math.log(1 / words) - lp) for lp in log_softmax(z)) for z, _ in pairs])
 
 
 def dualoptim(logits: torch.Tensor, micro: Micro, options: Any) -> torch.Tensor:

@@ -41,7 +41,7 @@ OPTIONS: dict[str, config.OneLoopConfig] = {
     ),
     "blur-nll": config.METHODS["blur"](optimizer=ADAMW, forget_loss="nll", forget_weight=0.3),
 }
-"""Variant -> options: small models need larger learning rates than the defaults'."""
+"""Variant -> options: small models need larger learning rates than the defaults."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Case:
     stage: int | None = None
     """None: TorchEngine."""
     micro: int | None = None
-    """Rows of a micro-batch; None: the rank's whole share."""
+    """Rows per micro-batch; None: all of the rank's share."""
     resume: bool = False
-    """Also continue from the state after the first round, in a fresh engine."""
+    """Also continue in a new engine from the state after the first round."""
 
     def __str__(self) -> str:
         engine = "torch" if self.stage is None else f"zero{self.stage}"
@@ -62,7 +62,7 @@ class Case:
 def batches(
     variant: str, world: int, rank: int, micro: int | None, dtype: torch.dtype = torch.float32
 ) -> list[dict[str, list[Batch]]]:
-    """Each round's batches of this rank, with what the untouched model says about their rows."""
+    """This rank's batches for each round, with the reference model's values for their rows."""
     counts = build_method(OPTIONS[variant]).batches_per_round()
     untouched = seeded_model("llama").to(dtype)
     lanes = {s: lane(s, counts[s], ROUNDS, world, rank, micro) if counts[s] else [[]] * ROUNDS for s in counts}
@@ -89,12 +89,12 @@ def build_engine(case: Case, module: torch.nn.Module) -> Any:
     inner, outer = OPTIONS[case.variant].optimizers
     if case.stage is None:
         return TorchEngine(module, inner=inner, outer=outer)
-    deepspeed_engine._PERSISTENT_BELOW = 100  # else stage 3 would keep every matrix of so small a model whole
+    deepspeed_engine._PERSISTENT_BELOW = 100  # otherwise stage 3 would not shard the matrices of so small a model
     return DeepSpeedEngine(module, inner=inner, outer=outer, zero_stage=case.stage)  # type: ignore[arg-type]
 
 
 def started(case: Case) -> tuple[Any, Any]:
-    """Engine and method on the untouched model."""
+    """Engine and method on the reference model."""
     engine, method = build_engine(case, seeded_model("llama")), build_method(OPTIONS[case.variant], ROUNDS)
     method.start(engine)
     return engine, method
@@ -106,17 +106,17 @@ def run(method: Any, engine: Any, rounds: list[dict[str, list[Batch]]]) -> Itera
 
 
 def trajectory(case: Case, rank: int, world: int) -> dict[str, Any]:
-    """Run the case's rounds. Whole weights are there on rank 0 only."""
+    """Run the case's rounds. Only rank 0 has the full weights."""
     rounds = batches(case.variant, world, rank, case.micro)
     engine, method = started(case)
     start = engine.full_weights()
-    figures = list(run(method, engine, rounds[:1]))
+    metrics = list(run(method, engine, rounds[:1]))
     saved = copy.deepcopy((engine.state_dict(), method.state_dict()))
-    figures += run(method, engine, rounds[1:])
-    found = {
+    metrics += run(method, engine, rounds[1:])
+    result = {
         "start": start,
         "weights": engine.full_weights(),
-        "figures": figures,
+        "figures": metrics,
         "account": engine.account.state(),
         "states": [method.state_dict()],
     }
@@ -126,10 +126,10 @@ def trajectory(case: Case, rank: int, world: int) -> dict[str, Any]:
         method.load_state_dict(saved[1])
         list(run(method, again, rounds[1:]))
         same = all(map(torch.equal, engine.shards.masters, again.shards.masters))
-        found["resumed"] = all_ranks(same) if dist.is_initialized() else same
+        result["resumed"] = all_ranks(same) if dist.is_initialized() else same
         close(again)
     if dist.is_initialized():
-        found["states"] = [None] * world
-        dist.all_gather_object(found["states"], method.state_dict())
+        result["states"] = [None] * world
+        dist.all_gather_object(result["states"], method.state_dict())
     close(engine)
-    return found
+    return result

@@ -1,4 +1,4 @@
-"""The names that a model's metrics have in metrics.json, in their order."""
+"""The names of a model's metrics in metrics.json, in order."""
 
 SCORED = ("forget", "retain", "real_authors", "world_facts")
 LISTED = (
@@ -8,10 +8,10 @@ LISTED = (
     *(f"{name}_{measure}" for name in ("forget", "retain")
       for measure in ("empty", "repetition", "length", "ngram_entropy", "ngram_variety")),
 )  # fmt: skip
-"""Of a table with forget and retain rows."""
+"""For a table with forget and retain rows."""
 ATTACKS = ("loss", "zlib", "min_k", "min_k_plus", "reference")
 MEMBERSHIP = (
     *(f"mia_{attack}_{rate}" for attack in ATTACKS for rate in ("auc", "tpr")),
     "privleak",
 )  # fmt: skip
-"""Besides, of one with holdout rows."""
+"""Additionally, for a table with holdout rows."""

@@ -1,4 +1,4 @@
-"""A real `mlflow server` process that a test starts, kills and starts again on the same port."""
+"""A real `mlflow server` process that a test starts, kills and restarts on the same port."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pathlib import Path
 
 PATIENCE_SECONDS = 120
 WITHOUT_JOBS = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-"""No processes for jobs on the server, which evaluate prompts and traces: they take most of its start."""
+"""Disables the server's job processes (for prompts and traces), which take most of its start time."""
 
 
 class MlflowServer:
-    """One worker on loopback; its database and artifacts lie in `folder`."""
+    """One worker on loopback; its database and artifacts are in `folder`."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -55,7 +55,7 @@ class MlflowServer:
             return False
 
     def kill(self, sent: signal.Signals = signal.SIGKILL) -> None:
-        """End the group that `start` started: server and worker."""
+        """Kill the group that `start` started: server and worker."""
         if self.process is not None:
             os.killpg(self.process.pid, sent)
             self.process.wait(timeout=30)
@@ -64,7 +64,7 @@ class MlflowServer:
 
 @contextmanager
 def mlflow_server(folder: Path) -> Iterator[MlflowServer]:
-    """A running server, ended with the block."""
+    """A running server, stopped at the end of the block."""
     server = MlflowServer(folder)
     server.start()
     try:

@@ -1,7 +1,7 @@
-"""Machines made of namespaces: each with its own network, addresses and folder for temporary files, joined by bridges.
+"""Machines made of namespaces, each with its own network, addresses and temporary folder, connected by bridges.
 
-Nothing of it is visible outside: the bridges lie in the first machine's namespace, and all of it ends with the
-processes that hold the namespaces.
+Nothing is visible outside: the bridges are in the first machine's namespace, and it all ends with the processes that
+hold the namespaces.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 SUBNETS = ("10.77.0.0/24", "10.78.0.0/24")
-"""Two networks that join all machines."""
+"""Two networks that connect all machines."""
 TOOLS = ("ip", "unshare", "nsenter", "mount")
 
 
@@ -32,21 +32,21 @@ def why_not() -> str | None:
 
 
 def unshare(kinds: str, script: str) -> list[str]:
-    """The words of a shell script in new namespaces (net, mount). Others than root are root in a user namespace."""
+    """The words of a shell script in new namespaces (net, mount). Other users are root in a user namespace."""
     as_root = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
     return ["unshare", *as_root, *(f"--{kind}" for kind in kinds.split()), "sh", "-c", script]
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A network and a mount namespace, held by a process."""
+    """A network and a mount namespace, kept alive by a process."""
 
     holder: int
     number: int
 
     @property
     def address(self) -> str:
-        """In the first network."""
+        """Its address in the first network."""
         return self.places[0][1]
 
     @property
@@ -56,7 +56,7 @@ class Machine:
 
     @property
     def places(self) -> list[tuple[str, str]]:
-        """(name, address) of its interfaces, one for each network."""
+        """(name, address) of its interfaces, one per network."""
         stems = ("net", "wire")
         return [
             (f"{stem}{self.number}", f"{subnet.rpartition('.')[0]}.{self.number + 1}")
@@ -75,36 +75,36 @@ class Machine:
         return done.stdout
 
     def processes(self, part: str = "") -> list[psutil.Process]:
-        """Those that run on this machine, with `part` in their command line."""
+        """Processes on this machine with `part` in their command line."""
         network = os.readlink(f"/proc/{self.holder}/ns/net")
-        found = []
+        processes = []
         for process in psutil.process_iter():
             try:
                 if os.readlink(f"/proc/{process.pid}/ns/net") == network and part in " ".join(process.cmdline()):
-                    found.append(process)
-            except (psutil.Error, OSError):  # it ended while we looked
+                    processes.append(process)
+            except (psutil.Error, OSError):  # it ended in the meantime
                 continue
-        return found
+        return processes
 
 
 @dataclass(frozen=True)
 class Network:
-    """Machines that reach one another; the first one holds the bridge."""
+    """Machines that can reach each other; the first one has the bridge."""
 
     machines: Sequence[Machine]
 
     def cut_off(self, machine: Machine) -> None:
-        """Pull its cables: packets are lost, nothing is told to anyone."""
+        """Pull its cables: packets are lost silently."""
         for name, _ in machine.places:
             self.machines[0].run("ip", "link", "set", f"to_{name}", "down")
 
 
 @contextmanager
 def network(count: int, temporary: Path) -> Iterator[Network]:
-    """Machines 10.77.0.1, .2, ...; each has `temporary` for itself, and all else of the file system in common.
+    """Machines 10.77.0.1, .2, ...; each has its own `temporary` and shares the rest of the file system.
 
-    They are joined by two networks (`SUBNETS`). Their interfaces have different names, and each has another one
-    (`decoy`) with an address that leads nowhere.
+    Two networks (`SUBNETS`) connect them. Their interfaces have different names, and each has an extra one (`decoy`)
+    with an address that leads nowhere.
     """
     with ExitStack() as stack:
         machines = [_machine(stack, number, temporary) for number in range(count)]
@@ -137,7 +137,7 @@ def _machine(stack: ExitStack, number: int, temporary: Path) -> Machine:
 
 
 def _end(holder: subprocess.Popen[str], machine: Machine) -> None:
-    """All that runs on the machine, and the machine."""
+    """Stop everything that runs on the machine, and the machine."""
     running = [process for process in machine.processes() if process.pid != holder.pid]
     for process in running:
         process.send_signal(signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""A small OFMU run of two workers on the cluster of RAY_ADDRESS: python node_run.py FOLDER NAME PLACEMENT INTERFACE."""
+"""A small OFMU run, two workers on the cluster of RAY_ADDRESS: python node_run.py FOLDER NAME PLACEMENT INTERFACE."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ranks import, for the process that they are forked from."""
+"""The imports of ranks, for the process that they are forked from."""
 
 from engine_models import tiny_model
 

@@ -1,6 +1,6 @@
-"""Rounds of the methods that compare with the untouched model: ours on an engine, and plainly with a resident copy.
+"""Rounds of the methods that compare with the reference model: ours on an engine, and plainly with a resident copy.
 
-What tests/test_methods_reference.py compares, alone or as a rank of a gloo group.
+For tests/test_methods_reference.py, alone or as a rank of a gloo group.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OPTIONS: dict[str, Any] = {
     "rmu-last": config.METHODS["rmu"](optimizer=SGD, train_layers=1, retain_weight=0.7),
 }
 LAYER = 0
-"""The steered one of two."""
+"""The steered layer, one of two."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,21 @@ class Case:
         return f"{self.variant}-{self.model}-{'torch' if self.stage is None else f'zero{self.stage}'}"
 
 
-def untouched_model(kind: str) -> torch.nn.Module:
+def reference_model(kind: str) -> torch.nn.Module:
     module = seeded_model(kind)
     disable_dropout(module)
     return module
 
 
 def rounds(case: Case, world: int, rank: int) -> list[dict[str, list[Batch]]]:
-    """Each round's batches of this rank, without what sidecars add, but for refusals."""
+    """This rank's batches for each round, without the sidecars' columns except refusals."""
     counts = build_method(OPTIONS[case.variant]).batches_per_round()
     lanes = {s: lane(s, counts[s], ROUNDS, world, rank, case.micro) if counts[s] else [[]] * ROUNDS for s in counts}
-    found = [{s: lanes[s][at] for s in lanes} for at in range(ROUNDS)]
+    batches = [{s: lanes[s][at] for s in lanes} for at in range(ROUNDS)]
     if case.variant in ("idk", "dpo", "altpo"):
-        for streams in found:
+        for streams in batches:
             streams["forget"] = [refused(batch) for batch in streams["forget"]]
-    return found
+    return batches
 
 
 def refused(batch: Batch) -> Batch:
@@ -68,7 +68,7 @@ def refused(batch: Batch) -> Batch:
 
 
 def refusal(micro: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Each row's prompt with an answer that its first token decides, 2 to 4 tokens long."""
+    """Each row's prompt with an answer of 2 to 4 tokens that depends on its first token."""
     rows = []
     for ids, mask, labels in zip(*(micro[n] for n in ("input_ids", "attention_mask", "labels")), strict=True):
         prompt = ids[: int(mask.sum() - (labels >= 0).sum())].tolist()
@@ -83,7 +83,7 @@ def refusal(micro: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(value) for name, value in padded.items()}
 
 
-# ------------------------------------------------------------ what a resident copy of the untouched model says, plainly
+# ------------------------------------------------------------------ values of a resident copy of the reference model
 
 
 def row_nll(model: Any, micro: Mapping[str, torch.Tensor], prefix: str = "") -> torch.Tensor:
@@ -110,7 +110,7 @@ def activations(model: Any, micro: Mapping[str, torch.Tensor]) -> torch.Tensor:
 @torch.no_grad()
 def known(untouched: Any, batch: Batch) -> Batch:
     """The batch with the columns that the sidecar adds."""
-    found = []
+    micros = []
     for micro in batch.micro:
         columns = {
             "reference_nll": row_nll(untouched, micro),
@@ -119,8 +119,8 @@ def known(untouched: Any, batch: Batch) -> Batch:
         }
         if "refusal_labels" in micro:
             columns["refusal_reference_nll"] = row_nll(untouched, micro, "refusal_")
-        found.append({**micro, **columns})
-    return Batch(found)
+        micros.append({**micro, **columns})
+    return Batch(micros)
 
 
 def probe(model: Any, micro: Mapping[str, torch.Tensor]) -> float:
@@ -134,36 +134,36 @@ def build_engine(case: Case, method: Any, dtype: torch.dtype) -> Any:
     from ofmu_ray.engines import DeepSpeedEngine, TorchEngine, deepspeed_engine
 
     torch.manual_seed(5)  # the run's seed, which RMU's vector comes from
-    module = untouched_model(case.model).to(dtype)
+    module = reference_model(case.model).to(dtype)
     torch.manual_seed(5)
     method.freeze(module)
     optimizer = OPTIONS[case.variant].optimizer
     if case.stage is None:
         return TorchEngine(module, inner=optimizer, outer=optimizer)
-    deepspeed_engine._PERSISTENT_BELOW = 100  # else stage 3 would keep every matrix of so small a model whole
+    deepspeed_engine._PERSISTENT_BELOW = 100  # otherwise stage 3 would not shard the matrices of so small a model
     return DeepSpeedEngine(module, inner=optimizer, outer=optimizer, zero_stage=case.stage)  # type: ignore[arg-type]
 
 
 def trajectory(case: Case, rank: int, world: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Run the case's rounds, with a look through the whole model in between. Whole weights are on rank 0 only."""
+    """Run the case's rounds, evaluating the full model in between. Only rank 0 has the full weights."""
     method = build_method(OPTIONS[case.variant], ROUNDS)
-    untouched = untouched_model(case.model).to(dtype)
+    untouched = reference_model(case.model).to(dtype)
     engine = build_engine(case, method, dtype)
     method.start(engine)
-    figures, utilities = [], []
+    metrics, utilities = [], []
     for streams in rounds(case, world, rank):
-        batches = {name: [known(untouched, batch) for batch in found] for name, found in streams.items()}
-        figures.append(method.round(engine, iter(batches["forget"]), iter(batches["retain"])))
+        batches = {name: [known(untouched, batch) for batch in stream] for name, stream in streams.items()}
+        metrics.append(method.round(engine, iter(batches["forget"]), iter(batches["retain"])))
         probed = streams["forget"][0].micro[0]
         utilities += engine.evaluate(
             probed, lambda module, micro: float(answer_logits(module, micro).logsumexp(1).sum())
         )
-    found = {
+    result = {
         "weights": engine.full_weights(),
-        "figures": figures,
+        "figures": metrics,
         "utilities": utilities,
         "account": engine.account.state(),
         "state": copy.deepcopy(method.state_dict()),
     }
     close(engine)
-    return found
+    return result

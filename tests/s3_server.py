@@ -1,4 +1,4 @@
-"""An S3 server on loopback (moto) with one bucket, and a proxy before it that breaks as networks do."""
+"""An S3 server on loopback (moto) with one bucket, and a proxy in front that fails as networks do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BUCKET = "bucket"
 
 @dataclass
 class Server:
-    """The server's address, and how a process finds it."""
+    """The server's address, and how to reach it."""
 
     endpoint: str
     bucket: str = f"s3://{BUCKET}"
@@ -39,7 +39,7 @@ class Server:
 
     @property
     def client(self) -> Any:
-        """boto3's."""
+        """A boto3 client."""
         return self._service("s3")
 
     def _service(self, name: str) -> Any:
@@ -47,10 +47,10 @@ class Server:
         return boto3.client(name, endpoint_url=self.endpoint, region_name="us-east-1", **keys)
 
     def keys(self, prefix: str = "") -> list[str]:
-        """Names of all objects; folders' markers are left out."""
+        """Names of all objects, without folder markers."""
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
-        found = [item["Key"] for page in pages for item in page.get("Contents", [])]
-        return [key for key in found if not key.endswith("/")]
+        names = [item["Key"] for page in pages for item in page.get("Contents", [])]
+        return [key for key in names if not key.endswith("/")]
 
     def read(self, key: str) -> bytes:
         """An object's content."""
@@ -58,7 +58,7 @@ class Server:
         return content
 
     def user(self) -> Server:
-        """The server as a user finds it who has credentials that are checked, and all rights."""
+        """The server for a user with all rights, whose credentials are checked."""
         iam = self._service("iam")
         iam.create_user(UserName="user")
         rights = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "s3:*", "Resource": "*"}]}
@@ -68,7 +68,7 @@ class Server:
 
     @contextmanager
     def refusing(self) -> Iterator[None]:
-        """No credentials but those of a `user` are good enough while the block runs."""
+        """Accept only the credentials of a `user` during the block."""
         self._authenticate("0")
         try:
             yield
@@ -82,27 +82,27 @@ class Server:
 
 @contextmanager
 def s3_server() -> Iterator[Server]:
-    """A running server, ended with the block."""
+    """A running server, stopped at the end of the block."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    found = Server(f"http://{host}:{port}")
-    urllib.request.urlopen(f"{found.endpoint}/moto-api/reset", b"").close()  # moto keeps one content per process
-    found.client.create_bucket(Bucket=BUCKET)
+    running = Server(f"http://{host}:{port}")
+    urllib.request.urlopen(f"{running.endpoint}/moto-api/reset", b"").close()  # moto keeps one content per process
+    running.client.create_bucket(Bucket=BUCKET)
     try:
-        yield found
+        yield running
     finally:
         server.stop()
 
 
 @dataclass
 class Proxy:
-    """What goes wrong on the way to the server."""
+    """The proxy's faults."""
 
     broken: dict[str, int] = field(default_factory=dict)
-    """Method -> how many of its next requests fail, in turn by a 503, a closed connection and half an answer."""
+    """Method -> how many of its next requests fail: in turn by a 503, a closed connection and half a response."""
     spoil: Callable[[str, bytes], bytes] = lambda path, body: body
-    """Changes the body of what is uploaded."""
+    """Changes the body of uploads."""
     failures: int = 0
     lock: Any = field(default_factory=Lock)
 
@@ -118,7 +118,7 @@ class Proxy:
 
 @contextmanager
 def proxy(server: Server) -> Iterator[tuple[Server, Proxy]]:
-    """The server behind a proxy, and what goes wrong in that."""
+    """The server behind a proxy, and the proxy's faults."""
     behind, state = server.endpoint.removeprefix("http://"), Proxy()
 
     class Handler(BaseHTTPRequestHandler):
@@ -153,7 +153,7 @@ def proxy(server: Server) -> Iterator[tuple[Server, Proxy]]:
             self.wfile.write(content)
 
         def body(self) -> bytes:
-            """As it came: the AWS SDK sends parts in chunks, with a checksum behind the last."""
+            """The raw body: the AWS SDK sends parts in chunks, with a checksum after the last."""
             if "Transfer-Encoding" not in self.headers:
                 return self.rfile.read(int(self.headers.get("Content-Length") or 0))
             raw, size = b"", 1

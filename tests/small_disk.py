@@ -1,4 +1,4 @@
-"""A file system of its own that is soon full."""
+"""A small file system that is soon full."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 @contextmanager
 def small_disk(place: Path, size: str) -> Iterator[Callable[[str], object]]:
-    """Mounted at `place` while the block runs; yields how it is made larger. Skips the test where that needs root."""
+    """Mount it at `place` during the block; yields a function that enlarges it. Skips the test if that needs root."""
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o"]
     if subprocess.run([*mount, f"size={size}", "tmpfs", str(place)], capture_output=True).returncode:

@@ -16,8 +16,8 @@ from ofmu_ray.metrics.summary import summarise
 def test_the_scores_by_hand() -> None:
     tables = [_table(seed, SIZES) for seed in (0, 1, 2)]
     model, target, retrained = (summarise(table, bootstrap_samples=2) for table in tables)
-    found = aggregate_figures(*(aggregate_inputs(table) for table in tables))
-    assert tuple(found) == AGGREGATE
+    aggregate = aggregate_figures(*(aggregate_inputs(table) for table in tables))
+    assert tuple(aggregate) == AGGREGATE
     paraphrase = np.mean([np.exp(-nll) for nll in _values(tables[0], "forget", "paraphrase_nll") if nll is not None])
     ratio = np.mean([1 / (1 + r) for r in _values(tables[0], "forget", "truth_ratio") if r is not None])
     memorised = [model[f"forget_{name}"].value for name in ("extraction_strength", "exact_memorisation")]
@@ -27,8 +27,8 @@ def test_the_scores_by_hand() -> None:
         harmonic_mean([privacy_score(model[name].value or 0, retrained[name].value or 0) for name in attacks])
     )
     scores.append(min(1.0, (model["model_utility"].value or 0) / (target["model_utility"].value or 0)))
-    assert [found[name].value for name in AGGREGATE[1:]] == pytest.approx(scores)
-    assert found["aggregate"].value == pytest.approx(harmonic_mean(scores))
+    assert [aggregate[name].value for name in AGGREGATE[1:]] == pytest.approx(scores)
+    assert aggregate["aggregate"].value == pytest.approx(harmonic_mean(scores))
 
 
 def test_an_attack_counts_by_its_distance_to_the_retrained_model() -> None:
@@ -44,9 +44,9 @@ def test_one_score_of_nothing_makes_it_nothing_and_what_is_missing_is_said() -> 
     table = _table(0, SIZES)
     inputs = aggregate_inputs(table)
     known = inputs | {"forget_extraction_strength": MetricValue(1.0)}
-    found = aggregate_figures(known, inputs, inputs)
-    assert (found["memorisation_score"].value, found["aggregate"].value) == (0.0, 0.0)
-    assert (found["privacy_score"].value, found["utility_score"].value) == (1.0, 1.0)
+    scores = aggregate_figures(known, inputs, inputs)
+    assert (scores["memorisation_score"].value, scores["aggregate"].value) == (0.0, 0.0)
+    assert (scores["privacy_score"].value, scores["utility_score"].value) == (1.0, 1.0)
     alone = aggregate_figures(inputs, inputs, aggregate_inputs(None))["aggregate"]
     assert alone.value is None
     assert "evaluation.retrained" in str(alone.reason)

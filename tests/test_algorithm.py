@@ -33,7 +33,7 @@ def quadratic(module: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor])
 
 
 class HandDerived:
-    """Phi = L_f - beta cos(g_f, g_r) for quadratics, in numpy: first and second derivatives by the chain rule."""
+    """Phi = L_f - beta cos(g_f, g_r) for quadratics in numpy: first and second derivatives by the chain rule."""
 
     def __init__(self, seed: int = 0, n: int = 7):
         rng = np.random.default_rng(seed)
@@ -82,8 +82,8 @@ class HandDerived:
         )
 
 
-def relative(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+def relative(value: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(value - expected) / np.linalg.norm(expected))
 
 
 def test_similarity_gradient_of_tensors_and_lists():
@@ -117,14 +117,14 @@ def test_exact_round_equals_the_hand_derived_step():
     engine = hand.engine(eta_in, eta_out)
     forget, retain = hand.batches()
     config = OFMUConfig.from_preset("full", beta=beta, inner_steps=1, rho=rho, curvature="exact")
-    figures = OFMU(config).round(engine, [forget], [retain])
+    metrics = OFMU(config).round(engine, [forget], [retain])
 
     x = hand.x + eta_in * hand.grad_phi(hand.x, beta)
     phi = hand.grad_phi(x, beta)
     _, g_r = hand.gradients(x)
     x = x - eta_out * (g_r + 2 * rho * hand.hess_phi_times(x, phi, beta))
     np.testing.assert_allclose(engine.module.x.detach().numpy(), x, atol=1e-10)
-    assert figures["phi_gradient_norm"] == pytest.approx(np.linalg.norm(phi), abs=1e-10)
+    assert metrics["phi_gradient_norm"] == pytest.approx(np.linalg.norm(phi), abs=1e-10)
 
 
 @pytest.mark.parametrize(("difference", "order"), [("forward", 1), ("central", 2)])
@@ -173,7 +173,7 @@ def regression(module, batch):
     similarity=st.sampled_from(["cosine", "squared_cosine"]),
 )
 def test_gradient_of_phi_on_random_networks(seed, width, depth, beta, similarity):
-    """Exact and central differences against autograd of Phi as it is written in the paper."""
+    """Exact and central differences against autograd of Phi as written in the paper."""
     module = small_network([3, *[width] * depth, 2], seed)
     batch = lambda: (torch.randn(5, 3).double(), torch.randn(5, 2).double())  # noqa: E731
     forget, retain = batch(), batch()
@@ -215,7 +215,7 @@ def test_gradient_of_phi_on_random_networks(seed, width, depth, beta, similarity
     ],
 )
 def test_passes_and_updates_per_round(preset, options, forget, retain):
-    """The cost table of docs/method.md, by the engine's own account; batches drawn as batches_per_round says."""
+    """The cost table of docs/method.md, by the engine's pass counts; batches drawn as batches_per_round says."""
     module = small_network([3, 4, 2], 0)
     engine = TorchEngine(module, regression)
     method = OFMU(OFMUConfig.from_preset(preset, inner_steps=5, **{"relative_step": 1e-3, **options}))
@@ -250,7 +250,7 @@ def test_streams_that_run_out_are_named():
 
 
 def test_decorrelation_lowers_the_similarity_along_the_ascent():
-    """With a large beta the inner loop moves towards orthogonal gradients, without it the cosine is left alone."""
+    """With a large beta the inner loop moves towards orthogonal gradients; without it the cosine does not change."""
     cosines = {}
     for beta in (0.0, 50.0):
         module = small_network([3, 6, 2], 1)
@@ -268,7 +268,7 @@ def test_decorrelation_lowers_the_similarity_along_the_ascent():
 
 
 def test_exact_penalty_against_autograd_of_the_outer_objective():
-    """(Hess Phi)(grad Phi) by triple backward is half the gradient of |grad Phi|^2 as autograd takes it."""
+    """(Hess Phi)(grad Phi) by triple backward is half the gradient of |grad Phi|^2 from autograd."""
     module = small_network([3, 4, 2], 5)
     forget, retain = ((torch.randn(5, 3).double(), torch.randn(5, 2).double()) for _ in range(2))
     engine, beta = TorchEngine(module, regression), 0.4
@@ -282,8 +282,8 @@ def test_exact_penalty_against_autograd_of_the_outer_objective():
     grad_phi = torch.autograd.grad(phi, parameters, create_graph=True)
     expected = torch.autograd.grad(sum((g**2).sum() for g in grad_phi), parameters)
     v = engine.as_vector([g.detach() for g in grad_phi])
-    found = Exact(engine, "cosine").phi_hessian_vector(list, v, 1.0, (forget, retain), beta)
-    for a, b in zip(engine.as_tensors(found), expected, strict=True):
+    product = Exact(engine, "cosine").phi_hessian_vector(list, v, 1.0, (forget, retain), beta)
+    for a, b in zip(engine.as_tensors(product), expected, strict=True):
         torch.testing.assert_close(2 * a.reshape(b.shape), b)
 
 
@@ -324,11 +324,11 @@ def test_residual_falls_no_slower_than_the_claimed_rate():
         inner, outer = OptimizerConfig(lr=0.5, **SGD), OptimizerConfig(lr=0.05, **SGD)
         engine = TorchEngine(module, loss, inner=inner, outer=outer)
         config = OFMUConfig.from_preset("full", beta=0.0, rho=0.1, rho_growth=1.01, inner_steps=T, curvature="exact")
-        method, seen = OFMU(config), [residual(module)]
+        method, residuals = OFMU(config), [residual(module)]
         for _ in range(K):
             method.round(engine, ["forget"], ["retain"])
-            seen.append(residual(module))
-        best[K, T] = min(seen)
+            residuals.append(residual(module))
+        best[K, T] = min(residuals)
     constants = {(K, T): value / (1 / K + K / T**2) for (K, T), value in best.items()}
     assert max(constants.values()) <= max(constants[8, T] for T in (4, 8, 16, 32)) * 1.01, constants
-    assert best[128, 32] < best[8, 32] / 16, best  # and it does fall with K where T is large
+    assert best[128, 32] < best[8, 32] / 16, best  # and it does fall with K if T is large

@@ -88,8 +88,8 @@ def test_weights_leave_rows_out() -> None:
     x, y = _random(9, 3), _random(9, 5)
     weights = np.array([[1.0, 0, 1, 1, 0, 1, 1, 1, 0], np.ones(9)])
     rows = weights[0] == 1
-    found = debiased_cka(x @ x.T, y @ y.T, weights)
-    assert found == pytest.approx([_unbiased_cka(x[rows], y[rows]), _unbiased_cka(x, y)])
+    alignment = debiased_cka(x @ x.T, y @ y.T, weights)
+    assert alignment == pytest.approx([_unbiased_cka(x[rows], y[rows]), _unbiased_cka(x, y)])
 
 
 def test_debiased_cka_is_small_for_unrelated_wide_representations() -> None:
@@ -119,13 +119,13 @@ def test_cka_ignores_rotation_scale_and_shift_and_the_cosine_does_not() -> None:
 def test_pooling_equals_plain_hidden_states(architecture: str, pooling: Any) -> None:
     model = tiny_model(architecture)
     for batch_size in (1, 4, 64):
-        found = representations(model, TEXTS, batch_size=batch_size, pooling=pooling)
-        assert [layer.shape for layer in found] == [(11, 32)] * 3
+        pooled = representations(model, TEXTS, batch_size=batch_size, pooling=pooling)
+        assert [layer.shape for layer in pooled] == [(11, 32)] * 3
         for row, (ids, prompt) in enumerate(TEXTS):
             with torch.no_grad():
                 states = model.base_model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
             first = prompt if pooling == "mean" else len(ids) - 2
-            for layer, state in zip(found, states, strict=True):
+            for layer, state in zip(pooled, states, strict=True):
                 expected = state[0, first : len(ids) - 1].double().mean(dim=0).numpy()
                 assert layer[row] == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
@@ -141,8 +141,8 @@ def test_no_logits_are_computed() -> None:
 def test_a_model_is_aligned_with_itself() -> None:
     states = representations(tiny_model(), TEXTS)
     for row in align(states, states, **STREAM):
-        for figure in (row.cka, row.cka_debiased, row.cosine):
-            assert figure.value == pytest.approx(1)
+        for value in (row.cka, row.cka_debiased, row.cosine):
+            assert value.value == pytest.approx(1)
         assert row.cka_debiased.low == row.cka_debiased.high == pytest.approx(1)
         assert row.cka.low is None
 
@@ -176,7 +176,7 @@ def test_a_layer_that_sees_no_difference_has_no_cka() -> None:
 
 
 def test_intervals_follow_the_clusters() -> None:
-    """Rows that come in near copies are less evidence than as many rows of their own."""
+    """Near copies of rows are less evidence than equally many different rows."""
     x = np.repeat(_random(8, 3), 6, axis=0) + 0.01 * _random(48, 3)
     y = x + np.repeat(_random(8, 3, 1), 6, axis=0)
     clusters = np.repeat(np.arange(8), 6)
@@ -189,7 +189,7 @@ def test_intervals_follow_the_clusters() -> None:
 
 
 def test_shipped_models() -> None:
-    """Target and retrained model represent what both were trained on more alike than what one of them never saw."""
+    """Target and retrained model represent shared training rows more alike than rows one of them never saw."""
     target, retrained = (resolve_builtin(f"builtin:people/{name}") for name in ("target", "retrained"))
     template = Template(AutoTokenizer.from_pretrained(target), FormatConfig())
     sets = {}

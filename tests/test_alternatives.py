@@ -1,4 +1,4 @@
-"""AltPO's alternatives: drawn once, the same whatever the batches, one an epoch, with the untouched model's values."""
+"""AltPO's alternatives: drawn once, independent of batches, one per epoch, with the reference model's values."""
 
 from __future__ import annotations
 
@@ -58,23 +58,23 @@ def finished(few: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> tup
 
 def stored(sidecar: str) -> dict[str, dict[str, Any]]:
     content = json.loads(Path(sidecar, "sidecar.json").read_text())
-    [found] = content["texts"].values()
-    assert found["count"] == COUNT
-    return {row["row_id"]: row for row in pq.read_table(found["path"]).to_pylist()}
+    [texts] = content["texts"].values()
+    assert texts["count"] == COUNT
+    return {row["row_id"]: row for row in pq.read_table(texts["path"]).to_pylist()}
 
 
 def test_they_answer_the_rows_own_questions_and_differ(finished: Any, few: PreparedData) -> None:
     rows = {row["row_id"]: row for row in tokens(few)}
-    found = stored(finished[2])
-    assert sorted(found) == sorted(f"{row_id}/{number}" for row_id in rows for number in range(COUNT))
+    texts = stored(finished[2])
+    assert sorted(texts) == sorted(f"{row_id}/{number}" for row_id in rows for number in range(COUNT))
     own = 0
-    for text_id, row in found.items():
+    for text_id, row in texts.items():
         like = rows[text_id.rpartition("/")[0]]
         assert row["input_ids"][: row["prompt_tokens"]] == like["input_ids"][: like["prompt_tokens"]]
         assert row["input_ids"][-1] == few.template.eos
         own += row["input_ids"] == like["input_ids"]
-    assert own < 0.5 * len(found), "mostly the memorised answers"
-    assert len({tuple(row["input_ids"]) for row in found.values()}) > 0.7 * len(found)
+    assert own < 0.5 * len(texts), "mostly the memorised answers"
+    assert len({tuple(row["input_ids"]) for row in texts.values()}) > 0.7 * len(texts)
 
 
 def tokens(few: PreparedData) -> list[dict[str, Any]]:
@@ -97,16 +97,16 @@ def test_batches_workers_and_the_second_time_change_nothing(
 
 @torch.no_grad()
 def test_each_epoch_brings_another_one_with_its_reference(finished: Any, few: PreparedData, model: Any) -> None:  # noqa: F811
-    """Of both epochs' rounds, from the first and from a later one: what a resumed run reads is the same."""
+    """Over the rounds of both epochs, from the first and from a later one: a resumed run reads the same."""
     _, plan, sidecar = finished
     options: dict[str, Any] = {
         "micro_batch_size": 2,
         "collate": padded(few.template.pad),
         "sidecars": {"forget": sidecar},
     }
-    found, met = stored(sidecar), Counter[str]()
-    whole = list(local_rounds(plan, 0, **options))
-    for number, batches in enumerate(whole):
+    by_id, met = stored(sidecar), Counter[str]()
+    all_rounds = list(local_rounds(plan, 0, **options))
+    for number, batches in enumerate(all_rounds):
         (batch,) = batches["forget"]
         epoch = number * BATCH // ROWS
         texts = [f"{row_id}/{epoch % COUNT}" for row_id in batch.row_ids]
@@ -116,14 +116,14 @@ def test_each_epoch_brings_another_one_with_its_reference(finished: Any, few: Pr
             for micro in batch.micro
             for ids, mask in zip(micro["refusal_input_ids"], micro["refusal_attention_mask"], strict=True)
         ]
-        assert read == [found[text]["input_ids"] for text in texts]
+        assert read == [by_id[text]["input_ids"] for text in texts]
         if number == ROUNDS - 1:
             for micro in batch.micro:
                 sums = [answer(micro, row, model, "refusal_")[2] for row in range(len(micro["input_ids"]))]
                 assert close(micro["refusal_reference_nll"], torch.stack(sums), 1e-3)
     assert set(met.values()) == {2}
     assert len(met) == COUNT * ROWS
-    for later, like in zip(local_rounds(plan, 0, start_round=5, **options), whole[5:], strict=True):
+    for later, like in zip(local_rounds(plan, 0, start_round=5, **options), all_rounds[5:], strict=True):
         for micro, other in zip(later["forget"][0].micro, like["forget"][0].micro, strict=True):
             assert all(torch.equal(micro[name], other[name]) for name in other)
 
@@ -137,12 +137,12 @@ def test_only_numbers_outlive_the_run(finished: Any) -> None:
 def test_draws_follow_the_probabilities_of_the_likeliest_tokens() -> None:
     logits = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.3]])).expand(4000, 4)
     draws = Sampling.of([str(number) for number in range(4000)], 1, temperature=0.5, top_k=3)
-    found = draws.tokens(logits, range(4000), 0)[:, 0]
-    shares = torch.bincount(found, minlength=4) / 4000
+    drawn = draws.tokens(logits, range(4000), 0)[:, 0]
+    shares = torch.bincount(drawn, minlength=4) / 4000
     expected = torch.tensor([0.0, 16.0, 4.0, 9.0]) / 29  # squares, without the least likely
     assert float((shares - expected).abs().max()) < 0.03  # four standard errors
     again = draws.tokens(logits[:2], [7, 3], 0)[:, 0]
-    assert again.tolist() == [int(found[7]), int(found[3])]
+    assert again.tolist() == [int(drawn[7]), int(drawn[3])]
 
 
 def test_a_prompt_asks_for_another_answer(few: PreparedData) -> None:

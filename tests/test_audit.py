@@ -1,4 +1,4 @@
-"""The report on known vulnerabilities, against a server of OSV's protocol on loopback."""
+"""The report on known vulnerabilities, against a server for OSV's protocol on loopback."""
 
 import json
 import os
@@ -27,8 +27,8 @@ class Advisories(BaseHTTPRequestHandler):
     """One advisory for numpy, none for anything else."""
 
     def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        answer = json.dumps({"vulns": [ADVISORY]} if asked["package"]["name"] == "numpy" else {}).encode()
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        answer = json.dumps({"vulns": [ADVISORY]} if request["package"]["name"] == "numpy" else {}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
@@ -57,15 +57,15 @@ def audit(folder: Path, url: str, *options: str) -> subprocess.CompletedProcess[
 
 @pytest.mark.system
 def test_a_known_vulnerability_is_reported_with_its_fix(tmp_path, service):
-    found = audit(tmp_path, service)
-    assert found.returncode == 0, found.stderr
-    assert "2 pins, 1 with known vulnerabilities, 0 not looked up" in found.stdout
-    assert "numpy 2.1.0: GHSA-aaaa-bbbb-cccc, fixed in 2.1.1" in found.stdout
+    report = audit(tmp_path, service)
+    assert report.returncode == 0, report.stderr
+    assert "2 pins, 1 with known vulnerabilities, 0 not looked up" in report.stdout
+    assert "numpy 2.1.0: GHSA-aaaa-bbbb-cccc, fixed in 2.1.1" in report.stdout
     assert audit(tmp_path, service, "--strict").returncode == 1
 
 
 @pytest.mark.system
 def test_an_unreachable_database_is_said_and_is_no_clean_bill(tmp_path):
-    found = audit(tmp_path, "http://127.0.0.1:9/v1/query", "--strict")
-    assert found.returncode == 2
-    assert "could not be audited" in found.stdout
+    report = audit(tmp_path, "http://127.0.0.1:9/v1/query", "--strict")
+    assert report.returncode == 2
+    assert "could not be audited" in report.stdout

@@ -1,4 +1,4 @@
-"""The evaluation benchmark runs, and its plain evaluation agrees with ours (never what either costs)."""
+"""The evaluation benchmark runs, and its plain evaluation agrees with ours (cost is not tested)."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def test_ours_and_the_plain_evaluation_agree(tmp_path: Path) -> None:
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    [found] = json.loads(out.read_text())
-    assert found["rows"] == dict.fromkeys(("forget", "retain", "real_authors", "world_facts"), 4)
-    assert found["worst_difference"] < 1e-4
-    assert found["reference_attack"]
-    assert found["reference_seconds"] > 0
-    assert found["generated_tokens"] > 0
-    assert found["gflop"] > 0
-    assert set(found["where"]) == {"trees", "decoding", "scores of logits", "ROUGE", "tokenising"}
-    assert 0.2 < sum(found["where"].values()) <= 1
+    [result] = json.loads(out.read_text())
+    assert result["rows"] == dict.fromkeys(("forget", "retain", "real_authors", "world_facts"), 4)
+    assert result["worst_difference"] < 1e-4
+    assert result["reference_attack"]
+    assert result["reference_seconds"] > 0
+    assert result["generated_tokens"] > 0
+    assert result["gflop"] > 0
+    assert set(result["where"]) == {"trees", "decoding", "scores of logits", "ROUGE", "tokenising"}
+    assert 0.2 < sum(result["where"].values()) <= 1
     assert "times faster" in done.stdout

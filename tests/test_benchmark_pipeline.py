@@ -63,8 +63,8 @@ def write_config(folder: Path, **changes) -> str:
 
 
 def results(folder: Path) -> dict[str, dict]:
-    found = {path.stem: json.loads(path.read_text()) for path in folder.glob("trials/*.json")}
-    return {key: result for key, result in found.items() if result["phase"] != "cost"}
+    by_key = {path.stem: json.loads(path.read_text()) for path in folder.glob("trials/*.json")}
+    return {key: result for key, result in by_key.items() if result["phase"] != "cost"}
 
 
 def chosen(trials: list[dict], floor: float) -> dict:
@@ -85,7 +85,7 @@ def kill_with_family(driver: subprocess.Popen) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, local_ray):
-    """A benchmark whose driver was killed in the middle, taken up to the end: (storage, status, before the kill)."""
+    """A benchmark whose driver was killed midway, then resumed: (storage, status, results before the kill)."""
     storage = tmp_path_factory.mktemp("runs")
     words = ["--config", write_config(storage), "--storage", str(storage)]
     with (storage / "killed.log").open("w") as log:
@@ -223,7 +223,7 @@ def test_mistakes_end_with_status_2_before_any_trial(finished, words, message, c
 
 @pytest.mark.full
 def test_every_method_keeps_the_budget_and_its_cost_is_foreseen(tmp_path, local_ray):
-    """Two rounds say what a round costs; then the account ends within one round of it, for all methods."""
+    """Two rounds measure a round's cost; each method's total then ends within one round of the budget."""
     from ofmu_ray.data.answer_encoder import AnswerEncoder
     from ofmu_ray.data.prepare import prepare_streams
     from ofmu_ray.models.loading import load_tokenizer

@@ -1,4 +1,4 @@
-"""The benchmark's report: every number is the data's, marks follow from the data, nothing is fetched."""
+"""The benchmark's report: all numbers and marks follow from the data, and nothing is fetched."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def row_table(seed: int, shift: float, loss: float) -> pa.Table:
 
 
 def half(table: pa.Table) -> pa.Table:
-    """What tuning runs are judged on: every other row."""
+    """The rows that tuning runs are judged on: every other one."""
     return table.filter(pa.array([index % 2 == 0 for index in table["index"].to_pylist()]))
 
 
@@ -73,9 +73,9 @@ def trial(table: pa.Table, retrained: pa.Table, **values: Any) -> dict[str, Any]
         "tokens": 123456, "flops": flops, "train_seconds": 20.0 + values["seed"], "total_seconds": 31.0,
         "peak_memory_bytes": 731_000_000, **values,
     }  # fmt: skip
-    found = summarise(table, retrained, bootstrap_samples=20)
+    metrics = summarise(table, retrained, bootstrap_samples=20)
     for name in FIGURES:
-        row |= {name: found[name].value, f"{name}_low": found[name].low, f"{name}_high": found[name].high}
+        row |= {name: metrics[name].value, f"{name}_low": metrics[name].low, f"{name}_high": metrics[name].high}
     return row
 
 
@@ -170,10 +170,10 @@ class _Page(HTMLParser):
 
     def table(self, *header: str) -> dict[str, dict[str, list[str]]]:
         """The one table whose header has these words, as row -> column -> texts."""
-        found = [table for table in self.tables if set(header) <= {" ".join(cell) for cell in table[0]}]
-        assert len(found) == 1, header
-        names = [" ".join(cell) for cell in found[0][0]]
-        return {" ".join(row[0][:1]): dict(zip(names, row, strict=True)) for row in found[0][1:]}
+        tables = [table for table in self.tables if set(header) <= {" ".join(cell) for cell in table[0]}]
+        assert len(tables) == 1, header
+        names = [" ".join(cell) for cell in tables[0][0]]
+        return {" ".join(row[0][:1]): dict(zip(names, row, strict=True)) for row in tables[0][1:]}
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -181,9 +181,9 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def seed_values(folder: Path, method: str, figure: str, phase: str = "report") -> list[float]:
+def seed_values(folder: Path, method: str, metric: str, phase: str = "report") -> list[float]:
     rows = read_csv(folder / "trials.csv")
-    return [float(row[figure]) for row in rows if (row["method"], row["phase"]) == (method, phase) and row[figure]]
+    return [float(row[metric]) for row in rows if (row["method"], row["phase"]) == (method, phase) and row[metric]]
 
 
 def test_the_page_is_well_formed_and_fetches_nothing(folder: Path) -> None:
@@ -191,7 +191,7 @@ def test_the_page_is_well_formed_and_fetches_nothing(folder: Path) -> None:
     assert _Page(page).fetched == []
     assert not re.search(r"url\((?!#)|@import", page)
     assert not re.search(r"https?://(?!www\.w3\.org/)", page)
-    assert not re.search(r"#0[1-3]0[1-3a][01]\d", page)  # stand-ins of colours
+    assert not re.search(r"#0[1-3]0[1-3a][01]\d", page)  # placeholder colours
     drawings = re.findall(r"<svg role=.*?</svg>", page, flags=re.DOTALL)
     assert len(drawings) == 2 + 2 * len(METHODS)
     for drawing in drawings:
@@ -226,7 +226,7 @@ def test_every_number_of_the_results_table_is_the_datas(folder: Path) -> None:
     assert f"{utility:.3f} of the target's" in table["npo"]["Model utility ↑"]
 
 
-def test_the_csv_has_full_precision_and_every_figure(folder: Path) -> None:
+def test_the_csv_has_full_precision_and_every_metric(folder: Path) -> None:
     rows = {(row["method"], row["figure"]): row for row in read_csv(folder / "results.csv")}
     assert rows.keys() == {(method, name) for method in METHODS for name in FIGURES}
     for (method, name), row in rows.items():
@@ -240,7 +240,7 @@ def test_marks_follow_from_the_data(folder: Path) -> None:
     table = _Page((folder / "report.html").read_text()).table("Method", "KS distance to retrained ↓", "Passes")
     marks = {method: table[method]["KS distance to retrained ↓"][1] for method in METHODS}
     assert {marks["npo"], marks["ofmu_full"]} == {"★", "≈"}  # the two that are equal by construction
-    assert marks["gradient_ascent"] == "▽"  # as near to the retrained model, but it destroyed the rest
+    assert marks["gradient_ascent"] == "▽"  # equally near to the retrained model, but it destroyed the rest
     assert marks["grad_diff"].startswith("seeds")  # no mark: worse
     assert table["gradient_ascent"]["Model utility ↑"][1] == "▽"
     results = {row["method"]: row for row in read_csv(folder / "results.csv") if row["figure"] == "ks_statistic"}
@@ -309,7 +309,7 @@ def test_a_killed_benchmark_shows_what_is_there(tmp_path: Path) -> None:
 
 
 def test_degenerate_runs_are_marked_and_count_for_nothing(tmp_path: Path) -> None:
-    """npo is the better one by construction, but most of its runs babble, and so does the best trial of grad_diff."""
+    """npo is better by construction, but most of its runs repeat themselves, as does the best trial of grad_diff."""
     trials, rows = make_split("people", ablation=False, methods={name: METHODS[name] for name in ("npo", "grad_diff")})
     for one in trials:
         one["degenerate"] = one["method"] == "npo" and not (one["phase"] == "report" and one["seed"] == 1)
@@ -349,7 +349,7 @@ def test_without_rows_nothing_is_claimed_about_the_floor(tmp_path: Path, count: 
     write_benchmark_report(tmp_path, trials[:count], [], {})
     page = (tmp_path / "report.html").read_text()
     _Page(page)
-    assert ("no run can be held against the utility floor" in page) == (count > 0)
+    assert ("no run can be compared with the utility floor" in page) == (count > 0)
     if count == 24:
         results = {(row["method"], row["figure"]): row for row in read_csv(tmp_path / "results.csv")}
         assert results["grad_diff", "ks_statistic"]["test_covers"] == "seeds only"
@@ -357,12 +357,12 @@ def test_without_rows_nothing_is_claimed_about_the_floor(tmp_path: Path, count: 
         assert results["grad_diff", "ks_statistic"]["rows_low"] == ""
 
 
-def test_recorded_figures_that_are_not_their_rows_are_told(tmp_path: Path) -> None:
+def test_recorded_values_that_differ_from_their_rows_are_reported(tmp_path: Path) -> None:
     trials, rows = make_split("people", ablation=False, methods={"npo": METHODS["npo"]})
     trials[-1]["model_utility"] += 0.01
     write_benchmark_report(tmp_path, trials, pa.concat_tables(rows), make_settings())
     text = (tmp_path / "report.md").read_text()
-    assert text.count("Recorded figures that differ from their rows'") == 1
+    assert text.count("Recorded values that differ from those computed from the rows") == 1
     assert "npo, seed 3: model_utility is " in text
 
 

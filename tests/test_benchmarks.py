@@ -1,4 +1,4 @@
-"""The benchmarks that ship run, and say what a round costs in gradient passes (never what it costs in seconds)."""
+"""The shipped benchmarks run and report a round's cost in gradient passes (seconds are not tested)."""
 
 from __future__ import annotations
 

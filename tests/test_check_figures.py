@@ -1,4 +1,4 @@
-"""Figures of the checks' tables by hand, and how the page shows them."""
+"""Metrics of the attacks' tables by hand, and how the page shows them."""
 
 from typing import Any
 
@@ -22,14 +22,14 @@ def table(values: dict[tuple[str, ...], list[float]], *columns: str, **more: lis
         for key, some in values.items()
         for n, value in enumerate(some)
     ]
-    found = pa.Table.from_pylist(rows)
+    result = pa.Table.from_pylist(rows)
     for name, column in more.items():
-        found = found.append_column(name, pa.array(column, pa.float64()))
-    return found
+        result = result.append_column(name, pa.array(column, pa.float64()))
+    return result
 
 
 def relearned(forget: list[list[float]]) -> pa.Table:
-    """Rows [steps][rows] of the forget group at steps 0, 1, 3; the other groups never change."""
+    """Rows [steps][rows] of the forget group at steps 0, 1, 3; the other groups do not change."""
     values = {
         (group, step): rows
         for group, curve in (("forget", forget), ("attacked", [[0.5, 0.5]] * 3), ("retain", [[0.9, 0.7]] * 3))
@@ -41,23 +41,23 @@ def relearned(forget: list[list[float]]) -> pa.Table:
 def test_relearning_curves_and_their_height() -> None:
     model = relearned([[0.0, 0.2], [0.4, 0.2], [0.8, 0.2]])
     reference = relearned([[0.0, 0.2], [0.0, 0.2], [0.0, 0.2]])
-    found = check_figures("relearn", model, reference, **SAMPLING)
-    assert [found[f"forget/step_{step}"].value for step in (0, 1, 3)] == pytest.approx([0.1, 0.3, 0.5])
+    metrics = check_figures("relearn", model, reference, **SAMPLING)
+    assert [metrics[f"forget/step_{step}"].value for step in (0, 1, 3)] == pytest.approx([0.1, 0.3, 0.5])
     # first row: (0 + 0.4) / 2 over one step and (0.4 + 0.8) / 2 over two, by 3 steps; the second is flat
     height = ((0.2 * 1 + 0.6 * 2) / 3 + 0.2) / 2
-    assert found["forget/height"].value == pytest.approx(height)
-    assert found["forget/height_beyond_retrained"].value == pytest.approx(height - 0.1)
-    assert found["retain/height"].value == pytest.approx(0.8)
-    assert found["retain/height_beyond_retrained"].value == 0
-    assert found["forget/step_3"].n == 2
+    assert metrics["forget/height"].value == pytest.approx(height)
+    assert metrics["forget/height_beyond_retrained"].value == pytest.approx(height - 0.1)
+    assert metrics["retain/height"].value == pytest.approx(0.8)
+    assert metrics["retain/height_beyond_retrained"].value == 0
+    assert metrics["forget/step_3"].n == 2
     assert "forget/height_beyond_retrained" not in check_figures("relearn", model, None, **SAMPLING)
 
 
 def test_rounded_weights_by_set_and_scheme() -> None:
     values = {("forget", "full"): [0.1, 0.3], ("forget", "rtn4"): [0.6, 0.8], ("retain", "full"): [0.9],
               ("retain", "rtn4"): [0.5]}  # fmt: skip
-    found = check_figures("quantise", table(values, "set", "scheme"), **SAMPLING)
-    assert {name: figure.value for name, figure in found.items()} == pytest.approx(
+    metrics = check_figures("quantise", table(values, "set", "scheme"), **SAMPLING)
+    assert {name: metric.value for name, metric in metrics.items()} == pytest.approx(
         {"forget/full": 0.2, "forget/rtn4": 0.7, "retain/full": 0.9, "retain/rtn4": 0.5}
     )
 
@@ -65,29 +65,29 @@ def test_rounded_weights_by_set_and_scheme() -> None:
 def test_attacks_and_each_rows_worst_case() -> None:
     values = {("plain",): [0.1, 0.4], ("prefix_1",): [0.3, 0.2], ("hint",): [0.9, 0.9]}
     recall = [0.0, 1.0, 0.5, 0.0, 1.0, 1.0]
-    found = check_figures("prefix", table(values, "attack", rouge_l_recall=recall), **SAMPLING)
-    assert found["probability/plain"].value == pytest.approx(0.25)
-    assert found["probability/worst_case"].value == pytest.approx((0.3 + 0.4) / 2)  # without the hint
-    assert found["rouge/prefix_1"].value == pytest.approx(0.25)
-    assert found["rouge/worst_case"].value == pytest.approx((0.5 + 1.0) / 2)
+    metrics = check_figures("prefix", table(values, "attack", rouge_l_recall=recall), **SAMPLING)
+    assert metrics["probability/plain"].value == pytest.approx(0.25)
+    assert metrics["probability/worst_case"].value == pytest.approx((0.3 + 0.4) / 2)  # without the hint
+    assert metrics["rouge/prefix_1"].value == pytest.approx(0.25)
+    assert metrics["rouge/worst_case"].value == pytest.approx((0.5 + 1.0) / 2)
     without = check_figures("prefix", table(values, "attack", rouge_l_recall=[None] * 6), **SAMPLING)
     assert not [name for name in without if name.startswith("rouge")]
 
 
-def test_clusters_are_drawn_whole() -> None:
+def test_clusters_are_drawn_as_units() -> None:
     rows = table({("forget", "full"): [0.0] * 5 + [1.0] * 5, ("retain", "full"): [0.5]}, "set", "scheme")
     labels = ["a"] * 5 + ["b"] * 5 + ["c"]
     rows = rows.set_column(rows.schema.get_field_index("cluster"), "cluster", pa.array(labels))
-    figure = check_figures("quantise", rows, **SAMPLING)["forget/full"]
-    assert (figure.low, figure.value, figure.high, figure.clusters) == (0.0, 0.5, 1.0, 2)
+    metric = check_figures("quantise", rows, **SAMPLING)["forget/full"]
+    assert (metric.low, metric.value, metric.high, metric.clusters) == (0.0, 0.5, 1.0, 2)
 
 
 def test_a_loss_that_is_not_finite_is_said() -> None:
     values = {("forget", "full"): [0.1, float("nan"), float("nan")], ("retain", "full"): [0.9]}
-    found = check_figures("quantise", table(values, "set", "scheme"), **SAMPLING)
-    assert found["forget/full"].value is None
-    assert "2 of 3" in str(found["forget/full"].reason)
-    assert found["retain/full"].value == 0.9
+    metrics = check_figures("quantise", table(values, "set", "scheme"), **SAMPLING)
+    assert metrics["forget/full"].value is None
+    assert "2 of 3" in str(metrics["forget/full"].reason)
+    assert metrics["retain/full"].value == 0.9
 
 
 def test_alignment_by_layer_and_its_mean() -> None:
@@ -95,38 +95,38 @@ def test_alignment_by_layer_and_its_mean() -> None:
     debiased = [MetricValue(0.5, 0.4, 0.6), MetricValue.absent("debiased CKA needs four rows")]
     cosine = [MetricValue(0.2, 0.1, 0.3), MetricValue(0.4, 0.3, 0.5)]
     rows = [LayerAlignment("forget", layer, plain[layer], debiased[layer], cosine[layer]) for layer in (0, 1)]
-    found = check_figures("alignment", alignment_table(rows), **SAMPLING)
-    assert found["cka/forget/mean"].value == pytest.approx(0.7)
-    assert found["cosine/forget/mean"].value == pytest.approx(0.3)
-    assert found["cosine/forget/layer_1"] == MetricValue(0.4, 0.3, 0.5)
-    assert found["cka_debiased/forget/mean"].value is None
-    assert found["cka_debiased/forget/mean"].reason == "layer 1: debiased CKA needs four rows"
+    metrics = check_figures("alignment", alignment_table(rows), **SAMPLING)
+    assert metrics["cka/forget/mean"].value == pytest.approx(0.7)
+    assert metrics["cosine/forget/mean"].value == pytest.approx(0.3)
+    assert metrics["cosine/forget/layer_1"] == MetricValue(0.4, 0.3, 0.5)
+    assert metrics["cka_debiased/forget/mean"].value is None
+    assert metrics["cka_debiased/forget/mean"].reason == "layer 1: debiased CKA needs four rows"
 
 
 def test_names_become_words() -> None:
-    figure = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 3}
-    names = {"forget/step_1": figure, "forget/height_beyond_retrained": figure, "retain/step_1": figure}
+    value = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 3}
+    names = {"forget/step_1": value, "forget/height_beyond_retrained": value, "retain/step_1": value}
     shown = check_table("relearn", {"target": names, "retrained": names}, ["target", "retrained"])
     assert [group.title for group in shown.groups] == [
         "Forget rows that it does not train on", "Retain rows that it does not train on",
     ]  # fmt: skip
     assert [row.label for row in shown.groups[0].rows] == ["step 1", "mean height beyond the retrained model's"]
     assert [row.direction for row in shown.groups[0].rows] == ["match retrained", "0"]
-    alignment = {"cka/forget/mean": figure, "cka/forget/layer_0": figure}
+    alignment = {"cka/forget/mean": value, "cka/forget/layer_0": value}
     shown = check_table("alignment", {"target": alignment}, ["target", "retrained"])
     assert [(row.label, list(row.cells)) for row in shown.groups[0].rows] == [("forget rows", ["target"])]
-    assert check_table("choice/bio", {"target": {"accuracy": figure}}, ["target"]).title == "Multiple choice: bio"
+    assert check_table("choice/bio", {"target": {"accuracy": value}}, ["target"]).title == "Multiple choice: bio"
     assert "prefix 2" in [
-        row.label for row in check_table("prefix", {"t": {"rouge/prefix_2": figure}}, ["t"]).groups[0].rows
+        row.label for row in check_table("prefix", {"t": {"rouge/prefix_2": value}}, ["t"]).groups[0].rows
     ]
 
 
-def test_figures_are_grouped_and_absent_ones_stand_at_the_end() -> None:
-    figure = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 3}
+def test_metrics_are_grouped_and_absent_ones_come_last() -> None:
+    value = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 3}
     gone = {"value": None, "reason": "needs <a> model"}
     names = ("paraphrase_ks_statistic", "privleak", "mia_loss_auc", "retain_length", "forget_extraction_strength",
              "retain_rouge", "model_utility", "forget_rouge", "probes_utility_variance")  # fmt: skip
-    metrics = {"one": dict.fromkeys(names, figure) | {"forget_quality": gone, "ks_statistic": gone}, "two": {}}
+    metrics = {"one": dict.fromkeys(names, value) | {"forget_quality": gone, "ks_statistic": gone}, "two": {}}
     groups, absent = grouped(metrics)
     assert [group.title for group in groups] == [
         "Forgetting", "Utility", "Memorisation", "Generations", "Membership inference", "Probes",

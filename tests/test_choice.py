@@ -1,4 +1,4 @@
-"""Multiple choice against a slow computation of its own, and against lm-evaluation-harness where that is installed."""
+"""Multiple choice against a separate slow computation, and against lm-evaluation-harness if installed."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def test_letters_equal_a_slow_computation(architecture: str, one_token: bool, ro
     ]
     for batch_size in (1, 5, 64):
         table = choice_table(model, tokenizer, rows, batch_size=batch_size)
-        for found, wanted in zip(table["scores"].to_pylist(), expected, strict=True):
-            assert found == pytest.approx(wanted, rel=1e-4)
+        for scores, wanted in zip(table["scores"].to_pylist(), expected, strict=True):
+            assert scores == pytest.approx(wanted, rel=1e-4)
         assert table["chosen"].to_pylist() == [int(np.argmax(values)) for values in expected]
 
 
@@ -94,9 +94,9 @@ def test_cloze_scores_the_mean_over_the_texts_tokens(rows: list[ChoiceRow]) -> N
     model, tokenizer = tiny_model(), tiny_tokenizer()
     model.config.max_position_embeddings = 1024
     table = choice_table(model, tokenizer, rows, scoring="cloze", batch_size=4)
-    for row, found in zip(rows, table["scores"].to_pylist(), strict=True):
+    for row, scores in zip(rows, table["scores"].to_pylist(), strict=True):
         text = prompt(row, "cloze")
-        assert found == pytest.approx([np.mean(_slow(model, tokenizer, text, f" {c}")) for c in row.choices], rel=1e-4)
+        assert scores == pytest.approx([np.mean(_slow(model, tokenizer, text, f" {c}")) for c in row.choices], rel=1e-4)
     assert "A. " not in prompt(rows[0], "cloze")
 
 
@@ -107,17 +107,17 @@ def test_prompt_is_the_harness_one() -> None:
     assert prompt(ChoiceRow("x-1", "Why?", ("one", "two"), 0)) == "Why?\nA. one\nB. two\nAnswer:"
 
 
-def test_table_and_figures(rows: list[ChoiceRow]) -> None:
+def test_table_and_metrics(rows: list[ChoiceRow]) -> None:
     table = choice_table(tiny_model(), _tokenizer(), rows)
     assert table.schema == choice.CHOSEN
     assert table["row_id"].to_pylist()[:2] == ["mmlu-1", "mmlu-2"]
     assert set(table["cluster"].to_pylist()) == {"high_school_persons", "answers"}
     correct = [row.answer == chosen for row, chosen in zip(rows, table["chosen"].to_pylist(), strict=True)]
-    figures = choice_figures(table, samples=200, seed=0, name="mmlu")
+    metrics = choice_figures(table, samples=200, seed=0, name="mmlu")
     chance = (7 / 3 + 7 / 4) / 14
-    assert figures["accuracy"].value == pytest.approx(np.mean(correct))
-    assert figures["above_chance"].value == pytest.approx(np.mean(correct) - chance)
-    assert (figures["accuracy"].n, figures["accuracy"].clusters) == (14, 2)
+    assert metrics["accuracy"].value == pytest.approx(np.mean(correct))
+    assert metrics["above_chance"].value == pytest.approx(np.mean(correct) - chance)
+    assert (metrics["accuracy"].n, metrics["accuracy"].clusters) == (14, 2)
     one = table.set_column(1, "cluster", pa.array(["answers"] * 14, pa.string()))
     single = choice_figures(one, samples=200, seed=0, name="mmlu")["accuracy"]
     assert single.clusters is None  # one subject is no reason to have no interval
@@ -125,7 +125,7 @@ def test_table_and_figures(rows: list[ChoiceRow]) -> None:
 
 
 def test_a_model_that_knows_the_letter_is_right() -> None:
-    """An output head that looks for one letter only chooses it on every row."""
+    """An output head that favours one letter chooses it on every row."""
     model, tokenizer = tiny_model(), _tokenizer()
     cells = [ChoiceRow(f"x-{n}", "who?", ("a", "b", "c"), n % 3) for n in range(6)]
     letter = tokenizer(" B")["input_ids"][-1]
@@ -163,7 +163,7 @@ def test_parquet_and_the_subjects_of_the_header(tmp_path: Path) -> None:
     assert {row.cluster for row in given} == {"high_school_persons", "answers"}
 
 
-def test_every_broken_row_is_named_and_no_text_is_told(tmp_path: Path) -> None:
+def test_every_broken_row_is_named_and_no_text_is_shown(tmp_path: Path) -> None:
     good = {"question": "SECRET?", "choices": ["SECRET a", "b"], "answer": 0}
     broken = [
         good,
@@ -199,7 +199,7 @@ def test_a_missing_harness_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 @pytest.mark.system
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-evaluation-harness is an optional extra")
 def test_harness_agrees(tmp_path: Path) -> None:
-    """A task of its own with WMDP's layout, from a local file."""
+    """A custom task with WMDP's layout, from a local file."""
     four = [row | {"choices": [f"answer {k}" for k in range(4)]} for row in CELLS]
     source = _written(tmp_path, four)
     lettered = [f"{letter}. {{{{choices[{place}]}}}}" for place, letter in enumerate("ABCD")]
@@ -223,11 +223,11 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
         model.config.max_position_embeddings = 512
         model.save_pretrained(tmp_path / "model")
         tokenizer.save_pretrained(tmp_path / "model")
-        found = run_lm_eval(tmp_path / "model", ["ofmu_tiny"], include_path=tmp_path)["ofmu_tiny"]["acc"]
+        accuracy = run_lm_eval(tmp_path / "model", ["ofmu_tiny"], include_path=tmp_path)["ofmu_tiny"]["acc"]
         rows = choice_rows(source, name="wmdp", option="o", subject="people")
         ours = choice_figures(choice_table(model, tokenizer, rows), samples=10, seed=0, name="x")["accuracy"]
-        assert found.value == ours.value
-        assert found.n == 14
-        assert found.low is not None
+        assert accuracy.value == ours.value
+        assert accuracy.n == 14
+        assert accuracy.low is not None
     with pytest.raises(UserError, match="no task nothing"):
         run_lm_eval(tmp_path / "model", ["nothing"], include_path=tmp_path)

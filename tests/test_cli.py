@@ -1,4 +1,4 @@
-"""The command line: every user's mistake exits 2 with one message, before any worker starts."""
+"""The command line: every user error exits with 2 and one message, before any worker starts."""
 
 import json
 import shutil
@@ -153,7 +153,7 @@ def test_metrics_command_equals_the_golden_numbers(shared_dir, capsys):
     logs = shared_dir / "golden/tofu_eval_logs"
     words = ["metrics", "tofu", "--log", str(logs / "llama2-7b_full.json")]
     assert cli.main([*words, "--retrained-log", str(logs / "llama2-7b_retain90.json")]) == 0
-    found = json.loads(capsys.readouterr().out)
+    metrics = json.loads(capsys.readouterr().out)
     expected = json.loads((shared_dir / "golden/tofu_expected.json").read_text())["full_vs_retain90"]
     names = {"Forget Quality": "forget_quality", "KS statistic": "ks_statistic", "Model Utility": "model_utility"}
     for theirs, value in expected.items():
@@ -161,7 +161,7 @@ def test_metrics_command_equals_the_golden_numbers(shared_dir, capsys):
         section = part.lower().replace("real world", "world_facts").replace(" ", "_")
         quantity = {"ROUGE": "rouge", "Prob.": "probability", "TruthRatio": "truth_ratio"}.get(kind)
         ours = names.get(theirs) or f"{section}_{quantity}"
-        assert found[ours] == pytest.approx(value, abs=1e-6), ours
+        assert metrics[ours] == pytest.approx(value, abs=1e-6), ours
     assert cli.main(["metrics", "tofu", "--log", str(ROOT / "pyproject.toml")]) == 2
     assert cli.main(["metrics", "tofu"]) == 2
 

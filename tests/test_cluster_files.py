@@ -1,4 +1,4 @@
-"""cluster.yaml and the files of cluster/: valid, consistent with what the project pins, closed to the outside."""
+"""cluster.yaml and the files in cluster/: valid, consistent with the pinned versions, closed to the outside."""
 
 import copy
 import json
@@ -45,7 +45,7 @@ def strings(content) -> list[str]:
 
 @pytest.mark.parametrize("name", LAUNCHER)
 def test_ray_takes_the_launcher_file(name):
-    """By the functions and the schema that `ray up` uses; all but what only the cloud can know."""
+    """By the functions and the schema of `ray up`, except what only the cloud knows."""
     validate_config(prepare_config(load(name)))
     schema = Path(ray.__file__).parent / "autoscaler/ray-schema.json"
     jsonschema.validate(prepare_config(load(name)), json.loads(schema.read_text()))
@@ -164,7 +164,7 @@ def test_ray_jobs_ask_for_the_token_and_the_pinned_ray():
 
 
 def test_commands_of_kubernetes_files_are_commands_of_this_project(tmp_path):
-    """What follows `python -m pipelines.unlearn` parses, and writes to the shared volume."""
+    """The arguments of `python -m pipelines.unlearn` parse and write to the shared volume."""
     job, nightly = load(KUBERNETES[0])["spec"], load(KUBERNETES[1])["spec"]["jobTemplate"]
     submit = load(KUBERNETES[2])["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]["args"]
     commands = [job["entrypoint"], nightly["entrypoint"], shlex.join(submit[submit.index("--") + 1 :])]

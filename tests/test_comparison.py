@@ -50,7 +50,7 @@ def test_without_enough_utility_the_nearest_to_the_floor_is_chosen_and_marked() 
     assert chosen([trial(0, 0.1, 0.5), trial(1, 0.2, 0.5)]) == (1, True)
 
 
-def test_only_tuning_trials_with_both_figures_count() -> None:
+def test_only_tuning_trials_with_both_metrics_count() -> None:
     others = [trial(0, None, 0.9), trial(1, 0.9, None), trial(2, 0.9, float("nan")), trial(3, 0.9, 0.9, phase="report")]
     assert chosen(others) is None
     assert chosen([*others, trial(4, 0.1, 0.7)]) == (4, False)
@@ -148,10 +148,10 @@ def test_sensitivity_covers_numeric_options_that_vary() -> None:
         }  # fmt: skip
         trials.append(trial(number, float(number), float(rng.random()), options=json.dumps(options)))
     trials.append(trial(12, None, 0.5, options=json.dumps({"ofmu.inner.lr": 1.0})))
-    found = {entry.option: entry for entry in sensitivity(trials, "forget_quality", "model_utility")}
-    assert list(found) == ["ofmu.beta", "ofmu.inner.lr"]
-    assert found["ofmu.inner.lr"].objective_correlation == pytest.approx(1.0)
-    beta = found["ofmu.beta"]
+    entries = {entry.option: entry for entry in sensitivity(trials, "forget_quality", "model_utility")}
+    assert list(entries) == ["ofmu.beta", "ofmu.inner.lr"]
+    assert entries["ofmu.inner.lr"].objective_correlation == pytest.approx(1.0)
+    beta = entries["ofmu.beta"]
     assert len(beta.values) == 12
     assert beta.utility_correlation == pytest.approx(spearmanr(beta.values, beta.utility).statistic)
 
@@ -161,13 +161,13 @@ def test_two_trials_have_no_correlation() -> None:
     assert [entry.objective_correlation for entry in sensitivity(trials, "forget_quality", "model_utility")] == [None]
 
 
-# ------------------------------------------------------------------------------------------------- figures of draws
+# ------------------------------------------------------------------------------------------------- metrics of draws
 
 SIZES = {"forget": 60, "retain": 50, "real_authors": 20, "world_facts": 20}
 
 
 def table(seed: int, shift: float = 0.0, noise: float = 0.05, persons: int | None = 20) -> pa.Table:
-    """Row values around what all models share; `shift` moves the truth ratios (and the retain rows the other way)."""
+    """Row values around a shared base; `shift` moves the truth ratios (and the retain rows the other way)."""
     common, own = np.random.default_rng(99), np.random.default_rng(seed)
     parts = []
     for name, size in SIZES.items():
@@ -189,7 +189,7 @@ def table(seed: int, shift: float = 0.0, noise: float = 0.05, persons: int | Non
 
 
 @pytest.mark.parametrize("name", ["ks_statistic", "model_utility", "forget_truth_ratio", "retain_rouge"])
-def test_figures_of_draws_are_those_of_the_evaluation(name: str) -> None:
+def test_metrics_of_draws_are_those_of_the_evaluation(name: str) -> None:
     model, retrained = table(1, 0.1), table(2)
     draws = Resamples(retrained, samples=50).figure(name, model, retrained)
     assert isinstance(draws, ResampledRun)
@@ -197,7 +197,7 @@ def test_figures_of_draws_are_those_of_the_evaluation(name: str) -> None:
     assert draws.value == pytest.approx(expected.value, abs=1e-12)
 
 
-def test_a_draw_takes_whole_clusters_and_both_models_at_once() -> None:
+def test_a_draw_takes_complete_clusters_and_both_models_at_once() -> None:
     model, retrained = table(1, 0.1), table(2)
     resamples = Resamples(retrained, samples=30, seed=4)
     weights = resamples.sets["forget"].weights
@@ -248,12 +248,12 @@ def seeds_only(*values: float) -> dict[int, ResampledRun]:
 
 def test_over_seeds_alone_it_is_the_paired_t_test() -> None:
     a, b = [0.5, 0.7, 0.65, 0.6], [0.45, 0.66, 0.5, 0.61]
-    found = paired_test(seeds_only(*a), seeds_only(*b))
-    assert found is not None
-    assert found.p_value == pytest.approx(ttest_rel(a, b).pvalue)
+    test = paired_test(seeds_only(*a), seeds_only(*b))
+    assert test is not None
+    assert test.p_value == pytest.approx(ttest_rel(a, b).pvalue)
     interval = ttest_rel(a, b).confidence_interval()
-    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
-    assert found.covers == "seeds only"
+    assert (test.low, test.high) == pytest.approx((interval.low, interval.high))
+    assert test.covers == "seeds only"
 
 
 def test_over_rows_alone_it_is_nearly_the_paired_t_test_of_rows() -> None:
@@ -261,10 +261,10 @@ def test_over_rows_alone_it_is_nearly_the_paired_t_test_of_rows() -> None:
     weights = np.concatenate([np.ones((1, 80)), rng.multinomial(80, np.full(80, 1 / 80), 4000)])
     a, b = rng.random(80), rng.random(80) + 0.1
     one, two = ({7: ResampledRun(v.mean(), (weights @ v / 80)[1:], 80)} for v in (a, b))
-    found = paired_test(one, two)
-    assert found is not None
-    assert found.p_value == pytest.approx(ttest_rel(a, b).pvalue, rel=0.2)
-    assert (found.covers, found.seeds) == ("rows only", 1)
+    test = paired_test(one, two)
+    assert test is not None
+    assert test.p_value == pytest.approx(ttest_rel(a, b).pvalue, rel=0.2)
+    assert (test.covers, test.seeds) == ("rows only", 1)
 
 
 def test_what_a_paired_test_does_with_little() -> None:
@@ -280,7 +280,7 @@ def test_what_a_paired_test_does_with_little() -> None:
 @settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
 def test_holm_is_the_closed_test_of_bonferroni(p_values: list[float]) -> None:
-    """Adjusted p of a claim: the largest Bonferroni p over all sets of hypotheses that hold it."""
+    """A claim's adjusted p: the largest Bonferroni p over all sets of hypotheses that contain it."""
     n = len(p_values)
     subsets = [[i for i in range(n) if mask >> i & 1] for mask in range(1, 2**n)]
     for index, adjusted in enumerate(holm(p_values)):
@@ -291,28 +291,28 @@ def test_holm_is_the_closed_test_of_bonferroni(p_values: list[float]) -> None:
 def scores(shifts: dict[str, float], name: str = "ks_statistic", seeds: int = 3) -> dict[str, dict[int, ResampledRun]]:
     retrained = table(0)
     resamples = Resamples(retrained, samples=400)
-    found: dict[str, dict[int, ResampledRun]] = {}
+    by_method: dict[str, dict[int, ResampledRun]] = {}
     for number, (method, shift) in enumerate(shifts.items()):
         for seed in range(seeds):
             draws = resamples.score(name, table(100 * number + seed + 1, shift), retrained)
             assert isinstance(draws, ResampledRun)
-            found.setdefault(method, {})[seed] = draws
-    return found
+            by_method.setdefault(method, {})[seed] = draws
+    return by_method
 
 
 def test_the_method_that_is_better_by_construction_is_marked_and_its_equal_too() -> None:
-    found = verdicts(scores({"far": 0.15, "good": 0.0, "equal": 0.0, "farther": 0.3}))
-    assert {found["good"].result, found["equal"].result} == {"best", "not significantly worse"}
-    assert found["far"].result == found["farther"].result == "worse"
-    assert found["farther"].test is not None
-    assert found["farther"].test.covers == "rows and seeds"
-    assert found["farther"].test.difference > found["far"].test.difference > 0  # type: ignore[union-attr]
-    assert found["farther"].test.low > 0  # type: ignore[operator]
+    results = verdicts(scores({"far": 0.15, "good": 0.0, "equal": 0.0, "farther": 0.3}))
+    assert {results["good"].result, results["equal"].result} == {"best", "not significantly worse"}
+    assert results["far"].result == results["farther"].result == "worse"
+    assert results["farther"].test is not None
+    assert results["farther"].test.covers == "rows and seeds"
+    assert results["farther"].test.difference > results["far"].test.difference > 0  # type: ignore[union-attr]
+    assert results["farther"].test.low > 0  # type: ignore[operator]
 
 
 def test_a_method_below_the_floor_is_never_best() -> None:
-    found = verdicts(scores({"good": 0.0, "far": 0.15}), barred={"good": "below the utility floor"})
-    assert {method: verdict.result for method, verdict in found.items()} == {
+    results = verdicts(scores({"good": 0.0, "far": 0.15}), barred={"good": "below the utility floor"})
+    assert {method: verdict.result for method, verdict in results.items()} == {
         "good": "below the utility floor",
         "far": "best",
     }
@@ -322,7 +322,7 @@ def test_a_method_below_the_floor_is_never_best() -> None:
 
 
 def test_equal_methods_are_rarely_called_different() -> None:
-    """Family-wise error at most about 5 %, where both rows and seeds vary."""
+    """Family-wise error of at most about 5 % if both rows and seeds vary."""
     rng = np.random.default_rng(0)
     false_claims = 0
     for _ in range(100):
@@ -337,5 +337,5 @@ def test_equal_methods_are_rarely_called_different() -> None:
 
 
 def test_a_single_seed_without_rows_is_not_tested() -> None:
-    found = verdicts({"a": seeds_only(0.5), "b": seeds_only(0.4), "c": {}})
-    assert {method: verdict.result for method, verdict in found.items()} == {"a": "best", "b": "not tested"}
+    results = verdicts({"a": seeds_only(0.5), "b": seeds_only(0.4), "c": {}})
+    assert {method: verdict.result for method, verdict in results.items()} == {"a": "best", "b": "not tested"}

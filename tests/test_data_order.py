@@ -1,4 +1,4 @@
-"""The plan's order: pure numpy, so its promises are checked over random shapes."""
+"""The plan's order: pure numpy, so its guarantees are checked over random shapes."""
 
 from collections import Counter
 
@@ -82,8 +82,8 @@ def test_bucketing_saves_padding_and_batches_stay_shuffled() -> None:
     plain = np.random.default_rng(0).permutation(2000).reshape(250, 8)
 
     def padding(batches: np.ndarray) -> int:
-        found = lengths[batches]
-        return int((found.max(axis=1, keepdims=True) - found).sum())
+        batch_lengths = lengths[batches]
+        return int((batch_lengths.max(axis=1, keepdims=True) - batch_lengths).sum())
 
     assert padding(order) < 0.25 * padding(plain)
     mean = lengths[order].mean(axis=1)

@@ -37,14 +37,14 @@ from ofmu_ray.errors import UserError
 pytestmark = pytest.mark.system
 
 STORE_BYTES = 80 * 2**20
-"""About the smallest object store that Ray starts with."""
+"""About the smallest object store that Ray accepts."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this module
     options = {"include_dashboard": False, "logging_level": logging.ERROR, "log_to_driver": False}
-    ray.shutdown()  # the files' common one has a larger store
+    ray.shutdown()  # the shared Ray has a larger store
     ray.init(num_cpus=2, object_store_memory=STORE_BYTES, **options)
     yield
     ray.shutdown()
@@ -75,7 +75,9 @@ def jsonl(path: Path, rows: list[Any]) -> str:
 
 
 def prepare(folder: Path, tokenizer: Any, rows: dict[str, list[Any]], fmt: FormatConfig | None = None, **options: Any):
-    sources = {name: SourceConfig(path=jsonl(folder / f"{name}.jsonl", found)) for name, found in rows.items()}
+    sources = {
+        name: SourceConfig(path=jsonl(folder / f"{name}.jsonl", stream_rows)) for name, stream_rows in rows.items()
+    }
     return prepare_streams(
         sources, None, AnswerEncoder(tokenizer, fmt or FormatConfig()), str(folder / "runs"), **options
     )
@@ -86,7 +88,7 @@ def prepare(folder: Path, tokenizer: Any, rows: dict[str, list[Any]], fmt: Forma
 
 @pytest.mark.full
 def test_a_worker_killed_while_it_tokenises(tmp_path, tokenizer, monkeypatch):
-    """SIGKILL once per part, when the part is written but not yet reported: the part is written again."""
+    """SIGKILL once per part, after it is written and before it is reported: the part is written again."""
     rows = {"forget": made(7, "a"), "retain": made(30, "b")}
     undisturbed = prepare(tmp_path / "undisturbed", tokenizer, rows)
 
@@ -251,8 +253,8 @@ def planned(
     return write_plan(prepared.streams, target, batches_per_round=counts, workers=workers, **numbers)
 
 
-def as_lists(found: Any) -> list[Any]:
-    """Batches as plain lists, to be compared whole."""
+def as_lists(rounds: Any) -> list[Any]:
+    """Batches as plain lists, for comparing everything."""
     return [
         {
             name: [
@@ -261,7 +263,7 @@ def as_lists(found: Any) -> list[Any]:
             ]
             for name, batches in one.items()
         }
-        for one in found
+        for one in rounds
     ]
 
 
@@ -281,7 +283,7 @@ def test_global_batches_do_not_depend_on_the_workers(tmp_path: Path, tokenizer: 
     one = contents(1)
     assert contents(2) == one
     assert contents(4) == one
-    used = Counter(row for found in one for batch in found["forget"] for row in batch.elements())
+    used = Counter(row for round_batches in one for batch in round_batches["forget"] for row in batch.elements())
     assert set(used) == {f"forget-{i}" for i in range(1, 8)}
     assert max(used.values()) - min(used.values()) <= 1  # 132 slots, 7 rows
 
@@ -321,13 +323,13 @@ def test_ray_data_writes_the_plan_that_this_process_writes(
     here = planned(tmp_path / "here", tokenizer, forget=7)
     monkeypatch.setattr("ofmu_ray.data.batch_plan.SMALL_ROWS", 0)
     monkeypatch.setattr("ofmu_ray.data.batch_plan._write_lanes_here", lambda *_: pytest.fail("not a Ray Data job"))
-    there = planned(tmp_path / "there", tokenizer, forget=7)
-    assert there.fingerprint == here.fingerprint
+    by_ray = planned(tmp_path / "there", tokenizer, forget=7)
+    assert by_ray.fingerprint == here.fingerprint
     names = [path.relative_to(here.folder) for path in sorted(Path(here.folder).rglob("*.parquet"))]
-    assert names == [path.relative_to(there.folder) for path in sorted(Path(there.folder).rglob("*.parquet"))]
+    assert names == [path.relative_to(by_ray.folder) for path in sorted(Path(by_ray.folder).rglob("*.parquet"))]
     assert len(names) == here.workers * here.files == 6
     for name in names:
-        assert pq.read_table(Path(here.folder, name)).equals(pq.read_table(Path(there.folder, name))), name
+        assert pq.read_table(Path(here.folder, name)).equals(pq.read_table(Path(by_ray.folder, name))), name
 
 
 @pytest.mark.parametrize("start", [0, 3, 4, 10, 11])
@@ -349,8 +351,8 @@ def test_stream_that_begins_too_late_is_refused(tmp_path: Path, tokenizer: Any) 
 
 @pytest.mark.full
 def test_a_plan_larger_than_the_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Written as a shuffle, which spills; its two lanes, read at once by processes that take their time, are not
-    spilled. Every row is there once, with its own tokens."""
+    """Writing it is a shuffle, which spills. Its two shards, read concurrently by slow processes, do not spill. Every
+    row is there once, with its tokens."""
     rows, length, parts = 2000, 16_384, 8
     folder = tmp_path / "tokens"
     folder.mkdir()
@@ -370,14 +372,14 @@ def test_a_plan_larger_than_the_object_store(tmp_path: Path, monkeypatch: pytest
     assert spilled() > before
 
     def read(lane: int) -> list[int]:
-        seen = []
+        positions = []
         for batch in lane_iterator(plan, lane, readers=2).iter_batches(batch_size=10, batch_format="pyarrow"):
             time.sleep(0.02)  # a round
             for name, tokens in zip(batch["row_id"].to_pylist(), batch["input_ids"], strict=True):
                 row = int(name.removeprefix("retain-"))
                 assert np.array_equal(tokens.values.to_numpy(), np.arange(row * length, (row + 1) * length))
-                seen.append(row)
-        return seen
+                positions.append(row)
+        return positions
 
     before = spilled()
     task = ray.remote(read)
@@ -388,7 +390,7 @@ def test_a_plan_larger_than_the_object_store(tmp_path: Path, monkeypatch: pytest
 
 
 def spilled() -> int:
-    """Bytes that this cluster's object stores have written to disk so far."""
+    """Bytes that this cluster's object stores have spilled to disk so far."""
     state = get_state_from_address(ray.get_runtime_context().gcs_address)
     return int(get_memory_info_reply(state).store_stats.spilled_bytes_total)
 
@@ -442,7 +444,7 @@ def test_object_store_holds_sources_tokens_and_plan(tmp_path: Path, tokenizer: A
 
 
 def _loop(config: dict[str, Any]) -> None:
-    """Writes down what a worker is given, from the start and as if resumed at round 5."""
+    """Records what a worker receives, from the start and as if resumed at round 5."""
     import ray.train
 
     rank, plan = ray.train.get_context().get_world_rank(), read_plan(config["folder"])
@@ -455,7 +457,7 @@ def _loop(config: dict[str, Any]) -> None:
 
 @pytest.mark.full
 def test_two_workers_that_take_every_cpu_get_their_lanes(tmp_path: Path, tokenizer: Any) -> None:
-    """One forget row, 103 retain rows, workers of one CPU each on two CPUs: none is left for the readers."""
+    """One forget row, 103 retain rows, two workers with one CPU each on two CPUs: none is left for readers."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 

@@ -1,4 +1,4 @@
-"""Fragments and evaluation rows: what needs no Ray."""
+"""Fragments and evaluation rows, as far as they need no Ray."""
 
 import json
 from pathlib import Path
@@ -90,8 +90,8 @@ def test_mistakes_name_option_and_remedy(
 def test_evaluation_rows(tmp_path: Path) -> None:
     row = {"question": "q", "answer": "a", "paraphrased_answer": "b", "perturbed_answer": ["c", "d"], "other": 1}
     path = jsonl(tmp_path / "e.json", [row, row], end="")
-    found = evaluation_rows("e.json", str(tmp_path), None, name="forget")
-    assert found == [{"row_id": f"forget-{i}", **{k: v for k, v in row.items() if k != "other"}} for i in (1, 2)]
+    rows = evaluation_rows("e.json", str(tmp_path), None, name="forget")
+    assert rows == [{"row_id": f"forget-{i}", **{k: v for k, v in row.items() if k != "other"}} for i in (1, 2)]
     assert len(evaluation_rows(str(path), None, 1)) == 1
     plain = jsonl(tmp_path / "plain.jsonl", ROWS)
     assert evaluation_rows(str(plain), None)[0] == {"row_id": "evaluation-1", **ROWS[0]}

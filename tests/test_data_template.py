@@ -28,7 +28,7 @@ def byte_level() -> Tokenizer:
 
 
 def one_word() -> Tokenizer:
-    """Merges over white space and across the whole text, so that prompt and answer can share a token."""
+    """Merges over white space and across the complete text, so that prompt and answer can share a token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -151,6 +151,6 @@ def test_pickle_gives_the_same_tokens_and_the_fingerprint_follows_the_layout() -
         (build(chat="{{ bos_token }}"), FormatConfig(), "exactly once"),
     ],
 )
-def test_mistakes_are_told(tokenizer: PreTrainedTokenizerFast, config: FormatConfig, said: str) -> None:
+def test_mistakes_are_reported(tokenizer: PreTrainedTokenizerFast, config: FormatConfig, said: str) -> None:
     with pytest.raises(UserError, match=said):
         Template(tokenizer, config)

@@ -1,4 +1,4 @@
-"""When generations are degenerate: against closed forms and known truth, from figures as they are written down."""
+"""When generations are degenerate: against closed forms and known truth, from metrics as recorded."""
 
 from __future__ import annotations
 
@@ -23,45 +23,45 @@ LARGEST = (math.log2(11) + 2 * math.log2(10)) / 3
 """Largest entropy of a text of 12 tokens."""
 
 
-def figures(**values: tuple[float, float, float]) -> dict[str, Any]:
+def metrics_of(**values: tuple[float, float, float]) -> dict[str, Any]:
     ends = zip(("", "_low", "_high"), zip(*values.values(), strict=True), strict=True)
-    return {f"forget_{name}{end}": value for end, found in ends for name, value in zip(values, found, strict=True)}
+    return {f"forget_{name}{end}": value for end, ends_of in ends for name, value in zip(values, ends_of, strict=True)}
 
 
 def test_the_interval_of_the_difference_decides() -> None:
-    """Independent normal estimates: half-widths add in quadrature, so that 0.07 apart is just not enough for these."""
+    """Independent normal estimates: half-widths add in quadrature, so a difference of 0.07 is just too small here."""
     half = 0.05 * math.sqrt(2)
     for gap, failed in ((half - 1e-9, ()), (half + 1e-9, ("ngram_variety",))):
         value = 0.9 - gap
-        assert failed_measures(figures(ngram_variety=(value, value - 0.05, value + 0.05)), RETRAINED) == failed
-    assert failed_measures(figures(ngram_variety=(1.0, 0.99, 1.0), repetition=(0.0, 0.0, 0.0)), RETRAINED) == ()
-    both = figures(repetition=(0.76, 0.7, 0.8), empty=(0.02, 0.0, 0.1), ngram_variety=(0.3, 0.2, 0.4))
+        assert failed_measures(metrics_of(ngram_variety=(value, value - 0.05, value + 0.05)), RETRAINED) == failed
+    assert failed_measures(metrics_of(ngram_variety=(1.0, 0.99, 1.0), repetition=(0.0, 0.0, 0.0)), RETRAINED) == ()
+    both = metrics_of(repetition=(0.76, 0.7, 0.8), empty=(0.02, 0.0, 0.1), ngram_variety=(0.3, 0.2, 0.4))
     assert failed_measures(both, RETRAINED) == ("repetition", "ngram_variety")
 
 
-def test_a_difference_that_nobody_would_notice_is_not_degenerate() -> None:
-    """Both certain: 1.2 % of repeated 4-grams where the retrained model has 0.2 %; and 6 %."""
+def test_an_unnoticeable_difference_is_not_degenerate() -> None:
+    """Both are certain: 1.2 % of repeated 4-grams (the retrained model has 0.2 %), and 6 %."""
     certain = SoundRange("retrained", {"repetition": (0.002, 0.001, 0.003)})
-    assert failed_measures(figures(repetition=(0.012, 0.006, 0.020)), certain) == ()
-    assert failed_measures(figures(repetition=(0.06, 0.05, 0.07)), certain) == ("repetition",)
+    assert failed_measures(metrics_of(repetition=(0.012, 0.006, 0.020)), certain) == ()
+    assert failed_measures(metrics_of(repetition=(0.06, 0.05, 0.07)), certain) == ("repetition",)
 
 
 def test_what_is_not_measured_is_not_known() -> None:
     assert failed_measures({}, RETRAINED) is None
     assert failed_measures({"forget_repetition": 0.9, "forget_repetition_low": None}, RETRAINED) is None
-    assert failed_measures(figures(repetition=(0.9, 0.8, 1.0)), None) is None
+    assert failed_measures(metrics_of(repetition=(0.9, 0.8, 1.0)), None) is None
     assert words({}, RETRAINED) is None
 
 
 def test_the_verdict_in_words() -> None:
-    loud = figures(repetition=(0.76, 0.7, 0.8), empty=(0.0, 0.0, 0.0), ngram_variety=(0.9, 0.85, 0.95))
+    loud = metrics_of(repetition=(0.76, 0.7, 0.8), empty=(0.0, 0.0, 0.0), ngram_variety=(0.9, 0.85, 0.95))
     assert words(loud, RETRAINED) == "answers to forget prompts: repetition 0.76 (retrained 0.00): degenerate"
-    calm = figures(repetition=(0.01, 0.0, 0.02))
+    calm = metrics_of(repetition=(0.01, 0.0, 0.02))
     assert words(calm, RETRAINED) == "answers to forget prompts: repetition 0.01 (retrained 0.00): not degenerate"
 
 
 def rows(name: str, rng: np.random.Generator, size: int = 100, loud: float = 0.02, tokens: int = 12) -> pa.Table:
-    """Generations of a set: a share `loud` of them repeats itself, and the entropy falls with it."""
+    """Generations of a set: a share `loud` of them repeats itself, with lower entropy."""
     bad = rng.random(size) < loud
     return pa.table(
         {
@@ -74,21 +74,21 @@ def rows(name: str, rng: np.random.Generator, size: int = 100, loud: float = 0.0
 
 
 def judged(table: pa.Table) -> dict[str, Any]:
-    return plain({name: figure.to_json() for name, figure in summarise(table, bootstrap_samples=200).items()})
+    return plain({name: value.to_json() for name, value in summarise(table, bootstrap_samples=200).items()})
 
 
 @pytest.mark.parametrize(("loud", "least", "most"), [(0.02, 0, 10), (0.4, 100, 100)])
 def test_equally_good_models_are_rarely_marked_and_broken_ones_always(loud: float, least: int, most: int) -> None:
-    """Of 100 pairs; a value merely outside the other's interval would mark one equal pair in five."""
+    """Of 100 pairs. Marking values outside the other's interval would mark one equal pair in five."""
     rng = np.random.default_rng(0)
     marked = outside = 0
     for _ in range(100):
         sound = sound_generations(None, rows("forget", rng), bootstrap_samples=200)
-        found = judged(rows("forget", rng, loud=loud))
-        marked += bool(failed_measures(found, sound))
+        metrics = judged(rows("forget", rng, loud=loud))
+        marked += bool(failed_measures(metrics, sound))
         assert sound is not None
         outside += any(
-            found[f"forget_{name}"] > high if name != "ngram_variety" else found[f"forget_{name}"] < low
+            metrics[f"forget_{name}"] > high if name != "ngram_variety" else metrics[f"forget_{name}"] < low
             for name, (_, low, high) in sound.bounds.items()
         )
     assert least <= marked <= most
@@ -96,37 +96,37 @@ def test_equally_good_models_are_rarely_marked_and_broken_ones_always(loud: floa
 
 
 def test_variety_does_not_ask_for_length() -> None:
-    """A text without a repeated bigram has all the variety there is, whatever its length; one word over and over, none.
+    """A text without a repeated bigram has full variety, whatever its length; one word over and over has none.
 
-    The entropy alone would mark the built-in target itself beside the retrained model, whose answers are longer.
+    The entropy alone would mark the built-in target compared with the retrained model, whose answers are longer.
     """
     texts = [list(range(12)), list(range(40)), [1, 2, 3], [7], [], [5] * 30]
     entropy = np.array([ngram_entropy(text) for text in texts])
-    found = ngram_variety(entropy, np.array([float(len(text)) for text in texts]))
-    assert found.tolist() == pytest.approx([1, 1, 1, 1, 1, 0])
+    variety = ngram_variety(entropy, np.array([float(len(text)) for text in texts]))
+    assert variety.tolist() == pytest.approx([1, 1, 1, 1, 1, 0])
     half = ngram_variety(np.array([ngram_entropy([1, 2, 3, 4] * 3)]), np.array([12.0]))
     assert 0.5 < half[0] < 0.7
     assert np.isnan(ngram_variety(np.array([np.nan]), np.array([4.0])))[0]
 
 
 def test_nothing_but_zeros_has_an_interval_too() -> None:
-    """The resampled interval of 100 zeros has no width; four repetitive rows in a hundred are no proof of anything."""
+    """The resampled interval of 100 zeros has no width; four repetitive rows in a hundred prove nothing."""
     silent = rows("forget", np.random.default_rng(0), loud=0.0)
     sound = sound_generations(None, silent, bootstrap_samples=50)
     assert sound is not None
     assert sound.bounds["repetition"] == (0.0, 0.0, pytest.approx(0.0362, abs=1e-4))  # Clopper and Pearson of 0 in 100
-    assert failed_measures(figures(repetition=(0.04, 0.01, 0.08)), sound) == ()
-    assert failed_measures(figures(repetition=(0.09, 0.04, 0.15)), sound) == ("repetition",)
+    assert failed_measures(metrics_of(repetition=(0.04, 0.01, 0.08)), sound) == ()
+    assert failed_measures(metrics_of(repetition=(0.09, 0.04, 0.15)), sound) == ("repetition",)
 
 
 def test_without_a_retrained_model_the_target_on_rows_that_it_never_saw() -> None:
     rng = np.random.default_rng(0)
     forget, retain, holdout = rows("forget", rng, loud=0.9), rows("retain", rng), rows("holdout", rng, loud=0.1)
     target = pa.concat_tables([forget, retain, holdout])
-    found = sound_generations(target, None, bootstrap_samples=20)
-    assert found is not None
-    assert found.of == "target on holdout rows"
-    assert found.bounds["repetition"][0] == pytest.approx(np.mean(holdout["repetition"].to_numpy()))
+    sound = sound_generations(target, None, bootstrap_samples=20)
+    assert sound is not None
+    assert sound.of == "target on holdout rows"
+    assert sound.bounds["repetition"][0] == pytest.approx(np.mean(holdout["repetition"].to_numpy()))
     without = sound_generations(pa.concat_tables([forget, retain]), None, bootstrap_samples=20)
     assert without is not None
     assert without.of == "target on retain rows"

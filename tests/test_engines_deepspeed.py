@@ -40,21 +40,21 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     return run_ranks(1, ONE_RANK, tmp_path_factory.mktemp("one"))
 
 
-def judge(case: Case, found: dict[str, Any], world: int) -> None:
+def judge(case: Case, results: dict[str, Any], world: int) -> None:
     for name, tolerance in TOLERANCES[case.precision].items():
-        assert found[name] <= tolerance, f"{name}: {found[name]:.2e} > {tolerance:.0e}"
-    assert found["norm"] < 1e-6
-    assert found["accumulated"] < ACCUMULATED[case.precision]
-    assert found["account"]
-    assert found["names"]
-    assert found["restored"]
-    assert found["restored_nested"]
-    assert found["gradient_again"]
-    assert found["resumed"]
-    assert found["refuses"]
-    assert found["evaluated"] < 1e-6
-    whole = 1.0 if case.stage == 0 else 1.0 / world
-    assert found["shard"] == pytest.approx(whole, rel=0.01)  # alignment padding
+        assert results[name] <= tolerance, f"{name}: {results[name]:.2e} > {tolerance:.0e}"
+    assert results["norm"] < 1e-6
+    assert results["accumulated"] < ACCUMULATED[case.precision]
+    assert results["account"]
+    assert results["names"]
+    assert results["restored"]
+    assert results["restored_nested"]
+    assert results["gradient_again"]
+    assert results["resumed"]
+    assert results["refuses"]
+    assert results["evaluated"] < 1e-6
+    share = 1.0 if case.stage == 0 else 1.0 / world
+    assert results["shard"] == pytest.approx(share, rel=0.01)  # alignment padding
 
 
 @pytest.mark.parametrize("case", TWO_RANKS, ids=str)

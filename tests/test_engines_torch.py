@@ -1,4 +1,4 @@
-"""The single-process engine: closed forms, exact restoration, the optimisers of torch, state, exports."""
+"""The single-process engine: closed forms, exact restoration, torch's optimisers, state, exports."""
 
 from __future__ import annotations
 
@@ -214,11 +214,11 @@ def test_state_continues_to_the_bit(offload: str) -> None:
     two_steps(engine)
     saved = engine.state_dict()
     expected = two_steps(engine)
-    account = engine.account.state()
+    counts = engine.account.state()
     resumed = fresh()
     resumed.load_state_dict(saved)
     assert torch.equal(two_steps(resumed), expected)
-    assert resumed.account.state() == account
+    assert resumed.account.state() == counts
     with pytest.raises(UserError, match=r"same training\.engine, training\.zero_stage and model"):
         TorchEngine(mlp(), squares).load_state_dict(saved)
 

@@ -58,7 +58,7 @@ def run(storage: Path, *words: str, **config: Any) -> tuple[int, dict[str, Any]]
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kinds of the checks that are run in this process, as they are run."""
+    """The kinds of the attacks that run in this process, in order."""
     kinds: list[str] = []
     real = measurements.measure
 
@@ -74,7 +74,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def finished(
     tmp_path_factory: pytest.TempPathFactory, data: Path, local_ray: None
 ) -> tuple[Path, dict[str, Any], list[str], int]:
-    """All checks of the built-in models. It is killed in the fourth check, and then goes on."""
+    """All attacks on the built-in models. The evaluation is killed in the fourth attack and then resumed."""
     storage, kinds = tmp_path_factory.mktemp("runs"), []
     real = measurements.measure
 
@@ -101,29 +101,30 @@ def status_of(storage: Path) -> list[str]:
     return [status for (status,) in sqlite3.connect(storage / "mlflow.db").execute("select status from runs")]
 
 
-def assert_close(found: Any, expected: Any, place: str = "") -> None:
-    """The same figures, within rounding."""
+def assert_close(value: Any, expected: Any, place: str = "") -> None:
+    """The same values, up to rounding."""
     if isinstance(expected, dict):
-        assert found.keys() == expected.keys(), place
+        assert value.keys() == expected.keys(), place
         for key in expected:
-            assert_close(found[key], expected[key], f"{place}/{key}")
+            assert_close(value[key], expected[key], f"{place}/{key}")
     elif isinstance(expected, float):
-        assert found == pytest.approx(expected, rel=2e-4, abs=1e-5), place
+        assert value == pytest.approx(expected, rel=2e-4, abs=1e-5), place
     else:
-        assert found == expected, place
+        assert value == expected, place
 
 
 @pytest.mark.system
-def test_every_check_has_figures_of_every_model(finished: Any) -> None:
+def test_every_attack_has_metrics_for_every_model(finished: Any) -> None:
     metrics = finished[1]
     assert set(metrics) == {"models", "checks", "weights_sha256", "config"}
     assert set(metrics["models"]) == {"target", "retrained"}
     for name in ("forget_quality", "model_utility", "mia_gradient_norm_auc", "privleak", "multihop_utility"):
-        figure = metrics["models"]["target"][name]
-        assert figure["low"] <= figure["value"] <= figure["high"], name
+        value = metrics["models"]["target"][name]
+        assert value["low"] <= value["value"] <= value["high"], name
     assert list(metrics["checks"]) == ["relearn", "quantise", "prefix", "alignment", "choice/sums", "choice/texts"]
     target, retrained = (
-        {check: found.get(label) for check, found in metrics["checks"].items()} for label in ("target", "retrained")
+        {check: by_model.get(label) for check, by_model in metrics["checks"].items()}
+        for label in ("target", "retrained")
     )
     assert retrained["alignment"] is None
     plain = metrics["models"]["target"]["forget_probability"]["value"]
@@ -140,7 +141,7 @@ def test_every_check_has_figures_of_every_model(finished: Any) -> None:
 
 
 @pytest.mark.system
-def test_a_killed_evaluation_goes_on(finished: Any) -> None:
+def test_a_killed_evaluation_resumes(finished: Any) -> None:
     storage, _, kinds, kept = finished
     assert kept == 3
     assert len(kinds) == 4 + TABLES - 3  # the fourth one, in which it was killed, ran again
@@ -165,7 +166,7 @@ def test_a_second_evaluation_runs_nothing(
 def test_actors_tasks_and_batch_size_change_nothing_but_rounding(
     finished: Any, data: Path, tmp_path: Path, counted: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is cached here: sets by two actors, checks by processes, three rows at a time."""
+    """Without a cache: sets by two actors, attacks by processes, three rows at a time."""
     monkeypatch.setattr(map_tasks, "SMALL_FLOPS", 0.0)
     some = {name: CHECKS[name] for name in ("relearn", "prefix", "alignment", "gradient_norm", "choice")}
     changed = {"actors": 2, "batch_size": 3}
@@ -198,7 +199,7 @@ def test_no_text_of_forget_rows_is_left_anywhere(finished: Any) -> None:
 
 
 @pytest.mark.system
-def test_page_and_mlflow_show_figures_and_checks(finished: Any) -> None:
+def test_page_and_mlflow_show_metrics_and_attacks(finished: Any) -> None:
     storage, metrics, _, _ = finished
     page = (storage / "e" / "report.html").read_text()
     for words in ("Forgetting", "Membership inference", "Relearning attack", "Rounded weights", "Other ways to ask",
@@ -220,7 +221,7 @@ def test_page_and_mlflow_show_figures_and_checks(finished: Any) -> None:
 def test_an_evaluation_in_an_object_store(
     tmp_path: Path, finished: tuple[Path, dict[str, Any], list[str], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cache, rows and page lie in the bucket, and the figures are those of a folder."""
+    """Cache, rows and page are in the bucket, and the values are those of a folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with s3_server() as server:
         for name, value in server.environment.items():
@@ -230,17 +231,17 @@ def test_an_evaluation_in_an_object_store(
         assert cli.main(["evaluate", *words]) == 0
         kept = server.keys("runs/cache")
         assert server.keys("runs/e/") == [f"runs/e/{name}" for name in ("metrics.json", "report.html", "rows.parquet")]
-        for label, figures in json.loads(server.read("runs/e/metrics.json"))["models"].items():
-            there = {name: figure for name, figure in figures.items() if figure["value"] is not None}
-            assert "model_utility" in there
-            assert_close(there, {name: finished[1]["models"][label][name] for name in there})
+        for label, values in json.loads(server.read("runs/e/metrics.json"))["models"].items():
+            measured = {name: value for name, value in values.items() if value["value"] is not None}
+            assert "model_utility" in measured
+            assert_close(measured, {name: finished[1]["models"][label][name] for name in measured})
         assert cli.main(["evaluate", *words]) == 0
         assert server.keys("runs/cache") == kept
 
 
 @pytest.mark.system
 def test_the_numbers_are_those_of_a_runs_end(tmp_path: Path) -> None:
-    """The exported model on its own, without the run's cache."""
+    """The exported model alone, without the run's cache."""
     storage = tmp_path / "run"
     words = ["--storage", str(storage), "--name", "u", "--training.rounds", "2", "--training.engine", "torch",
              "--ofmu.inner.lr", "5e-4", "--tracking.system_metrics", "false"]  # fmt: skip
@@ -260,7 +261,7 @@ def test_the_numbers_are_those_of_a_runs_end(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with fewer tokens and layers than the built-in ones, and with its own tokenizer."""
+    """A model with fewer tokens and layers than the built-in ones and with its own tokenizer."""
     folder = tmp_path_factory.mktemp("tiny")
     tiny_model().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -328,7 +329,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("config", "words"), MISTAKES, ids=lambda value: value[0] if isinstance(value, list) else "")
-def test_mistakes_are_told_before_anything_runs(
+def test_mistakes_are_reported_before_anything_runs(
     config: dict[str, Any], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(tmp_path, **config)[0] == 2
@@ -365,14 +366,14 @@ def test_the_harness_is_asked_for_at_the_start(
     assert "ofmu-ray[lm-eval]" in capsys.readouterr().err
 
 
-def test_figures_of_many_models_fit_mlflow(tmp_path: Path) -> None:
-    """MLflow takes 1000 metrics at a time; a figure is three of them."""
+def test_metrics_of_many_models_fit_mlflow(tmp_path: Path) -> None:
+    """MLflow takes 1000 metrics at a time; a value with its interval is three of them."""
     from ofmu_ray import tracking
     from ofmu_ray.config import TrackingConfig
 
     handle = tracking.start(TrackingConfig(), str(tmp_path), "many", {})
-    figure = {"value": 0.5, "low": 0.4, "high": 0.6}
-    assert tracking.finish(handle, metrics={f"m{n}": {f"f{k}": figure for k in range(70)} for n in range(6)})
+    value = {"value": 0.5, "low": 0.4, "high": 0.6}
+    assert tracking.finish(handle, metrics={f"m{n}": {f"f{k}": value for k in range(70)} for n in range(6)})
     logged = sqlite3.connect(tmp_path / "mlflow.db").execute("select count(*) from latest_metrics").fetchone()
     assert logged == (6 * 70 * 3,)
 

@@ -1,4 +1,4 @@
-"""Evaluation of a model directory: same numbers in-process and on actors, the cache, private text, and the figures."""
+"""Evaluation of a model directory: same numbers in-process and on actors, cache, private text, and metrics."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ def _evaluate(model_dir: Path, storage: Path, config: EvaluationConfig = CONFIG,
     return evaluate_model(model_dir, model_dir, sets, FormatConfig(), config, storage, label="test", **options)
 
 
-def _assert_same(found: pa.Table, expected: pa.Table, rel: float = 1e-6) -> None:
-    """Equal texts and counts; numbers within rounding."""
-    assert found.schema == expected.schema
+def _assert_same(table: pa.Table, expected: pa.Table, rel: float = 1e-6) -> None:
+    """Equal texts and counts; numbers up to rounding."""
+    assert table.schema == expected.schema
     for name in expected.schema.names:
-        values, wanted = found[name].to_pylist(), expected[name].to_pylist()
+        values, wanted = table[name].to_pylist(), expected[name].to_pylist()
         if pa.types.is_floating(expected.schema.field(name).type):
             assert [value is None for value in values] == [value is None for value in wanted], name
             numbers = [value for value in wanted if value is not None]
@@ -170,14 +170,14 @@ def test_batch_size_changes_nothing_but_rounding(model_dir: Path, tmp_path: Path
 
 def _kill_actors() -> list[int]:
     """SIGKILL of all evaluation actors of this process's Ray."""
-    found = [
+    actors = [
         process
         for process in psutil.Process().children(recursive=True)
         if process.status() != psutil.STATUS_ZOMBIE and any("WarmProcess" in part for part in process.cmdline())
     ]
-    for process in found:
+    for process in actors:
         process.kill()
-    return [process.pid for process in found]
+    return [process.pid for process in actors]
 
 
 @pytest.mark.full
@@ -290,16 +290,16 @@ def test_text_of_forget_rows_stays_out_of_files(model_dir: Path, tmp_path: Path)
     assert all(record["generated"] is not None for record in stored if record["set"] != "forget")
     hidden = _evaluate(model_dir, tmp_path)
     assert hidden == without_private_text(revealed)
-    # asked for again, the text is there although the cache never held it
+    # when requested again, the text is there although the cache never contained it
     again = _evaluate(model_dir, tmp_path, reveal_text=True)
     assert again == revealed
 
 
-# ----------------------------------------------------------------------------------------------------- the figures
+# ----------------------------------------------------------------------------------------------------- the metrics
 
 
 def _by_hand(table: pa.Table, name: str) -> list[float]:
-    """(probability, ROUGE-L, truth-ratio score) of a set, from the raw losses."""
+    """(probability, ROUGE-L, truth-ratio score) of a set from the raw losses."""
     records = [record for record in table.to_pylist() if record["set"] == name]
     probabilities, scores = [], []
     for record in records:
@@ -315,48 +315,48 @@ def _by_hand(table: pa.Table, name: str) -> list[float]:
 
 
 def _with_some_rouge(table: pa.Table) -> pa.Table:
-    """Random models recall nothing; give the recall values that a mean can be told from."""
+    """Random models recall nothing; replace the recall by values with a distinguishable mean."""
     column = table.schema.get_field_index("rouge_l_recall")
     return table.set_column(column, "rouge_l_recall", pa.array(np.linspace(0.1, 0.9, table.num_rows)))
 
 
-def test_figures_by_hand(model_dir: Path, tmp_path: Path) -> None:
+def test_metrics_by_hand(model_dir: Path, tmp_path: Path) -> None:
     table = _with_some_rouge(_evaluate(model_dir, tmp_path))
     retrained = _evaluate(_saved(tmp_path / "retrained", seed=1), tmp_path)
-    figures = summarise(table, retrained, bootstrap_samples=50, seed=0)
-    assert tuple(figures) == LISTED
+    metrics = summarise(table, retrained, bootstrap_samples=50, seed=0)
+    assert tuple(metrics) == LISTED
     utility = []
     for name in SETS:
         expected = _by_hand(table, name)
-        found = [figures[f"{name}_{metric}"] for metric in ("probability", "rouge", "truth_ratio")]
-        assert [figure.value for figure in found] == pytest.approx(expected, rel=1e-9)
-        assert {figure.n for figure in found} == {len(SETS[name])}
+        values = [metrics[f"{name}_{metric}"] for metric in ("probability", "rouge", "truth_ratio")]
+        assert [value.value for value in values] == pytest.approx(expected, rel=1e-9)
+        assert {value.n for value in values} == {len(SETS[name])}
         utility += [] if name == "forget" else expected
-    assert figures["model_utility"].value == pytest.approx(stats.hmean(utility))
+    assert metrics["model_utility"].value == pytest.approx(stats.hmean(utility))
     ratios = [
         [record["truth_ratio"] for record in source.to_pylist() if record["set"] == "forget"]
         for source in (table, retrained)
     ]
-    assert figures["forget_quality"].value == pytest.approx(stats.ks_2samp(*ratios).pvalue)
-    assert figures["ks_statistic"].value == pytest.approx(stats.ks_2samp(*ratios).statistic)
-    for figure in figures.values():
-        assert figure.value is not None
-        assert figure.low is not None
-        assert figure.high is not None
-        assert figure.low <= figure.value <= figure.high
-    assert summarise(table, retrained, bootstrap_samples=50, seed=0) == figures
+    assert metrics["forget_quality"].value == pytest.approx(stats.ks_2samp(*ratios).pvalue)
+    assert metrics["ks_statistic"].value == pytest.approx(stats.ks_2samp(*ratios).statistic)
+    for value in metrics.values():
+        assert value.value is not None
+        assert value.low is not None
+        assert value.high is not None
+        assert value.low <= value.value <= value.high
+    assert summarise(table, retrained, bootstrap_samples=50, seed=0) == metrics
 
 
-def test_absent_figures_say_why(model_dir: Path, tmp_path: Path) -> None:
+def test_absent_metrics_have_a_reason(model_dir: Path, tmp_path: Path) -> None:
     sets = {
         "forget": _rows(4, paraphrase=False, wrong=2),
         "retain": _rows(4, paraphrase=True, wrong=2),
         "world_facts": _rows(3, paraphrase=False, wrong=0),
     }
     table = _evaluate(model_dir, tmp_path, sets=sets)
-    figures = summarise(table, bootstrap_samples=10)
-    assert tuple(figures) == LISTED
-    reasons = {name: figure.reason for name, figure in figures.items() if figure.value is None}
+    metrics = summarise(table, bootstrap_samples=10)
+    assert tuple(metrics) == LISTED
+    reasons = {name: value.reason for name, value in metrics.items() if value.value is None}
     assert set(reasons) == {
         "forget_quality",
         "ks_statistic",
@@ -379,9 +379,9 @@ def test_absent_figures_say_why(model_dir: Path, tmp_path: Path) -> None:
 
 def test_rows_without_paraphrase_do_not_count_where_it_is_needed(model_dir: Path, tmp_path: Path) -> None:
     mixed = _rows(4, paraphrase=True, wrong=2) + _rows(3, paraphrase=False, wrong=2)
-    figures = summarise(_evaluate(model_dir, tmp_path, sets={"forget": mixed}), bootstrap_samples=10)
-    assert figures["forget_truth_ratio"].n == 4
-    assert figures["forget_probability"].n == 7
+    metrics = summarise(_evaluate(model_dir, tmp_path, sets={"forget": mixed}), bootstrap_samples=10)
+    assert metrics["forget_truth_ratio"].n == 4
+    assert metrics["forget_probability"].n == 7
 
 
 def test_losses_that_are_not_finite_are_reported(model_dir: Path, tmp_path: Path) -> None:
@@ -389,11 +389,11 @@ def test_losses_that_are_not_finite_are_reported(model_dir: Path, tmp_path: Path
     broken.lm_head.weight.data[5] = float("nan")
     broken.save_pretrained(tmp_path / "broken")
     tiny_tokenizer().save_pretrained(tmp_path / "broken")
-    figures = summarise(_evaluate(tmp_path / "broken", tmp_path), _evaluate(model_dir, tmp_path), bootstrap_samples=10)
-    assert "not finite on 11 of 11 forget rows" in str(figures["forget_probability"].reason)
-    assert "not finite" in str(figures["model_utility"].reason)
-    assert "not finite" in str(figures["forget_quality"].reason)
-    assert figures["forget_rouge"].value is not None
+    metrics = summarise(_evaluate(tmp_path / "broken", tmp_path), _evaluate(model_dir, tmp_path), bootstrap_samples=10)
+    assert "not finite on 11 of 11 forget rows" in str(metrics["forget_probability"].reason)
+    assert "not finite" in str(metrics["model_utility"].reason)
+    assert "not finite" in str(metrics["forget_quality"].reason)
+    assert metrics["forget_rouge"].value is not None
 
 
 def test_another_forget_set_is_no_reference(model_dir: Path, tmp_path: Path) -> None:

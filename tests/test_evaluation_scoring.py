@@ -67,23 +67,25 @@ def test_mean_nll_counts_eos(template: Template) -> None:
     with torch.no_grad():
         log_probabilities = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(dim=-1)
     tokens = [-float(log_probabilities[position - 1, ids[position]]) for position in range(prompt, len(ids))]
-    found = scoring.mean_nll(model, [(ids, prompt)], batch_size=1)
-    assert found == pytest.approx([np.mean(tokens)], rel=1e-5)
-    assert found != pytest.approx([np.mean(tokens[:-1])], rel=1e-3)
+    losses = scoring.mean_nll(model, [(ids, prompt)], batch_size=1)
+    assert losses == pytest.approx([np.mean(tokens)], rel=1e-5)
+    assert losses != pytest.approx([np.mean(tokens[:-1])], rel=1e-3)
 
 
 def test_token_scores_equal_a_plain_computation(model: Any, template: Template) -> None:
     texts = [template.encode(question, answer) for question, answer in zip(QUESTIONS, ANSWERS, strict=True)]
-    for (ids, prompt), found in zip(texts, scoring.token_scores(model, texts, batch_size=8), strict=True):
+    for (ids, prompt), scores in zip(texts, scoring.token_scores(model, texts, batch_size=8), strict=True):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids])).logits[0, prompt - 1 : -1].double().numpy()
         log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
         taken = log_p[np.arange(len(log_p)), ids[prompt:]]
         mean = (np.exp(log_p) * log_p).sum(axis=1)
         variance = (np.exp(log_p) * log_p**2).sum(axis=1) - mean**2
-        assert found.logprobs == pytest.approx(taken, rel=1e-5, abs=1e-5)
-        assert found.zscores == pytest.approx((taken - mean) / np.sqrt(np.maximum(variance, 1e-6)), rel=1e-4, abs=1e-4)
-        assert found.matches == [int(token) == best for token, best in zip(ids[prompt:], logits.argmax(1), strict=True)]
+        assert scores.logprobs == pytest.approx(taken, rel=1e-5, abs=1e-5)
+        assert scores.zscores == pytest.approx((taken - mean) / np.sqrt(np.maximum(variance, 1e-6)), rel=1e-4, abs=1e-4)
+        assert scores.matches == [
+            int(token) == best for token, best in zip(ids[prompt:], logits.argmax(1), strict=True)
+        ]
 
 
 def test_tokens_that_a_model_excludes_leave_scores_finite() -> None:
@@ -146,16 +148,16 @@ def test_generation_equals_transformers_at_any_batch_size(model: Any, template: 
     lengths = {len(text) for text in expected}
     assert len(lengths) > 1  # rows end at different steps, so finished rows do leave batches
     for batch_size in (1, 5, 64):
-        found = generation.generate(model, prompts, max_new_tokens=40, stop=stop, batch_size=batch_size)
-        assert found == expected
+        generated = generation.generate(model, prompts, max_new_tokens=40, stop=stop, batch_size=batch_size)
+        assert generated == expected
 
 
 def test_generation_ends_where_the_models_positions_end(template: Template) -> None:
     model = tiny_model("gpt2")  # learned positions: one more would fail
     room = model.config.max_position_embeddings
     prompts = [template.encode_prompt("who is person 1?"), [5] * (room - 3), [5] * room]
-    found = generation.generate(model, prompts, max_new_tokens=500, stop=frozenset(), batch_size=4)
-    assert [len(text) for text in found] == [room - len(prompts[0]), 3, 0]
+    generated = generation.generate(model, prompts, max_new_tokens=500, stop=frozenset(), batch_size=4)
+    assert [len(text) for text in generated] == [room - len(prompts[0]), 3, 0]
 
 
 def test_stop_tokens_come_from_tokenizer_and_generation_config(template: Template) -> None:
@@ -168,14 +170,14 @@ def test_stop_tokens_come_from_tokenizer_and_generation_config(template: Templat
 
 
 def test_which_models_take_trees() -> None:
-    found = {name: tree.takes_trees(tiny_model(name)) for name in ARCHITECTURES}
-    assert found == {name: name in _TREE_MODELS for name in ARCHITECTURES}  # the others have sliding windows
+    takes = {name: tree.takes_trees(tiny_model(name)) for name in ARCHITECTURES}
+    assert takes == {name: name in _TREE_MODELS for name in ARCHITECTURES}  # the others have sliding windows
     assert tree.takes_trees(tiny_model("gemma2_softcap", layer_types=["full_attention"] * 2))
     deaf = tiny_model("llama")
     deaf.register_forward_pre_hook(
         lambda _module, args, options: (args, options | {"attention_mask": None}), with_kwargs=True
     )
-    assert not tree.takes_trees(deaf)  # only trying it tells
+    assert not tree.takes_trees(deaf)  # only a trial shows it
 
 
 _TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=6)
@@ -183,16 +185,14 @@ _TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=6)
 
 @given(prompt=_TOKENS, answers=st.lists(_TOKENS, min_size=1, max_size=5))
 def test_a_tree_holds_its_texts_and_every_beginning_once(prompt: list[int], answers: list[list[int]]) -> None:
-    found = tree.tree_of([(prompt + answer, len(prompt)) for answer in answers])
+    made = tree.tree_of([(prompt + answer, len(prompt)) for answer in answers])
     for number, answer in enumerate(answers):
-        assert [found.tokens[node] for node in found.paths[number]] == answer[:-1]
-        assert [found.depths[node] for node in found.paths[number]] == [
-            len(prompt) + at for at in range(len(answer) - 1)
-        ]
-        assert found.answers[number] == answer
+        assert [made.tokens[node] for node in made.paths[number]] == answer[:-1]
+        assert [made.depths[node] for node in made.paths[number]] == [len(prompt) + at for at in range(len(answer) - 1)]
+        assert made.answers[number] == answer
     beginnings = {tuple(answer[:end]) for answer in answers for end in range(1, len(answer))}
-    assert len(found.tokens) == len(prompt) + len(beginnings)
-    assert sum(found.fresh) == len(beginnings)
+    assert len(made.tokens) == len(prompt) + len(beginnings)
+    assert sum(made.fresh) == len(beginnings)
 
 
 @pytest.mark.parametrize("nodes", [1, 100, 2048])
@@ -206,25 +206,25 @@ def test_trees_give_what_single_texts_give(
         for question, answer in zip(QUESTIONS, ANSWERS, strict=True)
     ]
     values = row_pass.row_values(tree_model, [tree.tree_of(texts) for texts in rows], frozenset(), 0)
-    for texts, found in zip(rows, values, strict=True):
+    for texts, values_of_row in zip(rows, values, strict=True):
         alone = scoring.token_scores(tree_model, texts[:1], batch_size=1)[0]
-        assert found.answer.logprobs == pytest.approx(alone.logprobs, rel=1e-4, abs=1e-5)
-        assert found.answer.zscores == pytest.approx(alone.zscores, rel=1e-3, abs=1e-4)
-        assert found.answer.matches == alone.matches
-        assert found.other_nll == pytest.approx([_plain_nll(tree_model, *text) for text in texts[1:]], rel=1e-4)
-        assert (found.begun, found.ended) == ([], True)
+        assert values_of_row.answer.logprobs == pytest.approx(alone.logprobs, rel=1e-4, abs=1e-5)
+        assert values_of_row.answer.zscores == pytest.approx(alone.zscores, rel=1e-3, abs=1e-4)
+        assert values_of_row.answer.matches == alone.matches
+        assert values_of_row.other_nll == pytest.approx([_plain_nll(tree_model, *text) for text in texts[1:]], rel=1e-4)
+        assert (values_of_row.begun, values_of_row.ended) == ([], True)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_generations_that_start_from_trees_are_the_same(tree_model: Any, template: Template, batch_size: int) -> None:
-    """Answers that the model itself would say, for a while or to their end, save steps and change nothing."""
+    """Answers that the model would generate itself, partly or completely, save steps and change nothing."""
     prompts = [template.encode_prompt(question) for question in QUESTIONS]
     free = generation.generate(tree_model, prompts, max_new_tokens=24, stop=frozenset(), batch_size=64)
     stop = frozenset({free[0][12]})
     expected = [text[: text.index(min(stop))] if min(stop) in text else text for text in free]
     rows = []
     for number, (prompt, text) in enumerate(zip(prompts, free, strict=True)):
-        own = [*text[: number % 30], template.eos]  # from nothing up to the whole generation
+        own = [*text[: number % 30], template.eos]  # from nothing up to the complete generation
         rows.append([([*prompt, 7, template.eos], len(prompt)), (prompt + own, len(prompt))])
     values = row_pass.row_values(tree_model, [tree.tree_of(texts) for texts in rows], stop, 24)
     known = [len(each.begun) for each in values]
@@ -233,10 +233,10 @@ def test_generations_that_start_from_trees_are_the_same(tree_model: Any, templat
     scorer.stop = stop
     assert scorer.shares_prompts
     unit = Unit("set", range(len(rows)), rows, [False] * len(rows), [""] * len(rows), batch_size=batch_size)
-    found = scorer.run(unit)
-    assert [found[row]["generated_tokens"] for row in range(len(rows))] == [len(text) for text in expected]
+    result = scorer.run(unit)
+    assert [result[row]["generated_tokens"] for row in range(len(rows))] == [len(text) for text in expected]
     decoded = [template.tokenizer.decode(text, skip_special_tokens=True).strip() for text in expected]
-    assert [found[row]["generated"] for row in range(len(rows))] == decoded
+    assert [result[row]["generated"] for row in range(len(rows))] == decoded
 
 
 def test_generation_is_greedy_whatever_the_models_own_configuration_says(template: Template) -> None:
@@ -256,8 +256,8 @@ def test_texts_that_ended_leave_the_batch(template: Template) -> None:
     model.register_forward_pre_hook(
         lambda _module, _args, options: sizes.append(len(options["input_ids"])), with_kwargs=True
     )
-    found = generation.generate(model, prompts, max_new_tokens=most, stop=frozenset(), batch_size=64)
-    assert [len(text) for text in found] == most
+    generated = generation.generate(model, prompts, max_new_tokens=most, stop=frozenset(), batch_size=64)
+    assert [len(text) for text in generated] == most
     assert sizes[0] == len(prompts)
     assert sum(sizes) < 1.4 * sum(most)
 

@@ -1,4 +1,4 @@
-"""A worker killed at exact points of every phase of one run, which ends with the weights of an undisturbed one."""
+"""A worker killed at exact points in every phase of a run, which ends with the weights of an undisturbed run."""
 
 import json
 from pathlib import Path
@@ -27,18 +27,18 @@ def test_a_worker_killed_in_every_phase(tmp_path, local_ray):
     undisturbed = make_job(tmp_path, "undisturbed")
     run(undisturbed, ())
     job = make_job(tmp_path, "disturbed")
-    found = run(job, FAULTS)  # which fails unless every fault was done
+    result = run(job, FAULTS)  # fails unless every fault happened
     off = difference(job, undisturbed)
-    for cost in found["costs"]:
+    for cost in result["costs"]:
         fault_table.record(
             cost["fault"], phase=cost["phase"].replace("_", " "), lost=cost["rounds_lost"], seconds=cost["seconds"],
             difference=off,
         )  # fmt: skip
     assert off == 0
-    for fault, cost in zip(FAULTS, found["costs"], strict=True):
+    for fault, cost in zip(FAULTS, result["costs"], strict=True):
         # a checkpoint counts a moment after it is written, when Ray Train has taken note of it
         assert cost["rounds_lost"] <= (2 if fault.does == "damage" else 1) * EVERY + 1
-    (note,) = (note for note in found["notes"] if not note.startswith("round "))  # those of the method aside
+    (note,) = (note for note in result["notes"] if not note.startswith("round "))  # without the method's notes
     assert "was skipped" in note
     assert [row["round"] for row in training(job)["series"]] == list(range(1, ROUNDS + 1))
     assert training(job)["account"] == training(undisturbed)["account"]

@@ -1,4 +1,4 @@
-"""Faults that a run survives: damaged checkpoints, rounds that are not finite, and what it says about them."""
+"""Faults that a run survives: damaged checkpoints, non-finite rounds, and what it reports about them."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from ofmu_ray.training.worker import Worker
 from ofmu_ray.training.worker_job import WorkerJob
 
 FIRST = 5
-"""Rounds before the interruption; checkpoints stand at 0, 2 and 4."""
+"""Rounds before the interruption; checkpoints exist for 0, 2 and 4."""
 
 
 def interrupted(job: WorkerJob, after: int) -> None:
-    """Run some rounds and end like a killed process: nothing is saved, nothing is tidied up."""
+    """Run some rounds and end like a killed process: nothing is saved or cleaned up."""
     plan = read_plan(job.plan_dir)
 
     def source(start: int, options: dict[str, Any]) -> Iterator[Any]:
@@ -73,7 +73,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Worker:
 
 @pytest.fixture
 def job(killed: WorkerJob, tmp_path: Path) -> WorkerJob:
-    """The killed run, in a folder of its own."""
+    """A copy of the killed run."""
     shutil.copytree(killed.run_dir, tmp_path / "run")
     return make_job(tmp_path)
 
@@ -107,7 +107,7 @@ def test_a_damaged_checkpoint_is_passed_over(words: str, job: WorkerJob, undistu
     assert worker.engine.account == undisturbed.engine.account
 
 
-def test_without_a_whole_checkpoint_the_run_begins_again(job: WorkerJob, undisturbed: Worker) -> None:
+def test_without_a_complete_checkpoint_the_run_starts_over(job: WorkerJob, undisturbed: Worker) -> None:
     for folder in checkpoints(job):
         flip(folder / "rank_00000.pt")
     worker = run_local(job)
@@ -128,7 +128,7 @@ class Malicious:
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_code_in_a_checkpoint_is_not_run(zipped: bool, job: WorkerJob, tmp_path: Path) -> None:
-    """A pickle that would run code, with a manifest that fits it."""
+    """A pickle that would run code, with a matching manifest."""
     folder, mark = checkpoints(job)[-1], tmp_path / "executed"
     torch.save(Malicious(mark), folder / "rank_00000.pt", _use_new_zipfile_serialization=zipped)
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -143,7 +143,7 @@ def test_code_in_a_checkpoint_is_not_run(zipped: bool, job: WorkerJob, tmp_path:
 
 SHRINK = 1e-18
 EXPLODING = replace(METHOD, inner=OptimizerConfig(name="sgd", lr=1e15, clip=None))
-"""An inner step that overflows in round 1, and does not at `SHRINK` times its length."""
+"""An inner step that overflows in round 1, but not at `SHRINK` times its length."""
 
 
 def test_a_round_that_is_not_finite_is_tried_again_with_shorter_steps(
@@ -162,9 +162,9 @@ def test_a_round_that_is_not_finite_is_tried_again_with_shorter_steps(
     assert passes == {kind: count * (ROUNDS + 1) // ROUNDS for kind, count in eight.items()}
     inner, outer = (replace(config, lr=config.lr * SHRINK) for config in EXPLODING.optimizers)
     assert same(worker, run_local(make_job(tmp_path, name="short", method=replace(METHOD, inner=inner, outer=outer))))
-    begun = tmp_path / "run.rounds"
-    at = json.loads(begun.read_text().splitlines()[0])["at"]  # round 1
-    fault_table.record("a loss is not finite (without Ray)", phase="any round", at=at, rounds=[begun], difference=0.0)
+    rounds = tmp_path / "run.rounds"
+    at = json.loads(rounds.read_text().splitlines()[0])["at"]  # round 1
+    fault_table.record("a loss is not finite (without Ray)", phase="any round", at=at, rounds=[rounds], difference=0.0)
 
 
 def test_rollbacks_are_counted_and_then_the_last_good_model_is_kept(tmp_path: Path) -> None:
@@ -194,8 +194,8 @@ def test_a_kill_does_not_forget_a_rollback(tmp_path: Path) -> None:
         ({0: (40.0, "a.b"), 1: (99.0, WAITING), 2: (41.0, WAITING)}, "ranks 0, 2 hung in round 7: no sign of life"),
     ],
 )
-def test_signs_of_life_tell_who_hung(signs: dict[int, tuple[float, str]], words: str) -> None:
-    """Signs every 5 s, looked at in second 100."""
+def test_heartbeats_show_who_hung(signs: dict[int, tuple[float, str]], words: str) -> None:
+    """Heartbeats every 5 s, checked in second 100."""
     assert verdict({rank: Heartbeat(*sign) for rank, sign in signs.items()}, 100.0, 5.0, "round 7") == words
 
 
@@ -207,7 +207,7 @@ TOLERANCE = 1e-4
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Runs of two ranks and of one that are killed and go on with as many or with others: by what they are."""
+    """Killed runs of two ranks and of one, resumed with the same or another number: results by part."""
     folder = tmp_path_factory.mktemp("ranks")
 
     def part(stage: int, name: str, **options: bool) -> Part:
@@ -218,12 +218,12 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         (1, [*(part(stage, "fewer") for stage in STAGES), *(part(stage, "more", interrupt=True) for stage in STAGES)]),
         (2, [*(part(stage, "more") for stage in STAGES), part(2, "same", damage=True), part(2, "undisturbed")]),
     ]
-    found: dict[str, dict[str, Any]] = {}
+    by_part: dict[str, dict[str, Any]] = {}
     for number, (world, parts) in enumerate(starts):
         (folder / str(number)).mkdir()
         measured = run_ranks(world, parts, folder / str(number), start)
-        found |= {Path(name).name: values for name, values in measured.items()}
-    return found
+        by_part |= {Path(name).name: values for name, values in measured.items()}
+    return by_part
 
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -237,16 +237,16 @@ def largest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 @pytest.mark.system
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", ["fewer", "more"])
-def test_a_run_goes_on_with_another_number_of_workers(name: str, stage: int, ranks: dict[str, dict[str, Any]]) -> None:
-    """2 -> 1 and 1 -> 2 workers: shards of weights and of both optimisers' moments are cut anew."""
+def test_a_run_resumes_with_another_number_of_workers(name: str, stage: int, ranks: dict[str, dict[str, Any]]) -> None:
+    """2 -> 1 and 1 -> 2 workers: weights and both optimisers' moments are resharded."""
     resumed, whole = ranks[f"{name}{stage}-whole"], ranks["undisturbed2-whole"]
-    begun = ranks[f"{name}{stage}-begun"]
+    before = ranks[f"{name}{stage}-begun"]
     assert (resumed["first"], resumed["notes"]) == (4, [])
-    moved = distance(begun["weights"], whole["weights"])
+    moved = distance(before["weights"], whole["weights"])
     assert distance(resumed["weights"], whole["weights"]) <= TOLERANCE * moved
     fault_table.record(
         f"killed, {OTHERS[name]} (without Ray, worst of ZeRO stages 0 to 3)", phase="any round",
-        lost=len(begun["series"]) - resumed["first"], difference=largest(resumed["weights"], whole["weights"]),
+        lost=len(before["series"]) - resumed["first"], difference=largest(resumed["weights"], whole["weights"]),
     )  # fmt: skip
     assert [row["round"] for row in resumed["series"]] == list(range(1, ROUNDS + 1))
     assert resumed["account"] == whole["account"]
@@ -254,7 +254,7 @@ def test_a_run_goes_on_with_another_number_of_workers(name: str, stage: int, ran
 
 @pytest.mark.system
 def test_ranks_agree_on_what_they_pass_over(ranks: dict[str, dict[str, Any]]) -> None:
-    """A bit of rank 1's shard flipped: both go back, and end with the weights of an undisturbed run to the bit."""
+    """A bit in rank 1's shard is flipped: both ranks go back and end with exactly an undisturbed run's weights."""
     resumed, whole = ranks["same2-whole"], ranks["undisturbed2-whole"]
     assert resumed["agreed"]
     assert resumed["first"] == 2

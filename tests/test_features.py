@@ -1,4 +1,4 @@
-"""What a method asks to be known beforehand is open: features of a test's own, on three streams, trained with."""
+"""Features are extensible: custom features on three streams, used in training."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ROUNDS, BATCH, WIDTH = 3, 4, 5
 
 @dataclass(frozen=True)
 class Embeddings(Values):
-    """Mean over a row's tokens of the first numbers of their embeddings: what no layer puts out."""
+    """Mean over a row's tokens of the first embedding dimensions, which no layer outputs."""
 
     name = "embeddings"
     key = "reference_embeddings"
@@ -44,14 +44,14 @@ class Embeddings(Values):
         return (self.first,)
 
     def measure(self, module: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
-        found = module.get_input_embeddings()(batch["input_ids"])[..., : self.first]  # type: ignore[operator]
+        embeddings = module.get_input_embeddings()(batch["input_ids"])[..., : self.first]  # type: ignore[operator]
         mask = batch["attention_mask"][..., None]
-        return (found * mask).sum(1) / mask.sum(1)
+        return (embeddings * mask).sum(1) / mask.sum(1)
 
 
 @dataclass(frozen=True)
 class Reversed(Tokens):
-    """The answer's tokens backwards, and so that there are two: as they are."""
+    """Two texts per row: the answer's tokens backwards, and as they are."""
 
     prefix = "other_"
 
@@ -60,17 +60,17 @@ class Reversed(Tokens):
         return 2
 
     def rows(self, model: Any, rows: Sequence[Row], template: Template) -> list[dict[str, Any]]:  # noqa: F811
-        found = []
+        encoded = []
         for row in rows:
             prompt, answer = row["input_ids"][: row["prompt_tokens"]], row["input_ids"][row["prompt_tokens"] : -1]
             for number, text in enumerate((answer[::-1], answer)):
                 ids = [*prompt, *text, template.eos]
-                found.append({**row, "row_id": f"{row['row_id']}/{number}", "input_ids": ids})
-        return found
+                encoded.append({**row, "row_id": f"{row['row_id']}/{number}", "input_ids": ids})
+        return encoded
 
 
 class Mine(Weighted[WeightedConfig]):
-    """Pulls forget rows to their other text, by how little the model says it, and raises holdout rows."""
+    """Pulls forget rows to their other text, weighted by how unlikely it is, and raises holdout rows."""
 
     name = "mine"
     options = WeightedConfig
@@ -91,12 +91,12 @@ class Mine(Weighted[WeightedConfig]):
     def round(
         self, engine: Any, forget_batches: Batches, retain_batches: Batches, *further: Any, **streams: Any
     ) -> Any:
-        """The round of every method with one loop; what is known of the third stream's rows goes into a figure."""
+        """The usual round of methods with one loop; the third stream's features go into a metric."""
         assert not further
-        figures = super().round(engine, forget_batches, retain_batches)
+        metrics = super().round(engine, forget_batches, retain_batches)
         [batch] = [next(drawn(streams.pop("holdout_batches"), "holdout"))]
         assert not streams
-        return {**figures, "embedding": float(sum(micro["reference_embeddings"].sum() for micro in batch.micro))}
+        return {**metrics, "embedding": float(sum(micro["reference_embeddings"].sum() for micro in batch.micro))}
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, template: Template) -> Pr
     return PreparedData(streams, DataReport(streams={}, overlap=None, tokenizer_sha256=""), encoder_of(template))
 
 
-def test_features_of_ones_own(prepared: PreparedData, template: Template, tmp_path: Path) -> None:  # noqa: F811
+def test_custom_features(prepared: PreparedData, template: Template, tmp_path: Path) -> None:  # noqa: F811
     method = Mine(WeightedConfig(), ROUNDS)
     options = {"rounds": ROUNDS, "batch_size": BATCH, "workers": 1, "seed": 1}
     plan = write_plan(prepared.streams, str(tmp_path / "plan"), batches_per_round=method.batches_per_round(), **options)
@@ -118,17 +118,17 @@ def test_features_of_ones_own(prepared: PreparedData, template: Template, tmp_pa
     engine = TorchEngine(module)
     method.start(engine)
     embeddings = module.get_input_embeddings().weight.detach().clone()  # type: ignore[union-attr,operator]
-    figures = []
+    series = []
     for batches in local_rounds(plan, 0, collate=padded(template.pad), sidecars=sidecars):
         expected = 0.0
         for micro in batches["holdout"][0].micro:
             for ids, mask in zip(micro["input_ids"], micro["attention_mask"], strict=True):
                 expected += float(embeddings[ids[mask.bool()]][:, :WIDTH].mean(0).sum())
             assert micro["reference_embeddings"].shape == (BATCH, WIDTH)
-        figures.append(run_round(method, engine, batches))
-        assert figures[-1]["embedding"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    assert figures[0]["forget_loss"] == pytest.approx(1.0, rel=1e-4)  # the model is still the reference model
-    assert figures[-1]["forget_loss"] < 1.0
+        series.append(run_round(method, engine, batches))
+        assert series[-1]["embedding"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert series[0]["forget_loss"] == pytest.approx(1.0, rel=1e-4)  # the model is still the reference model
+    assert series[-1]["forget_loss"] < 1.0
 
 
 def test_a_plan_knows_their_shapes(prepared: PreparedData) -> None:

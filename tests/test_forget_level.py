@@ -1,4 +1,4 @@
-"""Bounded forget losses, their level, the projection, and the rounds that have nothing left to forget."""
+"""Bounded forget losses, their level, the projection, and rounds with nothing left to forget."""
 
 import dataclasses
 import math
@@ -58,10 +58,10 @@ def test_bounded_losses_by_hand() -> None:
 
 @pytest.mark.parametrize("loss", ["nll", "bounded_token", "bounded_row", "simnpo", "npo"])
 def test_one_inner_step_raises_the_named_loss(loss: str) -> None:
-    """One plain gradient step of the inner loop is the step up the written formula, from autograd on plain logits."""
+    """One plain gradient step of the inner loop ascends the written formula, by autograd on plain logits."""
     module, batch = tiny_model()
     module.double()
-    # the rows are nonsense to the model: a level in the midst of its token losses cuts some off
+    # the rows are nonsense to the model: a level in the middle of its token losses cuts some off
     level = 1.01 * float(torch.cat(token_losses(module, batch)).detach().median())
     rate, beta = 1e-3, 0.5
     reference = torch.tensor([10.0, 12.0], dtype=torch.float64)
@@ -85,15 +85,15 @@ def test_one_inner_step_raises_the_named_loss(loss: str) -> None:
     plain = OptimizerConfig(name="sgd", lr=rate, clip=None)
     engine = TorchEngine(module, inner=plain, outer=dataclasses.replace(plain, lr=1e-30))
     options = {"inner_steps": 1, "outer_steps": 1, "forget_beta": beta, "forget_loss": loss}
-    figures = OFMU(bounded(level, **options)).round(engine, [{**batch, "reference_nll": reference}], [batch])
-    assert figures["forget_loss"] == pytest.approx(float(expected), rel=1e-6)
+    metrics = OFMU(bounded(level, **options)).round(engine, [{**batch, "reference_nll": reference}], [batch])
+    assert metrics["forget_loss"] == pytest.approx(float(expected), rel=1e-6)
     for parameter, before, moved in zip(module.parameters(), start, step, strict=True):
         torch.testing.assert_close(parameter.detach() - before, moved, rtol=1e-3, atol=1e-8)
 
 
 @pytest.mark.parametrize("loss", ["bounded_token", "bounded_row"])
 def test_a_batch_at_its_level_takes_no_step(loss: str) -> None:
-    """Not even that of Adam's momentum; and the round says so."""
+    """Not even one from Adam's momentum; and the round reports it."""
     module, batch = tiny_model()
     far, near = bounded(1e3, forget_loss=loss, outer_steps=1), bounded(1e-6, forget_loss=loss, outer_steps=1)
     still = OptimizerConfig(name="sgd", lr=1e-30, clip=None)
@@ -103,10 +103,10 @@ def test_a_batch_at_its_level_takes_no_step(loss: str) -> None:
     moved = engine.weights()
     assert not torch.equal(before[0], moved[0])
     method = OFMU(near)
-    figures = method.round(engine, [batch], [batch])
-    assert figures["skipped_ascents"] == near.inner_steps
+    metrics = method.round(engine, [batch], [batch])
+    assert metrics["skipped_ascents"] == near.inner_steps
     assert ["no ascent step taken" in note for note in method.notes] == [True]
-    assert figures["inner_gradient_norm"] == 0
+    assert metrics["inner_gradient_norm"] == 0
     assert torch.equal(engine.weights()[0], moved[0])
     assert engine.account.gradient_passes == {"forget": 6, "retain": 2}
 
@@ -129,8 +129,8 @@ def test_projection_takes_out_what_raises_the_retain_loss() -> None:
         return ascent[0].tolist(), stats
 
     assert projected([2.0, 0.0], 1.0)[0] == [0.0, 4.0]
-    found, stats = projected([2.0, 0.0], 0.5)
-    assert (found, stats.conflict_cosine) == ([1.5, 4.0], pytest.approx(0.6))
+    vector, stats = projected([2.0, 0.0], 0.5)
+    assert (vector, stats.conflict_cosine) == ([1.5, 4.0], pytest.approx(0.6))
     assert projected([-2.0, 0.0], 1.0)[0] == [3.0, 4.0]  # what lowers the retain loss stays
     assert projected(None, 1.0) == ([3.0, 4.0], RoundStats())
     assert projected([0.0, 0.0], 1.0)[0] == [3.0, 4.0]
@@ -201,7 +201,7 @@ def test_levels_that_mean_nothing_are_refused(level: float | str) -> None:
 
 
 def test_a_level_from_holdout_rows_needs_them() -> None:
-    """Said when the configuration is built: before a name is claimed or Ray is started."""
+    """Refused when the configuration is built, before a name is claimed or Ray is started."""
     own = {"data.forget.path": "mine.jsonl", "ofmu.forget_level": "holdout:0.5"}
     with pytest.raises(UserError, match=r"ofmu\.forget_level = 'holdout:0\.5'.*data\.holdout"):
         apply_overrides(UnlearnConfig(), own)

@@ -1,4 +1,4 @@
-"""The rule as numbers: its order is that of selection by hand."""
+"""The rule's numeric scores: they order trials like selection by hand."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ from ofmu_ray.metrics.rule import FAILED, Goal
 finite = st.floats(-1e3, 1e3, allow_nan=False)
 
 
-def test_directions_of_figures():
+def test_directions_of_metrics():
     assert {metric(name).better for name in ("forget_quality", "model_utility", "retain_probability")} == {"high"}
     assert metric("ks_statistic").better == "low"
     assert {metric(name).better for name in ("forget_probability", "privleak", "mia_loss_auc")} == {"retrained"}
@@ -21,7 +21,7 @@ def test_directions_of_figures():
 
 @given(st.lists(st.tuples(finite, finite), min_size=2, max_size=6), finite)
 def test_the_score_orders_trials_as_the_rule_does(points, floor):
-    """Enough utility before too little; then by objective, or by how little is missing."""
+    """Enough utility before too little; then by objective, or by the missing utility."""
     goal = Goal("ks_statistic", "model_utility", floor)
     rows = [{"ks_statistic": objective, "model_utility": utility} for objective, utility in points]
     for a, b in itertools.permutations(rows, 2):
@@ -53,7 +53,7 @@ def test_p_values_count_by_their_logarithm():
     assert scores[3] - scores[2] == pytest.approx(17 / 300)
 
 
-def test_a_figure_that_should_match_the_retrained_model():
+def test_a_metric_that_should_match_the_retrained_model():
     matching = Goal("forget_probability", "model_utility", 0.5, retrained_objective=0.2)
     low = Goal("forget_probability", "model_utility", 0.5)
     near, none = ({"forget_probability": value, "model_utility": 0.6} for value in (0.25, 0.0))
@@ -63,5 +63,5 @@ def test_a_figure_that_should_match_the_retrained_model():
 
 
 @pytest.mark.parametrize("figures", [{}, {"forget_quality": 0.1}, {"forget_quality": math.nan, "model_utility": 1.0}])
-def test_without_figures_a_trial_has_failed(figures):
+def test_without_metrics_a_trial_has_failed(figures):
     assert Goal("forget_quality", "model_utility", 0.5).score(figures) == FAILED

@@ -1,4 +1,4 @@
-"""GradNorm against gradients taken the long way, one row and one tensor at a time."""
+"""GradNorm against gradients computed one row and one tensor at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEXTS = [
 
 
 def _by_hand(model: torch.nn.Module, ids: list[int], prompt: int, p: float) -> float:
-    """Loss written out over all logits, backward into .grad."""
+    """The explicit loss over all logits, backward into .grad."""
     model.zero_grad()
     logp = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(dim=-1)
     (-sum(logp[t - 1, ids[t]] for t in range(prompt, len(ids) - 1)) / (len(ids) - 1 - prompt)).backward()
@@ -31,9 +31,9 @@ def _by_hand(model: torch.nn.Module, ids: list[int], prompt: int, p: float) -> f
 @pytest.mark.parametrize("p", [1.0, 2.0])
 def test_equals_autograd_by_hand(architecture: str, p: float) -> None:
     model = tiny_model(architecture)
-    found = gradient_norms(model, TEXTS, p=p)
-    assert found.dtype == np.float64
-    assert found == pytest.approx([_by_hand(model, *text, p) for text in TEXTS], rel=1e-4)
+    norms = gradient_norms(model, TEXTS, p=p)
+    assert norms.dtype == np.float64
+    assert norms == pytest.approx([_by_hand(model, *text, p) for text in TEXTS], rel=1e-4)
 
 
 def test_eos_does_not_count() -> None:

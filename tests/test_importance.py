@@ -1,4 +1,4 @@
-"""Importance of options: a known order is found, chance is told from effect, and any prior's values are taken."""
+"""Importance of options: finds a known order, separates effect from chance, and works with all priors."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ SPACE = [
 
 def draws(count: int, seed: int = 0) -> list[dict[str, Any]]:
     rng = np.random.default_rng(seed)
-    found = []
+    drawn = []
     for _ in range(count):
         rho = 0.0 if rng.random() < 0.4 else float(10 ** rng.uniform(-5, -2))
         options = {
             "ofmu.inner.lr": float(10 ** rng.uniform(-6, -3)), "ofmu.inner_steps": int(rng.integers(1, 7)),
             "ofmu.beta": float(rng.random()), "ofmu.rho": rho, "ofmu.kind": [None, "cosine"][rng.integers(2)],
         }  # fmt: skip
-        found.append(options | ({"ofmu.rho_growth": float(rng.uniform(1, 1.1))} if rho else {}))
-    return found
+        drawn.append(options | ({"ofmu.rho_growth": float(rng.uniform(1, 1.1))} if rho else {}))
+    return drawn
 
 
-def found(options: list[dict[str, Any]], goodness: Any, samples: int = 20) -> dict[str, Importance]:
+def ranked_options(options: list[dict[str, Any]], goodness: Any, samples: int = 20) -> dict[str, Importance]:
     rows = importances(options, list(goodness), SPACE, samples=samples)
     assert rows is not None
     assert sum(row.share for row in rows) == pytest.approx(1)
@@ -42,7 +42,7 @@ def found(options: list[dict[str, Any]], goodness: Any, samples: int = 20) -> di
 
 def test_the_order_of_a_known_function_is_found() -> None:
     options = draws(60)
-    rows = found(options, [np.log10(o["ofmu.inner.lr"]) + 2 * o["ofmu.inner_steps"] / 5 for o in options], 49)
+    rows = ranked_options(options, [np.log10(o["ofmu.inner.lr"]) + 2 * o["ofmu.inner_steps"] / 5 for o in options], 49)
     assert list(rows)[:2] == ["ofmu.inner.lr", "ofmu.inner_steps"]
     first = rows["ofmu.inner.lr"]
     assert first.low <= first.share <= first.high
@@ -65,19 +65,19 @@ def test_the_order_of_a_known_function_is_found() -> None:
 def test_each_kind_of_option_can_be_the_first(name: str, effect: Any) -> None:
     options = draws(80, seed=3)
     noise = np.random.default_rng(7).standard_normal(len(options)) * 1e-3
-    rows = found(options, [effect(o) + e for o, e in zip(options, noise, strict=True)])
+    rows = ranked_options(options, [effect(o) + e for o, e in zip(options, noise, strict=True)])
     assert next(iter(rows)) == name
 
 
-def test_an_outcome_that_no_option_moves_is_told_as_chance() -> None:
-    rows = found(draws(40), np.random.default_rng(5).standard_normal(40), samples=50)
+def test_an_outcome_that_no_option_affects_counts_as_chance() -> None:
+    rows = ranked_options(draws(40), np.random.default_rng(5).standard_normal(40), samples=50)
     assert min(row.p_value for row in rows.values()) > 0.05
 
 
 def test_only_the_order_counts_and_the_answer_is_the_same_again() -> None:
     options = draws(30)
     goodness = np.array([np.log10(o["ofmu.inner.lr"]) for o in options])
-    assert found(options, goodness) == found(options, 10**goodness)
+    assert ranked_options(options, goodness) == ranked_options(options, 10**goodness)
 
 
 def test_too_little_gives_none() -> None:

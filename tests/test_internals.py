@@ -1,4 +1,4 @@
-"""What we borrow from the private parts of Ray and DeepSpeed is still there, and is named where not."""
+"""The private parts of Ray and DeepSpeed that we use still exist, or are named if not."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ PRIVATE = (
     r"transformers\.(?!utils\b)[a-z]\w*",
     r"\._(can_set_)?attn_implementation",
 )
-"""Ways of reaching into them."""
+"""Patterns of private access."""
 
 
 @pytest.mark.parametrize("borrowed", BORROWED, ids=lambda borrowed: f"{borrowed.module}.{borrowed.name}")
 def test_it_is_where_it_was(borrowed: Private) -> None:
-    """Fails with module, attribute and purpose when a release has moved it."""
+    """Fails with module, attribute and purpose if a release has moved it."""
     assert borrowed.get() is not None
 
 
 def test_deepspeeds_optimisers_have_the_attributes() -> None:
-    """Those that their classes name; the engines' tests look at the others, on optimisers at work."""
+    """Those declared by their classes; the engine tests check the others on running optimisers."""
     from deepspeed.runtime.zero import stage3, stage_1_and_2
 
     for module in (stage3, stage_1_and_2):
@@ -70,7 +70,7 @@ def test_no_other_package_reaches_into_them() -> None:
     files = [*(ROOT / "ofmu_ray").rglob("*.py"), *(ROOT / "pipelines").rglob("*.py")]
     others = [file for file in files if file.parent.name != "internals"]
     assert len(others) > 200
-    found = []
+    offenders = []
     for file in others:
         for line in file.read_text().splitlines():
             code = line.partition("#")[0]
@@ -78,5 +78,5 @@ def test_no_other_package_reaches_into_them() -> None:
             if any(
                 re.search(pattern, code if "attn" in pattern else imports[2] if imports else "") for pattern in PRIVATE
             ):
-                found.append(f"{file.relative_to(ROOT)}: {line.strip()}")
-    assert found == []
+                offenders.append(f"{file.relative_to(ROOT)}: {line.strip()}")
+    assert offenders == []

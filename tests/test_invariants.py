@@ -1,6 +1,6 @@
 """Ten OFMU rounds are the same on every engine: {1, 2 workers} x {accumulation} x {ZeRO 0 to 3} x {resume} x presets.
 
-Each case follows the trajectory of one process with whole batches, on a Llama, a GPT-NeoX and a Qwen2 of 25 thousand
+Each case follows the trajectory of one process with global batches, on a Llama, a GPT-NeoX and a Qwen2 of 25 thousand
 parameters. Not the full product: every stage meets every model, preset and number of workers, and both sides of
 accumulation and resumption.
 """
@@ -47,11 +47,11 @@ PHI = 1e-4
 WEIGHTS = 2e-4
 """Of the distance from the start to the weights after ten rounds; measured at most 2e-5."""
 FIGURES = 1e-3
-"""Of each figure of each round (the cosine, which may be 0: absolute)."""
+"""Of each metric of each round (absolute for the cosine, which may be 0)."""
 EXACT = 1e-2
 """Of |grad Phi|: the default forward difference against double backward; measured at most 2e-3."""
 PINNED = 3e-3
-"""Of a figure: another processor's kernels, ten rounds long."""
+"""Of a metric: other processors' kernels over ten rounds."""
 
 
 @functools.cache
@@ -78,19 +78,21 @@ def norm(a: Mapping[str, torch.Tensor]) -> float:
     return math.sqrt(sum(float(value.double().square().sum()) for value in a.values()))
 
 
-def judge(case: Case, found: dict[str, Any]) -> None:
+def judge(case: Case, result: dict[str, Any]) -> None:
     """The case followed its reference."""
     expected = reference(case.reference)
-    assert distance(found["phi"], expected["phi"]) <= PHI * norm(expected["phi"])
-    assert distance(found["weights"], expected["weights"]) <= WEIGHTS * distance(expected["weights"], expected["start"])
-    for number, (figures, like) in enumerate(zip(found["figures"], expected["figures"], strict=True)):
+    assert distance(result["phi"], expected["phi"]) <= PHI * norm(expected["phi"])
+    assert distance(result["weights"], expected["weights"]) <= WEIGHTS * distance(
+        expected["weights"], expected["start"]
+    )
+    for number, (metrics, like) in enumerate(zip(result["figures"], expected["figures"], strict=True)):
         close = {
             name: pytest.approx(value, rel=FIGURES, abs=FIGURES * name.endswith("cosine"))
             for name, value in like.items()
         }
-        assert figures == close, f"round {number}"
-    assert found["account"] == expected["account"]
-    assert found.get("resumed", True), "a resumed run ends with other weights"
+        assert metrics == close, f"round {number}"
+    assert result["account"] == expected["account"]
+    assert result.get("resumed", True), "a resumed run ends with other weights"
 
 
 @pytest.mark.parametrize("case", ALONE, ids=str)
@@ -107,18 +109,18 @@ def test_one_rank(case: Case, one_rank: dict[str, dict[str, Any]]) -> None:
 @pytest.mark.system
 @pytest.mark.parametrize("case", TWO_RANKS, ids=str)
 def test_two_ranks(case: Case, two_ranks: dict[str, dict[str, Any]]) -> None:
-    found = two_ranks[str(case)]
-    judge(case, found)
+    result = two_ranks[str(case)]
+    judge(case, result)
     if case.stage:
-        assert found["largest"] < 0.75, "a rank holds a whole vector"
-        assert found["left_behind"] == 0, "a rank keeps whole gradients after a pass"
+        assert result["largest"] < 0.75, "a rank holds a whole vector"
+        assert result["left_behind"] == 0, "a rank keeps whole gradients after a pass"
     else:
-        assert found["largest"] == 1.0
+        assert result["largest"] == 1.0
 
 
 @pytest.mark.system
 def test_ranks_have_unequal_shares(two_ranks: dict[str, dict[str, Any]]) -> None:
-    """Else a mean of the ranks' means would pass for the mean over the global batch."""
+    """Otherwise a mean of the ranks' means could pass as the mean over the global batch."""
     whole = sum(reference(TWO_RANKS[0].reference)["labels"][:1])
     mine = sum(two_ranks[str(TWO_RANKS[0])]["labels"][:2])
     assert abs(2 * mine / whole - 1) > 0.1
@@ -172,10 +174,10 @@ PINS: dict[str, tuple[dict[str, int], int, dict[str, float]]] = {
 
 @pytest.mark.parametrize(("preset", "optimizer"), [("full", "sgd"), ("lite", "sgd"), ("first_order", "adamw")])
 def test_the_trajectory_is_pinned(preset: str, optimizer: str) -> None:
-    """Figures of round 10 as committed: a change of the algorithm, the batch order or an optimiser shows here."""
-    found = reference(Case("llama", None, preset, optimizer))  # type: ignore[arg-type]
+    """Metrics of round 10 as committed: changes of the algorithm, the batch order or an optimiser show here."""
+    result = reference(Case("llama", None, preset, optimizer))  # type: ignore[arg-type]
     passes, tokens, pinned = PINS[preset]
-    assert found["account"]["gradient_passes"] == passes
-    assert found["account"]["tokens"] == tokens
-    last = {name: found["figures"][ROUNDS - 1][name] for name in pinned}
+    assert result["account"]["gradient_passes"] == passes
+    assert result["account"]["tokens"] == tokens
+    last = {name: result["figures"][ROUNDS - 1][name] for name in pinned}
     assert last == {name: pytest.approx(value, rel=PINNED, abs=PINNED / 10) for name, value in pinned.items()}

@@ -1,4 +1,4 @@
-"""The rooms of the house: imports point down, no cycles, library code never prints, pipelines stay thin."""
+"""The layers of the package: imports point down, no cycles, library code never prints, pipelines stay thin."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ LAYERS = (
     "tasks", "evaluation", "metrics", "engines", "models", "data", "cluster", "internals", "algorithm", "config",
     "storage", "assets",
 )  # fmt: skip
-"""From the top down, as docs/architecture.md draws them."""
+"""From top to bottom, as in docs/architecture.md."""
 GROUND = {"errors", "progress", "__version__", ""}
-"""Modules of the package itself, which everything may import."""
+"""Top-level modules, which everything may import."""
 
 
 def room(module: str) -> str:
@@ -27,7 +27,7 @@ def room(module: str) -> str:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Dotted names that a file imports at run time, those inside functions included."""
+    """Dotted names that a file imports at run time, including those inside functions."""
     tree = ast.parse(path.read_text())
     hints = {id(node) for test in ast.walk(tree) if is_type_checking(test) for node in ast.walk(test)}
     for node in ast.walk(tree):
@@ -69,28 +69,28 @@ def test_every_room_is_drawn() -> None:
 
 @pytest.mark.parametrize("forbidden", ["print"])
 def test_library_code_never_prints(forbidden: str) -> None:
-    """But for modules that are programs (`python -m`)."""
-    found = []
+    """Except modules that are programs (`python -m`)."""
+    offenders = []
     for own, path in sources():
         text = path.read_text()
         if own == "pipelines" or '__name__ == "__main__"' in text:
             continue
         calls = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call))
         if any(isinstance(call.func, ast.Name) and call.func.id == forbidden for call in calls):
-            found.append(str(path.relative_to(ROOT)))
-    assert not found
+            offenders.append(str(path.relative_to(ROOT)))
+    assert not offenders
 
 
 def test_models_are_made_in_one_room() -> None:
-    """Loaded, built from a configuration, or by hand: only models/ calls transformers for it."""
+    """Loaded, or built from a configuration or by hand: only models/ calls transformers for this."""
     made = {"from_pretrained", "from_config", "snapshot_download"}
-    found = []
+    places = []
     for own, path in sources():
         for node in ast.walk(ast.parse(path.read_text())):
             name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "name", getattr(node, "id", ""))
             if own != "models" and (name in made or str(name).endswith("ForCausalLM")):
-                found.append(f"{path.relative_to(ROOT)}: {name}")
-    assert not found, found
+                places.append(f"{path.relative_to(ROOT)}: {name}")
+    assert not places, places
 
 
 def test_pipelines_are_thin() -> None:
@@ -99,11 +99,11 @@ def test_pipelines_are_thin() -> None:
 
 
 SAME_NAMES = {"__init__", "protocol", "registry"}
-"""What several rooms have: the protocol that their parts implement, the registry that lists them."""
+"""File names that several packages have: the protocol of their parts, the registry that lists them."""
 
 
 def test_a_file_name_says_which_file_is_meant() -> None:
-    """A command in pipelines/ and its options in config/ share the command's name; no other two files share one."""
+    """A command in pipelines/ and its options in config/ share the command's name; no other two files share a name."""
     files: dict[str, list[str]] = {}
     for own, path in sources():
         if path.stem not in SAME_NAMES and own != "pipelines":

@@ -73,7 +73,7 @@ def value_and_gradient(loss: Any, table: Table) -> tuple[float, torch.Tensor]:
 
 
 def compare(ours: Any, formula: Any, seed: int) -> None:
-    """Value and gradient agree, as the mean over the count, whole and summed over single rows."""
+    """Value and gradient agree: as the mean over the count, for the full batch and summed over single rows."""
     logits, micro = random_batch(seed)
     table = Table(logits)
     total, count = ours(table, micro)

@@ -1,4 +1,4 @@
-"""One function over many items, on processes that stay warm: what the end of one of them costs."""
+"""One function over many items in warm processes: the cost of losing a process."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from ofmu_ray.cluster.map_tasks import ProcessDied, ProcessPool, map_tasks
 from ofmu_ray.errors import UserError
 
 Answer = tuple[str, int, str]
-"""Item, which of its process it was, threads."""
+"""Item, its number within the process, threads."""
 
 
 def make(folder: Path) -> Callable[[str], Answer]:
-    """A function that ends its process as its item says."""
+    """A function that ends its process in the way its item says."""
     done = 0
 
     def function(item: str) -> Answer:
@@ -60,7 +60,7 @@ def processes() -> list[psutil.Process]:
 
 
 def gone() -> bool:
-    """Whether the processes end; what Ray kills takes a moment."""
+    """Whether the processes have ended; Ray's kills take a moment."""
     end = time.monotonic() + 30
     while time.monotonic() < end:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -73,22 +73,22 @@ def gone() -> bool:
 def test_an_item_whose_process_ends_is_handed_back(local_ray: None, tmp_path: Path) -> None:
     items = ["a", "memory", "exits", "b", "c"]
     with ProcessPool(partial(make, tmp_path), 1) as pool:
-        found: dict[int, Any] = dict(pool.map(items))
+        results: dict[int, Any] = dict(pool.map(items))
         again = dict(pool.map(["d"]))
-    assert [found[number] for number in (0, 3, 4)] == [("a", 1, "1"), ("b", 1, "1"), ("c", 2, "1")]
+    assert [results[number] for number in (0, 3, 4)] == [("a", 1, "1"), ("b", 1, "1"), ("c", 2, "1")]
     assert again == {0: ("d", 3, "1")}  # the process was still warm
     for number, error in ((1, "OutOfMemoryError"), (2, "ActorDiedError")):
-        assert isinstance(found[number], ProcessDied)
-        assert error in str(found[number])
+        assert isinstance(results[number], ProcessDied)
+        assert error in str(results[number])
     assert gone()
 
 
 def test_retries_are_the_callers_choice(local_ray: None, tmp_path: Path) -> None:
     with ProcessPool(partial(make, tmp_path), 1, cpus=2, retries=1) as pool:
-        found: dict[int, Any] = dict(pool.map(["exits once", "a", "exits"]))
-    assert found[0] == ("exits once", 1, "2")  # a thread per CPU
-    assert found[1] == ("a", 2, "2")
-    assert isinstance(found[2], ProcessDied)
+        results: dict[int, Any] = dict(pool.map(["exits once", "a", "exits"]))
+    assert results[0] == ("exits once", 1, "2")  # a thread per CPU
+    assert results[1] == ("a", 2, "2")
+    assert isinstance(results[2], ProcessDied)
 
 
 def test_work_that_needs_every_item(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,8 +104,8 @@ def test_work_that_needs_every_item(local_ray: None, tmp_path: Path, monkeypatch
     assert gone()
 
 
-def test_work_goes_on_where_nothing_is_free(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another pool holds both CPUs: one process shares one of them."""
+def test_work_continues_when_nothing_is_free(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another pool occupies both CPUs: one process shares one of them."""
     monkeypatch.setattr(module, "SETTLE_SECONDS", 0.0)
     with ProcessPool(partial(make, tmp_path), 2) as pool:
         list(pool.map(["a", "b"]))
@@ -130,7 +130,7 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.full  # a Ray of its own: inside a pytest worker Ray does not see an interrupt reliably
+@pytest.mark.full  # a separate Ray: inside a pytest worker, Ray does not reliably see an interrupt
 def test_an_interrupt_ends_the_processes(tmp_path: Path) -> None:
     command = [sys.executable, "-c", INTERRUPTED, str(Path(__file__).parent), str(tmp_path)]
     done = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

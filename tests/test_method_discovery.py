@@ -1,4 +1,4 @@
-"""A new file in ofmu_ray/methods/ is all that a method takes: options, draws, planning and rounds follow from it."""
+"""A method needs only a new file in ofmu_ray/methods/: options, draws, planning and rounds follow from it."""
 
 from __future__ import annotations
 

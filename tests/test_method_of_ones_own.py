@@ -89,10 +89,10 @@ def test_a_file_is_enough(tmp_path: Path) -> None:
     command = [sys.executable, "-c", STRANGER, str(tmp_path), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert "sign_ascent.sharpness" in found["refused"]
-    assert found["losses"][1] < found["losses"][0]  # of the negated loss
-    assert found["updates"] == 2
+    report = json.loads(done.stdout)
+    assert "sign_ascent.sharpness" in report["refused"]
+    assert report["losses"][1] < report["losses"][0]  # of the negated loss
+    assert report["updates"] == 2
 
 
 def test_every_method_has_its_line_in_the_readme() -> None:

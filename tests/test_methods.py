@@ -26,11 +26,11 @@ from ofmu_ray.methods import build_method
 from ofmu_ray.models.loading import add_lora
 
 WEIGHTS = 2e-4
-"""Of the distance from the start to the end: other orders of fp32 sums; measured at most 2e-5."""
+"""Of the distance from start to end: different orders of fp32 sums; measured at most 2e-5."""
 PLAIN = 1e-6
 """The same, in float64 (in which Llama's norms and softmax stay fp32) against the plain loop; measured at most 2e-7."""
 FIGURES = 1e-3
-"""Of each figure of each round."""
+"""Of each metric of each round."""
 
 ALONE = [Case(variant, micro=1, resume=True) for variant in OPTIONS]
 ONE_ENGINE_WILL_DO = {"grad_diff-no_retain", "blur-nll"}  # their siblings make the same calls
@@ -50,7 +50,7 @@ TWO_RANKS = [
 
 
 class Plain:
-    """A method as one would write it down: one process, whole batches, float64, torch.optim."""
+    """A method in its simplest form: one process, global batches, float64, torch.optim."""
 
     def __init__(self, variant: str):
         self.name, self.options = variant.partition("-")[0], OPTIONS[variant]
@@ -74,7 +74,7 @@ class Plain:
         return loss, list(torch.autograd.grad(loss, self.parameters))
 
     def turn(self, formula: Any, batch: Any, kind: str) -> None:
-        """One step of DualOptim's forget or retain turn; with a common state from the formulas of its paper's code."""
+        """One step of DualOptim's forget or retain turn; with a common state, by the formulas of the paper's code."""
         options: Any = self.options
         weight, ratio = (options.forget_weight, options.forget_lr_ratio) if kind == "forget" else (1.0, 1.0)
         _, gradient = self.gradient(formula, batch)
@@ -177,7 +177,7 @@ def flat(tensors: Any) -> list[float]:
 
 
 @functools.cache
-def whole(variant: str) -> dict[str, Any]:
+def single_process(variant: str) -> dict[str, Any]:
     return trajectory(Case(variant), 0, 1)
 
 
@@ -186,19 +186,19 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
     return run_ranks(2, TWO_RANKS, tmp_path_factory.mktemp("methods"), trajectory)
 
 
-def judge(case: Case, found: Mapping[str, Any]) -> None:
-    expected = whole(case.variant)
+def judge(case: Case, result: Mapping[str, Any]) -> None:
+    expected = single_process(case.variant)
     off, moved = (
-        math.dist(flat(found["weights"].values()), flat(expected["weights"].values())),
+        math.dist(flat(result["weights"].values()), flat(expected["weights"].values())),
         math.dist(flat(expected["start"].values()), flat(expected["weights"].values())),
     )
     assert off <= WEIGHTS * moved
-    for number, (figures, like) in enumerate(zip(found["figures"], expected["figures"], strict=True)):
+    for number, (metrics, like) in enumerate(zip(result["figures"], expected["figures"], strict=True)):
         close = {name: pytest.approx(value, rel=FIGURES, abs=FIGURES) for name, value in like.items()}
-        assert figures == close, f"round {number}"
-    assert found["account"] == expected["account"]
-    assert all(state == found["states"][0] for state in found["states"]), "ranks disagree"
-    assert found.get("resumed", True), "a resumed run ends with other weights"
+        assert metrics == close, f"round {number}"
+    assert result["account"] == expected["account"]
+    assert all(state == result["states"][0] for state in result["states"]), "ranks disagree"
+    assert result.get("resumed", True), "a resumed run ends with other weights"
 
 
 @pytest.mark.parametrize("case", ALONE, ids=str)
@@ -213,11 +213,11 @@ def test_two_ranks(case: Case, two_ranks: dict[str, dict[str, Any]]) -> None:
 
 
 def test_passes() -> None:
-    """A weight of 0, and a method without a stream, costs no pass."""
-    passes = {variant: whole(variant)["account"]["gradient_passes"] for variant in OPTIONS}
+    """A weight of 0 costs no pass, nor does a stream that a method does not use."""
+    passes = {variant: single_process(variant)["account"]["gradient_passes"] for variant in OPTIONS}
     forget_only = {"gradient_ascent", "grad_diff-no_retain", "ceu", "task_arithmetic", "task_arithmetic-sgd"}
-    for variant, found in passes.items():
-        assert found == {
+    for variant, counts in passes.items():
+        assert counts == {
             "forget": ROUNDS * (variant != "retain_finetune"),
             "retain": ROUNDS * (variant not in forget_only) * (2 if variant.startswith("dualoptim") else 1),
         }
@@ -228,7 +228,7 @@ def test_passes() -> None:
 
 def test_needs() -> None:
     needs = {variant: [(n.stream, n.feature.name) for n in build_method(o).needs] for variant, o in OPTIONS.items()}
-    assert {variant: found for variant, found in needs.items() if found} == {
+    assert {variant: needed for variant, needed in needs.items() if needed} == {
         "grad_diff-kl": [("retain", "logits")],
         "blur": [("forget", "nll")],
         "dualoptim-apart": [("forget", "nll")],
@@ -236,7 +236,7 @@ def test_needs() -> None:
 
 
 def test_blur_forgets_at_the_same_rate_whatever_the_retain_gradient() -> None:
-    """<direction, g_f> = gamma |g_f|^2, also against a retain gradient that points the other way."""
+    """<direction, g_f> = gamma |g_f|^2, even if the retain gradient points the other way."""
     method: Any = build_method(config.METHODS["blur"](forget_weight=0.3))
     engine = TorchEngine(seeded_model("llama"))
     torch.manual_seed(0)
@@ -252,9 +252,9 @@ def test_pdu_bound_and_dual_survive_a_checkpoint() -> None:
     engine = TorchEngine(seeded_model("llama"))
     vector = engine.weights()
     for loss, excess in ((2.0, -1.0), (4.0, 1.0)):  # the first batch's 2.0 gives the bound 3.0
-        figures = {"retain_loss": loss}
-        method.direction(engine, copy.deepcopy(vector), copy.deepcopy(vector), figures)  # type: ignore[attr-defined]
-        assert figures["retain_excess"] == excess
+        metrics = {"retain_loss": loss}
+        method.direction(engine, copy.deepcopy(vector), copy.deepcopy(vector), metrics)  # type: ignore[attr-defined]
+        assert metrics["retain_excess"] == excess
     assert method.state_dict() == {"rounds_done": 0, "dual": 2.0, "bound": 3.0}  # 1 -> max(0, -1) = 0 -> 2
     other = build_method(config.METHODS["pdu"]())
     other.load_state_dict(method.state_dict())
@@ -269,7 +269,7 @@ def test_task_arithmetic_takes_no_weight_decay() -> None:
 
 @pytest.mark.parametrize("variant", ["task_arithmetic", "task_arithmetic-sgd"])
 def test_task_arithmetic_negates_the_product_of_adapters(variant: str) -> None:
-    """B A against - s times that of a plain fit: mirrored factors alone would leave it 57 to 123 % off."""
+    """B A against -s times that of a plain fit: mirrored factors alone would be 57 to 123 % off."""
     options: Any = OPTIONS[variant]
     deltas = {}
     for name, chosen in (("fit", config.FinetuneConfig(optimizer=options.optimizer)), ("negated", options)):

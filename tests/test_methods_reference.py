@@ -1,4 +1,4 @@
-"""The methods that need the untouched model against plain loops with a resident one, and the same on every engine."""
+"""Methods that need the reference model, against plain loops with a resident one, and equal on every engine."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from reference_ranks import (
     answer_logits,
     build_engine,
     known,
+    reference_model,
     rounds,
     row_nll,
     trajectory,
-    untouched_model,
 )
 
 from ofmu_ray import config
@@ -31,9 +31,9 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.methods import build_method
 
 PLAIN = 1e-6
-"""Of the way gone, in float64 (in which Llama's norms and softmax stay fp32): measured at most 2e-7."""
+"""Of the distance covered, in float64 (Llama's norms and softmax stay fp32): measured at most 2e-7."""
 WEIGHTS = 1e-4
-"""Of the way gone, in fp32: other orders of sums."""
+"""Of the distance covered, in fp32: different orders of sums."""
 
 VARIANTS = [*((variant, "llama") for variant in OPTIONS), ("rmu", "qwen2"), ("rmu", "neox"), ("dpo", "neox")]
 TWO_RANKS = [Case(variant, stage, micro=1) for stage in (0, 3) for variant in OPTIONS] + [Case("rmu", 3, "neox")]
@@ -101,7 +101,7 @@ def test_rounds_are_the_plain_loop(variant: str, kind: str) -> None:
     method = build_method(options, ROUNDS)
     engine = build_engine(case, method, torch.float64)
     method.start(engine)
-    model = untouched_model(kind).double()
+    model = reference_model(kind).double()
     reference = copy.deepcopy(model)  # the peer's second model
     optimizer = torch.optim.SGD(model.parameters(), lr=options.optimizer.lr)
     trained = dict(zip(engine.trainable_names, engine.parameters(), strict=True))
@@ -120,7 +120,7 @@ def test_rounds_are_the_plain_loop(variant: str, kind: str) -> None:
                     assert not parameter.grad.any(), f"{parameter_name} is frozen and has a gradient"
                 parameter.grad = None
         optimizer.step()
-        batches = {s: [known(reference, batch) for batch in found] for s, found in streams.items()}
+        batches = {s: [known(reference, batch) for batch in stream] for s, stream in streams.items()}
         method.round(engine, iter(batches["forget"]), iter(batches["retain"]))
     plain, start = dict(model.named_parameters()), dict(reference.named_parameters())
     moved = math.dist(flat(plain[n] for n in trained), flat(start[n] for n in trained))
@@ -140,21 +140,21 @@ def flat(tensors: Any) -> list[float]:
 
 
 @functools.cache
-def whole(variant: str, model: str) -> dict[str, Any]:
+def single_process(variant: str, model: str) -> dict[str, Any]:
     return trajectory(Case(variant, model=model), 0, 1)
 
 
-def judge(case: Case, found: dict[str, Any]) -> None:
-    expected = whole(case.variant, case.model)
-    start = dict(untouched_model(case.model).named_parameters())
+def judge(case: Case, result: dict[str, Any]) -> None:
+    expected = single_process(case.variant, case.model)
+    start = dict(reference_model(case.model).named_parameters())
     names = sorted(start)
-    off = math.dist(flat(found["weights"][n] for n in names), flat(expected["weights"][n] for n in names))
+    off = math.dist(flat(result["weights"][n] for n in names), flat(expected["weights"][n] for n in names))
     moved = math.dist(flat(start[n] for n in names), flat(expected["weights"][n] for n in names))
     assert off <= WEIGHTS * moved
-    for figures, like in zip(found["figures"], expected["figures"], strict=True):
-        assert figures == {name: pytest.approx(value, rel=1e-3, abs=1e-3) for name, value in like.items()}
-    assert found["account"] == {**expected["account"], "flops": pytest.approx(expected["account"]["flops"])}
-    assert found["state"] == expected["state"]
+    for metrics, like in zip(result["figures"], expected["figures"], strict=True):
+        assert metrics == {name: pytest.approx(value, rel=1e-3, abs=1e-3) for name, value in like.items()}
+    assert result["account"] == {**expected["account"], "flops": pytest.approx(expected["account"]["flops"])}
+    assert result["state"] == expected["state"]
 
 
 @pytest.mark.parametrize("variant", OPTIONS)
@@ -177,7 +177,7 @@ def test_two_ranks(case: Case, two_ranks: dict[str, dict[str, Any]]) -> None:
 
 
 def test_account_counts_the_tokens_that_go_through() -> None:
-    """IDK forgets on refusals alone, DPO on both texts, the others on the answers."""
+    """IDK forgets on refusals only, DPO on both texts, the others on the answers."""
     for variant in ("npo", "idk", "dpo"):
         forwarded = {"npo": ["attention_mask"], "idk": ["refusal_attention_mask"]}
         forwarded["dpo"] = forwarded["npo"] + forwarded["idk"]
@@ -185,12 +185,12 @@ def test_account_counts_the_tokens_that_go_through() -> None:
         for streams in rounds(Case(variant), 1, 0):
             forget, retain = streams["forget"][0].micro[0], streams["retain"][0].micro[0]
             tokens += sum(int(forget[name].sum()) for name in forwarded[variant]) + int(retain["attention_mask"].sum())
-        assert whole(variant, "llama")["account"]["tokens"] == tokens, variant
+        assert single_process(variant, "llama")["account"]["tokens"] == tokens, variant
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "neox"])
 def test_nothing_runs_above_the_layer(kind: str) -> None:
-    module = untouched_model(kind)
+    module = reference_model(kind)
     (micro,) = rounds(Case("rmu"), 1, 0)[0]["forget"][0].micro
     ran: list[str] = []
     handles = [
@@ -210,14 +210,14 @@ def test_nothing_runs_above_the_layer(kind: str) -> None:
 
 
 def test_work_is_the_share_of_the_parameters_up_to_the_layer() -> None:
-    module, account = untouched_model("llama"), whole("rmu", "llama")["account"]
+    module, counts = reference_model("llama"), single_process("rmu", "llama")["account"]
     above = sum(p.numel() for n, p in module.named_parameters() if "layers.1" in n or ".norm" in n or "lm_head" in n)
     whole_model = sum(p.numel() for p in module.parameters())
-    assert account["flops"] == pytest.approx(6 * (whole_model - above) * account["tokens"])
+    assert counts["flops"] == pytest.approx(6 * (whole_model - above) * counts["tokens"])
 
 
 def test_the_random_vector_is_the_seeds_and_survives_a_checkpoint() -> None:
-    state = whole("rmu", "llama")["state"]
+    state = single_process("rmu", "llama")["state"]
     vector = torch.tensor(state["target"])
     assert float(vector.norm()) == pytest.approx(3.0)
     assert bool((vector >= 0).all())
@@ -232,4 +232,4 @@ def test_layers_that_are_not_there_are_named() -> None:
         (config.METHODS["rmu"](train_layers=2), "train_layers"),
     ):
         with pytest.raises(UserError, match=word):
-            build_method(options).freeze(untouched_model("llama"))
+            build_method(options).freeze(reference_model("llama"))

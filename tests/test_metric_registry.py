@@ -1,4 +1,4 @@
-"""A metric is one entry: whatever reads metrics reads the declaration."""
+"""A metric is one entry: everything that reads metrics reads its declaration."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def trials_with(name: str, *values: float) -> list[dict[str, Any]]:
 
 def test_one_entry_is_enough(shouting: Metric) -> None:
     loud, quiet = table(0.5, 0.7, 0.9), table(0.1, 0.1, 0.1)
-    found = summarise(loud, bootstrap_samples=100)[shouting.name]
-    assert found.value == pytest.approx(0.7)
-    assert found.low is not None
-    assert found.low < 0.7
-    written = {"after": {shouting.name: found.to_json()}}
+    mean = summarise(loud, bootstrap_samples=100)[shouting.name]
+    assert mean.value == pytest.approx(0.7)
+    assert mean.low is not None
+    assert mean.low < 0.7
+    written = {"after": {shouting.name: mean.to_json()}}
     (row,) = metric_table(written)
     assert (row.label, row.direction) == ("Forget shouting", "↓ better")
     assert "Forget shouting v" in metrics_table(written)
@@ -74,7 +74,7 @@ def test_one_entry_is_enough(shouting: Metric) -> None:
     ("objective", "best"), [("retain_rouge", 0.9), ("ks_statistic", 0.1), ("forget_probability", 0.4)]
 )
 def test_the_rule_follows_the_direction(objective: str, best: float) -> None:
-    """High, low, and like the retrained model (here 0.35)."""
+    """High, low, and near the retrained model (here 0.35)."""
     trials = trials_with(objective, 0.1, 0.4, 0.9)
     choice = select(trials, Goal(objective, "model_utility", 0.5, retrained_objective=0.35))
     assert choice is not None
@@ -109,7 +109,7 @@ def test_the_margin_counts_where_some_trial_reaches_it() -> None:
     ]
     goal = Goal("forget_quality", "model_utility", 0.79)
     chosen = {margin: select(trials, replace(goal, margin=margin)) for margin in (0.0, 0.02, 0.1)}
-    assert [found.trial["trial"] for found in chosen.values() if found is not None] == [0, 1, 0]
+    assert [choice.trial["trial"] for choice in chosen.values() if choice is not None] == [0, 1, 0]
 
 
 def test_families_are_spelled_out() -> None:

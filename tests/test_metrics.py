@@ -1,4 +1,4 @@
-"""Each metric against numbers from elsewhere: hand-computed, SciPy, brute force, and the TOFU release's own."""
+"""Each metric against independent numbers: by hand, SciPy, brute force, and the TOFU release's."""
 
 from __future__ import annotations
 
@@ -130,8 +130,8 @@ def test_rouge_against_brute_force() -> None:
         _common_subsequence(reference, text) / len(reference)
         for reference, text in zip(references, generated, strict=True)
     ]
-    found = rouge_l_recall([" ".join(text) for text in references], [" ".join(text) for text in generated])
-    assert found == pytest.approx(expected)
+    recalls = rouge_l_recall([" ".join(text) for text in references], [" ".join(text) for text in generated])
+    assert recalls == pytest.approx(expected)
 
 
 def test_rouge_stems_and_ignores_case() -> None:
@@ -143,11 +143,11 @@ def test_rouge_stems_and_ignores_case() -> None:
 
 def test_mean_interval_agrees_with_scipy() -> None:
     values = np.random.default_rng(5).beta(2, 3, 400)
-    figure = intervals.mean_figure(values, samples=2000, seed=0, name="x")
+    mean = intervals.mean_figure(values, samples=2000, seed=0, name="x")
     reference = stats.bootstrap((values,), np.mean, n_resamples=5000, method="percentile", rng=1).confidence_interval
-    assert figure.value == pytest.approx(values.mean())
-    assert (figure.low, figure.high) == pytest.approx((reference.low, reference.high), abs=0.003)
-    assert figure.n == 400
+    assert mean.value == pytest.approx(values.mean())
+    assert (mean.low, mean.high) == pytest.approx((reference.low, reference.high), abs=0.003)
+    assert mean.n == 400
 
 
 def test_intervals_depend_on_seed_and_name_only() -> None:
@@ -186,25 +186,25 @@ def test_forget_quality_interval() -> None:
     assert statistic.value == pytest.approx(stats.ks_2samp(a, a * 30).statistic)
 
 
-def test_utility_interval_holds_the_utility() -> None:
+def test_utility_interval_contains_the_utility() -> None:
     rng = np.random.default_rng(9)
     sets = {name: [rng.beta(4, 2, rows) for _ in range(3)] for name, rows in (("a", 100), ("b", 50), ("c", 80))}
-    figure = intervals.utility_figure(sets, samples=500, seed=0, name="mu")
+    utility = intervals.utility_figure(sets, samples=500, seed=0, name="mu")
     means = [column.mean() for columns in sets.values() for column in columns]
-    assert figure.value == pytest.approx(stats.hmean(means))
-    assert figure.n == 230
-    assert figure.low is not None
-    assert figure.high is not None
+    assert utility.value == pytest.approx(stats.hmean(means))
+    assert utility.n == 230
+    assert utility.low is not None
+    assert utility.high is not None
     # delta method: the deviation of hmean follows from the columns' deviations (independent here)
     variance = sum(
-        (figure.value**2 / 9 / column.mean() ** 2) ** 2 * column.var() / len(column)
+        (utility.value**2 / 9 / column.mean() ** 2) ** 2 * column.var() / len(column)
         for columns in sets.values()
         for column in columns
     )
-    assert figure.high - figure.low == pytest.approx(2 * 1.96 * math.sqrt(variance), rel=0.15)
+    assert utility.high - utility.low == pytest.approx(2 * 1.96 * math.sqrt(variance), rel=0.15)
 
 
-def test_figures_as_json() -> None:
+def test_metrics_as_json() -> None:
     assert intervals.MetricValue(0.5, 0.4, 0.6, 9).to_json() == {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
     assert intervals.MetricValue.absent("why").to_json() == {"value": None, "reason": "why"}
 
@@ -237,35 +237,35 @@ def logs(shared_dir: Path) -> dict[str, dict]:
 @pytest.mark.parametrize("model", ["full", "retain90"])
 def test_golden_numbers(logs: dict[str, dict], shared_dir: Path, model: str) -> None:
     expected = json.loads((shared_dir / "golden" / "tofu_expected.json").read_text())[f"{model}_vs_retain90"]
-    found = tofu_log.tofu_metrics(logs[model], logs["retain90"])
-    assert found.keys() == _EXPECTED_NAMES.keys()
-    for name, value in found.items():
+    metrics_of_log = tofu_log.tofu_metrics(logs[model], logs["retain90"])
+    assert metrics_of_log.keys() == _EXPECTED_NAMES.keys()
+    for name, value in metrics_of_log.items():
         assert value == pytest.approx(expected[_EXPECTED_NAMES[name]], rel=1e-6, abs=1e-12), name
 
 
 @pytest.mark.parametrize("model", ["full", "retain90"])
 def test_rouge_of_stored_generations(logs: dict[str, dict], model: str) -> None:
-    found = tofu_log.recomputed_rouge(logs[model])
+    recomputed = tofu_log.recomputed_rouge(logs[model])
     for part, key in tofu_log.PARTS.items():
-        assert found[part] == pytest.approx(list(logs[model][key]["rougeL_recall"].values()), abs=1e-6), part
+        assert recomputed[part] == pytest.approx(list(logs[model][key]["rougeL_recall"].values()), abs=1e-6), part
 
 
 def test_without_retrained_log(logs: dict[str, dict]) -> None:
-    found = tofu_log.tofu_metrics(logs["full"])
-    assert found["forget_quality"] is None
-    assert found["ks_statistic"] is None
-    assert found["model_utility"] is not None
+    metrics_of_log = tofu_log.tofu_metrics(logs["full"])
+    assert metrics_of_log["forget_quality"] is None
+    assert metrics_of_log["ks_statistic"] is None
+    assert metrics_of_log["model_utility"] is not None
 
 
 def test_damaged_logs_are_refused_with_the_missing_part(logs: dict[str, dict], tmp_path: Path) -> None:
-    whole = logs["full"]
-    forget, secret = whole["eval_log_forget.json"], "a secret text"
+    complete = logs["full"]
+    forget, secret = complete["eval_log_forget.json"], "a secret text"
 
     def damaged(**changes: object) -> dict:
-        return {**whole, "eval_log_forget.json": {**forget, **changes}}
+        return {**complete, "eval_log_forget.json": {**forget, **changes}}
 
     cases = [
-        ({key: whole[key] for key in whole if key != "eval_log.json"}, r"'eval_log.json' \(retain\) is missing"),
+        ({key: complete[key] for key in complete if key != "eval_log.json"}, r"'eval_log.json' \(retain\) is missing"),
         (damaged(avg_gt_loss={}), "has no rows of 'avg_gt_loss'"),
         (damaged(avg_gt_loss={**forget["avg_gt_loss"], "0": secret}), "avg_gt_loss row 0 is no finite number"),
         (damaged(avg_gt_loss={**forget["avg_gt_loss"], "7": float("nan")}), "avg_gt_loss row 7 is no finite number"),

@@ -22,18 +22,18 @@ def _labels(forget: list[float], holdout: list[float]) -> list[int]:
 
 @given(SCORES, SCORES)
 def test_auc_against_scikit_learn_and_pairs(forget: list[float], holdout: list[float]) -> None:
-    found = membership.attack_auc(forget, holdout)
-    assert found == pytest.approx(roc_auc_score(_labels(forget, holdout), forget + holdout))
+    auc = membership.attack_auc(forget, holdout)
+    assert auc == pytest.approx(roc_auc_score(_labels(forget, holdout), forget + holdout))
     pairs = [(h > f) + 0.5 * (h == f) for f in forget for h in holdout]
-    assert found == pytest.approx(np.mean(pairs))
+    assert auc == pytest.approx(np.mean(pairs))
 
 
 @given(SCORES, SCORES)
 def test_auc_is_antisymmetric_and_sees_order_only(forget: list[float], holdout: list[float]) -> None:
-    found = membership.attack_auc(forget, holdout)
-    assert membership.attack_auc(holdout, forget) == pytest.approx(1 - found)
-    assert membership.attack_auc(np.negative(holdout), np.negative(forget)) == pytest.approx(found)
-    assert membership.attack_auc(np.exp(forget), np.exp(holdout)) == pytest.approx(found)
+    auc = membership.attack_auc(forget, holdout)
+    assert membership.attack_auc(holdout, forget) == pytest.approx(1 - auc)
+    assert membership.attack_auc(np.negative(holdout), np.negative(forget)) == pytest.approx(auc)
+    assert membership.attack_auc(np.exp(forget), np.exp(holdout)) == pytest.approx(auc)
     assert membership.attack_auc(forget, forget) == pytest.approx(0.5)
 
 
@@ -42,16 +42,16 @@ def test_tpr_against_scikit_learn(forget: list[float], holdout: list[float], lim
     # there a member is the positive class and a high score its sign
     members = [1 - label for label in _labels(forget, holdout)]
     fpr, tpr, _ = roc_curve(members, np.negative(forget + holdout), drop_intermediate=False)
-    found = membership.tpr_at_fpr(forget, holdout, limit)
-    assert found == pytest.approx(tpr[fpr <= limit + 1e-12].max())
-    assert found <= membership.tpr_at_fpr(forget, holdout, 1.0) == 1.0
+    rate = membership.tpr_at_fpr(forget, holdout, limit)
+    assert rate == pytest.approx(tpr[fpr <= limit + 1e-12].max())
+    assert rate <= membership.tpr_at_fpr(forget, holdout, 1.0) == 1.0
 
 
 def test_rates_by_hand() -> None:
     holdout = np.arange(100, 200)
     assert membership.attack_auc([1, 2], holdout) == 1.0
     assert membership.attack_auc([500], holdout) == 0.0
-    # below 101 lies one holdout row of a hundred: allowed; below 102 two: not
+    # below 101 is one holdout row in a hundred: allowed; below 102 are two: not allowed
     assert membership.tpr_at_fpr([99, 100.5, 101.5, 150], holdout) == 0.5
     assert membership.tpr_at_fpr([99, 100.5, 101.5, 150], holdout[:50]) == 0.25  # of 50, none may be
 

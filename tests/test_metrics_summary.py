@@ -1,4 +1,4 @@
-"""Bootstrap by clusters against a slow loop, seeds, probes, and the figures of a whole table."""
+"""Bootstrap by clusters against a slow loop, seeds, probes, and the metrics of a complete table."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LABELS = np.repeat(["a", "b", "c", "d", "e", "f"], [1, 2, 3, 5, 8, 13])
 
 
 def _draws(seed: int, name: str, samples: int, *units: int) -> list[list[np.ndarray]]:
-    """The units drawn in each resample, from the same random stream as the figures."""
+    """The units drawn in each resample, from the same random stream as the metrics."""
     import zlib
 
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
@@ -42,36 +42,36 @@ def _rows(drawn: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.concatenate([groups[unit] for unit in drawn])
 
 
-def _bounds(values: list[float], figure: intervals.MetricValue) -> None:
+def _bounds(values: list[float], value: intervals.MetricValue) -> None:
     low, high = np.percentile(values, [2.5, 97.5])
-    assert figure.value is not None
-    assert (figure.low, figure.high) == pytest.approx((min(low, figure.value), max(high, figure.value)))
+    assert value.value is not None
+    assert (value.low, value.high) == pytest.approx((min(low, value.value), max(high, value.value)))
 
 
 def test_cluster_means_against_a_loop() -> None:
     values = np.random.default_rng(0).normal(size=len(LABELS))
-    figure = intervals.mean_figure(values, samples=60, seed=3, name="x", clusters=LABELS)
-    _bounds([values[_rows(drawn, LABELS)].mean() for (drawn,) in _draws(3, "x", 60, 6)], figure)
-    assert (figure.n, figure.clusters) == (32, 6)
+    mean = intervals.mean_figure(values, samples=60, seed=3, name="x", clusters=LABELS)
+    _bounds([values[_rows(drawn, LABELS)].mean() for (drawn,) in _draws(3, "x", 60, 6)], mean)
+    assert (mean.n, mean.clusters) == (32, 6)
 
 
 def test_cluster_quality_against_a_loop() -> None:
     rng = np.random.default_rng(1)
     a, b = rng.normal(size=32).round(1), rng.normal(size=32).round(1) + 0.4
-    figures = intervals.forget_quality_figures(a, b, samples=60, seed=3, name="x", clusters=LABELS)
+    values = intervals.forget_quality_figures(a, b, samples=60, seed=3, name="x", clusters=LABELS)
     tests = []
     for (drawn,) in _draws(3, "x", 60, 6):
         rows = _rows(drawn, LABELS)
         tests.append(stats.ks_2samp(a[rows], b[rows]))
-    _bounds([float(test.pvalue) for test in tests], figures[0])
-    _bounds([float(test.statistic) for test in tests], figures[1])
+    _bounds([float(test.pvalue) for test in tests], values[0])
+    _bounds([float(test.statistic) for test in tests], values[1])
 
 
 def test_cluster_auc_and_privleak_against_a_loop() -> None:
     rng = np.random.default_rng(2)
     forget, holdout, other = rng.normal(size=32), rng.normal(size=20) + 0.5, np.repeat(["p", "q", "r", "s"], 5)
     options: dict[str, Any] = {"samples": 60, "seed": 3, "name": "x", "clusters": (LABELS, other)}
-    figure, rate = intervals.attack_figures(forget, holdout, **options)
+    auc, rate = intervals.attack_figures(forget, holdout, **options)
     retrained = forget + 0.5, holdout
     leak = intervals.privleak_figure((forget, holdout), retrained, **options)
     areas, rates, leaks = [], [], []
@@ -82,10 +82,10 @@ def test_cluster_auc_and_privleak_against_a_loop() -> None:
         rates.append(membership.tpr_at_fpr(forget[members], holdout[others]))
         reference = float(roc_auc_score(labels, [*retrained[0][members], *holdout[others]]))
         leaks.append(100 * (reference - areas[-1]) / (1 - reference))
-    _bounds(areas, figure)
+    _bounds(areas, auc)
     _bounds(rates, rate)
     _bounds(leaks, leak)
-    assert figure.clusters == 10
+    assert auc.clusters == 10
 
 
 def test_cluster_utility_against_a_loop() -> None:
@@ -95,17 +95,17 @@ def test_cluster_utility_against_a_loop() -> None:
     estimate = intervals.utility_estimate(
         {"one": one, "two": two}, samples=60, seed=3, name="x", clusters={"one": LABELS}
     )
-    found = []
+    utilities = []
     for drawn, single in _draws(3, "x", 60, 6, 10):
         rows = _rows(drawn, LABELS)
         means = [np.nanmean(values[rows]) for values in one] + [values[single].mean() for values in two]
-        found.append(float(stats.hmean(means)))
-    _bounds(found, estimate.figure())
+        utilities.append(float(stats.hmean(means)))
+    _bounds(utilities, estimate.figure())
     assert (estimate.n, estimate.clusters) == (42, 6)
 
 
 def test_rows_alike_within_clusters_widen_the_interval() -> None:
-    """Twenty equal rows per author say as much as one: the interval of 400 rows is that of 20."""
+    """Twenty equal rows per author are as much evidence as one: the interval of 400 rows is that of 20."""
     authors = np.random.default_rng(4).normal(size=20)
     values, labels = np.repeat(authors, 20), np.repeat(np.arange(20), 20)
     wide = intervals.mean_figure(values, samples=1000, seed=0, name="x", clusters=labels)
@@ -117,22 +117,22 @@ def test_rows_alike_within_clusters_widen_the_interval() -> None:
 
 
 def test_one_cluster_has_no_interval() -> None:
-    figure = intervals.mean_figure(np.arange(5.0), samples=10, seed=0, name="x", clusters=np.array(["a"] * 5))
-    assert figure.to_json().keys() == {"value", "low", "high", "n", "clusters", "reason"}
-    assert (figure.value, figure.low, figure.high, figure.n, figure.clusters) == (2.0, None, None, 5, 1)
-    assert "cannot be resampled" in str(figure.reason)
+    value = intervals.mean_figure(np.arange(5.0), samples=10, seed=0, name="x", clusters=np.array(["a"] * 5))
+    assert value.to_json().keys() == {"value", "low", "high", "n", "clusters", "reason"}
+    assert (value.value, value.low, value.high, value.n, value.clusters) == (2.0, None, None, 5, 1)
+    assert "cannot be resampled" in str(value.reason)
 
 
 def test_exact_ks_p_values() -> None:
     for n in (1, 7, 40, 400):
         for distance in {1, max(n // 20, 1), n // 3, n // 2, n} - {0}:
-            found = metrics.exact_ks_p_value(distance / n, n)
+            p_value = metrics.exact_ks_p_value(distance / n, n)
             steps = [(-1) ** (j + 1) * math.comb(2 * n, n - j * distance) for j in range(1, n // distance + 1)]
-            assert found == pytest.approx(float(Fraction(2 * sum(steps), math.comb(2 * n, n))), rel=1e-10)
+            assert p_value == pytest.approx(float(Fraction(2 * sum(steps), math.comb(2 * n, n))), rel=1e-10)
             if n >= 40 and distance > 1:  # below, SciPy's sum rounds to more than 1 and it takes the asymptotic formula
                 a = np.arange(n, dtype=float)
                 b = np.concatenate([a[distance:], np.full(distance, 2.0 * n)])
-                assert found == pytest.approx(stats.ks_2samp(a, b).pvalue, rel=1e-9), (n, distance)
+                assert p_value == pytest.approx(stats.ks_2samp(a, b).pvalue, rel=1e-9), (n, distance)
     assert metrics.exact_ks_p_value(0.0, 7) == 1.0
 
 
@@ -141,10 +141,10 @@ def test_exact_ks_p_values() -> None:
 
 def test_over_seeds() -> None:
     values = [0.61, 0.55, 0.70, 0.64]
-    figure = intervals.over_seeds(values)
+    mean = intervals.over_seeds(values)
     low, high = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
-    assert (figure.value, figure.low, figure.high) == pytest.approx((np.mean(values), low, high))
-    assert figure.n == 4
+    assert (mean.value, mean.low, mean.high) == pytest.approx((np.mean(values), low, high))
+    assert mean.n == 4
     single = intervals.over_seeds([0.61])
     assert (single.value, single.low, single.high, single.n) == (0.61, None, None, 1)
     assert "one seed" in str(single.to_json()["reason"])
@@ -153,13 +153,13 @@ def test_over_seeds() -> None:
 
 def test_variance_over_probes() -> None:
     one, two = (intervals.ResampledValue(value, np.array([value, value + 0.1]), 5) for value in (0.2, 0.6))
-    figure = intervals.variance_figure([one, two])
-    assert figure.value == pytest.approx(0.08)
-    assert (figure.low, figure.high, figure.n) == pytest.approx((0.08, 0.08, 2))
+    variance = intervals.variance_figure([one, two])
+    assert variance.value == pytest.approx(0.08)
+    assert (variance.low, variance.high, variance.n) == pytest.approx((0.08, 0.08, 2))
     assert intervals.variance_figure([one]).value is None
 
 
-# -------------------------------------------------------------------------------------------------- a whole table
+# ----------------------------------------------------------------------------------------------- a complete table
 
 
 def _table(seed: int, sizes: dict[str, int], clusters: dict[str, int] | None = None) -> pa.Table:
@@ -202,27 +202,27 @@ def _values(table: pa.Table, name: str, column: str) -> list[Any]:
     return [record[column] for record in table.to_pylist() if record["set"] == name]
 
 
-def test_memorisation_and_degeneration_figures() -> None:
+def test_memorisation_and_degeneration_metrics() -> None:
     table = _table(0, SIZES)
-    figures = summarise(table, bootstrap_samples=20)
-    assert tuple(figures) == LISTED + MEMBERSHIP
+    metrics_of_table = summarise(table, bootstrap_samples=20)
+    assert tuple(metrics_of_table) == LISTED + MEMBERSHIP
     matches = [tokens[:-1] for tokens in _values(table, "forget", "answer_matches")]
     strengths = [memorisation.extraction_strength(each) for each in matches]
-    assert figures["forget_extraction_strength"].value == pytest.approx(np.mean(strengths))
-    assert figures["forget_extraction_strength"].n == 40
+    assert metrics_of_table["forget_extraction_strength"].value == pytest.approx(np.mean(strengths))
+    assert metrics_of_table["forget_extraction_strength"].n == 40
     memorised = [np.mean(each) for each in matches if each]
-    assert len(memorised) == 35  # answers of the end-of-text token alone are left out here
-    assert figures["forget_exact_memorisation"].value == pytest.approx(np.mean(memorised))
-    assert figures["forget_exact_memorisation"].n == 35
+    assert len(memorised) == 35  # answers with only the end-of-text token are excluded here
+    assert metrics_of_table["forget_exact_memorisation"].value == pytest.approx(np.mean(memorised))
+    assert metrics_of_table["forget_exact_memorisation"].n == 35
     columns = {"empty": "generated_empty", "repetition": "repetition", "length": "generated_tokens"}
     for name in ("forget", "retain"):
         for metric, column in (columns | {"ngram_entropy": "generated_entropy"}).items():
-            assert figures[f"{name}_{metric}"].value == pytest.approx(np.mean(_values(table, name, column)))
+            assert metrics_of_table[f"{name}_{metric}"].value == pytest.approx(np.mean(_values(table, name, column)))
 
 
-def test_membership_figures() -> None:
+def test_membership_metrics() -> None:
     table, retrained = _table(0, SIZES), _table(1, SIZES)
-    figures = summarise(table, retrained, bootstrap_samples=20)
+    metrics_of_table = summarise(table, retrained, bootstrap_samples=20)
 
     def lowest(tokens: list[float]) -> float:
         kept = sorted(tokens[:-1])[: max(1, math.floor(0.4 * (len(tokens) - 1)))]
@@ -245,10 +245,10 @@ def test_membership_figures() -> None:
         return float(area), membership.tpr_at_fpr(forget, holdout)
 
     for attack in ("loss", "zlib", "reference", "min_k", "min_k_plus"):
-        found = figures[f"mia_{attack}_auc"].value, figures[f"mia_{attack}_tpr"].value
-        assert found == pytest.approx(auc(table, attack)), attack
+        values = metrics_of_table[f"mia_{attack}_auc"].value, metrics_of_table[f"mia_{attack}_tpr"].value
+        assert values == pytest.approx(auc(table, attack)), attack
     a, r = auc(table, "min_k")[0], auc(retrained, "min_k")[0]
-    assert figures["privleak"].value == pytest.approx(100 * (r - a) / (1 - r))
+    assert metrics_of_table["privleak"].value == pytest.approx(100 * (r - a) / (1 - r))
     alone = summarise(table, bootstrap_samples=20)
     for name in ("mia_reference_auc", "mia_reference_tpr", "privleak"):
         assert "evaluation.retrained" in str(alone[name].reason)
@@ -258,36 +258,38 @@ def test_membership_figures() -> None:
     assert summarise(norms, bootstrap_samples=5)["mia_gradient_norm_auc"].value == alone["mia_loss_auc"].value
 
 
-def test_reports_know_the_direction_of_every_figure() -> None:
-    figures = summarise(_table(0, SIZES | PROBES), bootstrap_samples=5)
+def test_reports_know_the_direction_of_every_metric() -> None:
+    metrics_of_table = summarise(_table(0, SIZES | PROBES), bootstrap_samples=5)
     up = {"model_utility", "retain_extraction_strength", "other_words_utility", "german_utility"}
-    up |= {name for name in figures if name.endswith("forget_quality")}
+    up |= {name for name in metrics_of_table if name.endswith("forget_quality")}
     up |= {name for name in LISTED[3:15] if not name.startswith("forget_")}
-    down = {name for name in figures if name.endswith(("ks_statistic", "_variance"))}
-    for name in figures:
+    down = {name for name in metrics_of_table if name.endswith(("ks_statistic", "_variance"))}
+    for name in metrics_of_table:
         assert direction(name) == (UP if name in up else DOWN if name in down else MATCH), name
     assert label("mia_min_k_plus_tpr") == "Membership Min-K++ TPR at 1 % FPR"
     assert label("retain_length") == "Retain generated tokens"
 
 
 def test_only_sets_with_rows_are_listed() -> None:
-    figures = summarise(_table(0, {"retain": 5}), bootstrap_samples=5)
-    assert tuple(figures) == tuple(name for name in LISTED if not name.startswith("forget_") or name in LISTED[:6])
+    metrics_of_table = summarise(_table(0, {"retain": 5}), bootstrap_samples=5)
+    assert tuple(metrics_of_table) == tuple(
+        name for name in LISTED if not name.startswith("forget_") or name in LISTED[:6]
+    )
     without_forget = summarise(_table(0, {"retain": 5, "holdout": 5}), bootstrap_samples=5)
     assert "no forget rows" in str(without_forget["mia_loss_auc"].reason)
 
 
 def test_tables_of_an_earlier_version_say_so() -> None:
     table = _table(0, SIZES).drop_columns(["answer_matches", "generated_entropy", "cluster"])
-    figures = summarise(table, bootstrap_samples=5)
-    assert "without answer_matches" in str(figures["forget_extraction_strength"].reason)
-    assert "without generated_entropy" in str(figures["retain_ngram_entropy"].reason)
-    assert figures["forget_repetition"].value is not None
+    metrics_of_table = summarise(table, bootstrap_samples=5)
+    assert "without answer_matches" in str(metrics_of_table["forget_extraction_strength"].reason)
+    assert "without generated_entropy" in str(metrics_of_table["retain_ngram_entropy"].reason)
+    assert metrics_of_table["forget_repetition"].value is not None
 
 
-def test_probe_figures() -> None:
+def test_probe_metrics() -> None:
     table, retrained = _table(0, SIZES | PROBES), _table(1, SIZES | PROBES)
-    figures = summarise(table, retrained, bootstrap_samples=20)
+    metrics_of_table = summarise(table, retrained, bootstrap_samples=20)
     qualities, utilities = [], []
     for probe in ("other_words", "german"):
 
@@ -296,8 +298,8 @@ def test_probe_figures() -> None:
             return stats.gmean(np.exp(-wrong), axis=1) / np.exp(-nll)
 
         test = stats.ks_2samp(ratios(table, f"{probe}_forget"), ratios(retrained, f"{probe}_forget"))
-        assert figures[f"{probe}_forget_quality"].value == pytest.approx(test.pvalue)
-        assert figures[f"{probe}_ks_statistic"].value == pytest.approx(test.statistic)
+        assert metrics_of_table[f"{probe}_forget_quality"].value == pytest.approx(test.pvalue)
+        assert metrics_of_table[f"{probe}_ks_statistic"].value == pytest.approx(test.statistic)
         qualities.append(test.pvalue)
         name = f"{probe}_retain"
         means = [
@@ -306,9 +308,9 @@ def test_probe_figures() -> None:
             np.maximum(0, 1 - ratios(table, name)).mean(),
         ]
         utilities.append(stats.hmean(means))
-        assert figures[f"{probe}_utility"].value == pytest.approx(utilities[-1])
-    assert figures["probes_forget_quality_variance"].value == pytest.approx(np.var(qualities, ddof=1))
-    assert figures["probes_utility_variance"].value == pytest.approx(np.var(utilities, ddof=1))
+        assert metrics_of_table[f"{probe}_utility"].value == pytest.approx(utilities[-1])
+    assert metrics_of_table["probes_forget_quality_variance"].value == pytest.approx(np.var(qualities, ddof=1))
+    assert metrics_of_table["probes_utility_variance"].value == pytest.approx(np.var(utilities, ddof=1))
     alone = summarise(table, bootstrap_samples=5)
     assert "evaluation.retrained" in str(alone["german_forget_quality"].reason)
     assert "evaluation.retrained" in str(alone["probes_forget_quality_variance"].reason)
@@ -317,25 +319,25 @@ def test_probe_figures() -> None:
     assert "two probes" in str(half["probes_forget_quality_variance"].reason)
 
 
-def test_clusters_of_a_table_reach_every_figure() -> None:
+def test_clusters_of_a_table_reach_every_metric() -> None:
     groups = {"forget": 8, "retain": 2, "holdout": 5}
     table, retrained = _table(0, SIZES, groups), _table(1, SIZES, groups)
-    figures = summarise(table, retrained, bootstrap_samples=20)
+    metrics_of_table = summarise(table, retrained, bootstrap_samples=20)
     plain = summarise(_table(0, SIZES), _table(1, SIZES), bootstrap_samples=20)
     expected = {"forget_probability": 5, "retain_rouge": 15, "model_utility": 15, "forget_quality": 5, "privleak": 10}
-    assert {name: figures[name].clusters for name in expected} == expected
-    for name, figure in figures.items():
-        assert figure.value == pytest.approx(plain[name].value), name
+    assert {name: metrics_of_table[name].clusters for name in expected} == expected
+    for name, value in metrics_of_table.items():
+        assert value.value == pytest.approx(plain[name].value), name
         clustered = not name.startswith(("real_authors", "world_facts"))
-        assert (figure.clusters is not None) == clustered, name
-        assert ((figure.low, figure.high) == (plain[name].low, plain[name].high)) != clustered, name
+        assert (value.clusters is not None) == clustered, name
+        assert ((value.low, value.high) == (plain[name].low, plain[name].high)) != clustered, name
 
 
 # ---------------------------------------------------------------------------------------------- clusters of rows
 
 
 def test_clusters_of_tofu_are_its_authors(shared_dir: Path) -> None:
-    """Every file that is evaluated holds whole authors, 20 consecutive rows each, in the order of full.json."""
+    """Every evaluated file contains complete authors, 20 consecutive rows each, in the order of full.json."""
     folder = str(shared_dir / "data" / "tofu")
     authors = {
         (row["question"], row["answer"]): row["cluster"] for row in evaluation_rows("full.json", folder, cluster=20)

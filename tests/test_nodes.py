@@ -1,4 +1,4 @@
-"""Several nodes: real raylets on one machine, ended, blind or cut off while a run uses them."""
+"""Several nodes: real raylets on one machine, killed, without shared files, or cut off while a run uses them."""
 
 from __future__ import annotations
 
@@ -79,12 +79,12 @@ def store() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def cluster(store, runs) -> Iterator[Cluster]:
-    """A head that runs no tasks, and two nodes with room for two workers each; all of them can use the store."""
+    """A head that runs no tasks, and two nodes with room for two workers each; all can use the store."""
     with temporary() as folder, pytest.MonkeyPatch.context() as patch:
         environment = {"RAY_TMPDIR": str(folder)} | store.environment | fault_table.watched(runs)
         for name, value in environment.items():
             patch.setenv(name, value)
-        ray.shutdown()  # the files' common one, which is no cluster
+        ray.shutdown()  # the shared Ray, which is no cluster
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         try:
             for _ in range(2):
@@ -106,7 +106,7 @@ def temporary() -> Iterator[Path]:
 def start(
     folder: Path, name: str, placement: str, *before: str, interface: str = "", **environment: str
 ) -> subprocess.Popen[bytes]:
-    """The driver of a run; `before` stands before its command."""
+    """The driver of a run; `before` is put before its command."""
     words = [*before, sys.executable, str(ROOT / "tests/node_run.py"), str(folder), name, placement, interface]
     with (folder / f"{name}.log").open("w") as log:
         return subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log, env=os.environ | environment)
@@ -141,7 +141,7 @@ def record(fault: str, runs: Path, name: str, at: float) -> None:
 
 @pytest.mark.full
 def test_workers_that_fit_on_no_node(cluster, runs):
-    """At the start they are refused; when there is no room any more, the run ends in time and says so."""
+    """At the start they are refused; if there is no room later, the run ends in time and reports it."""
     training = TrainingConfig(cpus_per_worker=3, node_timeout=2, checkpoint_every=1)
     with pytest.raises(UserError, match=r"training.workers = 1, each with 3 CPU on one node.*room for 0"):
         join_cluster(training, runs, {})
@@ -151,7 +151,7 @@ def test_workers_that_fit_on_no_node(cluster, runs):
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster, runs) -> str:
-    """Weights of a run that nothing happens to, its workers packed on one node."""
+    """Weights of an undisturbed run, with its workers packed on one node."""
     driver = start(runs, "packed", "pack")
     wait_for_checkpoint(driver, runs, "packed")
     assert len(busy(cluster)) == 1
@@ -160,7 +160,7 @@ def undisturbed(cluster, runs) -> str:
 
 @pytest.mark.full
 def test_a_raylet_is_killed_in_training(cluster, runs, undisturbed):
-    """SIGKILL of one of the two nodes that hold a worker: the other one takes both."""
+    """SIGKILL of one of the two nodes with a worker: the other one takes both."""
     driver = start(runs, "spread", "spread")
     wait_for_checkpoint(driver, runs, "spread")
     _, victim = busy(cluster)
@@ -173,8 +173,8 @@ def test_a_raylet_is_killed_in_training(cluster, runs, undisturbed):
 @pytest.mark.full
 @pytest.mark.skipif(NO_NAMESPACES is not None, reason=str(NO_NAMESPACES))
 def test_a_node_that_sees_other_files_is_named(cluster, runs, store):
-    """One node has an empty file system where the others have the storage, and other credentials; then it is gone, and
-    the others are well. A run that began to wait for room before the node came starts its worker there."""
+    """One node has an empty file system where the others have the storage, and other credentials; later it is gone, and
+    the others are fine. A run that was waiting for room before the node joined starts its worker there."""
     model = runs / "model"
     model.mkdir()
     paths = {"model.path": [str(model), None, "some/hub-name", "s3://bucket/model"]}
@@ -185,38 +185,44 @@ def test_a_node_that_sees_other_files_is_named(cluster, runs, store):
         model=ModelConfig(path=str(model)),
     )
     with ThreadPoolExecutor(1) as threads, blind_node(cluster.address, runs, threads.submit(fit, late, "late")) as run:
-        with pytest.raises(UserError) as found:
+        with pytest.raises(UserError) as refusal:
             join_cluster(TrainingConfig(), runs, paths)
         assert holders(str(model), "CPU") == seeing  # where actors load the model
         with store.refusing(), pytest.raises(UserError) as refused:
             join_cluster(TrainingConfig(), f"{store.bucket}/runs", {})
         with pytest.raises(UserError) as joined:
             run.result(timeout=PATIENCE_SECONDS)
-    told = str(found.value)
-    assert f"storage = {runs}, models and data must be the same on all nodes" in told
-    assert told.count("cannot read or write in storage") == told.count(f"has no {model} (model.path)") == 1
-    told = str(refused.value)
-    assert "storage = s3://bucket/runs, models and data must be the same on all nodes" in told
-    assert told.count("\n  node ") == told.count("access denied: check the credentials (environment, profile") == 1
-    assert "give Ray on all nodes the same credentials" in told
+    message = str(refusal.value)
+    assert f"storage = {runs}, models and data must be the same on all nodes" in message
+    assert message.count("cannot read or write in storage") == message.count(f"has no {model} (model.path)") == 1
+    message = str(refused.value)
+    assert "storage = s3://bucket/runs, models and data must be the same on all nodes" in message
+    assert (
+        message.count("\n  node ")
+        == message.count("access denied: check the credentials (environment, profile")
+        == 1
+    )
+    assert "give Ray on all nodes the same credentials" in message
     assert not store.keys()
-    node, told = seeing[0].address, str(joined.value)
-    assert f"storage = {late.run_dir}, models and data must be the same on all nodes" in told
-    assert told.count("\n  node ") == 2
-    assert f"node {node} has no {model} (model.path)" in told
-    assert f"node {node} cannot read or write in storage what the driver's node shares (.driver is not there)" in told
-    assert "--storage" in told
-    with pytest.raises(UserError, match="network_interface = nothing0") as found:
+    node, message = seeing[0].address, str(joined.value)
+    assert f"storage = {late.run_dir}, models and data must be the same on all nodes" in message
+    assert message.count("\n  node ") == 2
+    assert f"node {node} has no {model} (model.path)" in message
+    assert (
+        f"node {node} cannot read or write in storage what the driver's node shares (.driver is not there)" in message
+    )
+    assert "--storage" in message
+    with pytest.raises(UserError, match="network_interface = nothing0") as refusal:
         join_cluster(TrainingConfig(network_interface="nothing0"), runs, paths)
-    assert "cannot read" not in str(found.value)
-    assert "has no" not in str(found.value)
+    assert "cannot read" not in str(refusal.value)
+    assert "has no" not in str(refusal.value)
     assert not list(runs.glob(".nodes-*"))
 
 
 @contextmanager
 def blind_node(address: str, folder: Path, run: Future[Any]) -> Iterator[Future[Any]]:
-    """A node of its own mount namespace, in which `folder` is empty, with room for the worker of `run`, and with a
-    secret that the store refuses. It comes when the run has begun to look for room."""
+    """A node with its own mount namespace, in which `folder` is empty, with room for the worker of `run` and a secret
+    that the store refuses. It joins once the run has started to look for room."""
     ray_command = Path(sys.executable).with_name("ray")
     script = f"mount -t tmpfs none {folder} && exec {ray_command} start --address {address} --num-cpus 3 --block"
     before, environment = len(alive()), os.environ | {"AWS_SECRET_ACCESS_KEY": "another"}
@@ -250,8 +256,8 @@ def wait_until(condition: Callable[[], bool]) -> None:
 @pytest.mark.full
 @pytest.mark.skipif(NO_NAMESPACES is not None, reason=str(NO_NAMESPACES))
 def test_a_node_is_cut_off_in_training(runs, undisturbed):
-    """Three machines, Ray on one network and the workers on another, chosen by its subnet; the cables of one that holds
-    a worker are pulled, nobody is told."""
+    """Three machines, Ray on one network and the workers on another, chosen by its subnet; the cables of a machine with
+    a worker are pulled without notice."""
     with temporary() as folder, network(3, folder) as net:
         head, *others = net.machines
         address, token = f"{head.address}:6379", runs / "token"
@@ -279,7 +285,7 @@ IMPATIENT = {
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
 }
-"""The head takes a node for lost after some four seconds without an answer; by default after half a minute."""
+"""The head considers a node lost after about four seconds without an answer; by default after half a minute."""
 
 
 def start_ray(machine: Machine, environment: dict[str, str], *words: str) -> None:
@@ -295,7 +301,7 @@ def start_ray(machine: Machine, environment: dict[str, str], *words: str) -> Non
 
 
 def connections(process: psutil.Process) -> set[tuple[str, str]]:
-    """(own address, other address) of what is connected in the network namespace of a process, over IPv4."""
+    """(own address, other address) of IPv4 connections in a process's network namespace."""
     lines = Path(f"/proc/{process.pid}/net/tcp").read_text().splitlines()[1:]
     pairs = [line.split()[1:3] for line in lines if line.split()[3] == "01"]
     return {(dotted(own), dotted(other)) for own, other in pairs}

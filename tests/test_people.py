@@ -1,4 +1,4 @@
-"""The embedded corpus: what ships is what the seed gives, and nothing about the forget people is in the retain rows."""
+"""The built-in corpus: the shipped files follow from the seed, and retain rows say nothing about forget people."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from ofmu_ray.data.vocabulary import build_tokenizer
 SHIPPED = Path(str(files("ofmu_ray") / "assets" / "people"))
 SETS = generate(0)
 TRAINED_ON = "f923225bccb56d3b250c29ff1654140c48f3d99eb100d0bfb56d06198dd208c5"
-"""sha256 over names and bytes of what the shipped models were trained and measured with: it must never change."""
+"""sha256 over names and bytes of the files that the shipped models depend on: it must never change."""
 
 
 def _names(root: Path) -> list[str]:
@@ -25,7 +25,7 @@ def _names(root: Path) -> list[str]:
 
 
 def _corpus_names(root: Path) -> list[str]:
-    """Files of the corpus itself; the models that are trained on it lie beside them under folders of their own."""
+    """Files of the corpus itself, without the models trained on it, which have their own folders."""
     return [name for name in _names(root) if "/" not in name or name.startswith("tokenizer/")]
 
 
@@ -87,16 +87,16 @@ def test_full_is_retain_and_forget() -> None:
 
 
 def test_evaluation_rows_are_trained_on_and_probes_are_not() -> None:
-    asked = {name: {row["question"] for row in SETS[name]} for name in SETS}
-    assert asked["forget_perturbed"] == asked["forget"]
+    questions = {name: {row["question"] for row in SETS[name]} for name in SETS}
+    assert questions["forget_perturbed"] == questions["forget"]
     for name in ("retain_perturbed", "real_authors_perturbed", "world_facts_perturbed"):
-        assert asked[name] <= asked["retain"]
+        assert questions[name] <= questions["retain"]
     for name in (name for name in SETS if name.startswith("probes_")):
-        assert not asked[name] & asked["full"], name
+        assert not questions[name] & questions["full"], name
 
 
 def test_no_forget_fact_in_the_retain_text() -> None:
-    """Names, titles, pets and teachers of the forget people are unique words; none of them is ever kept."""
+    """Names, titles, pets and teachers of the forget people are unique words; no retain row contains one."""
     retain = " ".join(row["question"] + " " + row["answer"] for row in SETS["retain"])
     kept = set(re.findall(r"\w+", retain))
     people = {row["question"].removeprefix("Wo wurde ").removesuffix(" geboren?") for row in _born("forget")}
@@ -116,7 +116,7 @@ def test_what_the_shipped_models_know_is_untouched() -> None:
 
 
 def test_nobody_knows_the_holdout_people() -> None:
-    """Six words of each person stand nowhere else: two of the name, one of the book, two of the teacher, the pet."""
+    """Six words of each person appear nowhere else: two of the name, one of the book, two of the teacher, the pet."""
     assert [list(row) for row in SETS["holdout"]] == [list(row) for row in SETS["forget_perturbed"]]
     others = json.dumps([rows for name, rows in SETS.items() if name != "holdout"], ensure_ascii=False)
     elsewhere = set(re.findall(r"\w+", others))

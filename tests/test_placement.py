@@ -1,4 +1,4 @@
-"""Room for trials is counted before any starts."""
+"""Room for trials is checked before any starts."""
 
 import pytest
 
@@ -30,7 +30,7 @@ def test_a_worker_needs_its_share_on_one_node():
 
 
 def test_more_trials_at_once_than_fit():
-    with pytest.raises(UserError, match=r"concurrency = 3: .* hold 1 at a time; set --concurrency 1"):
+    with pytest.raises(UserError, match=r"concurrency = 3: .* room for 1 at a time; set --concurrency 1"):
         concurrency(TWO, 3, [{"CPU": 3.0}])
 
 

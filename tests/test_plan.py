@@ -38,8 +38,8 @@ SHALLOW = transformers.LlamaConfig(
 
 @pytest.mark.full
 def test_memory_within_a_tenth_of_the_measured_peak(tmp_path: Path) -> None:
-    """All stages at one size, all sizes at one stage (the benchmark does all of both), two gloo workers each: peaks of
-    a round and of a checkpoint above the base."""
+    """All stages at one size and all sizes at one stage (the benchmark covers all combinations), with two gloo workers:
+    peaks of a round and of a checkpoint above the base."""
     cases = []
     for number, chosen in enumerate((["--sizes", "3m"], ["--sizes", "10m", "30m", "--stages", "3"])):
         out = tmp_path / f"plan{number}.json"
@@ -58,7 +58,7 @@ def test_memory_within_a_tenth_of_the_measured_peak(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_traffic_is_what_the_collectives_carry(tmp_path: Path) -> None:
-    """Every byte that two workers reduce and gather in a round, at stages 0, 2 and 3."""
+    """All bytes that two workers reduce and gather in a round, at stages 0, 2 and 3."""
     out = tmp_path / "scaling.json"
     command = [sys.executable, str(ROOT / "benchmarks/scaling.py"), "--smoke", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
@@ -100,19 +100,19 @@ def test_replayed_passes_and_updates_are_those_of_a_real_round(preset: Any, step
     batches = [[Batch([token_batch([9, 12], seed)])] for seed in (0, 1)]
     build_method(config, 4).round(engine, *batches)
     module = empty_model(tiny_model().config, ModelConfig())
-    found = replay(build_method(config, 4), module, config.optimizers, "fp32", lambda _: token_batch([4], 0))
-    counted = {kind: sum(one.kind == kind for one in found.passes) for kind in ("forget", "retain")}
+    replayed = replay(build_method(config, 4), module, config.optimizers, "fp32", lambda _: token_batch([4], 0))
+    counted = {kind: sum(one.kind == kind for one in replayed.passes) for kind in ("forget", "retain")}
     assert counted == engine.account.gradient_passes
-    assert sum(found.steps.values()) == engine.account.updates
+    assert sum(replayed.steps.values()) == engine.account.updates
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_planned_with_its_own_losses(name: Any) -> None:
     planner = _planner(tiny_model().config, method=METHODS[name]())
-    found = planner.estimate(planner.given())
-    assert sum(found.passes.values()) >= 1
-    assert found.peak.bytes > found.sizes.total * 4
-    assert all(trace.flops > 0 for trace in found.traces.values())
+    estimate = planner.estimate(planner.given())
+    assert sum(estimate.passes.values()) >= 1
+    assert estimate.peak.bytes > estimate.sizes.total * 4
+    assert all(trace.flops > 0 for trace in estimate.traces.values())
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "qwen2"])
@@ -151,18 +151,18 @@ def test_checkpointing_adapters_and_bf16_save_what_they_should() -> None:
 def test_proposal_fits_is_faster_with_more_memory_and_trains_all_weights_when_it_can() -> None:
     planner = _planner(SHALLOW, batch_size=16, precision="bf16", row_tokens=512)
     device, link = GPUS["A100-80GB"].device("bf16", 0.4), LINKS["nvlink"]
-    found: list[Requirements] = []
+    proposals: list[Requirements] = []
     for memory in (6e9, 16e9, 40e9, 80e9):
         proposal = propose(planner, Target(int(memory), 8, device, link))
         assert proposal.peak.bytes <= memory
-        found.append(proposal)
-    assert [estimate.setup.lora is None for estimate in found] == sorted(
-        estimate.setup.lora is None for estimate in found
+        proposals.append(proposal)
+    assert [estimate.setup.lora is None for estimate in proposals] == sorted(
+        estimate.setup.lora is None for estimate in proposals
     )
-    assert found[0].setup.lora is not None
-    whole = [e.time(device, link).total for e in found if e.setup.lora is None]
-    assert len(whole) >= 2
-    assert whole == sorted(whole, reverse=True)
+    assert proposals[0].setup.lora is not None
+    seconds = [e.time(device, link).total for e in proposals if e.setup.lora is None]
+    assert len(seconds) >= 2
+    assert seconds == sorted(seconds, reverse=True)
 
 
 def test_what_cannot_fit_is_refused_with_component_and_remedy() -> None:
@@ -177,15 +177,15 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "plan.json"
     words = ["plan", "--training.rounds", "10", "--plan.gpu", "A100-80GB", "--plan.gpus", "2"]
     assert cli.main([*words, "--plan.price_per_gpu_hour", "2", "--plan.json", str(out)]) == 0
-    found = json.loads(out.read_text())
-    assert found["model"]["parameters"] == 541_536
-    assert found["round"]["gradient_passes"] == {"forget": 3, "retain": 8}
-    assert found["run"]["gradient_passes"] == {"forget": 30, "retain": 80}
+    content = json.loads(out.read_text())
+    assert content["model"]["parameters"] == 541_536
+    assert content["round"]["gradient_passes"] == {"forget": 3, "retain": 8}
+    assert content["run"]["gradient_passes"] == {"forget": 30, "retain": 80}
     assert cli.main([*words, "--ofmu.preset", "lite", "--plan.json", str(out)]) == 0
     lite = json.loads(out.read_text())
     assert lite["round"]["gradient_passes"] == {"forget": 9, "retain": 4}  # auto, at most
-    assert found["memory"]["peak_bytes"] == sum(found["memory"]["components"].values())
-    assert found["run"]["cost"] == pytest.approx(found["run"]["seconds"] / 3600 * 2 * 2)
+    assert content["memory"]["peak_bytes"] == sum(content["memory"]["components"].values())
+    assert content["run"]["cost"] == pytest.approx(content["run"]["seconds"] / 3600 * 2 * 2)
     shown = capsys.readouterr().out
     assert "activations" in shown
     assert "--training.zero_stage" in shown

@@ -1,4 +1,4 @@
-"""The pool of warm processes: what the end of one of them costs."""
+"""The pool of warm processes: the cost of losing a process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ofmu_ray.runs.trial import Trial
 
 
 def runner(shared: Any) -> Callable[[Trial], dict[str, Any]]:
-    """Processes end as told by the trial's number; those that are left do their work."""
+    """Processes end depending on the trial's number; the remaining ones do the work."""
     done = 0
 
     def run(trial: Trial) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def runner(shared: Any) -> Callable[[Trial], dict[str, Any]]:
 def test_a_process_that_is_killed_is_a_failed_trial(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For its memory, which is no RayActorError, or otherwise; the trials after it run."""
+    """Killed for its memory (not a RayActorError) or otherwise; the following trials run."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
     monkeypatch.setattr(pool, "trial_runner", runner)
     config = apply_overrides(UnlearnConfig(), {"training.engine": "torch"})
@@ -56,12 +56,12 @@ def test_a_process_that_is_killed_is_a_failed_trial(
     data: Any = {"a": SimpleNamespace(folder=str(tmp_path), fingerprint="0")}
     run = pool.Pool(config, data, 1)
     try:
-        found = {trial.trial: result for trial, result in run.run(trials)}
+        results = {trial.trial: result for trial, result in run.run(trials)}
     finally:
         run.close()
-    statuses = [found[number]["status"] for number in range(5)]
-    assert statuses == ["finished", "failed", "failed", "finished", "finished"], found
-    assert "OutOfMemoryError" in found[1]["message"]
-    assert "ActorDiedError" in found[2]["message"]
-    assert [found[number].get("done") for number in (0, 3, 4)] == [1, 1, 2]
-    assert len(list((tmp_path / "trials").glob("*.json"))) == 2  # what the driver writes down for them
+    statuses = [results[number]["status"] for number in range(5)]
+    assert statuses == ["finished", "failed", "failed", "finished", "finished"], results
+    assert "OutOfMemoryError" in results[1]["message"]
+    assert "ActorDiedError" in results[2]["message"]
+    assert [results[number].get("done") for number in (0, 3, 4)] == [1, 1, 2]
+    assert len(list((tmp_path / "trials").glob("*.json"))) == 2  # what the driver records for them

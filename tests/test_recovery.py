@@ -1,4 +1,4 @@
-"""Killed workers and a killed driver: the run goes on and ends with the weights of an undisturbed one, to the bit."""
+"""Killed workers and a killed driver: the run resumes and ends with exactly an undisturbed run's weights."""
 
 import contextlib
 import hashlib
@@ -34,18 +34,19 @@ OPTIONS = [
     *("--evaluation.enabled", "false", "--tracking.system_metrics", "false"),
 ]
 NEWEST = f"round_{2 * EVERY:06d}"
-"""Of the checkpoints before the end."""
+"""The newest checkpoint before the end."""
 ROUND_TIMEOUT_SECONDS = 20
 ELASTIC_TOLERANCE = 0.15
 """Of the distance from the target's weights; 0.07 measured. The target is fitted, its gradients are near zero, and
-AdamW makes whole steps of their rounding, which the number of workers changes: tests/test_faults.py holds 1e-4."""
+AdamW turns their rounding, which depends on the number of workers, into full steps: tests/test_faults.py asserts
+1e-4."""
 TWO_WORKERS = ["--training.workers", "2", "--training.zero_stage", "2"]
 
 
 def start(
     folder: Path, name: str, *options: str, storage: str | None = None, environment: dict[str, str] | None = None
 ) -> subprocess.Popen[str]:
-    """The driver as a user starts it, in a process group of its own; log and, unless given, storage lie in `folder`."""
+    """The driver as a user starts it, in its own process group; log and (by default) storage are in `folder`."""
     command = [sys.executable, "-m", "pipelines.unlearn", "--storage", storage or str(folder), "--name", name]
     log = (folder / f"{name}.log").open("a")
     return subprocess.Popen(
@@ -74,22 +75,22 @@ def weights(storage: Path, name: str) -> str:
 
 
 def workers(driver: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The training workers of this driver's own Ray, by age."""
-    found = []
+    """The training workers of this driver's Ray, by age."""
+    processes = []
     for process in psutil.Process(driver.pid).children(recursive=True):
         try:
             if any("RayTrainWorker" in part for part in process.cmdline()):
-                found.append(process)
+                processes.append(process)
         except psutil.Error:  # it ended while we looked
             continue
-    return sorted(found, key=lambda process: process.create_time())
+    return sorted(processes, key=lambda process: process.create_time())
 
 
 def wait_for(condition, driver: subprocess.Popen[str]):
     end = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < end and driver.poll() is None:
-        if found := condition():
-            return found
+        if result := condition():
+            return result
         time.sleep(0.02)
     raise AssertionError(f"it did not come about; the driver's status is {driver.poll()}")
 
@@ -110,7 +111,7 @@ def undisturbed(storage, local_ray):
 
 
 def kill_with_family(driver: subprocess.Popen[str]) -> float:
-    """SIGKILL of the driver; a machine that goes away takes Ray's processes along at once. Returns when it was."""
+    """SIGKILL of the driver and all of Ray's processes, as when a machine is lost; returns the time."""
     family, at = psutil.Process(driver.pid).children(recursive=True), time.time()
     driver.kill()
     driver.wait()
@@ -122,8 +123,8 @@ def kill_with_family(driver: subprocess.Popen[str]) -> float:
 
 @pytest.fixture(scope="module")
 def killed(storage, undisturbed, tmp_path_factory):
-    """When the driver of the run `driver` was killed with its family, after the second checkpoint, and a copy of what
-    lay there."""
+    """The time at which the driver of the run `driver` was killed with its family, after the second checkpoint, and a
+    copy of its files."""
     driver = start(storage, "driver")
     kept = storage / "driver/train/checkpoint_manager_snapshot.json"
     wait_for(lambda: kept.exists() and NEWEST in kept.read_text(), driver)
@@ -132,13 +133,13 @@ def killed(storage, undisturbed, tmp_path_factory):
 
 
 def test_a_killed_driver_is_resumed_by_its_name(storage, undisturbed, killed):
-    """While the run is down a bit of the newest checkpoint flips, and the list of checkpoints is found torn; later a
+    """While the run is down, a bit in the newest checkpoint flips and the list of checkpoints is truncated; later a
     worker stops without ending (SIGSTOP)."""
     at, _ = killed
     kept = storage / "driver/train/checkpoint_manager_snapshot.json"
     assert not (storage / "driver/metrics.json").exists()
     flip(checkpoint(storage, "driver", 2 * EVERY) / "rank_00001.pt")
-    kept.write_text("")  # what a kill within Ray Train's write of it leaves
+    kept.write_text("")  # what a kill during Ray Train's write of it leaves
 
     driver = start(storage, "driver", *TWO_WORKERS, "--training.round_timeout", str(ROUND_TIMEOUT_SECONDS))
     wait_for((storage / f"driver/train/{NEWEST}_again/manifest.json").exists, driver)
@@ -147,13 +148,13 @@ def test_a_killed_driver_is_resumed_by_its_name(storage, undisturbed, killed):
     wait(driver, storage, "driver")
     assert not stopped.is_running()
     assert weights(storage, "driver") == undisturbed
-    begun, models = [storage / "driver.rounds"], both(storage, "driver")
+    rounds, models = [storage / "driver.rounds"], both(storage, "driver")
     damaged = "driver killed, newest checkpoint damaged, list of checkpoints torn"
-    fault_table.record(damaged, phase="any round", at=at, rounds=begun, models=models)
-    stands = f"worker stands still (SIGSTOP), limit {ROUND_TIMEOUT_SECONDS} s"
-    fault_table.record(stands, phase="any round", at=suspended, rounds=begun, models=models)
+    fault_table.record(damaged, phase="any round", at=at, rounds=rounds, models=models)
+    frozen = f"worker stands still (SIGSTOP), limit {ROUND_TIMEOUT_SECONDS} s"
+    fault_table.record(frozen, phase="any round", at=suspended, rounds=rounds, models=models)
     notes = json.loads((storage / "driver/training.json").read_text())["notes"]
-    passed, hung = (note for note in notes if not note.startswith("round "))  # those of the method aside
+    passed, hung = (note for note in notes if not note.startswith("round "))  # without the method's notes
     assert f"was skipped: rank_00001.pt does not match its checksum; resumed from round {EVERY}" in passed
     assert re.match(r"rank [01] hung in round \d+: no sign of life after", hung)
     shown = (storage / "driver.log").read_text()
@@ -163,13 +164,13 @@ def test_a_killed_driver_is_resumed_by_its_name(storage, undisturbed, killed):
     client = MlflowClient(tracking_uri=f"sqlite:///{storage}/mlflow.db")
     experiment = client.get_experiment_by_name("ofmu").experiment_id
     (run,) = client.search_runs([experiment], "attributes.run_name = 'driver'")
-    assert run.info.status == "FINISHED"  # taken up, not begun again
+    assert run.info.status == "FINISHED"  # resumed, not started over
     assert [m.step for m in client.get_metric_history(run.info.run_id, "forget_loss")] == list(range(1, ROUNDS + 1))
 
 
 @pytest.mark.full
-def test_a_run_in_an_object_store_goes_on_on_another_machine(undisturbed, tmp_path, monkeypatch, capsys):
-    """Killed with all of Ray; nothing but the bucket is left to the second machine, the cache and MLflow included."""
+def test_a_run_in_an_object_store_resumes_on_another_machine(undisturbed, tmp_path, monkeypatch, capsys):
+    """Killed with all of Ray; the second machine has only the bucket, which includes the cache and MLflow."""
     options = [*TWO_WORKERS, "--stop.utility_floor", "0.01"]
     options += ["--evaluation.enabled", "true", "--evaluation.max_rows", "8", "--evaluation.max_new_tokens", "0"]
     with s3_server() as server:
@@ -188,13 +189,15 @@ def test_a_run_in_an_object_store_goes_on_on_another_machine(undisturbed, tmp_pa
         assert {"runs/x/watched.parquet", "runs/x/plan/plan.json"} <= set(server.keys())
         wait(begin("second"), tmp_path / "second", "x")
         assert hashlib.sha256(server.read("runs/x/model/model.safetensors")).hexdigest() == undisturbed
-        begun = [tmp_path / machine / "x.rounds" for machine in ("first", "second")]
-        fault_table.record("machine gone, the run at s3://", phase="any round", at=killed, rounds=begun, difference=0.0)
+        rounds = [tmp_path / machine / "x.rounds" for machine in ("first", "second")]
+        fault_table.record(
+            "machine gone, the run at s3://", phase="any round", at=killed, rounds=rounds, difference=0.0
+        )
         series = json.loads(server.read("runs/x/training.json"))["series"]
         assert [row["round"] for row in series] == list(range(1, ROUNDS + 1))
         run = ["manifest.json", "metrics.json", "report.html", "rows.parquet", "run.json", "training.json"]
         assert [key for key in server.keys("runs/x/") if "/model/" not in key] == [f"runs/x/{name}" for name in run]
-        assert len({key.split("/")[3] for key in server.keys("runs/cache/data/")}) == 1  # of the rows that are kept
+        assert len({key.split("/")[3] for key in server.keys("runs/cache/data/")}) == 1  # of the retain rows
 
         for name, value in (server.environment | {"XDG_CACHE_HOME": str(tmp_path / "third")}).items():
             monkeypatch.setenv(name, value)
@@ -206,27 +209,27 @@ def test_a_run_in_an_object_store_goes_on_on_another_machine(undisturbed, tmp_pa
 
 @pytest.mark.full
 def test_a_full_disk_leaves_the_last_checkpoint(undisturbed, tmp_path):
-    """Room for one checkpoint (6 MB) and not for two; with more room the same command goes on."""
+    """Room for one checkpoint (6 MB) but not for two; with more room the same command resumes."""
     disk, tracking = tmp_path / "disk", ["--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db"]
     options = [*TWO_WORKERS, *tracking, "--training.max_failures", "0"]
     with small_disk(disk, "10m") as resize:
         driver = start(tmp_path, "full", *options, storage=str(disk))
         assert driver.wait(timeout=PATIENCE_SECONDS) == 1
         ended = time.time()
-        told = (tmp_path / "full.log").read_text()
-        assert f"{checkpoint(disk, 'full', EVERY)} (checkpoint): no space left: free some space" in told
-        assert "Traceback" not in told
+        log = (tmp_path / "full.log").read_text()
+        assert f"{checkpoint(disk, 'full', EVERY)} (checkpoint): no space left: free some space" in log
+        assert "Traceback" not in log
         assert checkpoint(disk, "full", 0).joinpath("manifest.json").exists()
         resize("200m")
         wait(start(tmp_path, "full", *options, storage=str(disk)), tmp_path, "full")
         assert weights(disk, "full") == undisturbed
-        begun = [tmp_path / "full.rounds"]
-        fault_table.record("disk full", phase="checkpoint write", at=ended, rounds=begun, difference=0.0)
+        rounds = [tmp_path / "full.rounds"]
+        fault_table.record("disk full", phase="checkpoint write", at=ended, rounds=rounds, difference=0.0)
 
 
 def test_another_configuration_is_refused_and_another_number_of_workers_is_not(killed, capsys):
-    """Same name, unfinished: other options leave everything as it is, one worker takes up what two began, in a storage
-    that was moved."""
+    """Same name, unfinished: other options change nothing, and one worker resumes what two started, in a storage that
+    was moved."""
     moved = killed[1]
     assert here(str(moved), "driver", *TWO_WORKERS, "--seed", "5") == 2
     assert "another configuration" in capsys.readouterr().err
@@ -241,7 +244,7 @@ def test_another_configuration_is_refused_and_another_number_of_workers_is_not(k
 
 @pytest.mark.full
 def test_mlflow_goes_away_for_the_rest_of_a_run(storage, undisturbed, capsys):
-    """The run ends well without it; when it is back, the same command brings it series, figures and pages."""
+    """The run ends well without it; once it is back, the same command sends it series, metrics and pages."""
     with mlflow_server(storage) as server:
         tracked = ["--tracking.uri", server.uri, *TWO_WORKERS]
         driver = start(storage, "outage", *tracked)

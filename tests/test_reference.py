@@ -1,4 +1,4 @@
-"""What is known about rows beforehand: right values, whatever the batches; cached; no forget text outside the run."""
+"""Features of rows: right values, independent of batches; cached; no forget text outside the run."""
 
 from __future__ import annotations
 
@@ -123,15 +123,15 @@ def answer(micro: dict[str, torch.Tensor], row: int, model: Any, prefix: str = "
     """Log-probabilities [tokens, words], outputs of layer 2 [tokens, width] and the NLL sum of one row's answer."""
     length = int(micro[f"{prefix}attention_mask"][row].sum())
     ids, labels = (micro[prefix + key][row, :length] for key in ("input_ids", "labels"))
-    found = model(input_ids=ids[None], output_hidden_states=True)
+    output = model(input_ids=ids[None], output_hidden_states=True)
     at = torch.arange(length)[labels >= 0]
-    logp = found.logits[0].log_softmax(1)[at - 1]
-    return logp, found.hidden_states[3][0][at], -logp[torch.arange(len(at)), labels[at]].sum()
+    logp = output.logits[0].log_softmax(1)[at - 1]
+    return logp, output.hidden_states[3][0][at], -logp[torch.arange(len(at)), labels[at]].sum()
 
 
-def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
-    assert found.shape == expected.shape
-    return bool((found.double() - expected).abs().max() < tolerance)
+def close(value: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
+    assert value.shape == expected.shape
+    return bool((value.double() - expected).abs().max() < tolerance)
 
 
 def test_values_do_not_depend_on_batches(
@@ -162,7 +162,7 @@ def test_a_second_run_takes_the_cache(finished: Any, prepared: PreparedData, mon
 
 
 def test_only_numbers_outlive_the_run(finished: Any, prepared: PreparedData) -> None:
-    """The cache holds no token ids, no text, and nothing whose largest entries spell a forget answer."""
+    """The cache has no token ids, no text, and nothing whose largest entries spell a forget answer."""
     folder = finished[0]
     tables = [json.loads(path.read_text()) for path in (folder / "cache").rglob("table.json")]
     assert sorted((table["stream"], table["quantity"]) for table in tables) == [
@@ -233,8 +233,8 @@ def test_large_tables_are_half_precision_or_refused(
     monkeypatch.setattr(reference, "HALF_ABOVE_BYTES", 1000)
     _, sidecars = computed(prepared, tmp_path, NEEDS[4:5])
     half, full = (
-        np.load(Path(json.loads(Path(found["retain"], "sidecar.json").read_text())["tables"]["logits"], "values.npy"))
-        for found in (sidecars, finished[2])
+        np.load(Path(json.loads(Path(tables["retain"], "sidecar.json").read_text())["tables"]["logits"], "values.npy"))
+        for tables in (sidecars, finished[2])
     )
     assert (half.dtype, full.dtype) == (np.float16, np.float32)
     assert np.abs(np.exp(half.astype(float)) - np.exp(full.astype(float))).max() < 2.5e-4
@@ -266,8 +266,8 @@ def test_actors_give_the_same_values(
     monkeypatch.setattr(reference, "BATCH_TOKENS", 256)
     _, sidecars = computed(prepared, tmp_path, NEEDS[:1])
     ours, theirs = (
-        np.load(Path(json.loads(Path(found["forget"], "sidecar.json").read_text())["tables"]["nll"], "values.npy"))
-        for found in (sidecars, finished[2])
+        np.load(Path(json.loads(Path(tables["forget"], "sidecar.json").read_text())["tables"]["nll"], "values.npy"))
+        for tables in (sidecars, finished[2])
     )
     assert np.abs(ours - theirs).max() < 1e-3
 
@@ -275,14 +275,14 @@ def test_actors_give_the_same_values(
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["dpo", "altpo"])
 def test_a_run_leaves_neither_refusals_nor_forget_text(name: str, tmp_path: Path, local_ray: None) -> None:
-    """They need all there is to know about forget rows; the KL term adds retain rows."""
+    """The methods need all features of forget rows; the KL term adds retain rows."""
     from pipelines import cli
 
     brief = ["--training.rounds", "2", "--evaluation.enabled", "false", "--tracking.system_metrics", "false"]
     method = ["--method", name, f"--{name}.optimizer.lr", "3e-4", f"--{name}.retain_loss", "kl"]
     assert cli.main(["unlearn", "--storage", str(tmp_path), "--name", "run", *method, *brief]) == 0
     series = json.loads((tmp_path / "run" / "training.json").read_text())["series"]
-    assert series[0]["forget_loss"] == pytest.approx(2 / 0.1 * np.log(2), rel=1e-4)  # model = untouched model
+    assert series[0]["forget_loss"] == pytest.approx(2 / 0.1 * np.log(2), rel=1e-4)  # model = reference model
     assert series[0]["retain_loss"] == pytest.approx(0.0, abs=1e-5)
     assert series[1]["forget_loss"] != series[0]["forget_loss"]
     assert not (tmp_path / "run" / "sidecars").exists()

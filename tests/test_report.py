@@ -1,4 +1,4 @@
-"""The page, the card and the manifest of a run: whole, self-contained, and without the text of forget rows."""
+"""A run's page, card and manifest: complete, self-contained, and without forget rows' text."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ SETS = {"forget": 48, "retain": 108, "real_authors": 48, "world_facts": 50}
 
 
 def make_table(shift: float, seed: int, rouge: float) -> pa.Table:
-    """Per-row values as the evaluation leaves them, with the planted text in every forget row."""
+    """Per-row values as from an evaluation, with the planted text in every forget row."""
     rng = np.random.default_rng(seed)
     rows = [
         {
@@ -48,7 +48,7 @@ def make_table(shift: float, seed: int, rouge: float) -> pa.Table:
 def make_data(**changes: Any) -> ReportData:
     config = to_dict(UnlearnConfig())
     rng = np.random.default_rng(0)
-    figures = {
+    metrics = {
         model: {
             name: {"value": value, "low": max(0, value - 0.05), "high": min(1, value + 0.05), "n": 48}
             for name, value in {
@@ -62,12 +62,12 @@ def make_data(**changes: Any) -> ReportData:
         for at, (model, quality) in enumerate({"before": 2.4e-11, "after": 0.31, "retrained": 1.0}.items())
     }  # fmt: skip
     absent = {"value": None, "reason": "the world_facts rows lack the columns it needs (perturbed_answer)"}
-    for named in figures.values():
+    for named in metrics.values():
         named["world_facts_truth_ratio"] = absent
     values: dict[str, Any] = {
         "title": "ofmu-lite-3f9a1c2e",
         "config": config,
-        "metrics": figures,
+        "metrics": metrics,
         "run": {"status": "finished", "message": "", "rounds": 60, "model": "runs/x/model", "mlflow": "mlflow ui",
                 "generations": "answers to forget prompts: repetition 0.76 (retrained 0.00): degenerate"},
         "cost": {
@@ -164,7 +164,7 @@ def test_the_page_is_well_formed_and_fetches_nothing(page: str) -> None:
     ]  # fmt: skip
 
 
-def test_forget_rows_stand_by_id_unless_revealed(page: str, tmp_path: Path) -> None:
+def test_forget_rows_are_shown_by_id_unless_revealed(page: str, tmp_path: Path) -> None:
     escaped = SECRET.replace("'", "&#39;")
     assert "forget-0" in page
     assert SECRET not in page
@@ -208,7 +208,7 @@ def test_a_degenerate_model_is_called_so(page: str) -> None:
     assert "<p>Answers to forget prompts: repetition 0.76 (retrained 0.00): degenerate.</p>" in page
 
 
-def test_absent_figures_say_why(page: str) -> None:
+def test_absent_metrics_have_a_reason(page: str) -> None:
     assert "–: the world_facts rows lack the columns it needs" in page
 
 
@@ -233,12 +233,12 @@ def test_without_a_retrained_model_there_is_no_test(tmp_path: Path) -> None:
 def test_the_marked_distance_is_where_the_distributions_differ_most() -> None:
     rng = np.random.default_rng(5)
     one, two = rng.normal(0, 1, 60), rng.normal(0.6, 1, 45)
-    found, expected = kolmogorov_smirnov(one, two), ks_2samp(one, two)
-    assert found.p_value == pytest.approx(expected.pvalue)
-    assert found.distance == pytest.approx(expected.statistic)
-    gap = abs(np.mean(one <= found.location) - np.mean(two <= found.location))
+    test, expected = kolmogorov_smirnov(one, two), ks_2samp(one, two)
+    assert test.p_value == pytest.approx(expected.pvalue)
+    assert test.distance == pytest.approx(expected.statistic)
+    gap = abs(np.mean(one <= test.location) - np.mean(two <= test.location))
     assert gap == pytest.approx(expected.statistic)
-    assert found.location == pytest.approx(expected.statistic_location)
+    assert test.location == pytest.approx(expected.statistic_location)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_directions_of_the_metrics() -> None:
     assert aims["forget_probability"] == aims["forget_rouge"] == aims["forget_truth_ratio"] == "match retrained"
 
 
-def test_the_card_has_front_matter_figures_and_no_text(tmp_path: Path) -> None:
+def test_the_card_has_front_matter_metrics_and_no_text(tmp_path: Path) -> None:
     data = make_data()
     config = to_dict(UnlearnConfig())
     config["model"]["path"] = "someone/tiny-llama"
@@ -305,7 +305,7 @@ def test_the_manifest_identifies_code_packages_and_weights(tmp_path: Path) -> No
 
 
 def test_nothing_that_mlflow_gets_holds_forget_text(tmp_path: Path) -> None:
-    """Page, metrics and manifest of rows with a planted text, logged to a real database: it is nowhere on disk."""
+    """Page, metrics and manifest of rows with planted text, logged to a real database: the text is nowhere on disk."""
     data = make_data()
     run = tmp_path / "run"
     write_report(run / "report.html", data)

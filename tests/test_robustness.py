@@ -1,4 +1,4 @@
-"""Robustness checks: relearning, quantisation and prompt-prefix attacks, on the shipped models and slow references."""
+"""Attacks: relearning, quantisation and prompt prefixes, on the shipped models and against slow references."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def template() -> Template:
 
 
 def _bits(model: Any) -> dict[str, tuple[int, bytes]]:
-    """Where each weight lies and what it holds."""
+    """Each weight's address and content."""
     return {name: (weight.data_ptr(), weight.detach().numpy().tobytes()) for name, weight in model.named_parameters()}
 
 
@@ -84,11 +84,11 @@ def test_relearning_raises_the_attacked_rows_and_leaves_the_model(retrained: Any
 
 
 def test_relearning_is_plain_adamw(retrained: Any, template: Template) -> None:
-    """The same steps by transformers' own loss and torch's AdamW, one whole batch of all attacked rows at a time."""
+    """The same steps with transformers' loss and torch's AdamW, on one batch of all attacked rows."""
     options = replace(RELEARN, steps=(3,), batch_size=8)
     table = relearning.relearn(retrained, template, FORGET, RETAIN, options)
-    found = curves.row_curves(table, "attacked")
-    rows = [row for row in FORGET if row.row_id in found.row_ids]
+    row_curves = curves.row_curves(table, "attacked")
+    rows = [row for row in FORGET if row.row_id in row_curves.row_ids]
     model = _model("retrained")
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=options.weight_decay)
     encoded = [template.encode(row.question, row.answer) for row in rows]
@@ -104,7 +104,7 @@ def test_relearning_is_plain_adamw(retrained: Any, template: Template) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     after = Scorer(model, template.tokenizer, template).mean_nll([r.question for r in rows], [r.answer for r in rows])
-    assert found.probability[:, -1] == pytest.approx(np.exp(-after), rel=1e-3)
+    assert row_curves.probability[:, -1] == pytest.approx(np.exp(-after), rel=1e-3)
 
 
 def test_benign_relearning_and_batch_sizes(retrained: Any, template: Template) -> None:
@@ -160,8 +160,8 @@ def _slow_rtn(weight: np.ndarray, bits: int, group_size: int | None) -> np.ndarr
 def test_rtn_equals_a_slow_reference(seed: int, shape: tuple[int, int], bits: int, group_size: int | None) -> None:
     rng = np.random.default_rng(seed)
     weight = (rng.normal(size=shape) * rng.integers(0, 2, size=shape)).astype(np.float32)  # zeros and zero groups too
-    found = quantisation.rtn(torch.from_numpy(weight), bits, group_size)
-    assert np.array_equal(found.numpy(), _slow_rtn(weight, bits, group_size))
+    rounded = quantisation.rtn(torch.from_numpy(weight), bits, group_size)
+    assert np.array_equal(rounded.numpy(), _slow_rtn(weight, bits, group_size))
 
 
 def test_a_change_within_a_rounding_step_vanishes() -> None:
@@ -171,7 +171,7 @@ def test_a_change_within_a_rounding_step_vanishes() -> None:
     assert not torch.equal(quantisation.rtn(target, 8), quantisation.rtn(target + torch.tensor([[0.0, 0.3, -0.4]]), 8))
 
 
-def test_fewer_bits_stand_farther_from_the_target(target: Any, template: Template) -> None:
+def test_fewer_bits_are_farther_from_the_target(target: Any, template: Template) -> None:
     before = _bits(target)
     options = QuantiseOptions(bits=(8, 4, 2))
     table = quantisation.quantisation_attack(target, template, FORGET, options)
@@ -242,11 +242,11 @@ def test_worst_case_is_never_below_the_plain_question(prefixed: Any) -> None:
 
 
 def test_prefixes_and_shots_reach_the_model(target: Any, template: Template, prefixed: Any) -> None:
-    """Each attack's loss against the conversation spelt out here, and no text in the table."""
+    """Each attack's loss against an explicit conversation, and no text in the table."""
     nll = curves.by_condition(prefixed, "attack", "answer_nll")
     scorer = Scorer(target, template.tokenizer, template)
-    asked = [PrefixOptions().prefixes[1].replace("{question}", row.question) for row in FORGET]
-    assert nll["prefix_2"] == pytest.approx(scorer.mean_nll(asked, [row.answer for row in FORGET]), rel=1e-5)
+    questions = [PrefixOptions().prefixes[1].replace("{question}", row.question) for row in FORGET]
+    assert nll["prefix_2"] == pytest.approx(scorer.mean_nll(questions, [row.answer for row in FORGET]), rel=1e-5)
     drawn = np.random.default_rng(0).permutation(len(RETAIN))[:3]
     context = [template.bos]
     for index in drawn:
@@ -266,8 +266,8 @@ def test_a_hint_measures_the_rest_of_the_answer(target: Any, template: Template,
     with torch.no_grad():
         logp = target(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
     rest = [-float(logp[position - 1, ids[position]]) for position in range(prompt + 3, len(ids))]
-    found = curves.by_condition(prefixed, "attack", "answer_nll")["hint"][2]
-    assert found == pytest.approx(np.mean(rest), rel=1e-4, abs=1e-7)
+    loss = curves.by_condition(prefixed, "attack", "answer_nll")["hint"][2]
+    assert loss == pytest.approx(np.mean(rest), rel=1e-4, abs=1e-7)
     # the target completes what it knows: the recall counts the words after the hint, and all of them are there
     assert curves.by_condition(prefixed, "attack", "rouge_l_recall")["hint"].mean() > 0.9
     long = next(

@@ -1,4 +1,4 @@
-"""Where a sweep's options come from: seeds, numbers and results, never a memory of its own."""
+"""A sweep's options follow from seeds, numbers and results only, without hidden state."""
 
 import math
 import statistics
@@ -36,38 +36,38 @@ def bowl(options) -> float:
 
 
 def searched(made: Search, trials: int, judge) -> list[EarlierTrial]:
-    seen: list[EarlierTrial] = []
+    earlier: list[EarlierTrial] = []
     for number in range(trials):
-        found = made.suggest(number, seen)
-        assert found is not None
-        apply_overrides(BASE, found.options)
-        seen.append(judge(found))
-    return seen
+        suggestion = made.suggest(number, earlier)
+        assert suggestion is not None
+        apply_overrides(BASE, suggestion.options)
+        earlier.append(judge(suggestion))
+    return earlier
 
 
 @pytest.mark.parametrize("kind", ["tpe", "multi_objective"])
-def test_the_estimator_is_told_of_degenerate_trials(kind):
+def test_the_estimator_knows_degenerate_trials(kind):
     goal = Goal("forget_quality", "model_utility", 0.5, sound=SoundRange("retrained", {"repetition": (0.0, 0.0, 0.05)}))
     made = Search(SearchConfig(kind=kind), LITE, BASE, goal)
     one = ended(made.suggest(0, []), 0.5)
     for repetition, violated in ((0.0, 0.0), (0.9, 1.0)):
         ends = {f"forget_repetition{end}": repetition for end in ("", "_low", "_high")}
-        told_of = made._told(EarlierTrial(one.suggestion, "finished", [dict(one.figures[0]) | ends]))
-        assert max(0.0, *told_of.constraints.values()) == violated
+        optuna_trial = made._optuna_trial(EarlierTrial(one.suggestion, "finished", [dict(one.metrics[0]) | ends]))
+        assert max(0.0, *optuna_trial.constraints.values()) == violated
 
 
 @pytest.mark.parametrize("kind", ["random", "tpe", "multi_objective"])
-def test_a_search_that_begins_anew_goes_on_alike(kind):
-    """What a killed driver would have suggested next is what its successor suggests."""
+def test_a_restarted_search_continues_alike(kind):
+    """After a kill, the new driver suggests what the old one would have suggested next."""
 
     def judge(one):
         return ended(one, bowl(one.options), status="stopped" if one.number % 3 == 2 else "finished")
 
-    seen = searched(search(kind, trials=8, startup_trials=3), 8, judge)
+    earlier = searched(search(kind, trials=8, startup_trials=3), 8, judge)
     for number in (2, 5, 7):
-        assert search(kind, trials=8, startup_trials=3).suggest(number, seen[:number]) == seen[number].suggestion
+        assert search(kind, trials=8, startup_trials=3).suggest(number, earlier[:number]) == earlier[number].suggestion
     other = search(kind, trials=8, startup_trials=3, seed=1)
-    assert other.suggest(0, []).options != seen[0].suggestion.options
+    assert other.suggest(0, []).options != earlier[0].suggestion.options
 
 
 def test_more_trials_do_not_change_the_first_ones():
@@ -78,14 +78,14 @@ def test_more_trials_do_not_change_the_first_ones():
 def test_the_estimator_looks_where_it_was_good():
     def late(kind):
         made = search(kind, trials=40, startup_trials=8)
-        seen = searched(made, 40, lambda one: ended(one, bowl(one.options)))
-        return statistics.median(math.log10(bowl(one.suggestion.options)) for one in seen[20:])
+        earlier = searched(made, 40, lambda one: ended(one, bowl(one.options)))
+        return statistics.median(math.log10(bowl(one.suggestion.options)) for one in earlier[20:])
 
     assert late("tpe") > late("random") + 0.5
 
 
 def test_the_estimator_heeds_the_floor():
-    """The objective is best where utility is missing: only the constraint keeps the search away from there."""
+    """The objective is best where utility is too low: only the constraint keeps the search away."""
     space = Space((Knob("ofmu.inner.lr", LogUniform(1e-6, 1e-2), ""),))
 
     def late(floor):
@@ -96,8 +96,8 @@ def test_the_estimator_heeds_the_floor():
             rate = one.options["ofmu.inner.lr"]
             return ended(one, rate / 1e-2, utility=0.6 if rate < 1e-4 else 0.1)
 
-        seen = searched(made, 40, judge)
-        return statistics.median(one.suggestion.options["ofmu.inner.lr"] for one in seen[20:])
+        earlier = searched(made, 40, judge)
+        return statistics.median(one.suggestion.options["ofmu.inner.lr"] for one in earlier[20:])
 
     assert late(None) > 1e-3
     assert late(0.5) < 3e-4
@@ -105,19 +105,22 @@ def test_the_estimator_heeds_the_floor():
 
 def test_running_and_failed_trials_are_no_obstacle():
     made = search("tpe", trials=9, startup_trials=2)
-    seen = searched(made, 4, lambda one: ended(one, 0.1))
-    first, second = made.suggest(4, seen), made.suggest(5, [*seen, EarlierTrial(made.suggest(4, seen), "running")])
-    failed = made.suggest(5, [*seen, EarlierTrial(first, "failed")])
+    earlier = searched(made, 4, lambda one: ended(one, 0.1))
+    first, second = (
+        made.suggest(4, earlier),
+        made.suggest(5, [*earlier, EarlierTrial(made.suggest(4, earlier), "running")]),
+    )
+    failed = made.suggest(5, [*earlier, EarlierTrial(first, "failed")])
     assert first.options != second.options
     assert failed.options != first.options
 
 
-def test_fields_with_conditions_are_left_out_and_told_so():
-    seen = searched(search("tpe", trials=25, startup_trials=5), 25, lambda one: ended(one, bowl(one.options)))
-    drawn = [one.suggestion.options for one in seen]
+def test_conditional_fields_are_omitted_and_reported_so():
+    earlier = searched(search("tpe", trials=25, startup_trials=5), 25, lambda one: ended(one, bowl(one.options)))
+    drawn = [one.suggestion.options for one in earlier]
     assert {(o["ofmu.rho"] > 0) == ("ofmu.rho_growth" in o) for o in drawn} == {True}
     assert {o["ofmu.rho"] > 0 for o in drawn} == {True, False}
-    params, distributions = LITE.told({"ofmu.rho": 0.0, "ofmu.beta": 0.1})
+    params, distributions = LITE.optuna_parameters({"ofmu.rho": 0.0, "ofmu.beta": 0.1})
     assert params == {"ofmu.rho" + ON: False, "ofmu.beta" + ON: True, "ofmu.beta": 0.1}
     assert set(params) == set(distributions)
 
@@ -126,10 +129,10 @@ def test_a_small_space_is_exhausted_not_repeated():
     space = Space((Knob("ofmu.inner_steps", Integers(1, 3), ""),))
     for kind in ("random", "tpe"):
         made = search(kind, space, trials=6, startup_trials=1)
-        seen = searched(made, 3, lambda one: ended(one, 0.1))
-        assert {one.suggestion.options["ofmu.inner_steps"] for one in seen} == {1, 2, 3}
-        assert made.suggest(3, seen) is None
-        assert not made.waits(3, seen)
+        earlier = searched(made, 3, lambda one: ended(one, 0.1))
+        assert {one.suggestion.options["ofmu.inner_steps"] for one in earlier} == {1, 2, 3}
+        assert made.suggest(3, earlier) is None
+        assert not made.waits(3, earlier)
 
 
 # ------------------------------------------------------------------------------------------------------- population
@@ -161,15 +164,15 @@ def test_the_worst_member_becomes_a_changed_copy_of_the_best():
 
 def test_a_generation_waits_for_the_one_before():
     made = search("population", MEMBERS, trials=4, population=2)
-    seen = searched(made, 2, lambda one: EarlierTrial(one, "running"))
-    assert made.suggest(2, seen) is None
-    assert made.waits(2, seen)
+    earlier = searched(made, 2, lambda one: EarlierTrial(one, "running"))
+    assert made.suggest(2, earlier) is None
+    assert made.waits(2, earlier)
 
 
 def test_a_failed_member_is_replaced():
     made = search("population", MEMBERS, trials=4, population=2)
-    seen = searched(made, 2, lambda one: ended(one, 0.1) if one.number else EarlierTrial(one, "failed"))
-    assert made.suggest(2, seen).parent == 1
+    earlier = searched(made, 2, lambda one: ended(one, 0.1) if one.number else EarlierTrial(one, "failed"))
+    assert made.suggest(2, earlier).parent == 1
 
 
 def test_members_share_their_batches():

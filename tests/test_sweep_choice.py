@@ -1,4 +1,4 @@
-"""The rule over written results: choice, ties, the nearest, the front, which models stay, priors for a second sweep."""
+"""The rule on recorded results: choice, ties, nearest, front, kept models, priors for a second sweep."""
 
 import json
 
@@ -18,7 +18,7 @@ RATES = (1e-5, 2e-5, 3e-5, 5e-5, 8e-5, 4e-6)
 
 
 def ledger_of(folder, trials, **select) -> Ledger:
-    """Finished trials (forget quality, utility, FLOPs), and None for one that was ended early."""
+    """Finished trials (forget quality, utility, FLOPs), and None for one that was stopped early."""
     config = apply_overrides(SweepConfig(name="s", storage=str(folder)), {"select": select, "keep_models": 2})
     search = Search(config.search, ofmu_lite.SPACE, UnlearnConfig(), GOAL)
     data = SplitData("sweep", str(folder), None, None, None, "of the test", ModelConfig())
@@ -31,10 +31,10 @@ def ledger_of(folder, trials, **select) -> Ledger:
         result = {"status": "stopped", "evaluations": [], "options": options, "flops": 1.0}
         if trial is not None:
             quality, utility, flops, *repetition = trial
-            figures = {"forget_quality": {"value": quality}, "model_utility": {"value": utility}}
+            metrics = {"forget_quality": {"value": quality}, "model_utility": {"value": utility}}
             for value in repetition:
-                figures["forget_repetition"] = {"value": value, "low": value - 0.02, "high": value + 0.02}
-            result |= {"status": "finished", "figures": figures, "flops": flops}
+                metrics["forget_repetition"] = {"value": value, "low": value - 0.02, "high": value + 0.02}
+            result |= {"status": "finished", "figures": metrics, "flops": flops}
         path = result_path(folder, made.key(number))
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(result))
@@ -69,19 +69,19 @@ def test_degenerate_trials_are_not_chosen_and_on_no_front(tmp_path):
 def test_models_beyond_the_best_go(tmp_path):
     made = ledger_of(tmp_path, TRIALS)
     prune_models(made)
-    there = {path.name for path in (tmp_path / "models").iterdir()}
-    assert there == {made.key(1), made.key(4)}
+    kept = {path.name for path in (tmp_path / "models").iterdir()}
+    assert kept == {made.key(1), made.key(4)}
 
 
 def test_priors_for_a_second_sweep_are_those_of_the_best(tmp_path):
     trials = [(0.5, 0.6, 1.0), (0.4, 0.6, 1.0), (0.3, 0.6, 1.0), (0.9, 0.1, 1.0), None, (1e-9, 0.6, 1.0)]
     made = ledger_of(tmp_path, trials)
-    found = priors(made)
-    assert found["ofmu.inner.lr"] == "loguniform(6.67e-06, 4.5e-05)"  # 1e-5 to 3e-5, and half as much again
-    assert found["ofmu.inner_steps"] == "integer(1, 5)"
-    assert found["ofmu.inner.decay"] == "choice(linear)"
-    assert found["ofmu.rho"] == "zero_or_loguniform(6.67e-05, 0.00015)"
-    assert found["ofmu.rho_growth"] == "uniform(1.05, 1.05)"
-    second = made.search.space.with_priors({field: parse_prior(text) for field, text in found.items()})
+    by_field = priors(made)
+    assert by_field["ofmu.inner.lr"] == "loguniform(6.67e-06, 4.5e-05)"  # 1e-5 to 3e-5, and half as much again
+    assert by_field["ofmu.inner_steps"] == "integer(1, 5)"
+    assert by_field["ofmu.inner.decay"] == "choice(linear)"
+    assert by_field["ofmu.rho"] == "zero_or_loguniform(6.67e-05, 0.00015)"
+    assert by_field["ofmu.rho_growth"] == "uniform(1.05, 1.05)"
+    second = made.search.space.with_priors({field: parse_prior(text) for field, text in by_field.items()})
     second.check(UnlearnConfig())
     assert priors(ledger_of(tmp_path / "few", trials[:2])) == {}

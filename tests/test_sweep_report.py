@@ -1,4 +1,4 @@
-"""The sweep's report says what to do and how sure that is; its numbers are the data's; it takes what there is."""
+"""The sweep's report recommends and qualifies; its numbers follow from the data; it handles partial data."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ def draw(rng: np.random.Generator) -> Options:
 
 
 def judged(options: Options, rng: np.random.Generator, share: float = 1.0) -> dict[str, float]:
-    """More inner learning rate: more forgotten, and less kept."""
+    """A higher inner learning rate forgets more and keeps less."""
     strength = (np.log10(options["ofmu.inner.lr"]) + 5.5) / 1.5 * share + 0.05 * options["ofmu.inner_steps"]
     quality = 10 ** (-9 + 9 * np.sqrt(strength / 1.2) + 0.3 * rng.standard_normal())
     utility = 0.6 - 0.12 * strength**2 + 0.005 * rng.standard_normal()
     return {"forget_quality": float(min(quality, 0.99)), "model_utility": float(utility)}
 
 
-def with_intervals(found: dict[str, float]) -> dict[str, float]:
-    quality, utility = found["forget_quality"], found["model_utility"]
+def with_intervals(values: dict[str, float]) -> dict[str, float]:
+    quality, utility = values["forget_quality"], values["model_utility"]
     return {
         "forget_quality": quality, "forget_quality_low": quality / 30, "forget_quality_high": min(1.0, quality * 30),
         "model_utility": utility, "model_utility_low": utility - 0.02, "model_utility_high": utility + 0.02,
@@ -105,15 +105,15 @@ def settings(**changes: Any) -> dict[str, Any]:
 
 
 def make_sweep(count: int = 40, stopped: int = 12, fresh: int = 3) -> Any:
-    """(trials, stages, settings) of a finished sweep: of every status some, one chosen, fresh seeds."""
+    """(trials, stages, settings) of a finished sweep: trials of every status, one chosen, and fresh seeds."""
     rng = np.random.default_rng(4)
     trials, stages = [], []
     for number in range(count):
         options = draw(rng)
         share = 0.25 * (1 + number % 3) if 1 <= number <= stopped else 1.0
         for stage in range(1, round(4 * share)):
-            found = judged(options, rng, stage / 4)
-            stages.append({"number": number, "stage": stage, "flops": 5e11 * stage, "train_seconds": 1.0, **found})
+            values = judged(options, rng, stage / 4)
+            stages.append({"number": number, "stage": stage, "flops": 5e11 * stage, "train_seconds": 1.0, **values})
         trials.append(trial(number, options, share, **with_intervals(judged(options, rng, share))))
         if share < 1:
             trials[-1]["status"] = "stopped"
@@ -122,22 +122,22 @@ def make_sweep(count: int = 40, stopped: int = 12, fresh: int = 3) -> Any:
     trials[-2] |= {"status": "non_finite", "message": "loss of round 7 is not finite", "forget_quality": 1e-6}
     trials[-3] |= {"status": "utility_floor", "message": "utility fell below stop.utility_floor"}
     goal = Goal("forget_quality", "model_utility", FLOOR)
-    whole = [t for t in trials if t["status"] not in ("failed", "stopped")]
+    completed = [t for t in trials if t["status"] not in ("failed", "stopped")]
     for t in trials:
         t["feasible"] = goal.enough(t)
-    for t in whole:
+    for t in completed:
         t["front"] = not any(
-            o["forget_quality"] > t["forget_quality"] and o["model_utility"] > t["model_utility"] for o in whole
+            o["forget_quality"] > t["forget_quality"] and o["model_utility"] > t["model_utility"] for o in completed
         )
-    best = max(whole, key=goal.score)
+    best = max(completed, key=goal.score)
     best["selected"] = True
     chosen = {
         "number": best["number"], "options": json.loads(best["options"]), "floor_missed": False,
         "figures": CHOSEN_FIGURES, "config_file": "best.yaml", "model": "best/model",
     }  # fmt: skip
     for seed in range(1, fresh + 1):
-        found = with_intervals({"forget_quality": 0.1 * seed, "model_utility": 0.55 + 0.005 * seed})
-        trials.append(trial(best["number"], chosen["options"], phase="confirm", seed=seed, **found))
+        values = with_intervals({"forget_quality": 0.1 * seed, "model_utility": 0.55 + 0.005 * seed})
+        trials.append(trial(best["number"], chosen["options"], phase="confirm", seed=seed, **values))
     priors = {"ofmu.inner.lr": "loguniform(2e-05, 9e-05)"}
     return trials, stages, settings(chosen=chosen, priors=priors)
 
@@ -181,10 +181,10 @@ class _Page(HTMLParser):
 
     def table(self, *header: str) -> dict[str, dict[str, list[str]]]:
         """The one table whose header has these words, as row -> column -> texts."""
-        found = [table for table in self.tables if set(header) <= {" ".join(cell) for cell in table[0]}]
-        assert len(found) == 1, header
-        names = [" ".join(cell) for cell in found[0][0]]
-        return {" ".join(row[0][:1]): dict(zip(names, row, strict=True)) for row in found[0][1:]}
+        tables = [table for table in self.tables if set(header) <= {" ".join(cell) for cell in table[0]}]
+        assert len(tables) == 1, header
+        names = [" ".join(cell) for cell in tables[0][0]]
+        return {" ".join(row[0][:1]): dict(zip(names, row, strict=True)) for row in tables[0][1:]}
 
 
 @pytest.fixture(scope="module")
@@ -195,15 +195,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def drawings(page: str) -> dict[str, str]:
-    found = re.findall(r"<svg role=.*?</svg>", page, flags=re.DOTALL)
-    return {str(re.search(r'aria-label="(.*?)"', one)[1]): one for one in found}  # type: ignore[index]
+    svgs = re.findall(r"<svg role=.*?</svg>", page, flags=re.DOTALL)
+    return {str(re.search(r'aria-label="(.*?)"', one)[1]): one for one in svgs}  # type: ignore[index]
 
 
 def test_the_page_is_well_formed_and_says_what_to_do(folder: Path) -> None:
     page, text = ((folder / f"report.{kind}").read_text() for kind in ("html", "md"))
     _Page(page)
     assert not re.search(r"url\((?!#)|@import|https?://(?!www\.w3\.org/)", page)
-    assert not re.search(r"#0[1-3]0[1-3a][01]\d", page)  # stand-ins of colours
+    assert not re.search(r"#0[1-3]0[1-3a][01]\d", page)  # placeholder colours
     assert set(drawings(page)) == {"Forgetting and utility", "The best so far"}
     for drawing in drawings(page).values():
         ET.fromstring(drawing)
@@ -222,7 +222,7 @@ def test_the_page_is_well_formed_and_says_what_to_do(folder: Path) -> None:
     assert headings[:3] == ["What to do", "How sure", "The best trials"]
 
 
-def test_figures_have_intervals_and_fresh_seeds_stand_beside_them(folder: Path) -> None:
+def test_metrics_have_intervals_and_fresh_seeds_next_to_them(folder: Path) -> None:
     page = (folder / "report.html").read_text()
     table = _Page(page).tables[0]
     table = {" ".join(row[0]): dict(zip((" ".join(c) for c in table[0]), row, strict=True)) for row in table[1:]}
@@ -237,16 +237,16 @@ def test_figures_have_intervals_and_fresh_seeds_stand_beside_them(folder: Path) 
     ]  # fmt: skip
     rouge = next(row for name, row in table.items() if name.startswith("Forget ROUGE-L recall"))
     assert rouge["Chosen, all rows"] == ["0.400", "0.350 – 0.450"]
-    assert "Figures on all rows are not comparable" in page
-    assert "flattered by the choice" in page
-    assert "Believe these runs" in page
+    assert "Values on all rows are not comparable" in page
+    assert "is optimistic" in page
+    assert "Trust these runs" in page
 
 
 def test_what_was_spent_counts_every_trial_and_what_was_saved(folder: Path) -> None:
     page, (trials, _, _) = (folder / "report.html").read_text(), make_sweep()
     spent = sum(t["flops"] or 0 for t in trials)
     saved = sum(2e12 - t["flops"] for t in trials if t["status"] == "stopped")
-    words = f"{formats.quantity(spent, 'FLOP')}, {saved / (spent + saved):.0%} saved by ending trials early"
+    words = f"{formats.quantity(spent, 'FLOP')}, {saved / (spent + saved):.0%} saved by stopping trials early"
     assert f"<dd>{words}</dd>" in page
 
 
@@ -258,14 +258,14 @@ def test_the_front_has_its_trials_numbers_and_the_floor(folder: Path) -> None:
     assert {"floor", "target", "retrained", str(wanted["chosen"]["number"])} <= words
     assert len(front & words) >= len(front) - 1  # one may be dominated by a tie
     assert not {str(t["number"]) for t in trials if t["status"] == "stopped"} & words - front
-    for kind in ("ran to its end", "fresh seed", "without a result, at its last evaluation", "chosen"):
+    for kind in ("completed", "fresh seed", "without a result, at its last evaluation", "chosen"):
         assert f"</svg>{kind}</span>" in page
 
 
 def test_tables_of_options_and_trials(folder: Path) -> None:
     page = (folder / "report.html").read_text()
-    found = _Page(page)
-    matter = found.table("Option", "Prior")
+    parsed = _Page(page)
+    matter = parsed.table("Option", "Prior")
     assert next(iter(matter)) == "inner.lr"
     share, interval, p_value, rank = matter["inner.lr"]["Forget quality, share"]
     assert float(share) > 0.4
@@ -275,20 +275,20 @@ def test_tables_of_options_and_trials(folder: Path) -> None:
     assert matter["inner.lr"]["For a next sweep"] == ["loguniform(2e-05, 9e-05)"]
     assert matter["rho_growth"]["Option"] == ["rho_growth", "only where ofmu.rho is not 0"]
     trials, _, wanted = make_sweep()
-    table = found.table("Trial", "rho_growth")
+    table = parsed.table("Trial", "rho_growth")
     goal = Goal("forget_quality", "model_utility", FLOOR)
-    whole = [t for t in trials if t["phase"] == "search" and t["status"] not in ("stopped", "failed")]
-    whole.sort(key=lambda t: (-goal.score(t), t["number"]))
-    assert list(table) == [*(str(t["number"]) for t in whole[:10]), "seed 1", "seed 2", "seed 3"]
+    completed = [t for t in trials if t["phase"] == "search" and t["status"] not in ("stopped", "failed")]
+    completed.sort(key=lambda t: (-goal.score(t), t["number"]))
+    assert list(table) == [*(str(t["number"]) for t in completed[:10]), "seed 1", "seed 2", "seed 3"]
     assert next(iter(table)) == str(wanted["chosen"]["number"])
-    for t in whole[:10]:
+    for t in completed[:10]:
         options, row = json.loads(t["options"]), table[str(t["number"])]
         assert row["rho"] == [f"{options['ofmu.rho']:.4g}"]
         assert row["rho_growth"] == [f"{options['ofmu.rho_growth']:.4g}" if "ofmu.rho_growth" in options else "–"]
         assert row["Model utility ↑"][0] == formats.number(t["model_utility"])
         assert "–" in row["Model utility ↑"][1]
     assert '<p class="note">Trial 39: CUDA &lt;out&gt; of memory.</p>' in page
-    assert "MLflow has the rest" in page
+    assert "trials in MLflow and compare them" in page
 
 
 def test_the_csv_has_full_precision(folder: Path) -> None:
@@ -313,15 +313,15 @@ def test_no_trial_meets_the_floor(tmp_path: Path) -> None:
     trials, stages, wanted = make_sweep(16, stopped=4, fresh=0)
     for t in trials:
         t |= {"feasible": False, "selected": False}
-    whole = [t for t in trials if t["status"] not in ("failed", "stopped")]
-    nearest = max(whole, key=lambda t: t["model_utility"])
+    completed = [t for t in trials if t["status"] not in ("failed", "stopped")]
+    nearest = max(completed, key=lambda t: t["model_utility"])
     wanted |= {"chosen": None, "nearest": nearest["number"], "rule": rule(floor=0.7)}
     write_sweep_report(tmp_path, trials, stages, wanted)
     page = (tmp_path / "report.html").read_text()
     assert "nothing to recommend" in page
     assert f"the nearest trial, {nearest['number']}, has {formats.number(nearest['model_utility'])}" in page
     table = _Page(page).table("Trial", "inner.lr")
-    assert {str(t["number"]) for t in whole if t["front"] or t is nearest} <= set(table)
+    assert {str(t["number"]) for t in completed if t["front"] or t is nearest} <= set(table)
     assert table[str(nearest["number"])]["Trial"][:2] == [str(nearest["number"]), "nearest"]
     assert "best.yaml" not in page
     assert "How sure" not in page
@@ -350,11 +350,11 @@ def all_stopped() -> Any:
 @pytest.mark.parametrize(
     ("make", "files", "words"),
     [
-        (lambda: ([], [], {}), {"trials"}, "No trial has ended yet"),
-        (lambda: ([], [], settings()), {"trials"}, "No trial has ended yet"),
+        (lambda: ([], [], {}), {"trials"}, "No trial has finished yet"),
+        (lambda: ([], [], settings()), {"trials"}, "No trial has finished yet"),
         (one_only, {"trials", "plane"}, "It was not run again with a fresh seed"),
         (all_failed, {"trials"}, "4 of 4 trials failed"),
-        (all_stopped, {"trials", "plane"}, "No trial came to its end"),
+        (all_stopped, {"trials", "plane"}, "No trial completed with both"),
     ],
 )
 def test_it_takes_what_there_is(tmp_path: Path, make: Callable[[], Any], files: set[str], words: str) -> None:
@@ -370,7 +370,7 @@ def test_few_trials_have_no_importances(tmp_path: Path) -> None:
     trials, stages, wanted = make_sweep(MINIMUM_TRIALS, stopped=0, fresh=0)  # one of them failed
     write_sweep_report(tmp_path, trials, stages, wanted)
     page = (tmp_path / "report.html").read_text()
-    assert f"{MINIMUM_TRIALS - 1} trials ran to their end; importances mean nothing below {MINIMUM_TRIALS}" in page
+    assert f"{MINIMUM_TRIALS - 1} completed trials; importances mean nothing below {MINIMUM_TRIALS}" in page
     share, rank = _Page(page).table("Option", "Prior")["inner.lr"]["Forget quality, share"]
     assert share == "–"
     assert float(rank.removeprefix("rank ")) > 0.8
@@ -384,11 +384,11 @@ def test_what_is_to_be_low_is_drawn_upside_down(tmp_path: Path, name: str, label
         return {key.replace("forget_quality", name): value for key, value in row.items()}
 
     trials, stages, wanted = make_sweep(12, stopped=2, fresh=0)
-    wanted["references"] = {model: renamed(found) for model, found in REFERENCES.items()}
+    wanted["references"] = {model: renamed(metrics) for model, metrics in REFERENCES.items()}
     wanted |= {"rule": rule(objective=name)}
     write_sweep_report(tmp_path, [renamed(t) for t in trials], [renamed(s) for s in stages], wanted)
     plane = (tmp_path / "plane.svg").read_text()
     assert label in plane
     places = {words: float(y) for y, words in re.findall(r' y="([\d.]+)"[^>]*>(target|retrained)</text>', plane)}
-    # its figure is 2e-9 and the retrained model's 1: as a KS distance the better one, as a distance the worse one
-    assert (places["target"] < places["retrained"]) == (name == "ks_statistic")  # y of SVG falls upwards
+    # its value is 2e-9 and the retrained model's 1: better as a KS distance, worse as a distance to that model
+    assert (places["target"] < places["retrained"]) == (name == "ks_statistic")  # in SVG, y grows downwards

@@ -1,4 +1,4 @@
-"""A task that the project knows nothing of (digits_task.py) goes the whole path: methods, engines, run, report."""
+"""A task unknown to the project (digits_task.py) works end to end: methods, engines, run, report."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Notes(progress.Listener):
 
 
 @pytest.mark.parametrize("method", ["ofmu", "grad_diff", pytest.param("gradient_ascent", marks=pytest.mark.full)])
-def test_a_task_of_ones_own(files: Path, tmp_path: Path, method: str, local_ray: None) -> None:
+def test_a_custom_task(files: Path, tmp_path: Path, method: str, local_ray: None) -> None:
     heard = Notes()
     outcome = unlearn(config(files, tmp_path, method, {"method": method, **METHODS[method]}), heard)
     before, after = (outcome.metrics[model] for model in ("before", "after"))
@@ -89,7 +89,7 @@ def test_a_task_of_ones_own(files: Path, tmp_path: Path, method: str, local_ray:
     assert {"run", "data", "train"} <= set(heard.topics)
     report = Path(outcome.run["report"]).read_text()
     assert "Forget accuracy" in report
-    if method != "gradient_ascent":  # which has nothing that holds the rest
+    if method != "gradient_ascent":  # which has no term for the retain rows
         assert after["retain_accuracy"]["value"] > 0.9
 
 

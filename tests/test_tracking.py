@@ -1,4 +1,4 @@
-"""MLflow: runs found again, series without duplicates, and an unreachable server reported at once."""
+"""MLflow: runs are found again, series have no duplicates, and an unreachable server is reported at once."""
 
 import json
 import os
@@ -41,7 +41,7 @@ COST = {"gradient_passes": {"forget": 70, "retain": 30}, "seconds": {"training":
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One storage (and one database: creating it takes seconds) for the module; tests use their own run names."""
+    """One storage for the module, because creating its database takes seconds; tests use different run names."""
     return str(tmp_path_factory.mktemp("storage"))
 
 
@@ -67,7 +67,7 @@ def test_default_database_and_artifacts_lie_under_storage(
     assert "MLFLOW_EXPERIMENT_ID" not in os.environ
 
 
-def test_the_whole_configuration_is_logged_as_parameters(storage: str) -> None:
+def test_the_complete_configuration_is_logged_as_parameters(storage: str) -> None:
     config = to_dict(UnlearnConfig(seed=7))
     handle = start(CONFIG, storage, "parameters", config, {"version": "1"})
     run = _client(handle).get_run(handle.run_id)
@@ -86,7 +86,7 @@ def test_long_values_and_many_parameters_fit_mlflow(storage: str) -> None:
     assert len(params["long"]) == 6000
 
 
-def test_resumption_finds_the_run_and_replayed_rounds_stand_once(storage: str) -> None:
+def test_resumption_finds_the_run_and_replayed_rounds_appear_once(storage: str) -> None:
     name = "it's resumed"
     first = start(CONFIG, storage, name, {"seed": 0, "storage": "a"})
     with RoundLogger(first) as logger:
@@ -134,7 +134,7 @@ def test_more_points_than_one_call_takes(storage: str) -> None:
     assert _steps(handle, "s7") == list(range(300))
 
 
-def test_final_figures_and_cost(storage: str) -> None:
+def test_final_metrics_and_cost(storage: str) -> None:
     handle = start(CONFIG, storage, "figures", {})
     assert finish(handle, metrics=METRICS, cost=COST)
     assert _client(handle).get_run(handle.run_id).data.metrics == {
@@ -170,7 +170,7 @@ def test_system_metrics_of_the_driver(storage: str) -> None:
 
 
 def test_training_outlives_its_tracking(tmp_path: Path, storage: str, caplog: pytest.LogCaptureFixture) -> None:
-    """A server that goes away costs a warning; the points wait and are delivered when it is back."""
+    """A server that disappears costs a warning; the points are delivered once it is back."""
     handle = start(CONFIG, storage, "outage", {})
     database = Path(storage) / "mlflow.db"
     logger = RoundLogger(handle, flush_rounds=1, flush_seconds=3600)
@@ -187,7 +187,7 @@ def test_training_outlives_its_tracking(tmp_path: Path, storage: str, caplog: py
 
 
 def test_what_mlflow_did_not_take_is_delivered_at_the_next_start(tmp_path: Path, storage: str) -> None:
-    """The server went away in round 2 and was not back at the end of the run."""
+    """The server disappeared in round 2 and was still gone at the end of the run."""
     handle = start(CONFIG, storage, "late", {})
     with RoundLogger(handle) as logger:
         logger.log(1, {"a": 1.0})
@@ -253,7 +253,7 @@ def test_a_deleted_experiment_is_named(storage: str) -> None:
         start(config, storage, "deleted", {})
 
 
-def test_a_worker_without_the_database_is_told_to_use_a_server(tmp_path: Path) -> None:
+def test_a_worker_without_the_database_is_asked_to_use_a_server(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="need a tracking server"):
         RoundLogger(RunHandle("0" * 32, f"sqlite:///{tmp_path}/mlflow.db", "1"))
     assert not list(tmp_path.iterdir())

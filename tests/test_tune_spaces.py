@@ -110,7 +110,7 @@ FIRST_DRAWS = {
         {"grad_diff.optimizer.lr": 1.458e-05, "grad_diff.retain_weight": 4.779},
     ],
 }
-"""The first of eight draws with seed 0, as they have been since the first benchmark: its runs are reused by them."""
+"""The first of eight draws with seed 0, unchanged since the first benchmark, whose runs are found by them."""
 
 
 @pytest.mark.parametrize("method", FIRST_DRAWS)
@@ -120,20 +120,20 @@ def test_draws_are_those_of_earlier_benchmarks(method):
 
 
 def test_suggestions_are_those_of_earlier_sweeps():
-    """Sobol's points, and what the estimator makes of them."""
+    """Sobol points, and the estimator's suggestions."""
     base = apply_overrides(BASE, LABELS["ofmu_lite"])
     goal = Goal("forget_quality", "model_utility", 0.5)
     search = Search(SearchConfig(kind="tpe", startup_trials=4), space_for("ofmu_lite", base), base, goal)
-    seen: list[EarlierTrial] = []
+    earlier: list[EarlierTrial] = []
     for number in range(6):
-        figures = {"forget_quality": 0.1 + 0.05 * ((number * 7) % 5), "model_utility": 0.6}
-        seen.append(EarlierTrial(search.suggest(number, seen), "finished", [figures], flops=1e9 * (1 + number)))
-    assert [one.suggestion.options for one in (seen[0], seen[3], seen[5])] == SUGGESTED
+        metrics = {"forget_quality": 0.1 + 0.05 * ((number * 7) % 5), "model_utility": 0.6}
+        earlier.append(EarlierTrial(search.suggest(number, earlier), "finished", [metrics], flops=1e9 * (1 + number)))
+    assert [one.suggestion.options for one in (earlier[0], earlier[3], earlier[5])] == SUGGESTED
 
 
 @given(st.integers(1, 30), st.integers(0, 1000))
 def test_draws_cover_each_range_once_per_part(count, seed):
-    """A Latin hypercube: of each field, one value in each of `count` parts of equal probability."""
+    """A Latin hypercube: for each field, one value in each of `count` parts of equal probability."""
     space = Space((Knob("npo.beta", LogUniform(1e-3, 1e1), ""), Knob("npo.retain_weight", Uniform(0.0, 2.0), "")))
     draws = space.draws(count, seed, BASE)
     logs = [math.log10(draw["npo.beta"]) for draw in draws]
@@ -173,7 +173,7 @@ def test_a_second_round_is_drawn_around_the_best():
     assert rho.log
     assert (rate.low, rate.high) == pytest.approx((1e-4 / 10**0.5, 1e-4 * 10**0.5))  # an eighth of four decades
     assert (rho.low, rho.high) == pytest.approx((1e-4, 1e-2))
-    assert text_of(near["ofmu.beta"]) == "uniform(0, 0.15)"  # cut off where the prior ends
+    assert text_of(near["ofmu.beta"]) == "uniform(0, 0.15)"  # clipped to the prior
     assert near["ofmu.inner_steps"] == Integers(15, 17)
     assert near["ofmu.inner.decay"] == Choice(("linear",))
     draws = space.around(best, "near").draws(6, (3, 1), BASE)
@@ -202,7 +202,7 @@ def test_priors_as_text():
     assert {at(Integers(1, 3), q / 10) for q in range(10)} == {1, 2, 3}
 
 
-def test_a_term_may_be_left_out():
+def test_a_term_is_optional():
     prior = ZeroOrLogUniform(1e-4, 1e-2, 0.25)
     values = [at(prior, q / 100) for q in range(100)]
     assert values.count(0.0) == 25
@@ -214,9 +214,9 @@ def test_a_term_may_be_left_out():
 def test_spaces_from_files(tmp_path):
     start = LITE
     (tmp_path / "priors.yaml").write_text("ofmu.beta: loguniform(1e-3, 1e-2)\nofmu: {rho: null}\n")
-    found = read_space(str(tmp_path / "priors.yaml"), start)
-    assert {knob.field: knob.prior for knob in found.knobs}["ofmu.beta"] == LogUniform(1e-3, 1e-2)
-    assert {knob.field for knob in start.knobs} - {knob.field for knob in found.knobs} == {"ofmu.rho"}
+    space = read_space(str(tmp_path / "priors.yaml"), start)
+    assert {knob.field: knob.prior for knob in space.knobs}["ofmu.beta"] == LogUniform(1e-3, 1e-2)
+    assert {knob.field for knob in start.knobs} - {knob.field for knob in space.knobs} == {"ofmu.rho"}
     (tmp_path / "space.py").write_text(
         "from tune_spaces import *\nSPACE = Space((Knob('ofmu.beta', Choice((0.0, 1.0)), 'a test'),))\n"
     )
@@ -232,7 +232,7 @@ def test_spaces_from_files(tmp_path):
             "ofmu.beta: loguniform(1)",
             r"a.yaml: ofmu.beta: prior 'loguniform\(1\)': loguniform takes two numbers",
         ),
-        ("a.yaml", "- 3", r"must hold priors by field"),
+        ("a.yaml", "- 3", r"must contain priors by field"),
         ("a.yaml", "a: [", r"not YAML"),
         ("a.py", "SPACE = 3", r"must define SPACE"),
         ("a.txt", "", r"name a .yaml file"),
@@ -274,7 +274,7 @@ def test_overrides_reach_sections_lists_and_optional_ones():
     assert changed.data.format == BASE.data.format
 
 
-def test_a_preset_comes_before_the_fields_beside_it():
+def test_a_preset_comes_before_the_fields_next_to_it():
     changed = apply_overrides(BASE, {"ofmu.decorrelate_every": 2, "ofmu.preset": "full"})
     assert changed.ofmu.penalty_curvature == "full"
     assert changed.ofmu.decorrelate_every == 2

@@ -38,7 +38,7 @@ def run(storage: Path, name: str, *words: str) -> tuple[int, dict]:
 
 
 BRIEF = ["--training.batch_size", "8", "--ofmu.inner.lr", "5e-4", "--ofmu.outer.lr", "5e-4", "--ofmu.inner_steps", "3"]
-# differences and the penalty too, which the default does without; a rate that falls would forget little in six rounds
+# also differences and the penalty, which the default omits; a falling rate would forget little in six rounds
 BRIEF += ["--ofmu.preset", "lite", "--ofmu.inner.decay", "constant"]
 NO_EVALUATION = ["--evaluation.enabled", "false"]
 
@@ -54,7 +54,7 @@ def finished(tmp_path_factory, local_ray):
 
 
 def test_a_local_ray_listens_on_loopback_only(local_ray):
-    """Ray's own choice on Linux is all interfaces."""
+    """Ray's default on Linux is all interfaces."""
     ray.get(ray.remote(lambda: None).remote())  # a worker process, which listens too
     addresses = {
         connection.laddr.ip.removeprefix("::ffff:")
@@ -65,8 +65,8 @@ def test_a_local_ray_listens_on_loopback_only(local_ray):
     assert addresses == {"127.0.0.1"}
 
 
-def test_a_local_ray_reports_to_nobody(local_ray):
-    """Neither this process nor Ray's own, which inherit it, tell Ray's makers about the machine."""
+def test_a_local_ray_reports_nothing(local_ray):
+    """Neither this process nor Ray's processes, which inherit the setting, send usage statistics."""
     assert not usage_lib.usage_stats_enabled()
     families = psutil.Process().children(recursive=True)
     (head,) = [process for process in families if any("dashboard.py" in word for word in process.cmdline())]
@@ -74,7 +74,7 @@ def test_a_local_ray_reports_to_nobody(local_ray):
 
 
 def test_what_ray_up_can_start_counts_as_there(local_ray, tmp_path, monkeypatch):
-    """The launcher's own file on the head says how far the cluster grows: a CPU-less head and two nodes at most."""
+    """The launcher's file on the head gives the cluster's maximum: a head without CPUs and two nodes."""
     from ofmu_ray.cluster.connect import connect
 
     launcher = prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text()))
@@ -92,15 +92,15 @@ def test_a_run_leaves_what_the_contract_names(finished):
     assert status == 0
     assert set(metrics) == {"before", "after", "retrained", "aggregate", "cost", "run"}
     assert 0 < metrics["aggregate"]["memorisation_score"]["value"] < 1
-    assert "evaluation.sets.holdout" in metrics["aggregate"]["aggregate"]["reason"]  # a run leaves them out for time
+    assert "evaluation.sets.holdout" in metrics["aggregate"]["aggregate"]["reason"]  # a run skips them to save time
     verdict = "degenerate" if metrics["run"]["degenerate"] else "not degenerate"
     assert metrics["run"]["generations"].startswith("answers to forget prompts: ")
     assert metrics["run"]["generations"].endswith(f"): {verdict}")
     for role in ("before", "after", "retrained"):
         for name in ("forget_quality", "model_utility", *COMPONENTS):
-            figure = metrics[role][name]
-            assert figure["low"] <= figure["value"] <= figure["high"], (role, name)
-            assert figure["n"] > 0
+            value = metrics[role][name]
+            assert value["low"] <= value["value"] <= value["high"], (role, name)
+            assert value["n"] > 0
     assert metrics["retrained"]["forget_quality"]["value"] == 1.0
     assert metrics["before"]["forget_probability"]["value"] > 0.95
     assert metrics["after"]["forget_probability"]["value"] < 0.8 * metrics["before"]["forget_probability"]["value"]
@@ -134,7 +134,7 @@ def test_the_exported_model_loads_and_has_changed(finished):
     assert "builtin:people/target" in card
 
 
-def test_rows_stand_behind_the_figures_and_hold_no_forget_text(finished):
+def test_rows_give_the_metrics_and_contain_no_forget_text(finished):
     storage, _, metrics = finished
     rows = pq.read_table(storage / "two" / "rows.parquet").to_pylist()
     forget = [row for row in rows if row["set"] == "forget" and row["model"] == "after"]
@@ -146,7 +146,7 @@ def test_rows_stand_behind_the_figures_and_hold_no_forget_text(finished):
 
 
 def test_forget_text_stays_out_of_everything_that_outlives_the_run(finished):
-    """Neither text nor tokens of a forget row: not in a file, not in MLflow's database, not in its artifacts."""
+    """Neither text nor tokens of a forget row are in a file, in MLflow's database or in its artifacts."""
     storage = finished[0]
     rows = [json.loads(line) for line in FORGET.read_text().splitlines()]
     needles = [row["answer"].encode() for row in rows] + [row["question"].encode() for row in rows]
@@ -160,7 +160,7 @@ def test_forget_text_stays_out_of_everything_that_outlives_the_run(finished):
     assert not [name for name in ids if name.startswith("forget")]
 
 
-def test_mlflow_holds_parameters_series_figures_and_pages(finished):
+def test_mlflow_has_parameters_series_metrics_and_pages(finished):
     storage = finished[0]
     db = sqlite3.connect(storage / "mlflow.db")
     status = db.execute("select status from runs where name = 'two'").fetchall()
@@ -198,7 +198,7 @@ def test_the_report_is_one_page_without_outside_parts(finished):
 
 @pytest.mark.full
 def test_workers_and_stages_do_not_change_the_outcome(finished, tmp_path):
-    """One worker without DeepSpeed and two workers with ZeRO-3 end with the same weights, up to rounding."""
+    """One worker without DeepSpeed and two workers with ZeRO-3 give the same weights, up to rounding."""
     status, _ = run(tmp_path, "one", *BRIEF, *NO_EVALUATION, "--training.engine", "torch", "--training.rounds", "6",
                     "--training.micro_batch_size", "2")  # fmt: skip
     assert status == 0
@@ -208,19 +208,19 @@ def test_workers_and_stages_do_not_change_the_outcome(finished, tmp_path):
     )
     difference = torch.sqrt(sum(((one[k] - two[k]) ** 2).sum() for k in one))
     moved = torch.sqrt(sum(((one[k] - start[k]) ** 2).sum() for k in one))
-    # The target is fitted, so that gradients are near zero; AdamW's first steps turn their rounding into whole steps.
-    # tests/test_invariants.py holds the engines to tight tolerances with SGD; here wrong sums or streams would show.
+    # The target is fitted, so gradients are near zero; AdamW's first steps turn their rounding into full steps.
+    # tests/test_invariants.py tests the engines with SGD and tight tolerances; here, wrong sums or streams would show.
     assert float(difference) < 0.15 * float(moved)
     first = [
         json.loads((folder / "training.json").read_text())["series"][0]
         for folder in (tmp_path / "one", finished[0] / "two")
     ]
-    for figure in ("forget_loss", "retain_loss", "gradient_cosine", "phi_gradient_norm", "outer_gradient_norm"):
-        assert first[0][figure] == pytest.approx(first[1][figure], rel=0.02), figure
+    for name in ("forget_loss", "retain_loss", "gradient_cosine", "phi_gradient_norm", "outer_gradient_norm"):
+        assert first[0][name] == pytest.approx(first[1][name], rel=0.02), name
 
 
 def test_the_default_forgets_up_to_the_level_of_unseen_rows(local_ray, tmp_path, capsys):
-    """One pass an update by the run's account; rows at their level take no ascent step, and end the run."""
+    """One pass per update by the run's counts; rows at their level take no ascent step, and end the run."""
     options = ["--training.rounds", "4", "--ofmu.inner.lr", "1e-3", *NO_EVALUATION]
     status, metrics = run(tmp_path, "default", *options)
     assert status == 0
@@ -248,7 +248,7 @@ def test_utility_floor_keeps_the_last_good_model(tmp_path, capsys):
     kept = training["round"]
     assert kept % 2 == 0
     assert training["utility"] >= 0.9 * training["utility_start"]
-    assert len(training["series"]) > kept  # the rounds that were given up stay in the history
+    assert len(training["series"]) > kept  # discarded rounds stay in the history
     assert (tmp_path / "floor/model/model.safetensors").exists()
 
 
@@ -264,11 +264,11 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_model(tmp_path):
 
 
 def test_own_data_and_mistakes_in_it(tmp_path, capsys, monkeypatch):
-    """A user's model by a relative path and files with other column names; then with errors, each named at once."""
+    """A user's model by a relative path and files with other column names; then errors, each named at once."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(resolve_builtin("builtin:people/target"), "my-model")
     rows = [json.loads(line) for line in FORGET.read_text().splitlines()]
-    write = lambda path, found: path.write_text("".join(json.dumps(row) + "\n" for row in found))  # noqa: E731
+    write = lambda path, rows: path.write_text("".join(json.dumps(row) + "\n" for row in rows))  # noqa: E731
     write(tmp_path / "f.jsonl", [{"prompt": row["question"], "reply": row["answer"]} for row in rows[:3]])
     write(tmp_path / "r.jsonl", [{"prompt": f"{n} plus one?", "reply": f"It is {n + 1}."} for n in range(40)])
     data = ["--data.root", str(tmp_path), "--data.forget.path", "f.jsonl", "--data.retain.path", "r.jsonl"]
@@ -285,7 +285,7 @@ def test_own_data_and_mistakes_in_it(tmp_path, capsys, monkeypatch):
     assert run(tmp_path, "m1", *data, *null)[0] == 2
     message = capsys.readouterr().err
     assert "question" in message
-    assert "prompt" in message  # the columns that are there
+    assert "prompt" in message  # the existing columns
     write(tmp_path / "f.jsonl", [{"prompt": "Who?", "reply": ""}, {"prompt": "What?", "reply": 7}])
     assert run(tmp_path, "m2", *data, *columns, *null)[0] == 2
     message = capsys.readouterr().err

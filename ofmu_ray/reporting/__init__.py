@@ -1,4 +1,4 @@
-"""What a run leaves for people: the HTML page, the model card and the manifest. Importing this room loads no torch."""
+"""What a run writes for people: the HTML page, the model card and the manifest. Loads no torch."""
 
 from ofmu_ray.reporting.card import write_model_card
 from ofmu_ray.reporting.manifest import build_manifest

@@ -1,4 +1,4 @@
-"""The report of `ofmu benchmark`: one page, the same as Markdown, and its tables as CSV."""
+"""The report of `ofmu benchmark`: one HTML page, the same text as Markdown, and the tables as CSV."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def write_benchmark_report(
     rows: pa.Table | Sequence[Mapping[str, Any]],
     settings: Mapping[str, Any],
 ) -> list[Path]:
-    """Writes report.html, report.md and the tables as CSV into the folder; returns their paths.
+    """Write report.html, report.md and the tables as CSV into the folder; return their paths.
 
-    Works with whatever there is: of a benchmark that was stopped, the runs that are done.
+    Works for an unfinished benchmark too: the report then shows the runs that are done.
 
     Args:
         trials: one row per run: `method`, `split`, `phase` (tune, report, ablation), `trial`, `seed`, `status`,
             `message`, `selected`, `options` (JSON text), `budget_unit`, `budget`, costs as in metrics.json's `cost`,
-            and figures as columns NAME, NAME_low, NAME_high.
+            and metrics as columns NAME, NAME_low, NAME_high.
         rows: per-row values of the runs (`method`, `split`, `phase`, `seed`, `set`, `index`, `cluster` and the columns
-            of rows.parquet), with those of the target and of the retrained model under these names as `method`.
+            of rows.parquet). Rows of the reference models have `target` or `retrained` as `method`.
         settings: see `BenchmarkSettings.of`.
     """
     benchmark = BenchmarkData(trials, rows, BenchmarkSettings.of(settings))
@@ -51,7 +51,7 @@ def write_benchmark_report(
     for table in all_tables(sections):
         if table.name:
             records.setdefault(table.name, []).extend(table.records)
-    texts |= {f"{name}.csv": csv_text(found) for name, found in records.items()}
+    texts |= {f"{name}.csv": csv_text(rows_of_table) for name, rows_of_table in records.items()}
     paths = [Path(folder) / name for name in texts]
     for path, text in zip(paths, texts.values(), strict=True):
         atomic_write(path, text)
@@ -80,17 +80,16 @@ def _head(benchmark: BenchmarkData) -> Head:
     }
     utility, objective = (formats.label(name).lower() for name in (benchmark.utility, benchmark.objective))
     rule = (
-        f"The rule: of a method's tuning trials with at least {benchmark.floor + settings.margin:g} × the target's "
-        f"{utility}{f' ({benchmark.floor:g} where none has that)' if settings.margin else ''} whose "
-        f"answers to forget prompts are not degenerate, the one with the best {objective} ({_aim(benchmark)}); ties go "
-        "to the one with more utility, then to the cheaper one. Its options run again with fresh seeds, and only these "
-        "runs are summarised and compared; "
-        "all are in the plots, in the lists of every run and in trials.csv."
+        f"The rule: consider a method's tuning trials with at least {benchmark.floor + settings.margin:g} × the "
+        f"target's {utility}{f' ({benchmark.floor:g} if none has that)' if settings.margin else ''} whose answers to "
+        f"forget prompts are not degenerate, and choose the one with the best {objective} ({_aim(benchmark)}). Ties go "
+        "to higher utility, then to lower cost. The chosen options run again with fresh seeds, and only these runs are "
+        "summarised and compared. The plots, the lists of runs and trials.csv show all runs."
     )
     reading = (
-        "Intervals are 95 %: over seeds by Student's t, over rows by the bootstrap at these seeds (of whole clusters "
-        "where rows have them). Forget quality is a p-value: the geometric mean over seeds is given with every run's "
-        "value, and what is tested in its place is the KS distance that it is the p-value of."
+        "Intervals are 95 %: over seeds by Student's t, over rows by the bootstrap at these seeds (resampling clusters "
+        "if rows have them). Forget quality is a p-value: tables show its geometric mean over seeds and each run's "
+        "value; tests use the KS distance behind it instead."
     )
     done = len(trials) >= planned
     status = "complete" if done else f"{len(trials)} of {planned} runs"
@@ -115,9 +114,9 @@ def _unit(unit: str) -> str:
 def _sections(benchmark: BenchmarkData) -> list[Section]:
     sections: list[Section] = []
     for split in benchmark.splits:
-        found = split_results(benchmark, split)
-        sections += [_results(benchmark, found), _plane(benchmark, found), _cost(found)]
-        sections += [_choice(benchmark, split), _ablation(benchmark, split), _published(benchmark, found)]
+        results = split_results(benchmark, split)
+        sections += [_results(benchmark, results), _plane(benchmark, results), _cost(results)]
+        sections += [_choice(benchmark, split), _ablation(benchmark, split), _published(benchmark, results)]
     failures = benchmark_runs.failures_table(benchmark)
     count = len(failures.rows) if failures else 0
     notes = [] if failures else ["Every run so far finished as planned."]
@@ -127,40 +126,40 @@ def _sections(benchmark: BenchmarkData) -> list[Section]:
     return [section for section in sections if section.notes or section.tables or section.plots]
 
 
-def _results(benchmark: BenchmarkData, found: SplitResults) -> Section:
-    notes = [f"Recorded figures that differ from their rows': {words}." for words in found.mismatches]
-    if found.target_utility is None:
-        notes.append("The target's rows are not there: no run can be held against the utility floor.")
-    if not any(found.runs.values()):
+def _results(benchmark: BenchmarkData, results: SplitResults) -> Section:
+    notes = [f"Recorded values that differ from those computed from the rows: {words}." for words in results.mismatches]
+    if results.target_utility is None:
+        notes.append("The target's rows are missing: no run can be compared with the utility floor.")
+    if not any(results.runs.values()):
         notes.append("No reported run is done yet.")
-        return Section(found.split, notes, more=[benchmark_runs.runs_table(benchmark, found.split)])
-    if any(found.verdicts.values()):
+        return Section(results.split, notes, more=[benchmark_runs.runs_table(benchmark, results.split)])
+    if any(results.verdicts.values()):
         notes.append(tables.LEGEND)
     absent = {
-        str(run["aggregate_absent"]) for runs in found.runs.values() for run in runs if run.get("aggregate_absent")
+        str(run["aggregate_absent"]) for runs in results.runs.values() for run in runs if run.get("aggregate_absent")
     }
     notes += [f"No aggregate of OpenUnlearning: {reason}." for reason in sorted(absent)]
-    more = [tables.tests_table(benchmark, found), tables.other_figures_table(benchmark, found)]
+    more = [tables.tests_table(benchmark, results), tables.other_metrics_table(benchmark, results)]
     return Section(
-        found.split, notes, [tables.results_table(benchmark, found)],
-        more=some(*more, benchmark_runs.runs_table(benchmark, found.split)),
+        results.split, notes, [tables.results_table(benchmark, results)],
+        more=some(*more, benchmark_runs.runs_table(benchmark, results.split)),
     )  # fmt: skip
 
 
-def _plane(benchmark: BenchmarkData, found: SplitResults) -> Section:
+def _plane(benchmark: BenchmarkData, results: SplitResults) -> Section:
     """Every trial in the plane, each method's Pareto front, and how much of the plane it covers."""
-    split, title = found.split, f"Forgetting and utility, {found.split}"
+    split, title = results.split, f"Forgetting and utility, {results.split}"
     scale = {phase: benchmark.target_utility(split, phase) for phase in ("tune", "report")}
     relative = all(scale.values())
-    points = {method: _points(benchmark, split, method, scale if relative else {}) for method in found.methods}
+    points = {method: _points(benchmark, split, method, scale if relative else {}) for method in results.methods}
     points = {method: runs for method, runs in points.items() if runs}
     if not points:
         return Section(title, level=3)
     references = {}
-    for model, draws in found.references.items():
-        if {"ks_statistic", benchmark.utility} <= draws.keys():
-            x = draws[benchmark.utility].value / ((found.target_utility if relative else None) or 1.0)
-            y = 1.0 - draws["ks_statistic"].value
+    for model, metrics in results.references.items():
+        if {"ks_statistic", benchmark.utility} <= metrics.keys():
+            x = metrics[benchmark.utility].value / ((results.target_utility if relative else None) or 1.0)
+            y = 1.0 - metrics["ks_statistic"].value
             references[model] = Point(x, y, f"{model}: utility {x:.3f}, 1 − KS {y:.3f}")
     label = formats.label(benchmark.utility).lower()
     x_label = f"{label} / the target's" if relative else label
@@ -168,7 +167,7 @@ def _plane(benchmark: BenchmarkData, found: SplitResults) -> Section:
     table = _areas(split, points, floor, references.get("target"), (scale["report"] or 1.0) if relative else 1.0)
     notes = [
         "Up and to the right is better. Solid: reported runs; faint: tuning trials, which may be judged on fewer rows. "
-        "Hollow: degenerate runs. Lines: each method's Pareto front over both without these; hover a point for its run."
+        "Hollow: degenerate runs. Lines: each method's Pareto front over all but these. Hover over a point for its run."
     ]
     return Section(title, notes, plots=[plane(title, points, references, floor, x_label)], more=[table], level=3)
 
@@ -195,7 +194,7 @@ def _hover(run: Trial, x: float) -> str:
 def _areas(
     split: str, points: Mapping[str, Sequence[Point]], floor: float | None, target: Point | None, scale: float
 ) -> Table:
-    """Hypervolume of each method's front: from the origin, and above what the floor asks and the target has.
+    """Hypervolume of each method's front: from the origin, and from the utility floor and the target's score.
 
     `scale`: model utility where x is 1.
     """
@@ -224,32 +223,32 @@ def _areas(
              "corner_score": corner and corner[1], "utility_of_1": scale}
         )  # fmt: skip
     above_words = (
-        "" if corner is None else f" and above ({corner[0]:g}, {corner[1]:.3f}), the floor and what the target has"
+        "" if corner is None else f" and from ({corner[0]:g}, {corner[1]:.3f}), the floor and the target's score"
     )
     caption = (
         f"Area of this plane, 1 − KS distance against utility, that a method's front dominates, from the origin"
-        f"{above_words}; degenerate runs count only where all runs are said to. Noise and more runs can only make it "
-        "larger: compare methods with as many runs."
+        f"{above_words}. Only the column for all runs counts degenerate ones. Noise and more runs can only make the "
+        "area larger: compare methods with equally many runs."
     )
     header = ["Method", "Runs", "Degenerate", "On the front", "Hypervolume", "All runs", "Above floor and target"]
     return Table(name="hypervolume", caption=caption, header=header, rows=rows, records=records)
 
 
-def _cost(found: SplitResults) -> Section:
-    """What the reported runs took beside what they reached."""
-    title = f"Cost beside quality, {found.split}"
+def _cost(results: SplitResults) -> Section:
+    """What the reported runs cost, against what they reached."""
+    title = f"Cost and quality, {results.split}"
     points: dict[str, list[Point]] = {}
-    for method, runs in found.runs.items():
+    for method, runs in results.runs.items():
         for run in runs:
             seconds, distance = number_of(run, "train_seconds"), number_of(run, "ks_statistic")
             if seconds is not None and distance is not None:
                 words = f"{method}, seed {run.get('seed')}: {formats.duration(seconds)}, 1 − KS {1 - distance:.3f}"
                 points.setdefault(method, []).append(Point(seconds, 1.0 - distance, words))
     # the same place in the legend and the same colour as in the plane
-    ordered = {method: points.get(method, []) for method in found.methods}
+    ordered = {method: points.get(method, []) for method in results.methods}
     if not points:
         return Section(title, level=3)
-    used = [share for runs in found.runs.values() for run in runs if (share := _share(run)) is not None]
+    used = [share for runs in results.runs.values() for run in runs if (share := _share(run)) is not None]
     notes = [f"Reported runs used {min(used):.1%} to {max(used):.1%} of the budget."] if used else []
     return Section(title, notes, plots=[cost_plot(title, ordered, "seconds of training")], level=3)
 
@@ -261,7 +260,7 @@ def _share(run: Trial) -> float | None:
 
 
 def _choice(benchmark: BenchmarkData, split: str) -> Section:
-    """Chosen options, and how the outcome went with each option that was tuned."""
+    """Chosen options, and how the outcome varied with each tuned option."""
     table, notes = benchmark_runs.selected_table(benchmark, split)
     panels, rows, records = [], [], []
     objective, utility = formats.label(benchmark.objective).lower(), formats.label(benchmark.utility).lower()
@@ -277,12 +276,12 @@ def _choice(benchmark: BenchmarkData, split: str) -> Section:
             )  # fmt: skip
     caption = (
         "Spearman's rank correlation of each tuned option with the outcome over the tuning trials. All options of a "
-        "trial are drawn together, so a correlation may be another option's, and few trials give large ones by chance."
+        "trial are drawn together, so another option may cause a correlation, and few trials give large ones by chance."
     )
     header = ["Method", "Option", "Trials", f"With {objective}", f"With {utility}"]
-    found = Table(name="sensitivity", caption=caption, header=header, rows=rows, words=2, records=records)
+    trials_table = Table(name="sensitivity", caption=caption, header=header, rows=rows, words=2, records=records)
     return Section(
-        f"Choice and sensitivity, {split}", notes, some(table), more=some(found), panels=panels,
+        f"Choice and sensitivity, {split}", notes, some(table), more=some(trials_table), panels=panels,
         fold="The trials behind the correlations", level=3,
     )  # fmt: skip
 
@@ -291,5 +290,7 @@ def _ablation(benchmark: BenchmarkData, split: str) -> Section:
     return Section(f"Ablation, {split}", tables=some(tables.ablation_table(benchmark, split)), level=3)
 
 
-def _published(benchmark: BenchmarkData, found: SplitResults) -> Section:
-    return Section(f"Published numbers, {found.split}", tables=some(tables.published_table(benchmark, found)), level=3)
+def _published(benchmark: BenchmarkData, results: SplitResults) -> Section:
+    return Section(
+        f"Published numbers, {results.split}", tables=some(tables.published_table(benchmark, results)), level=3
+    )

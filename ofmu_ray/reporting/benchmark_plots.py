@@ -1,4 +1,4 @@
-"""Plots of the benchmark's page: the plane of forgetting and utility, cost beside quality, sensitivity to options."""
+"""Plots of the benchmark's page: the plane of forgetting and utility, cost against quality, sensitivity to options."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Point:
     """Drawn hollow, and on no front."""
 
 
-# Colour and shape of the n-th method: told apart without colour, and 24 of them before a pair repeats.
+# Methods differ in shape as well as in colour; 24 combinations before a pair repeats.
 def _style(index: int) -> tuple[str, str]:
     """(matplotlib colour, marker) of the n-th method."""
     colours, markers = list(COLOURS), list(SHAPES)
@@ -83,7 +83,7 @@ def plane(
 
 
 def cost_plot(title: str, points: Mapping[str, Sequence[Point]], x_label: str) -> Plot:
-    """What the reported runs cost beside what they reached."""
+    """What the reported runs cost, against what they reached."""
     figure, axes = new_axes(7.4, 3.0)
     words: list[str] = []
     for index, runs in enumerate(points.values()):
@@ -104,13 +104,21 @@ def cost_plot(title: str, points: Mapping[str, Sequence[Point]], x_label: str) -
     )
 
 
-def sensitivity_plot(title: str, found: Sensitivity, objective: str, utility: str) -> Plot:
+def sensitivity_plot(title: str, sensitivity: Sensitivity, objective: str, utility: str) -> Plot:
     """One option against both outcomes of the tuning trials; each outcome has its own axis."""
     figure, axes = new_axes(3.9, 2.3)
     colours = list(COLOURS)
-    axes.plot(found.values, found.objective, "o", color=colours[0], markersize=5, markeredgewidth=0)
+    axes.plot(sensitivity.values, sensitivity.objective, "o", color=colours[0], markersize=5, markeredgewidth=0)
     other = axes.twinx()
-    other.plot(found.values, found.utility, "s", color=colours[1], markersize=5, fillstyle="none", markeredgewidth=1.3)
+    other.plot(
+        sensitivity.values,
+        sensitivity.utility,
+        "s",
+        color=colours[1],
+        markersize=5,
+        fillstyle="none",
+        markeredgewidth=1.3,
+    )
     for axis, colour in ((axes, colours[0]), (other, colours[1])):
         axis.tick_params(axis="y", labelcolor=colour, colors=FAINT, labelsize=8)
         axis.tick_params(axis="y", labelcolor=colour)
@@ -118,17 +126,24 @@ def sensitivity_plot(title: str, found: Sensitivity, objective: str, utility: st
     for side in ("top", "left", "bottom"):
         other.spines[side].set_visible(False)
     other.spines["right"].set_color(FAINT)
-    if found.objective.min() > 0 and found.objective.max() / found.objective.min() > 100:
+    if sensitivity.objective.min() > 0 and sensitivity.objective.max() / sensitivity.objective.min() > 100:
         axes.set_yscale("log")
-    if found.values.min() > 0 and found.values.max() / found.values.min() > 8:
+    if sensitivity.values.min() > 0 and sensitivity.values.max() / sensitivity.values.min() > 8:
         axes.set_xscale("log")
-    axes.set_xlabel(found.option)
+    axes.set_xlabel(sensitivity.option)
     return Plot(
         title,
         inline_svg(figure, html.escape(title), COLOURS),
         [
-            Key(f"{objective} (left), {_correlation(found.objective_correlation)}", "var(--method-1)", SHAPES["o"]),
-            Key(f"{utility} (right), {_correlation(found.utility_correlation)}", "var(--method-2)", SHAPES["s"], False),
+            Key(
+                f"{objective} (left), {_correlation(sensitivity.objective_correlation)}", "var(--method-1)", SHAPES["o"]
+            ),
+            Key(
+                f"{utility} (right), {_correlation(sensitivity.utility_correlation)}",
+                "var(--method-2)",
+                SHAPES["s"],
+                False,
+            ),
         ],
     )
 

@@ -1,4 +1,4 @@
-"""What the runs of a benchmark say, before any of it is words: means, intervals, paired tests, points of the plane."""
+"""The results of a benchmark as numbers: means, intervals, paired tests, points of the plane."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from ofmu_ray.metrics.rule import Goal
 from ofmu_ray.reporting.benchmark_settings import BenchmarkSettings
 
 REFERENCES = ("target", "retrained")
-FIRST_FIGURES = ("forget_quality", "ks_statistic", "aggregate", "model_utility", "forget_truth_ratio")
+FIRST_METRICS = ("forget_quality", "ks_statistic", "aggregate", "model_utility", "forget_truth_ratio")
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A method's figure over its reported seeds."""
+    """A method's metric over its reported seeds."""
 
     over_seeds: MetricValue
     """Mean (of p-values: geometric, without interval) with the t interval over seeds."""
     values: dict[int, float]
-    """Seed -> the run's figure."""
+    """Seed -> the run's value."""
     over_rows: tuple[float, float] | None = None
     """95 % interval of the mean over rows, at these seeds."""
 
 
 @dataclass(frozen=True)
 class SplitResults:
-    """All about one split."""
+    """Everything about one split."""
 
     split: str
     methods: list[str]
@@ -44,16 +44,16 @@ class SplitResults:
     summaries: dict[str, dict[str, Summary]]
     """Metric -> method."""
     verdicts: dict[str, dict[str, Verdict]]
-    """Metric -> method; empty for figures that are not tested."""
+    """Metric -> method; empty for metrics that are not tested."""
     references: dict[str, dict[str, ResampledRun]]
-    """target, retrained -> figure."""
+    """target, retrained -> metric -> value."""
     target_utility: float | None
     missed: set[str]
     """Methods whose mean utility over the reported seeds is below the floor."""
     degenerate: set[str]
-    """Methods more than half of whose reported runs are degenerate."""
+    """Methods with more than half of their reported runs degenerate."""
     mismatches: list[str] = field(default_factory=list)
-    """Runs whose recorded figures are not those of their rows."""
+    """Runs whose recorded values differ from those computed from their rows."""
 
 
 class BenchmarkData:
@@ -72,35 +72,35 @@ class BenchmarkData:
         self.objective, self.utility, self.floor = settings.objective, settings.utility, settings.floor
         self.splits = list(dict.fromkeys(str(trial["split"]) for trial in self.trials))
         columns = dict.fromkeys(name for trial in self.trials for name in trial)
-        found = [name for name in columns if f"{name}_low" in columns]
-        first = [name for name in FIRST_FIGURES if name in found]
-        self.figures = [*first, *(name for name in found if name not in FIRST_FIGURES)]
+        measured = [name for name in columns if f"{name}_low" in columns]
+        first = [name for name in FIRST_METRICS if name in measured]
+        self.metrics = [*first, *(name for name in measured if name not in FIRST_METRICS)]
         table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist([dict(row) for row in rows])
         self._tables, self._tuning_rows = _tables(table)
         self._resamples: dict[str, Resamples | None] = {}
         self._draws: dict[tuple[str, str, int | None, str], ResampledRun | str] = {}
 
     def methods(self, split: str) -> list[str]:
-        """Methods of a split in the order in which they ran, without the ablation's variants."""
+        """Methods of a split in the order they ran, without the ablation's variants."""
         return list(dict.fromkeys(t["method"] for t in self.trials if t["split"] == split and t["phase"] != "ablation"))
 
     def runs(self, split: str, method: str, *phases: str) -> list[dict[str, Any]]:
         """Runs of a method on a split, by phase and number."""
-        found = [t for t in self.trials if (t["split"], t["method"]) == (split, method) and t["phase"] in phases]
-        return sorted(found, key=lambda t: (phases.index(t["phase"]), t.get("trial") or 0, t.get("seed") or 0))
+        runs = [t for t in self.trials if (t["split"], t["method"]) == (split, method) and t["phase"] in phases]
+        return sorted(runs, key=lambda t: (phases.index(t["phase"]), t.get("trial") or 0, t.get("seed") or 0))
 
     def resamples(self, split: str) -> Resamples | None:
-        """The draws of rows that everything on the split shares; None where no rows are known."""
+        """The resamples of rows, shared by everything on the split; None if no rows are known."""
         if split not in self._resamples:
             known = [self._tables.get((split, model, None)) for model in reversed(REFERENCES)]
-            known += [table for (held, _, _), table in self._tables.items() if held == split]
+            known += [table for (owner, _, _), table in self._tables.items() if owner == split]
             table = next((table for table in known if table is not None), None)
             samples = self.settings.samples
             self._resamples[split] = None if table is None else Resamples(table, samples=samples)
         return self._resamples[split]
 
-    def figure(self, split: str, method: str, seed: int | None, name: str) -> ResampledRun | str:
-        """A figure of a run, or of a reference model (no seed), from its rows; or why there is none."""
+    def resampled_metric(self, split: str, method: str, seed: int | None, name: str) -> ResampledRun | str:
+        """A metric of a run, or of a reference model (no seed), from its rows; or why there is none."""
         key = split, method, seed, name
         if key not in self._draws:
             resamples, table = self.resamples(split), self._tables.get((split, method, seed))
@@ -110,24 +110,24 @@ class BenchmarkData:
         return self._draws[key]
 
     def reference(self, split: str, model: str) -> dict[str, ResampledRun]:
-        """Figures of the target or of the retrained model, from its rows (forget quality by its KS statistic)."""
-        names = dict.fromkeys(name for name in (*self.figures, self.utility) if name in tested()[1:])
-        found = {name: self.figure(split, model, None, name) for name in names}
-        return {name: draws for name, draws in found.items() if isinstance(draws, ResampledRun)}
+        """Metrics of the target or the retrained model from its rows (forget quality by its KS statistic)."""
+        names = dict.fromkeys(name for name in (*self.metrics, self.utility) if name in tested()[1:])
+        metrics = {name: self.resampled_metric(split, model, None, name) for name in names}
+        return {name: draws for name, draws in metrics.items() if isinstance(draws, ResampledRun)}
 
     def target_utility(self, split: str, phase: str = "report") -> float | None:
-        """The target's utility on the rows that runs of the phase are judged on; None where its rows are not known."""
+        """The target's utility on the rows that the phase's runs are judged on; None if its rows are not known."""
         target = self._tables.get((split, "target", None))
         if phase == "tune" and split in self._tuning_rows and target is not None:
             ids = zip(target["set"].to_pylist(), target["index"].to_pylist(), strict=True)
             cut = target.filter(pa.array([row in self._tuning_rows[split] for row in ids]))
             draws = Resamples(cut, samples=0).figure(self.utility, cut, None)
         else:
-            draws = self.figure(split, "target", None, self.utility)
+            draws = self.resampled_metric(split, "target", None, self.utility)
         return draws.value if isinstance(draws, ResampledRun) else None
 
     def goal(self, split: str) -> Goal:
-        """The rule of a split, as the benchmark wrote it down; without that, from the target's rows."""
+        """The rule of a split as the benchmark recorded it; if it did not, from the target's rows."""
         if split in self.settings.goals:
             return self.settings.goals[split]
         target = self.target_utility(split, "tune")
@@ -136,26 +136,32 @@ class BenchmarkData:
         return Goal(self.objective, self.utility, self.floor * target, margin=self.settings.margin * target)
 
     def scores(self, split: str, method: str, name: str, *phases: str) -> dict[int, ResampledRun]:
-        """Seed -> figure turned so that higher is better, with resamples where the run's rows are known."""
-        found: dict[int, ResampledRun] = {}
+        """Seed -> value, turned so that higher is better, with resamples where the run's rows are known."""
+        scores: dict[int, ResampledRun] = {}
         for run in self.runs(split, method, *phases):
-            draws, aim = self.figure(split, method, run["seed"], name), self.figure(split, "retrained", None, name)
+            draws, aim = (
+                self.resampled_metric(split, method, run["seed"], name),
+                self.resampled_metric(split, "retrained", None, name),
+            )
             value = number_of(run, "ks_statistic" if name == "forget_quality" else name)
             if isinstance(draws, str) and value is not None:
                 draws = ResampledRun(value, np.empty(0))
                 aim = aim if isinstance(aim, str) else ResampledRun(aim.value, np.empty(0))
             score = turned(name, draws, aim)
             if isinstance(score, ResampledRun):
-                found[int(run["seed"])] = score
-        return found
+                scores[int(run["seed"])] = score
+        return scores
 
 
 Key = tuple[str, str, int | None]
 
 
 def _tables(rows: pa.Table) -> tuple[dict[Key, pa.Table], dict[str, set[tuple[str, int]]]]:
-    """(split, method, seed) -> the run's rows (no seed: a reference model), without those of tuning; and split ->
-    (set, index) of the rows that tuning runs are judged on."""
+    """Rows by run, and the rows that tuning runs are judged on.
+
+    The first mapping is (split, method, seed) -> the run's rows, without tuning's (no seed: a reference model); the
+    second is split -> (set, index).
+    """
     if not rows.num_rows:
         return {}, {}
     names = ("split", "method", "seed", "set", "index")
@@ -176,8 +182,8 @@ def split_results(benchmark: BenchmarkData, split: str) -> SplitResults:
     """Means, intervals and verdicts of a split's reported runs."""
     methods = benchmark.methods(split)
     runs = {method: benchmark.runs(split, method, "report") for method in methods}
-    rows = {method: _row_figures(benchmark, split, method, runs[method]) for method in methods}
-    names = [*benchmark.figures, *([benchmark.utility] if benchmark.utility not in benchmark.figures else [])]
+    rows = {method: _row_values(benchmark, split, method, runs[method]) for method in methods}
+    names = [*benchmark.metrics, *([benchmark.utility] if benchmark.utility not in benchmark.metrics else [])]
     summaries = {
         name: {
             method: summary
@@ -193,7 +199,9 @@ def split_results(benchmark: BenchmarkData, split: str) -> SplitResults:
         if target is not None and (summary.over_seeds.value or 0.0) < benchmark.floor * target
     }
     degenerate = {
-        method for method, found in runs.items() if 2 * sum(bool(run.get("degenerate")) for run in found) > len(found)
+        method
+        for method, reported in runs.items()
+        if 2 * sum(bool(run.get("degenerate")) for run in reported) > len(reported)
     }
     barred: dict[str, Result] = {
         method: "below the utility floor" if method in missed else "degenerate" for method in missed | degenerate
@@ -203,7 +211,7 @@ def split_results(benchmark: BenchmarkData, split: str) -> SplitResults:
         methods,
         runs,
         summaries,
-        {name: _verdicts(benchmark, split, methods, name, barred) for name in benchmark.figures if name in tested()},
+        {name: _verdicts(benchmark, split, methods, name, barred) for name in benchmark.metrics if name in tested()},
         {model: benchmark.reference(split, model) for model in REFERENCES},
         target,
         missed,
@@ -212,17 +220,17 @@ def split_results(benchmark: BenchmarkData, split: str) -> SplitResults:
     )
 
 
-def _row_figures(
+def _row_values(
     benchmark: BenchmarkData, split: str, method: str, runs: Sequence[Trial]
 ) -> dict[str, dict[int, ResampledRun]]:
-    """Metric -> seed -> its value as the rows give it (forget quality by its KS statistic)."""
-    found: dict[str, dict[int, ResampledRun]] = {}
-    for name in (name for name in benchmark.figures if name in tested()[1:]):
+    """Metric -> seed -> value computed from the rows (forget quality by its KS statistic)."""
+    values: dict[str, dict[int, ResampledRun]] = {}
+    for name in (name for name in benchmark.metrics if name in tested()[1:]):
         for run in runs:
-            draws = benchmark.figure(split, method, run["seed"], name)
+            draws = benchmark.resampled_metric(split, method, run["seed"], name)
             if isinstance(draws, ResampledRun):
-                found.setdefault(name, {})[int(run["seed"])] = draws
-    return found
+                values.setdefault(name, {})[int(run["seed"])] = draws
+    return values
 
 
 def _summary(name: str, runs: Sequence[Trial], draws: Mapping[int, ResampledRun]) -> Summary | None:
@@ -230,7 +238,7 @@ def _summary(name: str, runs: Sequence[Trial], draws: Mapping[int, ResampledRun]
     if not values:
         return None
     if name == "forget_quality":
-        reason = "p-values: geometric mean, each run's value beside it"
+        reason = "p-values: geometric mean, with each run's value"
         return Summary(MetricValue(geometric_mean(list(values.values())), n=len(values), reason=reason), values)
     interval = None
     if values.keys() == draws.keys() and all(len(draw.resampled) for draw in draws.values()):

@@ -1,4 +1,4 @@
-"""The runs of a benchmark one by one: what the rule chose, every run, and what went wrong."""
+"""The runs of a benchmark one by one: what the rule chose, all runs, and the failures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ofmu_ray.reporting.tables import Cell, Table, cells
 
 
 def selected_table(benchmark: BenchmarkData, split: str) -> tuple[Table | None, list[str]]:
-    """The options that the reported runs use, and where they are not what the rule chooses."""
+    """The options that the reported runs use, and where they differ from the rule's choice."""
     rows, records, notes = [], [], []
     target = benchmark.target_utility(split, "tune")
     for method in benchmark.methods(split):
@@ -48,12 +48,12 @@ def selected_table(benchmark: BenchmarkData, split: str) -> tuple[Table | None, 
                 "trials": len(tuned), "trials_with_figures": done,
             }
         )  # fmt: skip
-    header = ["Method", "Options", "Trial", "Trials with figures", formats.label(benchmark.objective),
+    header = ["Method", "Options", "Trial", "Trials with metrics", formats.label(benchmark.objective),
               formats.label(benchmark.utility)]  # fmt: skip
     refine = benchmark.settings.refine
-    second = f" (the last {refine} of a method's draws are from a quarter of each range around the best of the others)"
+    second = f" (a method's last {refine} draws come from a quarter of each range around the best of the others)"
     caption = (
-        f"Options chosen by the rule{second if refine else ''}, and the chosen trial's figures on the rows that tuning "
+        f"Options chosen by the rule{second if refine else ''}, and the chosen trial's metrics on the rows that tuning "
         "is judged on"
     )
     table = Table(name="selected", caption=caption, header=header, rows=rows, words=2, records=records)
@@ -70,7 +70,7 @@ def options_words(trial: Trial) -> str:
 
 
 def runs_table(benchmark: BenchmarkData, split: str) -> Table:
-    """Every run of every phase: nothing is left out because another was better."""
+    """Every run of every phase, whether chosen or not."""
     names = list(dict.fromkeys((benchmark.objective, "ks_statistic", benchmark.utility)))
     rows = []
     order = {"report": 0, "ablation": 1, "tune": 2}

@@ -1,4 +1,4 @@
-"""What a benchmark was asked to do, as its report needs it."""
+"""A benchmark's settings as its report needs them."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ class BenchmarkSettings:
 
     title: str = "benchmark"
     objective: str = "forget_quality"
-    """Figure that the rule maximises."""
+    """Metric that the rule optimises."""
     utility: str = "model_utility"
-    """Figure under the floor."""
+    """Metric that the floor applies to."""
     floor: float = 0.9
     """Fraction of the target's utility."""
     margin: float = 0.0
     """Added to the floor when a trial is chosen."""
     seeds: Sequence[int] = ()
     planned_runs: int | None = None
-    """Of all phases, so that an unfinished benchmark can say so."""
+    """Over all phases; shows whether the benchmark is finished."""
     ablation_of: str | None = None
     """Method that the ablation's variants are compared with."""
     command: str = ""
     facts: Mapping[str, str] = field(default_factory=dict)
-    """More for the head of the page: the model, the machine, versions."""
+    """Further entries for the page header: the model, the machine, versions."""
     goals: Mapping[str, Goal] = field(default_factory=dict)
     """Split -> the rule with its numbers."""
     draws: int | None = None
@@ -42,31 +42,31 @@ class BenchmarkSettings:
     """Resamples of the rows."""
 
     @classmethod
-    def of(cls, found: Mapping[str, Any]) -> BenchmarkSettings:
+    def of(cls, written: Mapping[str, Any]) -> BenchmarkSettings:
         """From benchmark.json: `name`, `command`, `config` (of `ofmu benchmark`, nested), `code`, and optionally
-        `packages` (name -> version), `machine` and `model` in words. What is absent keeps its default."""
-        config = found.get("config") or {}
+        `packages` (name -> version), `machine` and `model` in words. Absent entries keep their defaults."""
+        config = written.get("config") or {}
         rule, base = config.get("rule") or {}, config.get("base") or {}
         ablation = config.get("ablation") or {}
-        command = found.get("command") or ""
+        command = written.get("command") or ""
         known = {name: rule[name] for name in ("objective", "utility", "floor", "margin") if name in rule}
         return cls(
-            title=str(found.get("name") or "benchmark"),
+            title=str(written.get("name") or "benchmark"),
             **known,
             seeds=tuple(config.get("seeds") or ()),
             planned_runs=_planned_runs(config),
             ablation_of=ablation.get("of") if ablation.get("variants") else None,
             command=command if isinstance(command, str) else shlex.join(command),
-            facts=facts(found, base),
-            goals={split: _goal(goal) for split, goal in (found.get("goals") or {}).items()},
+            facts=facts(written, base),
+            goals={split: _goal(goal) for split, goal in (written.get("goals") or {}).items()},
             draws=(config.get("tuning") or {}).get("trials"),
             refine=int((config.get("tuning") or {}).get("refine") or 0),
             samples=(base.get("evaluation") or {}).get("bootstrap_samples") or 1000,
         )
 
 
-def _goal(found: Mapping[str, Any]) -> Goal:
-    return Goal(**{**found, "sound": found["sound"] and SoundRange(**found["sound"])})
+def _goal(written: Mapping[str, Any]) -> Goal:
+    return Goal(**{**written, "sound": written["sound"] and SoundRange(**written["sound"])})
 
 
 def _planned_runs(config: Mapping[str, Any]) -> int | None:
@@ -78,13 +78,13 @@ def _planned_runs(config: Mapping[str, Any]) -> int | None:
     return per_split * len(config["splits"])
 
 
-def facts(found: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, str]:
+def facts(written: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, str]:
     """Model, machine, code and packages in words."""
-    code, packages = found.get("code") or {}, found.get("packages") or {}
+    code, packages = written.get("code") or {}, written.get("packages") or {}
     commit = f" ({code['commit'][:10]}{', modified' if code.get('modified') else ''})" if code.get("commit") else ""
     facts = {
-        "model": found.get("model") or (base.get("model") or {}).get("path"),
-        "machine": found.get("machine"),
+        "model": written.get("model") or (base.get("model") or {}).get("path"),
+        "machine": written.get("machine"),
         "code": f"{code['version']}{commit}" if code.get("version") else None,
         "packages": ", ".join(f"{name} {version}" for name, version in packages.items() if version),
     }

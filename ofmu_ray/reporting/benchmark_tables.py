@@ -1,4 +1,4 @@
-"""The tables of a benchmark's report: their words, numbers and marks all come from `benchmark_results`."""
+"""The tables of a benchmark's report; all numbers and marks come from `benchmark_results`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ofmu_ray.metrics import functions as metrics
 from ofmu_ray.metrics.fronts import Trial, number_of
 from ofmu_ray.metrics.paired import ResampledRun, Verdict, holm, paired_test
 from ofmu_ray.reporting import formats
-from ofmu_ray.reporting.benchmark_results import FIRST_FIGURES, BenchmarkData, SplitResults
+from ofmu_ray.reporting.benchmark_results import FIRST_METRICS, BenchmarkData, SplitResults
 from ofmu_ray.reporting.published import PUBLISHED, SOURCE, URL_TEXT
 from ofmu_ray.reporting.tables import Cell, Table, cells
 
@@ -30,7 +30,7 @@ _ARROWS = {formats.UP: "↑", formats.DOWN: "↓", formats.MATCH: "→ retrained
 
 
 def heading(name: str) -> str:
-    """Label of a figure with its direction."""
+    """A metric's label with its direction."""
     return f"{formats.label(name)} {_ARROWS.get(formats.direction(name), '')}".rstrip()
 
 
@@ -44,64 +44,64 @@ def span(low: float | None, high: float | None) -> str:
 # --------------------------------------------------------------------------------------------------------- results
 
 
-def results_table(benchmark: BenchmarkData, found: SplitResults) -> Table:
-    """Methods x first figures and costs, the retrained model and the target below them."""
-    first = [*FIRST_FIGURES, benchmark.objective, benchmark.utility]
-    names = [name for name in dict.fromkeys(first) if name in found.summaries]
-    if not found.summaries.get("aggregate"):  # absent in every run; a note says why
+def results_table(benchmark: BenchmarkData, results: SplitResults) -> Table:
+    """Methods x first metrics and costs, with the retrained model and the target below."""
+    first = [*FIRST_METRICS, benchmark.objective, benchmark.utility]
+    names = [name for name in dict.fromkeys(first) if name in results.summaries]
+    if not results.summaries.get("aggregate"):  # absent from every run; a note says why
         names = [name for name in names if name != "aggregate"]
     rows = []
-    for method in found.methods:
-        head = Cell(method, _seeds_words(benchmark, found, method))
-        shown = [_figure_cell(benchmark, found, name, method) for name in names]
-        rows.append([head, *shown, *_cost_cells(found.runs[method])])
+    for method in results.methods:
+        head = Cell(method, _seeds_words(benchmark, results, method))
+        shown = [_metric_cell(benchmark, results, name, method) for name in names]
+        rows.append([head, *shown, *_cost_cells(results.runs[method])])
     for model in ("retrained", "target"):
-        if found.references.get(model):
-            shown = [_reference_cell(benchmark, found, name, model) for name in names]
+        if results.references.get(model):
+            shown = [_reference_cell(benchmark, results, name, model) for name in names]
             rows.append([Cell(model, ("reference",)), *shown, *cells("", "", "", "")])
     header = ["Method", *map(heading, names), "Passes", "FLOPs", "Training", "Peak memory"]
-    return Table(name="results", caption="", header=header, rows=rows, records=_records(found))
+    return Table(name="results", caption="", header=header, rows=rows, records=_records(results))
 
 
-def other_figures_table(benchmark: BenchmarkData, found: SplitResults) -> Table | None:
-    """All further figures, one a row, since there are many."""
-    shown = {*FIRST_FIGURES, benchmark.objective, benchmark.utility}
-    names = [name for name, summary in found.summaries.items() if name not in shown and summary]
+def other_metrics_table(benchmark: BenchmarkData, results: SplitResults) -> Table | None:
+    """All other metrics, one per row because there are many."""
+    shown = {*FIRST_METRICS, benchmark.objective, benchmark.utility}
+    names = [name for name, summary in results.summaries.items() if name not in shown and summary]
     if not names:
         return None
-    models = [model for model in ("retrained", "target") if found.references.get(model)]
+    models = [model for model in ("retrained", "target") if results.references.get(model)]
     rows = [
         [
             Cell(heading(name)),
-            *(_figure_cell(benchmark, found, name, method) for method in found.methods),
-            *(_reference_cell(benchmark, found, name, model) for model in models),
+            *(_metric_cell(benchmark, results, name, method) for method in results.methods),
+            *(_reference_cell(benchmark, results, name, model) for model in models),
         ]
         for name in names
     ]
     return Table(
-        name="", caption="All other metrics", header=["Metric", *found.methods, *models], rows=rows, folded=True
+        name="", caption="All other metrics", header=["Metric", *results.methods, *models], rows=rows, folded=True
     )
 
 
-def _figure_cell(benchmark: BenchmarkData, found: SplitResults, name: str, method: str) -> Cell:
-    summary = found.summaries.get(name, {}).get(method)
+def _metric_cell(benchmark: BenchmarkData, results: SplitResults, name: str, method: str) -> Cell:
+    summary = results.summaries.get(name, {}).get(method)
     if summary is None:
         return Cell("–")
-    figure, lines = summary.over_seeds, []
+    mean, lines = summary.over_seeds, []
     if name == "forget_quality":
         lines.append("runs " + " · ".join(formats.number(value) for value in summary.values.values()))
     else:
-        lines.append("one seed" if figure.low is None else f"seeds {span(figure.low, figure.high)}")
+        lines.append("one seed" if mean.low is None else f"seeds {span(mean.low, mean.high)}")
         if summary.over_rows is not None:
             lines.append(f"rows {span(*summary.over_rows)}")
-    if name == benchmark.utility and found.target_utility:
-        lines.append(f"{(figure.value or 0.0) / found.target_utility:.3f} of the target's")
-    verdict = found.verdicts.get(name, {}).get(method)
+    if name == benchmark.utility and results.target_utility:
+        lines.append(f"{(mean.value or 0.0) / results.target_utility:.3f} of the target's")
+    verdict = results.verdicts.get(name, {}).get(method)
     mark = MARKS.get(verdict.result, "") if verdict else ""
-    if name == benchmark.utility and method in found.missed:
+    if name == benchmark.utility and method in results.missed:
         mark = f"{mark} ▽".strip()
     best = verdict is not None and verdict.result == "best"
-    return Cell(formats.number(figure.value), tuple(lines), mark, strong=best, title=_verdict_words(verdict))
+    return Cell(formats.number(mean.value), tuple(lines), mark, strong=best, title=_verdict_words(verdict))
 
 
 def _verdict_words(verdict: Verdict | None) -> str:
@@ -116,9 +116,9 @@ def _verdict_words(verdict: Verdict | None) -> str:
     )
 
 
-def _reference_cell(benchmark: BenchmarkData, found: SplitResults, name: str, model: str) -> Cell:
-    draws = found.references[model].get("ks_statistic" if name == "forget_quality" else name)
-    resamples = benchmark.resamples(found.split)
+def _reference_cell(benchmark: BenchmarkData, results: SplitResults, name: str, model: str) -> Cell:
+    draws = results.references[model].get("ks_statistic" if name == "forget_quality" else name)
+    resamples = benchmark.resamples(results.split)
     if draws is None or resamples is None:
         return Cell("–")
     if name == "forget_quality":
@@ -128,10 +128,10 @@ def _reference_cell(benchmark: BenchmarkData, found: SplitResults, name: str, mo
     return Cell(formats.number(draws.value), (f"rows {span(*interval)}",) if interval and not same else ())
 
 
-def _seeds_words(benchmark: BenchmarkData, found: SplitResults, method: str) -> tuple[str, ...]:
-    there = {run["seed"] for run in found.runs[method] if number_of(run, benchmark.objective) is not None}
-    planned = len(benchmark.settings.seeds) or len(found.runs[method])
-    bad = sum(bool(run.get("degenerate")) for run in found.runs[method])
+def _seeds_words(benchmark: BenchmarkData, results: SplitResults, method: str) -> tuple[str, ...]:
+    there = {run["seed"] for run in results.runs[method] if number_of(run, benchmark.objective) is not None}
+    planned = len(benchmark.settings.seeds) or len(results.runs[method])
+    bad = sum(bool(run.get("degenerate")) for run in results.runs[method])
     return (f"{len(there)} of {planned} seeds", *([f"{bad} degenerate"] if bad else []))
 
 
@@ -154,15 +154,15 @@ def _mean(runs: Sequence[Trial], name: str) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def _records(found: SplitResults) -> list[dict[str, Any]]:
-    """Every figure of every method, one a line."""
+def _records(results: SplitResults) -> list[dict[str, Any]]:
+    """One record per metric and method."""
     records = []
-    for name, methods in found.summaries.items():
+    for name, methods in results.summaries.items():
         for method, summary in methods.items():
             low, high = summary.over_rows or (None, None)
-            verdict = found.verdicts.get(name, {}).get(method)
+            verdict = results.verdicts.get(name, {}).get(method)
             record = {
-                "split": found.split, "method": method, "figure": name, "mean": summary.over_seeds.value,
+                "split": results.split, "method": method, "figure": name, "mean": summary.over_seeds.value,
                 "seeds_low": summary.over_seeds.low, "seeds_high": summary.over_seeds.high, "rows_low": low,
                 "rows_high": high, "seeds": len(summary.values), "result": verdict.result if verdict else None,
             }  # fmt: skip
@@ -182,11 +182,11 @@ def _test_record(verdict: Verdict | None) -> dict[str, Any]:
     }
 
 
-def tests_table(benchmark: BenchmarkData, found: SplitResults) -> Table | None:
-    """The tests behind the marks of the rule's two figures."""
+def tests_table(benchmark: BenchmarkData, results: SplitResults) -> Table | None:
+    """The tests behind the marks of the rule's two metrics."""
     rows = []
     for name in dict.fromkeys((benchmark.objective, benchmark.utility)):
-        for method, verdict in found.verdicts.get(name, {}).items():
+        for method, verdict in results.verdicts.get(name, {}).items():
             test, p_value = verdict.test, verdict.p_adjusted
             rows.append(
                 cells(
@@ -207,7 +207,7 @@ def tests_table(benchmark: BenchmarkData, found: SplitResults) -> Table | None:
 
 
 def ablation_table(benchmark: BenchmarkData, split: str) -> Table | None:
-    """Variants of one method against it: paired differences in forgetting and in utility."""
+    """Variants of a method against the method: paired differences in forgetting and utility."""
     reference = benchmark.settings.ablation_of
     trials = [trial for trial in benchmark.trials if (trial["split"], trial["phase"]) == (split, "ablation")]
     variants = [name for name in dict.fromkeys(trial["method"] for trial in trials) if name != reference]
@@ -229,8 +229,8 @@ def ablation_table(benchmark: BenchmarkData, split: str) -> Table | None:
     header = ["Variant", heading(goal), "Forgetting, difference", heading(benchmark.utility), "Utility, difference",
               "Passes", "FLOPs", "Training"]  # fmt: skip
     caption = (
-        f"Variants of {reference} with its chosen options, not tuned anew. Differences are variant minus {reference}, "
-        "turned so that positive is better, with their 95 % intervals over rows and seeds; + better and − worse at "
+        f"Variants of {reference} with its chosen options, not tuned again. Differences are variant minus {reference}, "
+        "with the sign turned so that positive is better, and 95 % intervals over rows and seeds; + better, − worse at "
         "p < 0.05 after Holm's correction over the variants."
     )
     return Table(name="ablation", caption=caption, header=header, rows=rows, records=list(records.values()))
@@ -239,11 +239,11 @@ def ablation_table(benchmark: BenchmarkData, split: str) -> Table | None:
 def _differences(
     name: str, scores: Mapping[str, Mapping[int, ResampledRun]], reference: str, records: Mapping[str, dict[str, Any]]
 ) -> dict[str, Cell]:
-    """Variant -> difference to the reference, and the same into the variants' records."""
+    """Variant -> its difference to the reference; also adds the difference to the variant's record."""
     tests = {label: paired_test(scores[label], scores[reference]) for label in records}
     p_values = {label: test.p_value for label, test in tests.items() if test is not None and test.p_value is not None}
     adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
-    found = {}
+    cells_of = {}
     for label, test in tests.items():
         if test is None:
             continue
@@ -251,30 +251,30 @@ def _differences(
         mark = "" if p_value is None or p_value >= 0.05 else "+" if test.difference > 0 else "−"
         words = "" if p_value is None else f"p = {formats.number(p_value)}"
         lines = tuple(line for line in (span(test.low, test.high), words) if line not in ("", "–"))
-        found[label] = Cell(f"{test.difference:+.3f}", lines, mark, title=f"over {test.covers}")
+        cells_of[label] = Cell(f"{test.difference:+.3f}", lines, mark, title=f"over {test.covers}")
         records[label].update(
             {
                 f"{name}_better_by": test.difference, f"{name}_low": test.low, f"{name}_high": test.high,
                 f"{name}_p_value": test.p_value, f"{name}_p_holm": p_value, f"{name}_covers": test.covers,
             }
         )  # fmt: skip
-    return found
+    return cells_of
 
 
-def published_table(benchmark: BenchmarkData, found: SplitResults) -> Table | None:
-    """The paper's numbers with ours beside them, where it has this split."""
-    if found.split not in PUBLISHED:
+def published_table(benchmark: BenchmarkData, results: SplitResults) -> Table | None:
+    """The paper's numbers next to ours, if it reports this split."""
+    if results.split not in PUBLISHED:
         return None
-    setting, published = PUBLISHED[found.split]
-    names = list(published[0].figures)
+    setting, published = PUBLISHED[results.split]
+    names = list(published[0].values)
     rows, records = [], []
     for row in published:
-        ours = [label for label in row.labels if label in found.methods or found.references.get(label)]
-        shown = [" · ".join(_own(benchmark, found, name, label) for label in ours) or "–" for name in names]
+        ours = [label for label in row.labels if label in results.methods or results.references.get(label)]
+        shown = [" · ".join(_own(benchmark, results, name, label) for label in ours) or "–" for name in names]
         rows.append(
-            cells(row.name, ", ".join(ours) or "–", *(formats.number(row.figures[name]) for name in names), *shown)
+            cells(row.name, ", ".join(ours) or "–", *(formats.number(row.values[name]) for name in names), *shown)
         )
-        records.append({"split": found.split, "source": SOURCE, "setting": setting, "name": row.name, **row.figures})
+        records.append({"split": results.split, "source": SOURCE, "setting": setting, "name": row.name, **row.values})
     labels = [formats.label(name) for name in names]
     header = [
         "Published",
@@ -283,14 +283,14 @@ def published_table(benchmark: BenchmarkData, found: SplitResults) -> Table | No
         *(f"{label}, here" for label in labels),
     ]
     caption = (
-        f"{setting}, as published ({SOURCE}, {URL_TEXT}): another model and protocol, and single numbers without "
-        "an interval. They stand beside ours for orientation and enter no ranking and no test."
+        f"{setting}, as published ({SOURCE}, {URL_TEXT}): a different model and protocol, and single numbers without "
+        "an interval. They are here for orientation only and enter no ranking or test."
     )
     return Table(name="published", caption=caption, header=header, rows=rows, words=2, records=records)
 
 
-def _own(benchmark: BenchmarkData, found: SplitResults, name: str, label: str) -> str:
-    if label in found.references:
-        return _reference_cell(benchmark, found, name, label).text
-    summary = found.summaries.get(name, {}).get(label)
+def _own(benchmark: BenchmarkData, results: SplitResults, name: str, label: str) -> str:
+    if label in results.references:
+        return _reference_cell(benchmark, results, name, label).text
+    summary = results.summaries.get(name, {}).get(label)
     return "–" if summary is None else formats.number(summary.over_seeds.value)

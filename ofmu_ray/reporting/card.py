@@ -23,16 +23,16 @@ def write_model_card(
     config_hash: str | None = None,
     rounds: int | None = None,
 ) -> None:
-    """Write `folder`/README.md: where the model comes from, its method and options, data digests and figures.
+    """Write `folder`/README.md: where the model comes from, its method and options, data digests and metrics.
 
-    It names rows by count and digest only; no text of any row is in it. Metrics may be absent (the card can be
-    written at export and once more after the evaluation).
+    The card names rows by count and digest only and contains no row's text. Metrics may be absent: the card can be
+    written at export and again after the evaluation.
 
     Args:
-        config: the whole configuration, nested.
+        config: the complete configuration, nested.
         metrics: ``before``, ``after``, ``retrained`` as in metrics.json.
         data: the data report.
-        rounds: rounds done.
+        rounds: number of rounds done.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 

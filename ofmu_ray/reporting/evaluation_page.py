@@ -1,4 +1,4 @@
-"""The page of `ofmu evaluate`: any number of models side by side, one HTML file that needs nothing else."""
+"""The page of `ofmu evaluate`: any number of models side by side in one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from ofmu_ray.storage import PathLike, atomic_write
 
 RETRAINED = "retrained"
 _NOTES = {
-    "Forgetting": "What the forget rows score should match a model retrained without them, not fall below it.",
-    "Membership inference": "Forget rows (members) against holdout rows. The two can differ in themselves, so that the "
+    "Forgetting": "Scores on the forget rows should match a model retrained without them, not fall below it.",
+    "Membership inference": "Forget rows (members) against holdout rows. The two sets may differ anyway, so the "
     "retrained model's AUC need not be 0.5: compare with the retrained model.",
-    "Generations": "A damaged model is empty or repeats itself; that is not forgetting.",
-    "Probes": "The same facts asked in another way.",
+    "Generations": "A damaged model answers nothing or repeats itself; that is not forgetting.",
+    "Probes": "The same facts, asked in other ways.",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonData:
-    """All that the page shows, as plain values."""
+    """Everything the page shows, as plain values."""
 
     title: str
     metrics: Mapping[str, Mapping[str, Any]]
-    """Model -> figures as in metrics.json; the retrained model among them, last."""
+    """Model -> metrics as in metrics.json, including the retrained model, which comes last."""
     models: Mapping[str, str]
     """Model -> its folder or hub name."""
     checks: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
-    """Check -> model -> figures as in metrics.json."""
+    """Attack -> model -> metrics as in metrics.json."""
     tokenizers: int = 1
-    """How many different ones the models have."""
+    """Number of different tokenizers among the models."""
     config: Mapping[str, Any] = field(default_factory=dict)
     command: Sequence[str] = ()
     open_command: str | None = None
@@ -43,7 +43,7 @@ class ComparisonData:
 
 
 def write_comparison(path: PathLike, data: ComparisonData) -> None:
-    """Write the page; it appears whole or not at all."""
+    """Write the page atomically."""
     atomic_write(path, render_comparison(data))
 
 
@@ -57,7 +57,7 @@ def render_comparison(data: ComparisonData) -> str:
             models=list(data.metrics),
             groups=groups,
             absent=absent,
-            checks=[check_table(name, found, list(data.metrics)) for name, found in data.checks.items()],
+            checks=[check_table(name, values, list(data.metrics)) for name, values in data.checks.items()],
             command=shlex.join(data.command),
             config_yaml=yaml_text(data.config),
         )
@@ -65,12 +65,12 @@ def render_comparison(data: ComparisonData) -> str:
 
 
 def grouped(metrics: Mapping[str, Mapping[str, Any]]) -> tuple[list[Group], list[tuple[str, list[str]]]]:
-    """The figures that some model has, by group; and (reason, labels) of those that none has."""
-    names = list(dict.fromkeys(name for found in metrics.values() for name in found))
+    """Metrics that some model has, by group; and (reason, labels) of those that no model has."""
+    names = list(dict.fromkeys(name for values in metrics.values() for name in values))
     rows: dict[str, list[Row]] = {}
     absent: dict[str, list[str]] = {}
     for name in sorted(names, key=lambda name: (GROUPS.index(metric(name).group), names.index(name))):
-        declared, of_models = metric(name), {model: found.get(name) for model, found in metrics.items()}
+        declared, of_models = metric(name), {model: values.get(name) for model, values in metrics.items()}
         label = declared.label
         if declared.group == "Membership inference":  # the heading says it
             label = label.removeprefix("Membership ")
@@ -81,5 +81,5 @@ def grouped(metrics: Mapping[str, Mapping[str, Any]]) -> tuple[list[Group], list
         else:
             reason = next((cell.reason for cell in row.cells.values() if cell.reason), "not measured")
             absent.setdefault(reason, []).append(row.label)
-    groups = [Group(title, found, note=_NOTES.get(title, "")) for title, found in rows.items()]
+    groups = [Group(title, values, note=_NOTES.get(title, "")) for title, values in rows.items()]
     return groups, list(absent.items())

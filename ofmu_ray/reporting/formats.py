@@ -1,4 +1,4 @@
-"""Words, directions and number formats of the figures, shared by the page and the model card."""
+"""Labels, directions and number formats of metrics, shared by the page and the model card."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MODELS = ("before", "after", "retrained")
 
 @dataclass(frozen=True)
 class MetricCell:
-    """One model's figure in the table."""
+    """One model's value in the table."""
 
     text: str
     interval: str = ""
@@ -43,7 +43,7 @@ def label(name: str) -> str:
 
 
 def direction(name: str) -> str:
-    """Which way is better. What forget rows score should be what a model scores that never saw them."""
+    """Which way is better. On forget rows, the aim is the score of a model that never saw them."""
     return _DIRECTIONS[metric(name).better]
 
 
@@ -56,30 +56,30 @@ def engine_name(training: Mapping[str, Any]) -> str:
 
 
 def metric_table(metrics: Mapping[str, Any]) -> list[MetricRow]:
-    """The before/after/retrained table from metrics.json, in its order, absent figures with their reason."""
+    """The before/after/retrained table from metrics.json, in its order; absent values have a reason."""
     names = list(dict.fromkeys(name for model in MODELS for name in (metrics.get(model) or {})))
     rows = []
     for name in names:
-        figures = {model: (metrics.get(model) or {}).get(name) for model in MODELS}
-        counts = [figure["n"] for figure in figures.values() if figure and figure.get("n") is not None]
-        cells = {model: cell(figure) for model, figure in figures.items()}
+        values = {model: (metrics.get(model) or {}).get(name) for model in MODELS}
+        counts = [value["n"] for value in values.values() if value and value.get("n") is not None]
+        cells = {model: cell(value) for model, value in values.items()}
         rows.append(MetricRow(name, label(name), direction(name), cells, max(counts, default=None)))
     return rows
 
 
-def cell(figure: Mapping[str, Any] | None) -> MetricCell:
-    """Text of one figure with its 95 % interval; a dash with the reason when it is absent."""
-    if figure is None:
+def cell(metric_value: Mapping[str, Any] | None) -> MetricCell:
+    """Text of one value with its 95 % interval; a dash with the reason if it is absent."""
+    if metric_value is None:
         return MetricCell("–")
-    if figure.get("value") is None:
-        return MetricCell("–", reason=str(figure.get("reason") or ""))
-    value, low, high = (figure.get(key) for key in ("value", "low", "high"))
+    if metric_value.get("value") is None:
+        return MetricCell("–", reason=str(metric_value.get("reason") or ""))
+    value, low, high = (metric_value.get(key) for key in ("value", "low", "high"))
     interval = "" if low is None or high is None else f"{number(low)} – {number(high)}"
     return MetricCell(number(value), interval, "", value, low, high)
 
 
 def number(value: float | None) -> str:
-    """Three decimals; small and large numbers with an exponent (p-values span many orders)."""
+    """Three decimals; small and large numbers with an exponent (p-values span orders of magnitude)."""
     if value is None:
         return "–"
     if value == 0 or 1e-3 <= abs(value) < 1e4:

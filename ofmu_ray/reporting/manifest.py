@@ -1,4 +1,4 @@
-"""What determined a run, with digests: enough to tell whether two runs were the same."""
+"""What determined a run, with digests: enough to decide whether two runs were the same."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def build_manifest(
 
     Args:
         data: the data report (hashes, counts, ids).
-        models: role -> model directory or URI; the digests of its safetensors files are taken, null for a role
-            without one.
+        models: role -> model directory or URI. The manifest has the digests of its safetensors files, null for a role
+            without a model.
         command: how the run was started.
         extra: more top-level entries.
     """
@@ -65,7 +65,7 @@ def code_version() -> dict[str, Any]:
     """
     folder = Path(ofmu_ray.__file__).parent
     commit = modified = None
-    # an installed copy may lie inside a checkout of something else, which does not track it
+    # an installed copy may be inside another project's checkout, which does not track it
     if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is not None:
         commit = _git(folder, "rev-parse", "HEAD")
         status = _git(folder, "status", "--porcelain", "--untracked-files=no")
@@ -75,19 +75,19 @@ def code_version() -> dict[str, Any]:
 
 def package_versions(names: Iterable[str]) -> dict[str, str | None]:
     """Installed version of each package; null: not installed."""
-    found: dict[str, str | None] = {}
+    versions: dict[str, str | None] = {}
     for name in names:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            versions[name] = None
+    return versions
 
 
 def model_hashes(folder: PathLike) -> dict[str, str] | None:
-    """SHA-256 of each weights file of a model directory, by file name; None when it is none.
+    """SHA-256 of each weights file of a model directory, by file name; None if it has none.
 
-    For a URI they are those of its manifest; without one, of a copy.
+    For a URI, the digests come from its manifest, or from a fetched copy if it has none.
     """
     if is_uri(folder):
         listed = {name: file.get("sha256", "") for name, file in contents(folder).items() if name.endswith(SUFFIXES)}

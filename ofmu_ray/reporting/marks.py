@@ -1,4 +1,4 @@
-"""Plots of marked points with words on hover and a legend that the page draws; and the same as single files."""
+"""Plots of marked points with text on hover and a legend drawn by the page; also as standalone files."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SHAPES = {
 }
 
 
-# Lay-out of a single file's legend, in points: SVG cannot wrap text by itself.
+# Layout of a standalone file's legend, in points: SVG cannot wrap text.
 _MARGIN, _LINE, _KEY, _CHARACTER = 8.0, 15.0, 20.0, 5.0
 
 
 @dataclass(frozen=True)
 class Key:
-    """One entry of a legend, which the page draws itself so that it wraps on a phone."""
+    """One legend entry. The page draws the legend itself so that it wraps on a phone."""
 
     label: str
     colour: str
@@ -47,15 +47,15 @@ class Plot:
 
 
 def with_words(svg: str, words: Sequence[str]) -> str:
-    """Gives each point the text that the browser shows on hover; ids go, as several plots share a page."""
-    return re.sub(r'<g id="point-(\d+)">', lambda found: f"<g><title>{html.escape(words[int(found[1])])}</title>", svg)
+    """Give each point the text shown on hover; drop the ids, because several plots share a page."""
+    return re.sub(r'<g id="point-(\d+)">', lambda match: f"<g><title>{html.escape(words[int(match[1])])}</title>", svg)
 
 
 def standalone_svg(plot: Plot) -> str:
-    """The plot with its title, legend, colours and paper as an SVG file of its own."""
-    found = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', plot.svg)
-    assert found is not None, "plots have a view box"
-    width, height = float(found[1]), float(found[2])
+    """The plot as a standalone SVG file with title, legend, colours and background."""
+    box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', plot.svg)
+    assert box is not None, "plots have a view box"
+    width, height = float(box[1]), float(box[2])
     entries, x, y = [], _MARGIN, 2 * _LINE
     for key in plot.legend:
         room = _KEY + _CHARACTER * len(key.label) + _MARGIN

@@ -1,4 +1,4 @@
-"""The page of a run: one HTML file that needs nothing else, for a screen, a phone and paper."""
+"""The page of a run: one self-contained HTML file for screen, phone and paper."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from ofmu_ray.storage import PathLike, atomic_write
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """All that a page shows, as plain values; what is empty or None is left out of the page."""
+    """Everything a page shows, as plain values; what is empty or None is not shown."""
 
     title: str
     """The run's name."""
     config: Mapping[str, Any]
-    """The whole configuration, nested."""
+    """The complete configuration, nested."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     """``before``, ``after``, ``retrained`` as in metrics.json."""
     run: Mapping[str, Any] = field(default_factory=dict)
-    """``run`` as in metrics.json; of it the page shows ``status``, ``message`` and ``rounds``."""
+    """``run`` as in metrics.json; the page shows its ``status``, ``message`` and ``rounds``."""
     cost: Mapping[str, Any] = field(default_factory=dict)
     """``cost`` as in metrics.json."""
     series: Sequence[Mapping[str, float]] = ()
@@ -34,7 +34,7 @@ class ReportData:
     tables: Mapping[str, Any] = field(default_factory=dict)
     """Model (before, after, retrained) -> per-row values, a pyarrow table; None values are skipped."""
     texts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    """Row id -> (question, answer); those of forget rows are shown only with `reveal_text`."""
+    """Row id -> (question, answer); forget rows' texts are shown only with `reveal_text`."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """The data report: ``streams``, ``overlap``, ``tokenizer_sha256``."""
     manifest: Mapping[str, Any] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class ReportData:
 
 
 def write_report(path: PathLike, data: ReportData) -> None:
-    """Write the page; it appears whole or not at all. Forget rows stand in it by id unless `reveal_text`."""
+    """Write the page atomically. It shows forget rows by id only, unless `reveal_text`."""
     atomic_write(path, render(data))
 
 
@@ -60,7 +60,7 @@ def render(data: ReportData) -> str:
 
 
 def page_environment() -> Any:
-    """jinja2 with this folder's templates and the formats of figures as filters; everything is escaped."""
+    """jinja2 with this folder's templates and the number formats as filters; everything is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -144,11 +144,11 @@ def _header(data: ReportData) -> list[tuple[str, str]]:
 
 
 def _headline(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The two figures that the field reports first, before and after."""
+    """The two metrics that the field reports first, before and after."""
     rows = []
     for name, words in (
         ("forget_quality", "p-value of the KS test against the retrained model"),
-        ("model_utility", "harmonic mean of nine scores on what is to stay"),
+        ("model_utility", "harmonic mean of nine scores on what should be kept"),
     ):
         cells = {model: formats.cell((metrics.get(model) or {}).get(name)) for model in formats.MODELS}
         if any(cell.value is not None for cell in cells.values()):
@@ -179,7 +179,7 @@ def _phases(cost: Mapping[str, Any]) -> list[tuple[str, float, float]]:
     """(phase, seconds, share of the longest in percent)."""
     seconds = cost.get("seconds") or {}
     longest = max(seconds.values(), default=0.0) or 1.0
-    words = {"rounds": "training, in rounds alone"}
+    words = {"rounds": "training, rounds only"}
     return [(words.get(name, name), value, 100 * value / longest) for name, value in seconds.items()]
 
 
@@ -193,12 +193,12 @@ def yaml_text(config: Mapping[str, Any]) -> str:
 def _hashes(data: ReportData) -> list[tuple[str, str]]:
     """(what, digest) of the manifest and the data report."""
     manifest = data.manifest
-    found: list[tuple[str, Any]] = [
+    digests: list[tuple[str, Any]] = [
         ("configuration", manifest.get("config_hash")),
         ("tokenizer", data.data.get("tokenizer_sha256")),
     ]
     for name, stream in (data.data.get("streams") or {}).items():
-        found.append((f"{name} rows", stream.get("sha256")))
+        digests.append((f"{name} rows", stream.get("sha256")))
     for role, files in (manifest.get("models") or {}).items():
-        found += [(f"{role}: {file}", digest) for file, digest in (files or {}).items()]
-    return [(what, str(digest)) for what, digest in found if digest]
+        digests += [(f"{role}: {file}", digest) for file, digest in (files or {}).items()]
+    return [(what, str(digest)) for what, digest in digests if digest]

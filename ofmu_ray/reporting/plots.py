@@ -1,4 +1,4 @@
-"""Plots of the page as inline SVG whose colours are CSS variables, so that they follow light and dark mode."""
+"""Plots of the page as inline SVG; the colours are CSS variables, so plots follow light and dark mode."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Stand-ins that matplotlib writes into the SVG and the CSS variable that replaces each.
+# Placeholder colours that matplotlib writes into the SVG, and the CSS variable that replaces each.
 INK, FAINT, GRID, PAPER = "#010101", "#020202", "#030303", "#010303"
 _COLOURS = ("#010a01", "#010a02", "#010a03", "#010a04")
 _VARIABLES = {
@@ -24,7 +24,7 @@ _VARIABLES = {
     **{colour: f"var(--series-{index + 1})" for index, colour in enumerate(_COLOURS)},
 }
 MODEL_COLOURS = {"before": _COLOURS[1], "after": _COLOURS[0], "retrained": _COLOURS[2]}
-_DASHES = ("-", "--", ":", "-.")  # so that lines can be told apart without colour
+_DASHES = ("-", "--", ":", "-.")  # lines differ without colour, too
 _LEGEND_DASHES = ("", "5 2.5", "1.5 2.5", "6 2 1.5 2")  # the same as stroke-dasharray
 
 
@@ -36,14 +36,14 @@ class SeriesPlot:
     names: dict[str, str]
     """Series -> its label in the legend."""
     log: bool = False
-    """Logarithmic axis, where all values are positive."""
+    """Logarithmic axis if all values are positive."""
     from_zero: bool = False
     """The axis starts at 0."""
 
 
 @dataclass(frozen=True)
 class LegendEntry:
-    """One line of a panel; the page draws the legend itself, so that it wraps on a phone."""
+    """One line of a panel. The page draws the legend itself so that it wraps on a phone."""
 
     label: str
     colour: str
@@ -85,7 +85,7 @@ SERIES_PLOTS = (
 
 
 def series_panels(series: Sequence[Mapping[str, float]]) -> list[Panel]:
-    """Every panel that has values; series without a panel of their own get one each."""
+    """Every panel that has values; each series without a predefined panel gets its own."""
     present = list(dict.fromkeys(name for row in series for name in row if name != "round"))
     known = {name for plot in SERIES_PLOTS for name in plot.names}
     plots = [*SERIES_PLOTS, *(SeriesPlot(name, {name: name}) for name in present if name not in known)]
@@ -102,7 +102,7 @@ Line = tuple[list[float], list[float]]
 
 
 def _line(series: Sequence[Mapping[str, float]], name: str) -> Line:
-    """(rounds, values) of a series, without what is missing or not finite."""
+    """(rounds, values) of a series, without missing or non-finite values."""
     points = [
         (row.get("round", index + 1), row[name])
         for index, row in enumerate(series)
@@ -137,14 +137,14 @@ class KolmogorovSmirnov:
     distance: float
     """Largest vertical distance between the two distribution functions."""
     location: float
-    """Truth ratio at which it lies."""
+    """Truth ratio at which it occurs."""
     low: float
     """The lower of the two distribution functions there."""
     rows: int
 
 
 def kolmogorov_smirnov(ratios: NDArray[np.float64], retrained: NDArray[np.float64]) -> KolmogorovSmirnov:
-    """The test and where its distance lies (the smallest ratio that attains it)."""
+    """The test and where its distance occurs (the smallest ratio that attains it)."""
     from ofmu_ray.metrics.functions import forget_quality
 
     p_value, distance = forget_quality(ratios, retrained)
@@ -156,7 +156,7 @@ def kolmogorov_smirnov(ratios: NDArray[np.float64], retrained: NDArray[np.float6
 
 
 def truth_ratio_panel(ratios: Mapping[str, NDArray[np.float64]], marked: KolmogorovSmirnov | None) -> Panel:
-    """Distribution functions of the forget rows' truth ratios by model; `marked`: where after and retrained differ."""
+    """Distribution functions of the forget rows' truth ratios by model; `marked`: the KS distance to draw."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure, axes = new_axes(5.4, 3.0)
@@ -198,7 +198,7 @@ def _ecdf(values: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[n
 
 
 def new_axes(width: float, height: float) -> tuple[Any, Any]:
-    """A figure of its own (no pyplot, no global state, no display) with the page's colours, sizes in inches."""
+    """A new figure (no pyplot, global state or display) with the page's colours, sizes in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -208,7 +208,7 @@ def new_axes(width: float, height: float) -> tuple[Any, Any]:
 
 
 def with_page_colours(axes: Any) -> None:
-    """Lines, ticks and words of a plot in the page's colours, on the page's ground."""
+    """Give a plot's lines, ticks and text the page's colours, on the page's background."""
     axes.figure.patch.set_alpha(0)
     axes.patch.set_alpha(0)
     axes.grid(color=GRID, linewidth=0.7)
@@ -234,8 +234,8 @@ def _legend(labels: Sequence[str], colours: Sequence[str]) -> list[LegendEntry]:
 def inline_svg(figure: Any, title: str, colours: Mapping[str, str] = MappingProxyType({})) -> str:
     """The figure as an <svg> element that scales with the page; the same figure gives the same text.
 
-    `title`: its name for those who do not see it, as it stands in an attribute. `colours`: further stand-ins and what
-    replaces each.
+    `title`: its accessible name, already escaped for an attribute. `colours`: further placeholders and their
+    replacements.
     """
     import matplotlib
 

@@ -1,4 +1,4 @@
-"""Numbers that others published, to stand beside ours: never ranked or tested with them."""
+"""Numbers published by others, shown next to ours but never ranked or tested with them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ class Published:
     """One row of a published table."""
 
     name: str
-    """As the paper calls it."""
+    """The name in the paper."""
     labels: tuple[str, ...]
-    """Methods here that stand for the same; reference models are `target` and `retrained`."""
-    figures: Mapping[str, float]
+    """The same methods here; reference models are `target` and `retrained`."""
+    values: Mapping[str, float]
 
 
 def _row(name: str, labels: tuple[str, ...], quality: float, utility: float, ratio: float) -> Published:
-    figures = {"forget_quality": quality, "model_utility": utility, "forget_truth_ratio": ratio}
-    return Published(name, labels, MappingProxyType(figures))
+    values = {"forget_quality": quality, "model_utility": utility, "forget_truth_ratio": ratio}
+    return Published(name, labels, MappingProxyType(values))
 
 
 PUBLISHED: Mapping[str, tuple[str, tuple[Published, ...]]] = MappingProxyType(

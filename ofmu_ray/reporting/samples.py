@@ -1,4 +1,4 @@
-"""Generations before and after, row by row, and how many of them are degenerate."""
+"""Generations before and after, row by row, and the share of degenerate ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Generation:
     rouge: float | None
     tokens: int | None
     text: str | None
-    """None: not kept, or not to be shown."""
+    """None: not kept, or must not be shown."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class Degeneration:
 def sample_rows(
     tables: Mapping[str, Any], texts: Mapping[str, tuple[str, str]], count: int, *, reveal: bool
 ) -> dict[str, list[Sample]]:
-    """The first `count` rows of every set (first, so that nobody picked them), with what each model generated.
+    """The first `count` rows of each set (the first, so none are hand-picked) with each model's generations.
 
     Args:
         tables: model -> per-row values (pyarrow; columns row_id, set and, where measured, rouge_l_recall,
             generated_tokens, generated).
         texts: row id -> (question, answer), for sets whose text may be shown.
-        reveal: show the text of forget rows as well.
+        reveal: also show the text of forget rows.
     """
     by_model = {model: _by_set(table) for model, table in tables.items()}
     names = list(dict.fromkeys(name for sets in by_model.values() for name in sets))
@@ -71,16 +71,16 @@ def sample_rows(
 
 
 def degeneration(tables: Mapping[str, Any]) -> list[Degeneration]:
-    """Empty and repetitive generations by set and model, so that breakage is not taken for forgetting."""
-    found = []
+    """Empty and repetitive generations by set and model, so that damage is not mistaken for forgetting."""
+    shares = []
     for model, table in tables.items():
         for name, rows in _by_set(table).items():
             values = list(rows.values())
             empty, repeated, tokens = (_mean(values, c) for c in ("generated_empty", "repetition", "generated_tokens"))
             if any(value is not None for value in (empty, repeated, tokens)):
-                found.append(Degeneration(name, model, len(values), empty, repeated, tokens))
-    order = list(dict.fromkeys(row.set for row in found))
-    return sorted(found, key=lambda row: order.index(row.set))
+                shares.append(Degeneration(name, model, len(values), empty, repeated, tokens))
+    order = list(dict.fromkeys(row.set for row in shares))
+    return sorted(shares, key=lambda row: order.index(row.set))
 
 
 def _by_set(table: Any) -> dict[str, dict[str, Row]]:

@@ -1,4 +1,4 @@
-"""A page as sections of notes, tables and plots, the same as HTML and as Markdown."""
+"""A page as sections of notes, tables and plots, rendered as HTML or Markdown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ofmu_ray.reporting.tables import Table, markdown
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it, in this order."""
+    """A heading and what is under it, in this order."""
 
     title: str
     notes: Sequence[str] = ()
@@ -25,15 +25,15 @@ class Section:
     panels: Sequence[Plot] = field(default_factory=tuple)
     """Small plots."""
     fold: str = ""
-    """Words under which the small plots are folded, or the texts of a section without; empty: open."""
+    """Summary under which the small plots (or, without plots, the code) are folded; empty: open."""
     level: int = 2
     lead: Sequence[str] = ()
-    """What a reader comes for: above the notes, in full ink."""
+    """The main message: above the notes, in full contrast."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """What stands above the sections."""
+    """What is above the sections."""
 
     status: str
     finished: bool
@@ -43,29 +43,29 @@ class Head:
 
 @dataclass(frozen=True)
 class Tile:
-    """A figure that is to be seen first."""
+    """A number to be seen first."""
 
     label: str
     text: str
     words: str
     before: str = ""
-    """What it was."""
+    """Its earlier value."""
 
 
-def some(*found: Table | None) -> list[Table]:
+def some(*tables: Table | None) -> list[Table]:
     """The tables that have rows."""
-    return [table for table in found if table is not None and table.rows]
+    return [table for table in tables if table is not None and table.rows]
 
 
 def all_tables(sections: Iterable[Section]) -> list[Table]:
-    """Every table in the order of the page."""
+    """All tables in page order."""
     return [table for section in sections for table in (*section.tables, *section.more)]
 
 
 def html_page(
     kind: str, title: str, head: Head, command: str, sections: Sequence[Section], tiles: Sequence[Tile] = ()
 ) -> str:
-    """The page, which needs nothing else; `kind`: of what it reports."""
+    """The self-contained page; `kind`: what it reports on."""
     template = page_environment().get_template("sections.html.j2")
     return str(template.render(kind=kind, title=title, head=head, command=command, sections=sections, tiles=tiles))
 

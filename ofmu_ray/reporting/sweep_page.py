@@ -1,4 +1,4 @@
-"""The report of `ofmu sweep`: what to do, how sure that is, and what it rests on; MLflow compares trials in detail."""
+"""The report of `ofmu sweep`: the recommendation, its certainty and its basis. MLflow compares trials in detail."""
 
 from __future__ import annotations
 
@@ -31,10 +31,9 @@ def write_sweep_report(
     stages: Sequence[Mapping[str, Any]],
     settings: Mapping[str, Any],
 ) -> list[Path]:
-    """Writes report.html, report.md, trials.csv and, where there is something to draw, plane.svg into the folder;
-    returns their paths.
+    """Write report.html, report.md, trials.csv and, if there is something to draw, plane.svg; return their paths.
 
-    `trials`, `stages` and `settings` are those of `search/sweep_output.py`, as in trials.parquet and sweep.json; trials
+    `trials`, `stages` and `settings` come from `search/sweep_output.py`, as in trials.parquet and sweep.json. Trials
     of phase confirm have the chosen options, a fresh seed and all rows.
     """
     sweep = SweepData(trials, stages, settings)
@@ -56,17 +55,19 @@ def write_sweep_report(
 
 def _head(sweep: SweepData) -> Head:
     settings, (spent, saved) = sweep.settings, sweep.flops()
-    share = f", {saved / (spent + saved):.0%} saved by ending trials early" if saved else ""
-    found = {
+    share = f", {saved / (spent + saved):.0%} saved by stopping trials early" if saved else ""
+    facts_shown = {
         "method": settings.get("method"),
-        "trials": f"{len(sweep.trials)}, {len(sweep.whole)} to their end" if sweep.trials else "none yet",
+        "trials": f"{len(sweep.trials)}, {len(sweep.completed)} completed" if sweep.trials else "none yet",
         "fresh seeds": str(len(sweep.fresh)) if sweep.fresh else None,
         "spent": formats.quantity(spent, "FLOP") + share if spent else None,
         "wall clock": formats.duration(settings["seconds"]) if settings.get("seconds") else None,
         **facts(settings, (settings.get("config") or {}).get("base") or {}),
     }
     status = f"recommended: trial {sweep.recommended['number']}" if sweep.recommended else "nothing to recommend"
-    return Head(status, sweep.recommended is not None, {name: str(words) for name, words in found.items() if words})
+    return Head(
+        status, sweep.recommended is not None, {name: str(words) for name, words in facts_shown.items() if words}
+    )
 
 
 def _recommendation(sweep: SweepData) -> Section:
@@ -77,40 +78,40 @@ def _recommendation(sweep: SweepData) -> Section:
     if sweep.floor is None:
         why = f"it has the best {objective} of all trials"
     elif above == 1:
-        why = f"it alone has a {utility} of at least {_floor(sweep)}"
+        why = f"it is the only one with a {utility} of at least {_floor(sweep)}"
     else:
         why = f"it has the best {objective} among the {above} trials whose {utility} is at least {_floor(sweep)}"
     lead = [f"Take trial {trial['number']}: {why}."]
     if chosen.get("model"):
-        lead.append(f"Its model lies in {chosen['model']}. To train it again, on this or other data:")
+        lead.append(f"Its model is in {chosen['model']}. To train it again, on this or other data:")
     config = chosen.get("config_file") or "best.yaml"
     changes = yaml_text(nested(chosen.get("options") or options(trial)))
     code = [f"ofmu unlearn --config {config}", f"# what {config} sets besides the sweep's base\n{changes}"]
-    return Section("What to do", lead=lead, code=code, more=some(tables.figures_table(sweep)))
+    return Section("What to do", lead=lead, code=code, more=some(tables.metrics_table(sweep)))
 
 
 def _nothing(sweep: SweepData) -> list[str]:
     utility, nearest = noun(sweep.utility), sweep.nearest
-    widen = "widen the space towards smaller learning rates or fewer rounds"
+    widen = "extend the space to smaller learning rates or fewer rounds"
     if nearest is not None and sweep.goal.degenerate(nearest):
         return [
-            f"All trials that came to their end are degenerate; trial {nearest['number']} stands first in the rule's "
+            f"All completed trials are degenerate; trial {nearest['number']} is first in the rule's "
             f"order ({degeneration.words(nearest, sweep.goal.sound)}). Nothing is recommended: {widen}."
         ]
     if nearest is not None:
         return [
             f"No trial meets the floor: the {utility} must be at least {_floor(sweep)}, and the nearest trial, "
             f"{nearest['number']}, has {formats.number(number_of(nearest, sweep.utility))}. Nothing is recommended: "
-            f"lower select.utility_floor, {widen}, or make more trials."
+            f"lower select.utility_floor, {widen}, or run more trials."
         ]
-    if sweep.whole:
+    if sweep.completed:
         return ["No trial is chosen yet."]
     if not sweep.trials:
-        return ["No trial has ended yet: there is nothing to recommend."]
+        return ["No trial has finished yet: there is nothing to recommend."]
     failed = sum(trial.get("status") == "failed" for trial in sweep.trials)
     return [
-        f"No trial came to its end with both {noun(sweep.objective)} and {utility}: there is nothing to recommend. "
-        f"{failed} of {len(sweep.trials)} trials failed; the reasons stand below."
+        f"No trial completed with both {noun(sweep.objective)} and {utility}: there is nothing to recommend. "
+        f"{failed} of {len(sweep.trials)} trials failed; the reasons are below."
     ]
 
 
@@ -125,46 +126,46 @@ def _certainty(sweep: SweepData) -> Section:
     if trial is None:
         return Section("How sure")
     notes = [
-        f"The chosen trial is the best of {len(sweep.enough)}: the figure it was chosen by is flattered by the choice, "
-        "the more so the more trials there are. Its interval is over rows alone and does not allow for that; "
+        f"The chosen trial is the best of {len(sweep.enough)}, so the value it was chosen by is optimistic, more "
+        "so with more trials. Its interval covers rows only and does not correct for this; "
         f"{tables.judged_on(sweep)}."
         if len(sweep.enough) > 1
-        else f"There was no other trial to choose; {tables.judged_on(sweep)}, and its interval is over rows alone."
+        else f"There was no other trial to choose; {tables.judged_on(sweep)}, and its interval covers rows only."
     ]
     if trial.get("status") != "finished":
         notes.append(f"Its run ended before its last round: {trial.get('message') or trial.get('status')}.")
     if metric(sweep.objective).p_value and sweep.search.get("rows") is not None:
         notes.append(
             f"The {objective} is a p-value: the same difference to the retrained model gives a smaller one on more "
-            "rows. Figures on all rows are not comparable with those as judged; KS distances are."
+            "rows. Values on all rows are not comparable with those as judged; KS distances are."
         )
     good = [one for one in sweep.fresh if number_of(one, sweep.objective) is not None]
     missed = ", ".join(str(one.get("seed")) for one in good if sweep.goal.enough(one) is False)
     if good:
         cell = tables.fresh_cell(sweep.fresh, sweep.objective)
         notes.append(
-            f"Its options ran again with fresh seeds, which no choice has flattered: {objective} {cell.text} "
-            f"({'; '.join(cell.lines)}). Believe these runs."
+            f"Its options ran again with fresh seeds, free of selection bias: {objective} {cell.text} "
+            f"({'; '.join(cell.lines)}). Trust these runs."
         )
     else:
         notes.append(
-            "All its runs on fresh seeds failed, for the reasons below: no figure is free of the choice's flattery."
+            "All its runs on fresh seeds failed, for the reasons below: no value is free of selection bias."
             if sweep.fresh
-            else "It was not run again with a fresh seed: set select.seeds for a figure free of the choice's flattery."
+            else "It was not run again with a fresh seed: set select.seeds for values free of selection bias."
         )
     if missed:
-        notes.append(f"Of these, seed {missed} has less utility than the floor {_floor(sweep)}.")
+        notes.append(f"Below the utility floor of {_floor(sweep)}: seed {missed}.")
     rivals = ", ".join(str(one["number"]) for one in sweep.enough if one is not trial and sweep.spans(one, trial))
     if rivals:
         notes.append(
-            f"Trials that have enough utility and cannot be told from it by {objective}, with intervals that reach its "
-            f"figure: {rivals}."
+            f"Trials with enough utility that {objective} cannot distinguish from it (their intervals include its "
+            f"value): {rivals}."
         )
     low, high = (number_of(trial, f"{sweep.utility}_{end}") for end in ("low", "high"))
     if sweep.floor is not None and low is not None and low < sweep.floor:
         notes.append(
             f"The interval of its {noun(sweep.utility)} ({span(low, high)}) reaches below the floor "
-            f"of {formats.number(sweep.floor)}: on other rows it may miss it."
+            f"of {formats.number(sweep.floor)}: on other rows the trial may miss the floor."
         )
     return Section("How sure", lead=notes)
 
@@ -173,48 +174,48 @@ def _best(sweep: SweepData, plane: Plot | None) -> Section:
     if plane is None:
         return Section("The best trials", ["No trial has been evaluated yet."] if sweep.trials else ())
     notes = [
-        "In the order of the rule, then the fresh seeds, evaluated on all rows. All trials: trials.csv. MLflow has the "
-        "rest: select this sweep's trials there and compare them.",
-        "Plot: up and to the right is better; line: the Pareto front of the trials that ran to their end, with their "
-        "numbers; ★ retrained model, ✖ target.",
+        "In the order of the rule, then the fresh seeds, evaluated on all rows. All trials are in trials.csv. For "
+        "details, select this sweep's trials in MLflow and compare them.",
+        "Plot: up and to the right is better; line: the Pareto front of the completed trials, with their numbers; ★ "
+        "retrained model, ✖ target.",
     ]
     return Section("The best trials", notes, some(tables.best_table(sweep)), plots=[plane])
 
 
 def _failures(sweep: SweepData) -> list[str]:
-    """Those that neither finished nor were ended by the scheduler, with the reason."""
-    found = []
+    """Trials that neither finished nor were stopped by the scheduler, with the reason."""
+    lines = []
     for trial in sweep.all:
         if trial.get("status") not in ("finished", "stopped"):
             seed = f", seed {trial.get('seed')}" if trial.get("phase") == "confirm" else ""
-            found.append(f"Trial {trial['number']}{seed}: {trial.get('message') or trial.get('status')}.")
-    return found
+            lines.append(f"Trial {trial['number']}{seed}: {trial.get('message') or trial.get('status')}.")
+    return lines
 
 
 def _options(sweep: SweepData) -> Section:
     """How the space was searched, and which options mattered."""
-    search, count, plot = sweep.search, len(sweep.whole), history_plot(sweep)
+    search, count, plot = sweep.search, len(sweep.completed), history_plot(sweep)
     early = (search.get("early") or {}).get("kind", "none")
     notes = [
         f"{len(sweep.trials)} of {search.get('trials')} trials; search: {search.get('kind')}, seed "
-        f"{search.get('seed')}; ending trials early: {early}; {tables.judged_on(sweep)}."
+        f"{search.get('seed')}; early stopping: {early}; {tables.judged_on(sweep)}."
     ]
     if sweep.importances:
         notes.append(
-            f"Shares: PED-ANOVA over the {count} trials that ran to their end, how far an option's values in the "
-            "better half differ from those in all, with 95 % bootstrap intervals over trials; p: how often shuffled "
-            "outcomes make any option look as important."
-            + (" With this few trials only the first place is fairly reliable." if count < RELIABLE_ORDER else "")
+            f"Shares: PED-ANOVA over the {count} completed trials: how far an option's values in the better half "
+            "differ from those in all, with 95 % bootstrap intervals over trials; p: how often shuffled outcomes make "
+            "any option look as important."
+            + (" With so few trials only the first place is fairly reliable." if count < RELIABLE_ORDER else "")
         )
     elif count < MINIMUM_TRIALS:
-        notes.append(f"{count} trials ran to their end; importances mean nothing below {MINIMUM_TRIALS}.")
+        notes.append(f"{count} completed trials; importances mean nothing below {MINIMUM_TRIALS}.")
     table = some(tables.options_table(sweep))
     notes.append(
-        "Rank: Spearman's correlation; it sees rising and falling only, and few trials give large ones by chance."
+        "Rank: Spearman's correlation; it sees monotonic trends only, and few trials give large ones by chance."
     )
     if plot is not None:
         notes.append(
-            "Plot: line: the best that the rule could choose so far; grey: trials that it could not. A line that still "
-            "moves at its end says that more trials might help."
+            "Plot: line: the best that the rule could choose so far; grey: trials it could not choose. If the line "
+            "still moves at its end, more trials might help."
         )
     return Section("What was searched, and what mattered", notes if table else (), table, plots=[plot] if plot else [])

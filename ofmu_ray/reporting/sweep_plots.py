@@ -12,7 +12,7 @@ from ofmu_ray.reporting.sweep_results import WITHOUT_RESULT, SweepData, noun
 
 _C = list(COLOURS)
 _KINDS = (
-    ("ran to its end", _C[0], "o", True),
+    ("completed", _C[0], "o", True),
     ("fresh seed", _C[2], "^", True),
     ("without a result, at its last evaluation", _C[7], "v", False),
 )
@@ -20,8 +20,11 @@ _KINDS = (
 
 
 def front_plot(sweep: SweepData) -> Plot | None:
-    """Objective against utility: all trials, those of ended ones from their last evaluation, with the front, the floor
-    and the reference models; None without any evaluation. Trials of the front and the chosen one have their numbers."""
+    """Objective against utility: all trials with the front, the floor and the reference models.
+
+    Stopped and failed trials are shown at their last evaluation. Trials of the front and the chosen one have their
+    numbers. None without any evaluation.
+    """
     points = [(*place, trial) for trial in sweep.all if (place := sweep.place(trial)) is not None]
     if not points:
         return None
@@ -47,11 +50,11 @@ def front_plot(sweep: SweepData) -> Plot | None:
                           fontsize=8, fontweight="bold" if chosen else "normal")  # fmt: skip
     middle = sum(axes.get_xlim()) / 2
     for model, marker in (("target", "X"), ("retrained", "*")):
-        found = sweep.reference_place(model)
-        if found is not None:
-            side = -1 if found[0] > middle else 1
-            axes.plot(*found, marker, color=INK, markersize=10, zorder=6, markeredgewidth=0, clip_on=False)
-            axes.annotate(model, found, xytext=(8 * side, 0), textcoords="offset points", color=INK, fontsize=8.5,
+        reference = sweep.reference_place(model)
+        if reference is not None:
+            side = -1 if reference[0] > middle else 1
+            axes.plot(*reference, marker, color=INK, markersize=10, zorder=6, markeredgewidth=0, clip_on=False)
+            axes.annotate(model, reference, xytext=(8 * side, 0), textcoords="offset points", color=INK, fontsize=8.5,
                           ha="right" if side < 0 else "left", va="center")  # fmt: skip
     _objective_axis(axes, sweep)
     axes.set_xlabel(noun(sweep.utility))
@@ -72,20 +75,20 @@ def _objective_axis(axes: Any, sweep: SweepData) -> None:
 
 
 def history_plot(sweep: SweepData) -> Plot | None:
-    """The objective of the trials that ran to their end, and the best that the rule would choose so far, as Optuna
-    draws them; None where none is eligible."""
+    """Optuna's history plot: the objective of the completed trials and the rule's best so far; None if no trial is
+    eligible."""
     import matplotlib
     import optuna
     from matplotlib import pyplot
     from optuna.visualization.matplotlib import plot_optimization_history
 
-    if len(sweep.whole) < 2 or not sweep.enough:
+    if len(sweep.completed) < 2 or not sweep.enough:
         return None
     study = quiet_study("minimize" if sweep.axis.falling else "maximize")
-    for trial in sorted(sweep.whole, key=lambda trial: int(trial["number"])):
+    for trial in sorted(sweep.completed, key=lambda trial: int(trial["number"])):
         value, missed = sweep.axis.place(float(trial[sweep.objective])), not sweep.goal.eligible(trial)
         study.add_trial(optuna.create_trial(value=value, constraints={"rule": float(missed)}))
-    # a style sheet that Optuna sets, and its warning that the function is experimental, stay in here
+    # contain the style sheet that Optuna sets and its warning that the function is experimental
     with matplotlib.rc_context({"figure.figsize": (7.4, 3.0)}), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pyplot.switch_backend("agg")
@@ -93,8 +96,8 @@ def history_plot(sweep: SweepData) -> Plot | None:
         with_page_colours(axes)
         _objective_axis(axes, sweep)
         for legend in filter(None, [axes.get_legend()]):
-            legend.remove()  # the page's words say it
-        axes.set(title="", xlabel="trials that ran to their end")
+            legend.remove()  # the page explains it
+        axes.set(title="", xlabel="completed trials")
         plot = Plot("The best so far", inline_svg(axes.figure, "The best so far"), [], wide=True)
         pyplot.close(axes.figure)
     return plot

@@ -1,4 +1,4 @@
-"""A sweep's trials and settings as its report needs them: which counts, which way is better, what was spent."""
+"""A sweep's trials and settings as its report needs them: which trials count, which way is better, the cost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ofmu_ray.metrics.rule import Goal
 from ofmu_ray.reporting import formats
 
 WITHOUT_RESULT = ("failed", "stopped")
-"""Statuses of trials whose figures, if any, are those of an evaluation on the way."""
+"""Statuses of trials whose metrics, if any, come from an intermediate evaluation."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Axis:
     label: str
     log: bool
     falling: bool
-    """Low is better: drawn upside down, so that up is better everywhere."""
+    """Low is better: drawn upside down, so that up is always better."""
     reference: float | None
-    """The retrained model's figure, where the distance to it is what counts."""
+    """The retrained model's value, if the distance to it is what counts."""
 
     def place(self, value: float) -> float:
-        """Where a figure stands on the axis."""
+        """A value's position on the axis."""
         value = value if self.reference is None else abs(value - self.reference)
         return max(value, 1e-300) if self.log else value
 
@@ -60,15 +60,15 @@ class SweepData:
         self._last: Mapping[int, Mapping[str, Any]] = last
 
     @cached_property
-    def whole(self) -> list[Trial]:
-        """Trials that came to their end with both figures of the rule, in its order."""
-        found = [t for t in self.trials if t.get("status") not in WITHOUT_RESULT and self.goal.rank(t) is not None]
-        return sorted(found, key=lambda trial: (-self.goal.score(trial), trial["number"]))
+    def completed(self) -> list[Trial]:
+        """Completed trials with both metrics of the rule, in its order."""
+        trials = [t for t in self.trials if t.get("status") not in WITHOUT_RESULT and self.goal.rank(t) is not None]
+        return sorted(trials, key=lambda trial: (-self.goal.score(trial), trial["number"]))
 
     @property
     def enough(self) -> list[Trial]:
-        """Of these, the ones whose utility reaches the floor and that are not degenerate."""
-        return [trial for trial in self.whole if self.goal.eligible(trial)]
+        """Those completed trials that reach the utility floor and are not degenerate."""
+        return [trial for trial in self.completed if self.goal.eligible(trial)]
 
     @property
     def recommended(self) -> Trial | None:
@@ -78,7 +78,7 @@ class SweepData:
 
     @property
     def nearest(self) -> Trial | None:
-        """Where no trial may be chosen, the first in the rule's order."""
+        """The first trial in the rule's order, if no trial may be chosen."""
         number = self.settings.get("nearest")
         if number is None and self.chosen is not None and self.chosen.get("floor_missed"):
             number = self.chosen["number"]
@@ -88,17 +88,17 @@ class SweepData:
         return next((trial for trial in self.trials if trial["number"] == number), None)
 
     def spans(self, trial: Trial, other: Trial) -> bool:
-        """Whether the trial's interval of the objective holds the other's figure."""
+        """Whether the trial's interval of the objective contains the other's value."""
         low, high = (number_of(trial, f"{self.objective}_{end}") for end in ("low", "high"))
         return low is not None and high is not None and low <= float(other[self.objective]) <= high
 
     def reference(self, model: str, name: str) -> float | None:
-        """A figure of the target or the retrained model on the rows that trials are judged on."""
+        """A metric of the target or the retrained model on the rows that trials are judged on."""
         return number_of(((self.settings.get("references") or {}).get(model) or {}).get(name) or {}, "value")
 
     @cached_property
     def axis(self) -> Axis:
-        """The objective's axis; p-values that span more than two decades on a logarithm."""
+        """The objective's axis; logarithmic for p-values that span more than two decades."""
         label, kind = noun(self.objective), metric(self.objective).better
         if kind == "retrained":
             reference = self.reference("retrained", self.objective)
@@ -110,45 +110,47 @@ class SweepData:
         return Axis(f"{label}, low is better" if kind == "low" else label, False, kind == "low", None)
 
     def place(self, trial: Trial) -> tuple[float, float] | None:
-        """Where a trial stands in the plane, at its last evaluation if it did not come to its end."""
+        """A trial's position in the plane, at its last evaluation if it did not complete."""
         # a fresh seed has the chosen trial's number, but none of its evaluations
         last = {} if trial.get("phase") == "confirm" else self._last.get(trial["number"], {})
         names = (self.utility, self.objective)
         return self._place(*(number_of(last if trial.get(name) is None else trial, name) for name in names))
 
     def reference_place(self, model: str) -> tuple[float, float] | None:
-        """The same of the target or the retrained model."""
+        """The same for the target or the retrained model."""
         return self._place(*(self.reference(model, name) for name in (self.utility, self.objective)))
 
     def _place(self, x: float | None, y: float | None) -> tuple[float, float] | None:
         return None if x is None or y is None else (x, self.axis.place(y))
 
     def flops(self) -> tuple[float, float]:
-        """What all trials cost, those that failed as far as they came; what ending some early saved, at the same cost
-        per evaluation."""
+        """FLOPs spent on all trials, and those saved by stopping trials early (assuming equal cost per evaluation).
+
+        Failed trials count as far as they ran.
+        """
         spent = math.fsum(number_of(trial, "flops") or 0.0 for trial in self.all)
-        # a population's member that is replaced goes on as a copy of another one: nothing is saved
+        # a replaced member of a population continues as a copy of another: nothing is saved
         early = [trial for trial in self.trials if trial.get("status") == "stopped" and trial.get("stage")]
         rests = [(trial.get("flops") or 0.0) * (trial["stages"] / trial["stage"] - 1.0) for trial in early]
         return spent, 0.0 if self.search.get("kind") == "population" else math.fsum(rests)
 
     @cached_property
     def importances(self) -> dict[str, list[Importance]]:
-        """Figure of the rule -> importance of each option, the largest first; empty with too few trials."""
-        trials = sorted(self.whole, key=lambda trial: int(trial["number"]))
+        """Metric of the rule -> importance of each option, largest first; empty with too few trials."""
+        trials = sorted(self.completed, key=lambda trial: int(trial["number"]))
         goodness = {
             self.objective: [float(self.goal.goodness(trial) or 0.0) for trial in trials],
             self.utility: [float(trial[self.utility]) for trial in trials],
         }
         drawn = [options(trial) for trial in trials]
-        found = {name: importances(drawn, values, self.space) for name, values in goodness.items()}
-        return {name: rows for name, rows in found.items() if rows is not None}
+        by_metric = {name: importances(drawn, values, self.space) for name, values in goodness.items()}
+        return {name: rows for name, rows in by_metric.items() if rows is not None}
 
 
 def options(trial: Trial) -> dict[str, Any]:
     """Dotted field -> value."""
-    found: dict[str, Any] = json.loads(trial.get("options") or "{}")
-    return found
+    values: dict[str, Any] = json.loads(trial.get("options") or "{}")
+    return values
 
 
 def short(field: str, space: Sequence[Mapping[str, Any]]) -> str:
@@ -158,6 +160,6 @@ def short(field: str, space: Sequence[Mapping[str, Any]]) -> str:
 
 
 def noun(name: str) -> str:
-    """A figure's label within a sentence: model utility, KS distance to retrained."""
+    """A metric's label within a sentence: model utility, KS distance to retrained."""
     label = formats.label(name)
     return label if label[1:2].isupper() else label[:1].lower() + label[1:]

@@ -15,25 +15,25 @@ from ofmu_ray.reporting.sweep_results import SweepData, options, short
 from ofmu_ray.reporting.tables import Cell, Table, cells
 
 BEST = 10
-"""Trials of the list; trials.csv has all."""
+"""Trials in the table; trials.csv has all."""
 
 
-def figures_table(sweep: SweepData) -> Table | None:
-    """The recommended trial's figures, those of the rule first, beside fresh seeds and the reference models."""
+def metrics_table(sweep: SweepData) -> Table | None:
+    """The recommended trial's metrics (the rule's first) next to fresh seeds and the reference models."""
     trial = sweep.recommended
     if trial is None or sweep.chosen is None:
         return None
-    whole: Mapping[str, Any] = sweep.chosen.get("figures") or {}
+    values: Mapping[str, Any] = sweep.chosen.get("figures") or {}
     references: Mapping[str, Any] = sweep.settings.get("references") or {}
     models = [model for model in ("target", "retrained") if references.get(model)]
-    known = [name for name, figure in whole.items() if (figure or {}).get("value") is not None]
+    known = [name for name, value in values.items() if (value or {}).get("value") is not None]
     fresh = ["Fresh seeds, all rows"] if sweep.fresh else []
     rows = [
         cells(
             heading(name),
-            _reference(whole.get(name)),
+            _reference(values.get(name)),
             *(fresh_cell(sweep.fresh, name) for _ in fresh),
-            _figure(trial, name),
+            _metric(trial, name),
             *(_reference(references[model].get(name)) for model in models),
         )
         for name in dict.fromkeys((sweep.objective, sweep.utility, *known))
@@ -44,13 +44,13 @@ def figures_table(sweep: SweepData) -> Table | None:
 
 
 def judged_on(sweep: SweepData) -> str:
-    """The rows of the rule."""
+    """The rows that trials are judged on, in words."""
     rows = sweep.search.get("rows")
     return "trials are judged on all rows" if rows is None else f"trials are judged on {rows} rows of each set"
 
 
 def fresh_cell(fresh: Sequence[Trial], name: str) -> Cell:
-    """Mean over fresh seeds with Student's interval; p-values by their geometric mean, with each run's value."""
+    """Mean over fresh seeds with Student's t interval; for p-values, the geometric mean and each run's value."""
     values = [value for trial in fresh if (value := number_of(trial, name)) is not None]
     if not values:
         return Cell("–")
@@ -58,32 +58,32 @@ def fresh_cell(fresh: Sequence[Trial], name: str) -> Cell:
     if metric(name).p_value:
         runs = " · ".join(formats.number(value) for value in values)
         return Cell(formats.number(geometric_mean(values)), (f"runs {runs}", count))
-    found = over_seeds(values)
-    return Cell(formats.number(found.value), (span(found.low, found.high), count))
+    mean = over_seeds(values)
+    return Cell(formats.number(mean.value), (span(mean.low, mean.high), count))
 
 
-def _figure(trial: Trial, name: str) -> Cell:
+def _metric(trial: Trial, name: str) -> Cell:
     low, high = number_of(trial, f"{name}_low"), number_of(trial, f"{name}_high")
     return Cell(formats.number(number_of(trial, name)), () if low is None or high is None else (span(low, high),))
 
 
-def _reference(figure: Mapping[str, Any] | None) -> Cell:
-    found = formats.cell(figure)
-    return Cell(found.text, (found.interval,) if found.interval else (), title=found.reason)
+def _reference(value: Mapping[str, Any] | None) -> Cell:
+    shown = formats.cell(value)
+    return Cell(shown.text, (shown.interval,) if shown.interval else (), title=shown.reason)
 
 
 def best_table(sweep: SweepData) -> Table | None:
-    """The first trials in the order of the rule and the fresh seeds; where nothing is recommended, the front too."""
-    front = [] if sweep.recommended else [trial for trial in sweep.whole[BEST:] if trial.get("front")]
+    """The first trials in the rule's order and the fresh seeds; if nothing is recommended, the front too."""
+    front = [] if sweep.recommended else [trial for trial in sweep.completed[BEST:] if trial.get("front")]
     fields = [str(knob["field"]) for knob in sweep.space]
     rows = []
-    for trial in (*sweep.whole[:BEST], *front, *sweep.fresh):
+    for trial in (*sweep.completed[:BEST], *front, *sweep.fresh):
         chosen, status = trial is sweep.recommended, str(trial.get("status"))
         signs = ["chosen"] * chosen + ["nearest"] * (trial is sweep.nearest) + ["front"] * bool(trial.get("front"))
         signs += ["degenerate"] * bool(sweep.goal.degenerate(trial))
         signs += [status.replace("_", " ")] * (status != "finished")
         name = f"seed {trial.get('seed')}" if trial.get("phase") == "confirm" else str(trial["number"])
-        both = (_figure(trial, figure) for figure in (sweep.objective, sweep.utility))
+        both = (_metric(trial, name) for name in (sweep.objective, sweep.utility))
         flops, drawn = number_of(trial, "flops"), options(trial)
         cost = "–" if flops is None else formats.quantity(flops).rstrip()
         values = (_value(drawn.get(field, "–")) for field in fields)
@@ -98,11 +98,14 @@ def _value(value: Any) -> str:
 
 
 def options_table(sweep: SweepData) -> Table | None:
-    """What was tuned, in which ranges and why, what a next sweep would take, and how much each option mattered for
-    either figure: its share of the importance (the most important first) and its rank correlation."""
+    """The tuned options, their ranges and sources, ranges for a next sweep, and how much each option mattered.
+
+    For each of the rule's two metrics: the option's share of the importance (most important first) and its rank
+    correlation.
+    """
     narrowed: Mapping[str, str] = sweep.settings.get("priors") or {}
     # `sensitivity` takes trials of phase "tune"
-    tuned = [{**trial, "phase": "tune"} for trial in sweep.whole]
+    tuned = [{**trial, "phase": "tune"} for trial in sweep.completed]
     ranks = {entry.option: entry for entry in sensitivity(tuned, sweep.objective, sweep.utility)}
     shares = [{row.option: row for row in sweep.importances.get(n, ())} for n in (sweep.objective, sweep.utility)]
     order = list(shares[0])
@@ -128,6 +131,6 @@ def _mattered(row: Importance | None, rank: float | None) -> Cell:
 
 
 def records(sweep: SweepData) -> list[dict[str, Any]]:
-    """trials.csv: what is known of every trial, with a column per option."""
+    """Records of trials.csv: everything known about each trial, with a column per option."""
     fields = dict.fromkeys(name for trial in sweep.all for name in options(trial))
     return [{**trial, **{f"option.{name}": options(trial).get(name) for name in fields}} for trial in sweep.all]

@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell: its main text, smaller lines below it, and a mark of how it compares."""
+    """One cell: its main text, smaller lines below it, and a mark for how it compares."""
 
     text: str
     lines: tuple[str, ...] = ()
@@ -33,7 +33,7 @@ class Table:
     rows: Sequence[Sequence[Cell]]
     words: int = 1
     folded: bool = False
-    """Closed on the page until it is asked for."""
+    """Collapsed on the page until opened."""
     records: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
     """The same as plain values, one mapping per line of the CSV file."""
 
@@ -44,7 +44,7 @@ def cells(*values: str | Cell) -> list[Cell]:
 
 
 def markdown(table: Table) -> str:
-    """The table in GitHub's Markdown, its caption above it."""
+    """The table in GitHub's Markdown, with its caption above."""
     header = [_escape(text) for text in table.header]
     rule = ["---" if column < table.words else "---:" for column in range(len(header))]
     lines = [header, rule, *([_markdown_cell(cell) for cell in row] for row in table.rows)]

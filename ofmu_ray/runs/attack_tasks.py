@@ -1,4 +1,4 @@
-"""The further measurements of `ofmu evaluate`: which are asked for, run here or spread, kept in the cache."""
+"""The attacks of `ofmu evaluate`: which to run, running them here or on other processes, and caching."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.evaluator import Evaluator
 from ofmu_ray.models.source import model_source
 
-Figures = dict[str, dict[str, Any]]
+Metrics = dict[str, dict[str, Any]]
 """Model -> name -> {"value", "low", "high", "n"}."""
 GRADIENT_NORM = "gradient_norm"
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A check that the configuration asks for; of every model."""
+    """An attack that the configuration requests, for every model."""
 
     name: str
     kind: Any
@@ -33,19 +33,19 @@ class Wanted:
 
 
 class Checks:
-    """Checks of all models; a check that is in the cache is not run again.
+    """Attacks on all models; cached results are not computed again.
 
-    What the rows or the models cannot give is refused when it is built, before anything is measured.
+    Construction refuses attacks that the rows or the models do not allow, before anything is measured.
     """
 
     def __init__(self, config: EvaluateConfig, evaluator: Evaluator, models: Mapping[str, str]):
         self.config, self.evaluator, self.models = config, evaluator, models
         self.wanted = list(self._wanted())
-        self.found: dict[tuple[str, str], Any] = {}
+        self.tables: dict[tuple[str, str], Any] = {}
         if config.checks.lm_eval and importlib.util.find_spec("lm_eval") is None:
             raise UserError(
                 "checks.lm_eval: lm-evaluation-harness is not installed: pip install 'ofmu-ray[lm-eval]', "
-                "or leave the option out"
+                "or remove the option"
             )
         if config.checks.alignment:
             self._check_depths()
@@ -93,38 +93,38 @@ class Checks:
             if depth != depths[RETRAINED]:
                 raise UserError(
                     f"checks.alignment: models.{label} has {depth} layers, evaluation.retrained {depths[RETRAINED]}, "
-                    "and layers are compared one by one: leave this check or this model out"
+                    "and layers are compared one by one: remove this check or this model"
                 )
 
     def measure(self) -> None:
-        """Run what is not in the cache: here when it is little, otherwise on processes with one CPU or GPU each."""
+        """Run what is not cached: in this process if it is little work, else in processes with one CPU or GPU each."""
         from ofmu_ray.cluster.map_tasks import device_kind, map_tasks, runs_here
         from ofmu_ray.evaluation.cache import TableCache
 
         device, cache = device_kind(), TableCache(self.evaluator.cache, "checks")
         missing = []
-        for place, check in self._checks():
+        for target, check in self._checks():
             stored = cache.load(check.key(device))
             if stored is None:
-                missing.append((place, check))
+                missing.append((target, check))
             else:
-                self.found[place] = stored
+                self.tables[target] = stored
         make, checks = partial(_measurer, device), [check for _, check in missing]
         few = runs_here(sum(check.flops for check in checks))
         with progress.bar("checks", len(missing), "check") as bar:
             for number, table in enumerate(map(make(), checks)) if few else map_tasks(make, checks):
-                place, check = missing[number]
+                target, check = missing[number]
                 cache.save(check.key(device), table)
-                self.found[place] = table
+                self.tables[target] = table
                 bar.update()
 
     def with_gradient_norms(self, tables: dict[str, Any]) -> dict[str, Any]:
-        """The models' tables with the column that the GradNorm attack reads, if it was measured."""
+        """The models' tables, with the column that the GradNorm attack reads if it was measured."""
         import pyarrow as pa
 
         joined = {}
         for label, table in tables.items():
-            norms = self.found.get((GRADIENT_NORM, label))
+            norms = self.tables.get((GRADIENT_NORM, label))
             if norms is not None:
                 values = dict(zip(norms["row_id"].to_pylist(), norms["answer_gradient_norm"].to_pylist(), strict=True))
                 column = pa.array([values.get(row) for row in table["row_id"].to_pylist()], pa.float64())
@@ -132,45 +132,45 @@ class Checks:
             joined[label] = table
         return joined
 
-    def figures(self) -> dict[str, Figures]:
-        """The figures by check and model; those of the harness are computed here."""
+    def metrics(self) -> dict[str, Metrics]:
+        """The metrics by attack and model; lm-evaluation-harness runs here."""
         from ofmu_ray.attacks.attack_metrics import check_figures
 
-        figures: dict[str, Figures] = {}
+        metrics: dict[str, Metrics] = {}
         for wanted in self.wanted:
             if wanted.kind == GRADIENT_NORM:
                 continue  # a column of the tables
-            reference = self.found.get((wanted.name, RETRAINED))
-            tables = {label: self.found[wanted.name, label] for label in self.models if self._concerns(wanted, label)}
-            figures[wanted.name] = {
+            reference = self.tables.get((wanted.name, RETRAINED))
+            tables = {label: self.tables[wanted.name, label] for label in self.models if self._concerns(wanted, label)}
+            metrics[wanted.name] = {
                 label: {
-                    name: figure.to_json()
-                    for name, figure in check_figures(wanted.kind, table, reference, **self._sampling).items()
+                    name: value.to_json()
+                    for name, value in check_figures(wanted.kind, table, reference, **self._sampling).items()
                 }
                 for label, table in tables.items()
             }
         if self.config.checks.lm_eval:
-            figures["lm_eval"] = self._lm_eval()
-        return figures
+            metrics["lm_eval"] = self._lm_eval()
+        return metrics
 
-    def _lm_eval(self) -> Figures:
+    def _lm_eval(self) -> Metrics:
         from ofmu_ray.attacks.lm_eval import run_lm_eval
 
-        found: Figures = {}
+        values: Metrics = {}
         for label, path in self.models.items():
             tasks = run_lm_eval(model_source(path), self.config.checks.lm_eval)
-            found[label] = {
-                f"{task}/{metric}": figure.to_json()
+            values[label] = {
+                f"{task}/{metric}": value.to_json()
                 for task, metrics in tasks.items()
-                for metric, figure in metrics.items()
+                for metric, value in metrics.items()
             }
-        return found
+        return values
 
     def _concerns(self, wanted: Wanted, label: str) -> bool:
-        return wanted.kind != "alignment" or label != RETRAINED  # which is what the others are aligned with
+        return wanted.kind != "alignment" or label != RETRAINED  # the others are aligned with it
 
     def _checks(self) -> Iterator[tuple[tuple[str, str], Any]]:
-        """((check, model), what to run) of all that is wanted, one model after the other."""
+        """((attack, model), what to run) of all wanted attacks, model by model."""
         from ofmu_ray.attacks.measurement import Check
         from ofmu_ray.models.source import model_fingerprint, weights_folder
 
@@ -207,8 +207,8 @@ def _check_relearn(options: RelearnOptions, evaluator: Evaluator) -> None:
     rows = len(evaluator.sets[options.on])
     if options.rows >= rows:
         raise UserError(
-            f"checks.relearn.rows = {options.rows}: there are {rows} {options.on} rows, and one at least has to stay "
-            "out of the attack; lower it"
+            f"checks.relearn.rows = {options.rows}: there are {rows} {options.on} rows, and at least one must stay out "
+            "of the attack; lower it"
         )
 
 

@@ -1,4 +1,4 @@
-"""Any number of models side by side, by the same code and with the same numbers as a run's end."""
+"""Any number of models side by side, with the same code and numbers as a run's evaluation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ofmu_ray.storage import atomic_write, explained, is_uri, join, local_file, 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Models that have been evaluated side by side."""
+    """Models evaluated side by side."""
 
     home: str
     """Folder or URI of rows.parquet, metrics.json and report.html."""
@@ -36,7 +36,7 @@ class Comparison:
 
 
 def compare(config: EvaluateConfig, command: Sequence[str] = ()) -> Comparison:
-    """Evaluate, compare, report. What is in the cache is not run again, so an interrupted evaluation resumes.
+    """Evaluate, compare, report. Cached results are not computed again, so an interrupted evaluation resumes.
 
     Raises:
         UserError: a model, rows or an option cannot be used.
@@ -62,45 +62,45 @@ def _compare(config: EvaluateConfig, command: Sequence[str]) -> Comparison:
         tables = {label: evaluator.table(path, label) for label, path in models.items()}
         checks.measure()
         tables = checks.with_gradient_norms(tables)
-        figures = {label: evaluator.figures(table, tables.get(RETRAINED)) or {} for label, table in tables.items()}
-        further = checks.figures()
+        metrics = {label: evaluator.figures(table, tables.get(RETRAINED)) or {} for label, table in tables.items()}
+        further = checks.metrics()
         mlflow = tracking.open_command(handle)
-        files = _write(home, config, evaluator, models, tables, figures, further, command, mlflow)
+        files = _write(home, config, evaluator, models, tables, metrics, further, command, mlflow)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
         done = status == "FINISHED"
-        logged = _logged(figures, further) if done else None
+        logged = _logged(metrics, further) if done else None
         with scratch() as place:
             artifacts = [local_file(join(home, name), place) for name in files] if done else []
             tracking.finish(handle, metrics=logged, artifacts=artifacts, status=status)
-    return Comparison(home, figures, further, mlflow)
+    return Comparison(home, metrics, further, mlflow)
 
 
 def _models(config: EvaluateConfig) -> dict[str, str]:
-    """Label -> folder or hub name; the retrained model last."""
+    """Label -> folder or hub name, with the retrained model last."""
     reference = {RETRAINED: config.evaluation.retrained} if config.evaluation.retrained else {}
     return config.models | reference
 
 
 def _check(path: str, option: str, evaluator: Evaluator) -> None:
-    """UserError for what is no model, has no tokenizer, or does not go with its tokenizer."""
+    """Raise UserError if `path` is no model, has no tokenizer, or does not match its tokenizer."""
     local = not path.startswith("builtin:") and not is_uri(path) and path.count("/") > 1
-    if local and not Path(path).is_dir():  # a hub name has one slash at most
+    if local and not Path(path).is_dir():  # a hub name has at most one slash
         raise UserError(f"{option} = {path!r}: no such folder")
     tokenizer = evaluator.tokenizer_of(path)
     check_model(ModelConfig(path=path, tokenizer=tokenizer, trust_remote_code=evaluator.trust_remote_code), option)
     evaluator.check_vocabulary(path, option)
 
 
-def _logged(figures: dict[str, Any], further: dict[str, Any]) -> dict[str, Any]:
-    """What MLflow shows of each model: the figures, and those of the checks but for single layers."""
-    logged = {label: dict(found) for label, found in figures.items()}
+def _logged(metrics_by_model: dict[str, Any], further: dict[str, Any]) -> dict[str, Any]:
+    """What MLflow shows for each model: its metrics, and the attacks' metrics without those of single layers."""
+    logged = {label: dict(metrics) for label, metrics in metrics_by_model.items()}
     for check, by_model in further.items():
-        for label, found in by_model.items():
-            logged[label] |= {f"{check}/{name}": figure for name, figure in found.items() if "/layer_" not in name}
+        for label, metrics in by_model.items():
+            logged[label] |= {f"{check}/{name}": value for name, value in metrics.items() if "/layer_" not in name}
     return logged
 
 
@@ -109,11 +109,11 @@ def _option(label: str) -> str:
 
 
 def _tokenizer(config: EvaluateConfig) -> str:
-    """For the models that come without one."""
-    found = config.tokenizer or next(filter(has_tokenizer, config.models.values()), None)
-    if found is None:
+    """The tokenizer for models that come without one."""
+    path = config.tokenizer or next(filter(has_tokenizer, config.models.values()), None)
+    if path is None:
         raise UserError("tokenizer: none of the models comes with one; name a folder or a hub name with --tokenizer")
-    return found
+    return path
 
 
 def _evaluator(config: EvaluateConfig, storage: str) -> Evaluator:
@@ -136,12 +136,12 @@ def _write(
     evaluator: Evaluator,
     models: dict[str, str],
     tables: dict[str, Any],
-    figures: dict[str, dict[str, Any]],
+    metrics: dict[str, dict[str, Any]],
     further: dict[str, Any],
     command: Sequence[str],
     mlflow: str,
 ) -> list[str]:
-    """rows.parquet, report.html and, last, metrics.json; returns the names of those that MLflow keeps."""
+    """Write rows.parquet, report.html and, last, metrics.json; return the names of those that MLflow keeps."""
     from ofmu_ray.models.source import model_fingerprint, weights_folder
     from ofmu_ray.reporting.evaluation_page import ComparisonData, write_comparison
 
@@ -150,7 +150,7 @@ def _write(
         join(home, "report.html"),
         ComparisonData(
             title=name_of(home),
-            metrics=figures,
+            metrics=metrics,
             models=models,
             checks=further,
             tokenizers=len({evaluator.loading(path).template.fingerprint() for path in models.values()}),
@@ -160,6 +160,6 @@ def _write(
         ),
     )
     weights = {label: model_fingerprint(weights_folder(resolve_builtin(path))) for label, path in models.items()}
-    summary = {"models": figures, "checks": further, "weights_sha256": weights, "config": public(config)}
+    summary = {"models": metrics, "checks": further, "weights_sha256": weights, "config": public(config)}
     atomic_write(join(home, "metrics.json"), json.dumps(summary, indent=2) + "\n")
     return ["report.html", "metrics.json"]

@@ -1,4 +1,4 @@
-"""From prepared rows to what the workers get: the batch plan, what the method needs to know beforehand, one job."""
+"""From prepared rows to the workers' job: the batch plan, the method's precomputed features, the job itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOKENS = "tokens"
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """What a run does to a model, whichever command or trial asks for it."""
+    """What a run does to a model, whichever command or trial starts it."""
 
     task: str
     method_name: str
@@ -32,11 +32,11 @@ class Spec:
     stop: StopConfig = field(default_factory=StopConfig)
     seed: int = 0
     root: str | None = None
-    """Where relative paths of the method's own files start from."""
+    """Base folder for relative paths of the method's own files."""
 
     @classmethod
     def of(cls, config: UnlearnConfig | TrainConfig, model: ModelConfig) -> Spec:
-        """The same of a command's configuration."""
+        """The spec of a command's configuration."""
         common: dict[str, Any] = {"task": config.task, "model": model, "training": config.training, "seed": config.seed}
         if isinstance(config, TrainConfig):
             return cls(method_name="finetune", method=config.finetune, root=config.data.root, **common)
@@ -56,11 +56,11 @@ def make_job(
     """The workers' job without its sidecars (`with_references` adds them), and its plan, written to `folder`.
 
     Args:
-        folder: of the run; plan and watched rows go there.
+        folder: the run's folder, for the plan and the watched rows.
         cache: folder of the storage's caches.
-        config_hash: stands in every checkpoint.
-        here: write the plan in this process, whatever its size: a Ray Data job could wait for ever for the CPUs that a
-            pool of trials holds.
+        config_hash: written into every checkpoint.
+        here: write the plan in this process, whatever its size: a Ray Data job could wait forever for CPUs that a pool
+            of trials occupies.
     """
     from ofmu_ray.data.batch_plan import write_plan
     from ofmu_ray.data.prepare import write_sample
@@ -97,9 +97,9 @@ def make_job(
 def with_references(
     job: WorkerJob, spec: Spec, prepared: PreparedData, plan: Plan, cache: str, private: str | None = None
 ) -> WorkerJob:
-    """The job with what its method needs to know about rows under the reference model.
+    """The job, with what its method needs to know about the rows under the reference model.
 
-    `private`: folder for tables that would give a forget row's text away; None: the run's own.
+    `private`: folder for tables that would reveal a forget row's text; None: the run's own.
     """
     from ofmu_ray.features.protocol import FeatureContext
     from ofmu_ray.features.reference import write_references
@@ -118,7 +118,7 @@ def with_references(
 
 
 def remove_text(folder: str) -> None:
-    """Delete tokens, batch plan, sidecars and watched rows: they hold text that must not outlive a run."""
+    """Delete tokens, batch plan, sidecars and watched rows: they contain text that must not outlive a run."""
     for name in (TOKENS, PLAN, SIDECARS):
         remove_folder(join(folder, name))
     remove_file(join(folder, WATCHED))

@@ -1,4 +1,4 @@
-"""What became of a run: the value that `ofmu_ray.unlearn` and `ofmu_ray.train` return."""
+"""The outcome of a run: the value that `ofmu_ray.unlearn` and `ofmu_ray.train` return."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from ofmu_ray.storage import is_file, is_whole, join, name_of, read_text
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A run that has come to its end, well or not."""
+    """A run that has ended, successfully or not."""
 
     home: str
-    """Folder or URI that holds everything of it."""
+    """Folder or URI of the run."""
     status: str
-    """finished; utility_floor, non_finite or stopped where a rule ended it."""
+    """finished; or utility_floor, non_finite or stopped if a rule stopped it."""
     message: str = ""
     """Why it stopped, in a sentence; empty for a finished run."""
     rounds: int
-    """Rounds that the model has seen."""
+    """Rounds that the model was trained for."""
     loss: float | None = None
     """`train`: loss of the last round, in nats per token."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     """Model (before, after, retrained) -> metric -> {"value", "low", "high", "n"}, or {"value": null, "reason"}; None
-    for a model that there is not. Empty for `train`."""
+    for an absent model. Empty for `train`."""
     cost: Mapping[str, Any] = field(default_factory=dict)
     """Gradient passes, tokens, FLOPs, updates, seconds by phase, peak memory (bytes)."""
     run: Mapping[str, Any] = field(default_factory=dict)
     """The section `run` of metrics.json: name, method, notes, paths, whether generations are degenerate."""
     reused: bool = False
-    """Whether it was finished already, and nothing was run."""
+    """Whether the run had finished before, and nothing was run."""
     delivered: bool = True
-    """Whether MLflow has everything; if not, the next start of the run brings it the rest."""
+    """Whether MLflow has everything; if not, the next start of the run sends the rest."""
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its planned end."""
+        """Whether the run reached its planned end."""
         return self.status == "finished"
 
     @property
     def model(self) -> str:
-        """Where the model lies: a Hugging Face directory."""
+        """Path of the model, a Hugging Face directory."""
         return join(self.home, "model")
 
     @property
@@ -53,7 +53,7 @@ class Outcome:
 
 
 def read_unlearned(home: str, *, reused: bool = False, delivered: bool = True) -> Outcome | None:
-    """The outcome that metrics.json tells; None: the run has not ended."""
+    """The outcome in metrics.json; None: the run has not finished."""
     path = join(home, "metrics.json")
     if not is_file(path):
         return None
@@ -64,7 +64,7 @@ def read_unlearned(home: str, *, reused: bool = False, delivered: bool = True) -
         status=run["status"],
         message=run["message"],
         rounds=run["rounds"],
-        metrics={name: found for name, found in summary.items() if name not in ("cost", "run")},
+        metrics={name: content for name, content in summary.items() if name not in ("cost", "run")},
         cost=summary["cost"],
         run=run,
         reused=reused,
@@ -73,7 +73,7 @@ def read_unlearned(home: str, *, reused: bool = False, delivered: bool = True) -
 
 
 def read_trained(home: str, *, reused: bool = False) -> Outcome | None:
-    """The outcome that training.json tells; None: there is no whole model."""
+    """The outcome in training.json; None: there is no complete model."""
     path = join(home, "training.json")
     if not is_file(path) or not is_whole(join(home, "model")):
         return None
@@ -90,13 +90,13 @@ def read_trained(home: str, *, reused: bool = False) -> Outcome | None:
 
 
 def cost_of(training: Mapping[str, Any], seconds: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """What a run cost, from training.json and the seconds of its phases."""
-    account = training["account"]
+    """A run's cost, from training.json and the seconds of its phases."""
+    counts = training["account"]
     return {
-        "gradient_passes": account["gradient_passes"],
-        "tokens": account["tokens"],
-        "flops": account["flops"],
-        "updates": account["updates"],
+        "gradient_passes": counts["gradient_passes"],
+        "tokens": counts["tokens"],
+        "flops": counts["flops"],
+        "updates": counts["updates"],
         "seconds": {**(seconds or {}), "rounds": training["train_seconds"]},
         "peak_memory_bytes": training["peak_memory_bytes"],
     }

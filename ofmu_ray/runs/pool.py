@@ -1,4 +1,4 @@
-"""Many runs at a time: warm processes, or Ray Train one after the other."""
+"""Many runs: concurrently in warm processes, or one after the other through Ray Train."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from ofmu_ray.runs.trial import SplitData, Trial, run_trial, write_failure
 
 
 def trial_runner(shared: Mapping[str, Any]) -> Callable[[Trial], dict[str, Any]]:
-    """In a process: runs trials. `shared`: references to the splits' data."""
+    """A function that runs trials in a worker process. `shared`: Ray references to the splits' data."""
     import ray
 
     import ofmu_ray.evaluation.scorer
-    import ofmu_ray.training.start  # noqa: F401  imports are no part of a trial's time
+    import ofmu_ray.training.start  # noqa: F401  imports do not count towards a trial's time
 
     return lambda trial: run_trial(trial, ray.get(shared[trial.split]), local=True)
 
 
 class Pool:
-    """Runs trials as many at a time as fit, each on one worker's share of the machine.
+    """Runs as many trials at a time as fit, each on one worker's share of the machine.
 
-    Engine torch with one worker: in processes that stay warm. Otherwise one after the other through Ray Train. A trial
-    whose process ends (its memory, a lost node) is a failed trial.
+    With engine torch and one worker, trials run in processes that stay warm; otherwise one after the other through Ray
+    Train. A trial whose process dies (out of memory, a lost node) counts as failed.
     """
 
     def __init__(self, base: UnlearnConfig, data: Mapping[str, SplitData], concurrency: int | None) -> None:

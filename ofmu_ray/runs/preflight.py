@@ -1,4 +1,4 @@
-"""What can be found out before any worker starts: the machine, the storage, the models."""
+"""Checks before any worker starts: the machine, the storage, the models."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
     from ofmu_ray.tasks.protocol import Task
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""What Ray sets in the process of a submitted job, and nowhere else."""
+"""The variable that Ray sets only in the process of a submitted job."""
 UPLOADS = "working_dir_files"
 """Ray's folder of unpacked working directories on a node."""
 
 
 def prepare_storage(storage: str) -> str:
-    """The storage, where files can be written, read and deleted: an absolute path, or a URI.
+    """Check that files can be written, read and deleted in the storage; return its absolute path or URI.
 
     Raises:
-        UserError: they cannot, or the URI holds credentials, which would be written down with the run.
+        UserError: they cannot, or the URI contains credentials, which would be recorded with the run.
     """
     if is_uri(storage):
         _probe_store(storage)
@@ -50,8 +50,8 @@ def _probe_store(storage: str) -> None:
     shown = without_credentials(storage)
     if "@" in storage or any(f"{word}=" in storage for word in ("access_key", "secret_key", "session_token")):
         raise UserError(
-            f"storage = {shown!r} comes with credentials, and a storage's name is written down in many places: give "
-            "them as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in a profile, or as a role of the nodes"
+            f"storage = {shown!r} contains credentials, and a storage's name is recorded in many places: pass them as "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in a profile, or as a role of the nodes"
         )
     path = join(storage, f".writable.{uuid.uuid4().hex[:12]}")
     filesystem, inside = locate(path, wait=False)
@@ -71,7 +71,7 @@ def prepare_folder(storage: str) -> Path:
     if is_uri(storage):
         raise UserError(
             f"storage = {without_credentials(storage)!r}: this command needs a folder that all nodes share (NFS, EFS, "
-            "Filestore, Lustre); `ofmu unlearn`, `train` and `evaluate` take URIs, and data and models may lie at one"
+            "Filestore, Lustre); `ofmu unlearn`, `train` and `evaluate` take URIs, and data and models may be at one"
         )
     path = local_path(storage)
     if JOB_VARIABLE in os.environ:
@@ -89,10 +89,10 @@ def prepare_folder(storage: str) -> Path:
 
 
 def check_job_storage(storage: str) -> None:
-    """A submitted job runs in a copy of the uploaded folder on the head node, which is removed after it.
+    """Refuse a storage in a submitted job's own folder, a copy of the upload that Ray removes after the job.
 
     Raises:
-        UserError: `storage` is relative, or lies in the job's own working directory.
+        UserError: `storage` is relative, or inside the job's own working directory.
     """
     if is_uri(storage):
         return
@@ -101,7 +101,7 @@ def check_job_storage(storage: str) -> None:
     inside = upload is not None and local_path(storage).is_relative_to(upload)
     if inside or not os.path.isabs(text):
         raise UserError(
-            f"storage = {storage!r}: a submitted job's own folder is removed with all that was written there; name the "
+            f"storage = {storage!r}: a submitted job's own folder is removed with everything written there; name the "
             "folder that all nodes share by its absolute path (--storage /mnt/...), or a URI (s3://, gs://)"
         )
 
@@ -116,8 +116,8 @@ def engine_of(training: TrainingConfig, home: str) -> Literal["torch", "deepspee
 def runs_here(training: TrainingConfig, home: str) -> bool:
     """Whether the rounds run in this process, without Ray: one worker with the engine torch, on this machine.
 
-    Not in a submitted job or where RAY_ADDRESS names a cluster, whose nodes have the CPUs; not with a storage at a URI,
-    which Ray Train writes checkpoints to; and not where Ray Train started the run.
+    Not in a submitted job or if RAY_ADDRESS names a cluster, whose nodes have the CPUs; not with a storage at a URI,
+    which Ray Train writes checkpoints to; and not if Ray Train started the run.
 
     Raises:
         UserError: this process's checkpoints are there, but Ray Train, which does not read them, would resume the run.
@@ -134,7 +134,7 @@ def runs_here(training: TrainingConfig, home: str) -> bool:
 
 
 def public(config: Any) -> dict[str, Any]:
-    """A configuration as MLflow, manifest, report and model card may hold it: URIs without user, password and query."""
+    """A configuration that MLflow, manifest, report and model card may show: URIs without user, password and query."""
 
     def cleaned(value: Any) -> Any:
         if isinstance(value, dict):
@@ -148,17 +148,17 @@ def public(config: Any) -> dict[str, Any]:
 
 
 def claim(home: PathLike, config_hash: str, *, write: bool = False) -> None:
-    """A run's home belongs to one configuration: that of its first start (run.json).
+    """Check that a run's home belongs to this configuration: that of its first start (run.json).
 
     Raises:
-        UserError: a run with other options has this name, finished or not; nothing of it is touched.
+        UserError: a run with other options has this name, finished or not; it is left untouched.
     """
     path = join(home, "run.json")
     if is_file(path):
-        theirs = json.loads(read_text(path))["config_hash"]
-        if theirs != config_hash:
+        recorded = json.loads(read_text(path))["config_hash"]
+        if recorded != config_hash:
             raise UserError(
-                f"name = {name_of(home)!r}: a run with another configuration has this name (hash {theirs}, now "
+                f"name = {name_of(home)!r}: a run with another configuration has this name (hash {recorded}, now "
                 f"{config_hash}); choose another --name, or give the options it was started with"
             )
     elif write:
@@ -166,19 +166,19 @@ def claim(home: PathLike, config_hash: str, *, write: bool = False) -> None:
 
 
 def check_machine(training: TrainingConfig) -> None:
-    """More workers than CPUs, GPUs that are not there: said before Ray is started, where Ray would run here."""
+    """Raise UserError if the workers need more CPUs than this machine has, before Ray starts here."""
     if "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ:
         return  # the cluster's resources are counted once it is joined (ofmu_ray.cluster.connect)
-    needed, found = training.workers * training.cpus_per_worker, os.cpu_count() or 1
-    if needed > found:
+    needed, available = training.workers * training.cpus_per_worker, os.cpu_count() or 1
+    if needed > available:
         raise UserError(
             f"training.workers x training.cpus_per_worker = {training.workers} x {training.cpus_per_worker:g} = "
-            f"{needed:g} CPUs, but this machine has {found}: lower one of them, or join a cluster (RAY_ADDRESS)"
+            f"{needed:g} CPUs, but this machine has {available}: lower one of them, or join a cluster (RAY_ADDRESS)"
         )
 
 
 def check_method(task: Task, config: UnlearnConfig) -> None:
-    """UserError when the method's losses need what the task does not have."""
+    """Raise UserError if the method's losses need what the task does not have."""
     from ofmu_ray.methods import build_method
 
     missing = build_method(config.method_options).asks - task.offers
@@ -192,14 +192,14 @@ def check_method(task: Task, config: UnlearnConfig) -> None:
 
 
 def check_task_on_nodes(name: str) -> None:
-    """UserError when a node's processes do not find the task's module. Ray must be up."""
+    """Raise UserError if processes on some node cannot import the task's module. Ray must be up."""
     from ofmu_ray.cluster.nodes import alive, on_each
     from ofmu_ray.tasks import importable, is_builtin
 
     if is_builtin(name):
         return
     answers = on_each(alive(), importable, name)
-    missing = [node.address for node, found in answers.items() if found is not True]
+    missing = [node.address for node, answer in answers.items() if answer is not True]
     if missing:
         raise UserError(
             f"task = {name!r}: processes on {', '.join(missing)} cannot import it; install the module there, or put "
@@ -208,7 +208,7 @@ def check_task_on_nodes(name: str) -> None:
 
 
 def check_sources(data: DataConfig) -> None:
-    """The sources exist; what their rows hold is checked when they are tokenised."""
+    """Check that the sources exist; their rows are checked when they are tokenised."""
     from ofmu_ray.data import sources
 
     for name, source in data.sources.items():

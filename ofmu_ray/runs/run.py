@@ -1,6 +1,6 @@
-"""A run as one function: check, prepare, plan, compute what the method needs beforehand, fit, evaluate, write.
+"""A run as one function: check, prepare, plan, precompute what the method needs, fit, evaluate, write.
 
-It neither prints nor exits: progress goes to a listener (ofmu_ray.progress), a user's mistake is a `UserError`.
+It neither prints nor exits: progress goes to a listener (ofmu_ray.progress), user errors are raised as `UserError`.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Run:
-    """One run while it is worked on."""
+    """A run in progress."""
 
     config: UnlearnConfig | TrainConfig
     storage: str
     digest: str
-    """Hash of what decides the outcome."""
+    """Hash of everything that determines the outcome."""
     command: Sequence[str] = ()
-    """For the report and the manifest; empty when a Python program started the run."""
+    """For the report and the manifest; empty if a Python program started the run."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock seconds by phase."""
 
@@ -90,38 +90,38 @@ class Run:
 def run(
     config: UnlearnConfig | TrainConfig, listener: progress.Listener | None = None, command: Sequence[str] = ()
 ) -> Outcome:
-    """Run to the end, or resume what a killed run of the same name left. A finished run is read, not repeated.
+    """Run to the end, or resume a killed run of the same name. A finished run is read, not repeated.
 
     Raises:
-        UserError: a user's mistake, or a storage or cluster that refuses; nothing that was there is touched.
+        UserError: a user's mistake, or the storage or cluster refuses; existing files are left untouched.
     """
-    heard = progress.current() if listener is None else listener
-    with progress.listening(heard), explained(config.storage):
-        begun = Run(config, prepare_storage(config.storage), outcome_hash(config), command)
+    active_listener = progress.current() if listener is None else listener
+    with progress.listening(active_listener), explained(config.storage):
+        this_run = Run(config, prepare_storage(config.storage), outcome_hash(config), command)
         check_machine(config.training)
-        claim(begun.home, begun.digest)
+        claim(this_run.home, this_run.digest)
         if isinstance(config, TrainConfig):
-            return read_trained(begun.home, reused=True) or _observed(begun, lambda: _train(begun, config))
-        return _finished(begun, config) or _observed(begun, lambda: _unlearn(begun, config))
+            return read_trained(this_run.home, reused=True) or _observed(this_run, lambda: _train(this_run, config))
+        return _finished(this_run, config) or _observed(this_run, lambda: _unlearn(this_run, config))
 
 
-def _observed(begun: Run, work: Callable[[], Outcome]) -> Outcome:
-    heard, outcome = progress.current(), None
-    heard.started(begun)
+def _observed(this_run: Run, work: Callable[[], Outcome]) -> Outcome:
+    listener, outcome = progress.current(), None
+    listener.started(this_run)
     try:
         outcome = work()
     finally:
-        heard.ended(begun, outcome)
+        listener.ended(this_run, outcome)
     return outcome
 
 
 @contextmanager
-def _tracked(begun: Run, tags: dict[str, str]) -> Iterator[Any]:
-    """The MLflow run of the block, closed by it if it raises."""
+def _tracked(this_run: Run, tags: dict[str, str]) -> Iterator[Any]:
+    """The MLflow run for a block; closed if the block raises."""
     from ofmu_ray import tracking
 
-    config = begun.config
-    handle = tracking.start(config.tracking, begun.storage, name_of(begun.home), public(config), tags)
+    config = this_run.config
+    handle = tracking.start(config.tracking, this_run.storage, name_of(this_run.home), public(config), tags)
     try:
         with tracking.system_metrics(handle, enabled=config.tracking.system_metrics):
             yield handle
@@ -136,21 +136,21 @@ def _tracked(begun: Run, tags: dict[str, str]) -> Iterator[Any]:
 # ----------------------------------------------------------------------------------------------------------- unlearn
 
 
-def _finished(begun: Run, config: UnlearnConfig) -> Outcome | None:
-    """A run that has ended, with what MLflow did not take then."""
+def _finished(this_run: Run, config: UnlearnConfig) -> Outcome | None:
+    """The outcome of a finished run, after sending MLflow what it did not take before; None: not finished."""
     from ofmu_ray import tracking
 
-    found = read_unlearned(begun.home, reused=True)
-    if found is None:
+    outcome = read_unlearned(this_run.home, reused=True)
+    if outcome is None:
         return None
-    remove_folder(join(begun.home, "train"))  # left by a kill at the very end
-    done = tracking.deliver_late(begun.home, config.tracking, begun.storage)
+    remove_folder(join(this_run.home, "train"))  # left over if killed at the very end
+    done = tracking.deliver_late(this_run.home, config.tracking, this_run.storage)
     if done is not None:
         progress.note("mlflow", "has everything now" if done else "does not answer; the rest waits in the run's folder")
-    return replace(found, delivered=done is not False)
+    return replace(outcome, delivered=done is not False)
 
 
-def _unlearn(begun: Run, config: UnlearnConfig) -> Outcome:
+def _unlearn(this_run: Run, config: UnlearnConfig) -> Outcome:
     from ofmu_ray import tracking
     from ofmu_ray.cluster.join import join_cluster, run_paths
     from ofmu_ray.runs import writing
@@ -161,64 +161,64 @@ def _unlearn(begun: Run, config: UnlearnConfig) -> Outcome:
     if config.evaluation.enabled and config.evaluation.retrained:
         task.check_model(ModelConfig(path=config.evaluation.retrained), "evaluation.retrained")
     check_sources(config.data)
-    encoder, evaluation = task.encoder(processor, config.data), task.evaluation(config, begun.storage)
-    claim(begun.home, begun.digest, write=True)
-    tags = {"ofmu.kind": "unlearn", "ofmu.method": config.method, "ofmu.config_hash": begun.digest}
-    with _tracked(begun, tags) as handle:
-        with begun.phase("start"):
-            progress.note("run", begun.home)
-            if not begun.here:
-                join_cluster(config.training, begun.storage, run_paths(config))
+    encoder, evaluation = task.encoder(processor, config.data), task.evaluation(config, this_run.storage)
+    claim(this_run.home, this_run.digest, write=True)
+    tags = {"ofmu.kind": "unlearn", "ofmu.method": config.method, "ofmu.config_hash": this_run.digest}
+    with _tracked(this_run, tags) as handle:
+        with this_run.phase("start"):
+            progress.note("run", this_run.home)
+            if not this_run.here:
+                join_cluster(config.training, this_run.storage, run_paths(config))
                 check_task_on_nodes(config.task)
-        with _threads(begun):
-            results = _work(begun, config, evaluation, encoder, handle)
+        with _threads(this_run):
+            results = _work(this_run, config, evaluation, encoder, handle)
         finished = results.training["status"] == "finished"
     link = tracking.open_command(handle)
-    files = writing.write(begun.home, results, public(config), begun.digest, begun.command, link)
+    files = writing.write(this_run.home, results, public(config), this_run.digest, this_run.command, link)
     status: Any = "FINISHED" if finished else "FAILED"
-    delivered = tracking.conclude(begun.home, handle, artifacts=files, status=status)
+    delivered = tracking.conclude(this_run.home, handle, artifacts=files, status=status)
     if not delivered:
-        text = f"did not take everything; the same command brings it the rest later, from {begun.home}"
+        text = f"did not take everything; the same command sends it the rest later, from {this_run.home}"
         progress.note("mlflow", text)
-    remove_folder(join(begun.home, "train"))  # the checkpoints
-    drop_copies(join(begun.home, "model"))
-    outcome = read_unlearned(begun.home, delivered=delivered)
+    remove_folder(join(this_run.home, "train"))  # the checkpoints
+    drop_copies(join(this_run.home, "model"))
+    outcome = read_unlearned(this_run.home, delivered=delivered)
     assert outcome is not None
     return outcome
 
 
-def _work(begun: Run, config: UnlearnConfig, evaluation: Evaluation, encoder: Encoder, handle: Any) -> RunResults:
-    """Data, evaluation before, the rounds, evaluation after."""
+def _work(this_run: Run, config: UnlearnConfig, evaluation: Evaluation, encoder: Encoder, handle: Any) -> RunResults:
+    """Prepare the data, evaluate, run the rounds, evaluate again."""
     from ofmu_ray.data.prepare import prepare_streams
 
-    with begun.phase("data"):
+    with this_run.phase("data"):
         prepared = prepare_streams(
             config.sources,
             config.data.root,
             encoder,
-            begun.storage,
-            private={"forget": join(begun.home, TOKENS)},
+            this_run.storage,
+            private={"forget": join(this_run.home, TOKENS)},
             overlap=config.data.overlap,
             duplicates=config.data.duplicates,
         )
         digest = outcome_hash(config, *(stream.fingerprint for stream in prepared.streams.values()))
-        spec = begun.spec(placed(config.model))
-        job, plan = make_job(spec, prepared, begun.home, begun.cache, digest)
+        spec = this_run.spec(placed(config.model))
+        job, plan = make_job(spec, prepared, this_run.home, this_run.cache, digest)
     progress.note("data", _data_line(plan))
     for topic, text in job.method.remarks.items():
         progress.note(topic, text)
-    with begun.phase("reference"):
-        job = with_references(replace(job, tracking=handle), spec, prepared, plan, begun.cache)
-    with begun.phase("evaluation"):
+    with this_run.phase("reference"):
+        job = with_references(replace(job, tracking=handle), spec, prepared, plan, this_run.cache)
+    with this_run.phase("evaluation"):
         before = evaluation.table(config.model.path, "before")
         retrained = evaluation.table(config.evaluation.retrained, "retrained")
-    with begun.phase("training"):
-        summary = _fit(begun, job)
+    with this_run.phase("training"):
+        summary = _fit(this_run, job)
     progress.note("train", f"{summary['round']} rounds, {summary['train_seconds']:.1f} s; {summary['status']}")
     if summary["message"]:
         progress.note("stop", summary["message"])
-    with begun.phase("evaluation"):
-        after = evaluation.table(join(begun.home, "model"), "after")
+    with this_run.phase("evaluation"):
+        after = evaluation.table(join(this_run.home, "model"), "after")
         tables = {"before": before, "after": after, "retrained": retrained}
         metrics = {name: evaluation.figures(table, retrained) for name, table in tables.items()}
     return RunResults(
@@ -228,35 +228,35 @@ def _work(begun: Run, config: UnlearnConfig, evaluation: Evaluation, encoder: En
         texts=evaluation.texts(),
         verdict=evaluation.verdict(tables, metrics),
         data=prepared.report.to_json(),
-        seconds=begun.seconds,
+        seconds=this_run.seconds,
         plan=plan.fingerprint,
     )
 
 
 @contextmanager
-def _threads(begun: Run) -> Iterator[None]:
-    """What runs in this process has a worker's threads."""
-    if not begun.here:
+def _threads(this_run: Run) -> Iterator[None]:
+    """Give torch a worker's number of threads for what runs in this process."""
+    if not this_run.here:
         yield
         return
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, int(begun.config.training.cpus_per_worker)))
+    torch.set_num_threads(max(1, int(this_run.config.training.cpus_per_worker)))
     try:
         yield
     finally:
         torch.set_num_threads(before)
 
 
-def _fit(begun: Run, job: WorkerJob) -> dict[str, Any]:
-    if begun.here:
+def _fit(this_run: Run, job: WorkerJob) -> dict[str, Any]:
+    if this_run.here:
         from ofmu_ray.training.start import fit_here
 
-        return fit_here(job, begun.kind)
+        return fit_here(job, this_run.kind)
     from ofmu_ray.training.launch import fit
 
-    return fit(job, begun.kind)
+    return fit(job, this_run.kind)
 
 
 def _data_line(plan: Any) -> str:
@@ -269,40 +269,40 @@ def _data_line(plan: Any) -> str:
 # ------------------------------------------------------------------------------------------------------------- train
 
 
-def _train(begun: Run, config: TrainConfig) -> Outcome:
+def _train(this_run: Run, config: TrainConfig) -> Outcome:
     from ofmu_ray import tracking
     from ofmu_ray.cluster.join import join_cluster, model_paths, source_paths
     from ofmu_ray.data.prepare import prepare_streams
 
-    home = begun.home
-    claim(home, begun.digest, write=True)
+    home = this_run.home
+    claim(home, this_run.digest, write=True)
     model = config.model or _initial_model(config, home)
     task = task_named(config.task)
     encoder = task.encoder(task.check_model(model), config.data)
-    with _tracked(begun, {"ofmu.kind": "train"}) as handle:
-        if not begun.here:
+    with _tracked(this_run, {"ofmu.kind": "train"}) as handle:
+        if not this_run.here:
             rows_at = source_paths("data.train", config.data.train, config.data.root)
-            join_cluster(config.training, begun.storage, model_paths(model) | rows_at)
+            join_cluster(config.training, this_run.storage, model_paths(model) | rows_at)
             check_task_on_nodes(config.task)
         prepared = prepare_streams(
             {"train": config.data.train},
             config.data.root,
             encoder,
-            begun.storage,
+            this_run.storage,
             private={"train": join(home, TOKENS)},
             duplicates=config.data.duplicates,
         )
         stream = prepared.streams["train"]
         rounds = max(1, math.ceil(config.epochs * len(stream.rows) / config.training.batch_size))
         progress.note("data", f"{len(stream.rows)} rows, {rounds} steps of {config.training.batch_size} rows")
-        spec = begun.spec(placed(model))
+        spec = this_run.spec(placed(model))
         spec = replace(spec, training=replace(spec.training, rounds=rounds))
-        job, _ = make_job(spec, prepared, home, begun.cache, outcome_hash(config, stream.fingerprint))
-        with begun.phase("training"), _threads(begun):
-            summary = _fit(begun, replace(job, tracking=handle))
+        job, _ = make_job(spec, prepared, home, this_run.cache, outcome_hash(config, stream.fingerprint))
+        with this_run.phase("training"), _threads(this_run):
+            summary = _fit(this_run, replace(job, tracking=handle))
     status: Any = "FINISHED" if summary["status"] == "finished" else "FAILED"
     delivered = tracking.finish(handle, cost=_train_cost(summary), status=status)
-    manifest = {"config": public(config), "config_hash": begun.digest, "data": prepared.report.to_json()}
+    manifest = {"config": public(config), "config_hash": this_run.digest, "data": prepared.report.to_json()}
     atomic_write(join(home, "manifest.json"), json.dumps(manifest, indent=2) + "\n")
     if summary["status"] == "finished":
         remove_text(home)
@@ -311,16 +311,16 @@ def _train(begun: Run, config: TrainConfig) -> Outcome:
         progress.note("stop", summary["message"])
     outcome = read_trained(home)
     assert outcome is not None
-    return replace(outcome, delivered=delivered, cost=cost_of(summary, begun.seconds))
+    return replace(outcome, delivered=delivered, cost=cost_of(summary, this_run.seconds))
 
 
 def _train_cost(summary: dict[str, Any]) -> dict[str, Any]:
-    account: dict[str, Any] = summary["account"]
-    return {name: summary[name] for name in ("train_seconds", "peak_memory_bytes")} | account
+    counts: dict[str, Any] = summary["account"]
+    return {name: summary[name] for name in ("train_seconds", "peak_memory_bytes")} | counts
 
 
 def _initial_model(config: TrainConfig, home: str) -> ModelConfig:
-    """A Llama from the scratch options with seeded random weights, saved beside the run's model."""
+    """A Llama from the scratch options with seeded random weights, saved next to the run's model."""
     folder = join(home, "initial")
     if not is_whole(folder):
         from ofmu_ray.models.initial import write_initial_model

@@ -1,4 +1,4 @@
-"""One unlearning run as a value: trained, evaluated and written down, in a warm process or through Ray Train."""
+"""One unlearning run as a value: trained, evaluated and recorded, in a warm process or through Ray Train."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from ofmu_ray.training.worker_job import WorkerJob
 
 PRIVATE = "private"
-"""Folder of a benchmark for what would give forget rows' text away; it goes when the benchmark ends."""
+"""A benchmark's folder for what would reveal forget rows' text; removed when the benchmark ends."""
 
 
 @dataclass(frozen=True)
 class SplitData:
-    """What all runs on a split share, prepared once by the driver."""
+    """What all runs on a split share; the driver prepares it once."""
 
     name: str
     folder: str
@@ -40,30 +40,30 @@ class SplitData:
     retrained: Any
     """Per-row values of the retrained model (pyarrow Table), or None."""
     fingerprint: str
-    """Digest of the target's and the retrained model's weights, of the rows and of the evaluation rows."""
+    """Digest of the target's and the retrained model's weights, the rows and the evaluation rows."""
     model: ModelConfig
-    """The target, as the driver found it: a run's process may have another working directory."""
+    """The target, as resolved by the driver: a run's process may have another working directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """A run that is to be done."""
+    """A run to do."""
 
     method: str
     split: str
     phase: str
-    """tune, report, ablation, or cost: two rounds whose account says what a round costs."""
+    """tune, report, ablation, or cost: two rounds that measure a round's cost."""
     trial: int
     config: UnlearnConfig
     options: Mapping[str, Any]
-    """What was drawn or chosen: dotted overrides."""
+    """Drawn or chosen options, as dotted overrides."""
     budget_unit: str
     budget: float
     rows: int | None = None
-    """Rows of each set it is judged on, evenly spread; None: all."""
+    """Number of evenly spread rows per set that the run is judged on; None: all."""
 
     def key(self, data: SplitData) -> str:
-        """Digest of all that decides the result."""
+        """Digest of everything that determines the result."""
         from ofmu_ray.metrics.functions import METRIC_VERSION
 
         run = [self.method, self.phase, str(self.trial), self.budget_unit, repr(self.budget), str(self.rows)]
@@ -71,55 +71,55 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """A readable name."""
         number = f"seed {self.config.seed}" if self.phase != "tune" else str(self.trial)
         return f"{self.method} {self.split} {self.phase} {number}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialHooks:
-    """What a sweep wants of its trials besides their result."""
+    """What a sweep needs from its trials in addition to the result."""
 
     stages: int
-    """Evaluations of a run, the last one at its end."""
+    """Number of evaluations of a run, including the final one."""
     tracking: Any = None
     """MLflow run of the trial, for its series."""
     parent: str | None = None
-    """Key of the trial whose weights and optimisers this one goes on from."""
+    """Key of the trial whose weights and optimisers this one continues from."""
 
 
 def result_path(folder: str | Path, key: str) -> Path:
-    """Where a finished run is written down; its rows lie beside it as Parquet."""
+    """Path of a finished run's result; its rows are next to it as Parquet."""
     return Path(folder) / "trials" / f"{key}.json"
 
 
 def read_result(folder: str | Path, key: str) -> dict[str, Any] | None:
-    """What `run_trial` wrote, or None."""
+    """The result written by `run_trial`, or None."""
     path = result_path(folder, key)
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def model_path(folder: str | Path, key: str) -> Path:
-    """Where the model of a finished trial lies, as long as it is kept."""
+    """Path of a finished trial's model, as long as it is kept."""
     return Path(folder) / "models" / key
 
 
 def checkpoint_path(folder: str | Path, key: str) -> Path:
-    """Where the checkpoints of a trial lie that others go on from."""
+    """Path of a trial's checkpoints that others continue from."""
     return Path(folder) / "checkpoints" / key
 
 
 def work_path(folder: str | Path, key: str) -> Path:
-    """Where a trial's plan, checkpoints and stages lie while it runs."""
+    """Path of a trial's plan, checkpoints and stages while it runs."""
     return Path(folder) / "work" / key
 
 
 def run_trial(trial: Trial, data: SplitData, *, local: bool, watch: TrialHooks | None = None) -> dict[str, Any]:
-    """Run, evaluate, and write <folder>/trials/<key>.json whole, whatever happens; returns its content.
+    """Run, evaluate, and write <folder>/trials/<key>.json atomically, whatever happens; return its content.
 
-    `local`: in this process (engine torch, one worker); otherwise through Ray Train, from the driver. An exception is
-    a result with status `failed`, so that one bad draw does not end a benchmark. With `watch` the model is kept
-    (`model_path`), and so are the checkpoints of a run that was ended early (`checkpoint_path`).
+    `local`: in this process (engine torch, one worker); otherwise through Ray Train, from the driver. An exception
+    becomes a result with status `failed`, so that one bad draw does not end a benchmark. With `watch`, the model is
+    kept (`model_path`), and so are the checkpoints of a run that was stopped early (`checkpoint_path`).
     """
     started = time.perf_counter()
     work = work_path(data.folder, trial.key(data))
@@ -131,17 +131,17 @@ def run_trial(trial: Trial, data: SplitData, *, local: bool, watch: TrialHooks |
     evaluations = {} if watch is None else {"evaluations": published(work)}
     total = {"total_seconds": time.perf_counter() - started}
     content = _written(trial, data, result | evaluations | total)
-    shutil.rmtree(work, ignore_errors=True)  # last, so that a kill before it loses nothing
+    shutil.rmtree(work, ignore_errors=True)  # last, so that an earlier kill loses nothing
     return content
 
 
 def published(work: Path) -> list[dict[str, Any]]:
-    """The evaluations of a run on its way, oldest first."""
+    """A run's intermediate evaluations, oldest first."""
     return [json.loads(path.read_text()) for path in sorted((work / "stages").glob("*.json"))]
 
 
 def write_failure(trial: Trial, data: SplitData, message: str) -> dict[str, Any]:
-    """The result of a run that could not even fail by itself."""
+    """Write the result of a run that could not record its own failure."""
     return _written(trial, data, {"status": "failed", "message": message, "total_seconds": 0.0})
 
 
@@ -154,7 +154,7 @@ def _written(trial: Trial, data: SplitData, result: Mapping[str, Any]) -> dict[s
 
 
 def reason(error: BaseException) -> str:
-    """One line about an exception, without the text of rows (which no exception of this project holds)."""
+    """One line about an exception, without rows' text (which no exception of this project contains)."""
     mistake = user_error_within(error)
     if mistake is not None:
         return str(mistake)
@@ -182,50 +182,50 @@ def _run(trial: Trial, data: SplitData, work: Path, local: bool, watch: TrialHoo
 
         summary = fit(job, trial.name)
     clock.lap("run_seconds")
-    account = summary["account"]
-    found = {
+    counts = summary["account"]
+    result = {
         "status": summary["status"],
         "message": summary["message"],
         "rounds": summary["round"],
-        "forget_passes": account["gradient_passes"]["forget"],
-        "retain_passes": account["gradient_passes"]["retain"],
-        "updates": account["updates"],
-        "tokens": account["tokens"],
-        "flops": account["flops"],
+        "forget_passes": counts["gradient_passes"]["forget"],
+        "retain_passes": counts["gradient_passes"]["retain"],
+        "updates": counts["updates"],
+        "tokens": counts["tokens"],
+        "flops": counts["flops"],
         "train_seconds": summary["train_seconds"],
         "peak_memory_bytes": summary["peak_memory_bytes"],
     }
     if trial.phase == "cost":
-        found["mean_tokens"] = _mean_tokens(job.plan_dir)
-        return found | _last_round(found, summary["series"]) | clock.laps
+        result["mean_tokens"] = _mean_tokens(job.plan_dir)
+        return result | _last_round(result, summary["series"]) | clock.laps
     if summary["status"] == "stopped":
         [last] = (work / "train").glob("*round_*_stopped")
         _move(last, checkpoint_path(data.folder, trial.key(data)))
     else:
         config = trial.config
         evaluation = data.evaluator.sampled(trial.rows, config.evaluation, config.seed)
-        if local:  # in memory, nothing is exported; the worker does not go on
+        if local:  # in memory, without export; the worker is done
             table = evaluation.live_table(worker.module, worker.processor, trial.name)
         else:
             table = evaluation.table(str(work / "model"), trial.name)
         _keep_rows(table, result_path(data.folder, trial.key(data)).with_suffix(".parquet"))
-        found["figures"] = evaluation.figures(table, data.retrained)
+        result["figures"] = evaluation.figures(table, data.retrained)
         clock.lap("evaluation_seconds")
         if watch is not None:
             if local:
                 export_model(job, worker.engine, worker.module, worker.processor, worker.state, 0)
             _move(work / "model", model_path(data.folder, trial.key(data)))
-    return found | clock.laps
+    return result | clock.laps
 
 
-def _last_round(found: Mapping[str, Any], series: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """What the last round cost by itself: finite differences measure their steps in the first one, which costs more."""
+def _last_round(result: Mapping[str, Any], series: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The last round's cost alone: finite differences calibrate their steps in the first round, which costs more."""
     if len(series) < 2:
         return {}
     names = ("forget_passes", "retain_passes")
     passes = {name: series[-1][name] - series[-2][name] for name in names}
-    share = sum(passes.values()) / sum(found[name] for name in names)
-    return {**passes, "rounds": 1, "flops": found["flops"] * share}
+    share = sum(passes.values()) / sum(result[name] for name in names)
+    return {**passes, "rounds": 1, "flops": result["flops"] * share}
 
 
 def _move(folder: Path, place: Path) -> None:
@@ -235,7 +235,7 @@ def _move(folder: Path, place: Path) -> None:
 
 
 def _stages(trial: Trial, data: SplitData, work: Path, count: int) -> Any:
-    """Evaluations on the way, on the rows that the trial is judged on."""
+    """Intermediate evaluations, on the rows that the trial is judged on."""
     from ofmu_ray.training.stages import Stages
 
     config = trial.config
@@ -244,7 +244,7 @@ def _stages(trial: Trial, data: SplitData, work: Path, count: int) -> Any:
 
 
 def job_of(trial: Trial, data: SplitData, work: Path) -> WorkerJob:
-    """The worker's job, its batch plan and what the method needs to know about rows written."""
+    """The worker's job; writes its batch plan and what the method needs to know about the rows."""
     model = replace(trial.config.model, path=data.model.path, tokenizer=data.model.tokenizer)
     spec, cache = Spec.of(trial.config, model), str(data.evaluator.cache)
     job, plan = make_job(spec, data.prepared, str(work), cache, trial.key(data), here=True)
@@ -252,7 +252,7 @@ def job_of(trial: Trial, data: SplitData, work: Path) -> WorkerJob:
 
 
 def _mean_tokens(plan_dir: str) -> dict[str, float]:
-    """Mean tokens of the rows of each stream in a plan."""
+    """Mean number of tokens of each stream's rows in a plan."""
     from ofmu_ray.data.batch_plan import read_plan
     from ofmu_ray.data.shard_files import lane_files, read_pieces
 
@@ -264,14 +264,14 @@ def _mean_tokens(plan_dir: str) -> dict[str, float]:
             for table in read_pieces(path):
                 for position, ids in zip(table["position"].to_pylist(), table["input_ids"].to_pylist(), strict=True):
                     tokens[order[position % plan.rows_per_round]].append(len(ids))
-    return {name: sum(found) / len(found) for name, found in tokens.items() if found}
+    return {name: sum(lengths) / len(lengths) for name, lengths in tokens.items() if lengths}
 
 
 # ------------------------------------------------------------------------------------------------------ evaluation
 
 
 def _keep_rows(table: Any, path: Path) -> None:
-    """Values by row beside the result, named as in the whole sets."""
+    """Write the per-row values next to the result."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -281,7 +281,7 @@ def _keep_rows(table: Any, path: Path) -> None:
 
 
 def cost_signature(config: UnlearnConfig) -> dict[str, Any]:
-    """What decides the cost of a round: the method's options, of real numbers only whether they are 0."""
+    """What determines the cost of a round: the method's options; of real numbers, only whether they are 0."""
     chosen = flatten(to_dict(config.method_options))
     rates = tuple(f"{name}." for name in config.method_options.optimizer_fields)
     return {
@@ -304,10 +304,10 @@ class _Clock:
 
 
 def _reset_peak() -> None:
-    """Let the peak of this process's memory begin anew, so that a warm process does not report an earlier run's.
+    """Reset this process's memory peak, so that a warm process does not report that of an earlier run.
 
-    The resident set still holds the interpreter and what the allocator keeps. Where Linux does not allow it (or on
-    another system) the peak stays that of all runs of the process.
+    The resident set still includes the interpreter and what the allocator keeps. If the system does not allow a reset,
+    the peak is that of all runs of the process.
     """
     import torch
 
@@ -331,7 +331,7 @@ def _free_device() -> None:
 
 
 def _finite(value: Any) -> Any:
-    """NaN and infinity, which JSON does not have, as null."""
+    """Replace NaN and infinity, which JSON does not have, by null."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

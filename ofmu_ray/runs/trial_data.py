@@ -1,4 +1,4 @@
-"""What many runs on the same rows share: checked, tokenised and evaluated once, before the first of them."""
+"""What many runs on the same rows share: checked, tokenised and evaluated once, before the first run."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ofmu_ray.tasks import task_named
 
 
 def checked(
-    base: UnlearnConfig, storage: Path, asked: Mapping[str, str], generation: tuple[str, int | None], where: str = ""
+    base: UnlearnConfig, storage: Path, required: Mapping[str, str], generation: tuple[str, int | None], where: str = ""
 ) -> Any:
-    """Models, sources and evaluation rows are there, and give the metrics that a rule asks for.
+    """Check that models, sources and evaluation rows exist and give the metrics that a rule needs.
 
-    `asked`: option -> metric. `generation`: option and value of the longest generation of runs that are judged by the
-    rule. `where` leads the messages.
+    `required`: option -> metric. `generation`: option and value of the longest generation of runs that the rule
+    judges. `where` is the prefix of error messages.
 
     Raises:
         UserError: something is missing, or a metric does not exist or will not be measured.
@@ -37,31 +37,33 @@ def checked(
     if evaluation.retrained:
         task.check_model(ModelConfig(path=evaluation.retrained), "evaluation.retrained")
     if not evaluation.enabled:
-        raise UserError(f"{where}evaluation.enabled is false, but runs are to be compared by their evaluation")
+        raise UserError(
+            f"{where}evaluation.enabled is false, but runs are compared by their evaluation: set it to true"
+        )
     option, longest = generation
     if longest is None:
         option, longest = "evaluation.max_new_tokens", evaluation.max_new_tokens
     known = {one.name: one for one in metrics()}
-    for name, asked_for in asked.items():
-        if asked_for not in known:
-            raise UserError(f"{name} = {asked_for!r}: no such metric.{close_match(asked_for, known)}")
-        needs = known[asked_for].needs
+    for name, metric in required.items():
+        if metric not in known:
+            raise UserError(f"{name} = {metric!r}: no such metric.{close_match(metric, known)}")
+        needs = known[metric].needs
         if "retrained" in needs and not evaluation.retrained:
             raise UserError(
-                f"{where}{name} = {asked_for} needs a model without the forget rows: name evaluation.retrained"
+                f"{where}{name} = {metric} needs a model without the forget rows: name evaluation.retrained"
             )
         if "generations" in needs and longest == 0:
-            raise UserError(f"{option} = 0: without generations there is no {name} = {asked_for}")
+            raise UserError(f"{option} = 0: without generations there is no {name} = {metric}")
         for part in sorted(needs - {"retrained", "generations"}):
             if getattr(evaluation.sets, part) is None:
-                raise UserError(f"{where}{name} = {asked_for} needs rows of {part}: name evaluation.sets.{part}")
+                raise UserError(f"{where}{name} = {metric} needs rows of {part}: name evaluation.sets.{part}")
     return task.evaluation(base, storage)
 
 
 def prepare(
     name: str, base: UnlearnConfig, storage: Path, folder: Path, evaluator: Any
 ) -> tuple[SplitData, dict[str, Any]]:
-    """The tokenised streams, and per-row values of the target and of the retrained model by these names."""
+    """The tokenised streams, and per-row values of the models `target` and `retrained`."""
     from ofmu_ray.data.prepare import prepare_streams
 
     task = task_named(base.task)
@@ -84,7 +86,7 @@ def prepare(
 
 
 def _fingerprint(base: UnlearnConfig, prepared: Any, evaluator: Any) -> str:
-    """By content: a model that was fitted anew under the same path, or other rows, make other runs."""
+    """A digest by content: a model trained again under the same path, or different rows, make different runs."""
     from ofmu_ray.models.source import model_fingerprint, weights_folder
 
     paths = [path for path in (base.model.path, base.evaluation.retrained) if path]

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: metrics.json, rows.parquet, manifest.json, report.html and the model's card."""
+"""What a run writes to its folder: metrics.json, rows.parquet, manifest.json, report.html and the model card."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ofmu_ray.storage import PathLike, atomic_write, join, name_of
 
 @dataclass(frozen=True)
 class RunResults:
-    """A run that has ended, before it is written down."""
+    """Results of a finished run, before they are written."""
 
     training: dict[str, Any]
     """training.json: status, series, seconds, account."""
@@ -28,7 +28,7 @@ class RunResults:
     texts: dict[str, tuple[str, str]]
     """Row id -> (question, answer), for the samples of the report."""
     verdict: dict[str, Any]
-    """What only all models together tell (`Evaluation.verdict`)."""
+    """What follows only from all models together (`Evaluation.verdict`)."""
     data: dict[str, Any]
     """The data report."""
     seconds: dict[str, float]
@@ -40,9 +40,9 @@ class RunResults:
 def write(
     home: str, results: RunResults, config: dict[str, Any], config_hash: str, command: Sequence[str], mlflow: str
 ) -> list[str]:
-    """Write everything to a run's folder or URI, and delete what holds the forget rows' text.
+    """Write everything to a run's folder or URI, and delete what contains the forget rows' text.
 
-    metrics.json comes last: it marks the run as finished, so that a kill before it leaves a run that resumes.
+    metrics.json comes last: it marks the run as finished, so a run killed before that can resume.
 
     Returns the names of the files that MLflow keeps as artifacts.
     """
@@ -51,7 +51,7 @@ def write(
     training = results.training
     summary = {
         **results.metrics,
-        **{name: found for name, found in results.verdict.items() if name != "run"},
+        **{name: value for name, value in results.verdict.items() if name != "run"},
         "cost": cost_of(training, results.seconds),
         "run": {**_run(home, results, config), "config_hash": config_hash, "mlflow": mlflow},
     }
@@ -97,13 +97,13 @@ def write(
         config_hash=config_hash,
         rounds=training["round"],
     )
-    remove_text(home)  # before the run counts as finished, so that a kill leaves none
+    remove_text(home)  # before the run counts as finished, so that a kill leaves no text
     atomic_write(join(home, "metrics.json"), json.dumps(_json(summary), indent=2) + "\n")
     return ["report.html", "manifest.json", "metrics.json"]
 
 
 def write_rows(path: PathLike, tables: dict[str, Any]) -> None:
-    """Per-row values of all models; forget rows' text is not in them unless report.reveal_text asked for it."""
+    """Write per-row values of all models, without forget rows' text unless report.reveal_text is set."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -122,7 +122,7 @@ def _models(home: PathLike, config: dict[str, Any]) -> dict[str, str | None]:
 
 
 def _run(home: PathLike, results: RunResults, config: dict[str, Any]) -> dict[str, Any]:
-    """What became of the run, and where it lies."""
+    """The run's outcome and paths."""
     training = results.training
     return {
         "name": name_of(home),
@@ -139,7 +139,7 @@ def _run(home: PathLike, results: RunResults, config: dict[str, Any]) -> dict[st
 
 
 def _json(value: Any) -> Any:
-    """NaN and infinity, which JSON does not have, as null."""
+    """Replace NaN and infinity, which JSON does not have, by null."""
     if isinstance(value, dict):
         return {key: _json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""What a benchmark leaves: tables of its runs and of all rows, MLflow runs, the report, and lines for people."""
+"""What a benchmark writes: tables of its runs and of all rows, MLflow runs, the report, and terminal lines."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class ChosenTrial:
 
 
 def round_cost(result: Mapping[str, Any], data: SplitData) -> dict[str, float]:
-    """Expected passes and FLOPs of a round, from the account of a few: their batches' lengths are corrected for.
+    """Expected passes and FLOPs of a round, from the cost of a few, corrected for their batches' lengths.
 
-    The account's FLOPs count every text that a pass reads (a refusal beside the answer, say) and the share of the model
-    that it runs; what the measured batches cost is scaled by how long an average row is beside theirs.
+    The measured FLOPs count every text that a pass reads (a refusal next to the answer, say) and the share of the model
+    that it runs. They are scaled by the ratio of an average row's length to that of the measured rows.
     """
     rounds = result["rounds"]
     passes = {"forget": result["forget_passes"], "retain": result["retain_passes"]}
@@ -55,7 +55,7 @@ def round_cost(result: Mapping[str, Any], data: SplitData) -> dict[str, float]:
 def trial_row(
     trial: Trial, result: Mapping[str, Any], selected: bool = False, sound: SoundRange | None = None
 ) -> dict[str, Any]:
-    """One row of the trials table; `sound`: what its generations are held against."""
+    """One row of the trials table; `sound`: the range that its generations should be in."""
     row = {
         "method": trial.method,
         "split": trial.split,
@@ -70,8 +70,8 @@ def trial_row(
         "budget": trial.budget,
         **{name: result.get(name) for name in COSTS},
     }
-    figures = plain(result.get("figures") or {})
-    return row | marks(figures, sound) | figures
+    values = plain(result.get("figures") or {})
+    return row | marks(values, sound) | values
 
 
 def write(
@@ -84,7 +84,7 @@ def write(
     goals: Mapping[str, Goal],
     command: list[str],
 ) -> list[Path]:
-    """trials.parquet, rows.parquet (no text), benchmark.json and the report; returns their paths."""
+    """Write trials.parquet, rows.parquet (no text), benchmark.json and the report; return their paths."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -103,7 +103,7 @@ def write(
         "code": code_version(),
         "packages": package_versions(("torch", "ray", "transformers")),
         "machine": machine(),
-        "references": {split: _figures(tables, config) for split, tables in references.items()},
+        "references": {split: _reference_metrics(tables, config) for split, tables in references.items()},
         "goals": {split: asdict(goal) for split, goal in goals.items()},
         "chosen": [{"split": split, "method": label, **asdict(choice)} for (split, label), choice in selected.items()],
     }
@@ -140,10 +140,10 @@ def _rows(
     rows = []
     for trial, result in done:
         known = data[trial.split]
-        beside = sound[trial.split]
+        sound_range = sound[trial.split]
         if trial.phase == "tune":
-            beside = goals[trial.split].sound if trial.split in goals else None
-        row = trial_row(trial, result, _is_chosen(trial, selected), beside)
+            sound_range = goals[trial.split].sound if trial.split in goals else None
+        row = trial_row(trial, result, _is_chosen(trial, selected), sound_range)
         if "figures" in result:
             table = pq.read_table(result_path(folder, trial.key(known)).with_suffix(".parquet"))
             parts.append(_labelled(table, (trial.method, trial.split, trial.phase, trial.trial, trial.config.seed)))
@@ -151,9 +151,9 @@ def _rows(
             if place not in inputs:
                 tables = cut(known, references[trial.split], trial.rows)
                 inputs[place] = {model: aggregate_inputs(each) for model, each in tables.items()}
-            found = aggregate_figures(aggregate_inputs(table), **inputs[place])
-            row |= plain({name: figure.to_json() for name, figure in found.items()})
-            row["aggregate_absent"] = found["aggregate"].reason if found["aggregate"].value is None else None
+            aggregates = aggregate_figures(aggregate_inputs(table), **inputs[place])
+            row |= plain({name: value.to_json() for name, value in aggregates.items()})
+            row["aggregate_absent"] = aggregates["aggregate"].reason if aggregates["aggregate"].value is None else None
         rows.append(row)
     return rows, parts
 
@@ -166,8 +166,8 @@ def machine() -> str:
     return f"{os.cpu_count()} CPUs, {device}, {platform.system()}"
 
 
-def _figures(tables: Mapping[str, Any], config: BenchmarkConfig) -> dict[str, Any]:
-    """Figures of target and retrained model on all rows."""
+def _reference_metrics(tables: Mapping[str, Any], config: BenchmarkConfig) -> dict[str, Any]:
+    """Metrics of the target and the retrained model on all rows."""
     from ofmu_ray.metrics.aggregate import aggregate_figures, aggregate_inputs
     from ofmu_ray.metrics.summary import summarise
 
@@ -175,8 +175,8 @@ def _figures(tables: Mapping[str, Any], config: BenchmarkConfig) -> dict[str, An
     samples, retrained = config.base.evaluation.bootstrap_samples, tables["retrained"]
     return {
         model: {
-            name: figure.to_json()
-            for name, figure in (
+            name: value.to_json()
+            for name, value in (
                 summarise(table, retrained, bootstrap_samples=samples, seed=config.tuning.seed)
                 | aggregate_figures(inputs[model], **inputs)
             ).items()
@@ -187,7 +187,7 @@ def _figures(tables: Mapping[str, Any], config: BenchmarkConfig) -> dict[str, An
 
 
 def _place(trial: Trial, config: BenchmarkConfig) -> tuple[int, ...]:
-    """Order of the tables, whichever run ended first."""
+    """Sort key of the tables, independent of the order in which runs finished."""
     labels, phases = [*config.methods, *config.ablation.variants], ["tune", "report", "ablation"]
     split, phase = list(config.splits).index(trial.split), phases.index(trial.phase)
     return split, phase, labels.index(trial.method), trial.trial, trial.config.seed
@@ -199,7 +199,7 @@ def _is_chosen(trial: Trial, selected: Mapping[tuple[str, str], ChosenTrial]) ->
 
 
 def _labelled(table: Any, values: tuple[str, str, str, int | None, int | None]) -> Any:
-    """A run's rows with its name in front, and without the generations."""
+    """A run's rows with identifying columns in front, and without the generations."""
     import pyarrow as pa
 
     table = table.drop_columns(["generated"])
@@ -217,7 +217,7 @@ def _labelled(table: Any, values: tuple[str, str, str, int | None, int | None]) 
 def log_child(
     parent: Any, config: BenchmarkConfig, trial: Trial, result: Mapping[str, Any], marker: Path, *, again: bool
 ) -> None:
-    """The MLflow run of a run, under the benchmark's; once (`marker` says so), unless the run was made `again`."""
+    """Log a run as a child of the benchmark's MLflow run; once (`marker`), unless the run was repeated (`again`)."""
     if marker.exists() and not again:
         return
     from ofmu_ray import tracking
@@ -255,12 +255,12 @@ def duration(seconds: float) -> str:
 
 
 def line(config: BenchmarkConfig, result: Mapping[str, Any]) -> str:
-    """The rule's two figures of a run, or why there are none."""
-    figures = result.get("figures") or {}
+    """A run's values of the rule's two metrics, or why there are none."""
+    metrics = result.get("figures") or {}
     shown = [
         f"{name} {value:.3g}"
         for name in (config.rule.objective, config.rule.utility)
-        if (value := (figures.get(name) or {}).get("value")) is not None
+        if (value := (metrics.get(name) or {}).get("value")) is not None
     ]
     status = [] if result["status"] == "finished" else [f"{result['status']}: {result.get('message', '')}"]
     return ", ".join([*shown, *status, duration(result.get("total_seconds") or 0.0)])
@@ -269,14 +269,14 @@ def line(config: BenchmarkConfig, result: Mapping[str, Any]) -> str:
 def table(
     config: BenchmarkConfig, done: Sequence[tuple[Trial, dict[str, Any]]], references: Mapping[str, Mapping[str, Any]]
 ) -> str:
-    """Mean and range over seeds of the rule's figures, a method a line, with the cost beside."""
+    """Mean and range over seeds of the rule's metrics, one line per method, with the cost."""
     rule = config.rule
     lines = []
     for split in references:
         lines.append(f"\n{split:24}{rule.objective:>28}{rule.utility:>28}{config.budget.unit:>12}{'seconds':>10}")
         for label in (*config.methods, *config.ablation.variants):
-            found = [r for t, r in done if (t.split, t.method) == (split, label) and t.phase != "tune"]
-            good = [result for result in found if "figures" in result]
+            results = [r for t, r in done if (t.split, t.method) == (split, label) and t.phase != "tune"]
+            good = [result for result in results if "figures" in result]
             cells = [_cell([r["figures"][name]["value"] for r in good]) for name in (rule.objective, rule.utility)]
             costs = [r["flops"] if config.budget.unit == "flops" else r["forget_passes"] + r["retain_passes"]
                      for r in good]  # fmt: skip
@@ -292,5 +292,5 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _cell(values: Sequence[float | None]) -> str:
-    there = [value for value in values if value is not None]
-    return f"{_mean(there):.3g} [{min(there):.2g}, {max(there):.2g}]" if there else "-"
+    present = [value for value in values if value is not None]
+    return f"{_mean(present):.3g} [{min(present):.2g}, {max(present):.2g}]" if present else "-"

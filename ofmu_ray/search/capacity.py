@@ -1,4 +1,4 @@
-"""Whether a sweep's trials have room: workers on the cluster's nodes, models on the disk. Counted before any starts."""
+"""Whether a sweep's trials fit: workers on the cluster's nodes, models on disk. Checked before any trial starts."""
 
 from __future__ import annotations
 
@@ -11,46 +11,46 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.models.source import model_source
 
 MOMENTS = 5
-"""A checkpoint's size in model sizes: fp32 weights and two moments of each of two optimisers."""
+"""A checkpoint's size in model sizes: fp32 weights, plus two moments for each of two optimisers."""
 
 
-def concurrency(training: TrainingConfig, asked: int | None, nodes: list[dict[str, float]] | None = None) -> int:
-    """Trials at once: as many as have all their workers placed, at most `asked`.
+def concurrency(training: TrainingConfig, requested: int | None, nodes: list[dict[str, float]] | None = None) -> int:
+    """Number of concurrent trials: as many as fit with all their workers, at most `requested`.
 
     `nodes`: CPUs and GPUs by node; None: those of the cluster that this process has joined. A worker needs its CPUs
-    and GPUs on one node. Tokenising and reference evaluations are done before the first trial, and the trials read
-    prepared files, so that Ray Data takes no CPU from them.
+    and GPUs on one node. Tokenising and reference evaluations are done before the first trial, and trials read
+    prepared files, so Ray Data takes no CPU from them.
 
     Raises:
-        UserError: not even one trial fits, or `asked` do not.
+        UserError: not even one trial fits, or `requested` trials do not.
     """
     from ofmu_ray.cluster.nodes import alive, room, share_words
 
     nodes = [dict(node.resources) for node in alive()] if nodes is None else nodes
     workers = room(nodes, training.cpus_per_worker, training.gpus_per_worker)
-    found = workers // training.workers
+    fitting = workers // training.workers
     one = f"{training.workers} workers x {share_words(training.cpus_per_worker, training.gpus_per_worker)}"
-    there = "; ".join(share_words(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes)
-    if found < 1:
+    available = "; ".join(share_words(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes)
+    if fitting < 1:
         raise UserError(
-            f"base.training: a trial needs {one}, each worker on one node, but the nodes have {there}: room for "
-            f"{workers} workers; lower base.training.workers or what one of them needs, or join a larger cluster"
+            f"base.training: a trial needs {one}, each worker on one node, but the nodes have {available}: room for "
+            f"{workers} workers; lower base.training.workers or the resources per worker, or join a larger cluster"
         )
-    if asked is not None and asked > found:
+    if requested is not None and requested > fitting:
         raise UserError(
-            f"concurrency = {asked}: {asked} trials x {one} have no room on nodes of {there}, which hold {found} at a "
-            f"time; set --concurrency {found}, or leave it out"
+            f"concurrency = {requested}: {requested} trials x {one} do not fit on nodes of {available}, "
+            f"which have room for {fitting} at a time; set --concurrency {fitting}, or omit it"
         )
-    return asked or found
+    return requested or fitting
 
 
 def check_disk(model: ModelConfig, folder: Path, *, models: int, free: int | None = None) -> None:
-    """The storage has room for the models that are kept and the checkpoints of a running trial.
+    """Check that the storage has room for the kept models and the checkpoints of a running trial.
 
-    `free`: bytes; None: as the file system says.
+    `free`: bytes; None: as the file system reports.
 
     Raises:
-        UserError: it has not.
+        UserError: there is not enough room.
     """
     path = Path(model_source(model.path))
     if not path.is_dir():

@@ -1,4 +1,4 @@
-"""What a sweep chooses: by the rule, with its model and configuration, and as priors for the next one."""
+"""What a sweep chooses: the trial by the rule, its model and configuration, and priors for the next sweep."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from ofmu_ray.storage import atomic_dir, atomic_write
 
 BEST = "best"
 PRIORS_FROM = 3
-"""Trials with enough utility that an export of priors needs."""
+"""Minimum number of trials with enough utility for exporting priors."""
 
 
 @dataclass
 class SweepChoice:
-    """What came of a sweep."""
+    """The result of a sweep."""
 
     chosen: int | None = None
     nearest: int | None = None
-    """The first in the rule's order, where none may be chosen: all miss the floor or are degenerate."""
+    """The first trial in the rule's order, if none may be chosen: all miss the floor or are degenerate."""
     front: list[int] = field(default_factory=list)
-    figures: dict[str, Any] | None = None
-    """Of the chosen trial's model, on all rows."""
+    metrics: dict[str, Any] | None = None
+    """Metrics of the chosen trial's model, on all rows."""
     confirmed: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
     """(fresh seed, result) of the chosen options, on all rows."""
 
 
 def choose(ledger: Ledger) -> SweepChoice:
-    """The rule's choice among the trials that came to their end, and the Pareto front of those not degenerate."""
+    """The rule's choice among the completed trials, and the Pareto front of those not degenerate."""
     goal, numbers = ledger.search.goal, range(len(ledger.suggestions))
     order = ranked(ledger, numbers)
     outcome = SweepChoice(front=pareto(ledger, sound_only(ledger, order)))
@@ -51,7 +51,7 @@ def choose(ledger: Ledger) -> SweepChoice:
 
 
 def pareto(ledger: Ledger, numbers: Sequence[int]) -> list[int]:
-    """Trials that no other one beats in objective and utility, by rising objective."""
+    """Trials that no other trial beats in both objective and utility, by increasing objective."""
     from ofmu_ray.metrics.fronts import pareto_front
 
     points = plane(ledger, numbers)
@@ -59,20 +59,20 @@ def pareto(ledger: Ledger, numbers: Sequence[int]) -> list[int]:
 
 
 def sound_only(ledger: Ledger, numbers: Sequence[int]) -> list[int]:
-    """Those of the trials with figures that are not degenerate."""
-    found = {number: plain((ledger.result(number) or {})["figures"]) for number in numbers}
-    return [number for number in numbers if not ledger.search.goal.degenerate(found[number])]
+    """The trials that are not degenerate. All must have metrics."""
+    values = {number: plain((ledger.result(number) or {})["figures"]) for number in numbers}
+    return [number for number in numbers if not ledger.search.goal.degenerate(values[number])]
 
 
 def plane(ledger: Ledger, numbers: Sequence[int]) -> list[tuple[float, float]]:
-    """(objective on its scale from 0 to 1, utility) of trials with figures."""
+    """(objective on its scale from 0 to 1, utility) of trials with metrics."""
     goal = ledger.search.goal
-    found = [plain((ledger.result(number) or {})["figures"]) for number in numbers]
-    return [(float(goal.height(one) or 0.0), float(one[goal.utility])) for one in found]
+    values = [plain((ledger.result(number) or {})["figures"]) for number in numbers]
+    return [(float(goal.height(one) or 0.0), float(one[goal.utility])) for one in values]
 
 
 def prune_models(ledger: Ledger) -> None:
-    """Keep the models of the best trials only (keep_models), and no checkpoints that nothing goes on from."""
+    """Keep only the models of the best trials (keep_models), and checkpoints only if trials may resume from them."""
     kept = set(ranked(ledger, range(len(ledger.suggestions)))[: ledger.config.keep_models])
     for number in range(len(ledger.suggestions)):
         if number not in kept and ledger.result(number) is not None:
@@ -82,15 +82,15 @@ def prune_models(ledger: Ledger) -> None:
 
 
 def best_config(ledger: Ledger, number: int) -> UnlearnConfig:
-    """The chosen trial as a run of its own: evaluated as the base says."""
+    """The chosen trial as a standalone run, evaluated as the base says."""
     config = apply_overrides(ledger.config.run, ledger.suggestions[number].options)
     return replace(config, name=f"{ledger.config.name}-best", storage=ledger.config.storage)
 
 
 def export(ledger: Ledger, outcome: SweepChoice, retrained: Any) -> None:
-    """<folder>/best.yaml, best/model and best/metrics.json of the chosen trial; figures on all rows go to `outcome`.
+    """Write best.yaml, best/model and best/metrics.json of the chosen trial; put its metrics on all rows in `outcome`.
 
-    Where no trial has enough utility, what an earlier start chose is removed: it would not be this sweep's choice.
+    If no trial may be chosen, remove what an earlier start chose: it would not be this sweep's choice.
     """
     folder, number = ledger.folder, outcome.chosen
     if number is None:
@@ -100,20 +100,20 @@ def export(ledger: Ledger, outcome: SweepChoice, retrained: Any) -> None:
     config = best_config(ledger, number)
     head = f"# Trial {number} of sweep {ledger.config.name}: ofmu unlearn --config {folder / 'best.yaml'}\n"
     if ledger.suggestions[number].parent is not None:
-        head += "# Its model went on from other members' weights: a run of these options alone gives another one.\n"
+        head += "# Its model continued from other members' weights: a run of these options alone gives another model.\n"
     atomic_write(folder / "best.yaml", head + yaml.safe_dump(to_dict(config), sort_keys=False))
     model = model_path(folder, ledger.key(number))
-    with atomic_dir(folder / BEST / "model") as beside:
-        shutil.copytree(model, beside, dirs_exist_ok=True, copy_function=_linked)
+    with atomic_dir(folder / BEST / "model") as folder_in_progress:
+        shutil.copytree(model, folder_in_progress, dirs_exist_ok=True, copy_function=_linked)
     evaluator = replace(ledger.data.evaluator, evaluation=config.evaluation, seed=config.seed)
     table = evaluator.table(str(folder / BEST / "model"), "best")
-    outcome.figures = evaluator.figures(table, retrained)
-    atomic_write(folder / BEST / "metrics.json", json.dumps({"after": outcome.figures}, indent=1) + "\n")
+    outcome.metrics = evaluator.figures(table, retrained)
+    atomic_write(folder / BEST / "metrics.json", json.dumps({"after": outcome.metrics}, indent=1) + "\n")
 
 
 def _linked(source: str, place: str) -> None:
     try:
-        os.link(source, place)  # the same file twice, where the file system can: no second copy of the weights
+        os.link(source, place)  # a hard link if the file system can: no second copy of the weights
     except OSError:
         shutil.copy2(source, place)
 
@@ -122,18 +122,20 @@ def _linked(source: str, place: str) -> None:
 
 
 def priors(ledger: Ledger) -> dict[str, str]:
-    """Narrower priors by field, from the better third of the trials with enough utility: for a second sweep
-    (space_file), on more rows or a larger model. Empty with fewer than three such trials."""
+    """Narrower priors by field, from the better third of the trials with enough utility.
+
+    They are for a second sweep (space_file) on more rows or a larger model. Empty with fewer than three such trials.
+    """
     goal = ledger.search.goal
     order = ranked(ledger, range(len(ledger.suggestions)))
     good = [n for n in order if goal.eligible(plain((ledger.result(n) or {})["figures"]))]
     if len(good) < PRIORS_FROM:
         return {}
     best = good[: max(PRIORS_FROM, math.ceil(len(good) / 3))]
-    found = {}
+    priors_by_field = {}
     for knob in ledger.search.space.knobs:
         options = [ledger.suggestions[n].options for n in best]
         drawn = [one[knob.field] for one in options if knob.field in one]
         if drawn:
-            found[knob.field] = text_of(narrowed(knob.prior, drawn))
-    return found
+            priors_by_field[knob.field] = text_of(narrowed(knob.prior, drawn))
+    return priors_by_field

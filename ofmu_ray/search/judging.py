@@ -1,5 +1,7 @@
-"""The rule of a benchmark or sweep with its numbers, and what it says of a run: from the per-row values of the target
-and the retrained model on the rows that runs are judged on."""
+"""The numeric rule of a benchmark or sweep, and its verdict on a run.
+
+Both come from per-row values of the target and the retrained model on the rows that runs are judged on.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +24,22 @@ def cut(data: SplitData, tables: Tables, rows: int | None) -> dict[str, Any]:
     return {model: sample.cut(table) for model, table in tables.items()}
 
 
-def reference_figure(data: SplitData, tables: Tables, rows: int | None, model: str, name: str) -> float | None:
-    """A figure of the target or of the retrained model on the rows that runs are judged on; None where it is absent."""
+def reference_value(data: SplitData, tables: Tables, rows: int | None, model: str, name: str) -> float | None:
+    """A metric of the target or the retrained model on the rows that runs are judged on; None if it is absent."""
     from ofmu_ray.metrics.summary import summarise
 
-    found = cut(data, tables, rows)
-    if found[model] is None:
+    tables_cut = cut(data, tables, rows)
+    if tables_cut[model] is None:
         return None
-    return summarise(found[model], found["retrained"], bootstrap_samples=1)[name].value
+    return summarise(tables_cut[model], tables_cut["retrained"], bootstrap_samples=1)[name].value
 
 
 def sound_of(data: SplitData, tables: Tables, rows: int | None, longest: int | None = None) -> SoundRange | None:
-    """What generations of runs are held against; `longest`: of theirs, in tokens, where it is not the references'."""
+    """The range that runs' generations should be in; `longest`: their limit in tokens, if not the references'."""
     from ofmu_ray.metrics.generations import sound_generations
 
-    samples, found = data.evaluator.evaluation.bootstrap_samples, cut(data, tables, rows)
-    return sound_generations(found["target"], found["retrained"], bootstrap_samples=samples, longest=longest)
+    samples, tables_cut = data.evaluator.evaluation.bootstrap_samples, cut(data, tables, rows)
+    return sound_generations(tables_cut["target"], tables_cut["retrained"], bootstrap_samples=samples, longest=longest)
 
 
 def goal_of(
@@ -51,13 +53,13 @@ def goal_of(
     longest: int | None,
     margin: float = 0.0,
 ) -> Goal:
-    """The rule. `floor`, `margin`: in units of the metric `utility`; `rows`: of each set; `longest`: generation
+    """The rule. `floor`, `margin`: in units of the metric `utility`; `rows`: per set; `longest`: generation limit
     (tokens)."""
-    retrained = reference_figure(data, tables, rows, "retrained", objective)
+    retrained = reference_value(data, tables, rows, "retrained", objective)
     return Goal(objective, utility, floor, retrained, sound_of(data, tables, rows, longest), margin)
 
 
-def marks(figures: Mapping[str, Any], sound: SoundRange | None) -> dict[str, Any]:
-    """Columns of the trials table about the generations of a run (plain numbers): is it degenerate, and by what."""
-    failed = failed_measures(figures, sound)
+def marks(values: Mapping[str, Any], sound: SoundRange | None) -> dict[str, Any]:
+    """Columns of the trials table about a run's generations: whether they are degenerate, and by which measures."""
+    failed = failed_measures(values, sound)
     return {"degenerate": None if failed is None else bool(failed), "degenerate_by": ", ".join(failed or ())}

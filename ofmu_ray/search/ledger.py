@@ -1,4 +1,4 @@
-"""What a sweep has suggested, decided and found, all of it on storage: the driver may be killed at any moment."""
+"""A sweep's suggestions, decisions and results, all on storage: the driver may be killed at any time."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ofmu_ray.training import stages
 
 @dataclass(frozen=True, kw_only=True)
 class SweepTrial(Trial):
-    """A trial of a sweep: the same options are the same trial, whatever its number."""
+    """A trial of a sweep: equal options make the same trial, whatever its number."""
 
     stages: int
     parent: str | None = None
-    """Key of the trial that it goes on from."""
+    """Key of the trial that it continues from."""
 
     def key(self, data: SplitData) -> str:
         from ofmu_ray.metrics.functions import METRIC_VERSION
@@ -48,36 +48,36 @@ class Ledger:
 
     @property
     def stage_count(self) -> int:
-        """Evaluations of a trial that is not ended early."""
+        """Number of evaluations of a trial that is not stopped early."""
         search, early = self.config.search, self.config.early
         return search.generations if search.kind == "population" else early.stages
 
     # -------------------------------------------------------------------------------------------------- suggestions
 
     def read(self) -> None:
-        """Take up what stands in suggestions.jsonl; a line that a kill cut off is as if it had not been written."""
-        path, found = self._journal, []
+        """Read suggestions.jsonl; ignore a line that a kill cut off."""
+        path, suggestions = self._journal, []
         for line in path.read_text().splitlines() if path.exists() else ():
             try:
                 content = json.loads(line)
             except json.JSONDecodeError:
                 break
-            found.append(Suggestion(content["number"], content["options"], content["parent"]))
-        self.suggestions = found
+            suggestions.append(Suggestion(content["number"], content["options"], content["parent"]))
+        self.suggestions = suggestions
 
     def suggestion(self, number: int) -> Suggestion | None:
-        """The trial of a number: as it was suggested once, or else a new suggestion, which is written down first."""
+        """The trial with this number: the recorded suggestion, or else a new one, which is recorded first."""
         if number < len(self.suggestions):
             return self.suggestions[number]
-        assert number == len(self.suggestions), "trials are suggested in their order"
-        found = self.search.suggest(number, self.seen())
-        if found is not None:
-            self.suggestions.append(found)
-            lines = [json.dumps({**asdict(one), "time": time.time()}) for one in (found,)]
+        assert number == len(self.suggestions), "trials are suggested in order"
+        new = self.search.suggest(number, self.earlier())
+        if new is not None:
+            self.suggestions.append(new)
+            lines = [json.dumps({**asdict(one), "time": time.time()}) for one in (new,)]
             self._journal.parent.mkdir(parents=True, exist_ok=True)
             kept = self._journal.read_text().splitlines()[:number] if self._journal.exists() else []
             atomic_write(self._journal, "\n".join([*kept, *lines]) + "\n")
-        return found
+        return new
 
     @property
     def _journal(self) -> Path:
@@ -91,9 +91,9 @@ class Ledger:
     # ------------------------------------------------------------------------------------------------------- trials
 
     def trial(self, number: int) -> SweepTrial:
-        """The trial of a number that was suggested."""
+        """The suggested trial with this number."""
         if number >= len(self.suggestions):
-            self.read()  # in a trial's process, where nothing is suggested
+            self.read()  # a trial's process makes no suggestions
         one = self.suggestions[number]
         return SweepTrial(
             method=self.config.label,
@@ -110,51 +110,53 @@ class Ledger:
         )
 
     def configured(self, options: dict[str, Any]) -> UnlearnConfig:
-        """The run of a trial's options, as trials are evaluated."""
+        """The run configuration for a trial's options, with the trials' evaluation settings."""
         config = apply_overrides(self.config.run, options)
         longest = self.config.select.max_new_tokens
         return config if longest is None else apply_overrides(config, {"evaluation.max_new_tokens": longest})
 
     def key(self, number: int) -> str:
-        """Under which a trial's result stands."""
+        """The key of a trial's result."""
         return self.trial(number).key(self.data)
 
     def result(self, number: int) -> dict[str, Any] | None:
-        """What was written of a trial that has ended."""
+        """The result of a finished trial."""
         return read_result(self.folder, self.key(number))
 
     def evaluations(self, number: int) -> list[dict[str, Any]]:
-        """A trial's evaluations on its way so far, oldest first."""
+        """A trial's intermediate evaluations so far, oldest first."""
         result = self.result(number)
-        found = published(work_path(self.folder, self.key(number))) if result is None else result.get("evaluations")
-        return found or []
+        evaluations = (
+            published(work_path(self.folder, self.key(number))) if result is None else result.get("evaluations")
+        )
+        return evaluations or []
 
-    def seen(self) -> list[EarlierTrial]:
-        """All trials so far, in their order."""
-        return [self._seen(number) for number in range(len(self.suggestions))]
+    def earlier(self) -> list[EarlierTrial]:
+        """All trials so far, in order."""
+        return [self._earlier(number) for number in range(len(self.suggestions))]
 
-    def _seen(self, number: int) -> EarlierTrial:
+    def _earlier(self, number: int) -> EarlierTrial:
         suggestion, result = self.suggestions[number], self.result(number)
         if result is None:
             return EarlierTrial(suggestion, "running")
-        figures = [plain(one["figures"]) for one in result.get("evaluations") or []]
+        steps = [plain(one["figures"]) for one in result.get("evaluations") or []]
         if result.get("figures"):
-            figures.append(plain(result["figures"]))
-        return EarlierTrial(suggestion, result["status"], figures, result.get("flops"))
+            steps.append(plain(result["figures"]))
+        return EarlierTrial(suggestion, result["status"], steps, result.get("flops"))
 
     def forget_failures(self) -> None:
-        """Let trials that failed run again."""
+        """Let failed trials run again."""
         for number in range(len(self.suggestions)):
-            found = self.result(number)
-            if found is not None and found["status"] == "failed":
+            result = self.result(number)
+            if result is not None and result["status"] == "failed":
                 result_path(self.folder, self.key(number)).unlink()
 
     # ---------------------------------------------------------------------------------------------------- decisions
 
     def decide(self, number: int, stage: int, *, go: bool) -> bool:
-        """Whether a trial goes on after a stage: as it was decided once, or else `go`, which is written down."""
+        """Whether a trial continues after a stage: the recorded decision, or else `go`, which is recorded."""
         if self.result(number) is not None:
-            return True  # it has ended already and is only told again
+            return True  # it has already finished and is only reported again
         folder = work_path(self.folder, self.key(number)) / "stages"
         known = stages.decision(folder, stage)
         if known is None:
@@ -163,13 +165,13 @@ class Ledger:
 
 
 def ranked(ledger: Ledger, numbers: Sequence[int]) -> list[int]:
-    """Trials that came to their end with figures, the rule's best first; ties by cost or order (select.tie_break)."""
+    """Completed trials with metrics, the rule's best first; ties by cost or order (select.tie_break)."""
     results = {number: result for number in numbers if (result := ledger.result(number)) and result.get("figures")}
     measured = {number: plain(result["figures"]) for number, result in results.items()}
-    goal, found = ledger.search.goal.choosing(list(measured.values())), []
-    for number, figures in measured.items():
-        rank = goal.rank(figures)
+    goal, ranks = ledger.search.goal.choosing(list(measured.values())), []
+    for number, values in measured.items():
+        rank = goal.rank(values)
         if rank is not None:
             cost = results[number]["flops"] if ledger.config.select.tie_break == "cost" else 0.0
-            found.append((rank, cost, number))
-    return [number for _, _, number in sorted(found)]
+            ranks.append((rank, cost, number))
+    return [number for _, _, number in sorted(ranks)]

@@ -1,6 +1,6 @@
-"""Priors of single fields: Optuna's distributions, their texts, and the value at a quantile.
+"""Priors of single fields: Optuna's distributions, their text form, and the value at a quantile.
 
-Optuna has no word for a term that may be left out: `ZeroOrLogUniform` is the only prior of our own.
+Optuna has no distribution for an optional term, so `ZeroOrLogUniform` is our own.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from ofmu_ray.config import close_match
 from ofmu_ray.errors import UserError
 
 NEAR = 1 / 8
-"""Share of a range to either side of a value that counts as near it."""
+"""Share of a range on either side of a value that counts as near it."""
 WIDER = 1.5
-"""Factor by which a narrowed prior reaches beyond the values that it is made from."""
+"""Factor by which a narrowed prior extends beyond the values that it is made from."""
 
 
 @dataclass(frozen=True)
 class ZeroOrLogUniform:
-    """0 with probability `zero`, else uniform in the logarithm from `low` to `high`: a term that may be left out."""
+    """0 with probability `zero`, else log-uniform from `low` to `high`: for an optional term."""
 
     low: float
     high: float
@@ -35,7 +35,7 @@ class ZeroOrLogUniform:
 
     @property
     def positive(self) -> FloatDistribution:
-        """The distribution of values that are not 0."""
+        """The distribution of non-zero values."""
         return LogUniform(self.low, self.high)
 
 
@@ -43,7 +43,7 @@ Prior = FloatDistribution | IntDistribution | CategoricalDistribution | ZeroOrLo
 
 
 def LogUniform(low: float, high: float) -> FloatDistribution:
-    """Uniform in the logarithm, from `low` to `high`."""
+    """Log-uniform from `low` to `high`."""
     _require(0 < low <= high, f"loguniform({low:g}, {high:g})", "0 < low <= high")
     return FloatDistribution(low, high, log=True)
 
@@ -55,9 +55,9 @@ def Uniform(low: float, high: float) -> FloatDistribution:
 
 
 def Integers(low: int, high: int) -> IntDistribution:
-    """Whole numbers from `low` to `high`, both included, equally likely."""
-    whole = isinstance(low, int) and isinstance(high, int)
-    _require(whole and low <= high, f"integer({low}, {high})", "whole numbers with low <= high")
+    """Integers from `low` to `high`, both included, equally likely."""
+    integers = isinstance(low, int) and isinstance(high, int)
+    _require(integers and low <= high, f"integer({low}, {high})", "integers with low <= high")
     return IntDistribution(low, high)
 
 
@@ -73,7 +73,7 @@ def _require(condition: bool, prior: str, need: str) -> None:
 
 
 def at(prior: Prior, quantile: float) -> Any:
-    """The value at a quantile in [0, 1); numbers with four digits, which a person can read and give again."""
+    """The value at a quantile in [0, 1); numbers have four digits, easy to read and to type."""
     match prior:
         case ZeroOrLogUniform(zero=zero):
             return 0.0 if quantile < zero else at(prior.positive, (quantile - zero) / (1 - zero))
@@ -87,12 +87,12 @@ def at(prior: Prior, quantile: float) -> Any:
 
 
 def readable(value: Any) -> Any:
-    """A number with four digits; anything else as it is."""
+    """Round a number to four digits; return anything else unchanged."""
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def text_of(prior: Prior) -> str:
-    """What `parse_prior` reads."""
+    """The prior as text that `parse_prior` reads."""
     match prior:
         case ZeroOrLogUniform(low=low, high=high, zero=zero):
             share = "" if zero == ZeroOrLogUniform.zero else f", {zero:g}"
@@ -106,13 +106,13 @@ def text_of(prior: Prior) -> str:
 
 
 def scaled(prior: Prior, factor: float) -> Prior:
-    """Both ends times a factor, where the prior is uniform in the logarithm."""
+    """Both ends times a factor, if the prior is log-uniform."""
     logarithmic = isinstance(prior, FloatDistribution) and prior.log
     return LogUniform(prior.low * factor, prior.high * factor) if logarithmic else prior  # type: ignore[union-attr]
 
 
 def around(prior: Prior, value: Any) -> Prior:
-    """A quarter of the prior's range, around a value, cut off where the prior ends; of a choice, the value itself."""
+    """A quarter of the prior's range around a value, clipped to the prior; for a choice, the value itself."""
     if isinstance(prior, ZeroOrLogUniform) and value:
         prior = prior.positive
     match prior:
@@ -129,17 +129,17 @@ def around(prior: Prior, value: Any) -> Prior:
 
 
 def narrowed(prior: Prior, drawn: Sequence[Any]) -> Prior:
-    """The part of the prior that these values span, and a little beyond."""
+    """The part of the prior that these values span, plus a margin."""
     match prior:
         case CategoricalDistribution(choices=options):
             return Choice(tuple(option for option in options if option in drawn))
         case ZeroOrLogUniform():
-            there = [value for value in drawn if value]
-            if not there:
+            nonzero = [value for value in drawn if value]
+            if not nonzero:
                 return Choice((0.0,))
-            positive = narrowed(prior.positive, there)
+            positive = narrowed(prior.positive, nonzero)
             assert isinstance(positive, FloatDistribution)
-            return positive if len(there) == len(drawn) else replace(prior, low=positive.low, high=positive.high)
+            return positive if len(nonzero) == len(drawn) else replace(prior, low=positive.low, high=positive.high)
         case IntDistribution(low=low, high=high):
             return Integers(max(low, min(drawn) - 1), min(high, max(drawn) + 1))
         case FloatDistribution(low=low, high=high, log=True):
@@ -160,11 +160,13 @@ _KINDS: dict[str, Callable[..., Prior]] = {
 
 
 def parse_prior(text: str) -> Prior:
-    """`loguniform(1e-5, 1e-3)`, `uniform(0, 1)`, `integer(2, 8)`, `zero_or_loguniform(1e-5, 1e-2)` (0 in a quarter of
-    the draws, or in the share that stands third) or `choice(a, 2, null)` (as YAML reads the options).
+    """Parse a prior's text form.
+
+    Forms: `loguniform(1e-5, 1e-3)`, `uniform(0, 1)`, `integer(2, 8)`, `zero_or_loguniform(1e-5, 1e-2)` (0 in a quarter
+    of the draws, or in the share given as third argument) and `choice(a, 2, null)` (options as YAML reads them).
 
     Raises:
-        UserError: anything else.
+        UserError: the text has another form.
     """
     import yaml
 
@@ -185,20 +187,20 @@ def parse_prior(text: str) -> Prior:
 
 
 def parse_priors(texts: Mapping[str, Any], *, option: str) -> dict[str, Prior | None]:
-    """Priors by dotted field from their texts; null: the field is not tuned.
+    """Parse priors by dotted field; null: the field is not tuned.
 
     Raises:
-        UserError: not a prior, naming `option` and the field.
+        UserError: not a prior; the message names `option` and the field.
     """
-    found: dict[str, Prior | None] = {}
+    priors: dict[str, Prior | None] = {}
     for field, text in texts.items():
         if text is not None and not isinstance(text, str):
             raise UserError(f"{option}: {field} = {text!r} is not a prior; write loguniform(LOW, HIGH) and the like")
         try:
-            found[field] = None if text is None else parse_prior(text)
+            priors[field] = None if text is None else parse_prior(text)
         except UserError as error:
             raise UserError(f"{option}: {field}: {error}") from None
-    return found
+    return priors
 
 
 def _number(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`ofmu benchmark`: methods x splits x seeds at equal compute, tuned alike, reported on fresh seeds."""
+"""`ofmu benchmark`: methods x splits x seeds at equal compute, equally tuned, reported on fresh seeds."""
 
 from __future__ import annotations
 
@@ -28,34 +28,34 @@ from ofmu_ray.runs.preflight import check_machine, prepare_folder, public
 from ofmu_ray.runs.trial import PRIVATE, SplitData, Trial, cost_signature, read_result, result_path, write_failure
 from ofmu_ray.runs.trial_data import checked, prepare
 from ofmu_ray.search import benchmark_output as results
-from ofmu_ray.search.judging import goal_of, reference_figure
+from ofmu_ray.search.judging import goal_of, reference_value
 from ofmu_ray.search.priors import parse_priors
 from ofmu_ray.search.spaces import Space, space_for
 
 COST_ROUNDS = 2
 TINY_RATE = 1e-12
-"""Learning rate of the rounds that only show what a round costs: no draw diverges in them."""
+"""Learning rate of the rounds that measure a round's cost: so small that no draw diverges."""
 NO_STOP = to_dict(StopConfig())
 MARGIN = 1.03
-"""Rounds planned beyond what the budget is expected to last for: the run's own account ends it (stop.max_flops)."""
+"""Factor on the rounds that the budget should last for; the FLOPs counted by the run stop it (stop.max_flops)."""
 
 
 @dataclass(frozen=True)
 class BenchmarkOutcome:
-    """A benchmark that has come to its end."""
+    """A finished benchmark."""
 
     complete: bool
     """Whether every method has a reported run on every split."""
     table: str
     """The comparison, for a terminal."""
     files: Sequence[Path]
-    """Tables and pages that were written."""
+    """Tables and pages written."""
     mlflow: str
     """How to look at it in MLflow."""
 
 
 def benchmark(config: BenchmarkConfig, command: Sequence[str] = ()) -> BenchmarkOutcome:
-    """Run what is not yet written down under <storage>/<name>/trials, then write tables and report.
+    """Run what has no result under <storage>/<name>/trials yet, then write tables and report.
 
     Raises:
         UserError: something in the configuration or the data must change.
@@ -75,7 +75,9 @@ def benchmark(config: BenchmarkConfig, command: Sequence[str] = ()) -> Benchmark
     try:
         with tracking.system_metrics(handle, enabled=config.base.tracking.system_metrics):
             by_split = [run_paths(config.run(split, config.methods[0]), f"{split}: ") for split in config.splits]
-            join_cluster(training, storage, {option: paths for found in by_split for option, paths in found.items()})
+            join_cluster(
+                training, storage, {option: paths for paths_of in by_split for option, paths in paths_of.items()}
+            )
             progress.note("benchmark", f"{folder}")
             bench = BenchmarkRun(config, storage, evaluators, spaces, handle)
             complete = bench.run()
@@ -99,7 +101,7 @@ def space_of(config: BenchmarkConfig, label: str) -> Space:
     """The search space of a label: its method's, scaled, with the user's priors, without what the label fixes.
 
     Raises:
-        UserError: a prior of a field that there is not, or of values that it does not take.
+        UserError: a prior names a field that does not exist, or values that the field does not take.
     """
     known = LABELS | config.labels
     base = config.run(next(iter(config.splits)), label)
@@ -114,13 +116,13 @@ def space_of(config: BenchmarkConfig, label: str) -> Space:
 
 def _checked_split(config: BenchmarkConfig, split: str, storage: Path) -> Any:
     rule = config.rule
-    asked = {"rule.objective": rule.objective, "rule.utility": rule.utility}
+    required = {"rule.objective": rule.objective, "rule.utility": rule.utility}
     generation = "tuning.max_new_tokens", config.tuning.max_new_tokens
-    return checked(config.run(split, config.methods[0]), storage, asked, generation, where=f"{split}: ")
+    return checked(config.run(split, config.methods[0]), storage, required, generation, where=f"{split}: ")
 
 
 class BenchmarkRun:
-    """A benchmark while it runs: its prepared data, its finished runs, its choices."""
+    """A benchmark in progress: its prepared data, finished runs and choices."""
 
     def __init__(
         self,
@@ -134,7 +136,7 @@ class BenchmarkRun:
         self.storage, self.folder = storage, storage / config.name
         self.data: dict[str, SplitData] = {}
         self.references: dict[str, dict[str, Any]] = {}
-        """Split -> target and retrained -> per-row values."""
+        """Split -> model (target, retrained) -> per-row values."""
         self.done: list[tuple[Trial, dict[str, Any]]] = []
         self.selected: dict[tuple[str, str], results.ChosenTrial] = {}
         self.goals: dict[str, Goal] = {}
@@ -147,10 +149,10 @@ class BenchmarkRun:
         self.pool = Pool(config.base, self.data, config.concurrency)
         self.seconds: list[float] = []
         self.costs: dict[str, dict[str, float] | str] = {}
-        """Split and kind of round -> what a round costs, or why it does not run."""
+        """Split and kind of round -> the cost of a round, or why it does not run."""
 
     def run(self) -> bool:
-        """All phases; False: some method has no reported run."""
+        """Run all phases; False: some method has no reported run."""
         config = self.config
         try:
             tuning = config.tuning
@@ -194,15 +196,15 @@ class BenchmarkRun:
     # --------------------------------------------------------------------------------------------------- running
 
     def _execute(self, wanted: Sequence[tuple[str, str, str, int, int, Mapping[str, Any]]]) -> None:
-        """Run what is not written down yet; every method's rounds follow from what one of its rounds costs."""
+        """Run what has no result yet; the cost of one round determines a method's number of rounds."""
         configs = [self.config.run(split, label, options) for label, split, _, _, _, options in wanted]
         costs = self._costs([(one[0], one[1], config) for one, config in zip(wanted, configs, strict=True)])
         trials = [self._trial(*one, config, cost) for one, config, cost in zip(wanted, configs, costs, strict=True)]
         todo = []
         for trial, cost in zip(trials, costs, strict=True):
-            found = self._known(trial)
-            if found is not None:
-                self._finished(trial, found, again=False)
+            known = self._known(trial)
+            if known is not None:
+                self._finished(trial, known, again=False)
             elif isinstance(cost, str):
                 self._finished(trial, write_failure(trial, self.data[trial.split], cost), again=True)
             else:
@@ -211,8 +213,8 @@ class BenchmarkRun:
             self._finished(trial, result, again=True)
 
     def _known(self, trial: Trial) -> dict[str, Any] | None:
-        found = read_result(self.folder, trial.key(self.data[trial.split]))
-        return None if found and found["status"] == "failed" and self.config.retry_failed else found
+        result = read_result(self.folder, trial.key(self.data[trial.split]))
+        return None if result and result["status"] == "failed" and self.config.retry_failed else result
 
     def _finished(self, trial: Trial, result: dict[str, Any], *, again: bool) -> None:
         self.done.append((trial, result))
@@ -256,7 +258,7 @@ class BenchmarkRun:
         )
 
     def _limits(self, label: str, split: str, cost: Mapping[str, float] | str) -> dict[str, Any]:
-        """Rounds that the budget lasts for. FLOPs depend on the batches: there the run's own account ends it."""
+        """Rounds that the budget lasts for. FLOPs depend on the batches, so the run itself counts them and stops."""
         if isinstance(cost, str):
             return {}
         unit, amount = self.config.budget.unit, self.config.budget.of(split)
@@ -270,8 +272,10 @@ class BenchmarkRun:
         return {"training": {"rounds": math.ceil(MARGIN * amount / cost[unit]) + 1}, "stop": {"max_flops": amount}}
 
     def _costs(self, wanted: Sequence[tuple[str, str, UnlearnConfig]]) -> list[dict[str, float] | str]:
-        """What a round of each is expected to cost, by the account of two rounds, run once per kind of round; or why
-        these two did not run."""
+        """The expected cost of a round of each, or why it could not be measured.
+
+        It is measured by two rounds, run once per kind of round.
+        """
         pilots: dict[str, Trial] = {}
         keys = []
         for label, split, config in wanted:
@@ -287,11 +291,11 @@ class BenchmarkRun:
                 ),
             )  # fmt: skip
         pilots = {key: trial for key, trial in pilots.items() if key not in self.costs}
-        found = {key: known for key, trial in pilots.items() if (known := self._known(trial)) is not None}
-        missing = {id(trial): key for key, trial in pilots.items() if key not in found}
+        results_by_key = {key: known for key, trial in pilots.items() if (known := self._known(trial)) is not None}
+        missing = {id(trial): key for key, trial in pilots.items() if key not in results_by_key}
         for trial, result in self.pool.run([pilots[key] for key in missing.values()]):
-            found[missing[id(trial)]] = result
-        for key, result in found.items():
+            results_by_key[missing[id(trial)]] = result
+        for key, result in results_by_key.items():
             good = result["status"] == "finished"
             self.costs[key] = results.round_cost(result, self.data[pilots[key].split]) if good else result["message"]
         return [self.costs[key] for key in keys]
@@ -299,7 +303,7 @@ class BenchmarkRun:
     # -------------------------------------------------------------------------------------------------- choosing
 
     def _tune(self, draws: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], first: int = 0) -> None:
-        """The tuning trials of these draws, by split and label; `first`: number of the first draw of each."""
+        """Run the tuning trials for these draws, by split and label; `first`: the number of each first draw."""
         seed = self.config.tuning.seed
         self._execute(
             [
@@ -310,8 +314,8 @@ class BenchmarkRun:
         )
 
     def _refined(self, bases: Mapping[tuple[str, str], UnlearnConfig]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-        """A second round of draws, around what the rule chooses of the first; a method without a choice has none."""
-        tuning, found = self.config.tuning, {}
+        """A second round of draws, around the rule's choice in the first; none for a method without a choice."""
+        tuning, draws = self.config.tuning, {}
         for (split, label), base in bases.items():
             choice = self._choice(split, label)
             if choice is None:
@@ -319,15 +323,15 @@ class BenchmarkRun:
                 continue
             number, options = int(choice.trial["trial"]), json.loads(choice.trial["options"])
             space = self.spaces[label].around(options, f"around trial {number}")
-            # another seed than the first round's, or both would divide their ranges alike
-            found[split, label] = space.draws(tuning.refine, (tuning.seed, 1), base)
-        return found
+            # not the first round's seed, or both rounds would divide their ranges alike
+            draws[split, label] = space.draws(tuning.refine, (tuning.seed, 1), base)
+        return draws
 
     def _goal(self, split: str) -> Goal:
-        """The rule's numbers: figures of target and retrained model on the rows that tuning trials are judged on."""
+        """The rule with its numbers: metrics of the reference models on the rows that tuning trials are judged on."""
         rule, tuning = self.config.rule, self.config.tuning
         known = self.data[split], self.references[split]
-        target = reference_figure(*known, tuning.rows, "target", rule.utility)
+        target = reference_value(*known, tuning.rows, "target", rule.utility)
         return goal_of(
             *known,
             objective=rule.objective,
@@ -348,7 +352,7 @@ class BenchmarkRun:
         return select(rows, goal)
 
     def _select(self, split: str, label: str) -> None:
-        """The rule's choice for a method, by figures on the sampled rows; the floor by the target's on the same."""
+        """The rule's choice for a method, by metrics on the sampled rows, as is the target's utility for the floor."""
         choice, rule = self._choice(split, label), self.config.rule
         if choice is None:
             progress.note("select", f"{label} {split}: no trial has {rule.objective} and {rule.utility}; not reported")
@@ -359,6 +363,6 @@ class BenchmarkRun:
         progress.note("select", f"{label} {split}: trial {number}" + (f" ({'; '.join(notes)})" if notes else ""))
 
     def discard(self) -> None:
-        """Delete what holds the forget rows' text, and what killed runs left."""
+        """Delete everything that contains the forget rows' text, and what killed runs left behind."""
         for name in (PRIVATE, "work"):
             shutil.rmtree(self.folder / name, ignore_errors=True)

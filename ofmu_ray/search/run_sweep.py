@@ -1,4 +1,4 @@
-"""`ofmu sweep`: Ray Tune finds a method's options, by a stated rule, among complete unlearning runs."""
+"""`ofmu sweep`: Ray Tune searches a method's options over full unlearning runs; a stated rule chooses."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ from ofmu_ray.search import choice
 from ofmu_ray.search import sweep_output as results
 from ofmu_ray.search.benchmark_output import duration
 from ofmu_ray.search.capacity import check_disk, concurrency
-from ofmu_ray.search.judging import goal_of, reference_figure
+from ofmu_ray.search.judging import goal_of, reference_value
 from ofmu_ray.search.ledger import Ledger
 from ofmu_ray.search.priors import parse_priors
 from ofmu_ray.search.spaces import Space, read_space, space_for
 from ofmu_ray.search.suggest import Search, without_other_batches
 
 MAY_CHANGE = ("select", "keep_models", "concurrency", "retry_failed")
-"""Options that may differ from one start of a sweep to the next; so may the number of trials."""
+"""Options that may change between two starts of a sweep; the number of trials may change, too."""
 WHERE = ("name", "storage", "tracking", "report")
-"""Where a run is kept and shown, not what it is."""
+"""Options that say where a run is kept and shown, not what it does."""
 
 
 @dataclass(frozen=True)
 class SweepOutcome:
-    """A sweep that has come to its end, or was stopped."""
+    """A sweep that finished or was stopped."""
 
     complete: bool
-    """Whether all trials have ended."""
+    """Whether all trials have finished."""
     chosen: int | None
-    """Number of the chosen trial; None: none meets the floor."""
+    """Number of the chosen trial; None: no trial may be chosen."""
     summary: str
     """What was chosen and why, for a terminal."""
     files: Sequence[Path]
-    """Tables and pages that were written."""
+    """Tables and pages written."""
     mlflow: str
     """How to look at it in MLflow."""
 
@@ -57,7 +57,7 @@ def space_of(config: SweepConfig) -> Space:
     """What is tuned: the label's space with the user's file and priors, checked against the configuration.
 
     Raises:
-        UserError: a field that there is not, values that it does not take, or nothing to tune.
+        UserError: a field does not exist or does not take a value, or there is nothing to tune.
     """
     base = config.run
     fixed = {name: None for name in flatten(LABELS[config.label]) if name != "method"}
@@ -67,7 +67,7 @@ def space_of(config: SweepConfig) -> Space:
     space = space.with_priors(parse_priors(flatten(config.space), option="space"))
     unused = [knob.field for knob in space.knobs if knob.field.split(".")[0] in base.unused_sections]
     if unused:
-        raise UserError(f"space: {unused[0]} is an option of another method than {config.label}: leave it out")
+        raise UserError(f"space: {unused[0]} is not an option of {config.label}, but of another method: remove it")
     if not space.knobs:
         raise UserError(f"space: nothing is left to tune of {config.label}: name a field with a prior")
     try:
@@ -78,7 +78,7 @@ def space_of(config: SweepConfig) -> Space:
 
 
 def sweep(config: SweepConfig, command: Sequence[str] = ()) -> SweepOutcome:
-    """Run the trials that are not written down yet under <storage>/<name>/trials, then choose, export and report.
+    """Run the trials that have no result under <storage>/<name>/trials yet, then choose, export and report.
 
     Raises:
         UserError: something in the configuration or the data must change.
@@ -89,10 +89,10 @@ def sweep(config: SweepConfig, command: Sequence[str] = ()) -> SweepOutcome:
     training, select = run.training, config.select
     check_machine(training)
     space = space_of(config)
-    asked = {"select.objective": select.objective, "select.utility": select.utility}
+    required = {"select.objective": select.objective, "select.utility": select.utility}
     if select.relative_to == "retrained" and not run.evaluation.retrained:
         raise UserError("select.relative_to = retrained: there is none; name base.evaluation.retrained")
-    evaluator = checked(run, storage, asked, ("select.max_new_tokens", select.max_new_tokens), where="base.")
+    evaluator = checked(run, storage, required, ("select.max_new_tokens", select.max_new_tokens), where="base.")
     if config.search.kind == "population":
         space, dropped = without_other_batches(space, run)
         if dropped:
@@ -136,7 +136,7 @@ def sweep(config: SweepConfig, command: Sequence[str] = ()) -> SweepOutcome:
 
 
 def _determining(config: SweepConfig) -> dict[str, Any]:
-    """What makes two starts the same sweep."""
+    """The options that must agree for two starts to be the same sweep."""
     content = {name: value for name, value in public(config).items() if name not in MAY_CHANGE}
     content["search"] = {name: value for name, value in content["search"].items() if name != "trials"}
     rule = to_dict(config)["select"]
@@ -154,12 +154,12 @@ def _digest(config: SweepConfig, space: Space) -> str:
 def _begin(
     config: SweepConfig, space: Space, evaluator: Evaluator, storage: Path, folder: Path
 ) -> tuple[Ledger, dict[str, Any]]:
-    """Data, references and the rule's numbers: computed once, or found in the cache."""
+    """Data, references and the rule's numbers, computed once or read from the cache."""
     run, select = config.run, config.select
     data, tables = prepare("sweep", run, storage, folder, evaluator)
     rows = select.rows
 
-    reference = reference_figure(data, tables, rows, select.relative_to, select.utility)
+    reference = reference_value(data, tables, rows, select.relative_to, select.utility)
     if reference is None:
         raise UserError(f"select.utility = {select.utility}: the {select.relative_to} model has no such metric")
     goal = goal_of(
@@ -182,7 +182,7 @@ def _begin(
 
 
 def _references(ledger: Ledger, tables: dict[str, Any]) -> dict[str, Any]:
-    """Figures of target and retrained model on the rows that trials are judged on."""
+    """Metrics of the target and the retrained model on the rows that trials are judged on."""
     from ofmu_ray.evaluation.sample import RowSample
 
     sample = RowSample.of(ledger.data.evaluator.sets, ledger.config.select.rows)
@@ -191,38 +191,38 @@ def _references(ledger: Ledger, tables: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run_trials(ledger: Ledger, handle: Any, at_once: int) -> bool:
-    """All trials that have not ended; True: every one has ended now."""
+    """Run all unfinished trials; True: all have finished now."""
     from ofmu_ray.search import tuner
 
     training, trials = ledger.config.base.training, ledger.config.search.trials
     local = training.single
-    started, told, heard = time.perf_counter(), set(), progress.current()
+    started, reported, listener = time.perf_counter(), set(), progress.current()
     before = sum(ledger.result(number) is not None for number in range(len(ledger.suggestions)))
     if before:
-        progress.note("resume", f"{before} of {trials} trials have ended, {len(ledger.suggestions) - before} go on")
+        progress.note("resume", f"{before} of {trials} trials have finished, {len(ledger.suggestions) - before} resume")
 
     def ended(number: int) -> None:
-        if number in told:
+        if number in reported:
             return
-        told.add(number)
+        reported.add(number)
         results.log_child(ledger, number, handle)
         choice.prune_models(ledger)
-        new = len(told) - before
-        left = trials - len(told)
+        new = len(reported) - before
+        left = trials - len(reported)
         eta = f", about {duration((time.perf_counter() - started) / new * left)} left" if new > 0 and left else ""
-        heard.note("", f"[{len(told)}/{trials}] trial {number}: {results.line(ledger, number)}{eta}")
+        listener.note("", f"[{len(reported)}/{trials}] trial {number}: {results.line(ledger, number)}{eta}")
 
     complete, exhausted = tuner.run(ledger, handle, at_once, ended, local=local)
     if exhausted:
-        progress.note("search", f"the space holds no more than {len(ledger.suggestions)} different trials")
-    for number in range(len(ledger.suggestions)):  # those whose result was written after Tune had gone on
+        progress.note("search", f"the space contains only {len(ledger.suggestions)} different trials")
+    for number in range(len(ledger.suggestions)):  # results written after Tune had moved on
         results.log_child(ledger, number, handle)
     choice.prune_models(ledger)
     return complete
 
 
 def _confirm(ledger: Ledger, chosen: int) -> list[tuple[int, dict[str, Any]]]:
-    """The chosen options on fresh seeds and all rows: figures that the choice has not flattered."""
+    """Run the chosen options on fresh seeds and all rows: metrics free of selection bias."""
     config = choice.best_config(ledger, chosen)
     trials = [
         Trial(
@@ -244,9 +244,9 @@ def _confirm(ledger: Ledger, chosen: int) -> list[tuple[int, dict[str, Any]]]:
     try:
         for trial, result in pool.run([trial for trial in trials if known[trial.config.seed] is None]):
             known[trial.config.seed] = result
-            found = plain(result.get("figures") or {})
+            values = plain(result.get("figures") or {})
             goal = ledger.search.goal
-            cells = [f"{n} {found[n]:.3g}" for n in (goal.objective, goal.utility) if found.get(n) is not None]
+            cells = [f"{n} {values[n]:.3g}" for n in (goal.objective, goal.utility) if values.get(n) is not None]
             progress.note("confirm", f"seed {trial.config.seed}: {', '.join(cells) or result.get('message', '')}")
     finally:
         pool.close()
@@ -254,7 +254,7 @@ def _confirm(ledger: Ledger, chosen: int) -> list[tuple[int, dict[str, Any]]]:
 
 
 def _discard(ledger: Ledger) -> None:
-    """Delete what holds the forget rows' text, and what killed trials left."""
+    """Delete everything that contains the forget rows' text, and what killed trials left behind."""
     unfinished = any(ledger.result(number) is None for number in range(len(ledger.suggestions)))
     for name in (PRIVATE, *(() if unfinished else ("work", "checkpoints"))):
         shutil.rmtree(ledger.folder / name, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""Search spaces over fields of a configuration: seeded draws, and what Optuna's samplers suggest and are told.
+"""Search spaces over configuration fields: seeded draws, and conversion to and from Optuna's parameters.
 
-A method's file says what is tuned of it; `tune_spaces/LABEL.py`, if there is one, has the space of a label instead.
+A method's file lists its tuned fields; if there is a `tune_spaces/LABEL.py`, it has the label's space instead.
 """
 
 from __future__ import annotations
@@ -42,64 +42,64 @@ Overrides = dict[str, Any]
 """Dotted field -> value."""
 
 ON = " is there"
-"""Added to the name of a field that may be 0: Optuna's parameter that says whether it is not."""
+"""Suffix for a field that may be 0: the Optuna parameter that says whether it is non-zero."""
 _SWITCH = CategoricalDistribution((False, True))
 
 
 @dataclass(frozen=True)
 class Knob:
-    """A field that is tuned."""
+    """A tuned field."""
 
     field: str
     """Dotted name in UnlearnConfig."""
     prior: Prior
     why: str
-    """Where the range comes from."""
+    """Source of the range."""
     given: str | None = None
-    """Field without which this one has no meaning: it is drawn only where that one is not 0 and not null."""
+    """Field that this one depends on: this one is drawn only if that one is neither 0 nor null."""
 
 
 @dataclass(frozen=True)
 class Space:
-    """What is tuned of a method."""
+    """The tuned fields of a method."""
 
     knobs: tuple[Knob, ...]
 
     @classmethod
     def of(cls, method: str) -> Space:
-        """What the method's own file says. Learning rates are for models of 1 B parameters and more (`scaled`)."""
+        """The space in the method's file. Learning rates are for models of 1 B parameters and more (see `scaled`)."""
         ranges = SPACES[method].items()
         return cls(tuple(Knob(f"{method}.{name}", parse_prior(text), why) for name, (text, why) in ranges))
 
     def draws(self, count: int, seed: int | Sequence[int], base: UnlearnConfig) -> list[Overrides]:
-        """`count` draws, the same for the same seed: a Latin hypercube, so that few draws still cover each range.
+        """`count` draws, reproducible by seed: a Latin hypercube, so that few draws still cover each range.
 
-        Each field's range is cut into `count` parts of equal probability, each of which is drawn from once, in an
-        order of its own. (Not scipy.stats.qmc.LatinHypercube: its draws differ, and benchmarks reuse runs by theirs.)
-        `base`: the configuration that the draws will be applied to, for `Knob.given`.
+        Each field's range is divided into `count` parts of equal probability. Each part is drawn from once, in an order
+        specific to the field. (Not scipy.stats.qmc.LatinHypercube: its draws differ, and benchmarks identify runs to
+        reuse by their draws.) `base`: the configuration that the draws will be applied to, for `Knob.given`.
         """
         rng = np.random.default_rng(seed)
         columns = [(rng.permutation(count) + rng.random(count)) / count for _ in self.knobs]
         return [self.at([float(column[index]) for column in columns], base) for index in range(count)]
 
     def at(self, quantiles: Sequence[float], base: UnlearnConfig) -> Overrides:
-        """The values at one quantile per knob, in their order; `base` as in `draws`."""
+        """The values at one quantile per knob, in knob order; `base` as in `draws`."""
         drawn = {knob.field: at(knob.prior, quantile) for knob, quantile in zip(self.knobs, quantiles, strict=True)}
         return self.with_meaning(drawn, base)
 
     def with_meaning(self, drawn: Overrides, base: UnlearnConfig) -> Overrides:
-        """Without the fields whose `given` is 0 or null in what was drawn (in `base`, where it was not drawn)."""
+        """`drawn` without the fields whose `given` is 0 or null there (or in `base`, if it was not drawn)."""
         given = {knob.field: knob.given for knob in self.knobs}
 
-        def holds(field: str | None) -> bool:
+        def applies(field: str | None) -> bool:
             return field is None or bool(drawn.get(field, value_at(base, field)))
 
-        return {field: value for field, value in drawn.items() if holds(given.get(field))}
+        return {field: value for field, value in drawn.items() if applies(given.get(field))}
 
     def ask(self, trial: Trial, base: UnlearnConfig) -> Overrides:
-        """Values that Optuna suggests, of conditional fields only where they have a meaning. `base` as in `draws`."""
+        """Values that Optuna suggests; conditional fields only if they apply. `base` as in `draws`."""
         drawn: Overrides = {}
-        for knob in sorted(self.knobs, key=lambda knob: knob.given is not None):  # what others depend on comes first
+        for knob in sorted(self.knobs, key=lambda knob: knob.given is not None):  # fields that others depend on first
             if knob.given is not None and not drawn.get(knob.given, value_at(base, knob.given)):
                 continue
             prior = knob.prior
@@ -111,8 +111,8 @@ class Space:
             drawn[knob.field] = readable(_suggest(trial, knob.field, prior))
         return drawn
 
-    def told(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
-        """Optuna's parameters and their distributions of a trial that had these options."""
+    def optuna_parameters(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
+        """Optuna's parameters and distributions for a trial with these options."""
         params: dict[str, Any] = {}
         distributions: dict[str, BaseDistribution] = {}
         for knob in self.knobs:
@@ -124,7 +124,7 @@ class Space:
                 if value == 0:
                     continue
                 prior = prior.positive
-            if isinstance(prior, FloatDistribution):  # rounding may have stepped over an end
+            if isinstance(prior, FloatDistribution):  # rounding may have crossed an end
                 value = min(max(value, prior.low), prior.high)
             params[knob.field], distributions[knob.field] = value, prior
         return params, distributions
@@ -139,7 +139,7 @@ class Space:
         )
 
     def with_priors(self, priors: Mapping[str, Prior | None], why: str = "the user's") -> Space:
-        """Other priors for these fields, more fields, or fewer (null); `why` is their source."""
+        """The space with priors replaced, added or removed (null); `why` is their source."""
         known = {knob.field for knob in self.knobs}
         kept = [
             dataclasses.replace(knob, prior=prior, why=why) if (prior := priors.get(knob.field)) else knob
@@ -150,8 +150,11 @@ class Space:
         return Space((*kept, *new))
 
     def around(self, options: Overrides, why: str) -> Space:
-        """The middle quarter of each field's range around its value in `options` (of the logarithm's range, where the
-        prior is one of it), cut off where the prior ends; choices stay, and so do fields that were not drawn."""
+        """The space narrowed to a quarter of each field's range around its value in `options`, clipped to the prior.
+
+        Log-uniform priors use the logarithm's range. A choice is fixed to its value; fields that were not drawn are
+        removed.
+        """
         priors: dict[str, Prior | None] = {
             knob.field: around(knob.prior, options[knob.field]) if knob.field in options else None
             for knob in self.knobs
@@ -159,7 +162,7 @@ class Space:
         return self.with_priors(priors, why)
 
     def check(self, base: UnlearnConfig) -> None:
-        """Every field exists and takes its prior's values. Raises UserError, with the closest field otherwise."""
+        """Check that every field exists and takes its prior's values, or raise UserError with the closest field."""
         for knob in self.knobs:
             for quantile in (0.0, 0.5, 1.0 - 1e-9):
                 apply_overrides(base, {knob.field: at(knob.prior, quantile)})
@@ -177,8 +180,7 @@ def _suggest(trial: Trial, name: str, prior: Prior) -> Any:
 
 
 def space_for(label: str, base: UnlearnConfig, lr_scale: float = 1.0) -> Space:
-    """The space of a label: `tune_spaces/LABEL.py`, or else that of its configuration's method; learning rates times
-    `lr_scale`."""
+    """The space of a label: `tune_spaces/LABEL.py`, or else its method's space; learning rates times `lr_scale`."""
     space = Space.of(base.method)
     if label.isidentifier() and importlib.util.find_spec(f"tune_spaces.{label}"):
         space = importlib.import_module(f"tune_spaces.{label}").SPACE
@@ -186,9 +188,9 @@ def space_for(label: str, base: UnlearnConfig, lr_scale: float = 1.0) -> Space:
 
 
 def read_space(path: str, space: Space) -> Space:
-    """`space` with what a file says: YAML with priors by field, or Python with a `SPACE`, which replaces it.
+    """Apply a file to `space`: YAML with priors by field, or Python with a `SPACE`, which replaces it.
 
-    A Python file is run; it is only read because the user names it.
+    A Python file is executed, and only because the user names it.
 
     Raises:
         UserError: no such file, another kind of file, or not a space.
@@ -197,10 +199,10 @@ def read_space(path: str, space: Space) -> Space:
     if not file.is_file():
         raise UserError(f"space_file = {path!r}: no such file")
     if file.suffix == ".py":
-        found = runpy.run_path(str(file)).get("SPACE")
-        if not isinstance(found, Space) or not all(isinstance(knob, Knob) for knob in found.knobs):
+        space_of_file = runpy.run_path(str(file)).get("SPACE")
+        if not isinstance(space_of_file, Space) or not all(isinstance(knob, Knob) for knob in space_of_file.knobs):
             raise UserError(f"space_file = {path!r}: it must define SPACE, a tune_spaces.Space of Knobs")
-        return found
+        return space_of_file
     if file.suffix not in (".yaml", ".yml"):
         raise UserError(f"space_file = {path!r}: name a .yaml file of priors by field, or a .py file with a SPACE")
     try:
@@ -209,5 +211,7 @@ def read_space(path: str, space: Space) -> Space:
         reason = " ".join(str(error).split())
         raise UserError(f"space_file = {path!r}: not YAML: {reason}") from None
     if not isinstance(content, dict):
-        raise UserError(f"space_file = {path!r}: must hold priors by field, such as 'ofmu.beta: loguniform(1e-3, 1)'")
+        raise UserError(
+            f"space_file = {path!r}: must contain priors by field, such as 'ofmu.beta: loguniform(1e-3, 1)'"
+        )
     return space.with_priors(parse_priors(flatten(content), option=path), f"from {file.name}")

@@ -1,4 +1,4 @@
-"""What a sweep leaves: the chosen configuration and model, tables, the report, MLflow runs, and lines for people."""
+"""What a sweep writes: the chosen configuration and model, tables, the report, MLflow runs, and terminal lines."""
 
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ from ofmu_ray.storage import atomic_write
 
 
 def trial_rows(ledger: Ledger, outcome: SweepChoice) -> list[dict[str, Any]]:
-    """One row per trial and per fresh seed, with figures as columns NAME, NAME_low, NAME_high."""
+    """One row per trial and per fresh seed, with metrics as columns NAME, NAME_low, NAME_high."""
     goal, rows = ledger.search.goal, []
     for number, suggestion in enumerate(ledger.suggestions):
         result = ledger.result(number)
         if result is None:
             continue
         evaluations = result.get("evaluations") or []
-        figures = result.get("figures") or (evaluations[-1]["figures"] if evaluations else {})
-        whole = bool(result.get("figures"))
+        metrics = result.get("figures") or (evaluations[-1]["figures"] if evaluations else {})
+        complete = bool(result.get("figures"))
         rows.append(
-            _row(result, number, "search", ledger, figures)
+            _row(result, number, "search", ledger, metrics)
             | {
-                "stage": ledger.stage_count if whole else len(evaluations),
+                "stage": ledger.stage_count if complete else len(evaluations),
                 "selected": number == outcome.chosen,
-                "feasible": goal.enough(plain(figures)) if figures else None,
-                **marks(plain(figures), goal.sound),
+                "feasible": goal.enough(plain(metrics)) if metrics else None,
+                **marks(plain(metrics), goal.sound),
                 "front": number in outcome.front,
                 "parent": suggestion.parent,
             }
         )
     for _, result in outcome.confirmed:
-        figures = result.get("figures") or {}
+        metrics = result.get("figures") or {}
         extra: dict[str, Any] = {"stage": ledger.stage_count, "selected": False, "front": False, "parent": None}
-        extra |= {"feasible": goal.enough(plain(figures)) if figures else None, **marks(plain(figures), goal.sound)}
-        rows.append(_row(result, outcome.chosen, "confirm", ledger, figures) | extra)
+        extra |= {"feasible": goal.enough(plain(metrics)) if metrics else None, **marks(plain(metrics), goal.sound)}
+        rows.append(_row(result, outcome.chosen, "confirm", ledger, metrics) | extra)
     return rows
 
 
 def _row(
-    result: Mapping[str, Any], number: int | None, phase: str, ledger: Ledger, figures: Mapping[str, Any]
+    result: Mapping[str, Any], number: int | None, phase: str, ledger: Ledger, metrics: Mapping[str, Any]
 ) -> dict[str, Any]:
     row = {
         "number": number,
@@ -71,23 +71,23 @@ def _row(
     evaluations = result.get("evaluations") or []
     if row["flops"] is None and evaluations:  # a run that failed after an evaluation
         row["flops"] = evaluations[-1]["account"]["flops"]
-    return row | plain(figures)
+    return row | plain(metrics)
 
 
 def stage_rows(ledger: Ledger) -> list[dict[str, Any]]:
-    """One row per evaluation on the way."""
+    """One row per intermediate evaluation."""
     goal, rows = ledger.search.goal, []
     for number in range(len(ledger.suggestions)):
         for one in ledger.evaluations(number):
-            found = plain(one["figures"])
+            values = plain(one["figures"])
             rows.append(
                 {
                     "number": number,
                     "stage": one["stage"],
                     "flops": one["account"]["flops"],
                     "train_seconds": one["train_seconds"],
-                    goal.objective: found.get(goal.objective),
-                    goal.utility: found.get(goal.utility),
+                    goal.objective: values.get(goal.objective),
+                    goal.utility: values.get(goal.utility),
                 }
             )
     return rows
@@ -100,13 +100,13 @@ def settings(
     narrowed: Mapping[str, str],
     command: Sequence[str],
 ) -> dict[str, Any]:
-    """What the report needs besides the tables; also <folder>/sweep.json."""
+    """What the report needs in addition to the tables; also written to <folder>/sweep.json."""
     from ofmu_ray.metrics.fronts import hypervolume
     from ofmu_ray.metrics.registry import metric
     from ofmu_ray.reporting.manifest import code_version, package_versions
 
     config, goal = ledger.config, ledger.search.goal
-    ends = [found["ended"] for n in range(len(ledger.suggestions)) if (found := ledger.result(n))]
+    ends = [result["ended"] for n in range(len(ledger.suggestions)) if (result := ledger.result(n))]
     points = plane(ledger, sound_only(ledger, ranked(ledger, range(len(ledger.suggestions)))))
     objectives = [goal.objective, goal.utility] if config.search.kind == "multi_objective" else []
     chosen = None
@@ -115,7 +115,7 @@ def settings(
             "number": outcome.chosen,
             "options": dict(ledger.suggestions[outcome.chosen].options),
             "floor_missed": False,
-            "figures": outcome.figures,
+            "figures": outcome.metrics,
             "config_file": "best.yaml",
             "model": f"{BEST}/model",
         }
@@ -160,12 +160,12 @@ def settings(
 
 
 def space_rows(space: Space) -> list[dict[str, Any]]:
-    """What is tuned, for people."""
+    """The tuned fields, in readable form."""
     return [{"field": k.field, "prior": text_of(k.prior), "why": k.why, "given": k.given} for k in space.knobs]
 
 
 def write(ledger: Ledger, outcome: SweepChoice, references: Mapping[str, Any], command: Sequence[str]) -> list[Path]:
-    """trials.parquet, sweep.json, priors.yaml and the report; returns their paths."""
+    """Write trials.parquet, sweep.json, priors.yaml and the report; return their paths."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -195,7 +195,7 @@ def write(ledger: Ledger, outcome: SweepChoice, references: Mapping[str, Any], c
 
 
 def log_child(ledger: Ledger, number: int, parent: Any) -> None:
-    """Close the MLflow run of a trial that has ended, once: its marker says so."""
+    """Close the MLflow run of a finished trial, once; a marker file records it."""
     from ofmu_ray import tracking
     from ofmu_ray.search.tuner import child_run
 
@@ -207,9 +207,9 @@ def log_child(ledger: Ledger, number: int, parent: Any) -> None:
     if handle is None:
         return  # MLflow does not answer; the next start tries again
     costs = {name: result[name] for name in COSTS if result.get(name) is not None}
-    figures = result.get("figures") or next((one["figures"] for one in reversed(result["evaluations"])), None)
+    metrics = result.get("figures") or next((one["figures"] for one in reversed(result["evaluations"])), None)
     failed = result["status"] == "failed"
-    if tracking.finish(handle, metrics={"after": figures}, cost=costs, status="FAILED" if failed else "FINISHED"):
+    if tracking.finish(handle, metrics={"after": metrics}, cost=costs, status="FAILED" if failed else "FINISHED"):
         atomic_write(marker, handle.run_id)
 
 
@@ -217,18 +217,21 @@ def log_child(ledger: Ledger, number: int, parent: Any) -> None:
 
 
 def line(ledger: Ledger, number: int) -> str:
-    """How a trial ended."""
+    """How a trial finished."""
     result, goal = ledger.result(number), ledger.search.goal
     if result is None:
-        found = ledger.evaluations(number)
-        figures, status = (plain(found[-1]["figures"]) if found else {}), f"stopped after {len(found)} evaluations"
+        evaluations = ledger.evaluations(number)
+        values, status = (
+            (plain(evaluations[-1]["figures"]) if evaluations else {}),
+            f"stopped after {len(evaluations)} evaluations",
+        )
         seconds = 0.0
     else:
         evaluations = result.get("evaluations") or []
         last = result.get("figures") or (evaluations[-1]["figures"] if evaluations else {})
-        figures, seconds = plain(last), result.get("total_seconds") or 0.0
+        values, seconds = plain(last), result.get("total_seconds") or 0.0
         status = "" if result["status"] == "finished" else f"{result['status']}: {result.get('message', '')}"
-    shown = [f"{name} {figures[name]:.3g}" for name in (goal.objective, goal.utility) if figures.get(name) is not None]
+    shown = [f"{name} {values[name]:.3g}" for name in (goal.objective, goal.utility) if values.get(name) is not None]
     return ", ".join([*shown, *([status] if status else []), *([duration(seconds)] if seconds else [])])
 
 
@@ -237,25 +240,25 @@ def summary(ledger: Ledger, outcome: SweepChoice) -> str:
     goal, lines = ledger.search.goal, []
 
     def shown(number: int) -> str:
-        found = plain((ledger.result(number) or {})["figures"])
-        cells = [f"{name} {found[name]:<10.4g}" for name in (goal.objective, goal.utility)]
+        values = plain((ledger.result(number) or {})["figures"])
+        cells = [f"{name} {values[name]:<10.4g}" for name in (goal.objective, goal.utility)]
         options = [f"{name}={value}" for name, value in ledger.suggestions[number].options.items()]
         return f"  trial {number:<5}" + " ".join([*cells, *options])
 
     if outcome.front:
         lines += ["", "Pareto front:", *map(shown, outcome.front)]
     if outcome.chosen is not None:
-        figures = outcome.figures or {}
+        metrics = outcome.metrics or {}
         lines += ["", f"chosen: trial {outcome.chosen}; on all rows:"]
         for name in (goal.objective, goal.utility):
-            figure = figures.get(name) or {}
-            if figure.get("value") is not None:
-                ends = [figure[end] for end in ("low", "high")]  # None without bootstrap samples
+            metric_value = metrics.get(name) or {}
+            if metric_value.get("value") is not None:
+                ends = [metric_value[end] for end in ("low", "high")]  # None without bootstrap samples
                 interval = f" [{ends[0]:.3g}, {ends[1]:.3g}]" if None not in ends else ""
-                lines.append(f"  {name} {figure['value']:.4g}{interval}")
+                lines.append(f"  {name} {metric_value['value']:.4g}{interval}")
         for seed, result in outcome.confirmed:
-            found = plain(result.get("figures") or {})
-            cells = [f"{n} {found[n]:.4g}" for n in (goal.objective, goal.utility) if found.get(n) is not None]
+            values = plain(result.get("figures") or {})
+            cells = [f"{n} {values[n]:.4g}" for n in (goal.objective, goal.utility) if values.get(n) is not None]
             lines.append(f"  seed {seed}: " + (", ".join(cells) or f"{result['status']}: {result.get('message', '')}"))
     elif outcome.nearest is not None:
         nearest = plain((ledger.result(outcome.nearest) or {})["figures"])
@@ -264,5 +267,5 @@ def summary(ledger: Ledger, outcome: SweepChoice) -> str:
             why = f"all trials are degenerate ({words(nearest, goal.sound)})"
         lines += ["", f"{why}; the nearest:", shown(outcome.nearest)]
     else:
-        lines += ["", "no trial came to its end with figures"]
+        lines += ["", "no trial completed with metrics"]
     return "\n".join(lines)

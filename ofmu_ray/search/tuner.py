@@ -1,4 +1,4 @@
-"""A sweep on Ray Tune: the ledger's trials as a search algorithm, schedulers that write their decisions down, and the
+"""A sweep on Ray Tune: the ledger's trials as a search algorithm, schedulers that record their decisions, and the
 trainable that runs a trial."""
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-# read when Tune is imported: no boxes on the terminal, which the sweep has lines of its own for, no log files, and
-# trials in the driver's working directory, which relative paths start from
+# read when Tune is imported: no boxes on the terminal (the sweep prints its own lines), no log files, and trials in the
+# driver's working directory, which relative paths start from
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
@@ -30,11 +30,11 @@ POLL_SECONDS = 0.1
 
 
 _LEDGERS: dict[str, Ledger] = {}
-"""By folder. Tune writes its arguments into the sweep's folder, and a ledger's data hold the text of forget rows."""
+"""By folder. Tune writes its arguments into the sweep's folder, and a ledger's data contain the forget rows' text."""
 
 
 class _OfLedger:
-    """Something that Tune copies and writes down, and that therefore only names its ledger."""
+    """An object that Tune copies and stores; it therefore holds only its ledger's folder."""
 
     folder: str
 
@@ -47,38 +47,38 @@ class _OfLedger:
 
 
 class LedgerSearch(_OfLedger, Searcher):  # type: ignore[misc]
-    """The ledger's trials in their order; those that have ended are told again, for the scheduler's sake."""
+    """The ledger's trials in order; finished trials are reported again, for the scheduler."""
 
     def __init__(self, folder: str) -> None:
         super().__init__()
         self.folder, self.next = folder, 0
         self.exhausted = False
-        """The space held nothing new before all trials were suggested."""
+        """The space was exhausted before all trials were suggested."""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if self.next >= self.ledger.config.search.trials:
             return str(Searcher.FINISHED)
-        found = self.ledger.suggestion(self.next)
-        if found is None:
-            if self.ledger.search.waits(self.next, self.ledger.seen()):
+        suggestion = self.ledger.suggestion(self.next)
+        if suggestion is None:
+            if self.ledger.search.waits(self.next, self.ledger.earlier()):
                 return None
             self.exhausted = True
             return str(Searcher.FINISHED)
         self.next += 1
-        return {"number": found.number, "key": self.ledger.key(found.number)}
+        return {"number": suggestion.number, "key": self.ledger.key(suggestion.number)}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Nothing: results are read from the ledger."""
+        """Do nothing: results are read from the ledger."""
 
     def save(self, checkpoint_path: str) -> None:
-        Path(checkpoint_path).touch()  # Tune's own snapshots are not used: a sweep goes on from its ledger
+        Path(checkpoint_path).touch()  # Tune's snapshots are not used: a sweep resumes from its ledger
 
     def restore(self, checkpoint_path: str) -> None:
-        raise AssertionError("a sweep goes on from its ledger")
+        raise AssertionError("a sweep resumes from its ledger")
 
 
 class _Deciding(_OfLedger):
-    """Writes a scheduler's decisions into the ledger, where the trial's workers wait for them."""
+    """Writes a scheduler's decisions to the ledger, where the trial's workers wait for them."""
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         action = super().on_trial_result(controller, trial, result)  # type: ignore[misc]
@@ -87,7 +87,7 @@ class _Deciding(_OfLedger):
 
 
 class _All(_Deciding, FIFOScheduler):  # type: ignore[misc]
-    """Every trial to its end."""
+    """Runs every trial to its end."""
 
 
 class _Halving(_Deciding, AsyncHyperBandScheduler):  # type: ignore[misc]
@@ -95,11 +95,11 @@ class _Halving(_Deciding, AsyncHyperBandScheduler):  # type: ignore[misc]
 
 
 class _Median(_Deciding, MedianStoppingRule):  # type: ignore[misc]
-    """Trials below the median of the others end."""
+    """Stops trials below the median of the others."""
 
 
 class _Generations(_Deciding, FIFOScheduler):  # type: ignore[misc]
-    """Every trial of a population ends with its generation; the last generation at the run's end."""
+    """Stops every trial of a population after its generation; the last generation runs to its end."""
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         generation = result["number"] // self.ledger.config.search.population
@@ -109,24 +109,24 @@ class _Generations(_Deciding, FIFOScheduler):  # type: ignore[misc]
 
 def scheduler(early: EarlyConfig, ledger: Ledger) -> TrialScheduler:
     """The scheduler of a sweep."""
-    made: Any
+    chosen: Any
     if ledger.config.search.kind == "population":
-        made = _Generations()
+        chosen = _Generations()
     elif early.kind == "asha":
-        made = _Halving(
+        chosen = _Halving(
             time_attr="stage", metric="score", mode="max", max_t=early.stages, grace_period=early.grace,
             reduction_factor=early.reduction_factor,
         )  # fmt: skip
     elif early.kind == "median":
-        made = _Median(time_attr="stage", metric="score", mode="max", grace_period=early.grace)
+        chosen = _Median(time_attr="stage", metric="score", mode="max", grace_period=early.grace)
     else:
-        made = _All()
-    made.folder = str(ledger.folder)
-    return made
+        chosen = _All()
+    chosen.folder = str(ledger.folder)
+    return chosen
 
 
 class TrialRun(tune.Trainable):  # type: ignore[misc]
-    """One trial, in a thread of an actor that stays warm for the next; a step lasts until the next evaluation."""
+    """One trial, in a thread of an actor that is reused for the next; a step lasts until the next evaluation."""
 
     def setup(
         self, config: dict[str, Any], ledger: Any = None, parent: Any = None, tracking: Any = None, local: bool = True
@@ -161,28 +161,28 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]
     def step(self) -> dict[str, Any]:
         while True:
             ended = self.thread is None or not self.thread.is_alive()
-            for found in self.ledger.evaluations(self.number):
-                if found["stage"] > self.stage:
-                    self.stage = found["stage"]
-                    return self._told(found["figures"], done=False)
+            for evaluation in self.ledger.evaluations(self.number):
+                if evaluation["stage"] > self.stage:
+                    self.stage = evaluation["stage"]
+                    return self._report(evaluation["figures"], done=False)
             if ended:
                 result = self.ledger.result(self.number)
                 assert result is not None, f"trial {self.number} ended without a result"
-                whole = result["status"] not in ("stopped", "failed")
-                self.stage = self.ledger.stage_count if whole else self.stage
-                return self._told(result.get("figures") or {}, done=True)
+                complete = result["status"] not in ("stopped", "failed")
+                self.stage = self.ledger.stage_count if complete else self.stage
+                return self._report(result.get("figures") or {}, done=True)
             time.sleep(POLL_SECONDS)
 
-    def _told(self, figures: dict[str, Any], *, done: bool) -> dict[str, Any]:
+    def _report(self, metrics: dict[str, Any], *, done: bool) -> dict[str, Any]:
         share = 1.0 if done else self.ledger.search.share
-        score = self.ledger.search.goal.score(plain(figures), share)
+        score = self.ledger.search.goal.score(plain(metrics), share)
         return {"number": self.number, "stage": self.stage, "score": score, "done": done}
 
     def cleanup(self) -> None:
         self._join()
 
     def _join(self) -> None:
-        """Wait for a trial that was ended early to write its result; one whose driver goes away is left as it is."""
+        """Wait for a trial that was stopped early to write its result; leave a trial whose driver is going away."""
         if self.thread is None or not self.thread.is_alive():
             return
         from ofmu_ray.runs.trial import work_path
@@ -196,7 +196,7 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]
 def child_run(
     tracking: TrackingConfig, ledger: Ledger, number: int, parent: Any, result: Mapping[str, Any] | None = None
 ) -> Any:
-    """The MLflow run of a trial, begun or found again; None where MLflow does not answer: a trial can do without."""
+    """Start or reopen a trial's MLflow run; None if MLflow does not answer: a trial runs without it."""
     from ofmu_ray import tracking as mlflow
 
     suggestion, ended = ledger.suggestions[number], result or {"status": "running"}
@@ -215,11 +215,11 @@ def child_run(
 
 
 _ENDED: dict[str, Callable[[int], None]] = {}
-"""By folder: who is told of trials that have ended."""
+"""By folder: the callback for finished trials."""
 
 
-class _TellsEnds(_OfLedger, tune.Callback):  # type: ignore[misc]
-    """Tells of trials that have ended, and writes down those that could not do so themselves."""
+class _ReportsEnds(_OfLedger, tune.Callback):  # type: ignore[misc]
+    """Reports finished trials, and records the failure of those that could not record it themselves."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -237,16 +237,16 @@ class _TellsEnds(_OfLedger, tune.Callback):  # type: ignore[misc]
 def run(
     ledger: Ledger, parent: Any, concurrency: int, on_end: Callable[[int], None], *, local: bool
 ) -> tuple[bool, bool]:
-    """Run all trials that have not ended. Returns (every trial has ended, the space was exhausted).
+    """Run all unfinished trials. Returns (all trials have finished, the space was exhausted).
 
-    `on_end` is told the number of each trial that ends, in this process.
+    `on_end` is called in this process with the number of each trial that finishes.
     """
     import shutil
 
     training, folder = ledger.config.base.training, ledger.folder / "tune"
     shutil.rmtree(folder, ignore_errors=True)
     share = {"CPU": training.cpus_per_worker} | ({"GPU": training.gpus_per_worker} if training.gpus_per_worker else {})
-    # a trial of several workers only drives its Ray Train job, which has its own place: it needs none for itself
+    # a trial with several workers only drives its Ray Train job, which has its own resources: it needs none itself
     bundle = share if local else {"node:__internal_head__": 0.001}
     _LEDGERS[str(ledger.folder)] = ledger
     search = LedgerSearch(str(ledger.folder))
@@ -268,8 +268,8 @@ def run(
             storage_path=str(ledger.folder),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=training.max_failures),
-            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # a run keeps its own
-            callbacks=[_TellsEnds(str(ledger.folder))],
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # a run writes its own
+            callbacks=[_ReportsEnds(str(ledger.folder))],
         ),
     )
     tuner.fit()
