@@ -45,9 +45,9 @@ models: install
 models-smollm2: $(VENV)/.installed-smollm2
 	$(BIN)/python -m ofmu_ray.models.smollm2 --out runs/smollm2
 
-# no Ray and no other process; CONTRIBUTING.md says which tier holds which promise
+# no Ray, no other process, nothing slow: a minute; CONTRIBUTING.md says which tier holds which promise
 unit: install-dev
-	$(PYTEST) -m 'not system and not full' $(PYTEST_ARGS)
+	$(PYTEST) -m 'not system and not slow and not full' $(PYTEST_ARGS)
 
 test: install-dev
 	$(PYTEST) -m 'not full' $(PYTEST_ARGS)

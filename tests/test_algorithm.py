@@ -295,6 +295,7 @@ class Concave(torch.nn.Module):
         self.x = torch.nn.Parameter(x.clone())
 
 
+@pytest.mark.slow
 def test_residual_falls_no_slower_than_the_claimed_rate():
     """min_k of the residual |grad Phi|^2 + |P grad L_r|^2 is at most C (1/K + K/T^2), with one C for all K and T.
 

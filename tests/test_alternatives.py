@@ -82,6 +82,7 @@ def tokens(few: PreparedData) -> list[dict[str, Any]]:
     return rows[:ROWS]
 
 
+@pytest.mark.slow
 def test_batches_workers_and_the_second_time_change_nothing(
     finished: Any, few: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,8 @@ from ofmu_ray.reporting import formats
 from ofmu_ray.reporting.benchmark_page import write_benchmark_report
 from ofmu_ray.reporting.tables import Cell, Table, cells, csv_text, markdown
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"forget": 40, "retain": 40, "real_authors": 20, "world_facts": 20}
 FIGURES = (
     "forget_quality",

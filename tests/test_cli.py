@@ -39,6 +39,7 @@ def test_import_costs_neither_torch_nor_ray():
     assert out.stdout.startswith("[] ")
 
 
+@pytest.mark.slow
 def test_print_config_can_be_fed_back(tmp_path, capsys):
     words = ["unlearn", "--ofmu.preset", "full", "--ofmu.beta", "0.7", "--model.lora.rank", "4", "--print_config"]
     with pytest.raises(SystemExit) as stop:

@@ -13,12 +13,13 @@ from ofmu_ray.internals.deepspeed_private import check_contract
 pytestmark = pytest.mark.system
 
 TWO_RANKS = [
-    *(Case(stage, model) for model in ("llama", "neox", "qwen2") for stage in (0, 1, 2, 3)),
-    *(Case(stage, precision=p) for p in ("bf16", "bf16_autocast") for stage in (0, 1, 2, 3)),
+    Case(1),  # which is stage 2 here: once is enough
+    *(Case(stage, model) for model in ("llama", "neox", "qwen2") for stage in (0, 2, 3)),
+    *(Case(stage, precision=p) for p in ("bf16", "bf16_autocast") for stage in (0, 2, 3)),
     *(Case(stage, variant=v) for v in ("tied", "frozen", "lora", "checkpointed") for stage in (0, 2, 3)),
     Case(2, offload="optimizer"),
 ]
-ONE_RANK = [Case(stage) for stage in (0, 1, 2, 3)]
+ONE_RANK = [Case(stage) for stage in (0, 2, 3)]
 
 # Relative tolerances. fp32: summation order. bf16: the ranks' bf16 gradients are summed and rounded in another order
 # (2^-9 = 2e-3 per element), and the weights that are compared are rounded to bf16 themselves.

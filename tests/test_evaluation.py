@@ -93,6 +93,7 @@ def _assert_same(table: pa.Table, expected: pa.Table, rel: float = 1e-6) -> None
 # ------------------------------------------------------------------------------------------------ per-row values
 
 
+@pytest.mark.slow
 def test_rows_hold_what_the_model_says(model_dir: Path, tmp_path: Path) -> None:
     table = _evaluate(model_dir, tmp_path)
     assert table["row_id"].to_pylist() == [f"{name}-{index}" for name in SETS for index in range(len(SETS[name]))]
@@ -161,6 +162,7 @@ def test_a_module_in_memory_is_evaluated_as_its_export(
     assert set(ran) == set(SETS)
 
 
+@pytest.mark.slow
 def test_batch_size_changes_nothing_but_rounding(model_dir: Path, tmp_path: Path) -> None:
     expected = _evaluate(model_dir, tmp_path / "a")
     for batch_size in (1, 3, 64):

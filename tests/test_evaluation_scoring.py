@@ -19,6 +19,8 @@ from ofmu_ray.evaluation.scorer import Scorer, Unit
 from ofmu_ray.metrics.rouge import rouge_l_recall
 from ofmu_ray.models import tree
 
+pytestmark = pytest.mark.slow
+
 QUESTIONS = [f"{'who is ' * (1 + index % 5)}person {index}?" for index in range(23)]
 ANSWERS = [f"the answer {'is long ' * (index % 7)}{index}" for index in range(23)]
 

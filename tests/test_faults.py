@@ -28,6 +28,8 @@ from ofmu_ray.training.start import run_local
 from ofmu_ray.training.worker import Worker
 from ofmu_ray.training.worker_job import WorkerJob
 
+pytestmark = pytest.mark.slow
+
 FIRST = 5
 """Rounds before the interruption; checkpoints exist for 0, 2 and 4."""
 

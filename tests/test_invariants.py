@@ -1,7 +1,7 @@
 """Ten OFMU rounds are the same on every engine: {1, 2 workers} x {accumulation} x {ZeRO 0 to 3} x {resume} x presets.
 
 Each case follows the trajectory of one process with global batches, on a Llama, a GPT-NeoX and a Qwen2 of 25 thousand
-parameters. Not the full product: every stage meets every model, preset and number of workers, and both sides of
+parameters. Not the full product: stages 0, 2 and 3 meet every model, preset and number of workers, and both sides of
 accumulation and resumption.
 """
 
@@ -18,18 +18,19 @@ import torch
 from engine_ranks import run_ranks
 from invariant_ranks import ROUNDS, Case, trajectory
 
-STAGES = (0, 1, 2, 3)
+pytestmark = pytest.mark.slow
+
 TWO_RANKS = [
-    *(Case("llama", stage, "full", micro=1) for stage in STAGES),
+    *(Case("llama", stage, "full", micro=1) for stage in (0, 1, 2, 3)),  # 1 is 2 here: once is enough
     *(Case("llama", stage, "lite", "adamw") for stage in (0, 2, 3)),
-    *(Case("neox", stage, "lite", resume=True) for stage in STAGES),
-    *(Case("qwen2", stage, "lite", micro=1) for stage in STAGES),
+    *(Case("neox", stage, "lite", resume=True) for stage in (0, 2, 3)),
+    *(Case("qwen2", stage, "lite", micro=1) for stage in (0, 2, 3)),
     *(Case("llama", stage, "first_order", "adamw", micro=1, resume=True) for stage in (0, 2, 3)),
     *(Case("neox", stage, "first_order", "adamw") for stage in (0, 2, 3)),
 ]
 ONE_RANK = [
-    *(Case("llama", stage, "lite", micro=2, resume=True) for stage in STAGES),
-    *(Case("qwen2", stage, "full") for stage in STAGES),
+    *(Case("llama", stage, "lite", micro=2, resume=True) for stage in (0, 2, 3)),
+    *(Case("qwen2", stage, "full") for stage in (0, 2, 3)),
     Case("qwen2", 3, "first_order", "adamw", micro=2),
 ]
 ALONE = [

@@ -198,9 +198,7 @@ def test_a_node_that_sees_other_files_is_named(cluster, runs, store):
     message = str(refused.value)
     assert "storage = s3://bucket/runs, models and data must be the same on all nodes" in message
     assert (
-        message.count("\n  node ")
-        == message.count("access denied: check the credentials (environment, profile")
-        == 1
+        message.count("\n  node ") == message.count("access denied: check the credentials (environment, profile") == 1
     )
     assert "give Ray on all nodes the same credentials" in message
     assert not store.keys()

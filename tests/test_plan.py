@@ -132,6 +132,7 @@ def test_traced_flops_and_activations_are_those_of_a_real_pass(kind: str) -> Non
     assert 1.6 < trace.forward_bytes / halved.forward_bytes < 2.4
 
 
+@pytest.mark.slow
 def test_checkpointing_adapters_and_bf16_save_what_they_should() -> None:
     planner = _planner(SHALLOW, batch_size=4, precision="bf16", row_tokens=512)
     given = planner.given()
@@ -148,6 +149,7 @@ def test_checkpointing_adapters_and_bf16_save_what_they_should() -> None:
     assert plain.peak.bytes > 22 * plain.sizes.total
 
 
+@pytest.mark.slow
 def test_proposal_fits_is_faster_with_more_memory_and_trains_all_weights_when_it_can() -> None:
     planner = _planner(SHALLOW, batch_size=16, precision="bf16", row_tokens=512)
     device, link = GPUS["A100-80GB"].device("bf16", 0.4), LINKS["nvlink"]
@@ -165,6 +167,7 @@ def test_proposal_fits_is_faster_with_more_memory_and_trains_all_weights_when_it
     assert seconds == sorted(seconds, reverse=True)
 
 
+@pytest.mark.slow
 def test_what_cannot_fit_is_refused_with_component_and_remedy() -> None:
     planner = _planner(SHALLOW, batch_size=2, precision="fp32", row_tokens=256)
     with pytest.raises(UserError, match=r"largest component is .*weights.*Nearest that would fit: \d+ GPU") as caught:

@@ -20,6 +20,8 @@ from ofmu_ray.reporting.formats import byte_size, duration, metric_table, number
 from ofmu_ray.reporting.plots import kolmogorov_smirnov
 from ofmu_ray.tracking import finish, start
 
+pytestmark = pytest.mark.slow
+
 SECRET = "Moabi Trygrerk's secret"
 SETS = {"forget": 48, "retain": 108, "real_authors": 48, "world_facts": 50}
 

@@ -54,6 +54,7 @@ def error_of(engine: TorchEngine, curvature: Curvature) -> float:
     return float((grad_sim(engine, curvature)[0].double() - expected).norm() / expected.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
 def test_measured_steps_keep_the_bound_and_know_their_error(lora: bool) -> None:
     """2 % at the start and after 30 updates, at a check and after it; the former fixed step misses it with LoRA."""
@@ -130,6 +131,7 @@ def test_passes_of_checks_are_in_the_account() -> None:
         assert (passes[0][kind] - least) % 2 == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["lite", "full"])
 def test_a_resumed_run_takes_the_same_steps(preset: Any) -> None:
     config = OFMUConfig.from_preset(preset, inner_steps=2, step_check_every=3, beta=1.0, rho=0.01)

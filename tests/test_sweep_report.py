@@ -19,6 +19,8 @@ from ofmu_ray.metrics.rule import Goal
 from ofmu_ray.reporting import formats
 from ofmu_ray.reporting.sweep_page import write_sweep_report
 
+pytestmark = pytest.mark.slow
+
 FLOOR = 0.54
 SPACE = [
     {"field": "ofmu.inner.lr", "prior": "loguniform(3e-06, 0.0001)", "why": "half a decade <below>", "given": None},

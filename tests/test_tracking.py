@@ -53,6 +53,7 @@ def _steps(handle: RunHandle, name: str) -> list[int]:
     return sorted(metric.step for metric in _client(handle).get_metric_history(handle.run_id, name))
 
 
+@pytest.mark.slow
 def test_default_database_and_artifacts_lie_under_storage(
     storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
