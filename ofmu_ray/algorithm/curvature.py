@@ -43,7 +43,7 @@ class Curvature(Protocol):
     def phi_hessian_vector(
         self, phi: Callable[[], Vector], base: Vector, norm: float, batches: tuple[Any, Any], beta: float
     ) -> Vector:
-        """(Hess Phi) v for v = `base` = grad Phi(theta) of norm `norm`; `phi()` evaluates grad Phi at the current theta."""
+        """(Hess Phi) v for v = `base` = grad Phi(theta) of norm `norm`; `phi()` evaluates grad Phi at theta."""
 
     def nested(self) -> Curvature:
         """The same for a grad Phi that is itself differenced."""
