@@ -219,7 +219,7 @@ def test_state_continues_to_the_bit(offload: str) -> None:
     resumed.load_state_dict(saved)
     assert torch.equal(two_steps(resumed), expected)
     assert resumed.account.state() == account
-    with pytest.raises(UserError, match=r"same training\.zero_stage and model"):
+    with pytest.raises(UserError, match=r"same training\.engine, training\.zero_stage and model"):
         TorchEngine(mlp(), squares).load_state_dict(saved)
 
 

@@ -1,4 +1,4 @@
-"""The measurements of `ofmu evaluate` beyond the metrics: one model, one check, one table. The tables contain no text."""
+"""The measurements of `ofmu evaluate` beyond the metrics: one model, one check, one table (without text)."""
 
 from __future__ import annotations
 
