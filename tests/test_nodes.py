@@ -204,7 +204,7 @@ def test_a_node_that_sees_other_files_is_named(cluster, runs, store):
     assert f"storage = {late.run_dir}, models and data must be the same on all nodes" in told
     assert told.count("\n  node ") == 2
     assert f"node {node} has no {model} (model.path)" in told
-    assert f"node {node} cannot read or write in storage what the driver's node shares (.driver is not there)" in told
+    assert f"node {node} cannot read or write the storage of the driver's node (.driver is not there)" in told
     assert "--storage" in told
     with pytest.raises(UserError, match="network_interface = nothing0") as found:
         join_cluster(TrainingConfig(network_interface="nothing0"), runs, paths)
