@@ -101,7 +101,8 @@ def choose_here(wanted: str | None) -> tuple[str, str]:
         name: [entry.address.partition("%")[0] for family in families for entry in entries if entry.family == family]
         for name, entries in psutil.net_if_addrs().items()
     }
-    return choose(wanted, get_node_ip_address(), {name: addresses for name, addresses in interfaces.items() if addresses})
+    with_address = {name: addresses for name, addresses in interfaces.items() if addresses}
+    return choose(wanted, get_node_ip_address(), with_address)
 
 
 def _look(shared: SharedFiles) -> list[str]:
