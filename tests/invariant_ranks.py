@@ -1,6 +1,6 @@
 """Ten OFMU rounds on one engine, alone or as a rank of a gloo group: what tests/test_invariants.py compares.
 
-Batches come about as in a run: global batches by `batch_order`, dealt to the ranks by `lane_slots`, cut into
+Batches come about as in a run: global batches by `batch_order`, dealt to the ranks by `shard_slots`, cut into
 micro-batches, collated. What differs from a run is that rows come from a generator and not from Parquet.
 """
 
@@ -19,7 +19,7 @@ from engine_ranks import all_ranks
 
 from ofmu_ray.config import OptimizerConfig
 from ofmu_ray.data.batches import collate
-from ofmu_ray.data.order import batch_order, lane_slots
+from ofmu_ray.data.order import batch_order, shard_slots
 from ofmu_ray.engines import Batch
 from ofmu_ray.methods.ofmu import OFMU, OFMUConfig, PresetName
 
@@ -109,7 +109,7 @@ def lane(stream: str, per_round: int, rounds: int, world: int, rank: int, micro:
     lengths = np.array([len(row["input_ids"]) for row in table])
     order = batch_order(lengths, rounds * per_round, BATCH, seed=3, stream=stream)
     share = BATCH // world
-    mine = np.take_along_axis(order, lane_slots(lengths[order], world), axis=1)[:, rank * share : (rank + 1) * share]
+    mine = np.take_along_axis(order, shard_slots(lengths[order], world), axis=1)[:, rank * share : (rank + 1) * share]
     batches = []
     for slots in mine:
         pieces = [slots[start : start + (micro or share)] for start in range(0, share, micro or share)]
