@@ -42,7 +42,7 @@ class Check:
     batch_size: int = 64
 
     def key(self, device: str) -> str:
-        """Hex digest (32 digits) of everything that determines the values; not batch_size, which only affects rounding."""
+        """Hex digest (32 digits) of all that determines the values; not batch_size, which only affects rounding."""
         rows = {name: [asdict(row) for row in group] for name, group in self.rows.items()}
         models = [self.weights, self.model.template.fingerprint()]
         if self.reference is not None:

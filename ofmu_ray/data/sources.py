@@ -182,7 +182,7 @@ def _file_fragments(
     try:
         groups = pq.ParquetFile(inside, filesystem=filesystem).metadata
     except (pa.ArrowInvalid, OSError):
-        raise UserError(f"{option}.path = {plain}: not a Parquet file; if it is JSON, set --{option}.format json") from None
+        raise UserError(f"{option}.path = {plain}: not a Parquet file; set --{option}.format json") from None
     first = 1
     for group in range(groups.num_row_groups):
         yield Fragment(stream, "parquet", path, number, first, group, identity=identity)
