@@ -31,8 +31,7 @@ def local_rounds(
     collate: Collate,
     sidecars: Mapping[str, str] | None = None,
 ) -> Iterator[RoundBatches]:
-    """The batches of `stream.rounds`, read with plain pyarrow in this process: the reference, and the path without Ray.
-    """
+    """The batches of `stream.rounds`, read with plain pyarrow in this process: the reference, and the path without Ray."""
     tables = (
         table.slice(at, plan.rows_per_round)
         for path in shard_files(plan, shard, start_round)

@@ -92,8 +92,7 @@ class LoopOptimizer:
                     state[name] = value.to(device)
 
     def first_moment(self) -> Vector | None:
-        """AdamW's running mean of the (clipped) gradients, on the device of the parameters; None before the first step.
-        """
+        """AdamW's running mean of the (clipped) gradients, on the device of the parameters; None before the first step."""
         states = [self._optimizer.state.get(parameter, {}) for parameter in self._parameters]
         if not all("exp_avg" in state for state in states):
             return None
