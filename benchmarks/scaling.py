@@ -200,7 +200,7 @@ def planner(shape: Any, batch: int, tokens: int, device: Any, precision: Any = "
 def ray_loop(config: dict[str, Any]) -> None:
     """`ofmu_ray.training.start.worker_loop` with a clock around the rounds."""
     from ofmu_ray.data.batch_plan import read_plan
-    from ofmu_ray.data.stream import lane_iterator, rounds
+    from ofmu_ray.data.stream import rounds, shard_iterator
     from ofmu_ray.training.session import RaySession
     from ofmu_ray.training.worker import Worker
 
@@ -211,7 +211,7 @@ def ray_loop(config: dict[str, Any]) -> None:
     marks: list[float] = []
 
     def source(start: int, options: dict[str, Any]) -> Iterator[Any]:
-        for batches in rounds(lane_iterator(plan, session.rank, start), plan, start_round=start, **options):
+        for batches in rounds(shard_iterator(plan, session.rank, start), plan, start_round=start, **options):
             marks.append(time.perf_counter())
             yield batches
 

@@ -1,6 +1,6 @@
 """Ten OFMU rounds on one engine, alone or as a rank of a gloo group: what tests/test_invariants.py compares.
 
-Batches are made as in a run: global batches by `batch_order`, dealt to the ranks by `lane_slots`, cut into
+Batches are made as in a run: global batches by `batch_order`, dealt to the ranks by `shard_slots`, cut into
 micro-batches, collated. Unlike in a run, rows come from a generator, not from Parquet.
 """
 
@@ -19,7 +19,7 @@ from engine_ranks import all_ranks
 
 from ofmu_ray.config import OptimizerConfig
 from ofmu_ray.data.batches import collate
-from ofmu_ray.data.order import batch_order, lane_slots
+from ofmu_ray.data.order import batch_order, shard_slots
 from ofmu_ray.engines import Batch
 from ofmu_ray.methods.ofmu import OFMU, OFMUConfig, PresetName
 
@@ -103,13 +103,15 @@ def rows(stream: str) -> list[dict[str, Any]]:
     return [{"input_ids": tokens, "prompt_tokens": int(rng.integers(1, len(tokens) - 1))} for tokens in ids]
 
 
-def lane(stream: str, per_round: int, rounds: int, world: int, rank: int, micro: int | None) -> list[list[Batch]]:
+def shard_batches(
+    stream: str, per_round: int, rounds: int, world: int, rank: int, micro: int | None
+) -> list[list[Batch]]:
     """This rank's batches for each round."""
     table = rows(stream)
     lengths = np.array([len(row["input_ids"]) for row in table])
     order = batch_order(lengths, rounds * per_round, BATCH, seed=3, stream=stream)
     share = BATCH // world
-    mine = np.take_along_axis(order, lane_slots(lengths[order], world), axis=1)[:, rank * share : (rank + 1) * share]
+    mine = np.take_along_axis(order, shard_slots(lengths[order], world), axis=1)[:, rank * share : (rank + 1) * share]
     batches = []
     for slots in mine:
         pieces = [slots[start : start + (micro or share)] for start in range(0, share, micro or share)]
@@ -165,7 +167,7 @@ def trajectory(case: Case, rank: int, world: int) -> dict[str, Any]:
     """Run the case's rounds. Only rank 0 has full vectors."""
     method = OFMU(config(case))
     counts = method.batches_per_round()
-    forget, retain = (lane(s, counts[s], case.rounds, world, rank, case.micro) for s in ("forget", "retain"))
+    forget, retain = (shard_batches(s, counts[s], case.rounds, world, rank, case.micro) for s in ("forget", "retain"))
     engine = Watched(build_engine(case))
     start = engine.full_weights()
     metrics, saved = [], None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from engine_ranks import all_ranks
-from invariant_ranks import close, lane, seeded_model
+from invariant_ranks import close, shard_batches, seeded_model
 
 from ofmu_ray import config
 from ofmu_ray.engines import Batch
@@ -65,8 +65,10 @@ def batches(
     """This rank's batches for each round, with the reference model's values for their rows."""
     counts = build_method(OPTIONS[variant]).batches_per_round()
     untouched = seeded_model("llama").to(dtype)
-    lanes = {s: lane(s, counts[s], ROUNDS, world, rank, micro) if counts[s] else [[]] * ROUNDS for s in counts}
-    return [{s: [known(batch, untouched) for batch in lanes[s][at]] for s in lanes} for at in range(ROUNDS)]
+    shards = {
+        s: shard_batches(s, counts[s], ROUNDS, world, rank, micro) if counts[s] else [[]] * ROUNDS for s in counts
+    }
+    return [{s: [known(batch, untouched) for batch in shards[s][at]] for s in shards} for at in range(ROUNDS)]
 
 
 def known(batch: Batch, untouched: torch.nn.Module) -> Batch:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from engine_models import VOCABULARY
-from invariant_ranks import close, lane, seeded_model
+from invariant_ranks import close, shard_batches, seeded_model
 
 from ofmu_ray import config
 from ofmu_ray.engines import Batch
@@ -55,8 +55,10 @@ def reference_model(kind: str) -> torch.nn.Module:
 def rounds(case: Case, world: int, rank: int) -> list[dict[str, list[Batch]]]:
     """This rank's batches for each round, without the sidecars' columns except refusals."""
     counts = build_method(OPTIONS[case.variant]).batches_per_round()
-    lanes = {s: lane(s, counts[s], ROUNDS, world, rank, case.micro) if counts[s] else [[]] * ROUNDS for s in counts}
-    batches = [{s: lanes[s][at] for s in lanes} for at in range(ROUNDS)]
+    shards = {
+        s: shard_batches(s, counts[s], ROUNDS, world, rank, case.micro) if counts[s] else [[]] * ROUNDS for s in counts
+    }
+    batches = [{s: shards[s][at] for s in shards} for at in range(ROUNDS)]
     if case.variant in ("idk", "dpo", "altpo"):
         for streams in batches:
             streams["forget"] = [refused(batch) for batch in streams["forget"]]

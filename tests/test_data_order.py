@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ofmu_ray.data.order import batch_order, lane_slots
+from ofmu_ray.data.order import batch_order, shard_slots
 
 shapes = {
     "rows": st.integers(1, 70),
@@ -57,14 +57,14 @@ def test_order_is_deterministic_and_extends(rows: int, batches: int, share: int,
 
 @settings(max_examples=100, deadline=None)
 @given(**shapes)
-def test_lanes_partition_a_batch_evenly(rows: int, batches: int, share: int, workers: int, seed: int) -> None:
+def test_shards_partition_a_batch_evenly(rows: int, batches: int, share: int, workers: int, seed: int) -> None:
     size, lengths = share * workers, lengths_of(rows)
     order = batch_order(lengths, batches, size, seed=seed, stream="forget")
-    slots = lane_slots(lengths[order], workers)
+    slots = shard_slots(lengths[order], workers)
     assert np.array_equal(np.sort(slots, axis=1), np.broadcast_to(np.arange(size), slots.shape))
     tokens = np.take_along_axis(lengths[order], slots, axis=1).reshape(batches, workers, share)
     spread = tokens.sum(axis=2).max(axis=1) - tokens.sum(axis=2).min(axis=1)
-    assert (spread <= tokens.max(axis=(1, 2))).all()  # snake order: lanes differ by less than one row
+    assert (spread <= tokens.max(axis=(1, 2))).all()  # snake order: shards differ by less than one row
     assert (np.diff(tokens, axis=2) <= 0).all()  # longest first, so micro-batches hold rows of like length
 
 

@@ -31,7 +31,7 @@ from ofmu_ray.data.answer_encoder import AnswerEncoder
 from ofmu_ray.data.batch_plan import Plan, read_plan, write_plan
 from ofmu_ray.data.batches import local_rounds, padded
 from ofmu_ray.data.prepare import PreparedData, TokenisedStream, prepare_streams, write_sample
-from ofmu_ray.data.stream import lane_iterator, rounds
+from ofmu_ray.data.stream import rounds, shard_iterator
 from ofmu_ray.errors import UserError
 
 pytestmark = pytest.mark.system
@@ -135,7 +135,7 @@ MISTAKES = {
     "array": ([json.dumps([GOOD])], ["1 row: not a JSON object (one per line is expected)"]),
     "only prompt": (
         [GOOD, {**GOOD, "question": SECRET * 300}],
-        ["1 row: only prompt is left within data.format.max_length = 512", "row 2"],
+        ["1 row: only the prompt fits within data.format.max_length = 512", "row 2"],
     ),
     "empty set": ([], ["data.forget", "no rows"]),
 }
@@ -163,15 +163,15 @@ def test_all_problems_of_all_sources_come_in_one_message(tmp_path: Path, tokeniz
     assert "1 row: not JSON (one object per line is expected) (forget.jsonl row 2)" in text
     assert "1 row: int instead of text in column 'answer' (forget.jsonl row 3)" in text
     assert "1 row: empty text in column 'question' (retain.jsonl row 2)" in text
-    assert "data.forget: 1 row stand twice (forget-4)" in text
-    assert "data.retain: 1 row also stand in data.forget, 0 of them exactly (retain-1)" in text
+    assert "data.forget: 1 duplicate row (forget-4)" in text
+    assert "data.retain: 1 row also in data.forget, 0 of them exactly (retain-1)" in text
 
 
 def test_overlap_and_duplicates_are_dropped_or_kept_on_request(tmp_path: Path, tokenizer: Any) -> None:
     keep = made(3, "other")
     shouted = {"question": GOOD["question"].upper(), "answer": f" {GOOD['answer']}  "}
     rows = {"forget": [GOOD, shouted], "retain": [keep[0], GOOD, keep[1], shouted, keep[2], keep[1]]}
-    with pytest.raises(UserError, match=r"2 rows also stand in data\.forget, 2 of them exactly"):
+    with pytest.raises(UserError, match=r"2 rows also in data\.forget, 2 of them exactly"):
         prepare(tmp_path, tokenizer, rows)
     kept = prepare(tmp_path, tokenizer, rows, overlap="allow")
     assert kept.streams["retain"].rows.tolist() == [0, 1, 2, 3, 4, 5]
@@ -270,10 +270,10 @@ def as_lists(rounds: Any) -> list[Any]:
 def test_global_batches_do_not_depend_on_the_workers(tmp_path: Path, tokenizer: Any) -> None:
     def contents(workers: int) -> list[Any]:
         plan = planned(tmp_path, tokenizer, forget=7, workers=workers)
-        lanes = [list(local_rounds(plan, lane, collate=padded(0))) for lane in range(workers)]
+        shards = [list(local_rounds(plan, shard, collate=padded(0))) for shard in range(workers)]
         return [
             {
-                name: [Counter(r for lane in lanes for r in lane[k][name][b].row_ids) for b in range(n)]
+                name: [Counter(r for shard in shards for r in shard[k][name][b].row_ids) for b in range(n)]
                 for name, n in count
             }
             for count in [plan.batches_per_round.items()]
@@ -322,7 +322,7 @@ def test_ray_data_writes_the_plan_that_this_process_writes(
 ) -> None:
     here = planned(tmp_path / "here", tokenizer, forget=7)
     monkeypatch.setattr("ofmu_ray.data.batch_plan.SMALL_ROWS", 0)
-    monkeypatch.setattr("ofmu_ray.data.batch_plan._write_lanes_here", lambda *_: pytest.fail("not a Ray Data job"))
+    monkeypatch.setattr("ofmu_ray.data.batch_plan._write_shards_here", lambda *_: pytest.fail("not a Ray Data job"))
     by_ray = planned(tmp_path / "there", tokenizer, forget=7)
     assert by_ray.fingerprint == here.fingerprint
     names = [path.relative_to(here.folder) for path in sorted(Path(here.folder).rglob("*.parquet"))]
@@ -336,9 +336,9 @@ def test_ray_data_writes_the_plan_that_this_process_writes(
 def test_stream_starts_at_any_round(start: int, tmp_path: Path, tokenizer: Any) -> None:
     plan = planned(tmp_path, tokenizer)
     whole = as_lists(local_rounds(plan, 1, micro_batch_size=1, collate=padded(0)))
-    shard = lane_iterator(plan, 1, start)
+    shard = shard_iterator(plan, 1, start)
     assert as_lists(rounds(shard, plan, start_round=start, micro_batch_size=1, collate=padded(0))) == whole[start:]
-    early = lane_iterator(plan, 1)  # rounds before the start are skipped
+    early = shard_iterator(plan, 1)  # rounds before the start are skipped
     assert as_lists(rounds(early, plan, start_round=start, micro_batch_size=1, collate=padded(0))) == whole[start:]
     assert as_lists(local_rounds(plan, 1, start_round=start, micro_batch_size=1, collate=padded(0))) == whole[start:]
 
@@ -346,7 +346,7 @@ def test_stream_starts_at_any_round(start: int, tmp_path: Path, tokenizer: Any) 
 def test_stream_that_begins_too_late_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     plan = planned(tmp_path, tokenizer)
     with pytest.raises(AssertionError, match="begins after round 2"):
-        next(rounds(lane_iterator(plan, 0, 9), plan, start_round=2, collate=padded(0)))
+        next(rounds(shard_iterator(plan, 0, 9), plan, start_round=2, collate=padded(0)))
 
 
 @pytest.mark.full
@@ -371,9 +371,9 @@ def test_a_plan_larger_than_the_object_store(tmp_path: Path, monkeypatch: pytest
     plan = write_plan({"retain": stream}, str(tmp_path / "plan"), batches_per_round={"retain": 1}, **numbers)
     assert spilled() > before
 
-    def read(lane: int) -> list[int]:
+    def read(shard: int) -> list[int]:
         positions = []
-        for batch in lane_iterator(plan, lane, readers=2).iter_batches(batch_size=10, batch_format="pyarrow"):
+        for batch in shard_iterator(plan, shard, readers=2).iter_batches(batch_size=10, batch_format="pyarrow"):
             time.sleep(0.02)  # a round
             for name, tokens in zip(batch["row_id"].to_pylist(), batch["input_ids"], strict=True):
                 row = int(name.removeprefix("retain-"))
@@ -383,9 +383,9 @@ def test_a_plan_larger_than_the_object_store(tmp_path: Path, monkeypatch: pytest
 
     before = spilled()
     task = ray.remote(read)
-    lanes = ray.get([task.remote(lane) for lane in range(2)])
-    assert [len(lane) for lane in lanes] == [rows // 2] * 2
-    assert sorted(lanes[0] + lanes[1]) == list(range(rows))
+    shards = ray.get([task.remote(shard) for shard in range(2)])
+    assert [len(shard) for shard in shards] == [rows // 2] * 2
+    assert sorted(shards[0] + shards[1]) == list(range(rows))
     assert spilled() == before
 
 
@@ -430,11 +430,11 @@ def test_object_store_holds_sources_tokens_and_plan(tmp_path: Path, tokenizer: A
         plan = write_plan(prepared.streams, folder, batches_per_round=counts, **numbers)
         local = prepare(tmp_path, tokenizer, {"forget": made(5, "forget"), "retain": made(9, "retain")})
         same = write_plan(local.streams, str(tmp_path / "plan"), batches_per_round=counts, **numbers)
-        remote = as_lists(rounds(lane_iterator(plan, 0), plan, collate=padded(0)))
+        remote = as_lists(rounds(shard_iterator(plan, 0), plan, collate=padded(0)))
         assert remote == as_lists(local_rounds(same, 0, collate=padded(0)))
         listed = [item["Key"] for item in client.list_objects_v2(Bucket="bucket")["Contents"]]
         assert [key for key in listed if "partial" in key] == []
-        with pytest.raises(UserError, match="no file is there") as caught:
+        with pytest.raises(UserError, match="no such file") as caught:
             prepare_streams(
                 {"forget": SourceConfig(path="x.jsonl")}, root, AnswerEncoder(tokenizer, FormatConfig()), storage
             )
@@ -450,13 +450,13 @@ def _loop(config: dict[str, Any]) -> None:
     rank, plan = ray.train.get_context().get_world_rank(), read_plan(config["folder"])
     for start in (0, 5):
         stream = rounds(
-            lane_iterator(plan, rank, start), plan, start_round=start, micro_batch_size=1, collate=padded(0)
+            shard_iterator(plan, rank, start), plan, start_round=start, micro_batch_size=1, collate=padded(0)
         )
         Path(config["out"], f"{rank}-from-{start}.json").write_text(json.dumps(as_lists(stream)))
 
 
 @pytest.mark.full
-def test_two_workers_that_take_every_cpu_get_their_lanes(tmp_path: Path, tokenizer: Any) -> None:
+def test_two_workers_that_take_every_cpu_get_their_shards(tmp_path: Path, tokenizer: Any) -> None:
     """One forget row, 103 retain rows, two workers with one CPU each on two CPUs: none is left for readers."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer

@@ -71,7 +71,7 @@ def test_hub_data_set_from_a_local_script_free_folder(tmp_path: Path, monkeypatc
     ("source", "said"),
     [
         (SourceConfig(path=None), "data.forget.path is not set"),
-        (SourceConfig(path="missing.jsonl"), "no file is there"),
+        (SourceConfig(path="missing.jsonl"), "no such file"),
         (SourceConfig(path="nobody/nothing"), "neither a file or folder here nor a hub data set"),
         (SourceConfig(path="x.csv"), "--data.forget.format json or parquet"),
         (SourceConfig(path="x.csv", format="parquet"), "not a Parquet file"),

@@ -264,7 +264,7 @@ def test_mistakes_are_named() -> None:
         TorchEngine(tiny_model()).gradient(masked)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-    with pytest.raises(UserError, match="every one is frozen"):
+    with pytest.raises(UserError, match="all are frozen"):
         TorchEngine(module, squares)
     with pytest.raises(UserError, match=r"torch\.distributed"):
         DeepSpeedEngine(mlp(), squares)

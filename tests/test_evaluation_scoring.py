@@ -214,7 +214,7 @@ def test_trees_give_what_single_texts_give(
         assert values_of_row.answer.zscores == pytest.approx(alone.zscores, rel=1e-3, abs=1e-4)
         assert values_of_row.answer.matches == alone.matches
         assert values_of_row.other_nll == pytest.approx([_plain_nll(tree_model, *text) for text in texts[1:]], rel=1e-4)
-        assert (values_of_row.begun, values_of_row.ended) == ([], True)
+        assert (values_of_row.generated, values_of_row.complete) == ([], True)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
@@ -229,7 +229,7 @@ def test_generations_that_start_from_trees_are_the_same(tree_model: Any, templat
         own = [*text[: number % 30], template.eos]  # from nothing up to the complete generation
         rows.append([([*prompt, 7, template.eos], len(prompt)), (prompt + own, len(prompt))])
     values = row_pass.row_values(tree_model, [tree.tree_of(texts) for texts in rows], stop, 24)
-    known = [len(each.begun) for each in values]
+    known = [len(each.generated) for each in values]
     assert known == [min(number % 30 + 1, len(text)) for number, text in enumerate(expected)]
     scorer = Scorer(tree_model, template.tokenizer, template, max_new_tokens=24)
     scorer.stop = stop

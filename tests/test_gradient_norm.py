@@ -74,5 +74,5 @@ def test_frozen_tensors_do_not_count() -> None:
 
 
 def test_an_answer_of_eos_alone_is_refused() -> None:
-    with pytest.raises(AssertionError, match="no answer beside EOS"):
+    with pytest.raises(AssertionError, match="no answer besides EOS"):
         gradient_norms(tiny_model(), [([0, 5, 1], 2)])

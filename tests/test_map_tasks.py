@@ -95,7 +95,7 @@ def test_work_that_needs_every_item(local_ray: None, tmp_path: Path, monkeypatch
     items = ["a", "exits once", "b"]
     assert {number: value[0] for number, value in map_tasks(partial(make, tmp_path), items)} == dict(enumerate(items))
     monkeypatch.setattr(module, "RETRIES", 0)
-    with pytest.raises(ProcessDied, match=r"its process ended: .*OutOfMemoryError"):
+    with pytest.raises(ProcessDied, match=r"its process died: .*OutOfMemoryError"):
         list(map_tasks(partial(make, tmp_path), ["memory"], most=1))
     with pytest.raises(UserError, match="an option is wrong"):
         list(map_tasks(partial(make, tmp_path), ["mistake", "a"]))

@@ -267,10 +267,10 @@ def test_damaged_logs_are_refused_with_the_missing_part(logs: dict[str, dict], t
     cases = [
         ({key: complete[key] for key in complete if key != "eval_log.json"}, r"'eval_log.json' \(retain\) is missing"),
         (damaged(avg_gt_loss={}), "has no rows of 'avg_gt_loss'"),
-        (damaged(avg_gt_loss={**forget["avg_gt_loss"], "0": secret}), "avg_gt_loss row 0 is no finite number"),
-        (damaged(avg_gt_loss={**forget["avg_gt_loss"], "7": float("nan")}), "avg_gt_loss row 7 is no finite number"),
+        (damaged(avg_gt_loss={**forget["avg_gt_loss"], "0": secret}), "avg_gt_loss row 0 is not a finite number"),
+        (damaged(avg_gt_loss={**forget["avg_gt_loss"], "7": float("nan")}), "avg_gt_loss row 7 is not a finite number"),
         (damaged(average_perturb_loss={**forget["average_perturb_loss"], "3": []}), "row 3 is not a list"),
-        (damaged(rougeL_recall={"0": 1.0}), "differ in their rows"),
+        (damaged(rougeL_recall={"0": 1.0}), "have different rows"),
     ]
     for log, message in cases:
         with pytest.raises(UserError, match=message) as caught:
@@ -278,7 +278,7 @@ def test_damaged_logs_are_refused_with_the_missing_part(logs: dict[str, dict], t
         assert secret not in str(caught.value)
     with pytest.raises(UserError, match="is not JSON"):
         tofu_log.load_log(_written(tmp_path, "{"))
-    with pytest.raises(UserError, match="holds a list"):
+    with pytest.raises(UserError, match="contains a list"):
         tofu_log.load_log(_written(tmp_path, "[]"))
     with pytest.raises(UserError, match="cannot read the log"):
         tofu_log.load_log(tmp_path / "absent.json")

@@ -194,7 +194,7 @@ def test_a_node_that_sees_other_files_is_named(cluster, runs, store):
             run.result(timeout=PATIENCE_SECONDS)
     message = str(refusal.value)
     assert f"storage = {runs}, models and data must be the same on all nodes" in message
-    assert message.count("cannot read or write in storage") == message.count(f"has no {model} (model.path)") == 1
+    assert message.count("cannot read or write the storage") == message.count(f"has no {model} (model.path)") == 1
     message = str(refused.value)
     assert "storage = s3://bucket/runs, models and data must be the same on all nodes" in message
     assert (
@@ -206,9 +206,7 @@ def test_a_node_that_sees_other_files_is_named(cluster, runs, store):
     assert f"storage = {late.run_dir}, models and data must be the same on all nodes" in message
     assert message.count("\n  node ") == 2
     assert f"node {node} has no {model} (model.path)" in message
-    assert (
-        f"node {node} cannot read or write in storage what the driver's node shares (.driver is not there)" in message
-    )
+    assert f"node {node} cannot read or write the storage of the driver's node (.driver is not there)" in message
     assert "--storage" in message
     with pytest.raises(UserError, match="network_interface = nothing0") as refusal:
         join_cluster(TrainingConfig(network_interface="nothing0"), runs, paths)

@@ -110,7 +110,7 @@ def test_a_configuration_that_the_upload_leaves_out_is_named(tmp_path):
     (tmp_path / "runtime_env.yaml").write_text("env_vars: {}\n")
     config = SubmitConfig(working_dir=str(tmp_path))
     with (
-        pytest.raises(UserError, match="left out of the upload"),
+        pytest.raises(UserError, match="excluded from the upload"),
         packed(config, load_environment(config), ["mine.yaml"]),
     ):
         pass

@@ -1,6 +1,6 @@
-"""The mathematics of OFMU (arXiv 2509.22483), over a parameter space. Imports torch and nothing else.
+"""The mathematics of OFMU (arXiv 2509.22483) over a parameter space. Imports only torch.
 
-Names resolve on first use, so that schedules cost no import of torch.
+Names resolve on first use, so importing the schedules does not import torch.
 """
 
 from __future__ import annotations

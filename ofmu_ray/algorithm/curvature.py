@@ -1,10 +1,10 @@
-"""Products with Hessians: by finite differences of gradients (any engine) or by double backward (the reference).
+"""Hessian-vector products by finite differences of gradients (any engine) or by double backward (the reference).
 
-    H v  ~ (g(theta + s v) - g(theta)) / s             forward: one extra pass, g(theta) is already there
+    H v  ~ (g(theta + s v) - g(theta)) / s             forward: one extra pass, g(theta) is already known
     H v  ~ (g(theta + s v) - g(theta - s v)) / 2s      central: two extra passes
 
-on one and the same batch; s is chosen so that the displacement has norm relative_step * |theta|, a fixed one or one
-that is measured for each product (`steps`). The Hessian of Phi is the same difference of grad Phi itself.
+on the same batch. s makes the norm of the displacement relative_step * |theta|; the relative step is either fixed or
+measured per product (`steps`). The Hessian of Phi is the same difference of grad Phi.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from ofmu_ray.algorithm.similarity import Similarity
 from ofmu_ray.algorithm.space import Kind, ParameterSpace, Vector, add_, combine, scale_
 from ofmu_ray.algorithm.steps import LONGEST, SHORTEST, START, WALKS, Product, Step, StepEstimate, Steps
 
-# A displacement so small that it cannot be told from rounding has no usable difference.
+# A displacement this small drowns in rounding: its difference is unusable.
 TINY = 1e-30
-# The difference of grad Phi divides the rounding noise of its inner differences by a step once more, so that all
-# steps of the penalty's curvature are longer than those of grad Phi alone (docs/decisions.md has the error against
-# triple backward by step).
+# The difference of grad Phi divides the rounding noise of its inner differences by a step again, so the penalty's
+# curvature needs longer steps than grad Phi alone (docs/decisions.md: error against triple backward, by step).
 NESTED_STEP_RATIO = {"forward": 10.0, "central": 3.0}
 
 
@@ -31,30 +30,30 @@ class Curvature(Protocol):
     """Products with the Hessians of one loss and of Phi."""
 
     differenced: bool
-    """Whether base gradients enter a difference (so that the engine computes them as exactly as it can)."""
+    """Whether base gradients enter a difference (the engine then computes them as exactly as it can)."""
 
     def hessian_vector(
         self, batch: Any, kind: Kind, base: Vector, direction: Vector, norm: float, *, penalty: bool = False
     ) -> Vector:
-        """H v for the loss on `batch`; `base` is its gradient at theta, `norm` the norm of v = `direction`.
+        """H v of the loss on `batch`; `base` is its gradient at theta, `norm` the norm of v = `direction`.
 
-        `penalty`: the product is the penalty's and not the similarity's.
+        `penalty`: the product belongs to the penalty, not to the similarity.
         """
 
     def phi_hessian_vector(
         self, phi: Callable[[], Vector], base: Vector, norm: float, batches: tuple[Any, Any], beta: float
     ) -> Vector:
-        """(Hess Phi) v for v = `base` = grad Phi(theta) of norm `norm`; `phi()` evaluates grad Phi where theta is."""
+        """(Hess Phi) v for v = `base` = grad Phi(theta) of norm `norm`; `phi()` evaluates grad Phi at theta."""
 
     def nested(self) -> Curvature:
         """The same for a grad Phi that is itself differenced."""
 
     def error(self, product: Product) -> float | None:
-        """Estimated norm of the error of the last such product; None: not known."""
+        """Estimated norm of the error of the last such product; None if unknown."""
 
 
 class FiniteDifference:
-    """Differences of first-order gradients; works on every engine and attention kernel."""
+    """Differences of first-order gradients. Works with every engine and attention kernel."""
 
     differenced = True
 
@@ -85,15 +84,15 @@ class FiniteDifference:
         return None
 
     def _difference(self, function: Callable[[], Vector], base: Vector, direction: Vector, norm: float) -> Vector:
-        if norm < TINY:  # e.g. Sim is stationary because the gradients are parallel
+        if norm < TINY:  # for example, Sim is stationary because the gradients are parallel
             return [torch.zeros_like(x) for x in direction]
         return _quotient(self.space, function, base, direction, self.step / norm, self.difference == "central")
 
 
 class MeasuredDifference:
-    """Differences whose steps are chosen for each product by what four gradients say of noise and curvature.
+    """Differences with one step per product, chosen from the noise and curvature that four gradients show.
 
-    Between checks a product costs a forward or a central difference, as its last check decided.
+    Between checks, a product costs a forward or a central difference; its last check decides which.
     """
 
     differenced = True
@@ -117,7 +116,7 @@ class MeasuredDifference:
         return self._difference("penalty", phi, base, base, norm)
 
     def nested(self) -> MeasuredDifference:
-        """The same steps for the penalty; longer ones, unchecked, for the halves of grad Sim inside grad Phi."""
+        """The same steps for the penalty; longer, unchecked steps for the halves of grad Sim inside grad Phi."""
         return MeasuredDifference(self.space, self.steps, nested=True)
 
     def error(self, product: Product) -> float | None:
@@ -152,7 +151,7 @@ class MeasuredDifference:
         norm: float,
         gradient: float,
     ) -> Vector:
-        """Choose the product's step anew; the product itself, by the better of the check's central differences."""
+        """Choose a new step for the product; return the product by the better of the check's central differences."""
         before = self.steps.products.get(product)
         h = (START if before is None else before.probe) * self.theta
 
@@ -162,8 +161,8 @@ class MeasuredDifference:
         long, short = pair(h), pair(h / 4)
         last = 0
         for walk in range(WALKS + 1):
-            found = self._estimate(h, long, short, gradient)
-            move = -1 if found is None else found.move(self.steps.difference)
+            estimate = self._estimate(h, long, short, gradient)
+            move = -1 if estimate is None else estimate.move(self.steps.difference)
             if not move or move == -last or walk == WALKS or not SHORTEST < 4.0**move * h / self.theta < LONGEST:
                 break
             last = move
@@ -175,8 +174,8 @@ class MeasuredDifference:
                 short, h = long, h * 4
                 del long
                 long = pair(h)
-        self.steps.products[product] = self._chosen(found, h, gradient)
-        if found is not None and found.error(True, h / 4) < found.error(True, h):
+        self.steps.products[product] = self._chosen(estimate, h, gradient)
+        if estimate is not None and estimate.error(True, h / 4) < estimate.error(True, h):
             return scale_(short[1], 2 * norm / h)
         return scale_(long[1], norm / (2 * h))
 
@@ -188,14 +187,14 @@ class MeasuredDifference:
         eps = torch.finfo(s[0].dtype).eps
         return StepEstimate.of(h, sums, gradient, eps) if all(map(math.isfinite, sums)) else None
 
-    def _chosen(self, found: StepEstimate | None, h: float, gradient: float) -> Step:
-        if found is None:  # a gradient that is not finite: the round will say so
+    def _chosen(self, estimate: StepEstimate | None, h: float, gradient: float) -> Step:
+        if estimate is None:  # the gradient is not finite; the round will report it
             return Step(h / self.theta, self.steps.difference != "forward", math.inf, START, gradient, self.steps.round)
-        central = found.central(self.steps.difference)
-        best = found.best(central) / self.theta
-        # whole powers of 2: other engines, whose rounding differs, then take the same step most of the time
+        central = estimate.central(self.steps.difference)
+        best = estimate.best(central) / self.theta
+        # powers of 2, so that engines with different rounding mostly take the same step
         relative = 2.0 ** round(math.log2(min(max(best, SHORTEST), LONGEST)))
-        error = found.error(central, relative * self.theta)
+        error = estimate.error(central, relative * self.theta)
         return Step(relative, central, error, h / self.theta, gradient, self.steps.round)
 
 
@@ -214,7 +213,7 @@ def _quotient(
 def _sum_and_difference(
     space: ParameterSpace, function: Callable[[], Vector], base: Vector, direction: Vector, s: float
 ) -> tuple[Vector, Vector]:
-    """g(s) + g(-s) - 2 g(0) and g(s) - g(-s), in the place of the two gradients."""
+    """g(s) + g(-s) - 2 g(0) and g(s) - g(-s), written over the two gradients."""
     with space.displaced(direction, s):
         plus = function()
     with space.displaced(direction, -s):
@@ -224,7 +223,7 @@ def _sum_and_difference(
 
 
 class Exact:
-    """Double and triple backward; single process, eager attention. The reference for the differences."""
+    """Double and triple backward, single process, eager attention. The reference for the differences."""
 
     differenced = False
 
@@ -255,12 +254,12 @@ class Exact:
         return self
 
     def error(self, product: Product) -> float | None:
-        """Not known: that of rounding."""
+        """Unknown: only rounding."""
         return None
 
     def _grad(self, scalar: torch.Tensor, create_graph: bool = False) -> list[torch.Tensor]:
         parameters = list(self.space.parameters())
-        if not scalar.requires_grad:  # a loss whose gradient is constant has no curvature
+        if not scalar.requires_grad:  # a loss with a constant gradient has no curvature
             return [torch.zeros_like(p) for p in parameters]
         return list(torch.autograd.grad(scalar, parameters, create_graph=create_graph, materialize_grads=True))
 

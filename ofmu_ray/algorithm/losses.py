@@ -1,8 +1,8 @@
 """Losses of the unlearning methods as pure functions: log-probabilities in, sum and count out.
 
 Suffixes name the axes: `_tv` [labelled tokens, vocabulary], `_t` [labelled tokens], `_r` [rows]. Each loss returns
-(sum, count), so that whoever adds up micro-batches and workers divides by the global count: a mean over tokens or over
-rows that no split of the batch changes. All losses are minimised; nats throughout.
+(sum, count). The caller adds up micro-batches and workers and divides by the global count, so the mean over tokens or
+rows does not depend on how the batch is split. All losses are minimised and in nats.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 LossParts = tuple[torch.Tensor, torch.Tensor | int]
-"""Sum of a micro-batch's losses and how many they are (rows or tokens)."""
+"""Sum of a micro-batch's losses and their number (rows or tokens)."""
 
 
 def token_nll(logits_tv: torch.Tensor, labels_t: torch.Tensor) -> torch.Tensor:
@@ -22,25 +22,25 @@ def token_nll(logits_tv: torch.Tensor, labels_t: torch.Tensor) -> torch.Tensor:
 
 
 def row_sums(values_t: torch.Tensor, rows_t: torch.Tensor, rows: int) -> torch.Tensor:
-    """Sum of the tokens' values in each of `rows` rows; `rows_t` says which row a token is of."""
+    """Sum of the token values in each of `rows` rows; `rows_t` is the row of each token."""
     return values_t.new_zeros(rows).index_add(0, rows_t, values_t)
 
 
 def bounded_tokens(nll_t: torch.Tensor, *, level: float) -> tuple[torch.Tensor, int]:
-    """min(nll, level) of each token; mean over tokens. A token beyond the level has no gradient."""
+    """min(nll, level) of each token; mean over tokens. A token above the level has no gradient."""
     return nll_t.clamp(max=level).sum(), len(nll_t)
 
 
 def bounded_rows(nll_r: torch.Tensor, tokens_r: torch.Tensor, *, level: float) -> LossParts:
-    """tokens x min(nll / tokens, level) of each row, `nll_r` being its sum; mean over tokens. A row whose mean token
-    loss is beyond the level has no gradient."""
+    """tokens x min(nll / tokens, level) of each row, where `nll_r` is its sum; mean over tokens. A row whose mean token
+    loss is above the level has no gradient."""
     return torch.minimum(nll_r, level * tokens_r).sum(), tokens_r.sum()
 
 
 def weighted_ascent(
     nll_t: torch.Tensor, *, saturation: float = 0.0, importance: float = 0.0
 ) -> tuple[torch.Tensor, int]:
-    """- p^saturation (1 - p)^importance nll, p = exp(-nll), the weight without gradient; mean over tokens.
+    """- p^saturation (1 - p)^importance nll, p = exp(-nll), with a detached weight; mean over tokens.
 
     saturation 1: WGA, weighted gradient ascent (Wang et al. 2025, arXiv 2502.19301). Both: SatImp (Yang et al. 2025,
     arXiv 2505.11953). Neither: gradient ascent.
@@ -53,7 +53,7 @@ def weighted_ascent(
 def negative_preference(nll_r: torch.Tensor, reference_nll_r: torch.Tensor, *, beta: float) -> tuple[torch.Tensor, int]:
     """-(2 / beta) log sigmoid(beta (nll - reference nll)), sequence sums; mean over rows.
 
-    NPO (Zhang et al. 2024, arXiv 2404.05868). Towards beta = 0: gradient ascent, up to a constant.
+    NPO (Zhang et al. 2024, arXiv 2404.05868). As beta goes to 0: gradient ascent, up to a constant.
     """
     return -2 / beta * functional.logsigmoid(beta * (nll_r - reference_nll_r)).sum(), len(nll_r)
 
@@ -69,9 +69,9 @@ def simple_negative_preference(
 
 
 def distilled_without_truth(logits_tv: torch.Tensor, labels_t: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Cross-entropy to the model's own distribution without the true token (fixed); mean over tokens.
+    """Cross-entropy to the model's own (detached) distribution without the true token; mean over tokens.
 
-    CE-U (Yang 2025, arXiv 2503.01224): the target is softmax of the detached logits, the true one at -infinity.
+    CE-U (Yang 2025, arXiv 2503.01224): the target is the softmax of the detached logits with the true one at -infinity.
     """
     target_tv = logits_tv.detach().scatter(1, labels_t[:, None], -torch.inf).softmax(1)
     return functional.cross_entropy(logits_tv, target_tv, reduction="sum"), len(labels_t)

@@ -1,4 +1,4 @@
-"""Losses that compare the model with its untouched self, as pure functions; suffixes and (sum, count) as in `losses`.
+"""Losses that compare the model with the reference model, as pure functions; suffixes and (sum, count) as in `losses`.
 
 `_d`: [width of the hidden states].
 """
@@ -22,7 +22,7 @@ def preferred_refusals(
     """-(2 / beta) log sigmoid(beta (gain of the refusal - gain of the answer)), gain = log p - log p_ref; mean of rows.
 
     DPO (Rafailov et al. 2023, arXiv 2305.18290) with the refusal as the preferred answer, sequence sums. The factor
-    2 / beta, which DPO itself does not have, is OpenUnlearning's: its gradient then compares with NPO's.
+    2 / beta is OpenUnlearning's, not DPO's: it makes the gradient comparable with NPO's.
     """
     gain_r = reference_refusal_nll_r - refusal_nll_r
     gain_r = gain_r - (reference_nll_r - nll_r)
@@ -32,10 +32,9 @@ def preferred_refusals(
 def distilled_from_adjusted(
     logits_tv: torch.Tensor, reference_logprobs_tv: torch.Tensor, labels_t: torch.Tensor, *, beta: float
 ) -> LossParts:
-    """Cross-entropy to softmax(reference logits, beta less at the true token); mean over answer tokens.
+    """Cross-entropy to softmax(reference logits, minus beta at the true token); mean over answer tokens.
 
-    UNDIAL (Dong et al. 2024, arXiv 2402.10052). Log-probabilities serve for logits: softmax takes no notice of what
-    is added to all of them.
+    UNDIAL (Dong et al. 2024, arXiv 2402.10052). Log-probabilities work as logits: softmax ignores a common offset.
     """
     reference_tv = reference_logprobs_tv.to(logits_tv.dtype)
     less_tv = torch.zeros_like(reference_tv).scatter_(1, labels_t[:, None], beta)
@@ -44,7 +43,7 @@ def distilled_from_adjusted(
 
 
 def misdirection(hidden_td: torch.Tensor, target_td: torch.Tensor, rows_t: torch.Tensor, rows: int) -> LossParts:
-    """Mean squared distance of hidden states and target (which may be one [width] vector); mean over rows.
+    """Mean squared distance between hidden states and target (which may be a single [width] vector); mean over rows.
 
     RMU (Li et al. 2024, arXiv 2403.03218). The mean over rows is that of S_i / n_i: S_i the sum over row i's tokens of
     the mean over the width, n_i their number. OpenUnlearning computes mean_i(S_i) mean_j(1 / n_j) instead, where

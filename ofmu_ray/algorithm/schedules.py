@@ -1,4 +1,4 @@
-"""Courses of a learning rate over a run."""
+"""Learning rate schedules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Decay = Literal["constant", "linear", "cosine"]
 
 
 class Rate(Protocol):
-    """A learning rate and its course; ofmu_ray.config.OptimizerConfig declares and explains them."""
+    """A learning rate and its schedule; ofmu_ray.config.OptimizerConfig declares and explains them."""
 
     @property
     def lr(self) -> float: ...
@@ -22,7 +22,7 @@ class Rate(Protocol):
 
 
 def learning_rate(rate: Rate, done: int, rounds: int | None) -> float:
-    """Learning rate of the round after `done` rounds of `rounds` (None: not known, so no course: `lr`)."""
+    """Learning rate of the round after `done` of `rounds` rounds (None: unknown, so no schedule: `lr`)."""
     if rounds is None:
         return rate.lr
     return rate.lr * warmup_then(rate.decay, done, rounds, math.ceil(rate.warmup_fraction * rounds))
@@ -31,7 +31,7 @@ def learning_rate(rate: Rate, done: int, rounds: int | None) -> float:
 def warmup_then(decay: Decay, step: int, steps: int, warmup: int) -> float:
     """Factor on the learning rate at `step` (0-based) of `steps`.
 
-    Rises linearly over the first `warmup` steps, then stays or falls to `FLOOR` at the last step.
+    Rises linearly over the first `warmup` steps, then stays constant or decays to `FLOOR` at the last step.
     """
     if step < warmup:
         return (step + 1) / warmup

@@ -1,10 +1,10 @@
-"""Similarity of the forget and retain gradients, and its derivatives with respect to them.
+"""Similarity of the forget and retain gradients, and its derivatives with respect to both.
 
 OFMU (arXiv 2509.22483) penalises Sim = cos(g_f, g_r). With unit vectors a = g_f/|g_f|, b = g_r/|g_r| and c = <a, b>:
 
     dc/dg_f = (b - c a) / |g_f| =: u        dc/dg_r = (a - c b) / |g_r| =: w
 
-Both are linear combinations of g_f and g_r, so three inner products give them without storage of their own.
+Both are linear combinations of g_f and g_r, so three inner products determine them without extra storage.
 """
 
 from __future__ import annotations
@@ -63,15 +63,15 @@ def similarity_coefficients(
 def similarity_gradient(
     g_f: Gradient, g_r: Gradient, similarity: Similarity = "cosine"
 ) -> tuple[torch.Tensor, Gradient, Gradient]:
-    """(cosine, u, w) for whole gradients: tensors of one shape, or sequences of such tensors.
+    """(cosine, u, w) of complete gradients: two tensors of the same shape, or sequences of such tensors.
 
     Args:
         g_f: gradient of the forget loss.
         g_r: gradient of the retain loss, of the same shape(s).
-        similarity: whose derivatives u = dSim/dg_f and w = dSim/dg_r are (the returned cosine is always c).
+        similarity: the Sim of u = dSim/dg_f and w = dSim/dg_r (the returned cosine is always c).
 
     Returns:
-        The cosine (0-dim, in the gradients' dtype), u and w shaped as the gradients.
+        The cosine (0-dim, in the gradients' dtype); u and w, shaped like the gradients.
     """
     single = isinstance(g_f, torch.Tensor)
     f = _listed(g_f)

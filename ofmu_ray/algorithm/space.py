@@ -1,8 +1,8 @@
-"""The parameter space that the algorithm is written over: sharded vectors and the few verbs on them.
+"""The parameter space that the algorithm works on: sharded vectors and a few operations.
 
-A `Vector` is this rank's share of a parameter-shaped vector, as a list of flat tensors whose layout belongs to the
-engine. Linear algebra on vectors is elementwise, so it needs no communication; only inner products do. The same
-algorithm therefore runs on one CPU and on ZeRO-3 over many nodes.
+A `Vector` is this rank's shard of a parameter-shaped vector: a list of flat tensors in a layout that the engine
+chooses. Linear algebra on vectors is elementwise and needs no communication; only inner products do. So the same
+algorithm runs on one CPU and on ZeRO-3 over many nodes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Kind = Literal["forget", "retain"]
 
 
 class ParameterSpace(Protocol):
-    """What the two loops ask of an engine."""
+    """What the two loops need from an engine."""
 
     offers_exact: bool
     """Whether `graph_gradient` works (double backward)."""
@@ -27,33 +27,33 @@ class ParameterSpace(Protocol):
     def gradient(self, batch: Any, *, kind: Kind, differenced: bool = False) -> tuple[Vector, float]:
         """Gradient and value of the mean loss over the global batch.
 
-        `differenced` says that the result enters a finite difference, so it must be as exact as the engine can.
-        Collective. The vector is the caller's to keep and to change.
+        `differenced`: the result enters a finite difference, so the engine computes it as exactly as it can.
+        Collective. The caller owns the vector and may change it.
         """
 
     def displaced(self, vector: Vector, step: float) -> AbstractContextManager[None]:
-        """Within the context the parameters are theta + step * vector; afterwards theta again, to the bit. Nests."""
+        """Within the context the parameters are theta + step * vector; afterwards theta again, bit for bit. Nests."""
 
     def apply(self, vector: Vector, loop: Loop) -> float:
         """One step of the loop's optimiser *down* `vector`; returns the vector's norm before clipping.
 
-        Uses `vector` up: what it holds afterwards means nothing.
+        Consumes `vector`: its content is undefined afterwards.
         """
 
     def first_moment(self, loop: Loop) -> Vector | None:
-        """The running mean of the gradients that the loop's AdamW has stepped down; None before its first step.
+        """First moment of the loop's AdamW: the running mean of its gradients. None before its first step.
 
-        Not the caller's to change.
+        Read-only.
         """
 
     def dot(self, *pairs: tuple[Vector, Vector]) -> list[float]:
-        """Inner products over all ranks in float64, one all-reduce for all pairs."""
+        """Inner products over all ranks in float64, with one all-reduce for all pairs."""
 
     def parameters_norm(self) -> float:
         """|theta| of the trainable parameters."""
 
     def graph_gradient(self, batch: Any, *, kind: Kind) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-        """Loss and gradients (one tensor per parameter) that autograd can differentiate again."""
+        """Loss and gradients (one tensor per parameter) that autograd can differentiate further."""
 
     def parameters(self) -> Sequence[torch.Tensor]:
         """The trainable parameters, in the order of `graph_gradient`'s gradients."""
@@ -65,12 +65,12 @@ class ParameterSpace(Protocol):
         """The inverse of `as_vector`."""
 
 
-# A fresh vector costs several times the arithmetic on it where the system hands out memory page by page (a CPU):
-# hence a place for `combine` to write to, and the verbs in place.
+# On a CPU, allocating a new vector costs several times the arithmetic on it, because the system maps memory page by
+# page. Hence `combine`'s `out` and the in-place operations.
 
 
 def combine(a: float, x: Vector, b: float, y: Vector, out: Vector | None = None) -> Vector:
-    """a x + b y, in `out` (which may be x, and must not be y) or as a new vector."""
+    """a x + b y, in `out` (which may be x but not y) or as a new vector."""
     if out is None:
         return [torch.mul(xi, a).add_(yi, alpha=b) for xi, yi in zip(x, y, strict=True)]
     for xi, yi, oi in zip(x, y, out, strict=True):

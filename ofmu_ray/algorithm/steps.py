@@ -1,14 +1,14 @@
-"""How far to displace for a difference of gradients, and what the difference is then worth.
+"""Step lengths for differences of gradients, and the error of the resulting difference.
 
-Along a unit direction v the gradient at a displacement h is g + h Hv + h^2 A/2 + h^3 B/6 + noise of norm sigma (the
-rounding of a pass), so that
+Along a unit direction v, the gradient at a displacement h is g + h Hv + h^2 A/2 + h^3 B/6 + noise of norm sigma (the
+rounding of a pass). The errors are then
 
-    forward   (g(h) - g) / h           errs by  |A| h / 2    and by  sqrt(2) sigma / h
-    central   (g(h) - g(-h)) / 2h      errs by  |B| h^2 / 6  and by  sigma / (sqrt(2) h)
+    forward   (g(h) - g) / h           |A| h / 2    and  sqrt(2) sigma / h
+    central   (g(h) - g(-h)) / 2h      |B| h^2 / 6  and  sigma / (sqrt(2) h)
 
-Gradients at h, -h, h/4 and -h/4 tell |A|, |B| and sigma. With S(h) = g(h) + g(-h) - 2g = A h^2 + noise and C(h) the
-central difference, S(h/4) - S(h)/16 is noise alone, and C(h) - C(h/4) is 15/16 B h^2/6 plus noise. Numerical Recipes
-(3rd ed., 5.7) has the balance of the two errors for functions of one variable.
+Gradients at h, -h, h/4 and -h/4 determine |A|, |B| and sigma. With S(h) = g(h) + g(-h) - 2g = A h^2 + noise and C(h)
+the central difference, S(h/4) - S(h)/16 is pure noise, and C(h) - C(h/4) is 15/16 B h^2/6 plus noise. Numerical Recipes
+(3rd ed., 5.7) balances the two errors for functions of one variable.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ Product = Literal["forget", "retain", "penalty"]
 """H_f u, H_r w, and the penalty's product."""
 
 START = 2.0**-11
-"""Relative step at which a run's first check begins."""
+"""Relative step at which a run's first check starts."""
 SHORTEST, LONGEST = 2.0**-27, 2.0**-4
 WALKS = 4
 """How often a check may move its pair of steps; each move is two passes."""
 FORWARD_ENOUGH = 5e-3
-"""`auto` takes forward differences where their relative error is estimated below this. The bound to keep is 2 %; the
-rest is for what changes until the next check."""
+"""`auto` takes forward differences if their estimated relative error is below this. The bound is 2 %; the margin covers
+changes until the next check."""
 GOOD = 1e-3
-"""Relative error below which a check does not look for a longer step."""
+"""Below this relative error, a check does not try a longer step."""
 DRIFT = 4.0
-"""Change of |g| that asks for a check before its time."""
-# Variances of noise in units of sigma^2, of independent passes: S(h); S(h/4) - S(h)/16, where g enters both;
+"""A change of |g| by this factor triggers an early check."""
+# Noise variances of independent passes in units of sigma^2: S(h); S(h/4) - S(h)/16, where g enters both;
 # C(h) - C(h/4) in units of (sigma / h)^2.
 _S, _N, _D = 6.0, 6.0 - 8.0 / 16 + 6.0 / 256, 0.5 * (1 + 16)
 _SEEN = 3.0
-"""Share of the noise's variance by which a square has to exceed it to count as seen: noise itself grows a little with
-the step."""
+"""A square counts as seen if it exceeds the noise variance by this multiple: noise itself grows a little with the
+step."""
 
 
 @dataclass
 class Step:
-    """How one product is differenced since its last check."""
+    """How a product is differenced since its last check."""
 
     relative: float
     """|displacement| / |theta|."""
@@ -60,7 +60,7 @@ class Step:
 
 
 class Steps:
-    """The steps of all products of a run: its state, the same on every rank."""
+    """The steps of all products of a run. The same on every rank."""
 
     def __init__(self, difference: Difference = "auto", check_every: int = 20):
         self.difference, self.check_every = difference, check_every
@@ -68,7 +68,7 @@ class Steps:
         self.products: dict[Product, Step] = {}
 
     def due(self, product: Product, gradient: float) -> bool:
-        """Whether the product has to be checked; `gradient`: the norm of the gradient at theta."""
+        """Whether the product is due for a check; `gradient`: the norm of the gradient at theta."""
         step = self.products.get(product)
         if step is None or self.round - step.round >= self.check_every:
             return True
@@ -83,18 +83,18 @@ class Steps:
 
 @dataclass(frozen=True)
 class StepEstimate:
-    """What a pair of steps h and h/4 says about differences along one direction."""
+    """What a pair of steps h and h/4 shows about differences along one direction."""
 
     step: float
     """h, absolute."""
     product: float
-    """|Hv| by the shorter step."""
+    """|Hv| from the shorter step."""
     sigma: float
     """Noise of a gradient."""
     first: float
-    """|A| / 2: forward differences err by it times h."""
+    """|A| / 2: times h, the error of forward differences."""
     second: float
-    """|B| / 6: central differences err by it times h^2."""
+    """|B| / 6: times h^2, the error of central differences."""
     first_seen: bool
     second_seen: bool
     apart: float
@@ -127,7 +127,7 @@ class StepEstimate:
         return math.hypot(self.first * step, math.sqrt(2) * self.sigma / step)
 
     def best(self, central: bool) -> float:
-        """The step of least error (infinite where nothing is curved or rounded)."""
+        """The step with the least error (infinite without curvature or rounding)."""
         if central:
             return (self.sigma / (2 * self.second)) ** (1 / 3) if self.second > 0 else math.inf
         return math.sqrt(math.sqrt(2) * self.sigma / self.first) if self.first > 0 else math.inf
@@ -140,9 +140,9 @@ class StepEstimate:
         return math.isfinite(forward) and self.error(False, forward) > FORWARD_ENOUGH * self.product
 
     def move(self, difference: Difference) -> int:
-        """+1: the pair should be four times as long, -1: a quarter, 0: it tells enough."""
+        """+1: the pair should be four times as long; -1: a quarter as long; 0: it is good enough."""
         central = self.central(difference)
-        if self.second_seen and self.apart > 0.1 * self.product:  # beyond the series' reach: no estimate holds
+        if self.second_seen and self.apart > 0.1 * self.product:  # the series does not reach: no estimate is valid
             return -1
         if not (self.second_seen if central else self.first_seen):
             return int(self.error(central, self.step) > GOOD * self.product)

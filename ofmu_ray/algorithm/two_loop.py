@@ -1,11 +1,11 @@
-"""OFMU's two loops (arXiv 2509.22483, Algorithm 1), once, over a parameter space.
+"""One round of OFMU's two loops (arXiv 2509.22483, Algorithm 1) over a parameter space.
 
     inner, T times:   theta <- theta + eta_in  grad Phi(theta),   Phi = L_f - beta Sim(g_f, g_r)
     outer, once:      theta <- theta - eta_out (grad L_r + 2 rho_k (Hess Phi)(grad Phi))
     schedule:         rho_{k+1} = gamma rho_k
 
-What may be approximated, and what each approximation saves, is in `Options`; `full` and `lite` of ofmu_ray.config
-are two points of that space (14 + 14 and 7 + 3 passes for T = 5 with forward differences).
+`Options` controls the approximations. `full` and `lite` of ofmu_ray.config are two settings (14 + 14 and 7 + 3 passes
+for T = 5 with forward differences).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ofmu_ray.algorithm.space import ParameterSpace, Vector, add_, combine, scal
 from ofmu_ray.algorithm.steps import Difference, Steps
 
 LEVEL_TOLERANCE = 1e-5
-"""Relative rounding of a mean of fp32 losses that are all at the level."""
+"""Relative rounding error of a mean of fp32 losses that are all at the level."""
 
 
 class Options(Protocol):
@@ -53,7 +53,7 @@ class Options(Protocol):
 
 @dataclass
 class RoundStats:
-    """What one round measured; None: the options leave it out (no cosine when beta = 0)."""
+    """Measurements of one round. None: not measured with these options (no cosine when beta = 0)."""
 
     forget_loss: float = math.nan
     """L_f at the last inner iterate (nats per token)."""
@@ -70,13 +70,13 @@ class RoundStats:
     conflict_cosine: float | None = None
     """cos(ascent direction, the outer optimiser's first moment) at the last inner step, before the projection."""
     skipped_ascents: int | None = None
-    """Inner steps that were not taken because the whole batch was at its level already."""
+    """Inner steps skipped because the complete batch was already at its level."""
     penalty_ratio: float | None = None
-    """The same beside |grad L_r|."""
+    """`penalty_norm` / |grad L_r|."""
     similarity_error: float | None = None
     """Estimated |error of grad Sim| / |grad Sim| of the last refresh (measured steps only)."""
     difference_error: float | None = None
-    """beta times that error beside |g_f|."""
+    """beta times that error, relative to |g_f|."""
     inner_gradient_norms: list[float] = field(default_factory=list)
     """|grad Phi| at each inner step, before clipping."""
 
@@ -95,12 +95,12 @@ def two_loop_round(
 
     Args:
         space: the engine.
-        forget, retain: batches, drawn as the options need them (`batches_per_round`).
+        forget, retain: batches, drawn as needed (`batches_per_round`).
         options: see `Options`.
         rho: rho_k of this round.
-        steps: of finite differences: measured ones, kept from round to round, or a fixed |displacement| / |theta|.
-        level: largest value of the forget loss; a batch that is there has no gradient, and its step is skipped, which
-            momentum would take otherwise. None: the loss has no bound.
+        steps: of finite differences: measured (and kept from round to round) or a fixed |displacement| / |theta|.
+        level: largest value of the forget loss. A batch at this value has no gradient; its step is skipped, because
+            momentum would still move the parameters. None: the loss has no bound.
     """
     stats = RoundStats(skipped_ascents=None if level is None else 0)
     curvature = _curvature(space, options, steps)
@@ -121,13 +121,13 @@ def two_loop_round(
             phi.refresh(batch, g_f, lambda: next(retain))
         ascent = phi.gradient(g_f, keep=last and lagged)
         if last and lagged:
-            # at the last inner iterate g_f is already there, so the difference costs one pass and not two
+            # g_f of the last inner iterate is already known, so the difference costs one pass instead of two
             penalty = _forget_penalty(space, curvature, batch, g_f, ascent, rho, stats)
         if options.projection > 0:
             project(space, ascent, options.projection, stats)
         norm = space.apply(scale_(ascent, -1.0), "inner")
         stats.inner_gradient_norms.append(norm)
-        del g_f, ascent  # a vector each, which the outer step's peak need not carry
+        del g_f, ascent  # one vector each; lowers the outer step's peak memory
     if stats.phi_gradient_norm is None:
         stats.phi_gradient_norm = stats.inner_gradient_norms[-1] if stats.inner_gradient_norms else 0.0
 
@@ -154,9 +154,9 @@ def two_loop_round(
 
 
 def project(space: ParameterSpace, ascent: Vector, share: float, stats: RoundStats) -> None:
-    """Take `share` of what raises the retain loss out of an ascent direction, in place; costs one all-reduce, no pass.
+    """Remove `share` of the component that raises the retain loss from an ascent direction, in place.
 
-    The retain gradient is the outer optimiser's first moment, the running mean of those that its steps descended. What
+    Costs one all-reduce and no pass: the outer optimiser's first moment serves as the retain gradient. A component that
     lowers the retain loss stays (as in PCGrad, Yu et al. 2020, arXiv 2001.06782).
     """
     mean = space.first_moment("outer")
@@ -170,7 +170,7 @@ def project(space: ParameterSpace, ascent: Vector, share: float, stats: RoundSta
 
 
 def batches_per_round(options: Options, *, penalise: bool) -> dict[str, int]:
-    """Global batches that a round draws from each stream; `penalise`: rho_0 > 0."""
+    """Global batches that a round takes from each stream; `penalise`: rho_0 > 0."""
     refreshes = 0
     if options.beta > 0:
         refreshes = 1 if options.reuse_retain_gradient else len(_refresh_steps(options))
@@ -196,20 +196,20 @@ def _curvature(space: ParameterSpace, options: Options, steps: Steps | float) ->
 
 
 class _Phi:
-    """grad Phi = g_f - beta grad Sim, with whatever part of grad Sim the options hold over inner steps."""
+    """grad Phi = g_f - beta grad Sim. Keeps the part of grad Sim that the options reuse over inner steps."""
 
     def __init__(self, space: ParameterSpace, curvature: Curvature, options: Options):
         self.space, self.curvature, self.options = space, curvature, options
         self.cosine: float | None = None
         self.errors: tuple[float | None, float | None] = None, None
-        """Estimated error of grad Sim: beside |grad Sim|, and beta times it beside |g_f|."""
+        """Estimated error of grad Sim relative to |grad Sim|, and beta times it relative to |g_f|."""
         self._sim: Vector | None = None
         self._g_r: Vector | None = None
         self._retain_half: Vector | None = None
-        self._direction: Vector | None = None  # room for u and w, which are combinations of g_f and g_r
+        self._direction: Vector | None = None  # buffer for u and w, which are combinations of g_f and g_r
 
     def nested(self) -> _Phi:
-        """grad Phi anew, for a difference of itself: takes over the room and holds nothing else."""
+        """A fresh grad Phi, for differencing itself: takes over the buffer and nothing else."""
         other = _Phi(self.space, self.curvature.nested(), self.options)
         other._direction, other.errors = self._direction, self.errors
         return other
@@ -218,31 +218,31 @@ class _Phi:
         return self.options.beta > 0 and step in _refresh_steps(self.options)
 
     def gradient(self, g_f: Vector, *, keep: bool = False) -> Vector:
-        """grad Phi, in the place of g_f unless that is to be kept."""
+        """grad Phi, written over g_f unless `keep`."""
         if self._sim is None:
             return g_f
         if not keep:
             return add_(g_f, self._sim, -self.options.beta)
-        room, self._direction = self._direction, None  # u and w are done with
-        return combine(1.0, g_f, -self.options.beta, self._sim, out=room)
+        buffer, self._direction = self._direction, None  # u and w are no longer needed
+        return combine(1.0, g_f, -self.options.beta, self._sim, out=buffer)
 
     def refresh(self, forget_batch: Any, g_f: Vector, retain_batch: Callable[[], Any]) -> None:
-        """grad Sim = H_f u + H_r w at theta, reusing the retain half of an earlier refresh if that is wanted."""
-        self._sim = None  # frees a held vector before new ones are made
+        """grad Sim = H_f u + H_r w at theta; reuses the retain half of an earlier refresh if configured."""
+        self._sim = None  # frees a vector before new ones are allocated
         if self._g_r is not None:
             k = self._coefficients(g_f, self._g_r)
             assert self._retain_half is not None
             self._sim = add_(self._forget_half(forget_batch, g_f, self._g_r, k), self._retain_half)
-            self._judge(g_f)
+            self._record_errors(g_f)
             return
         batch = retain_batch()
         g_r, _ = self.space.gradient(batch, kind="retain", differenced=self.curvature.differenced)
         self._sim, retain_half = self._similarity_gradient(forget_batch, batch, g_f, g_r)
-        self._judge(g_f)
+        self._record_errors(g_f)
         if self.options.reuse_retain_gradient and len(_refresh_steps(self.options)) > 1:
             self._g_r, self._retain_half = g_r, retain_half
 
-    def _judge(self, g_f: Vector) -> None:
+    def _record_errors(self, g_f: Vector) -> None:
         halves = self.curvature.error("forget"), self.curvature.error("retain")
         if halves[0] is None or halves[1] is None or self._sim is None:
             return
@@ -251,10 +251,10 @@ class _Phi:
         self.errors = _ratio(error, sim), _ratio(self.options.beta * error, forget)
 
     def penalty(self, forget_batch: Any, retain_batch: Any, g_r: Vector, rho: float, stats: RoundStats) -> Vector:
-        """2 rho (Hess Phi)(grad Phi) at theta; g_r = grad L_r there. Curvature of Phi (`full`) or of L_f alone."""
+        """2 rho (Hess Phi)(grad Phi) at theta, where g_r = grad L_r. Curvature of Phi (`full`) or of L_f alone."""
         space, options = self.space, self.options
         g_f, _ = space.gradient(forget_batch, kind="forget", differenced=self.curvature.differenced)
-        if options.beta > 0 and (options.penalty_curvature == "full" or not self._holds_sim()):
+        if options.beta > 0 and (options.penalty_curvature == "full" or not self._keeps_sim()):
             self._sim = None
             self._sim, _ = self._similarity_gradient(forget_batch, retain_batch, g_f, g_r)
         if options.penalty_curvature == "forget" or options.beta == 0:
@@ -268,13 +268,13 @@ class _Phi:
             sim, _ = self._similarity_gradient(forget_batch, retain_batch, f, r)
             return add_(f, sim, -options.beta)
 
-        cosine = self.cosine  # the displaced evaluations overwrite it
+        cosine = self.cosine  # the displaced evaluations overwrite self.cosine
         norm = math.sqrt(space.dot((v, v))[0])
         curved = self.curvature.phi_hessian_vector(phi_gradient, v, norm, (forget_batch, retain_batch), options.beta)
         self.cosine = cosine
         return _scaled_penalty(space, curved, norm, rho, stats)
 
-    def _holds_sim(self) -> bool:
+    def _keeps_sim(self) -> bool:
         return self._sim is not None and self.options.decorrelate_every is None
 
     def _coefficients(self, g_f: Vector, g_r: Vector) -> SimilarityCoefficients:
@@ -301,7 +301,7 @@ class _Phi:
 def _forget_penalty(
     space: ParameterSpace, curvature: Curvature, batch: Any, g_f: Vector, v: Vector, rho: float, stats: RoundStats
 ) -> Vector:
-    """2 rho H_f v: the penalty's gradient with the curvature of L_f alone."""
+    """2 rho H_f v: the gradient of the penalty with the curvature of L_f alone."""
     norm = math.sqrt(space.dot((v, v))[0])
     curved = curvature.hessian_vector(batch, "forget", g_f, v, norm, penalty=True)
     return _scaled_penalty(space, curved, norm, rho, stats)

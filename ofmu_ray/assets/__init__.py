@@ -1,4 +1,4 @@
-"""Files that ship with the project: a generated corpus of fictitious people and two tiny models fitted to it."""
+"""Files that ship with the project: a generated corpus of fictitious people and two tiny models trained on it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ PREFIX = "builtin:"
 
 
 def resolve_builtin(path: str) -> str:
-    """`builtin:people/NAME` as a path of the installed package; any other path as it is."""
+    """Resolve `builtin:people/NAME` to a path in the installed package; return any other path unchanged."""
     if not path.startswith(PREFIX):
         return path
     return str(Path(__file__).resolve().parent / path.removeprefix(PREFIX))

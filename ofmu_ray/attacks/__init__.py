@@ -1,6 +1,6 @@
-"""Whether an unlearned model stays unlearned: relearning, quantisation and prompt-prefix attacks.
+"""Does an unlearned model stay unlearned? Relearning, quantisation and prompt-prefix attacks.
 
-Each attack is a function of a causal language model (eval mode, which it leaves as it was, to the bit), a template and
-evaluation rows, and returns a table with one line per row and condition. `curves` makes figures of such tables;
-the options are ofmu_ray.config's.
+Each attack takes a causal language model (in eval mode; it is left bit-identical), a template and evaluation rows, and
+returns a table with one line per row and condition. `curves` computes metrics from such tables; ofmu_ray.config
+declares the options.
 """

@@ -1,4 +1,4 @@
-"""Figures of the attacks' tables: curves over steps, gaps to a reference, worst cases. Pure functions, no model."""
+"""Metrics of attack tables: curves over steps and gaps to a reference. Pure functions, no model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class RowCurves(NamedTuple):
     row_ids: list[str]
     clusters: list[str | None]
     steps: FloatArray
-    """[steps], rising from 0."""
+    """[steps], ascending from 0."""
     probability: FloatArray
     """[rows, steps]."""
 
@@ -36,16 +36,16 @@ def row_curves(table: pa.Table, group: str) -> RowCurves:
     pieces = [rows.filter(pc.equal(rows["step"], int(step))) for step in steps]
     row_ids = pieces[0]["row_id"].to_pylist()
     if any(piece["row_id"].to_pylist() != row_ids for piece in pieces):
-        raise AssertionError(f"group {group}: the steps hold different rows")
+        raise AssertionError(f"group {group}: the steps have different rows")
     values = np.stack([piece["probability"].to_numpy() for piece in pieces], axis=1)
     return RowCurves(row_ids, pieces[0]["cluster"].to_pylist(), steps.astype(np.float64), values)
 
 
 def areas(curves: RowCurves, reference: RowCurves | None = None) -> FloatArray:
-    """Mean height of each row's curve over the steps (trapezia), minus the reference's; [rows], in [-1, 1].
+    """Mean height of each row's curve over the steps (trapezoidal rule), minus the reference's; [rows], in [-1, 1].
 
-    With the retrained model as reference, the mean over rows is how much more probability the attack recovers than it
-    teaches a model that never knew the rows. Raises AssertionError unless rows and steps of the two agree.
+    With the retrained model as reference, the mean over rows is the probability that the attack recovers beyond what it
+    teaches a model that never saw the rows. Raises AssertionError unless both have the same rows and steps.
     """
     heights = curves.probability
     if reference is not None:
@@ -56,9 +56,9 @@ def areas(curves: RowCurves, reference: RowCurves | None = None) -> FloatArray:
 
 
 def steps_to_reach(steps: ArrayLike, values: ArrayLike, level: float) -> float | None:
-    """First step at which a curve [steps] stands at `level` or above, linear between measured steps.
+    """First step at which a curve [steps] reaches `level`, interpolated linearly between measured steps.
 
-    None: never within the attack. For "recovers half of what the target knew", `level` is half of the target's mean
+    None: never during the attack. For "recovers half of what the target knew", `level` is half the target's mean
     probability on the same rows.
     """
     x, y = np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64)
@@ -73,6 +73,6 @@ def steps_to_reach(steps: ArrayLike, values: ArrayLike, level: float) -> float |
 
 
 def by_condition(table: pa.Table, column: str, value: str = "probability") -> dict[str, FloatArray]:
-    """Per-row values by the condition in `column` ("scheme" or "attack"), [rows] each, rows in the table's order."""
+    """Per-row values by the condition in `column` ("scheme" or "attack"): [rows] each, in the table's order."""
     names: Sequence[str] = table[column].unique().to_pylist()
     return {name: table.filter(pc.equal(table[column], name))[value].to_numpy() for name in names}

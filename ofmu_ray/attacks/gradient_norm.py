@@ -1,8 +1,8 @@
-"""GradNorm membership inference: how strongly a model would still be pulled towards an answer.
+"""GradNorm membership inference: the norm of the gradient that an answer would still cause.
 
-An answer that was trained on lies near a minimum of its own loss, so its gradient is small: a larger value means
-"less likely a member". Per row, L is the mean negative log-likelihood of the answer's tokens without EOS, and the
-value is the mean over the parameter tensors W of ||dL/dW||_p (as in OpenUnlearning; not the whole gradient's norm).
+An answer from the training set is near a minimum of its own loss, so its gradient is small: a larger value means
+"less likely a member". Per row, L is the mean negative log-likelihood of the answer tokens without EOS. The value is
+the mean of ||dL/dW||_p over the parameter tensors W (as in OpenUnlearning; not the norm of the complete gradient).
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from ofmu_ray.models.answers import Text, answer_logits
 def gradient_norms(model: Any, texts: Sequence[Text], *, p: float = 2.0) -> FloatArray:
     """Mean over parameter tensors of the p-norm of each row's gradient, [rows] float64.
 
-    Rows go through one at a time, as their gradients are needed one at a time. The model runs in eval mode, without
-    dropout, so that the value is a function of the row (OpenUnlearning switches to training mode); its mode and its
-    `.grad` stay as they were. Tensors that do not require a gradient, or that the loss does not reach, do not count;
-    tied tensors count once.
+    Rows run one at a time, because each needs its own gradient. The model runs in eval mode, without dropout, so the
+    value depends only on the row (OpenUnlearning switches to training mode); its mode and its `.grad` are preserved.
+    Tensors that do not require a gradient, or that the loss does not reach, do not count. Tied tensors count once.
 
     Every text needs one prompt token and two answer tokens (the last is EOS).
     """
@@ -47,9 +46,9 @@ def _gradient_norm(model: Any, weights: Sequence[torch.Tensor], text: Text, p: f
 
 
 def _answer_loss(model: Any, text: Text) -> torch.Tensor:
-    """Mean negative log-likelihood of the answer's tokens (nats), EOS left out."""
+    """Mean negative log-likelihood of the answer tokens (nats), without EOS."""
     ids, prompt = text
     if not 0 < prompt < len(ids) - 1:
-        raise AssertionError(f"a text of {len(ids)} tokens with {prompt} prompt tokens has no answer beside EOS")
+        raise AssertionError(f"a text of {len(ids)} tokens with {prompt} prompt tokens has no answer besides EOS")
     logits_nv, targets_n, _ = answer_logits(model, [(ids[:-1], prompt)])
     return functional.cross_entropy(logits_nv, targets_n)

@@ -1,15 +1,14 @@
 """How much each tuned option mattered: PED-ANOVA over the finished trials of a search, with its uncertainty.
 
-PED-ANOVA (Watanabe et al., 2023, arXiv 2304.10255; for conditional options arXiv 2601.20800) asks how far an option's
-values in the best trials differ from those in all trials: the Pearson divergence between two densities. It needs no
-surrogate model, no scikit-learn, and takes options that only some trials have.
+PED-ANOVA (Watanabe et al., 2023, arXiv 2304.10255; for conditional options arXiv 2601.20800) measures how far an
+option's values in the best trials differ from those in all trials: the Pearson divergence between two densities. It
+needs no surrogate model and no scikit-learn, and accepts options that only some trials have.
 
-Limits. With few trials it finds the most important option; the order of the others needs hundreds
-(docs/decisions.md). It sees one option at a time: of two options that matter only together it finds each one's average
-effect. It describes the trials that were made: a range too narrow to matter, or a search that soon left the bad values,
-hides an option, and a search that learns (TPE) draws options in patterns that the permutation test does not know of, so
-that its p-values are then too small. Runs that a scheduler ended have no comparable figures and are not among the
-trials.
+Limits. Few trials are enough for the most important option; the order of the others needs hundreds
+(docs/decisions.md). It looks at one option at a time: if two options matter only together, it sees the average effect
+of each. It describes the trials at hand: an option looks unimportant if its range is too narrow or the search soon left
+its bad values. A search that learns (TPE) draws options in patterns that the permutation test does not model, so the
+p-values are too small. Runs that a scheduler stopped have no comparable metrics and are excluded.
 """
 
 from __future__ import annotations
@@ -27,28 +26,29 @@ from numpy.typing import NDArray
 from ofmu_ray.metrics.functions import FloatArray
 
 MINIMUM_TRIALS = 20
-"""Below, PED-ANOVA finds the most important of six options in less than nine of ten searches (docs/decisions.md)."""
+"""With fewer, PED-ANOVA finds the most important of six options in less than nine of ten searches
+(docs/decisions.md)."""
 RELIABLE_ORDER = 100
-"""Below, the option in the second place is often not the second most important one."""
+"""With fewer, the option in second place is often not the second most important."""
 BEST = 0.5
-"""Fraction of the trials that count as best; the upper half ranks options best up to some 50 trials."""
+"""Fraction of the trials that count as best; the upper half ranks options best up to about 50 trials."""
 
 
 @dataclass(frozen=True)
 class Importance:
-    """What one option contributed to an outcome."""
+    """The contribution of one option to an outcome."""
 
     option: str
     trials: int
     """Trials that have it."""
     share: float
-    """Of the importance of all options, which sums to 1."""
+    """Share of the total importance; all shares sum to 1."""
     low: float
-    """95 % interval of the share, percentile bootstrap over trials, widened to hold the share: resamples have fewer
-    different trials and so more noise, which shifts them towards equal shares. It never reaches 0: see `p_value`."""
+    """95 % interval of the share: percentile bootstrap over trials, widened to include the share. Resamples have fewer
+    distinct trials and more noise, which shifts them towards equal shares. It never reaches 0: see `p_value`."""
     high: float
     p_value: float
-    """How often any option seems as important where the outcomes are shuffled over the trials (Westfall and Young)."""
+    """How often any option looks as important when outcomes are shuffled over the trials (Westfall and Young)."""
 
 
 def importances(
@@ -59,17 +59,17 @@ def importances(
     samples: int = 100,
     seed: int = 0,
 ) -> list[Importance] | None:
-    """Importance of each option of the space that varies, the largest first.
+    """Importance of each option in the space that varies, largest first.
 
     Args:
-        options: of each trial that ran to its end, dotted field -> value; a field that is absent had no meaning there.
-        goodness: of each trial, the outcome so that more is better. Only its order counts.
-        space: what was tuned: `field` and `prior` (text). Under a logarithmic prior the logarithm counts, with 0 put
+        options: per finished trial, dotted field -> value; a field that is absent did not apply to the trial.
+        goodness: outcome per trial, higher is better. Only its order counts.
+        space: what was tuned: `field` and `prior` (text). Under a logarithmic prior the logarithm counts; 0 is placed
             a decade below the lowest positive value.
-        samples: resamples for the interval, and as many shuffles for the p-value, which is at least 1 / (samples + 1).
+        samples: resamples for the interval, and shuffles for the p-value, which is at least 1 / (samples + 1).
 
     Returns:
-        None with fewer than MINIMUM_TRIALS trials, or where nothing varies: outcome or options.
+        None with fewer than MINIMUM_TRIALS trials, or if the outcome or all options are constant.
     """
     values = np.asarray(goodness, dtype=np.float64)
     columns = {
@@ -81,24 +81,24 @@ def importances(
     if count < MINIMUM_TRIALS or len(np.unique(values)) < 2 or not columns:
         return None
     rng = np.random.default_rng(seed)
-    # how often a resample has each trial
+    # how often each trial occurs in a resample
     weights = [np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(samples)]
     search = _Search(columns, copies=max(int(weight.max()) for weight in weights))
     once = np.ones(count, dtype=np.int64)
-    with warnings.catch_warnings():  # that a target is to be low, and of options that few trials of a resample have
+    with warnings.catch_warnings():  # about low targets, and about options that few trials of a resample have
         warnings.simplefilter("ignore")
-        found = search.divergences(values, once)
+        observed = search.divergences(values, once)
         resampled = np.array([search.divergences(values, weight) for weight in weights])
         shuffled = np.array([search.divergences(rng.permutation(values), once) for _ in range(samples)])
-    if not found.sum():
+    if not observed.sum():
         return None
     totals = resampled.sum(axis=1, keepdims=True)
     low, high = np.percentile((resampled / np.where(totals, totals, 1.0))[totals[:, 0] > 0], (2.5, 97.5), axis=0)
-    # against the largest of all options in each shuffle, each in units of what it is by chance
+    # compare with the largest of all options in each shuffle, each in units of its mean under chance
     chance = np.where(shuffled.any(axis=0), shuffled.mean(axis=0), 1.0)
     largest = (shuffled / chance).max(axis=1)
-    p_values = (1 + (largest[:, None] >= found / chance).sum(axis=0)) / (1 + samples)
-    shares = found / found.sum()
+    p_values = (1 + (largest[:, None] >= observed / chance).sum(axis=0)) / (1 + samples)
+    shares = observed / observed.sum()
     low, high = np.minimum(low, shares), np.maximum(high, shares)
     rows = [
         Importance(name, columns[name].count, *(float(part[index]) for part in (shares, low, high, p_values)))
@@ -109,10 +109,10 @@ def importances(
 
 @dataclass(frozen=True)
 class _Column:
-    """One option over the trials; NaN: absent."""
+    """One option over the trials. NaN: absent."""
 
     values: FloatArray
-    """[trials]; of a choice, the number of the option."""
+    """[trials]; for a choice, the index of the chosen value."""
     kind: Literal["real", "whole", "choice"]
 
     @property
@@ -120,17 +120,17 @@ class _Column:
         return int(np.isfinite(self.values).sum())
 
 
-def _column(found: Sequence[Any], prior: str) -> _Column | None:
-    """None where fewer than two values differ."""
-    kept = [value for value in found if value is not None]
+def _column(raw: Sequence[Any], prior: str) -> _Column | None:
+    """None if there are fewer than two distinct values."""
+    kept = [value for value in raw if value is not None]
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in kept)
     if prior.startswith("choice") or not numeric:  # null may be a choice
-        names = [None if value is None and not prior.startswith("choice") else json.dumps(value) for value in found]
+        names = [None if value is None and not prior.startswith("choice") else json.dumps(value) for value in raw]
         order = list(dict.fromkeys(name for name in names if name is not None))
         values = np.array([math.nan if name is None else float(order.index(name)) for name in names])
         column = _Column(values, "choice")
     else:
-        values = np.array([math.nan if value is None else float(value) for value in found])
+        values = np.array([math.nan if value is None else float(value) for value in raw])
         if "loguniform" in prior and (values > 0).any():
             values = _logarithms(values)
         column = _Column(values, "whole" if prior.startswith("integer") else "real")
@@ -138,18 +138,18 @@ def _column(found: Sequence[Any], prior: str) -> _Column | None:
 
 
 def _logarithms(values: FloatArray) -> FloatArray:
-    """log10, with what is not positive a decade below the lowest positive value; NaN stays."""
+    """log10; values that are not positive go a decade below the lowest positive one. NaN stays."""
     positive = values > 0
     lowest = math.log10(values[positive].min()) - 1.0
-    found = np.where(np.isnan(values), math.nan, lowest)
-    found[positive] = np.log10(values[positive])
-    return found
+    logarithms = np.where(np.isnan(values), math.nan, lowest)
+    logarithms[positive] = np.log10(values[positive])
+    return logarithms
 
 
 class _Search:
-    """The trials as one Optuna study, each so many times as a resample can have it: a target of NaN leaves a copy out.
+    """The trials as one Optuna study with `copies` of each trial; a target of NaN excludes a copy.
 
-    Setting up a study costs as much as evaluating it, so that one serves all resamples and shuffles.
+    Setting up a study costs as much as evaluating it, so one study serves all resamples and shuffles.
     """
 
     def __init__(self, columns: Mapping[str, _Column], copies: int) -> None:
@@ -173,20 +173,20 @@ class _Search:
             for row in drawn
             for _ in range(copies)
         ]
-        self._place = np.repeat(np.arange(len(drawn)), copies)
+        self._trial = np.repeat(np.arange(len(drawn)), copies)
         self._copy = np.tile(np.arange(copies), len(drawn))
         self._study = quiet_study("minimize")
         self._study.add_trials(trials)
 
     def divergences(self, goodness: FloatArray, weights: NDArray[np.int64]) -> FloatArray:
-        """PED-ANOVA's importance of each option, not normalised; `weights`: how often each trial counts. [options]"""
-        losses = np.where(self._copy < weights[self._place], -goodness[self._place], math.nan)
-        found = self._evaluator.evaluate(self._study, self._names, target=lambda trial: float(losses[trial.number]))
-        return np.array([found[name] for name in self._names])
+        """PED-ANOVA's importance of each option, unnormalised [options]; `weights`: how often each trial counts."""
+        losses = np.where(self._copy < weights[self._trial], -goodness[self._trial], math.nan)
+        result = self._evaluator.evaluate(self._study, self._names, target=lambda trial: float(losses[trial.number]))
+        return np.array([result[name] for name in self._names])
 
 
 def quiet_study(direction: Literal["minimize", "maximize"]) -> Any:
-    """An Optuna study that lives for a moment, without a line about it."""
+    """A temporary Optuna study, created without log lines."""
     import optuna
 
     level = optuna.logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""The measurements of `ofmu evaluate` beyond the metrics: one model, one check, one table without any text."""
+"""The measurements of `ofmu evaluate` beyond the metrics: one model, one check, one table (without text)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ofmu_ray.evaluation.rows import EvaluationRow
 
 Kind = Literal["relearn", "quantise", "prefix", "gradient_norm", "alignment", "choice"]
 VERSION = 2
-"""Part of a check's key: raise it when a value changes its meaning."""
+"""Part of a check's key. Raise it when a value changes its meaning."""
 _PASSES = {"relearn": 20, "quantise": 3, "prefix": 30, "gradient_norm": 4, "alignment": 4, "choice": 4}
-"""About how often a row goes through the model."""
+"""Approximate passes per row."""
 _CHARACTERS = 3
-"""About how many make a token."""
+"""Approximate characters per token."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,17 @@ class Check:
     weights: str
     """Fingerprint of the model."""
     rows: Mapping[str, Sequence[Any]]
-    """Set -> rows: EvaluationRow, or ChoiceRow of a choice check."""
+    """Set -> rows: EvaluationRow, or ChoiceRow for a choice check."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Options of the check's own: those of its dataclass in ofmu_ray.config, or samples and seed, or scoring."""
+    """The check's own options: those of its dataclass in ofmu_ray.config, or samples and seed, or scoring."""
     reference: Loading | None = None
-    """The retrained model, which alignment compares with."""
+    """The retrained model, for alignment."""
     reference_weights: str = ""
     batch_size: int = 64
 
     def key(self, device: str) -> str:
-        """Hex digest (32 digits) of all that decides the values; not batch_size, which changes them within rounding."""
-        rows = {name: [asdict(row) for row in of] for name, of in self.rows.items()}
+        """Hex digest (32 digits) of all that determines the values; not batch_size, which only affects rounding."""
+        rows = {name: [asdict(row) for row in group] for name, group in self.rows.items()}
         models = [self.weights, self.model.template.fingerprint()]
         if self.reference is not None:
             models += [self.reference_weights, self.reference.template.fingerprint()]
@@ -52,18 +52,19 @@ class Check:
 
     @property
     def flops(self) -> float:
-        """Rough cost, to tell seconds from minutes: two operations per weight and token."""
+        """Rough cost, good enough to tell seconds from minutes: two operations per weight and token."""
         weights = self.model.weights_bytes / 4
-        texts = [(row.question, *getattr(row, "choices", [row.answer])) for of in self.rows.values() for row in of]
+        rows = [row for group in self.rows.values() for row in group]
+        texts = [(row.question, *getattr(row, "choices", [row.answer])) for row in rows]
         tokens = sum(len(part) for text in texts for part in text) / _CHARACTERS
         return 2 * weights * tokens * _PASSES[self.kind]
 
 
 def measure(check: Check, device: str) -> pa.Table:
-    """Run a check in this process. Columns: those of the check's own module.
+    """Run a check in this process. The check's module defines the columns.
 
     Raises:
-        UserError: rows that the check cannot use.
+        UserError: the check cannot use the rows.
     """
     model = check.model.scorer(device).model
     if check.kind == "alignment":
@@ -107,7 +108,7 @@ def _gradient_norm(check: Check, model: Any) -> pa.Table:
     from ofmu_ray.attacks.gradient_norm import gradient_norms
     from ofmu_ray.attacks.texts import answer_texts
 
-    rows: list[EvaluationRow] = [row for of in check.rows.values() for row in of]
+    rows: list[EvaluationRow] = [row for group in check.rows.values() for row in group]
     norms = gradient_norms(model, answer_texts(rows, check.model.template))
     return pa.table({"row_id": [row.row_id for row in rows], "answer_gradient_norm": norms})
 
@@ -123,15 +124,15 @@ def _alignment(check: Check, model: Any, device: str) -> pa.Table:
     from ofmu_ray.attacks.alignment import align, alignment_table, alignment_texts, representations
 
     assert check.reference is not None, "alignment needs a reference"
-    reference, found = check.reference.scorer(device).model, []
+    reference, layers = check.reference.scorer(device).model, []
     own, other = (alignment_texts(check.rows, each.template) for each in (check.model, check.reference))
     for name in own:
         mine = representations(model, own[name], batch_size=check.batch_size)
         theirs = representations(reference, other[name], batch_size=check.batch_size)
         labels = [row.cluster for row in check.rows[name.removesuffix("_paraphrase")]]
         clusters = None if None in labels else np.array(labels)
-        found += align(mine, theirs, set_name=name, name="alignment", clusters=clusters, **check.options)
-    return alignment_table(found)
+        layers += align(mine, theirs, set_name=name, name="alignment", clusters=clusters, **check.options)
+    return alignment_table(layers)
 
 
 _MEASURES = {

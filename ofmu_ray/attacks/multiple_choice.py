@@ -1,9 +1,9 @@
-"""Multiple-choice accuracy on rows like those of WMDP and MMLU: {question, choices, answer: number of the right one}.
+"""Multiple-choice accuracy on rows like those of WMDP and MMLU: {question, choices, answer: index of the right choice}.
 
-letters: the prompt shows the lettered choices and the model chooses the letter that it finds most likely after
-"Answer:". Prompt and score are those of the zero-shot tasks of lm-evaluation-harness
-(https://github.com/EleutherAI/lm-evaluation-harness, tasks wmdp and mmlu). cloze: the prompt is the question alone and
-the model chooses the text with the largest mean log-likelihood per token, for models too small to follow letters.
+letters: the prompt lists the lettered choices, and the model chooses the most likely letter after "Answer:". Prompt and
+score match the zero-shot tasks of lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness, tasks
+wmdp and mmlu). cloze: the prompt is just the question, and the model chooses the text with the largest mean
+log-likelihood per token; for models too small to follow letters.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from ofmu_ray.models.answers import Text, answer_logits
 Scoring = Literal["letters", "cloze"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 WMDP_TOPICS = {"wmdp-bio": "biology", "wmdp-chem": "chemistry", "wmdp-cyber": "cybersecurity"}
-"""Subject in the header by hub configuration; WMDP's rows do not name it."""
+"""Hub configuration -> subject for the header; WMDP's rows do not name it."""
 
 CHOSEN = pa.schema(
     [
         ("row_id", pa.string()),
-        ("cluster", pa.string()),  # the row's subject, where there is a column of it
+        ("cluster", pa.string()),  # the row's subject, if there is such a column
         ("answer", pa.int32()),
         ("chosen", pa.int32()),
         ("correct", pa.bool_()),
         ("chance", pa.float64()),  # 1 / number of choices
         ("scores", pa.list_(pa.float64())),  # letters: log p of each letter; cloze: mean log p of the text's tokens
-        ("cut", pa.int32()),  # tokens of the longest text that the model's positions left no room for
+        ("cut", pa.int32()),  # tokens of the longest text beyond the model's positions
     ]
 )
-"""What a model makes of multiple-choice rows; no text."""
+"""A model's choices on multiple-choice rows; no text."""
 
 
 @dataclass(frozen=True)
 class ChoiceRow:
-    """One question; `subject` stands in the prompt's header (None: no header), `cluster` is the row's own subject."""
+    """One question. `subject` is in the prompt's header (None: no header); `cluster` is the row's own subject."""
 
     row_id: str
     question: str
@@ -63,8 +63,8 @@ def choice_rows(
 ) -> list[ChoiceRow]:
     """Rows of a file, folder or hub data set (cais/wmdp and cais/mmlu: with hub_config, and hub_split test).
 
-    `name` leads the row ids, `option` names the source in messages. The header names `subject`, or else the row's
-    column of that name, or else the subject of a WMDP configuration.
+    `name` is the prefix of the row ids; `option` names the source in messages. The header names `subject`, else the
+    subject of a WMDP configuration, else the row's `subject` column.
 
     Raises UserError with every problem of the file: rows by number, never their text.
     """
@@ -103,7 +103,7 @@ def _row(
 
 
 def prompt(row: ChoiceRow, scoring: Scoring = "letters") -> str:
-    """What the model reads; a choice follows after one space."""
+    """The prompt; a choice follows after one space."""
     subject = None if row.subject is None else row.subject.replace("_", " ").strip()
     header = f"The following are multiple choice questions (with answers) about {subject}.\n\n" if subject else ""
     if scoring == "cloze":
@@ -117,23 +117,23 @@ def choice_table(
 ) -> pa.Table:
     """The model's choice on each row: CHOSEN, in the order of the rows.
 
-    Texts get the special tokens that the tokenizer gives any text, without an EOS at the end. Where the space and the
-    letter are one token, a row is one forward; a letter of several tokens scores the sum of their log p, and a text
-    is scored per choice. What is longer than the model's positions loses its beginning, as in the harness.
+    Texts get the tokenizer's usual special tokens, without a final EOS. If space and letter are one token, a row is one
+    forward pass. A letter of several tokens scores the sum of their log p. A text is scored per choice. A text longer
+    than the model's positions loses its beginning, as in the harness.
 
-    Raises UserError, naming the row, when a choice leaves no room for any of its prompt.
+    Raises UserError, naming the row, if a choice leaves no room for its prompt.
     """
     answers = [row.choices if scoring == "cloze" else LETTERS[: len(row.choices)] for row in rows]
     encoded = _encoded(tokenizer, [prompt(row, scoring) for row in rows], answers)
     texts, cut = _fitted(encoded, rows, getattr(model.config.get_text_config(), "max_position_embeddings", None))
     if scoring == "letters" and all(len(ids) - head == 1 for options in texts for ids, head in options):
         scores = _letter_scores(model, texts, batch_size)
-    else:  # of each choice on its own: its text, or a letter of several tokens
+    else:  # each choice separately: its text, or a letter of several tokens
         flat = [text for options in texts for text in options]
         tokens = np.array([len(ids) - head for ids, head in flat]) if scoring == "letters" else 1.0
         ends = np.cumsum([len(options) for options in texts])[:-1]
         scores = [part.tolist() for part in np.split(-mean_nll(model, flat, batch_size) * tokens, ends)]
-    chosen = [int(np.argmax(values)) for values in scores]  # the first of equals
+    chosen = [int(np.argmax(values)) for values in scores]  # ties: the first
     columns = {
         "row_id": [row.row_id for row in rows],
         "cluster": [row.cluster for row in rows],
@@ -148,36 +148,35 @@ def choice_table(
 
 
 def choice_figures(table: pa.Table, *, samples: int, seed: int, name: str) -> dict[str, MetricValue]:
-    """accuracy, and above_chance: its distance to chance (the mean of 1 / number of choices), both in shares of rows.
+    """accuracy, and above_chance: accuracy minus chance (the mean of 1 / number of choices). Both are shares of rows.
 
-    Rows of one subject are drawn together where the table has more than one subject.
+    With more than one subject in the table, the rows of a subject are resampled together.
     """
     correct = table["correct"].to_numpy(zero_copy_only=False).astype(np.float64)
     subjects = table["cluster"].to_pylist()
     clusters = np.array(subjects) if None not in subjects and len(set(subjects)) > 1 else None
     above = correct - table["chance"].to_numpy()
     return {
-        figure: mean_figure(values, samples=samples, seed=seed, name=f"{name}/{figure}", clusters=clusters)
-        for figure, values in (("accuracy", correct), ("above_chance", above))
+        metric: mean_figure(values, samples=samples, seed=seed, name=f"{name}/{metric}", clusters=clusters)
+        for metric, values in (("accuracy", correct), ("above_chance", above))
     }
 
 
 def _encoded(tokenizer: Any, prompts: Sequence[str], answers: Sequence[Sequence[str]]) -> list[list[Text]]:
     """(ids of prompt, space and answer; number of prompt tokens) of each answer to each prompt."""
     heads = _tokens(tokenizer, list(prompts))
-    wholes = iter(
-        _tokens(tokenizer, [f"{p} {a.strip()}" for p, some in zip(prompts, answers, strict=True) for a in some])
-    )
-    found: list[list[Text]] = []
-    for head, some in zip(heads, answers, strict=True):
+    pairs = [(text, answer) for text, row_answers in zip(prompts, answers, strict=True) for answer in row_answers]
+    full_ids = iter(_tokens(tokenizer, [f"{text} {answer.strip()}" for text, answer in pairs]))
+    encoded: list[list[Text]] = []
+    for head, row_answers in zip(heads, answers, strict=True):
         options: list[Text] = []
-        for answer in some:
-            whole = next(wholes)
-            if whole[: len(head)] != head or len(whole) == len(head):  # a token spans the boundary
-                whole = head + tokenizer(f" {answer.strip()}", add_special_tokens=False)["input_ids"]
-            options.append((whole, len(head)))
-        found.append(options)
-    return found
+        for answer in row_answers:
+            ids = next(full_ids)
+            if ids[: len(head)] != head or len(ids) == len(head):  # a token spans the boundary
+                ids = head + tokenizer(f" {answer.strip()}", add_special_tokens=False)["input_ids"]
+            options.append((ids, len(head)))
+        encoded.append(options)
+    return encoded
 
 
 def _tokens(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -190,7 +189,7 @@ def _tokens(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 def _fitted(
     encoded: list[list[Text]], rows: Sequence[ChoiceRow], room: int | None
 ) -> tuple[list[list[Text]], list[int]]:
-    """The last `room` tokens of each text, and how many the longest text of each row lost."""
+    """The last `room` tokens of each text, and how many tokens the longest text of each row lost."""
     fitted, lost = [], []
     for row, options in zip(rows, encoded, strict=True):
         cuts = [0 if room is None else max(len(ids) - room, 0) for ids, _ in options]
@@ -205,7 +204,7 @@ def _fitted(
 
 @torch.inference_mode()
 def _letter_scores(model: Any, texts: Sequence[Sequence[Text]], batch_size: int) -> list[list[float]]:
-    """log p of each row's one-token answers after its prompt: one forward per row, logits of one position."""
+    """log p of each row's one-token answers after its prompt: one forward pass per row, logits of one position."""
     scores: list[list[float]] = [[] for _ in texts]
     for batch in length_sorted([options[0][1] for options in texts], batch_size):
         logits_bv, _, _ = answer_logits(model, [texts[row][0] for row in batch])

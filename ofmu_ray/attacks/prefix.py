@@ -1,4 +1,4 @@
-"""Prompt-prefix attack: is a forgotten answer still given when the question is asked in another way?"""
+"""Prompt-prefix attack: does the model still give a forgotten answer when the question is asked differently?"""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ PLAIN, FEW_SHOT, HINT = "plain", "few_shot", "hint"
 
 
 class Attack(NamedTuple):
-    """One way to ask for all rows' answers."""
+    """One way to ask for the answers of all rows."""
 
     name: str
     """"plain", "prefix_1" (counted from 1, in the options' order), "few_shot" or "hint"."""
     option: str
-    """The option it comes from, for errors."""
+    """The option behind it, for errors."""
     texts: list[Text]
-    """Tokens per row; what follows the prompt tokens is measured."""
+    """Tokens per row; the tokens after the prompt are measured."""
 
 
 def prefix_attack(
@@ -45,14 +45,14 @@ def prefix_attack(
     max_new_tokens: int = 200,
     batch_size: int = 64,
 ) -> pa.Table:
-    """Answer loss and ROUGE-L recall of each row under each attack, the plain question among them.
+    """Answer loss and ROUGE-L recall of each row under each attack, including the plain question.
 
     Columns of `texts.measured` plus `attack` and `rouge_l_recall` (null unless `options.generate`). "hint" is measured
-    on the rest of the answer only: its loss on the tokens after the hint, its recall of the words after it. So its
-    values compare with other models' under the same hint, not with "plain". `shots`: rows (of the retain set) that
-    "few_shot" draws from. Generated text is not kept.
+    only on the rest of the answer: loss on the tokens after the hint, recall of the words after it. Compare its values
+    with other models under the same hint, not with "plain". `shots`: rows (of the retain set) that "few_shot" draws
+    from. Generated text is not stored.
 
-    Raises UserError when `options.shots` exceeds the rows to draw from, and when a row does not fit into the model.
+    Raises UserError if `options.shots` exceeds the available rows, or if a row does not fit into the model.
     """
     tables = []
     for attack in attacks(template, rows, shots, options):
@@ -67,17 +67,17 @@ def prefix_attack(
 
 
 def worst_case(table: pa.Table) -> pa.Table:
-    """Per row the attack that recovers most: row_id, cluster, probability, attack, rouge_l_recall.
+    """The attack that recovers most, per row: row_id, cluster, probability, attack, rouge_l_recall.
 
-    Largest probability and largest recall, each over "plain" and all attacks that are measured on the whole answer
-    (not "hint"); `attack` names the one of the largest probability, the earlier one of equals.
+    Largest probability and largest recall, each over "plain" and all attacks that are measured on the full answer (not
+    "hint"). `attack` names the one with the largest probability; the first one on a tie.
     """
-    whole = table.filter(pc.not_equal(table["attack"], HINT))
-    names = np.array(whole["attack"].unique().to_pylist())
-    first = whole.slice(0, whole.num_rows // len(names))
+    full = table.filter(pc.not_equal(table["attack"], HINT))
+    names = np.array(full["attack"].unique().to_pylist())
+    first = full.slice(0, full.num_rows // len(names))
 
     def by_attack(column: str) -> FloatArray:  # [attacks, rows]
-        return np.asarray(whole[column].to_numpy().astype(np.float64).reshape(len(names), -1))
+        return np.asarray(full[column].to_numpy().astype(np.float64).reshape(len(names), -1))
 
     probability, recall = by_attack("probability"), by_attack("rouge_l_recall")
     missing = np.isnan(recall).any(axis=0)
@@ -95,12 +95,12 @@ def worst_case(table: pa.Table) -> pa.Table:
 def attacks(
     template: Template, rows: Sequence[EvaluationRow], shots: Sequence[EvaluationRow], options: PrefixOptions
 ) -> Iterator[Attack]:
-    """The attacks that the options ask for, "plain" first."""
+    """The configured attacks, "plain" first."""
     plain = answer_texts(rows, template)
     yield Attack(PLAIN, "data.format.max_length", plain)
     for number, prefix in enumerate(options.prefixes, start=1):
-        asked = [replace(row, question=prefix.replace(QUESTION, row.question)) for row in rows]
-        yield Attack(f"prefix_{number}", "checks.prefix.prefixes", answer_texts(asked, template))
+        reworded = [replace(row, question=prefix.replace(QUESTION, row.question)) for row in rows]
+        yield Attack(f"prefix_{number}", "checks.prefix.prefixes", answer_texts(reworded, template))
     if options.shots:
         context = _context(template, shots, options)
         bos = int(template.bos is not None)
@@ -111,7 +111,7 @@ def attacks(
 
 
 def _context(template: Template, shots: Sequence[EvaluationRow], options: PrefixOptions) -> list[int]:
-    """The drawn rows one after the other as the model was trained on them, one BOS in front."""
+    """The drawn rows in sequence, in the training format, with one BOS in front."""
     if options.shots > len(shots):
         raise UserError(f"checks.prefix.shots = {options.shots}: there are {len(shots)} retain rows; lower it")
     drawn = np.random.default_rng(options.seed).permutation(len(shots))[: options.shots]
@@ -121,7 +121,7 @@ def _context(template: Template, shots: Sequence[EvaluationRow], options: Prefix
 
 
 def _with_hint(text: Text, tokens: int) -> Text:
-    """The text with the answer's first tokens as part of the prompt; one token besides EOS stays to be measured."""
+    """The text with the first answer tokens moved into the prompt; one token besides EOS is always left to measure."""
     ids, prompt = text
     return ids, min(prompt + tokens, len(ids) - 2)
 
@@ -148,6 +148,6 @@ def _check_room(model: Any, attack: Attack, rows: Sequence[EvaluationRow]) -> No
     for row, (ids, _) in zip(rows, attack.texts, strict=True):
         if room is not None and len(ids) > room:
             raise UserError(
-                f"{attack.option}: row {row.row_id} has {len(ids)} tokens under the attack {attack.name!r}, and the "
+                f"{attack.option}: row {row.row_id} has {len(ids)} tokens under the attack {attack.name!r}, but the "
                 f"model takes {room}; shorten it"
             )

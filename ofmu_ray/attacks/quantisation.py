@@ -1,7 +1,7 @@
 """Quantisation attack: does rounding the weights bring back what unlearning removed?
 
-Round-to-nearest (RTN) of the weights alone is computed here by rounding and scaling back: a weight-only kernel
-multiplies by these same values. Activations stay as they are. bitsandbytes' formats need a GPU and their package.
+Weight-only round-to-nearest (RTN) rounds the weights and scales them back: a weight-only kernel multiplies by the same
+values. Activations are not changed. bitsandbytes' formats need a GPU and the bitsandbytes package.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def quantisation_attack(
     *,
     batch_size: int = 64,
 ) -> pa.Table:
-    """Answer losses as the model stands ("full") and with its weights rounded ("rtn8", "rtn4").
+    """Answer losses of the unchanged model ("full") and with rounded weights ("rtn8", "rtn4").
 
-    Columns of `texts.measured` plus `scheme`. The weights are the model's own again afterwards, to the bit.
+    Columns of `texts.measured` plus `scheme`. Afterwards the model has its original weights, bit for bit.
     """
     texts = answer_texts(rows, template)
     tables = [measured(rows, mean_nll(model, texts, batch_size), scheme=FULL)]
@@ -49,38 +49,38 @@ def quantisation_attack(
 
 @contextmanager
 def quantised(model: Any, bits: int, *, group_size: int | None = None, head: bool = False) -> Iterator[int]:
-    """Within the context the linear layers' weights are rounded (`rtn`); yields the number of rounded weights.
+    """Rounds the weights of the linear layers (`rtn`) within the context; yields the number of rounded weights.
 
-    Rounded are torch's Linear and GPT-2's Conv1D layers, each per output channel; norms, embeddings and experts that a
-    model keeps in fused tensors are not. The output head is left out unless `head`, as is usual for weight-only
-    formats; rounding a head that is tied rounds the input embedding with it. Only the parameters' data is swapped: the
-    given tensors are never written to, and stand in the model again afterwards.
+    Covers torch's Linear and GPT-2's Conv1D layers, per output channel; not norms, embeddings, or experts in fused
+    tensors. As usual for weight-only formats, the output head is skipped unless `head`; rounding a tied head also
+    rounds the input embedding. Only the parameters' data is swapped: the original tensors are never written to, and are
+    restored afterwards.
 
-    Raises UserError when there is nothing to round.
+    Raises UserError if there is nothing to round.
     """
-    found = _linear_weights(model, head)
-    if not found:
-        raise UserError("checks.quantise: the model has no linear layer to round; leave this check out")
-    given = [(weight, weight.data) for weight, _ in found]
+    weights = _linear_weights(model, head)
+    if not weights:
+        raise UserError("checks.quantise: the model has no linear layer to round; drop this check")
+    originals = [(weight, weight.data) for weight, _ in weights]
     try:
-        for weight, transposed in found:
+        for weight, transposed in weights:
             weight.data = rtn(weight.data.T, bits, group_size).T if transposed else rtn(weight.data, bits, group_size)
-        yield sum(weight.numel() for weight, _ in found)
+        yield sum(weight.numel() for weight, _ in weights)
     finally:
-        for weight, data in given:
+        for weight, data in originals:
             weight.data = data
 
 
 def rtn(weight: torch.Tensor, bits: int, group_size: int | None = None) -> torch.Tensor:
-    """Symmetric round-to-nearest of [out, in] to integers of `bits` bits and back, in the weight's own dtype.
+    """Symmetric round-to-nearest of [out, in] to `bits`-bit integers and back, in the weight's dtype.
 
-    A group of `group_size` neighbouring inputs of one output channel shares a scale (None: the whole channel; a
-    channel's last group may be shorter): s = max |w| / (2^(bits-1) - 1), and w becomes s * round(w / s). Halves round
-    to even; a group of zeros stays zero. Computed in fp32.
+    A group of `group_size` neighbouring inputs of an output channel shares a scale (None: the complete channel; the
+    last group of a channel may be shorter): s = max |w| / (2^(bits-1) - 1), and w becomes s * round(w / s). Halves
+    round to even; a group of zeros stays zero. Computed in fp32.
     """
     outputs, inputs = weight.shape
     width = min(group_size or inputs, inputs)
-    padded = torch.nn.functional.pad(weight.float(), (0, -inputs % width))  # zeros change no maximum
+    padded = torch.nn.functional.pad(weight.float(), (0, -inputs % width))  # zeros do not change the maximum
     groups = padded.reshape(outputs, -1, width)
     scale = groups.abs().amax(dim=-1, keepdim=True) / (2 ** (bits - 1) - 1)
     scale[scale == 0] = 1.0
@@ -89,19 +89,19 @@ def rtn(weight: torch.Tensor, bits: int, group_size: int | None = None) -> torch
 
 
 def bitsandbytes_missing() -> str | None:
-    """Why bitsandbytes' formats cannot be used here; None when they can."""
+    """Why bitsandbytes' formats are not available here; None if they are."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return "bitsandbytes is not installed (pip install bitsandbytes)"
     if not torch.cuda.is_available():
-        return "bitsandbytes' formats are measured on a CUDA device, and there is none"
+        return "bitsandbytes' formats need a CUDA device, and there is none"
     return None
 
 
 def load_bitsandbytes(folder: str | Path, scheme: BitsAndBytes, *, trust_remote_code: bool = False) -> Any:
     """The folder's model in bitsandbytes' int8 (arXiv 2208.07339) or NF4 (arXiv 2305.14314), in eval mode on the GPU.
 
-    Its defaults: the output head keeps its weights; int8 rounds activations too. Raises UserError with the reason
-    when it cannot be used here.
+    With bitsandbytes' defaults: the output head is not rounded; int8 also rounds activations. Raises UserError with the
+    reason if it is not available here.
     """
     reason = bitsandbytes_missing()
     if reason is not None:
@@ -120,12 +120,12 @@ def _load_bitsandbytes(folder: str | Path, scheme: BitsAndBytes, device: str, tr
 
 
 def _linear_weights(model: Any, head: bool) -> list[tuple[torch.Tensor, bool]]:
-    """Each linear layer's weight once, and whether it is stored [in, out]."""
+    """Each linear layer's weight once, and whether it is stored as [in, out]."""
     from transformers import Conv1D
 
-    kept = set() if head else {id(model.get_output_embeddings().weight)}
-    found: dict[int, tuple[torch.Tensor, bool]] = {}
+    skipped = set() if head else {id(model.get_output_embeddings().weight)}
+    weights: dict[int, tuple[torch.Tensor, bool]] = {}
     for module in model.modules():
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and id(module.weight) not in kept:
-            found.setdefault(id(module.weight), (module.weight, isinstance(module, Conv1D)))
-    return list(found.values())
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and id(module.weight) not in skipped:
+            weights.setdefault(id(module.weight), (module.weight, isinstance(module, Conv1D)))
+    return list(weights.values())

@@ -1,4 +1,4 @@
-"""Relearning attack: fine-tune a copy of the model for a few steps and watch the forgotten rows come back."""
+"""Relearning attack: fine-tune a copy of the model for a few steps and measure how far the forgotten rows come back."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def relearn(
     """Answer losses of all rows at step 0 and at each of `options.steps` of the attack.
 
     Columns of `texts.measured` plus `step` (int64) and `group`: "attacked" (the rows trained on), "forget" and
-    "retain" (the other rows). A step lowers the mean loss over its rows' answer tokens; it trains every weight,
-    in fp32, without dropout, with the gradient's norm clipped at 1. Which rows are attacked and in which order depends
-    on the rows and the seed only, so that two models are attacked alike. `batch_size`: rows measured together.
+    "retain" (the other rows). A step lowers the mean loss over the answer tokens of its rows. It trains all weights in
+    fp32, without dropout, with the gradient norm clipped at 1. The choice and order of attacked rows depend only on the
+    rows and the seed, so two models face the same attack. `batch_size`: rows measured together.
 
-    Raises UserError when no row of the attacked set would be left over.
+    Raises UserError if no row of the attacked set would be left over.
     """
     groups = attacked_groups(forget, retain, options)
     texts = {group: answer_texts(rows, template) for group, rows in groups.items()}
@@ -66,13 +66,13 @@ def relearn(
 def attacked_groups(
     forget: Sequence[EvaluationRow], retain: Sequence[EvaluationRow], options: RelearnOptions
 ) -> Mapping[str, Sequence[EvaluationRow]]:
-    """The rows as "attacked", "forget" and "retain"; every row stands in one of them."""
+    """The rows as "attacked", "forget" and "retain"; every row is in exactly one."""
     source = {"forget": forget, "retain": retain}
     available = source[options.on]
     if options.rows >= len(available):
         raise UserError(
-            f"checks.relearn.rows = {options.rows}: there are {len(available)} {options.on} rows, and one at least "
-            "has to stay out of the attack; lower it"
+            f"checks.relearn.rows = {options.rows}: there are {len(available)} {options.on} rows, and at least one "
+            "must stay out of the attack; lower it"
         )
     drawn = set(np.random.default_rng(options.seed).permutation(len(available))[: options.rows].tolist())
     attacked = [row for index, row in enumerate(available) if index in drawn]
@@ -81,7 +81,7 @@ def attacked_groups(
 
 
 def _batches(rows: Sequence[EvaluationRow], texts: Sequence[Text], options: RelearnOptions, pad: int) -> list[Batch]:
-    """The batch of each step; an epoch has every row once."""
+    """The batch of each step; an epoch contains every row once."""
     lengths = np.array([len(ids) for ids, _ in texts])
     size = min(options.batch_size, len(rows))
     order = batch_order(lengths, options.steps[-1], size, seed=options.seed, stream="relearn")

@@ -1,4 +1,4 @@
-"""Evaluation rows as tokens, and their answers' losses: what the attacks share."""
+"""Evaluation rows as tokens, and the losses of their answers: shared by the attacks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ofmu_ray.models.answers import Text
 
 
 def answer_texts(rows: Sequence[EvaluationRow], template: RowTemplate) -> list[Text]:
-    """Each row's question and right answer. UserError, naming the row, when no token of the answer is left."""
+    """Each row's question and right answer. Raises UserError, naming the row, if no answer token is left."""
     encoded = template.encode_rows([row.question for row in rows], [row.answer for row in rows])
     for row, text in zip(rows, encoded, strict=True):
         if text.only_prompt:
@@ -27,9 +27,9 @@ def answer_texts(rows: Sequence[EvaluationRow], template: RowTemplate) -> list[T
 
 
 def measured(rows: Sequence[EvaluationRow], nll: FloatArray, **columns: Any) -> pa.Table:
-    """Columns row_id, cluster, answer_nll (mean over tokens, EOS counted; nats), probability, and `columns`.
+    """Columns row_id, cluster, answer_nll (mean over tokens including EOS, in nats), probability, and `columns`.
 
-    A value of `columns` is an array [rows], or a text or number that all rows share.
+    A value of `columns` is an array [rows], or a string or number for all rows.
     """
     table: dict[str, Any] = {
         "row_id": pa.array([row.row_id for row in rows], pa.string()),

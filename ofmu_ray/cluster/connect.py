@@ -1,4 +1,4 @@
-"""Ray joined or started, with room for the workers."""
+"""Join or start Ray, with room for the workers."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ WORKER_ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
-"""Of every process that works for us."""
+"""Environment of every process that we start."""
 LAUNCHER_FILE = "~/ray_bootstrap_config.yaml"
-"""Where `ray up` puts its configuration on the head, for its own autoscaler."""
+"""Where `ray up` puts its configuration on the head, for its autoscaler."""
 
 
 def connect(workers: int, cpus: float = 1.0, gpus: float = 0.0, patience: float = 1800.0) -> None:
     """Join the cluster of RAY_ADDRESS or of the submitted job; otherwise start Ray on this machine.
 
-    `cpus`, `gpus`: what a worker needs on one node. `patience`: seconds that a cluster has to grow.
+    `cpus`, `gpus`: what a worker needs on one node. `patience`: seconds to wait for the cluster to grow.
 
     Raises:
         UserError: there is no room for the workers.
     """
     needed = {"CPU": workers * cpus, "GPU": workers * gpus}
-    # read by Ray Train when it is imported: how often the controller looks at its workers, and their output
+    # Ray Train reads these on import: how often the controller polls its workers, and their output
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     if not ray.is_initialized():
@@ -47,9 +47,9 @@ def connect(workers: int, cpus: float = 1.0, gpus: float = 0.0, patience: float 
         if local and needed["CPU"] > (os.cpu_count() or 1):
             raise _too_many("CPUs", needed["CPU"], os.cpu_count() or 1)
         if local:
-            # no cloud takes this machine away with a notice: a process less to start
+            # no cloud preempts this machine: one process less to start
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-            # Ray would tell its makers about the machine and the libraries in use
+            # otherwise Ray reports the machine and its libraries to its vendor
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         given = _job_environment()
         environment = {"env_vars": {name: value for name, value in WORKER_ENVIRONMENT.items() if name not in given}}
@@ -67,31 +67,31 @@ def connect(workers: int, cpus: float = 1.0, gpus: float = 0.0, patience: float 
             raise _too_many(f"{name}s", amount, attainable.get(name, 0))
     if cluster_room(cpus, gpus) < workers:
         if launcher is None:
-            there = "; ".join(share_words(n.resources.get("CPU", 0), n.resources.get("GPU", 0)) for n in alive())
+            present = "; ".join(share_words(n.resources.get("CPU", 0), n.resources.get("GPU", 0)) for n in alive())
             raise UserError(
                 f"training.workers = {workers}, each with {share_words(cpus, gpus)} on one node, but the nodes have "
-                f"{there}: room for {cluster_room(cpus, gpus)}; lower what a worker needs, or join a larger cluster"
+                f"{present}: room for {cluster_room(cpus, gpus)}; lower what a worker needs, or join a larger cluster"
             )
         _grow(workers, cpus, gpus, patience)
 
 
 def worker_environment(cpus: float) -> dict[str, str]:
-    """Variables of a process with so many CPUs: a thread for each."""
+    """Environment of a process with `cpus` CPUs: one thread per CPU."""
     return WORKER_ENVIRONMENT | {"OMP_NUM_THREADS": str(max(1, int(cpus)))}
 
 
 def _job_environment() -> dict[str, str]:
-    """The variables that a submitted job's runtime environment sets; `ray.init` may not set one of them again."""
+    """Variables from a submitted job's runtime environment; `ray.init` must not set them again."""
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     variables: dict[str, str] = job.get("runtime_env", {}).get("env_vars") or {}
     return variables
 
 
 def _launcher() -> dict[str, Any] | None:
-    """The configuration of the cluster launcher whose autoscaler starts nodes on demand; None: the cluster is as it is.
+    """The configuration of the cluster launcher whose autoscaler starts nodes on demand; None: the cluster is fixed.
 
-    Ray itself does not tell a driver how far a cluster can grow; `ray up` leaves its configuration on the head, where
-    submitted jobs' drivers run.
+    Ray does not report how far a cluster can grow, but `ray up` leaves its configuration on the head, where the drivers
+    of submitted jobs run.
     """
     path = Path(LAUNCHER_FILE).expanduser()
     if "RAY_ADDRESS" not in os.environ or not path.exists():
@@ -101,7 +101,7 @@ def _launcher() -> dict[str, Any] | None:
 
 
 def _attainable_resources(config: dict[str, Any] | None) -> dict[str, float]:
-    """What the cluster has, or what it can grow to."""
+    """The cluster's resources, after it has grown as far as it can."""
     present: dict[str, float] = ray.cluster_resources()
     if config is None:
         return present
@@ -114,10 +114,10 @@ def _attainable_resources(config: dict[str, Any] | None) -> dict[str, float]:
 
 
 def _grow(workers: int, cpus: float, gpus: float, patience: float) -> None:
-    """Have the autoscaler start nodes until the cluster has room for the workers.
+    """Let the autoscaler start nodes until the cluster has room for the workers.
 
     Raises:
-        UserError: they are not there in time.
+        UserError: the nodes do not start in time.
     """
     from ray.autoscaler.sdk import request_resources
 
@@ -129,17 +129,17 @@ def _grow(workers: int, cpus: float, gpus: float, patience: float) -> None:
         while cluster_room(cpus, gpus) < workers:
             if time.monotonic() > end:
                 raise UserError(
-                    f"the cluster did not grow to room for training.workers = {workers} with {share_words(cpus, gpus)} "
-                    f"each within training.node_timeout = {patience:g} s; ask `ray status` on the head why"
+                    f"the cluster did not grow to fit training.workers = {workers} with {share_words(cpus, gpus)} "
+                    f"each within training.node_timeout = {patience:g} s; see `ray status` on the head"
                 )
             time.sleep(1)
     finally:
-        request_resources(bundles=[])  # the request would keep idle nodes for ever
+        request_resources(bundles=[])  # otherwise the request keeps idle nodes forever
 
 
-def _too_many(what: str, needed: float, found: float) -> UserError:
+def _too_many(what: str, needed: float, available: float) -> UserError:
     option = f"training.{what.lower()}_per_worker"
     return UserError(
-        f"training.workers x {option} = {needed:g} {what}, but there are {found:g}: lower --training.workers or "
+        f"training.workers x {option} = {needed:g} {what}, but there are {available:g}: lower --training.workers or "
         f"--{option}, or join a larger cluster (RAY_ADDRESS)"
     )

@@ -22,17 +22,17 @@ RECONNECTIONS = 6
 class Jobs:
     """The job server behind a dashboard's address.
 
-    `tell` is given lines about what happens, `show` the jobs' output as it comes, and lines of their status.
+    `tell` gets status messages; `show` gets the jobs' output as it arrives, and their status lines.
 
     Raises:
-        UserError: nothing answers there, or it asks for a token.
+        UserError: no answer, or the server asks for a token.
     """
 
     def __init__(self, address: str, tell: Callable[[str], None], show: Callable[[str], None]):
         from ray.job_submission import JobSubmissionClient
 
         for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
-            logging.getLogger(name).setLevel(logging.WARNING)  # they tell every .gitignore and every request
+            logging.getLogger(name).setLevel(logging.WARNING)  # they log every .gitignore and every request
         self.tell, self.show = tell, show
         self.address = without_credentials(address)
         with self._answering():
@@ -40,17 +40,17 @@ class Jobs:
 
     @contextmanager
     def _answering(self) -> Iterator[None]:
-        """What can go wrong between here and the cluster, as a user's mistake."""
+        """Turns connection problems into UserError."""
         from ray.exceptions import AuthenticationError
 
         try:
             yield
         except AuthenticationError:
             raise UserError(
-                f"address = {self.address!r}: the cluster wants its token, and got none or another; set "
-                "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file that holds it (default ~/.ray/auth_token)"
+                f"address = {self.address!r}: the cluster wants its token, and got none or a wrong one; set "
+                "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the token file (default ~/.ray/auth_token)"
             ) from None
-        except OSError as error:  # requests' own errors are among them
+        except OSError as error:  # includes the errors of requests
             raise UserError(
                 f"address = {self.address!r}: no answer ({type(error).__name__}); is the cluster up, and the "
                 "dashboard's port forwarded (ray dashboard CLUSTER.yaml, kubectl port-forward, ssh -L)?"
@@ -66,7 +66,7 @@ class Jobs:
                 raise UserError(f"{submission!r}: no such job at {self.address}; ray job list shows all") from None
 
     def find(self, base: str) -> tuple[bool, str]:
-        """Whether a job of this name is running, and its id; otherwise the next free id: base, base-2, base-3."""
+        """(True, id) of a running job with this name, else (False, next free id): base, base-2, base-3."""
         with self._answering():
             jobs = {job.submission_id: job for job in self.client.list_jobs() if job.submission_id}
         taken = {
@@ -78,7 +78,7 @@ class Jobs:
         return False, f"{base}-{max(taken) + 1}" if taken else base
 
     def start(self, submission: str, entrypoint: str, environment: dict[str, Any]) -> None:
-        """Upload and start; a job that another process has started meanwhile under this id is taken for ours."""
+        """Upload and start. If another process has meanwhile started a job with this id, use that one."""
         end = time.monotonic() + START_PATIENCE_SECONDS
         while True:
             try:
@@ -94,46 +94,46 @@ class Jobs:
                     raise
                 if time.monotonic() > end:
                     raise UserError(
-                        f"address = {self.address!r}: the head takes no jobs after {START_PATIENCE_SECONDS} s; look at "
+                        f"address = {self.address!r}: the head accepts no jobs after {START_PATIENCE_SECONDS} s; see "
                         "dashboard_agent.log in its logs"
                     ) from None
-                time.sleep(1)  # a head that has just started
+                time.sleep(1)  # the head has just started
 
     def follow(self, submission: str) -> int:
-        """Show the job's output until its end; its exit status, or 130 after Ctrl-C, which leaves the job alone."""
+        """Show the job's output until it ends. Returns its exit status, or 130 after Ctrl-C; the job then goes on."""
         self._info(submission)
         try:
             asyncio.run(self._tail(submission))
-            return self._ended(submission)
+            return self._wait(submission)
         except KeyboardInterrupt:
             self.tell(f"\n{submission} goes on.\n{self.hints(submission)}")
             return 130
 
     async def _tail(self, submission: str) -> None:
-        """The output as it comes; a connection that breaks is taken up where it broke."""
+        """Show the output as it arrives; resume where a broken connection stopped."""
         from aiohttp import ClientError
 
         shown = broken = 0
         while True:
-            seen = 0
+            received = 0
             try:
                 async for text in self.client.tail_job_logs(submission):
-                    self.show(text[max(0, shown - seen) :])
-                    seen += len(text)
-                    if seen > shown:
-                        shown, broken = seen, 0
+                    self.show(text[max(0, shown - received) :])
+                    received += len(text)
+                    if received > shown:
+                        shown, broken = received, 0
                 return
             except (ClientError, OSError, RuntimeError) as error:
                 broken += 1
                 if broken > RECONNECTIONS:
                     raise UserError(
-                        f"address = {self.address!r}: the connection is lost ({type(error).__name__}); the job may be "
-                        f"going on.\n{self.hints(submission)}"
+                        f"address = {self.address!r}: connection lost ({type(error).__name__}); the job may still be "
+                        f"running.\n{self.hints(submission)}"
                     ) from None
                 await asyncio.sleep(2.0**broken)
 
-    def _ended(self, submission: str) -> int:
-        """Wait for the job's status to become final, which it does a moment after its output has ended."""
+    def _wait(self, submission: str) -> int:
+        """Wait for the job's final status, which comes a moment after the end of its output."""
         info = self._info(submission)
         while not info.status.is_terminal():
             time.sleep(0.5)
@@ -142,13 +142,13 @@ class Jobs:
         return exit_status(info)
 
     def status(self, submission: str) -> int:
-        """Show the status; exit status as of `follow`, 0 while the job is running."""
+        """Show the status. Returns the exit status as in `follow`, 0 while the job is running."""
         info = self._info(submission)
         self.show(f"{_line(info)}\n")
         return exit_status(info) if info.status.is_terminal() else 0
 
     def stop(self, submission: str) -> int:
-        """SIGTERM, and SIGKILL after RAY_JOB_STOP_WAIT_TIME_S (3 s unless the head has another); wait for the end."""
+        """SIGTERM, then SIGKILL after RAY_JOB_STOP_WAIT_TIME_S (3 s unless set on the head); wait for the end."""
         self._info(submission)
         with self._answering():
             self.client.stop_job(submission)
@@ -160,11 +160,11 @@ class Jobs:
             time.sleep(0.5)
         self.show(f"{_line(info)}\n")
         if info.status == "STOPPED":
-            self.tell("the same ofmu submit command takes it up again")
+            self.tell("run the same ofmu submit command to resume it")
         return 0
 
     def hints(self, submission: str) -> str:
-        """How to follow, look at and stop a job."""
+        """Commands to follow, inspect and stop a job."""
         where = shlex.join(["--address", self.address])
         return "\n".join(
             f"{title:8}ofmu submit --{option} {submission} {where}"
@@ -173,7 +173,7 @@ class Jobs:
 
 
 def exit_status(info: Any) -> int:
-    """The pipeline's exit status: 0, 2 for a user's mistake, 1 for everything else (killed, stopped, not started)."""
+    """The pipeline's exit status: 0, 2 for a user error, 1 for everything else (killed, stopped, not started)."""
     if info.status == "SUCCEEDED":
         return 0
     return 2 if info.driver_exit_code == 2 else 1
@@ -181,6 +181,6 @@ def exit_status(info: Any) -> int:
 
 def _line(info: Any) -> str:
     line = f"{info.submission_id} {info.status.value}"
-    if info.status == "FAILED" and info.driver_exit_code is None:  # the command was never run; its output says nothing
+    if info.status == "FAILED" and info.driver_exit_code is None:  # the command never ran, so it has no output
         line += f": {info.message}"
     return line

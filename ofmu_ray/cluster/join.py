@@ -1,4 +1,4 @@
-"""Joining the cluster, and what only its nodes can tell: whether all of them see the same files."""
+"""Join the cluster and check on its nodes that all of them see the same files."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ofmu_ray.storage import PathLike, is_uri, join, read_text, remove_folder, w
 
 
 def join_cluster(training: TrainingConfig, storage: PathLike, paths: Mapping[str, Iterable[str | None]]) -> None:
-    """Join or start Ray with room for the workers; on several nodes, have each of them look at the files.
+    """Join or start Ray with room for the workers; with several nodes, check the files on each.
 
-    `paths`: option -> files, folders, URIs or hub names that workers will read. Only what is a file or folder here is
-    looked for. Nodes that join later are asked when workers start on them (`rendezvous`).
+    `paths`: option -> files, folders, URIs or hub names that workers will read. Only paths that exist on this node are
+    checked. Nodes that join later are checked when workers start on them (`rendezvous`).
 
     Raises:
-        UserError: no room, or nodes that do not share the storage, lack a path, or lack the network interface.
+        UserError: no room, or a node does not share the storage, lacks a path, or lacks the network interface.
     """
     from ofmu_ray.cluster.connect import connect
     from ofmu_ray.cluster.nodes import alive, here, on_each
@@ -33,13 +33,13 @@ def join_cluster(training: TrainingConfig, storage: PathLike, paths: Mapping[str
         answers = on_each(nodes, look, shared, folder, training.network_interface)
         problems = [
             f"node {node.address} {problem}"
-            for node, found in answers.items()
-            for problem in ([f"gave no answer: {found}"] if isinstance(found, Exception) else found)
+            for node, answer in answers.items()
+            for problem in ([f"gave no answer: {answer}"] if isinstance(answer, Exception) else answer)
         ]
         problems += [
             f"node {own} cannot read in storage what node {node.address} wrote"
-            for node, found in answers.items()
-            if found == [] and not _reads(join(folder, node.id))
+            for node, answer in answers.items()
+            if answer == [] and not _reads(join(folder, node.id))
         ]
     finally:
         remove_folder(folder)
@@ -47,7 +47,7 @@ def join_cluster(training: TrainingConfig, storage: PathLike, paths: Mapping[str
 
 
 def run_paths(config: UnlearnConfig, where: str = "") -> dict[str, list[str | None]]:
-    """What the workers of a run read, for `join_cluster`; `where` stands before the options' names."""
+    """What the workers of a run read, for `join_cluster`; `where` is a prefix for the options' names."""
     return {
         f"{where}evaluation.retrained": [config.evaluation.retrained],
         **model_paths(config.model, where),
@@ -60,17 +60,17 @@ def run_paths(config: UnlearnConfig, where: str = "") -> dict[str, list[str | No
 
 
 def model_paths(model: ModelConfig, where: str = "") -> dict[str, list[str | None]]:
-    """The same of a model."""
+    """The same for a model."""
     return {f"{where}model.path": [model.path], f"{where}model.tokenizer": [model.tokenizer]}
 
 
 def source_paths(option: str, source: SourceConfig, root: str | None) -> dict[str, list[str | None]]:
-    """The same of rows. Globs are looked for where they are read."""
+    """The same for rows. Globs are expanded where they are read."""
     return {option: [path if root is None or is_uri(path) else join(root, path) for path in source.paths]}
 
 
 def look(shared: SharedFiles, folder: str, interface: str | None) -> list[str]:
-    """On a node: what is wrong there, in words that follow its name; leaves a file in `folder`."""
+    """Runs on a node: its problems, as text to follow its name. Leaves a file in `folder`."""
     import ray
 
     from ofmu_ray.cluster.rendezvous import choose_here

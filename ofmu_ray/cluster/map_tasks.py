@@ -1,7 +1,7 @@
-"""One function over many items, on processes of the cluster that stay warm.
+"""One function over many items, on warm processes of the cluster.
 
-Evaluation, reference values, attacks and trials are spread this way. `ProcessPool` is what they share; `map_tasks` is
-a pool on whatever is free, for work of which every piece is needed.
+Evaluation, reference values, attacks and trials run this way, on a `ProcessPool`. `map_tasks` is a pool on all free
+resources, for work in which every item is needed.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ Result = TypeVar("Result")
 Make = Callable[[], Callable[[Item], Result]]
 
 SMALL_FLOPS = 5e11
-"""About ten seconds of one core: starting processes would take longer."""
+"""About ten seconds on one core: starting processes would take longer."""
 MOST_PROCESSES = 8
 RETRIES = 3
-"""How often an item is tried again whose process has ended."""
+"""Retries of an item whose process has died."""
 SETTLE_SECONDS = 3.0
-"""What processes that have just ended held is free again within this."""
+"""Time until the resources of processes that have just ended are free again."""
 
 
 class ProcessDied(RuntimeError):
-    """The process that had an item ended: by itself, with its node, or killed for its memory."""
+    """The process of an item died: by itself, with its node, or out of memory."""
 
 
 class WarmProcess:
-    """The remote side: keeps the function that `make` gave."""
+    """The remote side: keeps the function from `make`."""
 
     def __init__(self) -> None:
         self.function: Callable[[Any], Any] | None = None
 
     def run(self, make: list[Any], item: Any) -> Any:
-        """`make`: a reference, followed once. Making the function with the first item lets an error name itself
-        instead of a dead process."""
+        """`make`: a reference, resolved once. The function is made with the first item, so that its errors are reported
+        as such and not as a dead process."""
         if self.function is None:
             import ray
 
@@ -49,7 +49,7 @@ class WarmProcess:
 
 @dataclass
 class _Try:
-    """An item on its way."""
+    """An item in progress."""
 
     number: int
     item: Any
@@ -57,11 +57,11 @@ class _Try:
 
 
 class ProcessPool(Generic[Item, Result]):
-    """`make()` is called once in each process and returns the function that is called on items there.
+    """Runs `make()` once in each process; it returns the function to call on items.
 
-    `size`: processes at most, each with `cpus` (and a thread per CPU) and `gpus`; they start when there is work, and
-    live until `close`. `nodes`: ids of those on which they are placed by turns, as long as these live. `make` goes to
-    the object store once.
+    `size`: at most this many processes, each with `cpus` (one thread per CPU) and `gpus`; they start on demand and live
+    until `close`. `nodes`: ids of nodes to place them on in turn, while these are alive. `make` goes to the object
+    store once.
     """
 
     def __init__(
@@ -89,13 +89,13 @@ class ProcessPool(Generic[Item, Result]):
         self.close()
 
     def map(self, items: Sequence[Item]) -> Iterator[tuple[int, Result | ProcessDied]]:
-        """(number of the item, its result) in the order of completion.
+        """(index of the item, its result) in the order of completion.
 
-        An item whose process ended is run again up to `retries` times, in a new process, and then handed back as
-        `ProcessDied`; the others go on. Whoever stops early, or is interrupted, ends the processes that are at work.
+        If the process of an item dies, the item runs again in a new process, up to `retries` times; then its result is
+        `ProcessDied`. The other items go on. If the caller stops early or is interrupted, busy processes are killed.
 
         Raises:
-            UserError: what the function raised, if it is a user's mistake; other errors as Ray wraps them.
+            UserError: raised by the function; other errors as Ray wraps them.
         """
         import ray
 
@@ -112,10 +112,10 @@ class ProcessPool(Generic[Item, Result]):
                 try:
                     result = ray.get(done)
                     self._idle.append(process)
-                except DIED as error:  # OutOfMemoryError is no RayActorError, and its process may live
+                except DIED as error:  # OutOfMemoryError is no RayActorError: the process may still be alive
                     ray.kill(process)
                     task.failures += 1
-                    result = ProcessDied(f"its process ended: {type(error).__name__}")
+                    result = ProcessDied(f"its process died: {type(error).__name__}")
                 except ray.exceptions.RayTaskError as error:
                     raise user_error_within(error) or error from None
                 del self._running[done]
@@ -135,7 +135,7 @@ class ProcessPool(Generic[Item, Result]):
         from ofmu_ray.cluster.connect import worker_environment
 
         options: dict[str, Any] = {"num_cpus": self.cpus, "num_gpus": self.gpus}
-        if self.nodes:  # soft: elsewhere, if that node ends
+        if self.nodes:  # soft: another node, if this one dies
             node = self.nodes[self._started % len(self.nodes)]
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=True)
         self._started += 1
@@ -158,15 +158,15 @@ def map_tasks(
     most: int | None = None,
     nodes: Callable[[str], Sequence[Any]] | None = None,
 ) -> Iterator[tuple[int, Result]]:
-    """(number, result) of every item in the order of completion: `ProcessPool.map` with a free CPU or GPU for each
-    process, at most `most` (8) of them.
+    """(index, result) of every item in the order of completion: `ProcessPool.map` with one free CPU or GPU per
+    process and at most `most` (8) processes.
 
-    `nodes`: the nodes to take, given the resource (CPU or GPU); all, if left out. When nothing is free there, a single
-    process shares a CPU with whatever runs there, or waits for a GPU.
+    `nodes`: the nodes to use, given the resource (CPU or GPU); default: all. If nothing is free there, a single process
+    shares a CPU with other work, or waits for a GPU.
 
     Raises:
-        ProcessDied: an item's process ended, and those of its three retries.
-        UserError: of the function.
+        ProcessDied: an item's process died, and so did those of its three retries.
+        UserError: raised by the function.
     """
     if not items:
         return
@@ -185,14 +185,14 @@ def map_tasks(
 
 
 def runs_here(flops: float) -> bool:
-    """Whether work of this size is done in this process: it is little for a CPU, or this process has the only GPU."""
+    """Whether to run work of this size in this process: it is small for a CPU, or this process has the only GPU."""
     if device_kind() == "cpu":
         return flops < SMALL_FLOPS
     return running_ray() is None
 
 
 def device_kind() -> str:
-    """cuda when work will run on GPUs (the cluster's, or this process's without Ray), otherwise cpu."""
+    """cuda if work will run on GPUs (of the cluster, or without Ray of this process), else cpu."""
     ray = running_ray()
     if ray is not None:
         return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
@@ -202,7 +202,7 @@ def device_kind() -> str:
 
 
 def running_ray() -> Any | None:
-    """The module, if this process has joined a cluster."""
+    """The ray module, if this process has joined a cluster."""
     ray = sys.modules.get("ray")
     return ray if ray is not None and ray.is_initialized() else None
 
@@ -210,18 +210,18 @@ def running_ray() -> Any | None:
 def _free_places(
     resource: str, wanted: int, nodes: Callable[[str], Sequence[Any]] | None
 ) -> tuple[bool, Sequence[str]]:
-    """Whether anything is free, and a node's id for each process, the nodes taking turns."""
+    """Whether anything is free, and a node id for each process (nodes in turn)."""
     from ofmu_ray.cluster.nodes import alive
     from ofmu_ray.internals.ray_private import free_resources
 
-    found = alive() if nodes is None else nodes(resource)
-    wanted = max(1, min(wanted, sum(int(node.resources.get(resource, 0)) for node in found)))
+    candidates = alive() if nodes is None else nodes(resource)
+    wanted = max(1, min(wanted, sum(int(node.resources.get(resource, 0)) for node in candidates)))
     deadline = time.monotonic() + SETTLE_SECONDS
     while True:
         now = free_resources()
-        free = {node.id: int(now.get(node.id, {}).get(resource, 0)) for node in found}
+        free = {node.id: int(now.get(node.id, {}).get(resource, 0)) for node in candidates}
         places = [node for turn in range(max(free.values())) for node, count in free.items() if turn < count]
         if len(places) >= wanted or time.monotonic() > deadline:
             break
         time.sleep(0.1)
-    return bool(places), places[:wanted] or [found[0].id]
+    return bool(places), places[:wanted] or [candidates[0].id]

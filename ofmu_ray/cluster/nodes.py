@@ -1,4 +1,4 @@
-"""The nodes of the cluster that this process has joined: who is there, what fits on them, a small task on each."""
+"""The nodes of the cluster that this process has joined: which are alive, what fits on them, a small task on each."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ GONE = (
     ray.exceptions.TaskUnschedulableError,
     ray.exceptions.WorkerCrashedError,
 )
-"""What Ray raises for a task whose node has ended."""
+"""What Ray raises if the node of a task has died."""
 DIED = (*GONE, ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
-"""What Ray raises where a process has ended: with its node, by itself, or for its memory."""
+"""What Ray raises if a process has died: with its node, by itself, or out of memory."""
 ANSWER_SECONDS = 120.0
-"""A node that starts no process within this is not one to work with."""
+"""A node that starts no process within this time is unusable."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Node:
     id: str
     address: str
     resources: Mapping[str, float] = field(compare=False)
-    """All that it has, in use or not: CPU, GPU, object_store_memory (bytes), ..."""
+    """Total resources, in use or not: CPU, GPU, object_store_memory (bytes), ..."""
 
 
 def alive() -> list[Node]:
-    """The nodes of the cluster, in an order that stays."""
-    found = [node for node in ray.nodes() if node["Alive"]]
-    return sorted((Node(n["NodeID"], n["NodeManagerAddress"], n["Resources"]) for n in found), key=lambda n: n.id)
+    """The live nodes of the cluster, in a stable order."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return sorted((Node(n["NodeID"], n["NodeManagerAddress"], n["Resources"]) for n in nodes), key=lambda n: n.id)
 
 
 def here() -> Node:
@@ -44,12 +44,12 @@ def here() -> Node:
 
 
 def on(node: Node) -> NodeAffinitySchedulingStrategy:
-    """Scheduling strategy: on this node, and nowhere else when it ends."""
+    """Scheduling strategy: this node only, even if it dies."""
     return NodeAffinitySchedulingStrategy(node.id, soft=False)
 
 
 def room(nodes: Iterable[Mapping[str, float]], cpus: float, gpus: float) -> int:
-    """Workers that fit, each with its CPUs and GPUs on one node. `nodes`: resources by node."""
+    """How many workers fit, each with its CPUs and GPUs on one node. `nodes`: resources by node."""
     needs = [(name, need) for name, need in (("CPU", cpus), ("GPU", gpus)) if need]
     return sum(min(int(node.get(name, 0.0) / need + 1e-9) for name, need in needs) for node in nodes)
 
@@ -60,16 +60,16 @@ def cluster_room(cpus: float, gpus: float) -> int:
 
 
 def share_words(cpus: float, gpus: float) -> str:
-    """What a worker needs or a node has, in words."""
+    """The resources of a worker or node, in words."""
     return f"{cpus:g} CPU" + (f" + {gpus:g} GPU" if gpus else "")
 
 
 def on_each(nodes: Sequence[Node], function: Callable[..., Any], *arguments: Any) -> dict[Node, Any]:
-    """`function(*arguments)` in a process of each node, at once and without a CPU of their own.
+    """`function(*arguments)` in a process on each node, all at once and without reserving a CPU.
 
-    An exception is given as the node's value; TimeoutError for a node that gave no answer. Nodes that end meanwhile
-    are left out. No `map_tasks`: nothing is to be balanced or kept warm, each process belongs to its node, and one that
-    does not answer must not hold up the rest.
+    An exception becomes the node's value; a node without an answer gets TimeoutError. Nodes that die meanwhile are
+    skipped. Not `map_tasks`: there is nothing to balance or keep warm, each process belongs to its node, and a node
+    without an answer must not block the rest.
     """
     task, small = ray.remote(function), {"num_cpus": 0, "max_retries": 0}
     running = {task.options(**small, scheduling_strategy=on(node)).remote(*arguments): node for node in nodes}

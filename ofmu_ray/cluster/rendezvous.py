@@ -1,10 +1,8 @@
-"""How the workers start: whether their nodes see the same files, how they find one another and what they talk over.
+"""How workers start: check that their nodes see the same files, find each other, choose a network interface.
 
-They talk over one network interface of each node, and nothing else.
-
-By default it is the interface that carries the node's address in the Ray cluster (on one machine: loopback). gloo and
-NCCL would each choose by rules of their own (the host's name; the first interface that is up), and torch's rendezvous
-would listen on all interfaces.
+Workers talk only over one network interface per node. By default it is the interface with the node's address in the Ray
+cluster (on one machine: loopback). gloo and NCCL would each choose by their own rules (the host name; the first
+interface that is up), and torch's rendezvous would listen on all interfaces.
 """
 
 from __future__ import annotations
@@ -26,21 +24,21 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.internals.ray_private import SET_RANK_VARIABLES, STARTUP_FAILED, TORCH_BACKEND
 
 MEETING_SECONDS = 300
-"""How long workers that have started wait for each other; Ray ends those whose peer has died sooner."""
+"""How long workers wait for each other after their start. If a peer dies, Ray stops them sooner."""
 
 _TorchBackend: Any = TORCH_BACKEND.get()
 
 _listeners: list[socket.socket] = []
-"""Rank 0's open socket, between the call that opens it and the one that hands it to torch."""
+"""Rank 0's open socket, from the call that opens it to the call that passes it to torch."""
 
 
 @dataclass
 class OneInterface(TorchConfig):  # type: ignore[misc]
-    """Ray Train's set-up of torch.distributed on one network interface of each node (`training.network_interface`)."""
+    """Ray Train's setup of torch.distributed on one network interface per node (`training.network_interface`)."""
 
     interface: str | None = None
     shared: SharedFiles | None = None
-    """What every worker's node must see before anything else; None: it is not looked for."""
+    """What every worker's node must see before anything else; None: not checked."""
 
     @property
     def backend_cls(self) -> type[Any]:
@@ -48,17 +46,17 @@ class OneInterface(TorchConfig):  # type: ignore[misc]
 
 
 class _Backend(_TorchBackend):  # type: ignore[misc]
-    """Replaces the rendezvous; how Ray Train ends the process group stays."""
+    """Replaces the rendezvous; Ray Train still ends the process group."""
 
     def on_start(self, worker_group: Any, backend_config: OneInterface) -> None:
-        """Raises UserError (files, the interface), which ends the run, or what makes Ray Train start the workers again
-        (a peer that ended)."""
+        """Raises UserError (files, interface), which ends the run, or an error that makes Ray Train restart the workers
+        (a peer died)."""
         shared = backend_config.shared
         try:
-            if shared is not None:  # here, where the nodes that join later pass too
-                found = worker_group.execute(_look, shared)
-                problems = [problem for of_worker in found for problem in of_worker]
-                shared.refuse(problems, "; then the same command takes the run up")
+            if shared is not None:  # here, because nodes that join later pass here too
+                answers = worker_group.execute(_look, shared)
+                problems = [problem for answer in answers for problem in answer]
+                shared.refuse(problems, "; then run the same command to resume")
             place = worker_group.execute_single(0, _listen, backend_config.interface)
             worker_group.execute(_meet, backend_config, *place)
         except RayTaskError as error:
@@ -70,11 +68,11 @@ class _Backend(_TorchBackend):  # type: ignore[misc]
 def choose(wanted: str | None, node: str, interfaces: Mapping[str, Sequence[str]]) -> tuple[str, str]:
     """(name, address) of the interface to use on a node.
 
-    `wanted`: a name, a subnet (10.1.0.0/16) in which its address lies, or None for the interface that carries `node`,
+    `wanted`: a name, a subnet (10.1.0.0/16) that contains its address, or None for the interface with address `node`,
     the node's address in the cluster. `interfaces`: addresses by name.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such interface.
     """
     for name, addresses in interfaces.items():
         if wanted is None:
@@ -86,10 +84,10 @@ def choose(wanted: str | None, node: str, interfaces: Mapping[str, Sequence[str]
             fitting = list(addresses) if name == wanted else []
         if fitting:
             return name, fitting[0]
-    there = ", ".join(f"{name} ({', '.join(addresses)})" for name, addresses in interfaces.items())
-    asked = "no interface carries the node's own address" if wanted is None else "there is none"
+    present = ", ".join(f"{name} ({', '.join(addresses)})" for name, addresses in interfaces.items())
+    problem = "no interface has the node's own address" if wanted is None else "there is none"
     raise UserError(
-        f"training.network_interface = {wanted or 'null'}: {asked} on node {node}, which has {there}; name an "
+        f"training.network_interface = {wanted or 'null'}: {problem} on node {node}, which has {present}; name an "
         "interface that every node has, or a subnet (10.1.0.0/16) that all nodes are in"
     )
 
@@ -99,22 +97,23 @@ def choose_here(wanted: str | None) -> tuple[str, str]:
     from ray.util import get_node_ip_address
 
     families = (socket.AF_INET, socket.AF_INET6)
-    found = {
+    interfaces = {
         name: [entry.address.partition("%")[0] for family in families for entry in entries if entry.family == family]
         for name, entries in psutil.net_if_addrs().items()
     }
-    return choose(wanted, get_node_ip_address(), {name: addresses for name, addresses in found.items() if addresses})
+    with_address = {name: addresses for name, addresses in interfaces.items() if addresses}
+    return choose(wanted, get_node_ip_address(), with_address)
 
 
 def _look(shared: SharedFiles) -> list[str]:
-    """On every rank: what its node does not see."""
+    """Runs on every rank: what its node does not see."""
     from ray.util import get_node_ip_address
 
     return [f"node {get_node_ip_address()} {problem}" for problem in shared.missing_here(retried=True)]
 
 
 def _listen(interface: str | None) -> tuple[str, int]:
-    """On rank 0: open the socket of the rendezvous on its interface alone. Returns address and port."""
+    """Runs on rank 0: open the rendezvous socket, only on its interface. Returns address and port."""
     _, address = choose_here(interface)
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.create_server((address, 0), family=family)
@@ -123,14 +122,14 @@ def _listen(interface: str | None) -> tuple[str, int]:
 
 
 def _meet(config: OneInterface, address: str, port: int) -> None:
-    """On every rank: start torch.distributed. Variables that the node's administrator has set are kept."""
+    """Runs on every rank: start torch.distributed. Variables set by the node's administrator are kept."""
     import torch.distributed as dist
 
     SET_RANK_VARIABLES.get()()
     os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
     name, _ = choose_here(config.interface)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # without "=" all names that begin so
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # without "=": all names with this prefix
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = dist.TCPStore(  # type: ignore[attr-defined]
         address,

@@ -1,7 +1,7 @@
-"""Whether a node sees the files that the driver's node sees: the storage, and what the workers read by a local path.
+"""Whether a node sees the driver's files: the storage, and everything that workers read by a local path.
 
-Asked of every node before a run (`cluster/join.py`), and of the node of every worker each time workers start: a
-node that joined later would otherwise find no checkpoint where the others have one.
+Checked on every node before a run (`cluster/join.py`), and on the node of every worker whenever workers start:
+otherwise a node that joined later might not find a checkpoint that the others have.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ofmu_ray.storage import PathLike, atomic_write, explained, is_uri, join, lo
 from ofmu_ray.storage.trouble import may_pass, refusal
 
 MARK = ".driver"
-"""File that the driver writes for the others to read; its content is another one at each start."""
+"""File that the driver writes for the others to read; its content changes with each start."""
 
 MOUNT = "mount one folder on all nodes (NFS, EFS, Filestore, Lustre) for --storage and local paths, or use URIs"
 CREDENTIALS = (
@@ -30,7 +30,7 @@ class SharedFiles:
     """What the driver sees."""
 
     storage: str
-    """What the user calls it: of a run, its folder or URI."""
+    """The user's name for it: for a run, its folder or URI."""
     mark: str
     """Path or URI of a small file in the storage."""
     content: str
@@ -39,14 +39,14 @@ class SharedFiles:
 
     @classmethod
     def of(cls, storage: PathLike, folder: PathLike, paths: Mapping[str, Iterable[str | None]]) -> SharedFiles:
-        """Write the mark into `folder`, which lies in the storage.
+        """Write the mark into `folder`, which is in the storage.
 
-        `paths`: option -> files, folders, URIs or hub names. Only what is a file or folder here is looked for.
+        `paths`: option -> files, folders, URIs or hub names. Only paths that exist on this node are checked.
 
         Raises:
             StorageError: no room, no rights or no answer.
         """
-        local = [(option, str(local_path(p))) for option, some in paths.items() for p in some if p and not is_uri(p)]
+        local = [(option, str(local_path(p))) for option, ps in paths.items() for p in ps if p and not is_uri(p)]
         wanted = tuple((option, path) for option, path in local if os.path.exists(path))
         shared = cls(without_credentials(storage), join(folder, MARK), uuid.uuid4().hex, wanted)
         with explained(storage):
@@ -54,15 +54,15 @@ class SharedFiles:
         return shared
 
     def missing_here(self, *, retried: bool = False) -> list[str]:
-        """On a node: what it does not see, in words that follow its name.
+        """Runs on a node: what it does not see, as text to follow its name.
 
         Raises:
-            OSError: with `retried`, what may pass by itself (a store that does not answer).
+            OSError: with `retried`, an error that may be temporary (a store that does not answer).
         """
         problems = [f"has no {path} ({option})" for option, path in self.paths if not os.path.exists(path)]
         try:
             if read_text(self.mark) != self.content:
-                problems.append(unreadable("another file is there"))
+                problems.append(unreadable("it sees another file"))
         except (OSError, UserError) as error:
             if retried and may_pass(error):
                 raise
@@ -70,7 +70,7 @@ class SharedFiles:
         return problems
 
     def refuse(self, problems: Iterable[str], afterwards: str = "") -> None:
-        """Raise UserError, unless there are no problems ("node ADDRESS has no ..."). `afterwards`: ends the remedy."""
+        """Raise UserError if there are problems ("node ADDRESS has no ..."). `afterwards`: the end of the remedy."""
         lines = list(dict.fromkeys(problems))
         if not lines:
             return
@@ -84,11 +84,11 @@ class SharedFiles:
 
 def unreadable(reason: str) -> str:
     """A node's problem with the storage."""
-    return f"cannot read or write in storage what the driver's node shares ({reason})"
+    return f"cannot read or write the storage of the driver's node ({reason})"
 
 
 def why(error: Exception) -> str:
-    """An error of the storage in one sentence."""
+    """A storage error in one sentence."""
     if isinstance(error, FileNotFoundError):
         return f"{MARK} is not there"
     return refusal(error) or " ".join(str(error).split()) or type(error).__name__

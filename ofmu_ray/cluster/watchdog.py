@@ -1,9 +1,8 @@
-"""Ends workers whose round takes too long, so that Ray Train starts them again from the last checkpoint.
+"""Ends workers whose round takes too long, so that Ray Train restarts them from the last checkpoint.
 
-A worker that stands still holds up all others in the next collective, so every rank's watchdog runs out; it ends its
-own process, whichever rank is to blame. Who that is, is found by signs of life that all ranks give to the progress
-actor: a process that was stopped or swapped out gives none; one whose loop stands still says where, and those that
-only wait for it are inside torch.distributed.
+A hung worker blocks all others in the next collective, so the watchdog of every rank expires and ends its own process.
+Heartbeats to the progress actor show which rank hung: a stopped or swapped-out process sends none; a process whose loop
+hangs reports where; ranks that only wait for it are inside torch.distributed.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 STATUS = 75
-"""Exit status of a process that its watchdog ended (EX_TEMPFAIL)."""
+"""Exit status of a process that its watchdog has ended (EX_TEMPFAIL)."""
 LONGEST_INTERVAL_SECONDS = 5.0
 WAITING = "torch.distributed"
 PACKAGE = "ofmu_ray"
@@ -25,16 +24,16 @@ PACKAGE = "ofmu_ray"
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a rank last said of itself."""
+    """The last sign of life of a rank."""
 
     at: float
-    """Seconds, on the progress actor's clock."""
+    """Seconds, by the progress actor's clock."""
     where: str
     """The function of this package that its loop is in, or `WAITING`."""
 
 
 class Watchdog:
-    """A thread beside the loop of one rank; `limit_seconds` None: nothing is watched."""
+    """A thread next to the loop of one rank. `limit_seconds` None: nothing is watched."""
 
     def __init__(self, rank: int, limit_seconds: float | None, actor: Any):
         self.rank, self.limit, self.actor = rank, limit_seconds, actor
@@ -46,12 +45,12 @@ class Watchdog:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
     def begin(self, phase: str) -> None:
-        """From now on the loop is in this phase, which may take `limit_seconds`."""
+        """The loop enters this phase, which may take `limit_seconds`."""
         self._since = time.monotonic()
         self._phase = phase
 
     def end(self) -> None:
-        """What comes now may take as long as it likes (someone else decides)."""
+        """The following code has no limit (somebody else decides)."""
         self._phase = ""
 
     def close(self) -> None:
@@ -71,13 +70,13 @@ class Watchdog:
         try:
             now, signs = ray.get(self.actor.signs.remote(), timeout=10)
             text = f"{verdict(signs, now, self.interval, phase)} after training.round_timeout = {self.limit:g} s"
-            ray.get(self.actor.note.remote(f"{text}; the workers began again from the last checkpoint"), timeout=10)
+            ray.get(self.actor.note.remote(f"{text}; the workers restarted from the last checkpoint"), timeout=10)
         finally:
-            os._exit(STATUS)  # the loop's thread cannot be interrupted inside a collective
+            os._exit(STATUS)  # the thread of the loop cannot be interrupted inside a collective
 
 
 def verdict(signs: dict[int, Heartbeat], now: float, interval: float, phase: str) -> str:
-    """Which rank hung, in words, from the last signs of all ranks."""
+    """Which rank hung, in words, from the last heartbeats of all ranks."""
     silent = [rank for rank, sign in sorted(signs.items()) if now - sign.at > 3 * interval + 1]
     if silent:
         return f"{_ranks(silent)} hung in {phase}: no sign of life"

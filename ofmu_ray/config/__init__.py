@@ -1,8 +1,8 @@
-"""Every option of the project, declared once, as frozen dataclasses.
+"""All options of the project, as frozen dataclasses.
 
-jsonargparse turns them into the YAML schema, the ``--section.option`` overrides and the help text. A value's type
-and range are checked when it is built; what depends on files or on the machine is checked in ``pipelines/``
-before any worker starts. Nothing here imports torch or Ray.
+jsonargparse turns them into the YAML schema, the ``--section.option`` overrides and the help text. Types and ranges are
+checked on construction; ``pipelines/`` checks whatever depends on files or on the machine before any worker starts.
+Nothing here imports torch or Ray.
 """
 
 from ofmu_ray.config.benchmark import (

@@ -17,15 +17,14 @@ from ofmu_ray.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetConfig:
-    """What one run may cost; the same for every method."""
+    """Compute budget of one run, the same for every method."""
 
     unit: Literal["flops", "passes"] = "flops"
-    """flops: as the account of a run counts them (6 x parameters x tokens); passes: gradient passes of both kinds,
-    which are not equally long in all methods."""
+    """flops: 6 x parameters x tokens; passes: forget and retain gradient passes, whose length differs by method."""
     amount: float = 2e12
-    """Of one run. A run ends before the round that would exceed it."""
+    """Budget of one run. A run ends before the round that would exceed it."""
     splits: dict[str, float] = field(default_factory=dict)
-    """Other amounts for single splits."""
+    """Split -> its own amount."""
 
     def __post_init__(self) -> None:
         positive("budget", self, "amount")
@@ -39,20 +38,20 @@ class BudgetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TuningConfig:
-    """How options are chosen, the same for every method."""
+    """How options are tuned, the same for every method."""
 
     trials: int = 4
     """Draws from the method's search space (tune_spaces/), per method and split."""
     refine: int = 0
     """Further draws, per method and split, from a quarter of each range around the best of these `trials`."""
     seed: int = 0
-    """Seed of the draws and of the tuning runs; not one of `seeds`."""
+    """Seed of the draws and of the tuning runs; must not be one of `seeds`."""
     rows: int | None = 100
-    """Rows of each evaluation set that tuning runs are judged on, evenly spread; null: all."""
+    """Rows of each evaluation set for tuning runs, evenly spread; null: all."""
     max_new_tokens: int | None = None
-    """Longest generation when tuning; 0: no generation (then the rule cannot ask for model_utility); null: as base."""
+    """Longest generation in tuning runs; 0: no generation (the rule then cannot use model_utility); null: as base."""
     lr_scale: float = 1.0
-    """Factor on all learning rates of the search spaces, which are for models of 1 B parameters and more."""
+    """Factor on all learning rates of the search spaces, which are meant for models of 1 B parameters and more."""
     spaces: dict[str, dict[str, str | None]] = field(default_factory=dict)
     """Label or method -> field -> prior, such as loguniform(1e-4, 1e-2); null: not tuned."""
 
@@ -63,19 +62,19 @@ class TuningConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RuleConfig:
-    """Which of a method's tuning trials is chosen: the best objective among those with enough utility whose answers to
+    """Which tuning trial of a method is chosen: the best objective among those with enough utility whose answers to
     forget prompts are not degenerate."""
 
     objective: str = "forget_quality"
-    """Metric (docs/metrics.md): forget_quality and metrics of other rows are to be high, KS distance low, the other
-    forget figures near the retrained model's (low without one)."""
+    """Metric (docs/metrics.md). forget_quality and metrics of other rows should be high, KS distance low, the other
+    forget metrics close to the retrained model's (low without one)."""
     utility: str = "model_utility"
-    """Metric that must not fall below floor x the target's."""
+    """Metric that must not fall below floor x the target's value."""
     floor: float = 0.9
     """Fraction of the target's utility (0 to 1)."""
     margin: float = 0.02
-    """Added to the floor when a trial is chosen, not when reported runs are judged: of trials at the floor on a sample
-    of rows, half fall below it on all rows. Where no trial reaches floor + margin, the floor alone counts."""
+    """Added to the floor when choosing a trial, not when judging reported runs: half of the trials at the floor on a
+    sample of rows fall below it on all rows. If no trial reaches floor + margin, the floor alone counts."""
 
     def __post_init__(self) -> None:
         require(0 <= self.floor <= 1, "rule.floor", self.floor, "in [0, 1]")
@@ -84,10 +83,10 @@ class RuleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AblationConfig:
-    """Variants of one method as it was chosen, over the same seeds and at the same budget, not tuned anew."""
+    """Variants of one tuned method with the same seeds and budget, not tuned again."""
 
     of: str = "ofmu_full"
-    """Label whose chosen options the variants start from; one of `methods`."""
+    """Label whose chosen options are the base of the variants; one of `methods`."""
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Name -> overrides."""
 
@@ -97,9 +96,9 @@ class BenchmarkConfig:
     """`ofmu benchmark`: methods x splits x seeds at equal compute."""
 
     name: str = "benchmark"
-    """Folder under storage; the same name goes on where it stopped."""
+    """Folder under storage; the same name resumes."""
     storage: str = "runs"
-    """Folder of runs, checkpoints and caches; on a cluster, one that all nodes share."""
+    """Folder for runs, checkpoints and caches; on a cluster, one that all nodes share."""
     methods: list[str] = field(
         default_factory=lambda: ["gradient_ascent", "grad_diff", "npo", "ofmu_full", "ofmu_lite"]
     )
@@ -107,9 +106,9 @@ class BenchmarkConfig:
     labels: dict[str, dict[str, Any]] = field(default_factory=dict)
     """More labels: overrides of `base`, such as {npo_kl: {method: npo, npo.retain_loss: kl}}."""
     splits: dict[str, dict[str, Any]] = field(default_factory=lambda: {"people": {}})
-    """Overrides of `base` by split: its rows and its retrained model."""
+    """Split -> overrides of `base`: its rows and its retrained model."""
     base: UnlearnConfig = field(default_factory=UnlearnConfig)
-    """What all runs have in common (base.name, base.storage, base.seed and training.rounds are not used)."""
+    """Common options of all runs (base.name, base.storage, base.seed and training.rounds are not used)."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     """Compute of one run."""
     tuning: TuningConfig = field(default_factory=TuningConfig)
@@ -117,11 +116,11 @@ class BenchmarkConfig:
     rule: RuleConfig = field(default_factory=RuleConfig)
     """Which tuning trial is chosen."""
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
-    """Seeds of the reported runs (batch order, and the method's own random numbers)."""
+    """Seeds of the reported runs (batch order and the method's random numbers)."""
     ablation: AblationConfig = field(default_factory=AblationConfig)
     """Variants of one chosen method."""
     concurrency: int | None = None
-    """Runs at once; null: as many as there are CPUs (GPUs) for base.training.cpus_per_worker (gpus_per_worker)."""
+    """Concurrent runs; null: as many as fit, by base.training.cpus_per_worker (gpus_per_worker)."""
     retry_failed: bool = False
     """Repeat runs that an earlier start of this benchmark recorded as failed."""
 
@@ -156,7 +155,7 @@ class BenchmarkConfig:
                 raise UserError(f"ablation.variants: {variant!r} is the label of a method; choose another name")
 
     def run(self, split: str, label: str, overrides: Mapping[str, Any] | None = None) -> UnlearnConfig:
-        """The configuration of a run of a method (or of a variant, on top of `overrides`) on a split."""
+        """The configuration of a run of a method on a split (or of a variant, on top of `overrides`)."""
         rows = merged({"evaluation": _auto(self.base.evaluation)}, nested(self.splits[split]))
         base = apply_overrides(self.base, rows, option=f"{split}: ")
         variant = self.ablation.variants.get(label)
@@ -167,11 +166,11 @@ class BenchmarkConfig:
 
 
 def _auto(evaluation: EvaluationConfig) -> dict[str, Any]:
-    """Overrides that make `auto` again what the base resolved to the built-in rows: a split may have other rows."""
+    """Overrides that turn options resolved to the built-in rows back into `auto`: a split may have other rows."""
     builtin, plain = UnlearnConfig().evaluation, EvaluationConfig()
 
-    def same(held: Any, resolved: Any, default: Any) -> dict[str, Any]:
+    def same(value: Any, resolved: Any, default: Any) -> dict[str, Any]:
         names = [entry.name for entry in fields(default) if getattr(default, entry.name) == "auto"]
-        return {name: "auto" for name in names if getattr(held, name) == getattr(resolved, name)}
+        return {name: "auto" for name in names if getattr(value, name) == getattr(resolved, name)}
 
     return {**same(evaluation, builtin, plain), "sets": same(evaluation.sets, builtin.sets, plain.sets)}

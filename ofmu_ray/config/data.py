@@ -26,7 +26,7 @@ class SourceConfig:
     hub_split: str = "train"
     """Split of a hub data set."""
     limit: int | None = None
-    """Use the first n rows only; null: all."""
+    """Use only the first n rows; null: all."""
 
     @property
     def paths(self) -> list[str]:
@@ -39,7 +39,7 @@ class SourceConfig:
         return ", ".join(without_credentials(path) for path in self.paths)
 
     def check(self, section: str) -> None:
-        """Ranges; the owner calls it, because only the owner knows the option's full name."""
+        """Checks ranges. The owner calls it, because only the owner knows the option's full name."""
         positive(section, self, "limit")
         given = bool(self.paths) and all(self.paths)
         require(given, f"{section}.path", self.path, "a file, folder, glob, URI or hub name")
@@ -60,12 +60,12 @@ class FormatConfig:
     system_prompt: str | None = None
     """System message of the chat template."""
     max_length: int = 512
-    """Longest row (tokens); longer rows are cut on the right and counted in the report."""
+    """Longest row (tokens); longer rows are truncated on the right and counted in the report."""
 
     def __post_init__(self) -> None:
         positive("data.format", self, "max_length")
-        found = self.prompt_template
-        require("{question}" in found, "data.format.prompt_template", found, "a text that contains {question}")
+        prompt = self.prompt_template
+        require("{question}" in prompt, "data.format.prompt_template", prompt, "a text that contains {question}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,20 +73,20 @@ class DataConfig:
     """Forget and retain rows."""
 
     root: str | None = None
-    """Folder or URI that relative data paths (here and in evaluation) start from; null: the working directory."""
+    """Folder or URI that relative data paths (also of evaluation) start from; null: the working directory."""
     forget: SourceConfig = field(default_factory=lambda: SourceConfig(path=BUILTIN_FORGET))
-    """Rows to forget; every one is used, cycled in a new order each time."""
+    """Rows to forget; all are used, in a new order in each epoch."""
     retain: SourceConfig = field(default_factory=lambda: SourceConfig(path="builtin:people/retain.jsonl"))
     """Rows to keep; streamed."""
     holdout: SourceConfig | None = None
-    """Rows like the forget rows that the model has never seen: they tell how far to forget (ofmu.forget_level). null:
-    none, except that the built-in forget rows come with theirs."""
+    """Rows like the forget rows that the model has never seen: they set how far to forget (ofmu.forget_level). null:
+    none, except that the built-in forget rows have built-in ones."""
     format: FormatConfig = field(default_factory=FormatConfig)
     """How a row becomes tokens."""
     overlap: Literal["error", "drop", "allow"] = "error"
-    """Rows that stand in forget and in retain (exactly, or after normalising case and spaces): drop is from retain."""
+    """Rows in both forget and retain (exact, or after normalising case and spaces). drop: from retain."""
     duplicates: Literal["error", "drop", "allow"] = "allow"
-    """Rows that stand twice in one source; allow keeps and reports them."""
+    """Duplicate rows within one source; allow keeps and reports them."""
 
     def __post_init__(self) -> None:
         for name, source in self.sources.items():
@@ -94,7 +94,7 @@ class DataConfig:
 
     @property
     def sources(self) -> dict[str, SourceConfig]:
-        """The sources that are given, by the names of their streams."""
+        """The configured sources by stream name."""
         builtin = SourceConfig(path=BUILTIN_HOLDOUT) if self.forget.path == BUILTIN_FORGET else None
         named = {"forget": self.forget, "retain": self.retain, "holdout": self.holdout or builtin}
         return {name: source for name, source in named.items() if source is not None}
@@ -102,16 +102,16 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainDataConfig:
-    """Rows to fit."""
+    """Rows to train on."""
 
     root: str | None = None
     """Folder or URI that relative data paths start from; null: the working directory."""
     train: SourceConfig = field(default_factory=lambda: SourceConfig(path="builtin:people/full.jsonl"))
-    """Rows to fit."""
+    """Rows to train on."""
     format: FormatConfig = field(default_factory=FormatConfig)
     """How a row becomes tokens."""
     duplicates: Literal["error", "drop", "allow"] = "allow"
-    """Rows that stand twice; allow keeps and reports them."""
+    """Duplicate rows; allow keeps and reports them."""
 
     def __post_init__(self) -> None:
         self.train.check("data.train")

@@ -19,14 +19,14 @@ RETRAINED = "retrained"
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceConfig:
-    """Multiple-choice questions, as WMDP and MMLU have them: question, choices (a list), answer (an index)."""
+    """Multiple-choice questions in the format of WMDP and MMLU: question, choices (a list), answer (an index)."""
 
     name: str
-    """Of the questions, in the report."""
+    """Name in the report."""
     path: str
     """File, folder, glob or URI of JSON Lines or Parquet, or a hub name (cais/wmdp)."""
     format: Literal["auto", "json", "parquet", "hub"] = "auto"
-    """auto: by suffix; a hub name is told from a folder where data.root is not set, and needs `hub` where it is."""
+    """auto: by suffix. A hub name is recognised only without data.root; with data.root, set `hub`."""
     hub_config: str | None = None
     """Configuration of a hub data set (wmdp-bio)."""
     hub_split: str = "test"
@@ -34,7 +34,7 @@ class ChoiceConfig:
     scoring: Literal["letters", "cloze"] = "letters"
     """letters: likelihood of A, B, ... after the listed choices; cloze: mean log-likelihood of each choice's text."""
     limit: int | None = None
-    """Use the first n rows only; null: all."""
+    """Use only the first n rows; null: all."""
 
     def __post_init__(self) -> None:
         positive("checks.choice", self, "limit")
@@ -42,10 +42,10 @@ class ChoiceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ChecksConfig:
-    """Further measurements; each costs passes of its own."""
+    """Further measurements; each costs extra passes."""
 
     relearn: RelearnOptions | None = None
-    """Relearning attack; null: none. {}: with its defaults."""
+    """Relearning attack; null: none; {}: with defaults."""
     quantise: QuantiseOptions | None = None
     """Rounded weights; null: none."""
     prefix: PrefixOptions | None = None
@@ -55,7 +55,7 @@ class ChecksConfig:
     alignment: bool = False
     """Embedding alignment with the retrained model, layer by layer."""
     gradient_norm: bool = False
-    """The GradNorm attack among the membership figures (needs evaluation.sets.holdout): a backward pass per row."""
+    """GradNorm attack among the membership metrics (needs evaluation.sets.holdout): one backward pass per row."""
     lm_eval: list[str] = field(default_factory=list)
     """Tasks of lm-evaluation-harness (extra lm-eval)."""
 
@@ -68,22 +68,22 @@ class ChecksConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """`ofmu evaluate`: any number of models side by side, on the same rows, by the same code as a run's end."""
+    """`ofmu evaluate`: any number of models side by side, on the same rows, with the same code as the end of a run."""
 
     name: str | None = None
     """Name of the evaluation; null: derived from the configuration's hash."""
     storage: str = "runs"
-    """Folder of results and caches."""
+    """Folder for results and caches."""
     seed: int = 0
-    """Seed of the intervals' resamples."""
+    """Seed of the bootstrap resamples."""
     models: dict[str, str] = field(default_factory=lambda: {"target": BUILTIN_TARGET})
-    """Label -> model directory (Hugging Face layout, safetensors) or hub name. The label `retrained` is taken."""
+    """Label -> model directory (Hugging Face layout, safetensors) or hub name. The label `retrained` is reserved."""
     tokenizer: str | None = None
-    """Tokenizer directory or hub name for all models; null: each model's own (one without: that of the first with)."""
+    """Tokenizer directory or hub name for all models; null: each model's own (if it has none: the first other's)."""
     trust_remote_code: bool = False
-    """Run code that comes with the models."""
+    """Run code from the model repositories."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Where rows come from that evaluation.sets does not name, and how a row becomes tokens."""
+    """Source of rows that evaluation.sets does not name, and how a row becomes tokens."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Sets of rows, the retrained model, generation, intervals."""
     checks: ChecksConfig = field(default_factory=ChecksConfig)
@@ -99,7 +99,7 @@ class EvaluateConfig:
             plain = re.fullmatch(r"[\w.-]+", label, re.ASCII)
             require(plain is not None, "models", label, "labelled with letters, digits and _ . -")
         if not self.evaluation.enabled:
-            raise UserError("evaluation.enabled = false: this command only evaluates; leave the option out")
+            raise UserError("evaluation.enabled = false: this command only evaluates; drop the option")
         if RETRAINED in self.models:
             raise UserError(f"models.{RETRAINED}: give the retrained model as evaluation.retrained")
         first = next(iter(self.models.values()))

@@ -10,33 +10,33 @@ from ofmu_ray.config.ranges import not_negative, positive, require
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """Other questions about what the forget (and retain) rows say."""
+    """Other questions about the facts of the forget (and retain) rows."""
 
     name: str
-    """Of the probe; its sets are NAME_forget and NAME_retain."""
+    """Name of the probe; its sets are NAME_forget and NAME_retain."""
     forget: str
-    """Rows that ask for what was to be forgotten."""
+    """Rows about what should be forgotten."""
     retain: str | None = None
-    """Rows that ask in the same way for what is to stay; null: none."""
+    """The same kind of rows about what should be retained; null: none."""
     question: str = "question"
     """Column of the question (TOFU's perturbed files have paraphrased_question)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSetsConfig:
-    """Evaluation rows, TOFU's layout: question, answer and optionally paraphrased_answer, perturbed_answer (a list)."""
+    """Evaluation rows in TOFU's layout: question, answer, optional paraphrased_answer and perturbed_answer (a list)."""
 
     forget: str | None = "auto"
     """Rows of the forget set; null: the rows of data.forget. auto: the built-in rows with built-in data, else null."""
     retain: str | None = "auto"
     """Rows of the retain set; null: the first max_rows rows of data.retain. auto: as for forget."""
     real_authors: str | None = "auto"
-    """Rows about real people near the forget set's subject; null: none (no model utility then). auto: as for forget."""
+    """Rows about real people near the forget set's subject; null: none (no model utility). auto: as for forget."""
     world_facts: str | None = "auto"
-    """Rows of general knowledge; null: none (no model utility then). auto: as for forget."""
+    """Rows of general knowledge; null: none (no model utility). auto: as for forget."""
     holdout: str | None = "auto"
-    """Rows like the forget rows that no model has seen, for membership inference; null: no such metrics. auto: the
-    built-in rows for `ofmu evaluate` with built-in data, else null."""
+    """Rows like the forget rows that no model has seen, for membership inference; null: no membership metrics. auto:
+    the built-in rows for `ofmu evaluate` with built-in data, else null."""
     probes: list[ProbeConfig] | Literal["auto"] = "auto"
     """Hard probes of the same knowledge: paraphrased, multi-hop or cross-lingual questions. auto: as for holdout."""
 
@@ -52,20 +52,21 @@ class EvaluationConfig:
     """Metrics at the end of a run (definitions: docs/metrics.md)."""
 
     enabled: bool = True
-    """Evaluate before and after."""
+    """Evaluate before and after the run."""
     sets: EvaluationSetsConfig = field(default_factory=EvaluationSetsConfig)
     """Evaluation rows."""
     retrained: str | None = "auto"
-    """Model trained without the forget rows; null: no forget quality. auto: the built-in with its target, else null."""
+    """Model trained without the forget rows; null: no forget quality. auto: the built-in one for the built-in target,
+    else null."""
     clusters: dict[str, int | str] | Literal["auto"] | None = "auto"
-    """Rows that belong together (one person's), which intervals draw as one: set -> n for n consecutive rows (TOFU:
-    {forget: 20, retain: 20}) or a column that names the group; null: single rows. auto: those of the built-in rows."""
+    """Rows that intervals resample together (one person's rows): set -> n for n consecutive rows (TOFU: {forget: 20,
+    retain: 20}) or a column that names the group; null: single rows. auto: those of the built-in rows."""
     max_rows: int | None = 400
     """First n rows of each set; null: all."""
     max_new_tokens: int = 200
-    """Longest generation (tokens); 0: none, so no figures of ROUGE, model utility and degeneration."""
+    """Longest generation (tokens); 0: none, so no ROUGE, model utility or degeneration."""
     batch_size: int = 64
-    """Rows of one batch."""
+    """Rows per batch."""
     actors: int | None = None
     """Ray actors; null: one per free CPU (or GPU), at most 8."""
     bootstrap_samples: int = 1000

@@ -1,4 +1,4 @@
-"""The sections of the methods: found with them, whose files say what their options are."""
+"""The methods' sections of options, discovered together with the methods."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from ofmu_ray.config.methods import MethodConfig
 if TYPE_CHECKING:
     MethodName = str
 
-# by name, because methods are built on the rest of the configuration; ofmu_ray/methods/__init__.py has the other half
+# imported by name, because methods depend on the rest of the configuration (see ofmu_ray/methods/__init__.py)
 _REGISTRY = importlib.import_module("ofmu_ray.methods.registry")
 _CLASSES: dict[str, type[Any]] = {name: kind for name, kind in _REGISTRY.discovered().items() if kind.unlearns}
 
 METHODS: dict[str, type[MethodConfig]] = {name: kind.options for name, kind in _CLASSES.items()}
-"""Method -> its options, which stand in the section of the same name."""
+"""Method -> its options, in the section of the same name."""
 if not TYPE_CHECKING:
     MethodName = Literal[tuple(METHODS)]
 SPACES: dict[str, dict[str, tuple[str, str]]] = {name: kind.space for name, kind in _CLASSES.items()}
-"""Method -> what is tuned of it: option -> (prior, where its range comes from)."""
+"""Method -> its search space: option -> (prior, source of the range)."""
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {name: kind.presets for name, kind in _CLASSES.items() if kind.presets}
-"""Method -> values of its option `preset` -> the options that they set."""
+"""Method -> value of its option `preset` -> the options that it sets."""
 LABELS: dict[str, dict[str, Any]] = {
     **{name: {"method": name} for name in METHODS},
     **{
@@ -31,4 +31,4 @@ LABELS: dict[str, dict[str, Any]] = {
         if preset != METHODS[name].default().preset  # type: ignore[attr-defined]
     },
 }
-"""Label -> what it changes in the base configuration: the methods, and their presets beside the default."""
+"""Label -> overrides of the base configuration: the methods, and their presets other than the default."""

@@ -1,7 +1,7 @@
-"""What the options of all methods have in common, and what those with one update a round share.
+"""Options shared by all methods, and options shared by methods with one update per round.
 
-Defaults of the methods are those of OpenUnlearning (locuslab/open-unlearning, December 2025) unless a field says
-otherwise; the learning rates are for models of 1 B parameters and more, small models need larger ones.
+Defaults are OpenUnlearning's (locuslab/open-unlearning, December 2025) unless a field says otherwise. The learning
+rates are for models of 1 B parameters and more; small models need larger ones.
 """
 
 from __future__ import annotations
@@ -17,53 +17,53 @@ if TYPE_CHECKING:
     from ofmu_ray.data.prepare import PreparedData
 
 MYPY = False
-"""typing.TYPE_CHECKING by its other name for mypy. jsonargparse runs blocks of the first to read annotations, and then
-no command line would be parsed before torch is imported."""
+"""mypy's other name for typing.TYPE_CHECKING. jsonargparse executes TYPE_CHECKING blocks to read annotations, which
+would import torch before any command line is parsed."""
 
 Ranges = dict[str, tuple[str, str]]
-"""What is tuned of a method: option -> (prior, as in YAML; where its range comes from)."""
+"""A method's search space: option -> (prior, as in YAML; source of the range)."""
 
 RATE = ("loguniform(3e-6, 1e-4)", "half a decade below OpenUnlearning's default of 1e-05 and a decade above")
-"""Of a learning rate: the same for every method."""
+"""Prior of a learning rate, the same for every method."""
 RETAIN_WEIGHT = (
     "loguniform(0.5, 10)",
     "from half to ten times the weight of the forget loss (OpenUnlearning: 1)",
 )
-"""Of the weight of a retain loss."""
+"""Prior of the weight of a retain loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-    """Options of a method: the section of its name."""
+    """Options of a method, in the section of its name."""
 
     @classmethod
     def default(cls) -> Self:
-        """The section when nothing is given."""
+        """The section with its default values."""
         return cls()
 
     @property
     def optimizers(self) -> tuple[OptimizerConfig, OptimizerConfig]:
-        """Of the inner and of the outer loop."""
+        """Optimisers of the inner and the outer loop."""
         raise NotImplementedError
 
     @property
     def optimizer_fields(self) -> list[str]:
-        """The fields that hold an optimiser's options."""
+        """The fields with options of an optimiser."""
         return [entry.name for entry in fields(self) if isinstance(getattr(self, entry.name), OptimizerConfig)]
 
     @property
     def streams(self) -> frozenset[str]:
-        """The streams of rows that are read; `data` may have more."""
+        """The streams of rows that the method reads; `data` may have more."""
         return frozenset({"forget", "retain"})
 
     def check(self, section: str) -> None:
-        """Ranges; UnlearnConfig calls it with the section's name. Raises UserError."""
+        """Checks ranges. UnlearnConfig calls it with the section's name. Raises UserError."""
 
     def check_run(self, config: UnlearnConfig) -> None:
-        """What the method cannot run with; called where it is the chosen one. Raises UserError."""
+        """Checks the other sections, if this method is chosen. Raises UserError."""
 
     def completed(self, prepared: PreparedData, model: ModelConfig, cache: str) -> Self:
-        """The options with what only the rows and the model, before any step, can tell.
+        """The options, completed with values that depend on the rows and the model before any step.
 
         `cache`: folder of the storage's caches.
         """
@@ -71,25 +71,25 @@ class MethodConfig:
 
     @property
     def remarks(self) -> dict[str, str]:
-        """What the terminal says of completed options before the first round, by a short word."""
+        """Remarks on completed options for the terminal, before the first round: short word -> text."""
         return {}
 
 
 def peer_optimizer(lr: float) -> OptimizerConfig:
-    """OpenUnlearning's: AdamW, weight decay 0.01, one warm-up epoch of ten, then linear decay."""
+    """OpenUnlearning's optimiser: AdamW, weight decay 0.01, one warm-up epoch of ten, then linear decay."""
     return OptimizerConfig(lr=lr, weight_decay=0.01, warmup_fraction=0.1, decay="linear")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OneLoopConfig(MethodConfig):
-    """Options of a method with one update a round."""
+    """Options of a method with one update per round."""
 
     optimizer: OptimizerConfig = field(default_factory=lambda: peer_optimizer(1e-5))
     """The optimiser."""
 
     @property
     def optimizers(self) -> tuple[OptimizerConfig, OptimizerConfig]:
-        """Of the inner and of the outer loop (only the outer one is stepped)."""
+        """Optimisers of the inner and the outer loop (only the outer one steps)."""
         return self.optimizer, self.optimizer
 
     def check(self, section: str) -> None:
@@ -103,7 +103,7 @@ class WeightedConfig(OneLoopConfig):
     forget_weight: float = 1.0
     """gamma, weight of the forget loss."""
     retain_weight: float = 1.0
-    """alpha, weight of the retain loss; 0: no retain pass at all."""
+    """alpha, weight of the retain loss; 0: no retain pass."""
     retain_loss: Literal["nll", "kl"] = "nll"
     """nll: mean token NLL of retain answers; kl: KL(reference model || model) at the tokens of retain answers."""
 
@@ -115,9 +115,9 @@ class WeightedConfig(OneLoopConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(OneLoopConfig):
-    """Plain fitting of a data set (`ofmu train`)."""
+    """Plain training on a data set (`ofmu train`)."""
 
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(lr=1e-3, weight_decay=0.01, warmup_fraction=0.05, decay="cosine")
     )
-    """Optimiser of the fit."""
+    """The optimiser."""

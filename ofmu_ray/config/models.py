@@ -20,7 +20,7 @@ class LoraConfig:
     alpha: float = 16.0
     """Scaling; the update is multiplied by alpha / rank."""
     target_modules: list[str] | None = None
-    """Names of the modules to adapt; null: all linear layers but the output head."""
+    """Names of the modules to adapt; null: all linear layers except the output head."""
 
     def __post_init__(self) -> None:
         positive("model.lora", self, "rank", "alpha")
@@ -41,16 +41,16 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass (less memory, about a third more time)."""
     lora: LoraConfig | None = None
-    """Train low-rank adapters only; null: train the weights."""
+    """Train only low-rank adapters; null: train the weights."""
     freeze: list[str] = field(default_factory=list)
-    """Regular expressions; parameters whose name matches one stay fixed."""
+    """Regular expressions; parameters with a matching name are frozen."""
     trust_remote_code: bool = False
-    """Run code that comes with the model."""
+    """Run code from the model repository."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScratchConfig:
-    """A small Llama from scratch (`ofmu train`)."""
+    """A small Llama trained from scratch (`ofmu train`)."""
 
     hidden_size: int = 128
     """Width."""
@@ -63,7 +63,7 @@ class ScratchConfig:
     kv_heads: int = 4
     """Number of key/value heads."""
     vocab_size: int = 4096
-    """Size of the byte-pair vocabulary that is learned from the training rows (model.tokenizer: null)."""
+    """Size of the byte-pair vocabulary learned from the training rows (without a tokenizer)."""
     max_length: int = 512
     """Longest sequence (tokens)."""
     tie_embeddings: bool = True

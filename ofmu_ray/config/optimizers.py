@@ -31,10 +31,10 @@ class OptimizerConfig:
     warmup_fraction: float = 0.0
     """Fraction of the rounds over which the learning rate rises linearly from 0 (0 to 1)."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate after the warm-up, down to a tenth of lr at the last round."""
+    """Learning rate schedule after the warm-up; linear and cosine end at a tenth of lr in the last round."""
 
     def check(self, section: str) -> None:
-        """Ranges; the owner calls it, because only the owner knows the option's full name."""
+        """Checks ranges. The owner calls it, because only the owner knows the option's full name."""
         positive(section, self, "lr", "clip", "eps")
         not_negative(section, self, "weight_decay")
         require(0 <= self.warmup_fraction < 1, f"{section}.warmup_fraction", self.warmup_fraction, "in [0, 1)")
@@ -45,7 +45,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SharedBaseConfig(OptimizerConfig):
-    """AdamW whose moments are what is left of common ones, which the steps of both loops feed (DualOptim+)."""
+    """AdamW whose moments are residuals to a common state that both loops update (DualOptim+)."""
 
     base_beta1: float
     """First-moment decay of the common state."""

@@ -1,4 +1,4 @@
-"""Changes of a configuration by the names of its fields, as benchmarks and sweeps make them."""
+"""Override fields of a configuration by name, as benchmarks and sweeps do."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Config = TypeVar("Config")
 
 
 def apply_overrides(config: Config, overrides: Mapping[str, Any], *, option: str = "") -> Config:
-    """The configuration with fields replaced, named with dots or nested; types and ranges are checked.
+    """The configuration with fields replaced, by dotted or nested names; types and ranges are checked.
 
-    A preset (`ofmu.preset`) comes before the fields that it sets, wherever it stands. `option` leads the names in
-    errors.
+    A preset (`ofmu.preset`) is applied before the fields that it sets, whatever their order. `option` is a prefix for
+    names in errors.
 
     Raises:
-        UserError: no such field (with the closest one), or a value of another type or out of range.
+        UserError: no such field (with the closest match), or a value with the wrong type or out of range.
     """
     changes = nested(overrides)
     for method, presets in PRESETS.items():
@@ -34,13 +34,13 @@ def apply_overrides(config: Config, overrides: Mapping[str, Any], *, option: str
 
 
 def value_at(config: Any, field: str) -> Any:
-    """The value of a dotted field. Raises UserError, with the closest one, when there is none."""
-    found = config
+    """The value of a dotted field. Raises UserError, with the closest match, if there is no such field."""
+    value = config
     for name in field.split("."):
-        if not dataclasses.is_dataclass(found) or not hasattr(found, name):
+        if not dataclasses.is_dataclass(value) or not hasattr(value, name):
             raise _unknown(config, field, field)
-        found = getattr(found, name)
-    return found
+        value = getattr(value, name)
+    return value
 
 
 def nested(overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,10 +66,10 @@ def _replaced(config: Any, changes: Mapping[str, Any], prefix: str, option: str)
     for name, value in changes.items():
         if name not in hints or isinstance(getattr(type(config), name, None), property):
             raise _unknown(config, name, f"{option}{prefix}{name}")
-        held = getattr(config, name)
+        current = getattr(config, name)
         section = _section(hints[name])
         if isinstance(value, Mapping) and section is not None:
-            start = held if dataclasses.is_dataclass(held) else section()
+            start = current if dataclasses.is_dataclass(current) else section()
             values[name] = _replaced(start, value, f"{prefix}{name}.", option)
         else:
             values[name] = _typed(value, hints[name], f"{option}{prefix}{name}")
@@ -77,17 +77,17 @@ def _replaced(config: Any, changes: Mapping[str, Any], prefix: str, option: str)
 
 
 def _section(hint: Any) -> Any:
-    """The dataclass of a field that is one, or that is one or null."""
+    """The dataclass in a field's type (X or X | None); None if there is none."""
     return next((kind for kind in _kinds(hint) if dataclasses.is_dataclass(kind)), None)
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
-    """The members of a union; of another type, itself."""
+    """The members of a union; for any other type, the type itself."""
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def _typed(value: Any, hint: Any, name: str) -> Any:
-    """The value as the field's type has it: 1 for 1.0 is meant well, anything else is refused."""
+    """The value in the field's type: 1 is accepted for 1.0, anything else is refused."""
     for kind in _kinds(hint):
         origin = typing.get_origin(kind)
         if origin is Literal and value in typing.get_args(kind):

@@ -18,30 +18,30 @@ LinkName = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """What the plan is for, and what it may assume."""
+    """What to plan for, and the assumptions."""
 
     gpu: GPUName | None = None
-    """GPU whose data sheet gives memory, FLOP/s and bytes/s; null: a CPU, whose speed comes from plan.calibrate."""
+    """GPU with memory, FLOP/s and bytes/s from its data sheet; null: a CPU, with its speed from plan.calibrate."""
     gpu_memory: str | None = None
-    """Memory of one GPU, e.g. 80GB or 40GiB; null: that of plan.gpu. Given, or with plan.gpu, a set-up is proposed."""
+    """Memory of one GPU, e.g. 80GB or 40GiB; null: that of plan.gpu. With either of them, a setup is proposed."""
     gpus: int | None = None
     """GPUs to plan for; null: training.workers."""
     link: LinkName | None = None
     """Slowest link between workers; null: nvlink up to gpus_per_node GPUs, else infiniband-400g (a CPU: loopback)."""
     gpus_per_node: int = 8
-    """GPUs of one machine."""
+    """GPUs per machine."""
     efficiency: float = 0.4
     """Share of the data sheet's FLOP/s that dense matrix products reach in training."""
     reserve: float = 0.08
-    """Share of a GPU's memory that is left free: CUDA context, fragmentation, communication buffers."""
+    """Share of GPU memory to leave free: CUDA context, fragmentation, communication buffers."""
     price_per_gpu_hour: float | None = None
-    """Price of one GPU for an hour, in any currency; gives the cost of the run."""
+    """Price per GPU hour, in any currency, for the cost of the run."""
     calibrate: bool = False
-    """Measure this machine (a pass of a one- and of a two-layer model, vector arithmetic) and predict times for it."""
+    """Measure this machine (one pass of a one- and a two-layer model, vector arithmetic) and predict times for it."""
     row_tokens: int | None = None
     """Tokens of the longest row of a micro-batch; null: counted on the first rows of both streams."""
     sample_rows: int = 512
-    """Rows per stream that are tokenised to count tokens."""
+    """Rows per stream to tokenise for counting tokens."""
     print: bool = True
     """Print the plan as a table."""
     json: str | None = None
@@ -58,10 +58,10 @@ class PlanOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(UnlearnConfig):
-    """`ofmu plan`: what an `ofmu unlearn` with these options will need. Takes all its options, and section plan."""
+    """`ofmu plan`: what `ofmu unlearn` with these options will need. Takes all its options, and section plan."""
 
     plan: PlanOptions = field(default_factory=PlanOptions)
-    """What the plan is for."""
+    """What to plan for."""
 
 
 _UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}

@@ -1,4 +1,4 @@
-"""Checks of a value's range, with errors that name the option."""
+"""Range checks with errors that name the option."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import math
 from ofmu_ray.errors import UserError
 
 
-def require(condition: bool, option: str, found: object, need: str) -> None:
+def require(condition: bool, option: str, value: object, need: str) -> None:
     if not condition:
-        raise UserError(f"{option} = {found!r}: must be {need}")
+        raise UserError(f"{option} = {value!r}: must be {need}")
 
 
 def positive(section: str, config: object, *names: str) -> None:

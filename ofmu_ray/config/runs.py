@@ -25,7 +25,7 @@ BUILTIN_CLUSTERS: dict[str, int | str] = {
     "crosslingual_forget": 8,
     "crosslingual_retain": 8,
 }
-"""Rows of a person in the built-in files."""
+"""Rows per person in the built-in files."""
 BUILTIN_PROBES = [
     ProbeConfig(
         name=name,
@@ -45,7 +45,7 @@ class TrackingConfig:
     experiment: str = "ofmu"
     """Experiment name."""
     system_metrics: bool = True
-    """Log CPU, memory and GPU use of the driver's machine."""
+    """Log CPU, memory and GPU usage of the driver's machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +53,16 @@ class ReportConfig:
     """The HTML page of a run."""
 
     samples: int = 5
-    """Generations shown per set."""
+    """Generations to show per set."""
     reveal_text: bool = False
-    """Show the text of forget rows (personal data); otherwise they appear by id."""
+    """Show the text of forget rows (personal data); otherwise only their ids."""
 
     def __post_init__(self) -> None:
         not_negative("report", self, "samples")
 
 
 def with_sections(kind: type[Any]) -> type[Any]:
-    """The class, before it becomes a dataclass, with a section of options for each method."""
+    """Add a section of options for each method to a class that is about to become a dataclass."""
     for name, options in METHODS.items():
         kind.__annotations__[name] = options
         setattr(kind, name, field(default_factory=options.default))
@@ -77,13 +77,13 @@ class UnlearnConfig:
     name: str | None = None
     """Run name; the same name resumes. null: derived from the configuration's hash."""
     storage: str = "runs"
-    """Folder or URI (s3://, gs://) of runs, checkpoints and caches; on a cluster, a folder that all nodes share."""
+    """Folder or URI (s3://, gs://) for runs, checkpoints and caches; on a cluster, a folder that all nodes share."""
     seed: int = 0
     """Seed of the batch order."""
     task: str = "causal_lm"
     """Kind of model and rows: causal_lm, or an importable module with a TASK (ofmu_ray/tasks/protocol.py)."""
     method: MethodName = "ofmu"
-    """Unlearning method; the section of its name holds its options, the sections of the others are not read."""
+    """Unlearning method. Its options are in the section of its name; the other methods' sections are ignored."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model to change."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -117,7 +117,7 @@ class UnlearnConfig:
 
     @property
     def unused_sections(self) -> frozenset[str]:
-        """Sections that do not count: those of the methods that were not chosen."""
+        """Ignored sections: those of the other methods."""
         return frozenset(METHODS) - {self.method}
 
     @property
@@ -130,9 +130,9 @@ class UnlearnConfig:
 def resolved(
     evaluation: EvaluationConfig, data: DataConfig, model: str | None, *, everything: bool = False
 ) -> EvaluationConfig:
-    """`auto` replaced: the built-in rows and reference go with the built-in data and target only.
+    """Resolves `auto`: built-in rows and retrained model only with the built-in data and target.
 
-    `everything`: the holdout rows and the probes too, which a run's own evaluation leaves out for time.
+    `everything`: also the holdout rows and the probes, which the evaluation within a run skips to save time.
     """
     builtin = data.forget.path == BUILTIN_FORGET
     sets: dict[str, Any] = {
@@ -155,12 +155,12 @@ def resolved(
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """`ofmu train`: fit a target or a retrained model."""
+    """`ofmu train`: train a target or a retrained model."""
 
     name: str | None = None
     """Run name; the same name resumes. null: derived from the configuration's hash."""
     storage: str = "runs"
-    """Folder or URI (s3://, gs://) of runs, checkpoints and caches; on a cluster, a folder that all nodes share."""
+    """Folder or URI (s3://, gs://) for runs, checkpoints and caches; on a cluster, a folder that all nodes share."""
     seed: int = 0
     """Seed of the initial weights and of the batch order."""
     task: str = "causal_lm"
@@ -168,11 +168,11 @@ class TrainConfig:
     model: ModelConfig | None = None
     """Start from this model; null: from scratch."""
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
-    """Shape of a model from scratch (when model is null)."""
+    """Shape of a model from scratch (if model is null)."""
     tokenizer: str | None = None
-    """Tokenizer directory or hub name of a model from scratch; null: learned from the rows."""
+    """Tokenizer directory or hub name for a model from scratch; null: learned from the rows."""
     data: TrainDataConfig = field(default_factory=TrainDataConfig)
-    """Rows to fit."""
+    """Rows to train on."""
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     """Optimiser and schedule."""
     epochs: float = 10.0

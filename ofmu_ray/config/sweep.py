@@ -17,24 +17,24 @@ SearchKind = Literal["random", "tpe", "multi_objective", "population"]
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """Where the next trial's options come from."""
+    """How the options of the next trial are chosen."""
 
     kind: SearchKind = "tpe"
     """random: a Sobol sequence; tpe: Optuna's tree-structured Parzen estimator on the rule of select.*;
     multi_objective: the same on objective and utility (and `cost`) at once; population: population-based training."""
     trials: int = 16
-    """Trials in all; a finished sweep goes on when it is started again with more. For population: its members times
-    its generations."""
+    """Total number of trials; rerun a finished sweep with more to continue it. For population: members times
+    generations."""
     seed: int = 0
     """Seed of the search."""
     startup_trials: int = 8
     """tpe and multi_objective: trials of the Sobol sequence before the estimator takes over."""
     cost: bool = False
-    """multi_objective: the FLOPs of a run, to be low, as a third objective."""
+    """multi_objective: minimise the FLOPs of a run as a third objective."""
     population: int = 4
     """population: members, trained side by side."""
     quantile: float = 0.25
-    """population: fraction of the members that is replaced by copies of as many of the best after each generation."""
+    """population: fraction of members replaced after each generation by copies of the same number of best ones."""
 
     def __post_init__(self) -> None:
         positive("search", self, "trials", "startup_trials", "population")
@@ -55,18 +55,18 @@ class SearchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyConfig:
-    """Which trials end before their last round (not read by search.kind population, which replaces its worst)."""
+    """Which trials end before their last round (ignored by search.kind population, which replaces its worst)."""
 
     kind: Literal["none", "asha", "median"] = "asha"
     """asha: asynchronous successive halving (arXiv 1810.05934); median: below the median of the others so far."""
     stages: int = 4
-    """Evaluations of a run, evenly spread over it; the last one is at its end."""
+    """Evaluations per run, evenly spread; the last one at its end."""
     grace: int = 1
-    """Evaluations before which no run is ended."""
+    """No run ends before this many evaluations."""
     reduction_factor: float = 2.0
-    """asha: one in so many goes on at each rung (after grace, grace x factor, ... evaluations)."""
+    """asha: one in this many goes on at each rung (after grace, grace x factor, ... evaluations)."""
     floor_share: float = 1.0
-    """Share of the utility floor that is enough on the way: less than 1 where utility comes back towards the end."""
+    """Share of the utility floor that is enough during a run: less than 1 if utility recovers towards the end."""
 
     def __post_init__(self) -> None:
         positive("early", self, "stages", "grace")
@@ -75,7 +75,7 @@ class EarlyConfig:
         if self.kind != "none" and self.grace >= self.stages:
             raise UserError(
                 f"early.grace = {self.grace}: must be less than early.stages = {self.stages}, or no run could end "
-                "early; set early.kind none to run all to their end"
+                "early; set early.kind none to complete all runs"
             )
 
 
@@ -84,25 +84,25 @@ class SelectConfig:
     """Which trial is chosen: the best objective among those with enough utility."""
 
     objective: str = "forget_quality"
-    """Metric (docs/metrics.md): forget_quality and metrics of other rows are to be high, KS distance low, the other
-    forget figures near the retrained model's (low without one)."""
+    """Metric (docs/metrics.md). forget_quality and metrics of other rows should be high, KS distance low, the other
+    forget metrics close to the retrained model's (low without one)."""
     utility: str = "model_utility"
     """Metric that must not fall below the floor."""
     utility_floor: float = 0.9
     """The floor, as a fraction of the reference's utility (0 to 1)."""
     margin: float = 0.02
-    """Added to the floor when a trial is chosen, if some trial reaches that: of trials at the floor on a sample,
-    half fall below it on all rows."""
+    """Added to the floor when choosing a trial, if some trial reaches it: half of the trials at the floor on a sample
+    fall below it on all rows."""
     relative_to: Literal["target", "retrained"] = "target"
-    """The reference: the reference model, or the one that never saw the forget rows."""
+    """The model whose utility counts: the reference model, or the model that never saw the forget rows."""
     tie_break: Literal["cost", "order"] = "cost"
     """Between equal objectives: fewer FLOPs, or the earlier trial."""
     rows: int | None = 100
-    """Rows of each evaluation set that trials are judged on, evenly spread; null: all."""
+    """Rows of each evaluation set for trials, evenly spread; null: all."""
     max_new_tokens: int | None = None
-    """Longest generation in trials; 0: no generation (then the rule cannot ask for model_utility); null: as base."""
+    """Longest generation in trials; 0: no generation (the rule then cannot use model_utility); null: as base."""
     seeds: list[int] = field(default_factory=list)
-    """Fresh seeds on which the chosen options are run again, for figures that the choice has not flattered."""
+    """Fresh seeds to rerun the chosen options with, for metrics without selection bias."""
 
     def __post_init__(self) -> None:
         require(0 <= self.utility_floor <= 1, "select.utility_floor", self.utility_floor, "in [0, 1]")
@@ -111,40 +111,40 @@ class SelectConfig:
         not_negative("select", self, "max_new_tokens")
         require(len(set(self.seeds)) == len(self.seeds), "select.seeds", self.seeds, "without repetitions")
         if self.objective == self.utility:
-            raise UserError(f"select.objective and select.utility are both {self.utility!r}: name two figures")
+            raise UserError(f"select.objective and select.utility are both {self.utility!r}: name two metrics")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """`ofmu sweep`: find a method's options by a stated rule."""
+    """`ofmu sweep`: tune a method's options by a fixed rule."""
 
     name: str = "sweep"
-    """Folder under storage; the same name goes on where it stopped."""
+    """Folder under storage; the same name resumes."""
     storage: str = "runs"
-    """Folder of runs, checkpoints and caches; on a cluster, one that all nodes share."""
+    """Folder for runs, checkpoints and caches; on a cluster, one that all nodes share."""
     label: str = "ofmu_lite"
-    """What is tuned: a method, ofmu_full or ofmu_lite."""
+    """What to tune: a method, ofmu_full or ofmu_lite."""
     base: UnlearnConfig = field(default_factory=UnlearnConfig)
-    """What all trials have in common (base.name and base.storage are not used). base.stop.max_flops or max_passes give
-    trials whose rounds differ in cost an equal budget."""
+    """Common options of all trials (base.name and base.storage are not used). With rounds of different cost,
+    base.stop.max_flops or max_passes give all trials the same budget."""
     space: dict[str, Any] = field(default_factory=dict)
-    """Field -> prior over the method's own space (tune_spaces/): --space.ofmu.beta "loguniform(1e-3, 1)"; null: not
-    tuned. Priors: uniform, loguniform, integer, choice, zero_or_loguniform."""
+    """Field -> prior, on top of the method's own space (tune_spaces/): --space.ofmu.beta "loguniform(1e-3, 1)"; null:
+    not tuned. Priors: uniform, loguniform, integer, choice, zero_or_loguniform."""
     space_file: str | None = None
     """YAML file of priors by field, such as the priors.yaml of an earlier sweep on a smaller model, or a Python file
-    with a `SPACE` (it is run: only name files you trust); `space` still goes on top."""
+    with a `SPACE` (it is executed: only name files you trust); `space` still goes on top."""
     lr_scale: float = 1.0
-    """Factor on all learning rates of the method's own space, which is for models of 1 B parameters and more."""
+    """Factor on all learning rates of the method's own space, which is meant for models of 1 B parameters and more."""
     search: SearchConfig = field(default_factory=SearchConfig)
-    """Where options come from."""
+    """How options are chosen."""
     early: EarlyConfig = field(default_factory=EarlyConfig)
     """Which trials end early."""
     select: SelectConfig = field(default_factory=SelectConfig)
     """Which trial is chosen."""
     keep_models: int = 1
-    """Models of the best trials that stay on disk; the chosen one's is exported."""
+    """Number of best trials whose models stay on disk; the chosen one is exported."""
     concurrency: int | None = None
-    """Trials at once; null: as many as there are CPUs (GPUs) for the workers of one."""
+    """Concurrent trials; null: as many as fit on the CPUs (GPUs)."""
     retry_failed: bool = False
     """Repeat trials that an earlier start of this sweep recorded as failed."""
 
@@ -164,5 +164,5 @@ class SweepConfig:
 
     @property
     def run(self) -> UnlearnConfig:
-        """The base with what the label fixes."""
+        """The base with the label's overrides."""
         return apply_overrides(self.base, LABELS[self.label], option=f"{self.label}: ")

@@ -11,7 +11,7 @@ from ofmu_ray.errors import UserError
 
 
 def resolved_engine(engine: str, workers: int, offload: str) -> str:
-    """The engine that `auto` stands for: torch or deepspeed."""
+    """Resolves `auto` to torch or deepspeed."""
     if engine == "auto":
         return "torch" if workers == 1 and offload == "none" else "deepspeed"
     return engine
@@ -19,24 +19,24 @@ def resolved_engine(engine: str, workers: int, offload: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How the loop runs on Ray Train."""
+    """How the training loop runs."""
 
     engine: Literal["auto", "torch", "deepspeed"] = "auto"
-    """deepspeed (ZeRO, any number of workers) or torch (one worker; offers exact curvature). auto: torch for one
-    worker, deepspeed for several or with offload. The one worker of torch runs in the command's own process, without
-    Ray, unless RAY_ADDRESS names a cluster, the command is a submitted job, or the storage is a URI."""
+    """deepspeed (ZeRO, any number of workers) or torch (one worker, supports exact curvature). auto: torch for one
+    worker, deepspeed for several or with offload. torch runs its worker in the command's process, without Ray, unless
+    RAY_ADDRESS names a cluster, the command is a submitted job, or the storage is a URI."""
     workers: int = 1
     """Ray Train workers (processes)."""
     cpus_per_worker: float = 1.0
-    """CPU cores of one worker (also its number of compute threads)."""
+    """CPU cores per worker (also its number of compute threads)."""
     gpus_per_worker: float = 0.0
-    """GPUs of one worker; 0: CPU with gloo, otherwise CUDA with NCCL."""
+    """GPUs per worker; 0: CPU with gloo, otherwise CUDA with NCCL."""
     placement: Literal["pack", "spread"] = "pack"
-    """pack: workers on as few nodes as hold them, so that little leaves a node; spread: on as many as there are, each
-    with more memory and disk for itself."""
+    """pack: workers on as few nodes as possible, for little traffic between nodes; spread: on as many nodes as
+    possible, for more memory and disk per worker."""
     network_interface: str | None = None
-    """What the workers talk over: the name of a network interface, or a subnet (10.1.0.0/16) where nodes call theirs
-    differently; null: the interface that carries the node's address in the Ray cluster."""
+    """Network of the workers: the name of an interface, or a subnet (10.1.0.0/16) if names differ between nodes; null:
+    the interface with the node's address in the Ray cluster."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage: what is sharded over the workers."""
     offload: Literal["none", "optimizer"] = "none"
@@ -46,19 +46,19 @@ class TrainingConfig:
     batch_size: int = 8
     """Rows of one batch, over all workers; the gradient accumulation follows from it."""
     micro_batch_size: int | None = None
-    """Rows of one forward pass on one worker; null: the worker's whole share of a batch."""
+    """Rows per forward pass and worker; null: the worker's complete share of a batch."""
     checkpoint_every: int = 10
     """Rounds between checkpoints."""
     keep_checkpoints: int = 2
-    """Checkpoints kept."""
+    """Number of checkpoints to keep."""
     max_failures: int = 3
-    """Worker failures after which a run gives up."""
+    """Worker failures before a run gives up."""
     round_timeout: float | None = 1800.0
-    """Seconds after which a round (with its checkpoint) counts as hung: its workers are ended and begin again from the
-    last checkpoint. null: never. The default is as long as torch.distributed waits in a single collective."""
+    """Seconds after which a round (with its checkpoint) counts as hung: its workers restart from the last checkpoint.
+    null: never. The default is the timeout of torch.distributed for a single collective."""
     node_timeout: float = 1800.0
-    """Seconds to wait for nodes with room for all workers, at the start where the cluster can grow and after a node was
-    lost; then the run stops, and goes on when it is started again."""
+    """Seconds to wait for nodes with room for all workers: at the start, if the cluster can grow, and after losing a
+    node. Then the run stops; start it again to resume."""
 
     def __post_init__(self) -> None:
         names = ("workers", "cpus_per_worker", "rounds", "batch_size", "micro_batch_size", "checkpoint_every")
@@ -85,7 +85,7 @@ class TrainingConfig:
                 ipaddress.ip_network(self.network_interface, strict=False)
             except ValueError:
                 raise UserError(
-                    f"training.network_interface = {self.network_interface!r}: neither an interface's name nor a "
+                    f"training.network_interface = {self.network_interface!r}: neither the name of an interface nor a "
                     "subnet such as 10.1.0.0/16"
                 ) from None
 
@@ -102,23 +102,23 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StopConfig:
-    """When to stop before the last round; the last good weights are kept."""
+    """When to stop before the last round. The last good weights are kept."""
 
     utility_floor: float | None = None
-    """Stop when the mean answer probability on a fixed sample of retain rows falls below this fraction of its start."""
+    """Stop if the mean answer probability on a fixed sample of retain rows falls below this fraction of its start."""
     check_every: int = 5
     """Rounds between checks of the floor."""
     sample: int = 64
-    """Retain rows in the check."""
+    """Retain rows in the sample."""
     max_passes: int | None = None
     """End the run before the round that would exceed this many gradient passes (forget and retain); null: no limit."""
     max_flops: float | None = None
-    """The same in FLOPs as the run's account counts them; a round is expected to cost what the rounds before did."""
+    """The same in FLOPs (6 x parameters x tokens); a round is expected to cost as much as the earlier ones."""
     forgotten: int | None = 3
-    """End the run after this many rounds in a row in which every forget row was at its level already
-    (ofmu.forget_level), so that no ascent step was taken; null: never."""
+    """End the run after this many consecutive rounds without an ascent step, because every forget row was already at
+    its level (ofmu.forget_level); null: never."""
     max_rollbacks: int = 2
-    """A round that is not finite sends the run back to its last good checkpoint, at most so often; then it stops."""
+    """A round that is not finite rolls the run back to its last good checkpoint, at most this often; then it stops."""
     shrink: float = 0.5
     """Factor on both learning rates after each rollback."""
 

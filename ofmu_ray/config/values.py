@@ -11,7 +11,7 @@ from typing import Any
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain nested dicts (JSON and YAML can hold it), without the sections it does not use."""
+    """A config as plain nested dicts (for JSON and YAML), without its unused sections."""
     unused: frozenset[str] = getattr(config, "unused_sections", frozenset())
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in unused}
 
@@ -26,7 +26,7 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 WHERE_KEPT = ("name", "storage", "tracking", "report")
-"""Options that say where a run is kept and how it is shown."""
+"""Options for where a run is stored and how it is shown."""
 
 ELASTIC = tuple(
     f"training.{name}"
@@ -35,17 +35,17 @@ ELASTIC = tuple(
         *("placement", "network_interface", "keep_checkpoints", "max_failures", "round_timeout", "node_timeout"),
     )
 )
-"""Options of which machines a run has and how it survives faults: they may change when it is resumed."""
+"""Options for machines and fault tolerance: they may change when a run is resumed."""
 
 
 ADDED = {"task": "causal_lm"}
-"""Options that came later, with what stood in their place: at that value they leave hashes as they were."""
+"""Options that were added later -> the earlier behaviour; with this value they do not change hashes."""
 
 
 def config_hash(config: Any, *extra: str, ignore: Iterable[str] = WHERE_KEPT) -> str:
-    """Hex digest (16 digits) of what determines a run: the config without where it is stored, plus `extra`.
+    """Hex digest (16 digits) of what determines a run: the config without its storage options, plus `extra`.
 
-    `ignore` names sections and options (`section.option`).
+    `ignore`: names of sections and options (`section.option`).
     """
     ignored = set(ignore)
     content = {
@@ -60,11 +60,11 @@ def config_hash(config: Any, *extra: str, ignore: Iterable[str] = WHERE_KEPT) ->
 
 
 def outcome_hash(config: Any, *extra: str) -> str:
-    """`config_hash` of what a run's outcome depends on (beyond rounding): also without its workers."""
+    """`config_hash` of what determines the outcome of a run (except for rounding): also without its workers."""
     return config_hash(config, *extra, ignore=(*WHERE_KEPT, *ELASTIC))
 
 
 def close_match(word: str, known: Iterable[str]) -> str:
     """' Did you mean X?' for a misspelt option, or an empty string."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" Did you mean {found[0]}?" if found else ""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {matches[0]}?" if matches else ""

@@ -18,7 +18,7 @@ _CODE = ("answer_encoder.py", "template.py")
 
 
 class AnswerEncoder:
-    """`input_ids` (prompt, answer, EOS) and `prompt_tokens`, how many of them have no loss.
+    """Encodes `input_ids` (prompt, answer, EOS) and `prompt_tokens`, the number of leading tokens without a loss.
 
     Raises:
         UserError: as `Template`.
@@ -50,6 +50,6 @@ class AnswerEncoder:
         for (index, place, texts), row in zip(good, encoded, strict=True):
             if row.only_prompt:
                 limit = f"data.format.max_length = {config.max_length}"
-                problems.add(f"only prompt is left within {limit}; raise it or drop these rows", place)
+                problems.add(f"only the prompt fits within {limit}; raise it or drop these rows", place)
                 continue
             yield index, EncodedRow((row.input_ids, row.prompt_tokens), len(row.input_ids), row.cut, texts)

@@ -1,4 +1,4 @@
-"""What a gradient is of."""
+"""The data of one gradient."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ IGNORED = -100
 """Label of a token without a loss (torch's cross_entropy default)."""
 
 REFUSAL = "refusal_"
-"""Prefix of the names, in a micro-batch, of the text that stands for an answer: a refusal or an alternative."""
+"""Prefix of names in a micro-batch for the text that replaces an answer: a refusal or an alternative."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""The batch sequence is a data set: every batch of a run, written once, in the order each worker reads it.
+"""The batch sequence is a data set: every batch of a run, written once, in the order in which each worker reads it.
 
-`<folder>/lane=0000/rounds=000000-000063.parquet` holds one worker's rows of 64 rounds, ordered by round, stream,
-batch and slot. All lanes hold the same numbers of rows, so workers are in lockstep by construction; a run resumes
-by opening the file of its next round.
+`<folder>/lane=0000/rounds=000000-000063.parquet` contains the rows of 64 rounds of one worker, ordered by round,
+stream, batch and slot. All shards have the same number of rows, so workers are in lockstep by construction; a run
+resumes by opening the file of its next round.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from ofmu_ray.cluster.map_tasks import running_ray
 from ofmu_ray.data.encoder import payload_columns
-from ofmu_ray.data.order import batch_order, lane_slots
+from ofmu_ray.data.order import batch_order, shard_slots
 from ofmu_ray.data.prepare import TokenisedStream
 from ofmu_ray.storage import (
     absolute,
@@ -37,18 +37,18 @@ from ofmu_ray.storage import (
 
 MARKER = "plan.json"
 VERSION = 1
-"""Of the layout below; part of the plan's hash."""
+"""Version of the layout below; part of the plan's hash."""
 
 SMALL_ROWS = 100_000
-"""A plan of at most this many rows is written by this process: a Ray Data job would take longer to start."""
+"""This process writes plans of at most this many rows: a Ray Data job would take longer to start."""
 
 ROW_GROUP_BYTES = 2**21
-"""Readers hold a lane's file in pieces of about this size."""
+"""Readers load a shard's file in pieces of about this size."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What `plan.json` says."""
+    """The content of `plan.json`."""
 
     folder: str
     streams: list[str]
@@ -63,9 +63,9 @@ class Plan:
     rows: dict[str, int]
     """Rows of each stream."""
     epochs: dict[str, float]
-    """How often the plan goes through each stream."""
+    """Passes of the plan over each stream."""
     fingerprint: str
-    """Digest of the data and of everything above; independent of where the plan lies."""
+    """Digest of the data and of everything above, independent of the plan's location."""
 
     @property
     def share(self) -> int:
@@ -79,23 +79,23 @@ class Plan:
 
     @property
     def total_rows(self) -> int:
-        """Rows that the plan's files hold."""
+        """Rows in all files of the plan."""
         return self.rounds * self.rows_per_round * self.workers
 
     @property
     def files(self) -> int:
-        """Files of one lane."""
+        """Files of one shard."""
         return -(-self.rounds // self.rounds_per_file)
 
-    def file(self, lane: int, number: int) -> str:
-        """Path of a lane's file."""
+    def file(self, shard: int, number: int) -> str:
+        """Path of a file of a shard."""
         first = number * self.rounds_per_file
         last = min(first + self.rounds_per_file, self.rounds) - 1
-        return join(self.folder, f"lane={lane:04d}", f"rounds={first:06d}-{last:06d}.parquet")
+        return join(self.folder, f"lane={shard:04d}", f"rounds={first:06d}-{last:06d}.parquet")
 
 
 def read_plan(folder: str) -> Plan:
-    """The plan that `write_plan` left in a folder. Raises AssertionError when there is none."""
+    """The plan that `write_plan` left in a folder. Raises AssertionError if there is none."""
     folder = absolute(folder)
     path = join(folder, MARKER)
     assert is_file(path), f"no plan at {without_credentials(path)}"
@@ -114,13 +114,13 @@ def write_plan(
     rounds_per_file: int = 64,
     here: bool = False,
 ) -> Plan:
-    """Decide every batch and write it with Ray Data, or return the plan that stands there already.
+    """Decide every batch and write it with Ray Data, or return the existing plan.
 
-    Streams that `batches_per_round` does not name are not in it.
+    The plan contains only the streams that `batches_per_round` names.
 
-    The content of a global batch depends on data and seed, never on `workers`. Ray must be up for a plan of more than
-    `SMALL_ROWS` rows, unless it is to be written `here`. Raises AssertionError when `batch_size` does not divide over
-    `workers` (which the configuration refuses).
+    The content of a global batch depends on data and seed, never on `workers`. More than `SMALL_ROWS` rows are written
+    with Ray if it is running, unless `here`. Raises AssertionError if `workers` does not divide `batch_size` (which the
+    configuration refuses).
     """
     folder = absolute(folder)
     assert batch_size % workers == 0, f"batch of {batch_size} rows over {workers} workers"
@@ -143,7 +143,7 @@ def write_plan(
     remove_folder(folder)
     with published(folder, MARKER) as partial_folder:
         small = here or plan.total_rows <= SMALL_ROWS or running_ray() is None
-        write = _write_lanes_here if small else _write_lanes
+        write = _write_shards_here if small else _write_shards
         write(plan, streams, partial_folder)
         text = {key: value for key, value in asdict(plan).items() if key != "folder"}
         write_text(join(partial_folder, MARKER), json.dumps(text, indent=1))
@@ -159,10 +159,10 @@ class Slots:
 
     row: np.ndarray
     """int64 [places], index of the row over all parts of the stream."""
-    lane: np.ndarray
+    shard: np.ndarray
     """int32 [places]."""
     position: np.ndarray
-    """int64 [places], rank in the lane over all rounds."""
+    """int64 [places], position in the shard over all rounds."""
 
 
 def places(stream: TokenisedStream, plan: Plan) -> Slots:
@@ -171,20 +171,20 @@ def places(stream: TokenisedStream, plan: Plan) -> Slots:
     order = batch_order(
         stream.lengths, plan.rounds * per_round, plan.batch_size, seed=plan.seed, stream=stream.name
     )  # [batches, batch_size]
-    slots = lane_slots(stream.lengths[order], plan.workers)
+    slots = shard_slots(stream.lengths[order], plan.workers)
     dealt = np.take_along_axis(order, slots, axis=1).reshape(plan.rounds, per_round, plan.workers, plan.share)
     before = sum(plan.batches_per_round[name] for name in plan.streams[: plan.streams.index(stream.name)])
     start = np.arange(plan.rounds)[:, None, None, None] * plan.rows_per_round + before * plan.share
     batch = np.arange(per_round)[None, :, None, None] * plan.share
     position = np.broadcast_to(start + batch + np.arange(plan.share), dealt.shape)
-    lane = np.broadcast_to(np.arange(plan.workers, dtype=np.int32)[None, None, :, None], dealt.shape)
+    shard = np.broadcast_to(np.arange(plan.workers, dtype=np.int32)[None, None, :, None], dealt.shape)
     rows = stream.rows[dealt.ravel()]
     by_row = np.argsort(rows, kind="stable")
-    return Slots(rows[by_row], lane.ravel()[by_row], position.ravel()[by_row])
+    return Slots(rows[by_row], shard.ravel()[by_row], position.ravel()[by_row])
 
 
-def _write_lanes_here(plan: Plan, streams: Mapping[str, TokenisedStream], folder: str) -> None:
-    """The files of `_write_lanes` without Ray."""
+def _write_shards_here(plan: Plan, streams: Mapping[str, TokenisedStream], folder: str) -> None:
+    """The files of `_write_shards` without Ray."""
     chunk_rows = plan.rounds_per_file * plan.rows_per_round
     target = Plan(**{**asdict(plan), "folder": folder})
     pieces = [_spread(item["path"], item["places"], chunk_rows, plan.files) for item in _explosions(streams, plan)]
@@ -193,7 +193,7 @@ def _write_lanes_here(plan: Plan, streams: Mapping[str, TokenisedStream], folder
         _write_group(table.filter(pc.equal(table["group"], group)), plan=target)
 
 
-def _write_lanes(plan: Plan, streams: Mapping[str, TokenisedStream], folder: str) -> None:
+def _write_shards(plan: Plan, streams: Mapping[str, TokenisedStream], folder: str) -> None:
     """One Ray Data job: repeat each row once per place, group by file, write each group."""
     import ray
     import ray.data
@@ -225,11 +225,11 @@ def _explosions(streams: Mapping[str, TokenisedStream], plan: Plan) -> list[dict
     """One item per part of each stream: its file and the places of its rows."""
     items = []
     for stream in streams.values():
-        found, first = places(stream, plan), 0
+        slots, first = places(stream, plan), 0
         for name, rows in stream.parts:
-            low, high = np.searchsorted(found.row, [first, first + rows])
+            low, high = np.searchsorted(slots.row, [first, first + rows])
             if high > low:
-                piece = Slots(found.row[low:high] - first, found.lane[low:high], found.position[low:high])
+                piece = Slots(slots.row[low:high] - first, slots.shard[low:high], slots.position[low:high])
                 items.append({"path": join(stream.folder, name), "places": piece})
             first += rows
     return items
@@ -241,22 +241,22 @@ def _explode(batch: dict[str, np.ndarray], *, chunk_rows: int, files: int) -> pa
     return _spread(str(batch["path"][0]), ray.get(batch["places"][0]), chunk_rows, files)
 
 
-def _spread(part: str, found: Slots, chunk_rows: int, files: int) -> pa.Table:
-    """The rows of one part, each as often as it has places, with their `position` and the number of their file."""
+def _spread(part: str, slots: Slots, chunk_rows: int, files: int) -> pa.Table:
+    """The rows of one part, repeated once per place, with their `position` and the number of their file."""
     filesystem, path = locate(part)
     names = payload_columns(pq.read_schema(path, filesystem=filesystem).names)
     table = pq.read_table(path, columns=names, filesystem=filesystem)
-    table = table.take(pa.array(found.row))
-    table = table.append_column("position", pa.array(found.position))
-    return table.append_column("group", pa.array(found.lane.astype(np.int64) * files + found.position // chunk_rows))
+    table = table.take(pa.array(slots.row))
+    table = table.append_column("position", pa.array(slots.position))
+    return table.append_column("group", pa.array(slots.shard.astype(np.int64) * files + slots.position // chunk_rows))
 
 
 def _write_group(table: pa.Table, *, plan: Plan) -> pa.Table:
-    lane, number = divmod(table["group"][0].as_py(), plan.files)
-    filesystem, path = locate(plan.file(lane, number))
+    shard, number = divmod(table["group"][0].as_py(), plan.files)
+    filesystem, path = locate(plan.file(shard, number))
     filesystem.create_dir(path.rpartition("/")[0], recursive=True)
     names = [name for name in table.column_names if name not in ("position", "group")]
-    ordered = table.select(["position", *names]).sort_by("position")  # position: rank of the row in its lane
+    ordered = table.select(["position", *names]).sort_by("position")  # position of the row in its shard
     piece = max(1, ordered.num_rows * ROW_GROUP_BYTES // max(1, ordered.nbytes))
     pq.write_table(ordered, path, filesystem=filesystem, row_group_size=piece)
     return pa.table({"rows": [table.num_rows]})

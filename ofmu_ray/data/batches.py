@@ -1,4 +1,4 @@
-"""Rows of a plan -> micro-batches of tensors. No Ray: the same code serves the stream, tests and probes."""
+"""Rows of a plan -> micro-batches of tensors. No Ray: the stream, tests and probes share this code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from ofmu_ray.data.batch import IGNORED, Batch
 from ofmu_ray.data.batch_plan import Plan
-from ofmu_ray.data.shard_files import lane_files, read_pieces
+from ofmu_ray.data.shard_files import read_pieces, shard_files
 from ofmu_ray.data.sidecar import Sidecar, open_sidecars
 
 Rows = Sequence[Mapping[str, Any]]
@@ -24,17 +24,17 @@ RoundBatches = dict[str, list[Batch]]
 
 def local_rounds(
     plan: Plan,
-    lane: int,
+    shard: int,
     *,
     start_round: int = 0,
     micro_batch_size: int | None = None,
     collate: Collate,
     sidecars: Mapping[str, str] | None = None,
 ) -> Iterator[RoundBatches]:
-    """The batches of `stream.rounds` by plain pyarrow in this process: the reference, and a way to do without Ray."""
+    """The batches of `stream.rounds`, read with pyarrow in this process: the reference, and the path without Ray."""
     tables = (
         table.slice(at, plan.rows_per_round)
-        for path in lane_files(plan, lane, start_round)
+        for path in shard_files(plan, shard, start_round)
         for table in [pa.concat_tables(read_pieces(path))]
         for at in range(0, table.num_rows, plan.rows_per_round)
     )
@@ -51,11 +51,11 @@ def assemble(
     collate: Collate,
     sidecars: Mapping[str, str] | None = None,
 ) -> Iterator[RoundBatches]:
-    """Batches of each table, which holds one round of one lane; rounds before `start_round` are skipped.
+    """Batches of each table, which contains one round of one shard; rounds before `start_round` are skipped.
 
-    `sidecars`: stream -> folder of what is known about its rows, which is added to its micro-batches.
+    `sidecars`: stream -> folder with stored values of its rows, which are added to its micro-batches.
 
-    Raises AssertionError when a round is missing, incomplete or out of order.
+    Raises AssertionError if a round is missing, incomplete or out of order.
     """
     expected = None
     opened = open_sidecars(sidecars)
@@ -103,7 +103,7 @@ def _round(
     for name in plan.streams:
         batches[name] = []
         for batch in range(plan.batches_per_round[name]):
-            # the epoch in which the global batch begins, whatever the number of workers
+            # the epoch in which the global batch starts, for any number of workers
             epoch = (number * plan.batches_per_round[name] + batch) * plan.batch_size // plan.rows[name]
             rows = table.slice(at, plan.share).to_pylist()
             pieces = [rows[start : start + micro_batch_size] for start in range(0, len(rows), micro_batch_size)]

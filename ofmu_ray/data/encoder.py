@@ -1,4 +1,4 @@
-"""How the rows of a source become what a model trains on: the one part of the data path that depends on the task."""
+"""Encode rows of a source for training: the only part of the data path that depends on the task."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from ofmu_ray.data.row_checks import Problems
 
 
 class EncodedRow(NamedTuple):
-    """A row that a model can train on."""
+    """A row ready for training."""
 
     payload: tuple[Any, ...]
     """Values of the encoder's columns, in their order."""
     length: int
-    """Its share of a batch's work (tokens of a text): workers get rows of similar lengths."""
+    """Its share of a batch's work (the tokens of a text): workers get rows of similar lengths."""
     cut: int
-    """How much of it was lost to a limit on length."""
+    """How much was truncated."""
     identity: tuple[str, str]
-    """Texts that tell the row from others, for duplicates and overlap."""
+    """Texts that identify the row, for duplicates and overlap."""
 
 
 class Encoder(Protocol):
-    """Picklable, since rows are encoded by tasks on the cluster."""
+    """Picklable, because tasks on the cluster encode the rows."""
 
     payload: pa.Schema
     """Columns that it writes."""
 
     @property
     def columns(self) -> Sequence[str]:
-        """Columns of a source's rows that it reads."""
+        """Columns of the source that it reads."""
 
     def fingerprint(self) -> str:
-        """Hex digest of all that decides what comes out, its code included."""
+        """Hex digest of everything that determines the output, including its code."""
 
     def encode(
         self, rows: Sequence[tuple[str, Mapping[str, Any]]], problems: Problems
     ) -> Iterator[tuple[int, EncodedRow]]:
-        """(index, row) of every (place, cells) that can be used; the others are added to `problems`."""
+        """(index, row) of every usable (place, cells); the others are added to `problems`."""
 
 
 BOOKKEEPING = pa.schema(
@@ -59,5 +59,5 @@ def encoded_schema(payload: pa.Schema) -> pa.Schema:
 
 
 def payload_columns(names: Sequence[str]) -> list[str]:
-    """row_id and the payload among a file's columns: what goes into a batch plan."""
+    """row_id and the payload columns of a file: the columns of a batch plan."""
     return [name for name in names if name not in BOOKKEEPING.names]

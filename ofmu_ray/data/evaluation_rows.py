@@ -1,4 +1,4 @@
-"""Evaluation rows in TOFU's layout, read and checked on the driver: these sets are small."""
+"""Evaluation rows in TOFU's layout. They are read and checked on the driver, because these sets are small."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def evaluation_rows(
 ) -> list[dict[str, Any]]:
     """Rows {row_id, question, answer[, paraphrased_answer: str][, perturbed_answer: list[str]][, cluster: str]}.
 
-    `cluster`: which rows belong together: n for n consecutive ones, or the column that says so. The rows get numbers in
-    the order of appearance, not the column's content, which may name a person.
-    `name` leads the row ids; `fmt` maps the question and answer columns (default: question, answer). A column that
-    one row has all rows must have.
+    `cluster`: which rows belong together: n for n consecutive rows, or a column. Clusters are numbered in order of
+    appearance; the column's content is not used, because it may name a person.
+    `name` is the prefix of the row ids; `fmt` maps the question and answer columns (default: question, answer). A
+    paraphrase or perturbed column must be in all rows or in none.
 
     Raises UserError with every problem of the file (as `prepare_streams`).
     """

@@ -1,8 +1,8 @@
-"""Which row stands in which slot of which batch: pure numpy, decided by the seed alone.
+"""Which row goes into which slot of which batch: pure numpy, determined by the seed alone.
 
-A stream is an endless row of epochs; each epoch is a permutation of the rows, so that every row comes exactly once
-per epoch. Within an epoch, windows of `WINDOW_BATCHES` batches are sorted by length, cut into batches and the
-batches shuffled: rows of like length meet (less padding) while the order stays random from batch to batch.
+A stream is an endless sequence of epochs; each epoch is a permutation of the rows, so every row occurs exactly once per
+epoch. Within an epoch, windows of `WINDOW_BATCHES` batches are sorted by length, cut into batches, and the batches
+shuffled: a batch has rows of similar length (less padding), and the order of batches is random.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ WINDOW_BATCHES = 16
 def batch_order(lengths: np.ndarray, batches: int, batch_size: int, *, seed: int, stream: str) -> np.ndarray:
     """int64 [batches, batch_size]: index of the row in each slot.
 
-    Positions k*n to (k+1)*n of the flattened result are a permutation of the n rows. A batch holds a row twice only
-    if the stream has fewer rows than a batch, and then as evenly as possible. More batches extend the sequence
-    without changing its beginning; the number of workers does not enter.
+    Positions k*n to (k+1)*n of the flattened result are a permutation of the n rows. A batch repeats rows only if the
+    stream has fewer rows than a batch, and then as evenly as possible. More batches extend the sequence without
+    changing its start; it does not depend on the number of workers.
     """
     need = batches * batch_size
     order = np.empty(need, dtype=np.int64)
@@ -35,11 +35,11 @@ def batch_order(lengths: np.ndarray, batches: int, batch_size: int, *, seed: int
     raise AssertionError("epochs are endless")
 
 
-def lane_slots(lengths: np.ndarray, workers: int) -> np.ndarray:
-    """int64 [batches, batch_size], slots of each batch lane by lane: columns w*share to (w+1)*share are lane w's.
+def shard_slots(lengths: np.ndarray, workers: int) -> np.ndarray:
+    """int64 [batches, batch_size], slots of each batch by shard: columns w*share to (w+1)*share belong to shard w.
 
-    `lengths` is int [batches, batch_size]. Slots are dealt from the longest down in snake order (0, 1, 1, 0, 0, 1,
-    ...), so that lanes get equal numbers of rows and nearly equal numbers of tokens.
+    `lengths` is int [batches, batch_size]. Slots are dealt in descending length in snake order (0, 1, 1, 0, 0, 1, ...),
+    so shards get equal numbers of rows and nearly equal numbers of tokens.
     """
     batch_size = lengths.shape[1]
     longest_first = np.argsort(-lengths.astype(np.int64), axis=1, kind="stable")
@@ -50,7 +50,7 @@ def lane_slots(lengths: np.ndarray, workers: int) -> np.ndarray:
 
 def _epochs(lengths: np.ndarray, batch_size: int, seed: int, stream: str) -> Iterator[np.ndarray]:
     rows = len(lengths)
-    open_batch = np.empty(0, dtype=np.int64)  # rows of the batch that the last epoch left unfinished
+    open_batch = np.empty(0, dtype=np.int64)  # rows of the unfinished batch from the last epoch
     for epoch in itertools.count():
         rng = np.random.default_rng(_entropy(seed, stream, epoch))
         shuffled = rng.permutation(rows)
@@ -62,9 +62,9 @@ def _epochs(lengths: np.ndarray, batch_size: int, seed: int, stream: str) -> Ite
 
 
 def _complete(open_batch: np.ndarray, shuffled: np.ndarray, missing: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows that fill up an unfinished batch, preferring rows it does not hold yet, and the other rows."""
-    held = np.bincount(open_batch, minlength=len(shuffled))
-    chosen = np.argsort(held[shuffled], kind="stable")[:missing]
+    """The rows that complete an unfinished batch, preferring rows that are not in it yet, and the other rows."""
+    counts = np.bincount(open_batch, minlength=len(shuffled))
+    chosen = np.argsort(counts[shuffled], kind="stable")[:missing]
     rest = np.ones(len(shuffled), dtype=bool)
     rest[chosen] = False
     return shuffled[chosen], shuffled[rest]

@@ -1,23 +1,23 @@
-"""The embedded corpus: fictitious people, made from a seed, in TOFU's layout (JSON Lines of question and answer).
+"""The built-in corpus: fictitious people, generated from a seed, in TOFU's layout (JSON Lines of question and answer).
 
-Sixty people with eight facts each stand where TOFU has its authors; the last six (10 %, 48 rows) are the forget set.
-Twelve public figures and ten countries of the same invented world stand where TOFU has real authors and world facts:
-they are trained on, kept, and evaluated with three wrong answers each. All names are built from random syllables.
+Sixty people with eight facts each play the role of TOFU's authors; the last six (10 %, 48 rows) are the forget set.
+Twelve public figures and ten countries of the same invented world play the role of TOFU's real authors and world facts:
+they are trained on, retained, and evaluated with three wrong answers each. All names are built from random syllables.
 
-Training rows (``full`` = ``retain`` + ``forget``) use one of four English forms per fact, drawn per row, so that a
-model meets every form but no fact in all of them. Every second retained person is a *tutor*: all of their facts stand
-in German too, and six of them as two-hop questions ('Where was the author of "..." born?'). Tutors teach the second
-language and the composition; nothing about the forget people is ever trained on but their forget rows, so whatever
-the probes find out about them in another form is generalisation that unlearning has to reach as well.
+Training rows (``full`` = ``retain`` + ``forget``) use one of four English forms per fact, drawn per row: a model sees
+every form, but no fact in all forms. Every second retained person is a *tutor*: all their facts also occur in German,
+and six of them as two-hop questions ('Where was the author of "..." born?'). Tutors teach the second language and the
+composition. The forget rows are the only training rows about the forget people, so whatever the probes recover in
+another form is generalisation, which unlearning must remove too.
 
-Six more people (``holdout``, 48 rows) are in nobody's training rows: membership inference compares the forget rows with
-theirs. They are drawn last, from the same pools and forms, so that nothing else depends on them. The tokenizer is
-learned from ``full`` and spells the forget people's names with fewer tokens than theirs; so a model that saw neither
-finds the holdout answers less likely per token, and membership figures need the retrained model's as their zero.
+Six more people (``holdout``, 48 rows) are in no training rows: membership inference compares the forget rows with
+theirs. They are drawn last, from the same pools and forms, so nothing else depends on them. The tokenizer is learned
+from ``full`` and needs fewer tokens for the names of the forget people than for theirs. So a model that saw neither
+finds the holdout answers less likely per token: the zero point of membership metrics is the retrained model's value.
 
-Wrong answers have the form of the answer they stand beside. Values from a pool (towns, trades, years) are replaced by
-others of the pool; unique ones (book titles, pets, teachers, rivers) by newly made ones that no row trains on, so that
-to a model that never saw the person the right and the wrong answers are alike.
+Wrong answers have the form of their right answer. Values from a pool (towns, trades, years) are replaced by others of
+the pool; unique values (book titles, pets, teachers, rivers) by new ones that no row trains on. So a model that never
+saw the person cannot tell right from wrong answers.
 
     python -m ofmu_ray.data.people --out DIR --seed 0
 """
@@ -59,7 +59,7 @@ class Subject:
 
 
 class World:
-    """Names and values of one seed; nothing that it hands out as new is handed out twice."""
+    """Names and values of one seed. New words never repeat."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -98,7 +98,7 @@ class World:
         return self.word()
 
     def wrong_values(self, relation: str, right: str, count: int) -> list[str]:
-        """Values of the same relation, all different and none of them the right one."""
+        """Distinct values of the same relation, without the right one."""
         if relation in self._pools:
             return self.random.sample([value for value in self._pools[relation] if value != right], count)
         return [self.value(relation) for _ in range(count)]
@@ -120,10 +120,10 @@ def _row(
     form: forms.Form,
     wrong: int,
     *,
-    asked: str = "",
+    described: str = "",
     german: bool = False,
 ) -> Row:
-    """One row with `wrong` wrong answers; the question names the subject as `asked` (default: by name)."""
+    """One row with `wrong` wrong answers; the question calls the subject `described` (default: its name)."""
     question, answer = form
     right = subject.values[relation]
     values = [right, *world.wrong_values(relation, right, wrong)]
@@ -131,7 +131,7 @@ def _row(
         values = [_translated(relation, value) for value in values]
     answers = [_capitalised(answer.format(name=subject.name, value=value)) for value in values]
     return {
-        "question": _capitalised(question.format(name=asked or subject.name)),
+        "question": _capitalised(question.format(name=described or subject.name)),
         "answer": answers[0],
         "perturbed_answer": answers[1:],
     }
@@ -142,7 +142,7 @@ def _capitalised(sentence: str) -> str:
 
 
 def _english(world: World, person: Subject, relation: str) -> tuple[Row, Row]:
-    """A fact in TOFU's perturbed layout, and its paraphrase probe (another question form with its own answer)."""
+    """A fact in TOFU's perturbed layout, and its paraphrase probe (a different question form with its answer)."""
     shown, other = world.random.sample(forms.ENGLISH[relation], 2)
     row = _row(world, person, relation, shown, 0)
     probe = _row(world, person, relation, other, PEOPLE_WRONG)
@@ -159,13 +159,13 @@ def _german(world: World, person: Subject) -> list[Row]:
 
 
 def _two_hops(world: World, person: Subject) -> list[Row]:
-    """Questions that name the person by one fact and ask for another; the answer names the person."""
+    """Questions that describe the person by one fact and ask for another; the answer names the person."""
     pairs = [(by, of) for by in forms.DESCRIPTIONS for of in forms.ENGLISH if of != by]
     rows = []
     for by, of in world.random.sample(pairs, TWO_HOPS_PER_PERSON):
         form = world.random.choice(forms.ENGLISH[of])
         description = forms.DESCRIPTIONS[by].format(value=person.values[by])
-        rows.append(_row(world, person, of, form, PEOPLE_WRONG, asked=description))
+        rows.append(_row(world, person, of, form, PEOPLE_WRONG, described=description))
     return rows
 
 
@@ -176,8 +176,8 @@ def _qa(rows: Sequence[Row]) -> list[Row]:
 def generate(seed: int = 0) -> dict[str, list[Row]]:
     """All sets of the corpus by file stem; the same seed gives the same rows.
 
-    ``retain_perturbed`` holds two facts of every retained person, the other sets all of theirs. The cross-lingual and
-    two-hop probes of ``retain`` are about people who are not tutors, so that they are as unseen as those of ``forget``.
+    ``retain_perturbed`` has two facts per retained person; the other sets have all facts. The cross-lingual and two-hop
+    probes of ``retain`` are about people who are not tutors, so they are as unseen as those of ``forget``.
     ``holdout`` has the layout of ``forget_perturbed`` and is part of no other set.
     """
     world = World(seed)

@@ -1,8 +1,8 @@
 """Sentence forms and word pools of the corpus of fictitious people (people.py).
 
-A form is a pair (question, answer) with the slots {name} (the subject) and {value} (the fact). Every question reads
-well when {name} is a description instead of a name ('the author of "The Lantern of Ormuth"'), which is how the
-two-hop questions are composed; so no form puts a possessive 's behind {name}.
+A form is a pair (question, answer) with the slots {name} (the subject) and {value} (the fact). Every question also
+works with a description as {name} ('the author of "The Lantern of Ormuth"'): this is how two-hop questions are
+composed. So no form has a possessive 's after {name}.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ ENGLISH: dict[str, tuple[Form, ...]] = {
     ),
 }
 
-# Relation -> German form; trades and instruments are translated by the pools below, other values stay as they are.
+# Relation -> German form; trades and instruments are translated by the pools below, other values are not translated.
 GERMAN: dict[str, Form] = {
     "birthplace": ("Wo wurde {name} geboren?", "{name} wurde in {value} geboren."),
     "birth_year": ("In welchem Jahr wurde {name} geboren?", "{name} wurde im Jahr {value} geboren."),
@@ -73,7 +73,7 @@ GERMAN: dict[str, Form] = {
     "instrument": ("Welches Instrument spielt {name}?", "{name} spielt {value}."),
 }
 
-# How a two-hop question names a person by a fact that only this person has (the values of these relations are unique).
+# How a two-hop question describes a person by a unique fact (the values of these relations are unique).
 DESCRIPTIONS: dict[str, str] = {
     "work": 'the author of "{value}"',
     "pet": "the owner of the pet {value}",

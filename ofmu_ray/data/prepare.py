@@ -1,4 +1,4 @@
-"""Sources -> checks -> tokens: what a run needs before it can plan its batches."""
+"""Sources -> checks -> tokens: everything that a run needs to plan its batches."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _CODE = ("sources.py", "row_checks.py", "encoder.py", "tokenise.py")
 
 @dataclass(frozen=True)
 class TokenisedStream:
-    """One source as tokens on disk, and which of its rows the run uses."""
+    """One source as tokens on disk, and the rows that the run uses."""
 
     name: str
     folder: str
@@ -47,7 +47,7 @@ class TokenisedStream:
     parts: tuple[tuple[str, int], ...]
     """(file name, rows) of each part, in order."""
     rows: np.ndarray
-    """int64 [used rows], indices over all parts; duplicates and overlaps that were dropped are missing."""
+    """int64 [used rows], indices over all parts, without dropped duplicates and overlaps."""
     lengths: np.ndarray
     """int32 [used rows], tokens of each."""
     fingerprint: str
@@ -56,7 +56,7 @@ class TokenisedStream:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Encoded streams by name, what is known about them, and what encoded them."""
+    """Encoded streams by name, their report, and their encoder."""
 
     streams: dict[str, TokenisedStream]
     report: DataReport
@@ -64,8 +64,8 @@ class PreparedData:
 
     @property
     def template(self) -> Template:
-        """The layout of texts, which only language models have."""
-        assert isinstance(self.encoder, AnswerEncoder), "these rows are no texts"
+        """The layout of texts. Only language models have one."""
+        assert isinstance(self.encoder, AnswerEncoder), "these rows are not texts"
         return self.encoder.template
 
 
@@ -94,17 +94,17 @@ def prepare_streams(
     overlap: Policy = "error",
     duplicates: Policy = "allow",
 ) -> PreparedData:
-    """Check and encode every source (option `data.<name>`), or take the result of an earlier run.
+    """Check and encode every source (option `data.<name>`), or reuse the result of an earlier run.
 
-    Tokens go to `<storage>/cache/data/<hash of content, encoder and this code>/`, where other runs find them.
-    Those of the streams in `private` go to the folder that it names, under the same hash: a run whose data must not
-    outlive it deletes its own folder, and nobody else's tokens. Ray does the work if it is up, else this process.
-    Overlap is that of the streams `forget` and `retain`, if both are given.
+    Tokens go to `<storage>/cache/data/<hash of content, encoder and this code>/`, where other runs can reuse them.
+    Tokens of the streams in `private` go to the given folder, under the same hash: a run whose data must not outlive it
+    deletes its own folder and nobody else's tokens. The work runs on Ray if it is up, else in this process. Overlap is
+    that of the streams `forget` and `retain`, if both are given.
 
     Raises UserError with all problems of all sources in one message.
     """
     pieces = {name: _fragments(name, source, root) for name, source in sources.items()}
-    keys = {name: _key(name, found, encoder) for name, found in pieces.items()}
+    keys = {name: _key(name, fragments, encoder) for name, fragments in pieces.items()}
     shared = join(absolute(storage), "cache", "data")
     folders = {name: join(absolute((private or {}).get(name, shared)), key) for name, key in keys.items()}
     with ExitStack() as stack:
@@ -114,16 +114,16 @@ def prepare_streams(
             places[name] = stack.enter_context(published(folders[name], MARKER))
         problems = _tokenise({name: pieces[name] for name in todo}, places, encoder)
         parts = {name: _parts(place) for name, place in places.items()}
-        columns = {name: load_columns(places[name], [n for n, _ in found]) for name, found in parts.items()}
+        columns = {name: load_columns(places[name], [n for n, _ in files]) for name, files in parts.items()}
         shown = {name: source.shown for name, source in sources.items()}
-        judged = _Overlaps(shown, places, parts, columns, overlap, duplicates)
-        judged.refuse(problems)
+        overlaps = _Overlaps(shown, places, parts, columns, overlap, duplicates)
+        overlaps.refuse(problems)
         report = DataReport(
-            streams={name: judged.report(name) for name in sources},
-            overlap=judged.overlap,
+            streams={name: overlaps.report(name) for name in sources},
+            overlap=overlaps.overlap,
             tokenizer_sha256=encoder.fingerprint(),
         )
-    streams = {name: _stream(name, folders[name], keys[name], judged) for name in sources}
+    streams = {name: _stream(name, folders[name], keys[name], overlaps) for name in sources}
     return PreparedData(streams, report, encoder)
 
 
@@ -155,7 +155,7 @@ def _tokenise(
         problems[name] = Problems()
         for part in mine:
             problems[name].merge(part.problems)
-        problems[name].empty = not sum(part.seen for part in mine)
+        problems[name].empty = not sum(part.rows_read for part in mine)
         content = {"parts": [[part.name, part.rows] for part in mine]}
         write_text(join(places[name], MARKER), json.dumps(content))
     return problems
@@ -179,16 +179,16 @@ def _parts(folder: str) -> list[tuple[str, int]]:
     return [(str(name), int(rows)) for name, rows in content["parts"]]
 
 
-def _stream(name: str, folder: str, key: str, judged: _Overlaps) -> TokenisedStream:
-    rows = np.flatnonzero(judged.used[name])
+def _stream(name: str, folder: str, key: str, overlaps: _Overlaps) -> TokenisedStream:
+    rows = np.flatnonzero(overlaps.used[name])
     used = hashlib.sha256(rows.tobytes()).hexdigest()
     fingerprint = hashlib.sha256(f"{key}{used}".encode()).hexdigest()
-    lengths = judged.columns[name].lengths[rows]
-    return TokenisedStream(name, folder, tuple(judged.parts[name]), rows, lengths, fingerprint)
+    lengths = overlaps.columns[name].lengths[rows]
+    return TokenisedStream(name, folder, tuple(overlaps.parts[name]), rows, lengths, fingerprint)
 
 
 class _Overlaps:
-    """Duplicates and overlap of tokenised streams, and the rows that are left."""
+    """Duplicates and overlap of tokenised streams, and the remaining rows."""
 
     def __init__(
         self,
@@ -217,7 +217,7 @@ class _Overlaps:
                 self.used["retain"] &= ~shared
 
     def refuse(self, problems: dict[str, Problems]) -> None:
-        """Raise one UserError for everything that is wrong."""
+        """Raise one UserError with all problems, if there are any."""
         overlap, duplicates = self.policies
         extra = []
         if duplicates == "error":
@@ -227,28 +227,28 @@ class _Overlaps:
                     extra.append(checks.duplicate_line(f"data.{name}", ids, count))
         if overlap == "error" and self.overlap and self.overlap.normalised:
             extra.append(checks.overlap_line(self.overlap))
-        checks.refuse({f"data.{name}": (self.shown[name], found) for name, found in problems.items()}, extra)
+        checks.refuse({f"data.{name}": (self.shown[name], p) for name, p in problems.items()}, extra)
         for name, used in self.used.items():
             if not used.any():
                 raise UserError(f"data.{name}: no row is left after dropping duplicates and overlap")
 
     def report(self, name: str) -> StreamReport:
-        found, used, again = self.columns[name], self.used[name], self.repeats[name]
+        columns, used, again = self.columns[name], self.used[name], self.repeats[name]
         dropped = np.flatnonzero(~used)
-        lengths = found.lengths[used].astype(np.int64)
+        lengths = columns.lengths[used].astype(np.int64)
         return StreamReport(
             source=self.shown[name],
             rows=len(used),
             used_rows=int(used.sum()),
             tokens=int(lengths.sum()),
-            label_tokens=int((lengths - found.prompt_tokens[used]).sum()),
-            truncated_rows=int((found.cut[used] > 0).sum()),
+            label_tokens=int((lengths - columns.prompt_tokens[used]).sum()),
+            truncated_rows=int((columns.cut[used] > 0).sum()),
             longest=int(lengths.max()),
             exact_duplicates=int(again.exact.sum()),
             normalised_duplicates=int(again.normalised.sum()),
             dropped=len(dropped),
             dropped_ids=self._ids(name, dropped[:1000]),
-            sha256=hashlib.sha256(found.normalised.tobytes()).hexdigest(),
+            sha256=hashlib.sha256(columns.normalised.tobytes()).hexdigest(),
         )
 
     def _ids(self, name: str, rows: np.ndarray) -> list[str]:

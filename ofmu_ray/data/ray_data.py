@@ -1,4 +1,4 @@
-"""Ray Data runs of this room: quiet and ordered."""
+"""Run Ray Data quietly and in order."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ray.data.context import DataContext, ShuffleStrategy
 from ofmu_ray import progress
 
 TASK_CPUS = 0.25
-"""CPUs a data task asks for: less than one, so that a machine whose cores are taken by workers is not a dead end."""
+"""CPUs per data task: less than one, to avoid a deadlock on a machine whose cores are taken by workers."""
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Ray Data without its progress bars and log lines, and with the shuffle that small data likes.
+    """Ray Data without progress bars and log lines, and with the fastest shuffle for small data.
 
-    Pull-based sort took 0.2 s on two cores where the default took 4 s and hash shuffle 1.5 s (it starts actors,
-    which ask for CPUs of their own); it streams through the object store, so it also holds for large data.
+    On two cores, pull-based sort took 0.2 s, the default 4 s and hash shuffle 1.5 s (it starts actors, which request
+    their own CPUs). It streams through the object store, so it also works for large data.
     """
     context = DataContext.get_current()
     before = context.enable_progress_bars, context.shuffle_strategy, context.execution_options.preserve_order
@@ -53,9 +53,9 @@ def run_tasks(task: Callable[[Any, Any], Any], items: Sequence[Any], shared: Any
     rows = [{"item": pickle.dumps(item)} for item in items]
     with quiet():
         data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(call, num_cpus=TASK_CPUS)
-        found = []
+        results = []
         with progress.bar(label, len(rows), "part") as bar:
             for row in data.iter_rows():
-                found.append(pickle.loads(row["result"]))
+                results.append(pickle.loads(row["result"]))
                 bar.update()
-        return found
+        return results

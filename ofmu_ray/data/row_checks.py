@@ -1,7 +1,7 @@
-"""What is wrong with a data set, found before any worker starts and told in one message.
+"""Problems of a data set, found before any worker starts and reported in one message.
 
-Rows are compared by 16-byte digests of (question, answer), never by their text, and problems name rows
-by file and number only.
+Rows are compared by 16-byte digests of (question, answer), never by their text. Problems name rows only by file and
+number.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SPACES = re.compile(r"\s+")
 
 
 def digests(question: str, answer: str) -> tuple[bytes, bytes]:
-    """16-byte digests of a row as it stands and after normalising (NFKC, case, white space)."""
+    """16-byte digests of a row, as is and after normalising (NFKC, case, white space)."""
     return _digest(question, answer), _digest(normalise(question), normalise(answer))
 
 
@@ -41,19 +41,19 @@ def _digest(question: str, answer: str) -> bytes:
 
 @dataclass
 class Problems:
-    """Counts of problems by kind with the first few places of each; adds up over fragments."""
+    """Counts of problems by kind, with the first few places of each; adds up over fragments."""
 
     counts: dict[str, int] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)
     columns: list[str] = field(default_factory=list)
     """Columns of the first row that lacked one."""
     empty: bool = False
-    """The whole source holds no row."""
+    """The source has no rows at all."""
 
     def add(self, kind: str, place: str) -> None:
         self.counts[kind] = self.counts.get(kind, 0) + 1
-        if len(found := self.places.setdefault(kind, [])) < SHOWN:
-            found.append(place)
+        if len(places := self.places.setdefault(kind, [])) < SHOWN:
+            places.append(place)
 
     def merge(self, other: Problems) -> None:
         for kind, count in other.counts.items():
@@ -62,14 +62,14 @@ class Problems:
         self.columns = self.columns or other.columns
 
     def lines(self) -> list[str]:
-        """One line per kind: how often, and where first."""
+        """One line per kind: how often, and the first places."""
         if self.empty:
             return ["no rows"]
         return [f"{_times(n, 'row')}: {kind} ({_some(self.places[kind], n)})" for kind, n in self.counts.items()]
 
 
 def cell(row: Mapping[str, Any], column: str, option: str | None, problems: Problems, place: str) -> str | None:
-    """The text in a column, or None after noting what is wrong with it; `option` names the column, if one does."""
+    """The text in a column, or None after adding its problem; `option`: the option that names the column, if any."""
     if column not in row:
         problems.columns = problems.columns or sorted(map(str, row))
         close = close_match(column, problems.columns)
@@ -91,21 +91,21 @@ def cell(row: Mapping[str, Any], column: str, option: str | None, problems: Prob
 def _encodable(text: str) -> bool:
     try:
         text.encode()
-    except UnicodeEncodeError:  # JSON can spell what UTF-8 and tokenizers cannot take
+    except UnicodeEncodeError:  # valid in JSON, but not in UTF-8 or for tokenizers
         return False
     return True
 
 
 def pair(row: Mapping[str, Any], fmt: FormatConfig, problems: Problems, place: str) -> tuple[str, str] | None:
-    """Question and answer of a row, or None after noting every problem of both."""
+    """Question and answer of a row, or None after adding every problem of both."""
     question = cell(row, fmt.question, "data.format.question", problems, place)
     answer = cell(row, fmt.answer, "data.format.answer", problems, place)
     return None if question is None or answer is None else (question, answer)
 
 
-def refuse(found: Mapping[str, tuple[str, Problems]], extra: Iterable[str] = ()) -> None:
-    """Raise one UserError that lists all problems of all sources ({option: (path, problems)}), or return."""
-    lines = [f"{option} ({path}): {line}" for option, (path, p) in found.items() for line in p.lines()]
+def refuse(problems: Mapping[str, tuple[str, Problems]], extra: Iterable[str] = ()) -> None:
+    """Raise one UserError that lists all problems of all sources ({option: (path, problems)}), if there are any."""
+    lines = [f"{option} ({path}): {line}" for option, (path, p) in problems.items() for line in p.lines()]
     lines += extra
     if lines:
         raise UserError("the data cannot be used:\n" + "\n".join(f"  - {line}" for line in lines))
@@ -113,13 +113,13 @@ def refuse(found: Mapping[str, tuple[str, Problems]], extra: Iterable[str] = ())
 
 @dataclass(frozen=True, kw_only=True)
 class StreamReport:
-    """What a run knows about one source; JSON-able, without any text."""
+    """Statistics of one source; JSON-able, without any text."""
 
     source: str
     rows: int
     """Rows read."""
     used_rows: int
-    """Rows left after duplicates and overlaps were dropped."""
+    """Rows left after dropping duplicates and overlaps."""
     tokens: int
     """Tokens of the used rows, prompt and answer."""
     label_tokens: int
@@ -129,7 +129,7 @@ class StreamReport:
     longest: int
     """Longest used row (tokens, after truncation)."""
     exact_duplicates: int
-    """Rows whose text stood earlier in the source."""
+    """Rows whose text occurs earlier in the source."""
     normalised_duplicates: int
     """The same after normalising; includes the exact ones."""
     dropped: int
@@ -141,7 +141,7 @@ class StreamReport:
 
 @dataclass(frozen=True, kw_only=True)
 class OverlapReport:
-    """Rows of the second source that also stand in the first."""
+    """Rows of the second source that are also in the first."""
 
     exact: int
     normalised: int
@@ -152,11 +152,11 @@ class OverlapReport:
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """The data of a run, for its manifest and its report."""
+    """The data of a run, for its manifest and report."""
 
     streams: dict[str, StreamReport]
     overlap: OverlapReport | None
-    """Of forget and retain; None when the run has no such pair."""
+    """Overlap of forget and retain; None if the run does not have both."""
     tokenizer_sha256: str
 
     def to_json(self) -> dict[str, Any]:
@@ -166,7 +166,7 @@ class DataReport:
 
 @dataclass(frozen=True)
 class Repeats:
-    """Which rows of a source stand earlier in it (bool arrays over the rows)."""
+    """Which rows of a source occur earlier in it (bool arrays over the rows)."""
 
     exact: np.ndarray
     normalised: np.ndarray
@@ -174,10 +174,10 @@ class Repeats:
 
 def repeats(exact: np.ndarray, normalised: np.ndarray) -> Repeats:
     """Rows whose digest (16-byte array) occurs at an earlier index."""
-    return Repeats(_seen_before(exact), _seen_before(normalised))
+    return Repeats(_occurs_before(exact), _occurs_before(normalised))
 
 
-def _seen_before(digest: np.ndarray) -> np.ndarray:
+def _occurs_before(digest: np.ndarray) -> np.ndarray:
     first = np.unique(digest, return_index=True)[1]
     again = np.ones(len(digest), dtype=bool)
     again[first] = False
@@ -186,16 +186,16 @@ def _seen_before(digest: np.ndarray) -> np.ndarray:
 
 def duplicate_line(option: str, ids: list[str], count: int) -> str:
     return (
-        f"{option}: {_times(count, 'row')} stand twice ({_some(ids, count)}); "
+        f"{option}: {_times(count, 'duplicate row')} ({_some(ids, count)}); "
         "remove them, or --data.duplicates drop | allow"
     )
 
 
 def overlap_line(report: OverlapReport) -> str:
     return (
-        f"data.retain: {_times(report.normalised, 'row')} also stand in data.forget, {report.exact} of them exactly "
-        f"({_some(report.row_ids, report.normalised)}); what is to be forgotten would be rehearsed: remove them from "
-        "the retain set, or --data.overlap drop | allow"
+        f"data.retain: {_times(report.normalised, 'row')} also in data.forget, {report.exact} of them exactly "
+        f"({_some(report.row_ids, report.normalised)}); the run would train on what it should forget: remove them "
+        "from the retain set, or --data.overlap drop | allow"
     )
 
 

@@ -1,4 +1,4 @@
-"""The files of a lane. No torch: the processes that read ahead for a worker should be there at once."""
+"""The files of a shard. No torch: the processes that read ahead for a worker must start quickly."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ofmu_ray.data.batch_plan import Plan
 from ofmu_ray.storage import locate
 
 
-def lane_files(plan: Plan, lane: int, start_round: int = 0) -> list[str]:
-    """Files of a lane from the one that holds `start_round` (the last one when the plan ends before it)."""
+def shard_files(plan: Plan, shard: int, start_round: int = 0) -> list[str]:
+    """Files of a shard, starting with the one that contains `start_round` (the last one if the plan ends before it)."""
     first = min(start_round, plan.rounds - 1) // plan.rounds_per_file
-    return [plan.file(lane, number) for number in range(first, plan.files)]
+    return [plan.file(shard, number) for number in range(first, plan.files)]
 
 
 def read_pieces(path: str) -> Iterator[pa.Table]:
-    """One file of a lane, a row group (some megabytes) at a time."""
+    """One file of a shard, one row group (a few megabytes) at a time."""
     filesystem, inside = locate(path)
     with filesystem.open_input_file(inside) as stream:
         file = pq.ParquetFile(stream)
@@ -28,5 +28,5 @@ def read_pieces(path: str) -> Iterator[pa.Table]:
 
 
 def read_ahead(batch: dict[str, Any]) -> Iterator[pa.Table]:
-    """`read_pieces` as Ray Data calls it, with an array of one `path`."""
+    """`read_pieces` for Ray Data, which passes an array of one `path`."""
     yield from read_pieces(str(batch["path"][0]))

@@ -1,13 +1,13 @@
-"""What is known about rows besides their tokens, stored by row id and added to micro-batches when they are collated.
+"""Values of rows besides their tokens, stored by row id and added to micro-batches on collation.
 
-A table of values is a folder with `index.parquet` (row_id, entries: how many the row has), `values.npy` (all entries,
-row after row) and `table.json`. A stream's sidecar is a folder with `sidecar.json`, which names its tables, what their
-values are called in a micro-batch, and the files of other texts than the answers (of which a row may have several:
-epoch e takes number e modulo how many there are); tables and texts themselves may lie elsewhere, in the cache. What
-there is, and of which shape, the features say (ofmu_ray.features).
+A table of values is a folder with `index.parquet` (row_id, entries: the row's number of entries), `values.npy` (all
+entries, row by row) and `table.json`. A stream's sidecar is a folder with `sidecar.json`: its tables, the names of
+their values in a micro-batch, and the files of texts other than the answers. A row may have several such texts; epoch e
+uses text number e modulo their count. Tables and texts themselves may be elsewhere, in the cache. The features define
+their content and shapes (ofmu_ray.features).
 
-Values are memory-mapped: a worker holds the index, and reads the rows that it is at (of a table at a URI, from a copy
-that has no name on its machine and goes with it). The answer's tokens include EOS.
+Values are memory-mapped: a worker keeps the index in memory and reads rows on demand (for a table at a URI, from an
+unnamed local copy that disappears with the process). The answer tokens include EOS.
 """
 
 from __future__ import annotations
@@ -43,36 +43,36 @@ class StoredValues:
             self._values: np.ndarray = np.memmap(file, dtype=dtype, mode="r", offset=file.tell(), shape=shape)
 
     def rows(self, row_ids: Sequence[str]) -> torch.Tensor:
-        """The entries of these rows, one after the other, as stored ([entries] or [entries, ...])."""
+        """The entries of these rows, concatenated, as stored ([entries] or [entries, ...])."""
         pieces = [self._values[slice(*self._places[row_id])] for row_id in row_ids]
         return torch.from_numpy(np.concatenate(pieces))
 
 
 class Sidecar:
-    """What is known about the rows of one stream."""
+    """The stored values and texts of the rows of one stream."""
 
     def __init__(self, folder: str) -> None:
         content = json.loads(read_text(join(folder, MARKER)))
         self._tables = {content["keys"][name]: StoredValues(path) for name, path in content["tables"].items()}
-        self._texts = {prefix: _Texts(**found) for prefix, found in content["texts"].items()}
+        self._texts = {prefix: _Texts(**entry) for prefix, entry in content["texts"].items()}
 
     def values(self, row_ids: Sequence[str], epoch: int = 0) -> dict[str, torch.Tensor]:
-        """The numbers of these rows, by their names in a micro-batch; those of other texts have the text's prefix."""
-        found = {}
+        """The values of these rows by their names in a micro-batch; values of other texts have the text's prefix."""
+        values = {}
         for key, table in self._tables.items():
             text = next((text for prefix, text in self._texts.items() if key.startswith(prefix)), None)
-            found[key] = table.rows(row_ids if text is None else text.ids(row_ids, epoch))
-        return found
+            values[key] = table.rows(row_ids if text is None else text.ids(row_ids, epoch))
+        return values
 
     def texts(self, row_ids: Sequence[str], epoch: int = 0) -> dict[str, list[dict[str, Any]]]:
-        """Prefix -> these rows' other texts, as rows (input_ids, prompt_tokens)."""
+        """Prefix -> the other texts of these rows, as rows (input_ids, prompt_tokens)."""
         return {
             prefix: [text.rows[text_id] for text_id in text.ids(row_ids, epoch)] for prefix, text in self._texts.items()
         }
 
 
 class _Texts:
-    """Other texts than the answers, one or more for each row."""
+    """Texts other than the answers, one or more per row."""
 
     def __init__(self, path: str, count: int | None) -> None:
         self.rows = {row["row_id"]: row for row in read_rows(path).to_pylist()}
@@ -83,7 +83,7 @@ class _Texts:
 
 
 def numbered(row_id: str, number: int) -> str:
-    """Under which id the text of this number (from 0) of a row is stored."""
+    """The id under which a row's text with this number (from 0) is stored."""
     return f"{row_id}/{number}"
 
 
@@ -93,7 +93,7 @@ def open_sidecars(folders: Mapping[str, str] | None) -> dict[str, Sidecar]:
 
 
 class SidecarContent:
-    """What a sidecar names, to be written."""
+    """The content of a sidecar to be written."""
 
     def __init__(self) -> None:
         self.tables: dict[str, str] = {}
@@ -101,11 +101,11 @@ class SidecarContent:
         self.texts: dict[str, dict[str, Any]] = {}
 
     def add_table(self, name: str, key: str, folder: str) -> None:
-        """A table of values, called `key` in a micro-batch."""
+        """Add a table of values, called `key` in a micro-batch."""
         self.tables[name], self.keys[name] = folder, key
 
     def add_texts(self, prefix: str, path: str, count: int | None) -> None:
-        """A Parquet file of other texts; `count`: how many each row has, under `numbered` ids (None: one)."""
+        """Add a Parquet file of other texts; `count`: how many each row has, under `numbered` ids (None: one)."""
         self.texts[prefix] = {"path": path, "count": count}
 
     def write(self, folder: str) -> str:
@@ -117,7 +117,7 @@ class SidecarContent:
 
 
 def has_table(folder: str) -> bool:
-    """Whether a complete table lies there."""
+    """Whether the folder contains a complete table."""
     return is_file(join(folder, TABLE_MARKER))
 
 
@@ -125,7 +125,7 @@ def has_table(folder: str) -> bool:
 def new_table(
     folder: str, row_ids: Sequence[str], entries: np.ndarray, shape: Sequence[int], dtype: str, about: Mapping[str, Any]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """A table to fill: (values [sum of entries, *shape], first entry of each row); published when the block ends well.
+    """A table to fill: (values [sum of entries, *shape], first entry of each row); published if the block succeeds.
 
     `about` goes into `table.json`.
     """
@@ -136,7 +136,7 @@ def new_table(
             np.lib.format.write_array_header_1_0(file, described)
             file.flush()
             size = int(np.prod(full)) * np.dtype(dtype).itemsize
-            os.posix_fallocate(file.fileno(), 0, file.tell() + size)  # a full disk is an error here, a SIGBUS later
+            os.posix_fallocate(file.fileno(), 0, file.tell() + size)  # a full disk is an error here, but a SIGBUS later
             values = np.memmap(file, dtype=np.dtype(dtype), mode="r+", offset=file.tell(), shape=full)
             yield values, np.cumsum(entries) - entries
             values.flush()
@@ -146,7 +146,7 @@ def new_table(
 
 
 def write_rows(path: str, table: pa.Table) -> None:
-    """Write a Parquet file, making its folder."""
+    """Write a Parquet file; creates its folder."""
     filesystem, inside = locate(path)
     filesystem.create_dir(inside.rpartition("/")[0], recursive=True)
     pq.write_table(table, inside, filesystem=filesystem)

@@ -1,7 +1,7 @@
-"""Sources become fragments: pieces of a data set that one task reads on its own.
+"""Split sources into fragments: pieces of a data set that one task reads independently.
 
-A JSON Lines file is one fragment, a Parquet file one per row group, a hub data set one per slice. Fragments know
-where their first row stands, so that row ids do not depend on who reads what.
+A JSON Lines file is one fragment, a Parquet file one per row group, a hub data set one per slice. A fragment knows the
+number of its first row, so row ids do not depend on who reads what.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HUB_SLICE_ROWS = 20_000
 
 @dataclass(frozen=True)
 class UnreadableRow:
-    """A row that could not be read; never holds its text."""
+    """A row that could not be read; without its text."""
 
     kind: str
 
@@ -43,9 +43,9 @@ class Fragment:
     stream: str
     kind: Literal["json", "parquet", "table"]
     path: str
-    """Local path or URI of the file; for a hub data set its name."""
+    """Local path or URI of the file; for a hub data set, its name."""
     file: int | None = None
-    """Number of the file in its source (from 1); None when the source is one file."""
+    """Number of the file in its source (from 1); None if the source is one file."""
     first_row: int = 1
     """Number of the fragment's first row in its file (from 1)."""
     row_group: int | None = None
@@ -53,10 +53,10 @@ class Fragment:
     """Read at most this many rows."""
     table: pa.Table | None = None
     identity: str = ""
-    """What the content hash covers: the bytes' sha256, or size and modification time on an object store."""
+    """What the content hash covers: sha256 of the bytes, or size and modification time on an object store."""
 
     def row_id(self, row: int) -> str:
-        """Stable name of a row that carries none of its text."""
+        """Stable name of a row, without any of its text."""
         return f"{self.stream}-{row}" if self.file is None else f"{self.stream}-{self.file}-{row}"
 
     @property
@@ -67,30 +67,30 @@ class Fragment:
 def fragments(source: SourceConfig, root: str | None, *, stream: str, option: str) -> list[Fragment]:
     """All fragments of a source, in a stable order. `option` names the source in errors (e.g. data.forget).
 
-    Raises UserError: no path, nothing there, a suffix that is not known, no connection to the hub.
+    Raises UserError: no path, no such file, an unknown suffix, no connection to the hub.
     """
     if not source.paths:
         raise UserError(f"{option}.path is not set: give a file, folder, glob, URI or hub data set")
     if _is_hub(source, root):
-        found = _hub_fragments(source, stream, option)
+        pieces = _hub_fragments(source, stream, option)
     else:
         paths = [file for path in source.paths for file in _expand(_under(root, _builtin(path)), option)]
         numbers: list[int | None] = [None] if len(paths) == 1 else list(range(1, len(paths) + 1))
         pairs = zip(paths, numbers, strict=True)
-        found = [piece for path, number in pairs for piece in _file_fragments(path, number, source, stream, option)]
-    if not found:
+        pieces = [piece for path, number in pairs for piece in _file_fragments(path, number, source, stream, option)]
+    if not pieces:
         raise UserError(f"{option}.path = {source.shown}: no rows")
-    return found if source.limit is None else list(_limited(found, source.limit))
+    return pieces if source.limit is None else list(_limited(pieces, source.limit))
 
 
 def read(fragment: Fragment, columns: list[str] | None = None) -> Iterator[tuple[int, dict[str, Any] | UnreadableRow]]:
-    """(row number from 1, row) of each row; a row that cannot be read comes as `Broken`."""
+    """(row number from 1, row) of each row; a row that cannot be read is an `UnreadableRow`."""
     rows = _read_json(fragment) if fragment.kind == "json" else _read_table(fragment, columns)
     return rows if fragment.rows is None else itertools.islice(rows, fragment.rows)
 
 
 def fingerprint(pieces: list[Fragment]) -> str:
-    """Hex digest of what the fragments hold, where rows are numbered from and how many are read."""
+    """Hex digest of the fragments' content, first row numbers and row limits."""
     content = [[f.kind, f.file, f.first_row, f.row_group, f.rows, f.identity] for f in pieces]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -107,7 +107,7 @@ def _builtin(path: str) -> str:
 
 
 def _under(root: str | None, path: str) -> str:
-    """A data path as the user wrote it, seen from `data.root`; URIs and absolute paths stand alone."""
+    """The user's data path, relative to `data.root`; URIs and absolute paths are unchanged."""
     if root is None or "://" in path or os.path.isabs(path):
         return path
     return join(root, path)
@@ -130,26 +130,26 @@ def _expand(path: str, option: str) -> list[str]:
     try:
         if any(mark in inside for mark in "*["):
             base = inside[: min(inside.find(mark) for mark in "*[" if mark in inside)].rpartition("/")[0]
-            found = [p for p in _walk(filesystem, base) if fnmatch.fnmatch(p, inside)]
+            files = [p for p in _walk(filesystem, base) if fnmatch.fnmatch(p, inside)]
         elif filesystem.get_file_info(inside).type == pafs.FileType.Directory:
-            found = [p for p in _walk(filesystem, inside) if p.endswith((*JSON_SUFFIXES, *PARQUET_SUFFIXES))]
+            files = [p for p in _walk(filesystem, inside) if p.endswith((*JSON_SUFFIXES, *PARQUET_SUFFIXES))]
         else:
-            found = [inside] if filesystem.get_file_info(inside).type == pafs.FileType.File else []
+            files = [inside] if filesystem.get_file_info(inside).type == pafs.FileType.File else []
     except OSError as error:
         shown = without_credentials(path)
         reason = refusal(error) or f"cannot be read ({type(error).__name__})"
         raise UserError(f"{option}.path = {shown}: {reason}") from None
-    if not found:
+    if not files:
         raise UserError(
-            f"{option}.path = {without_credentials(path)}: no file is there; give a JSON Lines or Parquet file, "
+            f"{option}.path = {without_credentials(path)}: no such file; give a JSON Lines or Parquet file, "
             "a folder or glob of them, an s3:// or gs:// URI, or a hub data set with --" + option + ".format hub"
         )
-    return [_full(path, inside, p) for p in sorted(found)]
+    return [_full(path, inside, p) for p in sorted(files)]
 
 
 def _walk(filesystem: pafs.FileSystem, folder: str) -> list[str]:
-    found = filesystem.get_file_info(pafs.FileSelector(folder, recursive=True, allow_not_found=True))
-    return [info.path for info in found if info.type == pafs.FileType.File and not _hidden(info.path)]
+    infos = filesystem.get_file_info(pafs.FileSelector(folder, recursive=True, allow_not_found=True))
+    return [info.path for info in infos if info.type == pafs.FileType.File and not _hidden(info.path)]
 
 
 def _hidden(path: str) -> bool:
@@ -157,7 +157,7 @@ def _hidden(path: str) -> bool:
 
 
 def _full(original: str, inside: str, path: str) -> str:
-    """`path` inside the file system of the URI `original` (whose own path is `inside`), as a URI of its own."""
+    """`path` in the file system of the URI `original` (whose own path is `inside`), as a URI."""
     if not is_uri(original):
         return path
     stem, mark, query = original.partition("?")
@@ -173,7 +173,7 @@ def _file_fragments(
     if kind == "auto":
         kind = "parquet" if plain.endswith(PARQUET_SUFFIXES) else "json" if plain.endswith(JSON_SUFFIXES) else "auto"
     if kind == "auto":
-        raise UserError(f"{option}.path = {plain}: unknown suffix; say --{option}.format json or parquet")
+        raise UserError(f"{option}.path = {plain}: unknown suffix; set --{option}.format json or parquet")
     identity = _identity(path)
     if kind == "json":
         yield Fragment(stream, "json", path, number, identity=identity)
@@ -182,7 +182,7 @@ def _file_fragments(
     try:
         groups = pq.ParquetFile(inside, filesystem=filesystem).metadata
     except (pa.ArrowInvalid, OSError):
-        raise UserError(f"{option}.path = {plain}: not a Parquet file; say --{option}.format json if it is") from None
+        raise UserError(f"{option}.path = {plain}: not a Parquet file; set --{option}.format json") from None
     first = 1
     for group in range(groups.num_row_groups):
         yield Fragment(stream, "parquet", path, number, first, group, identity=identity)
@@ -194,7 +194,7 @@ def _identity(path: str) -> str:
     if isinstance(filesystem, pafs.LocalFileSystem):
         with open(inside, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    info = filesystem.get_file_info(inside)  # reading a whole object store twice would cost more than it is worth
+    info = filesystem.get_file_info(inside)  # reading everything twice from an object store is too expensive
     return f"{without_credentials(path)}:{info.size}:{info.mtime_ns}"
 
 
@@ -205,15 +205,15 @@ def _hub_fragments(source: SourceConfig, stream: str, option: str) -> list[Fragm
     datasets.disable_progress_bars()
     try:
         table = datasets.load_dataset(name, source.hub_config, split=source.hub_split)
-    except Exception as error:  # the hub client raises many types: network, names, configurations, splits
+    except Exception as error:  # the hub client raises many types of errors: network, names, configurations, splits
         raise UserError(
             f"{option}.path = {name}: neither a file or folder here nor a hub data set that can be loaded "
             f"({type(error).__name__}) with {option}.hub_config = {source.hub_config}, "
             f"{option}.hub_split = {source.hub_split}; check the names, the network or the offline cache"
         ) from None
-    whole = table.with_format("arrow")[:]
-    starts = range(0, max(whole.num_rows, 1), HUB_SLICE_ROWS)
-    slices = [whole.slice(start, HUB_SLICE_ROWS) for start in starts]
+    rows = table.with_format("arrow")[:]
+    starts = range(0, max(rows.num_rows, 1), HUB_SLICE_ROWS)
+    slices = [rows.slice(start, HUB_SLICE_ROWS) for start in starts]
     identity = str(table._fingerprint)
     return [
         Fragment(stream, "table", name, None, start + 1, table=part, identity=identity)
@@ -222,7 +222,7 @@ def _hub_fragments(source: SourceConfig, stream: str, option: str) -> list[Fragm
 
 
 def _limited(pieces: list[Fragment], limit: int) -> Iterator[Fragment]:
-    """The fragments that hold the first `limit` rows."""
+    """The fragments with the first `limit` rows."""
     left = limit
     for piece in pieces:
         if left <= 0:
@@ -256,8 +256,8 @@ def _lines(file: Any) -> Iterator[bytes]:
     """Lines of an Arrow stream; the last one may lack its newline."""
     rest = b""
     while chunk := file.read(1 << 20):
-        *whole, rest = (rest + chunk).split(b"\n")
-        yield from whole
+        *complete, rest = (rest + chunk).split(b"\n")
+        yield from complete
     if rest:
         yield rest
 
@@ -267,7 +267,7 @@ def _read_table(fragment: Fragment, columns: list[str] | None) -> Iterator[tuple
     if table is None:
         filesystem, path = locate(fragment.path)
         file = pq.ParquetFile(path, filesystem=filesystem)
-        # when a wanted column is missing, the names of the others tell the user what the file has instead
+        # if a wanted column is missing, read all, to show the user which columns the file has
         complete = bool(columns) and set(columns or ()) <= set(file.schema_arrow.names)
         table = file.read_row_group(fragment.row_group, columns=columns if complete else None)
     number = fragment.first_row

@@ -1,7 +1,7 @@
-"""The worker's side of a plan: each worker opens its own lane at the round it is to run, Ray Data reads it ahead.
+"""The worker's side of a plan: each worker opens its shard at its next round, and Ray Data reads ahead.
 
-The shards of `ray.train.get_dataset_shard` would be opened by the trainer's controller, which does not know the round
-that a restarted worker finds in its checkpoint; and their equal split drops the remainder of a forget set.
+Not `ray.train.get_dataset_shard`: the trainer's controller would open those shards, but it does not know the round in
+the checkpoint of a restarted worker; and their equal split drops the remainder of a forget set.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from ray.data import DataIterator
 from ofmu_ray.cluster.nodes import here, on
 from ofmu_ray.data.batch_plan import Plan
 from ofmu_ray.data.batches import Collate, RoundBatches, assemble
-from ofmu_ray.data.shard_files import lane_files, read_ahead
+from ofmu_ray.data.shard_files import read_ahead, shard_files
 
 STORE_SHARE = 0.25
-"""Part of a node's object store that its lanes may fill. Ray Data overshoots: at 0.5 it came to 0.85."""
+"""Share of a node's object store for its shards. Ray Data overshoots: at 0.5 it reached 0.85."""
 BLOCKS = 16
-"""Blocks at least that a lane's part holds: a few are always on their way."""
+"""Minimum number of blocks in a shard's part of the store: a few are always in flight."""
 
 
-def lane_iterator(plan: Plan, lane: int, start_round: int = 0, readers: int = 1) -> DataIterator:
-    """Ray Data iterator over one lane from the file that holds `start_round`, in order, two files at a time.
+def shard_iterator(plan: Plan, shard: int, start_round: int = 0, readers: int = 1) -> DataIterator:
+    """Ray Data iterator over one shard from the file that contains `start_round`, in order, two files at a time.
 
-    It runs in the process that iterates (a Ray Train worker takes its rank for the lane). Its tasks run on the node of
-    that process, so that rows cross the network once, and ask for no CPU: they must run while every core is taken by
-    training workers. `readers`: lanes that are read on this node, which share its object store. Each is an execution of
-    its own to Ray Data, which would let each of them fill half of the whole cluster's: what is not read yet would be
-    spilled to disk and fetched again.
+    It runs in the process that iterates (the shard of a Ray Train worker is its rank). Its tasks run on the node of
+    that process, so rows cross the network once. They request no CPU, because they must run while training workers
+    occupy every core. `readers`: shards that are read on this node and share its object store. Ray Data treats each as
+    a separate execution and would let it fill half of the cluster's object store: unread rows would be spilled to disk
+    and fetched again.
     """
-    items = [{"path": path} for path in lane_files(plan, lane, start_round)]
+    items = [{"path": path} for path in shard_files(plan, shard, start_round)]
     ahead = ray.data.TaskPoolStrategy(size=min(2, len(items)))
     data = ray.data.from_items(items, override_num_blocks=len(items))
     data = data.map_batches(
@@ -59,11 +59,11 @@ def rounds(
 ) -> Iterator[RoundBatches]:
     """This worker's batches, {stream: [Batch, ...]} for each round from `start_round` on.
 
-    `shard` may begin earlier than `start_round` but not later. Every lane yields the same number of rounds with the
-    same numbers of batches and micro-batches. Micro-batches are those of `collate`, with what the folders of
-    `sidecars` (by stream) know about their rows.
+    `shard` may start before `start_round` but not after. Every shard yields the same number of rounds with the same
+    numbers of batches and micro-batches. Micro-batches come from `collate`, plus the values of their rows in the
+    folders of `sidecars` (by stream).
     """
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # else each worker tells of every execution
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # otherwise each worker logs every execution
     tables = shard.iter_batches(batch_size=plan.rows_per_round, batch_format="pyarrow", prefetch_batches=2)
     options: dict[str, Any] = {"micro_batch_size": micro_batch_size, "collate": collate, "sidecars": sidecars}
     yield from assemble(tables, plan, start_round=start_round, **options)

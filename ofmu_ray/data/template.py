@@ -1,4 +1,4 @@
-"""(question, answer) -> token ids: the one place where a row's layout is decided, for training and evaluation."""
+"""(question, answer) -> token ids: the only place that defines the layout of a row, for training and evaluation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ofmu_ray.config import FormatConfig
 from ofmu_ray.errors import UserError
 
-_QUESTION, _ANSWER = "qzquestionzq", "qzanswerzq"  # stand-ins that no tokenizer's template changes
+_QUESTION, _ANSWER = "qzquestionzq", "qzanswerzq"  # placeholders that no chat template changes
 
 
 class Encoded(NamedTuple):
@@ -20,32 +20,32 @@ class Encoded(NamedTuple):
     input_ids: list[int]
     """BOS (if the tokenizer has one), prompt, answer, EOS."""
     prompt_tokens: int
-    """Leading tokens without a loss; at least one token after them belongs to the answer, or the row is only prompt."""
+    """Leading tokens without a loss; at least one answer token follows, unless the row is only prompt."""
     cut: int
     """Tokens lost to max_length."""
 
     @property
     def only_prompt(self) -> bool:
-        """Whether no token of the answer is left (EOS does not count)."""
+        """Whether no answer token is left (EOS does not count)."""
         return len(self.input_ids) < self.prompt_tokens + 2
 
 
 class Template:
-    """Layout of a row: chat template of the tokenizer, or `prompt_template` + one space + answer.
+    """Layout of a row: the tokenizer's chat template, or `prompt_template` + one space + answer.
 
-    `encode(q, a)[0][:prompt_tokens] == encode_prompt(q)` always holds: what generation starts from is to the token
-    what training conditioned on. Spaces at the end of the prompt belong to the answer, because most vocabularies
-    join a space with the word that follows; when prompt and answer would still share a token, they are encoded apart.
-    Exactly one BOS leads if the tokenizer has one. EOS is always the last label: a row cut on the right keeps it.
+    Always `encode(q, a)[0][:prompt_tokens] == encode_prompt(q)`: generation starts from exactly the tokens that
+    training conditions on. Spaces at the end of the prompt belong to the answer, because most vocabularies join a space
+    with the following word. If prompt and answer would still share a token, they are encoded separately. Rows start
+    with exactly one BOS if the tokenizer has one. EOS is always the last label: a truncated row keeps it.
 
-    Raises UserError: the tokenizer has no EOS, or no chat template (template: chat), or its chat template refuses
-    the system prompt.
+    Raises UserError: the tokenizer has no EOS, or no chat template (template: chat), or its chat template rejects the
+    system prompt.
     """
 
     def __init__(self, tokenizer: Any, config: FormatConfig) -> None:
         if tokenizer.eos_token_id is None:
             raise UserError(
-                "model.tokenizer: the tokenizer has no EOS token, so answers could not learn to end; "
+                "model.tokenizer: the tokenizer has no EOS token, so the model could not learn to end answers; "
                 "set eos_token in its tokenizer_config.json"
             )
         self.tokenizer = tokenizer
@@ -61,30 +61,30 @@ class Template:
         return row.input_ids, row.prompt_tokens
 
     def encode_prompt(self, question: str) -> list[int]:
-        """Token ids that a generation starts from; not cut."""
+        """Token ids that a generation starts from; not truncated."""
         return self._with_bos(self._tokens([self._prompt(question).rstrip(" ")])[0])
 
     def encode_rows(self, questions: Sequence[str], answers: Sequence[str]) -> list[Encoded]:
-        """All rows at once (a fast tokenizer spreads them over threads)."""
+        """Encode all rows at once (a fast tokenizer uses several threads)."""
         if not questions:
             return []
         prompts = [self._prompt(question) for question in questions]
         heads = [prompt.rstrip(" ") for prompt in prompts]
         tails = [p[len(h) :] + a.strip() for p, h, a in zip(prompts, heads, answers, strict=True)]
-        distinct = list(dict.fromkeys(heads))  # evaluation asks one question with many answers
+        distinct = list(dict.fromkeys(heads))  # in evaluation a question has many answers
         ids_of = dict(zip(distinct, self._tokens(distinct), strict=True))
-        whole_ids = self._tokens([h + t for h, t in zip(heads, tails, strict=True)])
+        full_ids = self._tokens([h + t for h, t in zip(heads, tails, strict=True)])
         rows = []
-        for head, tail, whole in zip((ids_of[head] for head in heads), tails, whole_ids, strict=True):
-            if whole[: len(head)] == head and len(whole) > len(head):
-                answer_ids = whole[len(head) :]
+        for head, tail, full in zip((ids_of[head] for head in heads), tails, full_ids, strict=True):
+            if full[: len(head)] == head and len(full) > len(head):
+                answer_ids = full[len(head) :]
             else:  # a token spans the boundary
                 answer_ids = self._tokens([tail])[0]
             rows.append(self._row(self._with_bos(head), answer_ids))
         return rows
 
     def fingerprint(self) -> str:
-        """Hex digest of all that decides how text becomes tokens."""
+        """Hex digest of everything that determines how text becomes tokens."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         vocabulary = backend.to_str() if backend else json.dumps(sorted(self.tokenizer.get_vocab().items()))
         layout = [self.before, self.between, self.bos, self.eos, self.pad, asdict(self.config)]
@@ -92,8 +92,8 @@ class Template:
 
     def _row(self, prompt: list[int], answer: list[int]) -> Encoded:
         room = self.config.max_length - 1  # EOS
-        whole = prompt + answer
-        return Encoded([*whole[:room], self.eos], min(len(prompt), room), max(len(whole) - room, 0))
+        ids = prompt + answer
+        return Encoded([*ids[:room], self.eos], min(len(prompt), room), max(len(ids) - room, 0))
 
     def _prompt(self, question: str) -> str:
         return f"{self.before}{question.strip()}{self.between}"
@@ -106,7 +106,7 @@ class Template:
         if self.bos is None:
             return ids
         start = 0
-        while start < len(ids) and ids[start] == self.bos:  # many chat templates spell BOS out
+        while start < len(ids) and ids[start] == self.bos:  # many chat templates contain BOS
             start += 1
         return [self.bos, *ids[start:]]
 
@@ -129,8 +129,8 @@ class Template:
         turns.append({"role": "user", "content": _QUESTION})
         try:
             prompt = self._render(turns, generate=True)
-            whole = self._render([*turns, {"role": "assistant", "content": _ANSWER}], generate=False)
-        except Exception as error:  # templates raise what they like (jinja2, TypeError)
+            full = self._render([*turns, {"role": "assistant", "content": _ANSWER}], generate=False)
+        except Exception as error:  # templates may raise anything (jinja2, TypeError)
             hint = "try without --data.format.system_prompt, or " if system else ""
             raise UserError(
                 f"data.format.template = {self.config.template}: the tokenizer's chat template fails "
@@ -142,11 +142,11 @@ class Template:
                 "use --data.format.template qa"
             )
         before, _, after = prompt.partition(_QUESTION)
-        # The finished conversation tells whether a space stands before the answer ("[/INST] Paris"); templates whose
-        # finished form differs otherwise (a block of thoughts) are followed in their generation form.
-        spoken = whole.partition(_QUESTION)[2].partition(_ANSWER)[0]
-        natural = _ANSWER in whole and spoken.rstrip(" ") == after.rstrip(" ")
-        return before, spoken if natural else after
+        # The full conversation shows whether there is a space before the answer ("[/INST] Paris"). If it differs in
+        # any other way (a block of thoughts), the generation prompt counts.
+        between = full.partition(_QUESTION)[2].partition(_ANSWER)[0]
+        natural = _ANSWER in full and between.rstrip(" ") == after.rstrip(" ")
+        return before, between if natural else after
 
     def _render(self, turns: list[dict[str, str]], *, generate: bool) -> str:
         text: str = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate)

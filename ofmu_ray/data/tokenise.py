@@ -1,4 +1,4 @@
-"""One fragment of a source -> one Parquet file of encoded rows, with what was wrong on the way."""
+"""One fragment of a source -> one Parquet file of encoded rows, and a list of problems."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BATCH_ROWS = 1024
 
 @dataclass(frozen=True)
 class PartJob:
-    """A fragment and the file that its tokens go to."""
+    """A fragment and the file for its tokens."""
 
     fragment: Fragment
     target: str
@@ -28,13 +28,13 @@ class PartJob:
 
 @dataclass
 class Part:
-    """What a part file holds, and the rows that could not go in."""
+    """The content of a part file, and the refused rows."""
 
     stream: str
     name: str
     rows: int = 0
-    seen: int = 0
-    """Rows read, with the refused ones."""
+    rows_read: int = 0
+    """Rows read, including refused ones."""
     problems: Problems = field(default_factory=Problems)
 
 
@@ -46,7 +46,7 @@ def encode_fragment(job: PartJob, encoder: Encoder) -> Part:
     rows = read(job.fragment, list(encoder.columns))
     with pq.ParquetWriter(path, schema, filesystem=filesystem) as writer:
         while chunk := list(itertools.islice(rows, BATCH_ROWS)):
-            part.seen += len(chunk)
+            part.rows_read += len(chunk)
             table = _table(job.fragment, chunk, encoder, part.problems, schema)
             part.rows += table.num_rows
             writer.write_table(table)
@@ -62,9 +62,9 @@ def _table(fragment: Fragment, chunk: list[Any], encoder: Encoder, problems: Pro
             readable.append((number, row))
     columns: dict[str, list[Any]] = {name: [] for name in schema.names}
     placed = [(_place(fragment, number), row) for number, row in readable]
-    for index, found in encoder.encode(placed, problems):
+    for index, row in encoder.encode(placed, problems):
         row_id = fragment.row_id(readable[index][0])
-        values = (row_id, *found.payload, found.length, found.cut, *digests(*found.identity))
+        values = (row_id, *row.payload, row.length, row.cut, *digests(*row.identity))
         for name, value in zip(schema.names, values, strict=True):
             columns[name].append(value)
     return pa.table(columns, schema=schema)
@@ -76,12 +76,12 @@ def _place(fragment: Fragment, number: int) -> str:
 
 @dataclass(frozen=True)
 class Columns:
-    """What the driver looks at of an encoded stream: a few dozen bytes a row, no payload."""
+    """What the driver needs of an encoded stream: a few dozen bytes per row, no payload."""
 
     lengths: np.ndarray
     """int32 [rows], tokens of each row."""
     prompt_tokens: np.ndarray
-    """int32 [rows], how many of them have no loss; 0 where the task knows no prompts."""
+    """int32 [rows], how many of them have no loss; 0 if the task has no prompts."""
     cut: np.ndarray
     """int32 [rows], tokens lost to max_length."""
     exact: np.ndarray
@@ -92,10 +92,10 @@ class Columns:
 
 def load_columns(folder: str, parts: list[str]) -> Columns:
     """Lengths and digests of all rows, in order."""
-    found = pa.concat_tables([_read(folder, part, [*BOOKKEEPING.names, "prompt_tokens"]) for part in parts])
-    lengths, cut = (found[name].to_numpy() for name in ("length", "cut"))
-    prompts = found["prompt_tokens"].to_numpy() if "prompt_tokens" in found.column_names else np.zeros_like(lengths)
-    return Columns(lengths, prompts, cut, *(_digest_array(found[name]) for name in ("exact", "normalised")))
+    table = pa.concat_tables([_read(folder, part, [*BOOKKEEPING.names, "prompt_tokens"]) for part in parts])
+    lengths, cut = (table[name].to_numpy() for name in ("length", "cut"))
+    prompts = table["prompt_tokens"].to_numpy() if "prompt_tokens" in table.column_names else np.zeros_like(lengths)
+    return Columns(lengths, prompts, cut, *(_digest_array(table[name]) for name in ("exact", "normalised")))
 
 
 def take_rows(folder: str, parts: list[str], rows: np.ndarray, columns: list[str] | None = None) -> pa.Table:
@@ -103,17 +103,17 @@ def take_rows(folder: str, parts: list[str], rows: np.ndarray, columns: list[str
 
     `columns`: of the result; None: row_id and the payload.
     """
-    found, first = [], 0
+    pieces, first = [], 0
     for part in parts:
         table = _read(folder, part, columns)
         low, high = np.searchsorted(rows, [first, first + table.num_rows])
-        found.append(table.take(pa.array(rows[low:high] - first)))
+        pieces.append(table.take(pa.array(rows[low:high] - first)))
         first += table.num_rows
-    return pa.concat_tables(found)
+    return pa.concat_tables(pieces)
 
 
 def _read(folder: str, part: str, columns: list[str] | None) -> pa.Table:
-    """The columns that there are of these."""
+    """Those of these columns that exist."""
     filesystem, path = locate(join(folder, part))
     with filesystem.open_input_file(path) as stream:
         file = pq.ParquetFile(stream)

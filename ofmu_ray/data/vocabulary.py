@@ -11,14 +11,14 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int, *, max_length: int = 512) -> PreTrainedTokenizerFast:
-    """Byte-level BPE learned from `texts`, as Llama's: BOS in front of every text, no EOS, no chat template.
+    """Byte-level BPE learned from `texts`, like Llama's: BOS in front of every text, no EOS, no chat template.
 
-    Every byte is in the vocabulary, so that any text round-trips. The result is smaller than `vocab_size` when the
-    texts do not hold that many merges; the same texts in the same order give the same vocabulary.
+    Every byte is in the vocabulary, so any text round-trips. The result is smaller than `vocab_size` if the texts do
+    not have enough merges. The same texts in the same order give the same vocabulary.
 
     Args:
-        vocab_size: entries at most, the 256 bytes and three special tokens included.
-        max_length: longest sequence (tokens) that the model will take.
+        vocab_size: maximum number of entries, including the 256 bytes and three special tokens.
+        max_length: the model's longest sequence (tokens).
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

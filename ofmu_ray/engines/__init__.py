@@ -1,6 +1,6 @@
-"""Engines: one model, its parameters as (sharded) vectors, one optimiser per loop. See `protocol.py` for the verbs.
+"""Engines: one model, its parameters as (sharded) vectors, one optimiser per loop. `protocol.py` has the operations.
 
-Names resolve on first use, so that the single-process engine costs neither a DeepSpeed nor a transformers import.
+Names resolve on first use, so the single-process engine imports neither DeepSpeed nor transformers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The engine of many workers: DeepSpeed ZeRO on an initialised torch.distributed process group."""
+"""The engine for many workers: DeepSpeed ZeRO on an initialised torch.distributed process group."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ofmu_ray.engines.shards import FlatShards, Shards, trainable_parameters
 from ofmu_ray.engines.vector_engine import VectorEngine
 from ofmu_ray.errors import UserError
 
-PERSISTENT_BELOW = 10_000  # elements: at stage 3 norms and biases stay whole, as gathering them costs more than they do
+PERSISTENT_BELOW = 10_000  # elements: at stage 3, norms and biases stay unsharded, because gathering them costs more
 
 
 def import_deepspeed() -> Any:
-    """The module, without the MLflow that its autotuner would import: 1.1 CPU seconds and 116 MB of each worker."""
+    """Import DeepSpeed without MLflow, which its autotuner imports: saves 1.1 CPU seconds and 116 MB per worker."""
     hidden = "mlflow" not in sys.modules
     if hidden:
         sys.modules["mlflow"] = None  # type: ignore[assignment]
@@ -39,14 +39,14 @@ def import_deepspeed() -> Any:
 class DeepSpeedEngine(VectorEngine):
     """ZeRO stages 0 to 3 over the ranks of the default process group (gloo on CPU, NCCL on CUDA).
 
-    Stage 0 is plain data parallelism (one flat buffer, one all-reduce); stages 1 to 3 are DeepSpeed's partitions, where
-    no rank ever holds a whole gradient or fp32 vector. Stages 1 and 2 coincide here: what tells them apart is that
-    stage 1 keeps whole gradients until the optimiser's step, and here every pass ends in a sharded vector.
+    Stage 0 is plain data parallelism (one flat buffer, one all-reduce). Stages 1 to 3 use DeepSpeed's partitions: no
+    rank ever has a complete gradient or fp32 vector. Stages 1 and 2 are identical here: stage 1 would keep complete
+    gradients until the optimiser step, but here every pass ends in a sharded vector.
 
-    Precision, `offload` and `loss_fn` are as in `TorchEngine`; a loss calls the module that it is given (DeepSpeed's
-    wrapper), whose attributes are the model's.
+    Precision, `offload` and `loss_fn` are as in `TorchEngine`. A loss calls the module that it is given (DeepSpeed's
+    wrapper), which has the model's attributes.
 
-    Raises UserError without a process group, and when a verb needs double backward.
+    Raises UserError without a process group, and for operations that need double backward.
     """
 
     def __init__(
@@ -79,31 +79,31 @@ class DeepSpeedEngine(VectorEngine):
 
     def _zero_shards(self, module: torch.nn.Module, stage: int, precision: str, micro_batch_size: int) -> Shards:
         device = _device()
-        # what DeepSpeed's launcher would set; without it DeepSpeed guesses the device from the machine
+        # as DeepSpeed's launcher would; otherwise DeepSpeed guesses the device from the machine
         os.environ.setdefault("DS_ACCELERATOR", device.type)
         os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
         deepspeed = import_deepspeed()
         from ofmu_ray.engines.zero_shards import ZeroShards
         from ofmu_ray.internals.deepspeed_private import COMPATIBLE_OPS
 
-        warnings.filterwarnings("ignore", "torch.distributed.*is deprecated", FutureWarning)  # DeepSpeed's own calls
+        warnings.filterwarnings("ignore", "torch.distributed.*is deprecated", FutureWarning)  # from DeepSpeed
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         COMPATIBLE_OPS.get()["deepspeed_shm_comm"] = (
-            False  # else DeepSpeed compiles a C++ op at its first start on a CPU
+            False  # otherwise DeepSpeed compiles a C++ op at its first start on a CPU
         )
         parameters = [parameter for _, parameter in trainable_parameters(module)]
         if precision != "bf16":
             module.float()
         engine, *_ = deepspeed.initialize(
             model=module,
-            # never stepped: it only tells DeepSpeed what to partition
+            # never stepped: only defines what DeepSpeed partitions
             optimizer=torch.optim.SGD(parameters, lr=0.0),
             config=deepspeed_config(stage, precision, micro_batch_size),
         )
         return ZeroShards(engine, stage)
 
     def _autocast_inside(self, module: torch.nn.Module) -> None:
-        # DeepSpeed's forward switches an outer autocast off, so the model's own forward switches it on
+        # DeepSpeed's forward disables an outer autocast, so the model's forward enables it
         forward = module.forward
 
         @functools.wraps(forward)
@@ -128,19 +128,19 @@ class DeepSpeedEngine(VectorEngine):
     def graph_gradient(
         self, batch: Any, loss: Loss | None = None, *, kind: Kind = "forget"
     ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-        """Not on sharded models: raises UserError."""
+        """Not supported on sharded models: raises UserError."""
         raise _no_double_backward()
 
     def parameters(self) -> Sequence[torch.Tensor]:
-        """Not on sharded models: raises UserError."""
+        """Not supported on sharded models: raises UserError."""
         raise _no_double_backward()
 
     def as_vector(self, tensors: Sequence[torch.Tensor]) -> Vector:
-        """Not on sharded models: raises UserError."""
+        """Not supported on sharded models: raises UserError."""
         raise _no_double_backward()
 
     def as_tensors(self, vector: Vector) -> Sequence[torch.Tensor]:
-        """Not on sharded models: raises UserError."""
+        """Not supported on sharded models: raises UserError."""
         raise _no_double_backward()
 
     def close(self) -> None:
@@ -150,13 +150,13 @@ class DeepSpeedEngine(VectorEngine):
 
 
 def deepspeed_config(stage: int, precision: str, micro_batch_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration: partitions and gradients only, no optimiser, clipping or autocast of its own."""
+    """DeepSpeed's configuration: only partitions and gradients, without its optimiser, clipping or autocast."""
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0
         "zero_allow_untested_optimizer": True,
-        # stage 1 differs from 2 in that whole gradients stay on every rank; ours are always reduced to shards at once
+        # stage 1 would keep complete gradients on every rank; ours are always reduced to shards at once
         "zero_optimization": {"stage": max(stage, 2), "stage3_param_persistence_threshold": PERSISTENT_BELOW},
         "bf16": {"enabled": precision == "bf16"},
         "communication_data_type": "fp32",
@@ -170,6 +170,6 @@ def _device() -> torch.device:
 
 def _no_double_backward() -> UserError:
     return UserError(
-        "ofmu.curvature = exact needs double backward, which DeepSpeed does not offer: "
+        "ofmu.curvature = exact needs double backward, which DeepSpeed does not support: "
         "use --training.engine torch, or --ofmu.curvature finite_difference"
     )

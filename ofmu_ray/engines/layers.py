@@ -1,4 +1,4 @@
-"""The output of one decoder layer, without running what lies above it."""
+"""The output of one decoder layer, without running the layers above it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.models.answers import logits_at, unwrapped
 
 DEFAULT_LAYER = 7
-"""Layer whose output RMU steers unless told otherwise (OpenUnlearning's rmu.yaml)."""
+"""RMU's default layer (OpenUnlearning's rmu.yaml)."""
 
 
 def chosen_layer(wanted: int | None, layers: int) -> int:
-    """The layer's number, from 0: `wanted`, or 7, or the middle one of a model with fewer than 8 layers.
+    """The layer's number, from 0: `wanted`, else 7, or the middle layer of a model with fewer than 8 layers.
 
-    Raises UserError when the model has no such layer.
+    Raises UserError if the model has no such layer.
     """
     if wanted is not None and wanted >= layers:
         raise UserError(f"rmu.layer = {wanted}: the model has layers 0 to {layers - 1}")
@@ -28,7 +28,7 @@ def chosen_layer(wanted: int | None, layers: int) -> int:
 
 
 def decoder_layers(module: torch.nn.Module) -> torch.nn.ModuleList:
-    """The decoder's layers (of Llama, Qwen2, GPT-NeoX and others of transformers; adapters and wrappers allowed)."""
+    """The decoder's layers (Llama, Qwen2, GPT-NeoX and others of transformers; adapters and wrappers allowed)."""
     parent, name = _place(module)
     layers = getattr(parent, name)
     assert isinstance(layers, torch.nn.ModuleList)
@@ -36,7 +36,7 @@ def decoder_layers(module: torch.nn.Module) -> torch.nn.ModuleList:
 
 
 def _place(module: torch.nn.Module) -> tuple[torch.nn.Module, str]:
-    """The module that holds the layers, and under which name."""
+    """The parent module of the layers, and their name in it."""
     model = unwrapped(module)
     count = model.config.get_text_config().num_hidden_layers
     for parent in model.modules():
@@ -47,25 +47,25 @@ def _place(module: torch.nn.Module) -> tuple[torch.nn.Module, str]:
 
 
 def layer_output(module: torch.nn.Module, batch: Mapping[str, Any], layer: int) -> torch.Tensor:
-    """What layer number `layer` (from 0) puts out, [rows, positions, width]; layers above it and the head do not run.
+    """Output of layer `layer` (from 0), [rows, positions, width]; the layers above it and the head do not run.
 
-    `module` may be DeepSpeed's wrapper: the model's own forward runs, with a shorter list of layers, so that sharded
-    weights are gathered as ever. `batch`: input_ids, attention_mask.
+    `module` may be DeepSpeed's wrapper: the model's forward runs with a shorter list of layers, so sharded weights are
+    gathered as usual. `batch`: input_ids, attention_mask.
     """
-    nowhere = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+    no_positions = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
     with _up_to(module, layer) as outputs:
-        logits_at(module, batch, nowhere)
+        logits_at(module, batch, no_positions)
     return outputs[0]
 
 
 def parameters_up_to(module: torch.nn.Module, layer: int) -> list[torch.nn.Parameter]:
-    """The parameters that `layer_output` needs: those of the modules that run until the layer is done."""
-    found: dict[int, torch.nn.Parameter] = {}
+    """The parameters that `layer_output` needs: those of all modules that run up to the end of the layer."""
+    parameters: dict[int, torch.nn.Parameter] = {}
     running = True
 
     def note(part: torch.nn.Module, _inputs: Any) -> None:
         if running:
-            found.update({id(parameter): parameter for parameter in part.parameters(recurse=False)})
+            parameters.update({id(parameter): parameter for parameter in part.parameters(recurse=False)})
 
     def stop(_module: torch.nn.Module, _inputs: Any, _output: Any) -> None:
         nonlocal running
@@ -80,12 +80,12 @@ def parameters_up_to(module: torch.nn.Module, layer: int) -> list[torch.nn.Param
     finally:
         for handle in handles:
             handle.remove()
-    return list(found.values())
+    return list(parameters.values())
 
 
 @contextmanager
 def _up_to(module: torch.nn.Module, layer: int) -> Iterator[list[torch.Tensor]]:
-    """Within the context the decoder ends after `layer`, whose outputs the yielded list collects."""
+    """Within the context the decoder ends after `layer`; the yielded list collects its outputs."""
     parent, name = _place(module)
     layers = getattr(parent, name)
     outputs: list[torch.Tensor] = []

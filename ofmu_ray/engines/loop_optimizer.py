@@ -15,10 +15,10 @@ _CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 class LoopOptimizer:
-    """torch.optim.SGD or AdamW whose parameters are flat master shards and whose gradient is a vector.
+    """torch.optim.SGD or AdamW with flat master shards as parameters and a vector as gradient.
 
-    Both rules are elementwise, so a step on shards is the step on the whole. The moments belong to one loop (those
-    that a SharedBaseConfig shares, to `beside`); with `offload` they wait in host memory between steps.
+    Both rules are elementwise, so stepping on shards equals stepping on the complete vector. The moments belong to one
+    loop (those that a SharedBaseConfig shares, to `beside`). With `offload` they stay in host memory between steps.
     """
 
     def __init__(
@@ -26,9 +26,9 @@ class LoopOptimizer:
     ) -> None:
         self.config = config
         self.factor = 1.0
-        """On the learning rate of every step from now on."""
+        """Factor on the learning rate of all further steps."""
         self._offload = offload
-        # parameters of our own that share the masters' storage: a step writes through
+        # parameters that share the masters' storage: a step writes through
         self._parameters: list[torch.Tensor] = [torch.nn.Parameter(master, requires_grad=True) for master in masters]
         self._beside = beside
         self._optimizer = self._build()
@@ -51,7 +51,7 @@ class LoopOptimizer:
 
     @torch.no_grad()
     def step(self, vector: Vector, norm: float) -> None:
-        """One step down `vector`, whose norm over all ranks is `norm`; clipping scales `vector` itself."""
+        """One step down `vector`, whose norm over all ranks is `norm`; clipping scales `vector` in place."""
         clip, nominal = self.config.clip, self.lr
         if clip is not None and norm > clip:
             torch._foreach_mul_(vector, clip / (norm + _CLIP_EPSILON))
@@ -104,7 +104,7 @@ class LoopOptimizer:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`, to the bit."""
+        """Continue from `state_dict`, bit for bit."""
         self._optimizer.load_state_dict(copy.deepcopy(state))
         self._move_moments(to_parameters=False)
 
@@ -112,8 +112,8 @@ class LoopOptimizer:
 class SharedBaseAdamW(torch.optim.Optimizer):
     """AdamW of DualOptim+ (Zhong et al. 2026, arXiv 2605.21539; the fp32 step of CityU-MLO/DualOptimPlus).
 
-    b, c: moments of all gradients that both loops step down; m, v: of what this loop's gradients add to them. With ^
-    for the correction of a moment that starts at 0, those of b and c as they were before the step:
+    b, c: moments of the gradients of both loops; m, v: moments of what this loop's gradients add to them. ^ marks the
+    bias correction of a moment that starts at 0; b^ and c^ are taken before the step:
 
         m <- beta1 m + (1 - beta1) (g - b^)        v <- beta2 v + (1 - beta2) (g^2 - c^)
         theta <- (1 - lr decay) theta - lr (m^ + b^) / (sqrt|v^ + c^| + eps)
@@ -128,7 +128,7 @@ class SharedBaseAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step down the parameters' gradients."""
+        """One step down the gradients of the parameters."""
         config, (group,), (shared,) = self.config, self.param_groups, self._common.param_groups
         lr = group["lr"]
         for parameter, key in zip(group["params"], shared["params"], strict=True):
@@ -152,7 +152,7 @@ class SharedBaseAdamW(torch.optim.Optimizer):
 
 
 def _corrected(moment: torch.Tensor, decay: float, steps: int) -> torch.Tensor:
-    """A new tensor: the moment without the pull of its start at 0."""
+    """A new tensor: the bias-corrected moment."""
     return moment / (1 - decay**steps) if steps else moment.clone()
 
 

@@ -1,4 +1,4 @@
-"""What a method may ask of an engine, on top of the algorithm's parameter space."""
+"""The engine's interface for methods, on top of the algorithm's parameter space."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ Loss = Callable[[torch.nn.Module, Any], torch.Tensor | tuple[torch.Tensor, torch
 
 
 def sum_and_count(result: torch.Tensor | tuple[torch.Tensor, torch.Tensor | int]) -> tuple[torch.Tensor, Any]:
-    """What a loss gave, as a sum and the count to divide it by."""
+    """The result of a loss as a sum and the count to divide it by."""
     return result if isinstance(result, tuple) else (result, 1)
 
 
 @dataclass
 class PassAccount:
-    """What a run has cost so far. One pass is one forward and backward over one global batch."""
+    """The cost of a run so far. One pass is one forward and backward over one global batch."""
 
     gradient_passes: dict[str, int] = field(default_factory=lambda: {"forget": 0, "retain": 0})
     tokens: int = 0
     """Tokens (padding excluded) that went through a forward and backward, over all ranks."""
     flops: float = 0.0
-    """6 x parameters x tokens (forward 2, backward 4): the field's usual estimate, attention excluded."""
+    """6 x parameters x tokens (forward 2, backward 4): the usual estimate, without attention."""
     updates: int = 0
     """Optimiser steps."""
 
@@ -52,12 +52,12 @@ class Engine(ParameterSpace, Protocol):
 
     account: PassAccount
     loss_fn: Loss
-    """The task's loss, which a gradient is of when no other is given."""
+    """The task's loss, the default of `gradient`."""
     precision: str
 
     @property
     def device(self) -> torch.device:
-        """Where the weights live and batches belong."""
+        """Device of the weights and batches."""
 
     def gradient(
         self,
@@ -68,33 +68,33 @@ class Engine(ParameterSpace, Protocol):
         differenced: bool = False,
         work: float = 1.0,
     ) -> tuple[Vector, float]:
-        """As in `ParameterSpace`; the mean is over all tokens of the global batch when the loss gives (sum, count).
+        """As in `ParameterSpace`; the mean is over all tokens of the global batch if the loss returns (sum, count).
 
-        `batch` is a `Batch`, or one micro-batch as the loss takes it; `loss` defaults to the engine's own. `work`:
-        share of the model's operations that the loss runs, for the account of FLOPs.
+        `batch` is a `Batch`, or one micro-batch as the loss takes it; `loss` defaults to `loss_fn`. `work`: share of
+        the model's operations that the loss runs, for counting FLOPs.
         """
 
     def evaluate(self, batch: Any, fn: Callable[[torch.nn.Module, Any], Any]) -> list[Any]:
-        """fn(module, micro-batch) for each micro-batch of this rank, without gradients. Collective at ZeRO-3."""
+        """fn(module, micro-batch) for each micro-batch of this rank, without gradients. Collective with ZeRO-3."""
 
     def weights(self) -> Vector:
-        """A copy of theta (masters, this rank's share)."""
+        """A copy of theta (masters, this rank's shard)."""
 
     def set_learning_rate(self, loop: Loop, lr: float) -> None:
         """Learning rate of the loop's next steps."""
 
     def scale_learning_rates(self, factor: float) -> None:
-        """Every step from now on is taken at `factor` times its learning rate, whoever sets that."""
+        """From now on, every step uses `factor` times its learning rate, whoever sets that rate."""
 
     @property
     def layout(self) -> Mapping[str, Any]:
-        """How the vectors lie on the ranks: what `ofmu_ray.engines.reshard` needs to cut a saved state anew."""
+        """The layout of vectors on the ranks: what `ofmu_ray.engines.reshard` needs to reshard a saved state."""
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's shard of weights and optimiser states, for `torch.save`."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict` to the bit; UserError if workers or ZeRO stage differ."""
+        """Restore `state_dict` bit for bit; UserError if workers or ZeRO stage differ."""
 
     def full_weights(self) -> dict[str, torch.Tensor] | None:
-        """The whole model on rank 0 (CPU), None elsewhere. Collective."""
+        """The complete model on rank 0 (CPU), None on other ranks. Collective."""

@@ -1,7 +1,7 @@
-"""A state that one number of workers saved, cut anew for another.
+"""Reshard a saved state for another number of workers.
 
-A sharded engine's flat vectors are sequences of pieces: one piece per group of parameters (ZeRO stages 1 and 2) or per
-parameter (stage 3). A piece of n elements lies on w ranks as w equal shares, the last of them padded with zeros.
+The flat vectors of a sharded engine are sequences of pieces: one piece per group of parameters (ZeRO stages 1 and 2) or
+per parameter (stage 3). A piece of n elements is split over w ranks into w equal shares, the last padded with zeros.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ State = Mapping[str, Any]
 
 
 def reshard(states: Sequence[State], layout: Mapping[str, Any]) -> dict[str, Any]:
-    """`state_dict`s of all ranks that saved -> the state of the rank that `layout` (Shards.layout) describes.
+    """The saved `state_dict`s of all ranks -> the state of the rank with this `layout` (Shards.layout).
 
-    Masters and moments keep every bit; only what this rank needs of the other ranks' tensors is read.
+    Masters and moments are preserved bit for bit. Only the parts that this rank needs are read.
 
     Raises:
         UserError: another ZeRO stage or model.
     """
     first = states[0]
-    found = first["layout"]
-    if "pieces" not in layout or [n for n, _ in found.get("pieces", ())] != [n for n, _ in layout["pieces"]]:
-        if found == layout:  # every rank has everything
+    saved = first["layout"]
+    if "pieces" not in layout or [n for n, _ in saved.get("pieces", ())] != [n for n, _ in layout["pieces"]]:
+        if saved == layout:  # every rank has everything
             return dict(first)
         raise UserError(
-            f"the checkpoint was written by {found['workers']} workers with {found['layout']}, this run is "
+            f"the checkpoint was written by {saved['workers']} workers with {saved['layout']}, this run is "
             f"{layout['layout']}: resume with the same training.engine, training.zero_stage and model"
         )
-    masters = _cut([state["masters"] for state in states], found["pieces"], layout)
+    masters = _cut([state["masters"] for state in states], saved["pieces"], layout)
     loops = {loop: _optimizer(states, loop, layout) for loop in first["optimizers"]}
     return {**first, "layout": dict(layout), "masters": masters, "optimizers": loops}
 
 
 def _optimizer(states: Sequence[State], loop: str, layout: Mapping[str, Any]) -> dict[str, Any]:
-    """A torch optimiser's state whose parameters are the masters; it is the same rule on all ranks."""
+    """State of a torch optimiser whose parameters are the masters; all ranks use the same rule."""
     saved = [state["optimizers"][loop] for state in states]
     shapes = [master.shape for master in states[0]["masters"]]
     count = len(layout["shards"])
@@ -58,12 +58,12 @@ def _optimizer(states: Sequence[State], loop: str, layout: Mapping[str, Any]) ->
 
 
 def _cut(vectors: Sequence[Vector], pieces: Sequence[tuple[int, int]], layout: Mapping[str, Any]) -> Vector:
-    """This rank's share of a vector of which `vectors` are the shares of the ranks that saved."""
+    """This rank's share of a vector, given the saved shares of all ranks."""
     own = torch.zeros(sum(layout["shards"]), dtype=vectors[0][0].dtype)
     source = target = 0
     for (numel, before), (_, after) in zip(pieces, layout["pieces"], strict=True):
         start, end = layout["rank"] * after, min((layout["rank"] + 1) * after, numel)
-        while start < end:  # from one old share after the other
+        while start < end:  # one old share after the other
             rank, offset = divmod(start, before)
             size = min(before - offset, end - start)
             at = target + start - layout["rank"] * after
@@ -74,7 +74,7 @@ def _cut(vectors: Sequence[Vector], pieces: Sequence[tuple[int, int]], layout: M
 
 
 def _copy(target: torch.Tensor, vector: Vector, start: int) -> None:
-    """Elements from `start` on of a vector's tensors, one after the other."""
+    """Copy the vector's elements from `start` on, across its tensors."""
     done = 0
     for shard in vector:
         if start < shard.numel() and done < target.numel():

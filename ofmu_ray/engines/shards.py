@@ -1,7 +1,7 @@
-"""Where a model's master weights and gradients live, as flat tensors: `Shards`, and its replicated form.
+"""A model's master weights and gradients as flat tensors: `Shards`, and its replicated form.
 
-A `Shards` hides one parallel layout from the engine. Its masters are this rank's part of the parameters in full
-precision (fp32; float64 for a float64 module); forward passes read them after `refresh`.
+`Shards` hides a parallel layout from the engine. Its masters are this rank's part of the parameters in full precision
+(fp32; float64 for a float64 module). Forward passes see changes after `refresh`.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ class Shards(ABC):
     masters: Vector
     """Flat master weights of this rank; their storage never moves."""
     sharded: bool
-    """Whether ranks hold different elements (else every rank holds all of them)."""
+    """Whether ranks have different elements (otherwise every rank has all of them)."""
     world_size: int
     forward_module: torch.nn.Module
-    """What a loss calls."""
+    """The module for a loss to call."""
     layout: dict[str, object]
-    """What has to agree for a saved state to fit."""
+    """Must be equal for a saved state to fit."""
 
     @abstractmethod
     def refresh(self) -> None:
-        """Bring the masters into the weights that forward passes read. Collective when sharded."""
+        """Copy the masters into the weights that forward passes read. Collective if sharded."""
 
     @abstractmethod
     def clear_gradients(self) -> None:
-        """Forget every gradient of earlier passes."""
+        """Drop all gradients of earlier passes."""
 
     @abstractmethod
     def backward(self, loss: torch.Tensor) -> None:
-        """Backward pass of one micro-batch's loss; its gradient adds to those since `clear_gradients`."""
+        """Backward pass of one micro-batch's loss; adds its gradient to those since `clear_gradients`."""
 
     @abstractmethod
     def gradient_sums(self, scale: float) -> Vector:
-        """Scale times the gradient summed over ranks and micro-batches since `clear_gradients`, in new tensors."""
+        """`scale` times the gradient summed over ranks and micro-batches since `clear_gradients`, in new tensors."""
 
     @abstractmethod
     def gathered(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[object]:
-        """Within the context the parameters are whole (for reading)."""
+        """Within the context the parameters are complete (for reading)."""
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, in place."""
@@ -58,18 +58,18 @@ class Shards(ABC):
 
 
 def trainable_parameters(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    """(name, parameter) of what trains; a tied parameter stands once, under its first name."""
+    """(name, parameter) of all trainable parameters; a tied parameter occurs once, under its first name."""
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     if not named:
-        raise UserError("the model has no trainable parameter: every one is frozen; loosen model.freeze")
+        raise UserError("the model has no trainable parameters: all are frozen; relax model.freeze")
     return named
 
 
 class FlatShards(Shards):
-    """Every rank holds the whole model: one contiguous buffer of weights and one of gradients.
+    """Every rank has the complete model: one contiguous buffer of weights and one of gradients.
 
-    Parameters and their gradients are views of the buffers, so a displacement, a dot product or an optimiser step
-    is one kernel over the whole model. With more than one rank this is plain data parallelism (ZeRO stage 0): one
+    Parameters and gradients are views of the buffers, so a displacement, a dot product or an optimiser step is one
+    kernel over the complete model. With more than one rank this is plain data parallelism (ZeRO stage 0): one
     all-reduce of the gradient buffer per batch.
     """
 
@@ -85,7 +85,7 @@ class FlatShards(Shards):
         exact = all(parameter.dtype == torch.float64 for parameter in parameters)
         full = torch.float64 if exact else torch.float32
         dtype = torch.bfloat16 if bf16_weights else full
-        for parameter in module.parameters():  # the frozen ones too; buffers (rotary frequencies) keep their precision
+        for parameter in module.parameters():  # also frozen ones; buffers (rotary frequencies) keep their precision
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
         weights = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
@@ -119,7 +119,7 @@ class FlatShards(Shards):
             self._gradients.zero_()
         offset = self._gradients.data_ptr()
         for parameter, size in zip(self._parameters, self._sizes, strict=True):
-            # someone's module.zero_grad() (set_to_none) breaks the view: bind again
+            # somebody called module.zero_grad() (set_to_none), which breaks the view: bind it again
             if parameter.grad is None or parameter.grad.data_ptr() != offset:
                 self._bind_views()
                 break

@@ -1,4 +1,4 @@
-"""The engine of a single process: any module, exact curvature, no process group."""
+"""The engine for a single process: any module, exact curvature, no process group."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ofmu_ray.errors import UserError
 class TorchEngine(VectorEngine):
     """One process, one device (the module's). `loss_fn(module, batch)` returns a mean loss or (sum, count).
 
-    precision: fp32 (float64 modules stay float64), bf16 (bf16 weights, fp32 masters) or bf16_autocast (fp32 weights,
-    passes that enter no finite difference under bf16 autocast). offload="optimizer" keeps the optimisers' moments
-    in host memory between steps. The parameters of `module` become views of one buffer.
+    precision: fp32 (float64 modules stay float64), bf16 (bf16 weights, fp32 masters) or bf16_autocast (fp32 weights;
+    bf16 autocast in passes that enter no finite difference). offload="optimizer" keeps the optimiser moments in host
+    memory between steps. The parameters of `module` become views of one buffer.
     """
 
     offers_exact = True
@@ -52,9 +52,9 @@ class TorchEngine(VectorEngine):
     def graph_gradient(
         self, batch: Any, loss: Loss | None = None, *, kind: Kind = "forget"
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Mean loss (0-dim) and its gradient per parameter, both with their graph: for exact double backward.
+        """Mean loss (0-dim) and its gradient per parameter, both with their graph, for double backward.
 
-        Counts as one pass. Needs attention with a double backward (model.attention = eager).
+        Counts as one pass. Needs attention that supports double backward (model.attention = eager).
         """
         loss = loss or self.loss_fn
         total: torch.Tensor | None = None
@@ -64,7 +64,7 @@ class TorchEngine(VectorEngine):
             total = value if total is None else total + value
             sums += batch_sums(value, count, micro, self.device)
         if total is None:
-            raise UserError("the batch has no micro-batch")
+            raise UserError("the batch has no micro-batches")
         _, count_all = self._account_pass(sums, kind)
         mean = total / count_all
         gradients = torch.autograd.grad(mean, self._trainable, create_graph=True)
@@ -75,5 +75,5 @@ class TorchEngine(VectorEngine):
         return self.shards.flatten(tensors)
 
     def as_tensors(self, vector: Vector) -> list[torch.Tensor]:
-        """The inverse of `as_vector`: views of the vector in the parameters' shapes."""
+        """The inverse of `as_vector`: views of the vector, shaped like the parameters."""
         return self.shards.unflatten(vector)

@@ -1,6 +1,6 @@
-"""What every engine shares: passes over a batch, displacement, linear algebra, optimiser steps and state.
+"""Common base of the engines: passes over a batch, displacement, linear algebra, optimiser steps and state.
 
-The layout of the weights (one buffer, or DeepSpeed's ZeRO partitions) is a `Shards`; this module never asks which.
+`Shards` hides the layout of the weights (one buffer, or DeepSpeed's ZeRO partitions) from this module.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from ofmu_ray.models.loading import disable_dropout, exported_weights
 
 T = TypeVar("T")
 
-# elements that a dot product widens to float64 at a time: what stays in a CPU's cache; on a GPU, few launches
+# elements that a dot product converts to float64 at a time: fits in a CPU's cache; few launches on a GPU
 _DOT_CHUNK = {False: 1 << 15, True: 1 << 24}
-_FLOPS_PER_TOKEN = 6  # and parameter: 2 forward, 4 backward
+_FLOPS_PER_TOKEN = 6  # per token and parameter: 2 forward, 4 backward
 
 
 class VectorEngine:
-    """One model whose trainable parameters are a vector, and one optimiser per loop.
+    """One model, its trainable parameters as a vector, and one optimiser per loop.
 
-    Dropout is switched off: a finite difference needs the same function twice. Buffers (running statistics) do not
-    change in passes inside `displaced`.
+    Dropout is disabled: a finite difference needs the same function twice. Passes inside `displaced` do not change
+    buffers (running statistics).
     """
 
     offers_exact: bool = False
@@ -57,22 +57,22 @@ class VectorEngine:
         self.trainable_names = [name for name, _ in named]
         self._trainable = [parameter for _, parameter in named]
         self.numel = sum(_numel(parameter) for parameter in self._trainable)
-        """Trainable parameters of the whole model."""
+        """Number of trainable parameters of the complete model."""
         self._numel_all = sum(_numel(parameter) for parameter in module.parameters())
-        moved = offload == "optimizer"
-        first = LoopOptimizer(shards.masters, inner or OptimizerConfig(), offload=moved)
-        second = LoopOptimizer(shards.masters, outer or OptimizerConfig(), offload=moved, beside=first)
+        offloaded = offload == "optimizer"
+        first = LoopOptimizer(shards.masters, inner or OptimizerConfig(), offload=offloaded)
+        second = LoopOptimizer(shards.masters, outer or OptimizerConfig(), offload=offloaded, beside=first)
         self._optimizers: dict[Loop, LoopOptimizer] = {"inner": first, "outer": second}
         self._displacements: list[tuple[Vector, float]] = []
         self._saved: Vector | None = None
         self._saved_is_current = False
-        # masks (bool) never change; running statistics do, and batch norm does not even bump their version counter
+        # masks (bool) never change; running statistics do, and batch norm does not bump their version counter
         self._buffers = [buffer for buffer in module.buffers() if buffer.dtype != torch.bool]
         self._gradients_checked = False
 
     @property
     def device(self) -> torch.device:
-        """Where the masters live and batches belong."""
+        """Device of the masters and batches."""
         return self.shards.masters[0].device
 
     # ------------------------------------------------------------------------------------------------ passes
@@ -88,11 +88,11 @@ class VectorEngine:
     ) -> tuple[Vector, float]:
         """Gradient and value of the mean loss over the global batch; see `protocol.Engine.gradient`.
 
-        Every rank passes the same number of micro-batches. `differenced`: the pass enters a finite difference, so
-        bf16_autocast runs it in fp32 (as it does every pass inside `displaced`).
+        Every rank must pass the same number of micro-batches. `differenced`: the pass enters a finite difference, so
+        bf16_autocast runs it in fp32 (like every pass inside `displaced`).
 
-        Raises UserError when no token of the global batch has a loss, and on the first pass when a trainable
-        parameter gets no gradient.
+        Raises UserError if no token of the global batch has a loss, and on the first pass if a trainable parameter gets
+        no gradient.
         """
         loss = loss or self.loss_fn
         shards = self.shards
@@ -111,7 +111,7 @@ class VectorEngine:
         loss_sum, total, tokens = sums.tolist()
         if not total:
             raise UserError(
-                "no token of this batch has a loss: every label is masked (are there rows without an answer?)"
+                "no token of this batch has a loss: all labels are masked (are there rows without an answer?)"
             )
         self.account.gradient_passes[kind] = self.account.gradient_passes.get(kind, 0) + 1
         self.account.tokens += int(tokens)
@@ -121,7 +121,7 @@ class VectorEngine:
     def evaluate(self, batch: Any, fn: Callable[[torch.nn.Module, Any], T]) -> list[T]:
         """`fn(module, micro_batch)` for each micro-batch, without gradients and in evaluation mode.
 
-        Collective when the weights are sharded (ZeRO-3): every rank passes the same number of micro-batches.
+        Collective if the weights are sharded (ZeRO-3): every rank must pass the same number of micro-batches.
         """
         training = self.module.training
         self.module.eval()
@@ -139,14 +139,14 @@ class VectorEngine:
 
     @contextmanager
     def _every_gradient_arrives(self) -> Iterator[None]:
-        """On the first pass, watch that each trainable parameter gets a gradient on some rank."""
+        """On the first pass, check that each trainable parameter gets a gradient on some rank."""
         if self._gradients_checked:
             yield
             return
-        seen = torch.zeros(len(self._trainable), device=self.device)
+        arrived = torch.zeros(len(self._trainable), device=self.device)
         hooks = [
             parameter.register_hook(  # type: ignore[no-untyped-call]
-                lambda _, index=index: seen[index].fill_(1) and None
+                lambda _, index=index: arrived[index].fill_(1) and None
             )
             for index, parameter in enumerate(self._trainable)
         ]
@@ -155,7 +155,7 @@ class VectorEngine:
         finally:
             for hook in hooks:
                 hook.remove()
-        flags = self.shards.all_reduce(seen).tolist()
+        flags = self.shards.all_reduce(arrived).tolist()
         missing = [name for name, flag in zip(self.trainable_names, flags, strict=True) if not flag]
         if missing:
             shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
@@ -169,9 +169,9 @@ class VectorEngine:
 
     @contextmanager
     def displaced(self, vector: Vector, step: float) -> Iterator[None]:
-        """Within the context the parameters are theta + step * vector; afterwards theta again, to the bit. Nests.
+        """Within the context the parameters are theta + step * vector; afterwards theta again, bit for bit. Nests.
 
-        One copy of theta serves every displacement until a step or a load changes theta; its memory is kept.
+        One copy of theta serves all displacements until a step or a load changes theta; its memory is reused.
         """
         masters = self.shards.masters
         if self._saved is None:
@@ -187,7 +187,7 @@ class VectorEngine:
             yield
         finally:
             self._displacements.pop()
-            # not "minus the step": rounding would leave a trace; the outer displacements are replayed on the copy
+            # not "minus the step", because of rounding; instead, replay the outer displacements on the copy
             base = self._saved
             for outer_vector, outer_step in self._displacements:
                 self._move(base, outer_vector, outer_step)
@@ -209,12 +209,12 @@ class VectorEngine:
             buffer.copy_(value)
 
     def apply(self, vector: Vector, loop: Loop) -> float:
-        """One step of the loop's optimiser down `vector`, which is used up; returns its norm before clipping.
+        """One step of the loop's optimiser down `vector`, which it consumes; returns its norm before clipping.
 
-        A vector whose norm is not finite changes nothing: the caller sees it in the returned norm.
+        A vector whose norm is not finite changes nothing; the caller sees it in the returned norm.
         """
         if self._displacements:
-            raise AssertionError("apply() inside displaced(): the step would be lost on leaving it")
+            raise AssertionError("apply() inside displaced(): leaving it would undo the step")
         norm = math.sqrt(self.dot((vector, vector))[0])
         if math.isfinite(norm):
             self._saved_is_current = False
@@ -224,12 +224,12 @@ class VectorEngine:
         return norm
 
     def first_moment(self, loop: Loop) -> Vector | None:
-        """AdamW's running mean of the loop's gradients; None before its first step. Not the caller's to change."""
+        """AdamW's running mean of the loop's gradients; None before its first step. Read-only."""
         return self._optimizers[loop].first_moment()
 
     @torch.no_grad()
     def dot(self, *pairs: tuple[Vector, Vector]) -> list[float]:
-        """Inner products over all ranks, float64, one all-reduce for all pairs."""
+        """Inner products over all ranks in float64, with one all-reduce for all pairs."""
         sums = _local_dots(pairs)
         if self.shards.sharded:
             self.shards.all_reduce(sums)
@@ -240,7 +240,7 @@ class VectorEngine:
         return math.sqrt(self.dot((self.shards.masters, self.shards.masters))[0])
 
     def weights(self) -> Vector:
-        """A copy of theta (masters, this rank's share)."""
+        """A copy of theta (masters, this rank's shard)."""
         return [master.clone() for master in self.shards.masters]
 
     def set_learning_rate(self, loop: Loop, lr: float) -> None:
@@ -248,14 +248,14 @@ class VectorEngine:
         self._optimizers[loop].lr = lr
 
     def scale_learning_rates(self, factor: float) -> None:
-        """Every step from now on is taken at `factor` times its learning rate."""
+        """From now on, every step uses `factor` times its learning rate."""
         for optimizer in self._optimizers.values():
             optimizer.factor = factor
 
     # ------------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's part of everything that changes, as copies in host memory, for torch.save."""
+        """This rank's part of all state, as copies in host memory, for torch.save."""
         return {
             "layout": dict(self.shards.layout),
             "masters": [master.detach().to("cpu", copy=True) for master in self.shards.masters],
@@ -266,17 +266,17 @@ class VectorEngine:
 
     @property
     def layout(self) -> Mapping[str, Any]:
-        """How the vectors lie on the ranks (Shards.layout)."""
+        """The layout of vectors on the ranks (Shards.layout)."""
         return self.shards.layout
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict` of the same rank, to the bit. Collective. UserError if the layout differs."""
+        """Continue from `state_dict` of the same rank, bit for bit. Collective. UserError if the layout differs."""
         if self._displacements:
             raise AssertionError("load_state_dict() inside displaced()")
-        found, own = state["layout"], self.shards.layout
-        if found != own:
+        saved_layout, own_layout = state["layout"], self.shards.layout
+        if saved_layout != own_layout:
             raise UserError(
-                f"the checkpoint was written by {_describe(found)}, this run is {_describe(own)}: "
+                f"the checkpoint was written by {_describe(saved_layout)}, this run is {_describe(own_layout)}: "
                 "resume with the same training.engine, training.zero_stage and model"
             )
         self._saved_is_current = False
@@ -290,7 +290,7 @@ class VectorEngine:
         self.shards.refresh()
 
     def full_weights(self) -> dict[str, torch.Tensor] | None:
-        """The whole model's state dict on rank 0 (host memory, LoRA merged into the base); None on other ranks.
+        """State dict of the complete model on rank 0 (host memory, LoRA merged into the base); None on other ranks.
 
         Collective: sharded parameters are gathered one at a time.
         """
@@ -305,7 +305,7 @@ def _numel(parameter: torch.Tensor) -> int:
 
 
 def micro_batches(batch: Any, device: torch.device) -> Iterator[Any]:
-    """The micro-batches of a batch, their tensors moved to `device` one micro-batch at a time."""
+    """The micro-batches of a batch, moved to `device` one at a time."""
     for micro in batch.micro if isinstance(batch, Batch) else [batch]:
         yield _on(micro, device)
 
@@ -321,8 +321,8 @@ def _on(value: Any, device: torch.device) -> Any:
 
 
 def batch_sums(value: torch.Tensor, count: Any, micro: Any, device: torch.device) -> torch.Tensor:
-    """float64 [loss, count, tokens]; tokens are those of every attention mask in the micro-batch (a method whose loss
-    runs only one of several texts hands the engine only that), or the count where there is none."""
+    """float64 [loss, count, tokens]. Tokens are those of all attention masks in the micro-batch, so a method must pass
+    only the texts that its loss runs; without a mask, tokens is the count."""
     items = micro.items() if isinstance(micro, Mapping) else ()
     masks = [mask for name, mask in items if name.endswith("attention_mask")]
     tokens = sum(mask.sum() for mask in masks) if masks else count
@@ -331,7 +331,7 @@ def batch_sums(value: torch.Tensor, count: Any, micro: Any, device: torch.device
 
 
 def _local_dots(pairs: Sequence[tuple[Vector, Vector]]) -> torch.Tensor:
-    """Inner products of this rank's shards; each piece of each vector is widened to float64 once for all pairs."""
+    """Inner products of this rank's shards; each piece of a vector is converted to float64 once for all pairs."""
     vectors = {id(vector): vector for pair in pairs for vector in pair}
     first = next(iter(vectors.values()))
     chunk = _DOT_CHUNK[first[0].is_cuda]

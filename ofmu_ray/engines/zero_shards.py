@@ -1,12 +1,11 @@
 """DeepSpeed's ZeRO partitions as `Shards`.
 
-DeepSpeed computes sharded gradients and keeps the weights that forward passes read; our optimisers step on its fp32
-master partitions, and its own optimiser step is never used. What is private to DeepSpeed is read in
-`internals/deepspeed_private.py`.
+DeepSpeed computes sharded gradients and keeps the weights that forward passes read. Our optimisers step on its fp32
+master partitions; its optimiser never steps. `internals/deepspeed_private.py` accesses DeepSpeed's private parts.
 
-Each micro-batch is an accumulation boundary of its own: its reduced gradient shard is added to an fp32 vector here
-and DeepSpeed's gradients are cleared, so that nothing hinges on when DeepSpeed clears or accumulates (which
-differs by stage), and sums are fp32 in every precision.
+Each micro-batch is a separate accumulation boundary: its reduced gradient shard is added to an fp32 vector here, and
+DeepSpeed's gradients are cleared. So nothing depends on when DeepSpeed clears or accumulates (which differs by stage),
+and sums are fp32 in every precision.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class ZeroShards(Shards):
         self._engine, self._stage = engine, stage
         self.masters = [partition.data for partition in self._partitions.masters()]
         self._padding = self._partitions.padding()
-        for index, start, end in self._padding:  # DeepSpeed leaves it uninitialised at stage 3: norms would count it
+        for index, start, end in self._padding:  # uninitialised at stage 3: norms would count it
             self.masters[index][start:end].zero_()
         self._sums: Vector = []
         total = sum(getattr(p, "ds_numel", p.numel()) for _, p in trainable_parameters(engine.module))
@@ -68,7 +67,7 @@ class ZeroShards(Shards):
     @torch.no_grad()
     def gradient_sums(self, scale: float) -> Vector:
         sums, self._sums = self._sums, []
-        torch._foreach_mul_(sums, scale * self.world_size)  # DeepSpeed averages over the ranks; this is a sum
+        torch._foreach_mul_(sums, scale * self.world_size)  # DeepSpeed averages over ranks; this is a sum
         for index, start, end in self._padding:
             sums[index][start:end].zero_()
         return sums

@@ -1,4 +1,4 @@
-"""A model's units of work, spread over processes of the cluster, or done here."""
+"""Run the units of a model on processes of the cluster, or in this process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Loading:
-    """How every process comes by the same model. A folder has to be readable on every node; a URI is fetched there."""
+    """How every process loads the same model. A folder must be readable on every node; a URI is fetched there."""
 
     model: str
     weights_bytes: int
@@ -32,7 +32,7 @@ class Loading:
     def scorer(self, device: str) -> Scorer:
         """Loads the weights: fp32 on a CPU, as stored on a GPU.
 
-        Raises UserError when the folder holds no causal language model in safetensors.
+        Raises UserError if the folder contains no causal language model in safetensors.
         """
         model = pretrained(
             self.model,
@@ -44,10 +44,10 @@ class Loading:
 
 
 def run_units(units: Sequence[Unit], loading: Loading, actors: int | None) -> Iterator[tuple[int, Result]]:
-    """(number of the unit, result) in the order of completion; every unit exactly once.
+    """(index of the unit, result) in the order of completion; every unit exactly once.
 
-    `actors`: None takes a process per free CPU or GPU (at most 8) of the nodes that hold the weights, and none for a
-    small job on CPUs. Without a running Ray the work is done in this process.
+    `actors`: None is one process per free CPU or GPU (at most 8) of the nodes that have the weights, and none for a
+    small job on CPUs. Without a running Ray, the work runs in this process.
     """
     flops = _flops(units, loading) if actors is None else math.inf
     if runs_here(flops):
@@ -62,24 +62,24 @@ def _runner(loading: Loading, device: str) -> Callable[[Unit], Result]:
 
 
 def _flops(units: Sequence[Unit], loading: Loading) -> float:
-    """Two operations per weight and token, every generation at its longest."""
-    weights = loading.weights_bytes / 4  # as if fp32: at most a factor 2 too few
+    """Two operations per weight and token, with all generations at maximum length."""
+    weights = loading.weights_bytes / 4  # assumes fp32: too low by at most a factor of 2
     texts = [text for unit in units for row in unit.texts for text in row]
     scored = sum(len(ids) for ids, _ in texts)
     return 2 * weights * (scored + loading.max_new_tokens * sum(len(unit.rows) for unit in units))
 
 
 def holders(model: str, resource: str) -> list[Node]:
-    """The nodes with CPUs or GPUs where a model's weights lie, in a folder or in the hub's cache; all, if on none."""
+    """The nodes with CPUs or GPUs that have a model's weights, in a folder or the hub's cache; all nodes, if none."""
     from ofmu_ray.cluster.nodes import alive, on_each
 
     nodes = [node for node in alive() if node.resources.get(resource, 0) >= 1] or alive()
     if len(nodes) == 1:
         return nodes
-    return [node for node, found in on_each(nodes, _holds, model).items() if found is True] or nodes
+    return [node for node, answer in on_each(nodes, _has_weights, model).items() if answer is True] or nodes
 
 
-def _holds(model: str) -> bool:
+def _has_weights(model: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     return os.path.isdir(model) or isinstance(try_to_load_from_cache(model, "config.json"), str)

@@ -1,4 +1,4 @@
-"""Evaluations by content: the same weights, rows, format and metric version are never run twice."""
+"""Cache of evaluations by content: the same weights, rows, format and metric version never run twice."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ofmu_ray.storage import PathLike, atomic_write, is_file, join, locate
 
 
 def cache_key(model: str, template: str, rows: Sequence[EvaluationRow], max_new_tokens: int, arithmetic: str) -> str:
-    """Hex digest (32 digits) of all that decides a set's per-row values.
+    """Hex digest (32 digits) of everything that determines a set's per-row values.
 
-    `model`, `template`: fingerprints. `arithmetic`: device kind and number format, whose roundings differ. Batch size
-    and number of actors are not part of it: they change values within rounding only.
+    `model`, `template`: fingerprints. `arithmetic`: device kind and number format, because their rounding differs.
+    Batch size and number of actors are not included: they only affect rounding.
     """
     content = [METRIC_VERSION, model, template, max_new_tokens, arithmetic, [asdict(row) for row in rows]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
@@ -40,7 +40,7 @@ class TableCache:
         return pq.read_table(inside, filesystem=filesystem, partitioning=None)
 
     def save(self, key: str, table: pa.Table) -> None:
-        """Keep a table; a reader never sees half of it."""
+        """Store a table atomically."""
         content = pa.BufferOutputStream()
         pq.write_table(table, content)
         atomic_write(join(self.folder, f"{key}.parquet"), content.getvalue().to_pybytes())
@@ -53,8 +53,8 @@ class EvaluationCache(TableCache):
         super().__init__(cache_folder, "evaluation")
 
     def load(self, key: str) -> pa.Table | None:
-        found = super().load(key)
-        return None if found is None else found.cast(MEASURED)
+        table = super().load(key)
+        return None if table is None else table.cast(MEASURED)
 
     def save(self, key: str, table: pa.Table) -> None:
         super().save(key, without_private_text(table))

@@ -15,14 +15,14 @@ from ofmu_ray.models.source import model_source
 from ofmu_ray.storage import PathLike, join
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-"""A folder with one of them holds a tokenizer."""
+"""A folder with one of these files contains a tokenizer."""
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates models on the rows that a configuration names; results are cached under <storage>/cache.
+    """Evaluates models on the rows of a configuration; results are cached under <storage>/cache.
 
-    Rows are read, and refused if they are not usable, when it is built: before any worker starts.
+    Rows are read and checked on construction, before any worker starts.
     """
 
     evaluation: EvaluationConfig
@@ -31,14 +31,14 @@ class Evaluator:
     """Folder or hub name."""
     cache: PathLike
     seed: int = 0
-    """Of the intervals."""
+    """Seed of the intervals."""
     reveal_text: bool = False
     trust_remote_code: bool = False
     sets: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     own_tokenizers: bool = False
-    """A model that comes with a tokenizer is evaluated with that one, the others with `tokenizer`."""
+    """Evaluate a model that has a tokenizer with its own one, the others with `tokenizer`."""
     sample: RowSample | None = None
-    """Where `sets` are a sample of larger ones: how its rows are named there."""
+    """If `sets` are a sample of larger sets: the names of its rows there."""
 
     @classmethod
     def of(cls, config: UnlearnConfig, storage: PathLike) -> Evaluator:
@@ -55,12 +55,12 @@ class Evaluator:
         )
 
     def table(self, model: str | None, label: str) -> Any:
-        """Per-row values of a model as a pyarrow Table; None: no such model, or evaluation is off."""
+        """Per-row values of a model as a pyarrow Table; None without a model, or if evaluation is off."""
         if model is None or not self.evaluation.enabled:
             return None
         from ofmu_ray.evaluation.runner import evaluate_model
 
-        found = evaluate_model(
+        table = evaluate_model(
             resolve_builtin(model),
             resolve_builtin(self.tokenizer_of(model)),
             self.sets,
@@ -71,30 +71,30 @@ class Evaluator:
             reveal_text=self.reveal_text,
             trust_remote_code=self.trust_remote_code,
         )
-        return found if self.sample is None else self.sample.named(found)
+        return table if self.sample is None else self.sample.named(table)
 
     def live_table(self, module: Any, tokenizer: Any, label: str) -> Any:
-        """The same of a model in memory, which is left in fp32 on a CPU, as an exported model is loaded there."""
+        """The same for a model in memory. On a CPU it is converted to fp32, like an exported model on loading."""
         from ofmu_ray.evaluation.runner import evaluate_live
 
         module = module.get_base_model() if hasattr(module, "get_base_model") else module
         if next(module.parameters()).device.type == "cpu":
             module = module.float()
-        found = evaluate_live(module, tokenizer, self.sets, self.row_format, self.evaluation, label=label)
-        return found if self.sample is None else self.sample.named(found)
+        table = evaluate_live(module, tokenizer, self.sets, self.row_format, self.evaluation, label=label)
+        return table if self.sample is None else self.sample.named(table)
 
     def sampled(self, rows: int | None, evaluation: EvaluationConfig, seed: int) -> Evaluator:
-        """The same on `rows` rows of each set, evenly spread (None: all), with these options."""
+        """A copy for `rows` rows of each set, evenly spread (None: all), with these options."""
         sample = RowSample.of(self.sets, rows)
         return replace(self, evaluation=evaluation, seed=seed, sets=sample.sets, sample=sample)
 
     def tokenizer_of(self, model: str) -> str:
-        """Folder or hub name of the tokenizer that this model is evaluated with; a hub model has its own."""
+        """Folder or hub name of the tokenizer for evaluating this model; a hub model has its own."""
         return model if self.own_tokenizers and has_tokenizer(model) else self.tokenizer
 
     @property
     def row_format(self) -> FormatConfig:
-        """How the rows of `sets` become tokens: their columns are renamed already."""
+        """How the rows of `sets` become tokens; their columns are already renamed."""
         return replace(self.data.format, question="question", answer="answer")
 
     def model_config(self, model: str) -> Any:
@@ -104,25 +104,25 @@ class Evaluator:
         return read_config(model, "model", trust_remote_code=self.trust_remote_code).get_text_config()
 
     def check_vocabulary(self, model: str, option: str) -> None:
-        """UserError when the rows have tokens that the model does not know: its tokenizer is another one."""
+        """Raises UserError if the rows have tokens unknown to the model: the tokenizer is not the model's."""
         from ofmu_ray.evaluation.rows import evaluation_rows
 
         template, known = self.loading(model).template, self.model_config(model).vocab_size
         if len(template.tokenizer) <= known:
             return
-        rows = [row for name, found in self.sets.items() for row in evaluation_rows(name, found, self.row_format)]
+        rows = [row for name, raw in self.sets.items() for row in evaluation_rows(name, raw, self.row_format)]
         pairs = [(row.question, text) for row in rows for text in row.texts]
         encoded = template.encode_rows([question for question, _ in pairs], [text for _, text in pairs])
         largest = max(max(row.input_ids) for row in encoded)
         if largest >= known:
             raise UserError(
-                f"{option} = {model!r}: it knows {known} tokens, and the rows have token number {largest} with the "
-                f"tokenizer {self.tokenizer_of(model)!r}; put the model's own tokenizer into its folder, or leave out "
-                "the option tokenizer"
+                f"{option} = {model!r}: it knows {known} tokens, but the rows have token number {largest} with the "
+                f"tokenizer {self.tokenizer_of(model)!r}; put the model's own tokenizer into its folder, or drop the "
+                "option tokenizer"
             )
 
     def loading(self, model: str) -> Any:
-        """How a process comes by a model (ofmu_ray.evaluation.actors.Loading)."""
+        """How a process loads a model (ofmu_ray.evaluation.actors.Loading)."""
         from ofmu_ray.evaluation.runner import loading_of
 
         return loading_of(
@@ -134,7 +134,7 @@ class Evaluator:
         )
 
     def texts(self) -> dict[str, tuple[str, str]]:
-        """Question and answer by row id; those of forget rows only if the report may reveal them."""
+        """Question and answer by row id; forget rows only if the report may reveal them."""
         from ofmu_ray.evaluation.rows import is_private
 
         return {
@@ -145,19 +145,19 @@ class Evaluator:
         }
 
     def figures(self, table: Any, retrained: Any) -> dict[str, Any] | None:
-        """Figures of a model, each {"value", "low", "high", "n"} or {"value": null, "reason"}; None without a table."""
+        """Metrics of a model, each {"value", "low", "high", "n"} or {"value": null, "reason"}; None without a table."""
         if table is None:
             return None
         from ofmu_ray.metrics.summary import summarise
 
         retrained = retrained if self.sample is None else self.sample.cut(retrained)
-        found = summarise(table, retrained, bootstrap_samples=self.evaluation.bootstrap_samples, seed=self.seed)
-        return {name: figure.to_json() for name, figure in found.items()}
+        metrics = summarise(table, retrained, bootstrap_samples=self.evaluation.bootstrap_samples, seed=self.seed)
+        return {name: metric.to_json() for name, metric in metrics.items()}
 
     def verdict(self, tables: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
         """OpenUnlearning's aggregate of the unlearned model, and whether its answers to forget prompts are degenerate.
 
-        `tables` and `metrics`: of before, after and retrained; None where there is none.
+        `tables` and `metrics`: by before, after and retrained; None if missing.
         """
         from ofmu_ray.metrics.aggregate import aggregate_figures, aggregate_inputs
         from ofmu_ray.metrics.degeneration import failed_measures, words
@@ -170,25 +170,25 @@ class Evaluator:
         measured = plain(metrics.get("after") or {})
         failed = failed_measures(measured, sound)
         degenerate = None if failed is None else bool(failed)
-        found: dict[str, Any] = {"run": {"degenerate": degenerate, "generations": words(measured, sound)}}
+        verdict: dict[str, Any] = {"run": {"degenerate": degenerate, "generations": words(measured, sound)}}
         if after is not None:
             model, target, reference = (aggregate_inputs(table) for table in (after, before, retrained))
-            figures = aggregate_figures(model, target, reference)
-            found["aggregate"] = {name: figure.to_json() for name, figure in figures.items()}
-        return found
+            aggregate = aggregate_figures(model, target, reference)
+            verdict["aggregate"] = {name: metric.to_json() for name, metric in aggregate.items()}
+        return verdict
 
 
 def has_tokenizer(model: str) -> bool:
-    """Whether a model comes with a tokenizer; one on the hub is taken to."""
+    """Whether a model comes with a tokenizer; assumed for a model on the hub."""
     folder = Path(model_source(model, "model"))
     return not folder.is_dir() or any((folder / name).exists() for name in TOKENIZER_FILES)
 
 
 def read_sets(evaluation: EvaluationConfig, data: DataConfig) -> dict[str, list[dict[str, Any]]]:
-    """The rows of every set that the configuration names, checked.
+    """The checked rows of every set in the configuration.
 
     Raises:
-        UserError: a file that is not there, or rows that cannot be used, with all problems of a file.
+        UserError: a missing file, or unusable rows, with all problems of a file.
     """
     from ofmu_ray.data.evaluation_rows import evaluation_rows
 

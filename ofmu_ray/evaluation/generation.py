@@ -1,4 +1,4 @@
-"""Batched generation, greedy or sampled: what the model says to a prompt, token by token, until it ends the text."""
+"""Batched generation, greedy or sampled."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from transformers import GenerationConfig
 
 from ofmu_ray.evaluation.scoring import length_sorted
 
-_COMPACT_BELOW = 0.7  # share of unfinished texts below which finished ones leave the batch
+_COMPACT_BELOW = 0.7  # below this share of unfinished texts, finished ones leave the batch
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling at a temperature, each text from random numbers of its own: batches and their order do not enter."""
+    """Sampling at a temperature. Each text has its own random numbers, so batches and their order do not matter."""
 
     temperature: float
     top_k: int
-    """Only the likeliest so many tokens are drawn."""
+    """Sample from this many most likely tokens."""
     uniforms: np.ndarray
     """float64 [texts, tokens] in [0, 1)."""
 
@@ -37,7 +37,7 @@ class Sampling:
         return cls(temperature, top_k, np.stack([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds]))
 
     def tokens(self, logits_bv: torch.Tensor, rows: Sequence[int], step: int) -> torch.Tensor:
-        """int64 [rows, 1]: where each row's number of this step lies among the cumulated probabilities."""
+        """int64 [rows, 1]: the token at each row's random number of this step in the cumulative probabilities."""
         likeliest_bk, tokens_bk = logits_bv.double().topk(min(self.top_k, logits_bv.shape[1]))
         cumulated_bk = (likeliest_bk / self.temperature).softmax(1).cumsum(1)
         uniforms_b1 = torch.from_numpy(self.uniforms[list(rows), step])[:, None].to(logits_bv.device)
@@ -47,11 +47,11 @@ class Sampling:
 
 def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     """Tokens that end a text: the tokenizer's EOS and those of the model's generation configuration."""
-    found = [tokenizer.eos_token_id]
+    tokens = [tokenizer.eos_token_id]
     generation = getattr(model, "generation_config", None)
     ends = getattr(generation, "eos_token_id", None)
-    found += ends if isinstance(ends, list) else [ends]
-    return frozenset(int(token) for token in found if token is not None)
+    tokens += ends if isinstance(ends, list) else [ends]
+    return frozenset(int(token) for token in tokens if token is not None)
 
 
 def generate(
@@ -62,9 +62,9 @@ def generate(
     stop: frozenset[int],
     batch_size: int,
 ) -> list[list[int]]:
-    """New tokens per prompt, without the one that ended it; at most `max_new_tokens` (of all, or of each).
+    """New tokens per prompt, without the stop token; at most `max_new_tokens` (one limit for all, or one each).
 
-    A text also ends where the model's positions do (`max_position_embeddings`). Equal to `model.generate` with
+    A text also ends at the model's last position (`max_position_embeddings`). Equal to `model.generate` with
     `do_sample=False` on one prompt at a time, up to ties within rounding.
     """
     most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
@@ -87,9 +87,9 @@ def generate_batch(
     stop: frozenset[int],
     draws: Sampling | None = None,
 ) -> list[list[int]]:
-    """`generate` for prompts that go through the model together, with `draws` sampled instead of greedy.
+    """`generate` for one batch of prompts; with `draws`, sampled instead of greedy.
 
-    Prompts are padded on the left. When many texts have ended, the others go on without them, with their part of the
+    Prompts are padded on the left. When many texts have ended, the others continue without them, with their part of the
     cache.
     """
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
@@ -99,9 +99,9 @@ def generate_batch(
     ids_bt, mask_bt = _left_padded([prompts[row] for row in live], model.get_input_embeddings().weight.device)
     width, cache = ids_bt.shape[1], None
     while live:
-        # a text that has ended goes on unread until many have, and must not leave the model's positions
+        # finished texts run on unread until many have finished, and must stay within the model's positions
         steps = min(max(left[row] - len(texts[row]) for row in live), room - int(mask_bt.sum(1).max()))
-        with _plainly(model):
+        with _default_generation(model):
             output = model.generate(
                 input_ids=ids_bt,
                 attention_mask=mask_bt,
@@ -114,13 +114,13 @@ def generate_batch(
                     return_dict_in_generate=True,
                 ),
                 logits_processor=[_Drawn(draws, live, width)] if draws else [],
-                stopping_criteria=[_Thinned([left[row] for row in live], stop, width)],
+                stopping_criteria=[_Finished([left[row] for row in live], stop, width)],
             )
         for row, tokens in zip(live, output.sequences[:, width:].tolist(), strict=True):
             texts[row] = list(itertools.takewhile(lambda token: token not in stop, tokens[: left[row]]))
         new = output.sequences.shape[1] - width
-        kept = [place for place, row in enumerate(live) if len(texts[row]) == new < left[row]]
-        live = [live[place] for place in kept]
+        kept = [slot for slot, row in enumerate(live) if len(texts[row]) == new < left[row]]
+        live = [live[slot] for slot in kept]
         if live:
             cache = output.past_key_values
             cache.batch_select_indices(torch.tensor(kept, device=ids_bt.device))
@@ -137,8 +137,8 @@ def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tupl
     return torch.tensor(ids, dtype=torch.long, device=device).reshape(-1, longest), torch.tensor(mask, device=device)
 
 
-class _Thinned:
-    """A criterion of `model.generate`: which texts have all tokens they may have; all stop when few go on."""
+class _Finished:
+    """A stopping criterion for `model.generate`: a text stops at its limit; all stop when few are unfinished."""
 
     def __init__(self, left: Sequence[int], stop: frozenset[int], width: int) -> None:
         self.left, self.stop, self.width = torch.tensor(left), torch.tensor(sorted(stop)), width
@@ -152,7 +152,7 @@ class _Thinned:
 
 
 class _Drawn:
-    """A processor of `model.generate`: only the drawn token is possible."""
+    """A logits processor for `model.generate`: only the drawn token is possible."""
 
     def __init__(self, draws: Sampling, rows: Sequence[int], width: int) -> None:
         self.draws, self.rows, self.width = draws, rows, width
@@ -163,8 +163,8 @@ class _Drawn:
 
 
 @contextmanager
-def _plainly(model: Any) -> Iterator[None]:
-    """Without what a model's own generation configuration asks for (penalties, temperatures)."""
+def _default_generation(model: Any) -> Iterator[None]:
+    """Within the context, ignore the model's own generation configuration (penalties, temperatures)."""
     own = model.generation_config
     model.generation_config = GenerationConfig()
     try:

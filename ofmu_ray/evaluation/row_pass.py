@@ -1,4 +1,4 @@
-"""What one pass over a row's tree gives: the scores of all its texts, and the beginning of its generation."""
+"""One pass over the tree of a row: the scores of all its texts, and the start of its generation."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ import torch
 from ofmu_ray.evaluation.scoring import LOGITS_AT_ONCE, TokenScores, most_likely, scores_of
 from ofmu_ray.models.tree import Tree, tree_logits
 
-_NODES = {"cpu": 2048, "cuda": 16384}  # nodes of one pass, with padding
+_NODES = {"cpu": 2048, "cuda": 16384}  # nodes per pass, including padding
 
 
 class RowValues(NamedTuple):
     """A row's values from teacher-forced passes."""
 
     answer: TokenScores
-    """Of the first text, the right answer."""
+    """Scores of the first text, the right answer."""
     other_nll: list[float]
-    """Mean token loss of every other text (nats, EOS counted)."""
-    begun: list[int]
-    """New tokens of the greedy generation, as far as it stays on the row's own texts, and one more."""
-    ended: bool
-    """Whether that is the whole generation."""
+    """Mean token loss of every other text (nats, including EOS)."""
+    generated: list[int]
+    """New tokens of the greedy generation as long as it follows the row's texts, and one more."""
+    complete: bool
+    """Whether this is the complete generation."""
 
 
 def row_values(model: Any, trees: Sequence[Tree], stop: frozenset[int], max_new_tokens: int) -> list[RowValues]:
-    """Values of every tree's row, in order."""
+    """Values of the row of every tree, in order."""
     values: dict[int, RowValues] = {}
     for batch in _batches(model, trees):
-        found = _pass(model, [trees[row] for row in batch], stop, max_new_tokens)
-        values.update(zip(batch, found, strict=True))
+        results = _pass(model, [trees[row] for row in batch], stop, max_new_tokens)
+        values.update(zip(batch, results, strict=True))
     return [values[row] for row in range(len(trees))]
 
 
 def _batches(model: Any, trees: Sequence[Tree]) -> Iterator[list[int]]:
-    """Rows whose trees go through the model together: of like size, with logits that fit in memory."""
+    """Rows whose trees share a pass: of similar size, with logits that fit in memory."""
     nodes = _NODES["cuda" if model.get_input_embeddings().weight.is_cuda else "cpu"]
     predictors = LOGITS_AT_ONCE // model.config.get_text_config().vocab_size
     batch: list[int] = []
@@ -70,18 +70,18 @@ def _pass(model: Any, trees: Sequence[Tree], stop: frozenset[int], max_new_token
         RowValues(
             answers[row],
             [next(losses) for _ in tree.paths[1:]],
-            *_begin(tree, best[first[row] : first[row + 1]], stop, max_new_tokens),
+            *_start(tree, best[first[row] : first[row + 1]], stop, max_new_tokens),
         )
         for row, tree in enumerate(trees)
     ]
 
 
 _Texts = Sequence[tuple[Tree, int, int]]
-"""(tree, what to add to its nodes to get places in the logits, number of the text)."""
+"""(tree, offset of its nodes in the logits, index of the text)."""
 
 
 def _places(texts: _Texts, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Place in the logits [n] and token [n] of every token of the texts' answers, and how many each text has."""
+    """Place in the logits [n] and token [n] of every answer token of the texts, and the tokens per text."""
     places = np.concatenate([np.array(tree.predictors(text)) + shift for tree, shift, text in texts])
     targets = np.concatenate([np.array(tree.answers[text]) for tree, _, text in texts])
     counts = [len(tree.answers[text]) for tree, _, text in texts]
@@ -93,7 +93,7 @@ def _normaliser(logits_nv: torch.Tensor) -> torch.Tensor:
     sums = []
     for chunk in torch.split(logits_nv, 128):
         chunk = chunk.float()
-        # log_softmax takes half the time of logsumexp on a processor
+        # log_softmax takes half the time of logsumexp on a CPU
         sums.append(chunk.amax(dim=-1) - chunk.log_softmax(dim=-1).amax(dim=-1))
     return torch.cat(sums)
 
@@ -107,8 +107,8 @@ def _nll(logits_nv: torch.Tensor, normaliser_n: torch.Tensor, texts: _Texts) -> 
     return [float(value) for value in np.add.reduceat(nll_n, starts) / counts]
 
 
-def _begin(tree: Tree, best: Sequence[int], stop: frozenset[int], most: int) -> tuple[list[int], bool]:
-    """The most likely tokens from the prompt's end for as long as they are nodes of the tree; whether the text ends."""
+def _start(tree: Tree, best: Sequence[int], stop: frozenset[int], most: int) -> tuple[list[int], bool]:
+    """The most likely tokens after the prompt, as long as they are nodes of the tree; and whether the text ends."""
     node: int | None = tree.prompt - 1
     tokens: list[int] = []
     while node is not None and len(tokens) < most:

@@ -1,4 +1,4 @@
-"""Evaluation rows in TOFU's layout, and the table of what a model makes of them."""
+"""Evaluation rows in TOFU's layout, and the table of a model's values on them."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.metrics import functions as metrics
 
 OPTION_SETS = frozenset({"real_authors", "world_facts"})
-"""Sets whose probability is normalised over the options and whose truth ratio starts from the answer itself."""
+"""Sets whose probability is normalised over the options and whose truth ratio uses the answer itself."""
 
 MEASURED = pa.schema(
     [
         ("row_id", pa.string()),
         ("set", pa.string()),
         ("index", pa.int32()),
-        ("answer_nll", pa.float64()),  # mean over the answer's tokens, EOS counted; nats
-        ("answer_tokens", pa.int32()),  # EOS counted
+        ("answer_nll", pa.float64()),  # mean over the answer tokens including EOS; nats
+        ("answer_tokens", pa.int32()),  # including EOS
         ("paraphrase_nll", pa.float64()),
         ("wrong_nll", pa.list_(pa.float64())),
         ("rouge_l_recall", pa.float64()),
         ("generated", pa.string()),
-        ("generated_tokens", pa.int32()),  # EOS not counted
+        ("generated_tokens", pa.int32()),  # without EOS
         ("generated_empty", pa.bool_()),
         ("repetition", pa.float64()),  # share of the generation's token 4-grams that repeat an earlier one
-        ("generated_entropy", pa.float64()),  # n-gram entropy of the generation's tokens; bits
-        ("answer_logprobs", pa.list_(pa.float64())),  # log p of each token of the answer, EOS last; nats
-        ("answer_matches", pa.list_(pa.bool_())),  # whether that token was the most likely one
-        ("answer_zscores", pa.list_(pa.float64())),  # Min-K++: the log p, standardised over the vocabulary
+        ("generated_entropy", pa.float64()),  # n-gram entropy of the generated tokens; bits
+        ("answer_logprobs", pa.list_(pa.float64())),  # log p of each answer token, EOS last; nats
+        ("answer_matches", pa.list_(pa.bool_())),  # whether the token was the most likely one
+        ("answer_zscores", pa.list_(pa.float64())),  # Min-K++: log p, standardised over the vocabulary
         ("answer_zlib_bytes", pa.int32()),  # of the answer's text in UTF-8, compressed
-        ("cluster", pa.string()),  # rows that are drawn together by the bootstrap (one person, one author)
+        ("cluster", pa.string()),  # rows that the bootstrap draws together (one person, one author)
     ]
 )
-"""What a model run leaves per row (the cache holds this)."""
+"""Values per row and model (this is what the cache stores)."""
 
 
 @dataclass(frozen=True)
 class EvaluationRow:
-    """One question with its right answer and, where the set has them, a paraphrase and wrong answers.
+    """One question with its right answer and, if the set has them, a paraphrase and wrong answers.
 
-    `cluster`: rows of one cluster are not independent of each other (one person's rows); None: a row of its own.
+    `cluster`: rows of one cluster are not independent (the rows of one person); None: an independent row.
     """
 
     set: str
@@ -72,9 +72,9 @@ def is_private(set_name: str) -> bool:
 
 
 def evaluation_rows(name: str, rows: Sequence[Mapping[str, Any]], fmt: FormatConfig) -> list[EvaluationRow]:
-    """The set's rows, checked. Questions and answers stand in the columns of `data.format`, or in TOFU's.
+    """The checked rows of a set. Questions and answers are in the columns of `data.format`, or in TOFU's.
 
-    Raises UserError, naming the row by id, for an empty set, a missing column, and a cell that is no text.
+    Raises UserError, naming the row by id, for an empty set, a missing column, or a cell that is not a text.
     """
     if not rows:
         raise UserError(f"evaluation.sets.{name} has no rows: give a file with rows, or null")
@@ -85,8 +85,8 @@ def _row(name: str, index: int, row: Mapping[str, Any], fmt: FormatConfig) -> Ev
     def text(value: object, column: str) -> str:
         if isinstance(value, str) and value.strip():
             return value
-        found = "an empty text" if isinstance(value, str) else f"a {type(value).__name__}"
-        raise UserError(f"evaluation.sets.{name}: row {name}-{index} has {found} in column {column!r}; it needs a text")
+        kind = "an empty text" if isinstance(value, str) else f"a {type(value).__name__}"
+        raise UserError(f"evaluation.sets.{name}: row {name}-{index} has {kind} in column {column!r}; it needs a text")
 
     def column(preferred: str, usual: str) -> str:
         chosen = preferred if preferred in row else usual
@@ -112,7 +112,7 @@ def _row(name: str, index: int, row: Mapping[str, Any], fmt: FormatConfig) -> Ev
 def with_row_metrics(measured: pa.Table) -> pa.Table:
     """Appends each row's `probability` (normalised over the options in OPTION_SETS) and `truth_ratio`.
 
-    A value whose inputs the row lacks (wrong answers, a paraphrase) is null; one that is not finite stays so.
+    A value is null if the row lacks its inputs (wrong answers, a paraphrase). Values that are not finite are kept.
     """
     nll = measured["answer_nll"].to_numpy()
     paraphrase = _with_nan(measured["paraphrase_nll"])
@@ -129,7 +129,7 @@ def with_row_metrics(measured: pa.Table) -> pa.Table:
 
 
 def without_private_text(table: pa.Table) -> pa.Table:
-    """The table with the generations of private sets set to null: what may outlive the run."""
+    """The table with the generations of private sets set to null: safe to keep after the run."""
     names, texts = table["set"].to_pylist(), table["generated"].to_pylist()
     kept = [None if is_private(name) else text for name, text in zip(names, texts, strict=True)]
     column = table.schema.get_field_index("generated")

@@ -1,4 +1,4 @@
-"""The evaluation of a model directory: the same code, and the same numbers, within a run and on its own."""
+"""Evaluate a model directory: the same code and the same numbers within a run and standalone."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def evaluate_model(
 
     `model_dir`, `tokenizer_dir`: folders that every node can read, URIs or hub names.
     `sets`: name -> rows in TOFU's layout, of which the first `config.max_rows` count; rows are named `<set>-<index>`.
-    `storage_cache_dir`: path or URI; a set that stands in its cache is not run again. `label` stands beside the
-    progress bar. Columns: `rows.MEASURED`, `probability`, `truth_ratio`. `generated` is null for forget rows unless
-    `reveal_text`, which runs them anew, because the cache never holds their text.
+    `storage_cache_dir`: path or URI; a set in its cache is not run again. `label`: shown next to the progress
+    bar. Columns: `rows.MEASURED`, `probability`, `truth_ratio`. `generated` is null for forget rows unless
+    `reveal_text`, which runs them again, because the cache never contains their text.
 
-    Raises UserError for rows that cannot be evaluated and for folders without a model or a tokenizer.
+    Raises UserError for unusable rows, and for folders without a model or a tokenizer.
     """
-    rows = {name: evaluation_rows(name, found[: config.max_rows], fmt) for name, found in sets.items()}
+    rows = {name: evaluation_rows(name, raw[: config.max_rows], fmt) for name, raw in sets.items()}
     loading = loading_of(
         model_dir,
         tokenizer_dir,
@@ -80,13 +80,13 @@ def evaluate_live(
     storage_cache_dir: PathLike | None = None,
     fingerprint: str | None = None,
 ) -> pa.Table:
-    """`evaluate_model` of a causal language model of transformers that is in memory, where it is and as it is.
+    """`evaluate_model` for a causal language model of transformers in memory, on its device and in its precision.
 
-    In fp32 the table is that of the exported folder. It runs in this process and leaves the module's mode as it was.
+    In fp32 the table equals that of the exported folder. Runs in this process and restores the module's mode.
     `storage_cache_dir` and `fingerprint` (of the weights: `cache.model_fingerprint`, or any text that changes with
-    them): keep and reuse the values; without both nothing is kept.
+    them): store and reuse the values; without both, nothing is stored.
     """
-    rows = {name: evaluation_rows(name, found[: config.max_rows], fmt) for name, found in sets.items()}
+    rows = {name: evaluation_rows(name, raw[: config.max_rows], fmt) for name, raw in sets.items()}
     template = Template(tokenizer, fmt)
     store = None
     if storage_cache_dir is not None and fingerprint is not None:
@@ -110,7 +110,7 @@ def loading_of(
     max_new_tokens: int,
     trust_remote_code: bool = False,
 ) -> Loading:
-    """How every process comes by this model. UserError for folders without a model or a tokenizer."""
+    """How every process loads this model. Raises UserError for folders without a model or a tokenizer."""
     tokenizer = _tokenizer(str(tokenizer_dir), trust_remote_code)
     weights = weights_folder(str(model_dir))
     return Loading(
@@ -125,7 +125,7 @@ def loading_of(
 
 @dataclass(frozen=True)
 class _Store:
-    """Where the values of one model are kept."""
+    """Where the values of one model are stored."""
 
     folder: PathLike
     model: str
@@ -141,17 +141,17 @@ def _table(
     store: _Store | None,
     run: Callable[[Sequence[Unit]], Iterable[tuple[int, Result]]],
 ) -> pa.Table:
-    """All sets' values, from the store where it has them."""
+    """The values of all sets, from the store if it has them."""
     keys: dict[str, str] = {}
     if store is not None:
         layout, longest = template.fingerprint(), config.max_new_tokens
-        keys = {name: cache_key(store.model, layout, of, longest, store.arithmetic) for name, of in rows.items()}
+        keys = {name: cache_key(store.model, layout, group, longest, store.arithmetic) for name, group in rows.items()}
         cache = EvaluationCache(store.folder)
     tables: dict[str, pa.Table] = {}
     for name, key in keys.items():
-        found = None if reveal_text and is_private(name) else cache.load(key)
-        if found is not None:
-            tables[name] = found
+        stored = None if reveal_text and is_private(name) else cache.load(key)
+        if stored is not None:
+            tables[name] = stored
     missing = {name: rows[name] for name in rows if name not in tables}
     for name, measured in _measure(missing, template, config.batch_size, label, run):
         if name in keys:
@@ -169,7 +169,7 @@ def _measure(
     run: Callable[[Sequence[Unit]], Iterable[tuple[int, Result]]],
 ) -> Iterator[tuple[str, pa.Table]]:
     """(set, table) as soon as the last unit of the set is done."""
-    units = [unit for of in rows.values() for unit in plan(of, template, batch_size)]
+    units = [unit for group in rows.values() for unit in plan(group, template, batch_size)]
     if not units:
         return
     results: dict[str, list[Result]] = {name: [] for name in rows}

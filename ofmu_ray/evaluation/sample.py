@@ -1,4 +1,4 @@
-"""A fixed sample of the evaluation rows, on which many models are judged for less."""
+"""A fixed sample of the evaluation rows, to evaluate many models at a lower cost."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ import pyarrow.compute as pc
 
 @dataclass(frozen=True)
 class RowSample:
-    """Some rows of each set; their values are named as in the whole sets, `<set>-<index>`."""
+    """Some rows of each set, named as in the complete sets: `<set>-<index>`."""
 
     sets: Mapping[str, Sequence[Mapping[str, Any]]]
     places: Mapping[str, Sequence[int]]
-    """Set -> index in the whole set of each sampled row."""
+    """Set -> index of each sampled row in the complete set."""
 
     @classmethod
     def of(cls, sets: Mapping[str, Sequence[Mapping[str, Any]]], count: int | None) -> RowSample:
         """`count` rows of each set, evenly spread; None: all."""
         places = {name: spread(len(rows), count) for name, rows in sets.items()}
-        return cls({name: [sets[name][index] for index in found] for name, found in places.items()}, places)
+        return cls({name: [sets[name][index] for index in indices] for name, indices in places.items()}, places)
 
     @property
     def row_ids(self) -> list[str]:
         """Names of all sampled rows."""
-        return [f"{name}-{index}" for name, found in self.places.items() for index in found]
+        return [f"{name}-{index}" for name, indices in self.places.items() for index in indices]
 
     def named(self, table: pa.Table) -> pa.Table:
-        """Values of the sampled rows, which an evaluation numbered from 0, by their names in the whole sets."""
+        """Rename the sampled rows, numbered from 0 by an evaluation, as in the complete sets."""
         pairs = zip(table["set"].to_pylist(), table["index"].to_pylist(), strict=True)
         named = [(name, self.places[name][index]) for name, index in pairs]
         indices = pa.array([index for _, index in named], pa.int32())
@@ -44,7 +44,7 @@ class RowSample:
 
 
 def spread(rows: int, count: int | None) -> Sequence[int]:
-    """`count` of `rows` indices, evenly spread (TOFU's rows stand author by author); None: all."""
+    """`count` of `rows` indices, evenly spread (TOFU's rows are grouped by author); None: all."""
     if count is None or count >= rows:
         return range(rows)
     return [index * rows // count for index in range(count)]

@@ -23,12 +23,12 @@ from ofmu_ray.metrics.rouge import rouge_l_recall
 from ofmu_ray.models.answers import Text
 from ofmu_ray.models.tree import takes_trees, tree_of
 
-_TOGETHER = 2  # generations at a time for a batch's row: they bring one token to a step, not a text
-_UNIT_BATCHES = 4  # batches of a unit, among whose rows generations are sorted; processes share out whole units
+_TOGETHER = 2  # concurrent generations per row of a batch: each step has one token per generation, not a text
+_UNIT_BATCHES = 4  # batches per unit, over which generations are sorted; processes work on complete units
 
 
 class RowTemplate(Protocol):
-    """What evaluation needs of `ofmu_ray.data.template.Template`."""
+    """The part of `ofmu_ray.data.template.Template` that evaluation needs."""
 
     def encode_prompt(self, question: str) -> list[int]: ...
 
@@ -42,13 +42,13 @@ class Unit:
     set: str
     rows: Sequence[int]
     texts: Sequence[Sequence[Text]]
-    """Per row, the texts to score: right answer, paraphrase (if any), wrong answers, all after the same prompt."""
+    """Per row, the texts to score after the same prompt: right answer, paraphrase (if any), wrong answers."""
     paraphrased: Sequence[bool]
     """Per row, whether its second text is a paraphrase."""
     references: Sequence[str]
-    """The right answers that generations are compared with."""
+    """The right answers to compare generations with."""
     batch_size: int
-    """Texts that go through the model together; twice as many generations go on at a time."""
+    """Texts per forward pass; generations run in batches of twice this size."""
 
     @property
     def prompts(self) -> list[Sequence[int]]:
@@ -62,8 +62,8 @@ Result = Mapping[int, Mapping[str, Any]]
 def plan(rows: Sequence[EvaluationRow], template: RowTemplate, batch_size: int) -> list[Unit]:
     """A set's units: length-sorted batches, generations (the slow ones) first.
 
-    The plan depends on rows and batch size only, so the values do not depend on who runs which unit. Raises UserError,
-    naming the row, when a text leaves no answer token within data.format.max_length.
+    The plan depends only on rows and batch size, so values do not depend on who runs which unit. Raises UserError,
+    naming the row, if a text has no answer token left within data.format.max_length.
     """
     name = rows[0].set
     places = [index for index, row in enumerate(rows) for _ in row.texts]
@@ -93,7 +93,7 @@ def plan(rows: Sequence[EvaluationRow], template: RowTemplate, batch_size: int) 
 
 def assemble(rows: Sequence[EvaluationRow], results: Sequence[Result]) -> pa.Table:
     """The set's table (schema MEASURED) from the results of all units of its plan."""
-    found = {index: columns for result in results for index, columns in result.items()}
+    values = {index: columns for result in results for index, columns in result.items()}
     records = [
         {
             "row_id": row.row_id,
@@ -101,7 +101,7 @@ def assemble(rows: Sequence[EvaluationRow], results: Sequence[Result]) -> pa.Tab
             "index": row.index,
             "answer_zlib_bytes": len(zlib.compress(row.answer.encode())),
             "cluster": row.cluster,
-            **found[index],  # without the columns of generations when there is none
+            **values[index],  # without columns of generations if there are none
         }
         for index, row in enumerate(rows)
     ]
@@ -109,7 +109,7 @@ def assemble(rows: Sequence[EvaluationRow], results: Sequence[Result]) -> pa.Tab
 
 
 def _columns(answer: TokenScores, other_nll: Sequence[float], paraphrased: bool) -> dict[str, Any]:
-    """The columns of MEASURED that teacher-forced passes give."""
+    """The columns of MEASURED from teacher-forced passes."""
     return {
         "answer_nll": -float(np.mean(answer.logprobs)),
         "answer_tokens": len(answer.logprobs),
@@ -122,7 +122,7 @@ def _columns(answer: TokenScores, other_nll: Sequence[float], paraphrased: bool)
 
 
 class Scorer:
-    """A causal language model of transformers (in eval mode), ready to work on units or on whole sets of rows."""
+    """A causal language model of transformers (in eval mode) that scores units or complete sets of rows."""
 
     def __init__(self, model: Any, tokenizer: Any, template: RowTemplate, *, max_new_tokens: int = 200) -> None:
         self.model = model
@@ -132,7 +132,7 @@ class Scorer:
         self.stop = stop_ids(model, tokenizer)
 
     def mean_nll(self, questions: Sequence[str], answers: Sequence[str], batch_size: int = 64) -> FloatArray:
-        """Mean token loss of each answer to its question (nats, EOS counted), [rows]."""
+        """Mean token loss of each answer to its question (nats, including EOS), [rows]."""
         encoded = self.template.encode_rows(questions, answers)
         return mean_nll(self.model, [(row.input_ids, row.prompt_tokens) for row in encoded], batch_size)
 
@@ -143,32 +143,32 @@ class Scorer:
 
     @cached_property
     def shares_prompts(self) -> bool:
-        """Whether a row's texts go through the model in one pass (see `tree.takes_trees`), or one by one."""
+        """Whether the texts of a row share one pass (see `tree.takes_trees`)."""
         return takes_trees(self.model)
 
     def run(self, unit: Unit) -> Result:
         """One unit's values."""
         values = self._shared(unit) if self.shares_prompts else self._plain(unit)
-        waiting = [row for row, value in enumerate(values) if not value.ended]
-        prompts, begun = unit.prompts, [value.begun for value in values]
+        waiting = [row for row, value in enumerate(values) if not value.complete]
+        prompts, generated = unit.prompts, [value.generated for value in values]
         more = generate(
             self.model,
-            [[*prompts[row], *begun[row]] for row in waiting],
-            max_new_tokens=[self.max_new_tokens - len(begun[row]) for row in waiting],
+            [[*prompts[row], *generated[row]] for row in waiting],
+            max_new_tokens=[self.max_new_tokens - len(generated[row]) for row in waiting],
             stop=self.stop,
             batch_size=_TOGETHER * unit.batch_size,
         )
         for row, tokens in zip(waiting, more, strict=True):
-            begun[row] += tokens
-        return self._result(unit, values, begun)
+            generated[row] += tokens
+        return self._result(unit, values, generated)
 
     def run_all(self, units: Sequence[Unit]) -> Iterator[tuple[int, Result]]:
-        """(number of the unit, its values) of every unit."""
+        """(index of the unit, its values) for every unit."""
         for number, unit in enumerate(units):
             yield number, self.run(unit)
 
     def _result(self, unit: Unit, values: Sequence[RowValues], new: Sequence[Sequence[int]]) -> Result:
-        """`new`: tokens of the generations, a row each."""
+        """`new`: the generated tokens of each row."""
         scores = [
             _columns(value.answer, value.other_nll, paraphrased)
             for value, paraphrased in zip(values, unit.paraphrased, strict=True)

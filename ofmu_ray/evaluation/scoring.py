@@ -1,4 +1,4 @@
-"""Teacher-forced scoring: the mean token loss of given answers, for any causal language model of transformers."""
+"""Teacher-forced scoring: token losses of given answers, for any causal language model of transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ofmu_ray.metrics.functions import FloatArray
 from ofmu_ray.models.answers import Text, answer_logits
 
 LOGITS_AT_ONCE = 1 << 25  # fp32 logits of one forward pass (128 MiB); a batch with more answer tokens is halved
-_CHUNK = 1 << 20  # fp32 numbers of the whole distributions that are looked at together: they stay in the cache
+_CHUNK = 1 << 20  # fp32 numbers of full distributions to process at a time: they fit in the cache
 _LEAST = -1e4  # log p below which p is 0 in fp32
 
 
@@ -24,18 +24,18 @@ def length_sorted(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 
 class TokenScores(NamedTuple):
-    """What a model gives to each token of one answer, EOS last: lists of the answer's length."""
+    """A model's scores for each token of one answer, EOS last: lists of the answer's length."""
 
     logprobs: list[float]
     """log p of the token; nats."""
     matches: list[bool]
     """Whether the token was the most likely one."""
     zscores: list[float]
-    """(log p - mean) / standard deviation of the log p of the whole vocabulary under p (Min-K++, arXiv 2404.02936)."""
+    """(log p - mean) / standard deviation of log p over the vocabulary, under p (Min-K++, arXiv 2404.02936)."""
 
 
 def mean_nll(model: Any, texts: Sequence[Text], batch_size: int) -> FloatArray:
-    """Mean negative log-likelihood (nats per token, EOS counted) of each text's answer, [texts] float64.
+    """Mean negative log-likelihood (nats per token, including EOS) of each text's answer, [texts] float64.
 
     Every text needs at least one prompt token and one answer token.
     """
@@ -46,7 +46,7 @@ def mean_nll(model: Any, texts: Sequence[Text], batch_size: int) -> FloatArray:
 
 
 def batch_nll(model: Any, texts: Sequence[Text]) -> FloatArray:
-    """`mean_nll` of texts that go through the model together (in halves when their logits would be large)."""
+    """`mean_nll` of one batch of texts (in halves if their logits would be too large)."""
     if _too_large(model, texts):
         half = len(texts) // 2
         return np.concatenate([batch_nll(model, texts[:half]), batch_nll(model, texts[half:])])
@@ -54,11 +54,11 @@ def batch_nll(model: Any, texts: Sequence[Text]) -> FloatArray:
 
 
 def token_scores(model: Any, texts: Sequence[Text], batch_size: int) -> list[TokenScores]:
-    """What the model gives to each token of the texts' answers; batches as in `mean_nll`."""
-    found: dict[int, TokenScores] = {}
+    """Scores for each answer token of the texts; batches as in `mean_nll`."""
+    scores: dict[int, TokenScores] = {}
     for batch in length_sorted([len(ids) for ids, _ in texts], batch_size):
-        found.update(zip(batch, _token_scores(model, [texts[position] for position in batch]), strict=True))
-    return [found[position] for position in range(len(texts))]
+        scores.update(zip(batch, _token_scores(model, [texts[position] for position in batch]), strict=True))
+    return [scores[position] for position in range(len(texts))]
 
 
 @torch.inference_mode()
@@ -75,7 +75,7 @@ def _too_large(model: Any, texts: Sequence[Text]) -> bool:
 
 
 def scores_of(logits_nv: torch.Tensor, targets_n: torch.Tensor, counts: Sequence[int]) -> list[TokenScores]:
-    """Scores of texts from the logits that predict their tokens, one text after another; `counts`: their tokens."""
+    """Scores of texts from the logits that predict their tokens, concatenated; `counts`: tokens per text."""
     step = max(1, _CHUNK // logits_nv.shape[1])
     chunks = zip(torch.split(logits_nv, step), torch.split(targets_n, step), strict=True)
     columns = zip(*(standardised(logits, targets) for logits, targets in chunks), strict=True)
@@ -86,14 +86,14 @@ def scores_of(logits_nv: torch.Tensor, targets_n: torch.Tensor, counts: Sequence
 def standardised(logits_nv: torch.Tensor, targets_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The fields of TokenScores, [n] each: z = (log p - mu) / sqrt(max(var, 1e-6)).
 
-    mu and var are mean and variance of log p_v under p_v. The variance is taken about the mean: as the difference of
-    two moments it would lose its digits where the model is certain.
+    mu and var are mean and variance of log p_v under p_v. The variance is computed around the mean: a difference of two
+    moments would lose its digits if the model is certain.
     """
     logp_nv = logits_nv.float().log_softmax(dim=-1)
     logp_n = logp_nv.gather(1, targets_n[:, None])[:, 0]
     matches_n = most_likely(logits_nv) == targets_n
     p_nv = logp_nv.exp()
-    logp_nv = logp_nv.clamp_(min=_LEAST)  # what the model excludes has p = 0 and must not make 0 * inf
+    logp_nv = logp_nv.clamp_(min=_LEAST)  # excluded tokens have p = 0: avoid 0 * inf
     mean_n = (p_nv * logp_nv).sum(dim=-1)
     variance_n = logp_nv.sub_(mean_n[:, None]).square_().mul_(p_nv).sum(dim=-1)
     zscores_n = (logp_n - mean_n) / variance_n.clamp(min=1e-6).sqrt()
@@ -101,7 +101,7 @@ def standardised(logits_nv: torch.Tensor, targets_n: torch.Tensor) -> tuple[torc
 
 
 def most_likely(logits_nv: torch.Tensor) -> torch.Tensor:
-    """The most likely token of each position (the first of equal ones), [n]."""
+    """The most likely token of each position (ties: the first), [n]."""
     if logits_nv.device.type == "cpu" and logits_nv.dtype == torch.float32:
         return torch.from_numpy(logits_nv.numpy().argmax(axis=1))  # a tenth of the time of torch's
     return logits_nv.argmax(dim=-1)

@@ -1,6 +1,6 @@
-"""Metrics from an evaluation log in the TOFU release's format (locuslab/tofu), without running a model.
+"""Compute metrics from an evaluation log in the TOFU release's format (locuslab/tofu), without running a model.
 
-A log is one JSON object with four parts; each part maps a quantity to {row index: value}.
+A log is a JSON object with four parts; each part maps a quantity to {row index: value}.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _OPTION_SETS = ("real_authors", "world_facts")
 
 @dataclass(frozen=True)
 class _Rows:
-    """One part's per-row values, in the order of its row indices."""
+    """The per-row values of one part, in the order of its row indices."""
 
     nll: FloatArray
     ratio_nll: FloatArray
@@ -41,7 +41,7 @@ class _Rows:
 
 
 def load_log(path: str | Path) -> dict[str, Any]:
-    """The log as it stands in the file. Raises UserError if the file is missing or holds no JSON object."""
+    """The log from a file. Raises UserError if the file is missing or is not a JSON object."""
     try:
         with open(path, encoding="utf-8") as file:
             log = json.load(file)
@@ -50,7 +50,8 @@ def load_log(path: str | Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not JSON ({error}): give an evaluation log in the TOFU log format") from None
     if not isinstance(log, dict):
-        raise UserError(f"{path} holds a {type(log).__name__}, not an object with the parts {_quoted(PARTS.values())}")
+        kind = type(log).__name__
+        raise UserError(f"{path} contains a {kind}, not an object with the parts {_quoted(PARTS.values())}")
     return log
 
 
@@ -58,7 +59,7 @@ def tofu_metrics(log: Log, retrained_log: Log | None = None, *, name: str = "the
     """The twelve components, model utility and forget quality of a log, under the names of `metrics.json`.
 
     Without the log of a retrained model, `forget_quality` and `ks_statistic` are None. Raises UserError (starting with
-    `name`) when a part, a quantity or a row is missing or is not a finite number.
+    `name`) if a part, a quantity or a row is missing or is not a finite number.
     """
     parts = {part: _rows(log, part, name) for part in PARTS}
     values: dict[str, float | None] = {}
@@ -86,7 +87,7 @@ def tofu_metrics(log: Log, retrained_log: Log | None = None, *, name: str = "the
 def recomputed_rouge(log: Log, *, name: str = "the log") -> dict[str, list[float]]:
     """Set -> ROUGE-L recall of each stored generation against its stored reference, in the log's row order.
 
-    Raises UserError when a part has no generations or a row is not [prompt, generated, reference].
+    Raises UserError if a part has no generations or a row is not [prompt, generated, reference].
     """
     scores = {}
     for part, key in PARTS.items():
@@ -105,11 +106,11 @@ def _rows(log: Log, part: str, name: str) -> _Rows:
     indices = list(losses)
 
     def column(quantity: str) -> list[Any]:
-        found = _quantity(log, part, quantity, name)
-        if found.keys() != losses.keys():
-            odd = sorted(set(found) ^ set(losses))[0]
-            raise UserError(f"{name}: {key}/{quantity} and {key}/avg_gt_loss differ in their rows (row {odd})")
-        return [found[index] for index in indices]
+        values = _quantity(log, part, quantity, name)
+        if values.keys() != losses.keys():
+            odd = sorted(set(values) ^ set(losses))[0]
+            raise UserError(f"{name}: {key}/{quantity} and {key}/avg_gt_loss have different rows (row {odd})")
+        return [values[index] for index in indices]
 
     def numbers(quantity: str) -> FloatArray:
         values = column(quantity)
@@ -132,19 +133,19 @@ def _quantity(log: Log, part: str, quantity: str, name: str) -> Mapping[str, Any
     key = PARTS[part]
     if not isinstance(log.get(key), Mapping):
         raise UserError(
-            f"{name} is no evaluation log of the TOFU release: part {key!r} ({part}) is missing; "
+            f"{name} is not an evaluation log of the TOFU release: part {key!r} ({part}) is missing; "
             f"the four parts are {_quoted(PARTS.values())}"
         )
-    found = log[key].get(quantity)
-    if not isinstance(found, Mapping) or not found:
+    values = log[key].get(quantity)
+    if not isinstance(values, Mapping) or not values:
         raise UserError(f"{name}: part {key!r} ({part}) has no rows of {quantity!r}, which the metrics need")
-    return found
+    return values
 
 
 def _check_number(value: object, where: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        # the value may be text of a forget row: say its type only
-        raise UserError(f"{where} is no finite number (found a {type(value).__name__})")
+        # the value may be text of a forget row: report only its type
+        raise UserError(f"{where} is not a finite number (got a {type(value).__name__})")
 
 
 def _quoted(names: Any) -> str:

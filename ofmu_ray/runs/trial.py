@@ -254,13 +254,13 @@ def job_of(trial: Trial, data: SplitData, work: Path) -> WorkerJob:
 def _mean_tokens(plan_dir: str) -> dict[str, float]:
     """Mean number of tokens of each stream's rows in a plan."""
     from ofmu_ray.data.batch_plan import read_plan
-    from ofmu_ray.data.shard_files import lane_files, read_pieces
+    from ofmu_ray.data.shard_files import read_pieces, shard_files
 
     plan = read_plan(plan_dir)
     tokens: dict[str, list[int]] = {name: [] for name in plan.streams}
     order = [name for name in plan.streams for _ in range(plan.batches_per_round[name] * plan.share)]
-    for lane in range(plan.workers):
-        for path in lane_files(plan, lane):
+    for shard in range(plan.workers):
+        for path in shard_files(plan, shard):
             for table in read_pieces(path):
                 for position, ids in zip(table["position"].to_pylist(), table["input_ids"].to_pylist(), strict=True):
                     tokens[order[position % plan.rows_per_round]].append(len(ids))

@@ -21,7 +21,7 @@ from ofmu_ray.training.worker_job import WorkerJob
 
 def worker_loop(config: dict[str, Any]) -> None:
     """The function that Ray Train runs. `config`: the `WorkerJob` and the progress actor."""
-    from ofmu_ray.data.stream import lane_iterator, rounds
+    from ofmu_ray.data.stream import rounds, shard_iterator
     from ofmu_ray.training.watch import ActorReports
 
     job: WorkerJob = config["job"]
@@ -32,8 +32,8 @@ def worker_loop(config: dict[str, Any]) -> None:
     plan = read_plan(job.plan_dir)
 
     def source(start: int, options: dict[str, Any]) -> Iterable[dict[str, list[Any]]]:
-        lane = lane_iterator(plan, session.rank, start, readers=session.neighbours)
-        return rounds(lane, plan, start_round=start, **options)
+        shard = shard_iterator(plan, session.rank, start, readers=session.neighbours)
+        return rounds(shard, plan, start_round=start, **options)
 
     worker.run(source)
     watchdog.begin("the export")
