@@ -103,9 +103,7 @@ def rows(stream: str) -> list[dict[str, Any]]:
     return [{"input_ids": tokens, "prompt_tokens": int(rng.integers(1, len(tokens) - 1))} for tokens in ids]
 
 
-def shard_batches(
-    stream: str, per_round: int, rounds: int, world: int, rank: int, micro: int | None
-) -> list[list[Batch]]:
+def shard_of(stream: str, per_round: int, rounds: int, world: int, rank: int, micro: int | None) -> list[list[Batch]]:
     """This rank's batches for each round."""
     table = rows(stream)
     lengths = np.array([len(row["input_ids"]) for row in table])
@@ -167,7 +165,7 @@ def trajectory(case: Case, rank: int, world: int) -> dict[str, Any]:
     """Run the case's rounds. Only rank 0 has full vectors."""
     method = OFMU(config(case))
     counts = method.batches_per_round()
-    forget, retain = (shard_batches(s, counts[s], case.rounds, world, rank, case.micro) for s in ("forget", "retain"))
+    forget, retain = (shard_of(s, counts[s], case.rounds, world, rank, case.micro) for s in ("forget", "retain"))
     engine = Watched(build_engine(case))
     start = engine.full_weights()
     metrics, saved = [], None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from engine_ranks import all_ranks
-from invariant_ranks import close, shard_batches, seeded_model
+from invariant_ranks import close, seeded_model, shard_of
 
 from ofmu_ray import config
 from ofmu_ray.engines import Batch
@@ -65,9 +65,7 @@ def batches(
     """This rank's batches for each round, with the reference model's values for their rows."""
     counts = build_method(OPTIONS[variant]).batches_per_round()
     untouched = seeded_model("llama").to(dtype)
-    shards = {
-        s: shard_batches(s, counts[s], ROUNDS, world, rank, micro) if counts[s] else [[]] * ROUNDS for s in counts
-    }
+    shards = {s: shard_of(s, counts[s], ROUNDS, world, rank, micro) if counts[s] else [[]] * ROUNDS for s in counts}
     return [{s: [known(batch, untouched) for batch in shards[s][at]] for s in shards} for at in range(ROUNDS)]
 
 

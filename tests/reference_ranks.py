@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from engine_models import VOCABULARY
-from invariant_ranks import close, shard_batches, seeded_model
+from invariant_ranks import close, seeded_model, shard_of
 
 from ofmu_ray import config
 from ofmu_ray.engines import Batch
@@ -56,7 +56,7 @@ def rounds(case: Case, world: int, rank: int) -> list[dict[str, list[Batch]]]:
     """This rank's batches for each round, without the sidecars' columns except refusals."""
     counts = build_method(OPTIONS[case.variant]).batches_per_round()
     shards = {
-        s: shard_batches(s, counts[s], ROUNDS, world, rank, case.micro) if counts[s] else [[]] * ROUNDS for s in counts
+        s: shard_of(s, counts[s], ROUNDS, world, rank, case.micro) if counts[s] else [[]] * ROUNDS for s in counts
     }
     batches = [{s: shards[s][at] for s in shards} for at in range(ROUNDS)]
     if case.variant in ("idk", "dpo", "altpo"):
