@@ -60,6 +60,7 @@ class FolderSession:
 def start(part: Part, rank: int, world: int) -> dict[str, Any]:
     """Start or resume a run; returns what rank 0 knows at its end."""
     training = TrainingConfig(
+        engine="deepspeed",
         workers=world,
         zero_stage=part.stage,
         rounds=8,

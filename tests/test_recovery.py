@@ -35,7 +35,7 @@ OPTIONS = [
 ]
 NEWEST = f"round_{2 * EVERY:06d}"
 """The newest checkpoint before the end."""
-ROUND_TIMEOUT_SECONDS = 20
+ROUND_TIMEOUT_SECONDS = 30
 ELASTIC_TOLERANCE = 0.15
 """Of the distance from the target's weights; 0.07 measured. The target is fitted, its gradients are near zero, and
 AdamW turns their rounding, which depends on the number of workers, into full steps: tests/test_faults.py asserts
