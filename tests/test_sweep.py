@@ -93,19 +93,26 @@ def stages_of_unfinished(folder: Path) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def sweeps(tmp_path_factory, local_ray):
-    """(storage of an undisturbed sweep, storage of a killed and resumed one, its files at the kill)."""
-    calm, killed = tmp_path_factory.mktemp("calm"), tmp_path_factory.mktemp("killed")
-    words = ["--config", write_config(killed), "--storage", str(killed)]
-    before = killed_in_the_second_trial(words, killed)
+def calm(tmp_path_factory, local_ray):
+    """Storage of an undisturbed sweep."""
+    storage = tmp_path_factory.mktemp("calm")
+    assert cli.main(["sweep", "--config", write_config(storage), "--storage", str(storage)]) == 0
+    return storage
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, local_ray):
+    """(storage of a killed and resumed sweep, its files at the kill)."""
+    storage = tmp_path_factory.mktemp("killed")
+    words = ["--config", write_config(storage), "--storage", str(storage)]
+    before = killed_in_the_second_trial(words, storage)
     assert cli.main(["sweep", *words]) == 0
-    assert cli.main(["sweep", "--config", write_config(calm), "--storage", str(calm)]) == 0
-    return calm, killed, before
+    return storage, before
 
 
-@pytest.mark.system
-def test_a_killed_sweep_loses_nothing_runs_nothing_twice_and_ends_alike(sweeps):
-    calm, killed, before = sweeps
+@pytest.mark.full
+def test_a_killed_sweep_loses_nothing_runs_nothing_twice_and_ends_alike(calm, killed):
+    killed, before = killed
     folder = killed / "sweep"
     for name, content in before.items():
         if name.startswith("trials/"):
@@ -124,11 +131,10 @@ def test_a_killed_sweep_loses_nothing_runs_nothing_twice_and_ends_alike(sweeps):
 
 
 @pytest.mark.system
-def test_no_text_of_forget_rows_outlives_a_sweep(sweeps):
-    _, killed, _ = sweeps
+def test_no_text_of_forget_rows_outlives_a_sweep(calm):
     rows = [json.loads(line) for line in (ROOT / "ofmu_ray/assets/people/forget.jsonl").read_text().splitlines()]
     answers = [row["answer"].encode() for row in rows]
-    files = [path for path in killed.rglob("*") if path.is_file()]
+    files = [path for path in calm.rglob("*") if path.is_file()]
     assert len(files) > 20
     for path in files:
         content = path.read_bytes()
@@ -136,17 +142,15 @@ def test_no_text_of_forget_rows_outlives_a_sweep(sweeps):
 
 
 @pytest.mark.system
-def test_only_the_best_models_stay_on_disk(sweeps):
-    _, killed, _ = sweeps
-    models = list((killed / "sweep/models").iterdir())
-    chosen = json.loads((killed / "sweep/sweep.json").read_text())["chosen"]["number"]
-    numbers = {path.stem: json.loads(path.read_text())["trial"] for path in (killed / "sweep/trials").glob("*.json")}
+def test_only_the_best_models_stay_on_disk(calm):
+    models = list((calm / "sweep/models").iterdir())
+    chosen = json.loads((calm / "sweep/sweep.json").read_text())["chosen"]["number"]
+    numbers = {path.stem: json.loads(path.read_text())["trial"] for path in (calm / "sweep/trials").glob("*.json")}
     assert [numbers[path.name] for path in models] == [chosen]
 
 
 @pytest.mark.system
-def test_trials_that_are_behind_end_early(sweeps):
-    calm, _, _ = sweeps
+def test_trials_that_are_behind_end_early(calm):
     by_number = results(calm / "sweep")
     stopped = [result for result in by_number.values() if result["status"] == "stopped"]
     assert stopped, "successive halving ended no trial"
@@ -158,18 +162,8 @@ def test_trials_that_are_behind_end_early(sweeps):
 
 
 @pytest.mark.system
-def test_the_chosen_configuration_reproduces_the_chosen_model(sweeps, capsys):
-    """`ofmu unlearn --config best.yaml`, through Ray Train, gives all metrics of the trial's exported model."""
-    calm, _, _ = sweeps
-    assert cli.main(["unlearn", "--config", str(calm / "sweep/best.yaml")]) == 0
-    again = json.loads((calm / "sweep-best/metrics.json").read_text())["after"]
-    assert again == json.loads((calm / "sweep/best/metrics.json").read_text())["after"]
-
-
-@pytest.mark.system
-def test_mlflow_holds_the_sweep_and_each_trial_once(sweeps):
-    _, killed, _ = sweeps
-    client = mlflow.MlflowClient(f"sqlite:///{killed}/mlflow.db")
+def test_mlflow_holds_the_sweep_and_each_trial_once(calm):
+    client = mlflow.MlflowClient(f"sqlite:///{calm}/mlflow.db")
     [experiment] = [one for one in client.search_experiments() if one.name == "ofmu"]
     runs = client.search_runs([experiment.experiment_id])
     [parent] = [run for run in runs if run.data.tags.get("ofmu.kind") == "sweep"]
@@ -177,7 +171,7 @@ def test_mlflow_holds_the_sweep_and_each_trial_once(sweeps):
     assert parent.info.status == "FINISHED"
     assert sorted(children) == [0, 1, 2, 3]
     assert len(runs) == 5
-    by_number = results(killed / "sweep")
+    by_number = results(calm / "sweep")
     for number, run in children.items():
         assert run.info.status == "FINISHED"
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
@@ -192,10 +186,18 @@ def test_mlflow_holds_the_sweep_and_each_trial_once(sweeps):
     assert names >= {"report.html", "best.yaml", "plane.svg"}
 
 
+@pytest.mark.system
+def test_the_chosen_configuration_reproduces_the_chosen_model(calm, capsys):
+    """`ofmu unlearn --config best.yaml` gives all metrics of the trial's exported model."""
+    assert cli.main(["unlearn", "--config", str(calm / "sweep/best.yaml")]) == 0
+    again = json.loads((calm / "sweep-best/metrics.json").read_text())["after"]
+    assert again == json.loads((calm / "sweep/best/metrics.json").read_text())["after"]
+
+
 @pytest.mark.full
-def test_a_floor_that_no_trial_meets(sweeps, capsys):
+def test_a_floor_that_no_trial_meets(killed, capsys):
     """The rule may change without running trials again; its floor may be out of reach."""
-    _, killed, _ = sweeps
+    killed, _ = killed
     before = {path.name: path.stat().st_mtime_ns for path in (killed / "sweep/trials").glob("*.json")}
     words = ["--config", str(killed / "sweep.yaml"), "--storage", str(killed), "--select.utility_floor", "1"]
     assert cli.main(["sweep", *words]) == 1
@@ -208,8 +210,7 @@ def test_a_floor_that_no_trial_meets(sweeps, capsys):
 
 
 @pytest.mark.full
-def test_more_trials_and_fresh_seeds_continue_the_same_sweep(sweeps):
-    calm, _, _ = sweeps
+def test_more_trials_and_fresh_seeds_continue_the_same_sweep(calm):
     words = ["--config", str(calm / "sweep.yaml"), "--storage", str(calm)]
     assert cli.main(["sweep", *words, "--search.trials", "5", "--select.seeds", "[11]"]) == 0
     assert sorted(results(calm / "sweep")) == [0, 1, 2, 3, 4]
@@ -347,8 +348,7 @@ def test_mistakes_end_with_one_clear_line(mistake, tmp_path, capsys, local_ray):
 
 
 @pytest.mark.system
-def test_a_sweep_keeps_its_name_for_one_configuration(sweeps, capsys):
-    calm, _, _ = sweeps
+def test_a_sweep_keeps_its_name_for_one_configuration(calm, capsys):
     words = ["--config", str(calm / "sweep.yaml"), "--storage", str(calm), "--base.training.rounds", "7"]
     assert cli.main(["sweep", *words]) == 2
     assert "name = 'sweep': a run with another configuration has this name" in capsys.readouterr().err
