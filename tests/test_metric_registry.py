@@ -33,7 +33,6 @@ SHOUTING = Metric(
 
 @pytest.fixture
 def shouting() -> Iterator[Metric]:
-    metrics()
     register(SHOUTING)
     yield SHOUTING
     del registry._DECLARED[SHOUTING.name]

@@ -1,0 +1,9 @@
+"""The modules that declare metrics; they are imported here, so that reports list metrics in this order."""
+
+# isort: off
+from ofmu_ray.metrics import tofu as tofu
+from ofmu_ray.metrics import generations as generations
+from ofmu_ray.metrics import inference as inference
+from ofmu_ray.metrics import probes as probes
+from ofmu_ray.metrics import aggregate as aggregate
+from ofmu_ray.metrics import under_attack as under_attack

@@ -6,7 +6,6 @@ more than `values`; what several sets or two models give together comes from `fi
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -111,8 +110,6 @@ def mean_of(values: FloatArray | str, clusters: Clusters, name: str, **options: 
 
 
 _DECLARED: dict[str, Metric] = {}
-_MODULES = ("tofu", "generations", "inference", "probes", "aggregate", "under_attack")
-"""Modules of this folder that declare metrics, in the order of reports."""
 
 
 def register(*declared: Metric) -> None:
@@ -124,14 +121,11 @@ def register(*declared: Metric) -> None:
 
 def metrics() -> list[Metric]:
     """All that are declared."""
-    for module in _MODULES:
-        importlib.import_module(f"ofmu_ray.metrics.{module}")
     return list(_DECLARED.values())
 
 
 def metric(name: str) -> Metric:
     """The declaration of a metric by its name in metrics.json; what nobody declared has no better direction."""
-    metrics()
     if name in _DECLARED:
         return _DECLARED[name]
     for one in _DECLARED.values():
