@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -20,7 +21,7 @@ from ofmu_ray.models.answers import unwrapped
 from ofmu_ray.models.loading import quiet
 from ofmu_ray.models.source import base_folder, weights_folder
 from ofmu_ray.models.weights import Weights
-from ofmu_ray.storage import NewFolder, is_uri
+from ofmu_ray.storage import NewFolder, is_uri, scratch
 
 METADATA = {"format": "pt"}
 _ASKED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -86,7 +87,7 @@ class Types:
 
 
 def stored_types(folder: Path) -> dict[str, tuple[torch.dtype, int]]:
-    """(type, number of elements) of the fp32, bf16 and fp16 weights in a folder's safetensors files, from the headers."""
+    """(type, number of elements) of the fp32, bf16 and fp16 weights in a folder, from their headers."""
     from safetensors import safe_open
 
     found: dict[str, tuple[torch.dtype, int]] = {}
@@ -148,9 +149,9 @@ def _write_whole(base: Any, weights: Weights, types: Types, folder: NewFolder | 
 
 def _write_config(base: Any, types: Types, folder: Path) -> None:
     """config.json, generation_config.json and a custom model's code, as save_pretrained writes them."""
-    if not (folder / "config.json").exists():
-        with quiet():
-            base.save_pretrained(folder, state_dict={})
+    with quiet(), scratch() as apart:  # save_pretrained deletes the shards that it finds in its folder
+        base.save_pretrained(apart, state_dict={})
+        shutil.copytree(apart, folder, dirs_exist_ok=True)
     config = copy.deepcopy(base.config)
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if part is not None:
