@@ -20,7 +20,7 @@ from ofmu_ray.internals.transformers_private import saved_names
 from ofmu_ray.models.answers import unwrapped
 from ofmu_ray.models.loading import quiet
 from ofmu_ray.models.source import base_folder, weights_folder
-from ofmu_ray.models.weights import Weights
+from ofmu_ray.models.weights import Weights, return_freed_memory
 from ofmu_ray.storage import NewFolder, is_uri, scratch
 
 METADATA = {"format": "pt"}
@@ -112,8 +112,9 @@ def _write_shards(
         shard = dict(_read(inside, names, weights, shapes))
         if folder is not None:
             save_file(shard, folder.path / file, metadata=METADATA)
-            del shard
             folder.flush()
+        del shard  # before the next one is gathered
+        return_freed_memory()
     if folder is not None and split.is_sharded:
         parameters = sum(shape.numel() for shape in shapes.values())
         totals = {"total_parameters": parameters, **split.metadata}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import cached_property
 from typing import Any
 
@@ -68,6 +69,12 @@ class Weights:
 
     def _copy(self, value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
         return value.detach().to("cpu", dtype, copy=True) if self._keep else torch.empty(0)
+
+
+def return_freed_memory() -> None:
+    """Give what was freed back to the system: glibc keeps tensors below 32 MB, some 40 % of a 100 M model."""
+    with suppress(OSError, AttributeError):  # another libc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _lora_layers(module: torch.nn.Module) -> dict[str, Any]:
