@@ -123,9 +123,16 @@ class DigitsTask:
         return probabilities[torch.arange(len(probabilities)), micro["digit"].cpu()]
 
     def export(
-        self, module: torch.nn.Module, processor: None, weights: Mapping[str, torch.Tensor], folder: Path
+        self, module: torch.nn.Module, processor: None, weights: Any, folder: Any, model: ModelConfig, options: Any
     ) -> None:
-        save_file({name: weight.contiguous() for name, weight in weights.items()}, Path(folder, "model.safetensors"))
+        content = weights.whole()
+        if folder is not None:
+            save_file(
+                {name: weight.contiguous() for name, weight in content.items()}, folder.path / "model.safetensors"
+            )
+
+    def exported_as_is(self, module: torch.nn.Module, model: ModelConfig, options: Any) -> bool:
+        return True
 
 
 TASK = DigitsTask()

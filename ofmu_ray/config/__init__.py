@@ -39,6 +39,7 @@ from ofmu_ray.config.methods import (
 )
 from ofmu_ray.config.models import (
     BUILTIN_TARGET,
+    ExportConfig,
     LoraConfig,
     ModelConfig,
     Precision,
@@ -93,6 +94,7 @@ __all__ = [
     "EarlyConfig",
     "EvaluationConfig",
     "EvaluationSetsConfig",
+    "ExportConfig",
     "FinetuneConfig",
     "FormatConfig",
     "LoraConfig",

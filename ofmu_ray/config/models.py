@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from ofmu_ray.config.ranges import positive, require
+from ofmu_ray.errors import UserError
 
 BUILTIN_TARGET = "builtin:people/target"
 Precision = Literal["fp32", "bf16", "bf16_autocast"]
@@ -13,7 +15,7 @@ Precision = Literal["fp32", "bf16", "bf16_autocast"]
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters (peft); merged into the weights on export."""
+    """Low-rank adapters (peft)."""
 
     rank: int = 8
     """Rank of the update matrices."""
@@ -46,6 +48,30 @@ class ModelConfig:
     """Regular expressions; parameters with a matching name are frozen."""
     trust_remote_code: bool = False
     """Run code from the model repository."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """The model that a run writes."""
+
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Type of the weights; auto: as in the files of model.path. What is evaluated is the exported model."""
+    weights: Literal["merged", "adapter"] = "merged"
+    """With model.lora. merged: the adapters are added to the weights; adapter: they alone, as peft loads them (auto:
+    in the type they were trained in)."""
+    max_shard_size: str = "5GB"
+    """Largest file; also what export needs of host memory, and of local disk for a storage at a URI."""
+
+    def __post_init__(self) -> None:
+        sized = re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", self.max_shard_size) is not None
+        require(sized, "export.max_shard_size", self.max_shard_size, "a number and a unit, such as 5GB or 500MB")
+
+    def check(self, model: ModelConfig | None) -> None:
+        """Raises UserError if this model has no adapters to export."""
+        if self.weights == "adapter" and (model is None or model.lora is None):
+            raise UserError(
+                "export.weights = adapter, but no adapters are trained: set --model.lora.rank 8, or drop it"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

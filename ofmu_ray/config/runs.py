@@ -10,7 +10,7 @@ from ofmu_ray.config.data import BUILTIN_FORGET, DataConfig, SourceConfig, Train
 from ofmu_ray.config.evaluation import EvaluationConfig, ProbeConfig
 from ofmu_ray.config.method_sections import METHODS, MethodName
 from ofmu_ray.config.methods import FinetuneConfig, MethodConfig
-from ofmu_ray.config.models import BUILTIN_TARGET, ModelConfig, ScratchConfig
+from ofmu_ray.config.models import BUILTIN_TARGET, ExportConfig, ModelConfig, ScratchConfig
 from ofmu_ray.config.ranges import not_negative, require
 from ofmu_ray.config.training import StopConfig, TrainingConfig
 
@@ -92,6 +92,8 @@ class UnlearnConfig:
     """How the loop runs."""
     stop: StopConfig = field(default_factory=StopConfig)
     """When to stop early."""
+    export: ExportConfig = field(default_factory=ExportConfig)
+    """The model that comes out."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Metrics at the end."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -104,6 +106,7 @@ class UnlearnConfig:
         for name in METHODS:
             self.section(name).check(name)
         self.method_options.check_run(self)
+        self.export.check(self.model)
 
     def section(self, method: str) -> MethodConfig:
         """The options of a method."""
@@ -179,9 +182,12 @@ class TrainConfig:
     """Passes over the rows; sets the number of rounds (training.rounds is ignored)."""
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(batch_size=16, checkpoint_every=200))
     """How the loop runs."""
+    export: ExportConfig = field(default_factory=ExportConfig)
+    """The model that comes out."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """MLflow."""
 
     def __post_init__(self) -> None:
         self.finetune.check("finetune")
+        self.export.check(self.model)
         require(self.epochs > 0, "epochs", self.epochs, "greater than 0")

@@ -25,7 +25,7 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-WHERE_KEPT = ("name", "storage", "tracking", "report")
+WHERE_KEPT = ("name", "storage", "tracking", "report", "export.max_shard_size")
 """Options for where a run is stored and how it is shown."""
 
 ELASTIC = tuple(
@@ -38,7 +38,7 @@ ELASTIC = tuple(
 """Options for machines and fault tolerance: they may change when a run is resumed."""
 
 
-ADDED = {"task": "causal_lm"}
+ADDED = {"task": "causal_lm", "export": {"dtype": "auto", "weights": "merged"}}
 """Options that were added later -> the earlier behaviour; with this value they do not change hashes."""
 
 
@@ -53,8 +53,9 @@ def config_hash(config: Any, *extra: str, ignore: Iterable[str] = WHERE_KEPT) ->
         if isinstance(value, dict)
         else value
         for key, value in to_dict(config).items()
-        if key not in ignored and (key not in ADDED or value != ADDED[key])
+        if key not in ignored
     }
+    content = {key: value for key, value in content.items() if key not in ADDED or value != ADDED[key]}
     text = json.dumps([content, *extra], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -10,6 +10,7 @@ import torch
 
 from ofmu_ray.algorithm.space import Kind, Loop, ParameterSpace, Vector
 from ofmu_ray.data.batch import Batch
+from ofmu_ray.models.weights import Weights
 
 __all__ = ["Batch", "Engine", "Kind", "Loop", "Loss", "PassAccount", "Vector"]
 
@@ -95,6 +96,9 @@ class Engine(ParameterSpace, Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict` bit for bit; UserError if workers or ZeRO stage differ."""
+
+    def readable_weights(self) -> Weights:
+        """The complete model, to be read on rank 0 tensor by tensor."""
 
     def full_weights(self) -> dict[str, torch.Tensor] | None:
         """The complete model on rank 0 (CPU), None on other ranks. Collective."""

@@ -18,7 +18,8 @@ from ofmu_ray.engines.protocol import Batch, Kind, Loop, Loss, PassAccount, Vect
 from ofmu_ray.engines.shards import Shards, trainable_parameters
 from ofmu_ray.errors import UserError
 from ofmu_ray.models.answers import causal_lm_loss
-from ofmu_ray.models.loading import disable_dropout, exported_weights
+from ofmu_ray.models.loading import disable_dropout
+from ofmu_ray.models.weights import Weights
 
 T = TypeVar("T")
 
@@ -294,7 +295,11 @@ class VectorEngine:
 
         Collective: sharded parameters are gathered one at a time.
         """
-        return exported_weights(self.module, self.shards.gathered, keep=self._rank() == 0)
+        return self.readable_weights().whole()
+
+    def readable_weights(self) -> Weights:
+        """The complete model, to be read on rank 0 tensor by tensor."""
+        return Weights(self.module, self.shards.gathered, keep=self._rank() == 0)
 
     def _rank(self) -> int:
         return torch.distributed.get_rank() if self.shards.world_size > 1 else 0

@@ -19,7 +19,7 @@ from ofmu_ray.evaluation.rows import EvaluationRow, evaluation_rows, is_private,
 from ofmu_ray.evaluation.scorer import Result, Scorer, Unit, assemble, plan
 from ofmu_ray.metrics.summary import summarise
 from ofmu_ray.models.loading import load_tokenizer
-from ofmu_ray.models.source import model_fingerprint, weights_folder
+from ofmu_ray.models.source import base_folder, model_fingerprint, weights_folder
 from ofmu_ray.storage import PathLike
 
 __all__ = ["evaluate_live", "evaluate_model", "summarise"]
@@ -112,7 +112,7 @@ def loading_of(
 ) -> Loading:
     """How every process loads this model. Raises UserError for folders without a model or a tokenizer."""
     tokenizer = _tokenizer(str(tokenizer_dir), trust_remote_code)
-    weights = weights_folder(str(model_dir))
+    weights = base_folder(weights_folder(str(model_dir)))
     return Loading(
         model=str(model_dir),
         weights_bytes=sum(path.stat().st_size for path in weights.glob("*.safetensors")),

@@ -1,10 +1,10 @@
-"""Causal language models: loading, freezing, adapters, and the weights to export."""
+"""Causal language models: loading, freezing, adapters."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,9 +12,7 @@ import torch
 from ofmu_ray.config import LoraConfig, ModelConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.models.answers import unwrapped
-from ofmu_ray.models.source import model_source
-
-Gathered = Callable[[Sequence[torch.nn.Parameter]], AbstractContextManager[object]]
+from ofmu_ray.models.source import adapter_base, model_source
 
 # where implementations keep an attention layer's dropout probability as a plain number
 _DROPOUT_NUMBERS = ("attention_dropout", "attn_dropout", "hidden_dropout", "dropout", "dropout_p", "activation_dropout")
@@ -53,16 +51,21 @@ def _ready(module: torch.nn.Module, config: ModelConfig) -> torch.nn.Module:
 def pretrained(path: str, option: str = "model.path", **options: Any) -> Any:
     """Load a causal language model from safetensors, with these options of transformers and without a progress bar.
 
+    An adapter alone (peft) is merged into its base.
+
     Raises:
         UserError: loading failed; names `option`.
     """
     import transformers
 
     try:
+        source = model_source(path, option)
+        base = adapter_base(source)
         with quiet():
-            return transformers.AutoModelForCausalLM.from_pretrained(
-                model_source(path, option), use_safetensors=True, **options
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                source if base is None else model_source(base, option), use_safetensors=True, **options
             )
+            return model if base is None else _with_adapter(model, source)
     except UserError:
         raise
     except Exception as error:  # a broken directory may raise OSError, KeyError, ValueError, SafetensorError
@@ -70,6 +73,12 @@ def pretrained(path: str, option: str = "model.path", **options: Any) -> Any:
             f"{option} = {path!r} does not load: {_one_line(error)}. It must be a Hugging Face model directory or hub "
             "name of a causal language model with safetensors weights"
         ) from error
+
+
+def _with_adapter(model: Any, source: str) -> Any:
+    import peft
+
+    return peft.PeftModel.from_pretrained(model, source).merge_and_unload()  # type: ignore[operator]
 
 
 @contextmanager
@@ -95,7 +104,11 @@ def read_config(path: str, option: str = "model.path", *, trust_remote_code: boo
     import transformers
 
     try:
-        return transformers.AutoConfig.from_pretrained(model_source(path, option), trust_remote_code=trust_remote_code)
+        source = model_source(path, option)
+        base = adapter_base(source)
+        if base is not None:
+            source = model_source(base, option)
+        return transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except UserError:
         raise
     except Exception as error:  # OSError, ValueError, KeyError and transformers' own
@@ -200,59 +213,6 @@ def _enable_checkpointing(module: Any, config: ModelConfig) -> None:
     if config.lora is not None:
         module.enable_input_require_grads()
     module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-# ------------------------------------------------------------------------------------------------------- export
-
-
-def exported_weights(module: torch.nn.Module, gathered: Gathered, *, keep: bool) -> dict[str, torch.Tensor] | None:
-    """State dict in host memory, parameter by parameter through `gathered`; None unless `keep`.
-
-    LoRA adapters are merged into their weights, under the base model's names. Tied parameters remain one tensor under
-    several names. Collective if `gathered` is.
-    """
-    weights: dict[str, torch.Tensor] = {}
-    copies: dict[int, torch.Tensor] = {}
-    layers = _lora_layers(module)
-    for name, parameter in _state_parameters(module):
-        layer = layers.get(name)
-        if id(parameter) not in copies:
-            with gathered([parameter] if layer is None else list(layer.parameters())):
-                value = parameter if layer is None else _merged(layer)
-                copies[id(parameter)] = value.detach().to("cpu", copy=True) if keep else torch.empty(0)
-        weights[_base_name(name)] = copies[id(parameter)]
-    persistent = set(module.state_dict(keep_vars=True))
-    for name, buffer in module.named_buffers():
-        if name in persistent:
-            weights[_base_name(name)] = buffer.detach().to("cpu", copy=True)
-    return weights if keep else None
-
-
-def _state_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        if ".lora_" not in name:
-            yield name, parameter
-
-
-def _lora_layers(module: torch.nn.Module) -> dict[str, Any]:
-    """Name of an adapted weight -> the peft layer that adapts it."""
-    return {
-        f"{name}.base_layer.weight": part
-        for name, part in module.named_modules()
-        if hasattr(part, "get_delta_weight") and hasattr(part, "base_layer")
-    }
-
-
-def _merged(layer: Any) -> torch.Tensor:
-    base: torch.Tensor = layer.base_layer.weight.detach()
-    merged = base.float()
-    for adapter in layer.active_adapters:
-        merged = merged + layer.get_delta_weight(adapter).detach().float()
-    return merged.to(base.dtype)
-
-
-def _base_name(name: str) -> str:
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def copy_with(module: Any, weights: Mapping[str, torch.Tensor]) -> torch.nn.Module:

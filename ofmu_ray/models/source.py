@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage import fetched, is_uri
 
-_MODEL_FILES = ("*.safetensors", "config.json", "generation_config.json", "*.py")
+ADAPTER = "adapter_config.json"
+_MODEL_FILES = ("*.safetensors", "config.json", ADAPTER, "generation_config.json", "*.py")
 
 
 def model_source(path: str, option: str = "model.path") -> str:
@@ -19,6 +21,21 @@ def model_source(path: str, option: str = "model.path") -> str:
         UserError: the URI has no complete model; names `option`.
     """
     return str(fetched(path, option)) if is_uri(path) else resolve_builtin(path)
+
+
+def adapter_base(source: str | Path) -> str | None:
+    """Path or hub name of the model that the adapter alone (peft) in a local folder belongs to; None: no adapter."""
+    settings = Path(source) / ADAPTER
+    if not settings.is_file() or (Path(source) / "config.json").is_file():
+        return None
+    base: str = json.loads(settings.read_text())["base_model_name_or_path"]
+    return base
+
+
+def base_folder(folder: Path) -> Path:
+    """The folder with the complete weights: the adapter's base, else `folder`."""
+    base = adapter_base(folder)
+    return folder if base is None else weights_folder(resolve_builtin(base))
 
 
 def weights_folder(model: str) -> Path:
@@ -36,7 +53,8 @@ def weights_folder(model: str) -> Path:
             raise UserError(
                 f"{model} is neither a model directory nor a model on the hub ({type(error).__name__})"
             ) from None
-    if not any(folder.glob("*.safetensors")) or not (folder / "config.json").is_file():
+    described = any((folder / name).is_file() for name in ("config.json", ADAPTER))
+    if not any(folder.glob("*.safetensors")) or not described:
         raise UserError(
             f"{model} is not a model directory: it needs config.json and weights as *.safetensors "
             "(convert others with save_pretrained)"
@@ -45,11 +63,17 @@ def weights_folder(model: str) -> Path:
 
 
 def model_fingerprint(folder: Path) -> str:
-    """Hex digest of the content of the model's weights and configuration, independent of the folder."""
+    """Hex digest of the content of the model's weights and configuration, independent of the folder.
+
+    For an adapter alone, its base counts too.
+    """
     paths = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         digest.update(f"{path.name} {content}\n".encode())
+    base = base_folder(folder)
+    if base != folder:
+        digest.update(model_fingerprint(base).encode())
     return digest.hexdigest()

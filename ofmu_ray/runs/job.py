@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ofmu_ray.config import MethodConfig, ModelConfig, StopConfig, TrainConfig, TrainingConfig, UnlearnConfig
+from ofmu_ray.config import (
+    ExportConfig,
+    MethodConfig,
+    ModelConfig,
+    StopConfig,
+    TrainConfig,
+    TrainingConfig,
+    UnlearnConfig,
+)
 from ofmu_ray.storage import join, remove_file, remove_folder
 
 if TYPE_CHECKING:
@@ -30,6 +38,7 @@ class Spec:
     """As the workers find it (`preflight.placed`)."""
     training: TrainingConfig
     stop: StopConfig = field(default_factory=StopConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     seed: int = 0
     root: str | None = None
     """Base folder for relative paths of the method's own files."""
@@ -37,7 +46,8 @@ class Spec:
     @classmethod
     def of(cls, config: UnlearnConfig | TrainConfig, model: ModelConfig) -> Spec:
         """The spec of a command's configuration."""
-        common: dict[str, Any] = {"task": config.task, "model": model, "training": config.training, "seed": config.seed}
+        common: dict[str, Any] = {name: getattr(config, name) for name in ("task", "training", "export", "seed")}
+        common["model"] = model
         if isinstance(config, TrainConfig):
             return cls(method_name="finetune", method=config.finetune, root=config.data.root, **common)
         options = config.method_options
@@ -79,6 +89,7 @@ def make_job(
         method=spec.method.completed(prepared, spec.model, cache),
         training=spec.training,
         stop=spec.stop,
+        export=spec.export,
         utility_rows=watched,
     )
     plan = write_plan(

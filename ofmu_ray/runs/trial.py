@@ -18,6 +18,7 @@ from ofmu_ray.config import ModelConfig, UnlearnConfig, config_hash, flatten, to
 from ofmu_ray.errors import user_error_within
 from ofmu_ray.runs.job import Spec, make_job, with_references
 from ofmu_ray.storage import atomic_write
+from ofmu_ray.tasks import task_named
 
 if TYPE_CHECKING:
     from ofmu_ray.training.worker_job import WorkerJob
@@ -204,7 +205,10 @@ def _run(trial: Trial, data: SplitData, work: Path, local: bool, watch: TrialHoo
     else:
         config = trial.config
         evaluation = data.evaluator.sampled(trial.rows, config.evaluation, config.seed)
-        if local:  # in memory, without export; the worker is done
+        live = local and task_named(job.task).exported_as_is(worker.module, job.model, job.export)
+        if local and (watch is not None or not live):
+            export_model(job, worker.engine, worker.module, worker.processor, worker.state, 0)
+        if live:  # in memory; the worker is done
             table = evaluation.live_table(worker.module, worker.processor, trial.name)
         else:
             table = evaluation.table(str(work / "model"), trial.name)
@@ -212,8 +216,6 @@ def _run(trial: Trial, data: SplitData, work: Path, local: bool, watch: TrialHoo
         result["figures"] = evaluation.figures(table, data.retrained)
         clock.lap("evaluation_seconds")
         if watch is not None:
-            if local:
-                export_model(job, worker.engine, worker.module, worker.processor, worker.state, 0)
             _move(work / "model", model_path(data.folder, trial.key(data)))
     return result | clock.laps
 

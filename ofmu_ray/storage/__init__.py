@@ -14,7 +14,17 @@
 pyarrow is imported where it is used, to keep the import of this package cheap.
 """
 
-from ofmu_ray.storage.folders import atomic_dir, contents, drop_copies, fetched, is_whole, new_mapped, open_mapped
+from ofmu_ray.storage.folders import (
+    NewFolder,
+    atomic_dir,
+    contents,
+    drop_copies,
+    fetched,
+    is_whole,
+    new_folder,
+    new_mapped,
+    open_mapped,
+)
 from ofmu_ray.storage.names import PathLike, absolute, is_uri, join, local_path, name_of, without_credentials
 from ofmu_ray.storage.places import (
     atomic_write,
@@ -31,6 +41,7 @@ from ofmu_ray.storage.scratch import scratch
 from ofmu_ray.storage.trouble import explained
 
 __all__ = [
+    "NewFolder",
     "PathLike",
     "absolute",
     "atomic_dir",
@@ -47,6 +58,7 @@ __all__ = [
     "local_path",
     "locate",
     "name_of",
+    "new_folder",
     "new_mapped",
     "open_mapped",
     "published",

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -36,39 +37,70 @@ def atomic_dir(path: PathLike) -> Iterator[Path]:
     Raises:
         StorageError: no space, no permission, no response, or the data read back differs.
     """
+    with new_folder(path) as folder:
+        yield folder.path
+
+
+@contextmanager
+def new_folder(path: PathLike) -> Iterator[NewFolder]:
+    """`atomic_dir` for a content that is larger than the local disk: files may leave for the URI early."""
     if not is_uri(path):
         with explained(path), local.whole_folder(local_path(path)) as staging:
-            yield staging
+            yield NewFolder(staging)
         return
-    with scratch() as folder:
-        with explained(folder, "temporary files"):
+    with scratch() as place:
+        folder = _Upload(place, path)
+        with explained(place, "temporary files"):
             yield folder
-        with explained(path):
-            upload(folder, path)
+        folder.finish()
 
 
-def upload(folder: Path, target: PathLike) -> None:
-    """Copy a local folder to a URI, read it back, and write its manifest.
+@dataclass
+class NewFolder:
+    """A folder that is being written."""
 
-    Raises:
-        StorageError: the data read back differs.
-        OSError: pyarrow's error, after its retries.
-    """
-    files = fingerprints(folder)
-    filesystem, inside = locate(target)
-    stale = {name for name in _listed(target) if name not in files and name != MANIFEST}
-    atomic_write(join(target, MANIFEST), json.dumps({"complete": False}) + "\n")
-    for name, written in files.items():
-        with (folder / name).open("rb") as source, filesystem.open_output_stream(f"{inside}/{name}") as copy:
-            shutil.copyfileobj(source, copy, CHUNK_BYTES)
-        with filesystem.open_input_stream(f"{inside}/{name}") as stored:
-            if sha256(stored) != written["sha256"]:
-                raise StorageError(
-                    f"{without_credentials(target)}/{name}: the data read back differs from what was written"
-                )
-    for name in stale:
-        filesystem.delete_file(f"{inside}/{name}")
-    atomic_write(join(target, MANIFEST), json.dumps({"complete": True, "files": files}, indent=1) + "\n")
+    path: Path
+    """Where to put its files."""
+
+    def flush(self) -> None:
+        """Nothing more will be written to the files in `path`: at a URI they are uploaded and deleted here.
+
+        Raises:
+            StorageError: no permission, no response, or the data read back differs.
+        """
+
+
+@dataclass
+class _Upload(NewFolder):
+    target: PathLike
+    files: Files = field(default_factory=dict)
+
+    def flush(self) -> None:
+        with explained(self.target):
+            if not self.files:
+                atomic_write(join(self.target, MANIFEST), json.dumps({"complete": False}) + "\n")
+            filesystem, inside = locate(self.target)
+            new = fingerprints(self.path)
+            for name, written in new.items():
+                with (self.path / name).open("rb") as source, filesystem.open_output_stream(f"{inside}/{name}") as copy:
+                    shutil.copyfileobj(source, copy, CHUNK_BYTES)
+                with filesystem.open_input_stream(f"{inside}/{name}") as stored:
+                    if sha256(stored) != written["sha256"]:
+                        place = f"{without_credentials(self.target)}/{name}"
+                        raise StorageError(f"{place}: the data read back differs from what was written")
+                (self.path / name).unlink()
+            self.files |= new
+
+    def finish(self) -> None:
+        """Upload the rest, delete what is there of an earlier folder, and write the manifest."""
+        self.flush()
+        with explained(self.target):
+            filesystem, inside = locate(self.target)
+            for name in _listed(self.target):
+                if name not in self.files and name != MANIFEST:
+                    filesystem.delete_file(f"{inside}/{name}")
+            files = dict(sorted(self.files.items()))
+            atomic_write(join(self.target, MANIFEST), json.dumps({"complete": True, "files": files}, indent=1) + "\n")
 
 
 def fetched(path: PathLike, option: str = "storage") -> Path:

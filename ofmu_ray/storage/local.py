@@ -37,8 +37,16 @@ def whole_folder(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     with made(target.parent, f".{target.name}.", ".part") as staging:
         yield staging
-        os.chmod(staging, 0o777 & ~umask())
+        _open_to_readers(staging)
         _swap(staging, target)
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Give a folder's content the usual modes: mkdtemp and safetensors make private ones."""
+    mask = umask()
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _swap(new: Path, target: Path) -> None:

@@ -8,16 +8,13 @@ from typing import TYPE_CHECKING, Any
 from ofmu_ray.tasks.protocol import Task
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
-    from ofmu_ray.config import DataConfig, ModelConfig, TrainDataConfig, UnlearnConfig
+    from ofmu_ray.config import DataConfig, ExportConfig, ModelConfig, TrainDataConfig, UnlearnConfig
     from ofmu_ray.data.answer_encoder import AnswerEncoder
     from ofmu_ray.evaluation.evaluator import Evaluator
-    from ofmu_ray.storage import PathLike
-
-MAX_SHARD_SIZE = "5GB"
+    from ofmu_ray.models.weights import Weights
+    from ofmu_ray.storage import NewFolder, PathLike
 
 
 class CausalLM:
@@ -76,15 +73,22 @@ class CausalLM:
         return torch.exp(-sums / tokens).cpu()
 
     def export(
-        self, module: torch.nn.Module, processor: Any, weights: Mapping[str, torch.Tensor], folder: Path
+        self,
+        module: torch.nn.Module,
+        processor: Any,
+        weights: Weights,
+        folder: NewFolder | None,
+        model: ModelConfig,
+        options: ExportConfig,
     ) -> None:
-        from ofmu_ray.models.loading import quiet
+        from ofmu_ray.models.exporting import export_causal_lm
 
-        model: Any = module
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        with quiet():
-            base.save_pretrained(folder, state_dict=dict(weights), max_shard_size=MAX_SHARD_SIZE)
-        processor.save_pretrained(folder)
+        export_causal_lm(module, processor, weights, folder, model, options)
+
+    def exported_as_is(self, module: torch.nn.Module, model: ModelConfig, options: ExportConfig) -> bool:
+        from ofmu_ray.models.exporting import exported_as_is
+
+        return exported_as_is(module, model, options)
 
 
 TASK: Task = CausalLM()

@@ -10,14 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import pyarrow as pa
     import torch
 
-    from ofmu_ray.config import DataConfig, EvaluationConfig, ModelConfig, TrainDataConfig, UnlearnConfig
+    from ofmu_ray.config import DataConfig, EvaluationConfig, ExportConfig, ModelConfig, TrainDataConfig, UnlearnConfig
     from ofmu_ray.data.encoder import Encoder
-    from ofmu_ray.storage import PathLike
+    from ofmu_ray.models.weights import Weights
+    from ofmu_ray.storage import NewFolder, PathLike
 
 
 class Evaluation(Protocol):
@@ -85,6 +84,18 @@ class Task(Protocol):
         """How well the model answers each row, 0 to 1: float64 [rows] on the CPU. The utility floor uses the mean."""
 
     def export(
-        self, module: torch.nn.Module, processor: Any, weights: Mapping[str, torch.Tensor], folder: Path
+        self,
+        module: torch.nn.Module,
+        processor: Any,
+        weights: Weights,
+        folder: NewFolder | None,
+        model: ModelConfig,
+        options: ExportConfig,
     ) -> None:
-        """Write a model directory: safetensors and everything `load` needs."""
+        """Fill a model directory: safetensors and everything `load` needs. Collective; `folder`: None except on rank 0.
+
+        `weights.whole()` is the state dict on rank 0; larger models are read tensor by tensor.
+        """
+
+    def exported_as_is(self, module: torch.nn.Module, model: ModelConfig, options: ExportConfig) -> bool:
+        """Whether `export` keeps the bits of the module's weights, so that its evaluation is that of the export."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from ofmu_ray.engines.protocol import Engine
-from ofmu_ray.storage import atomic_dir, atomic_write, join
+from ofmu_ray.storage import atomic_write, join, new_folder
 from ofmu_ray.tasks import task_named
 from ofmu_ray.training.checkpoint import LoopState
 from ofmu_ray.training.worker_job import WorkerJob
@@ -22,11 +23,10 @@ def export_model(
 
     A killed export leaves nothing that looks like a model.
     """
-    weights = engine.full_weights()
+    with new_folder(join(job.run_dir, "model")) if rank == 0 else nullcontext() as folder:
+        weights = engine.readable_weights()
+        task_named(job.task).export(module, processor, weights, folder, job.model, job.export)
     if rank != 0:
         return
-    assert weights is not None
-    with atomic_dir(join(job.run_dir, "model")) as folder:
-        task_named(job.task).export(module, processor, weights, folder)
     summary = asdict(state) | {"account": engine.account.state()}
     atomic_write(join(job.run_dir, "training.json"), json.dumps(summary) + "\n")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ofmu_ray.config import MethodConfig, ModelConfig, StopConfig, TrainingConfig
+from ofmu_ray.config import ExportConfig, MethodConfig, ModelConfig, StopConfig, TrainingConfig
 from ofmu_ray.methods import build_method
 from ofmu_ray.methods.protocol import Method
 from ofmu_ray.training.stages import Stages
@@ -29,6 +29,7 @@ class WorkerJob:
     stop: StopConfig
     utility_rows: str | None
     """Parquet of tokenised retain rows for the utility floor; None: no floor."""
+    export: ExportConfig = field(default_factory=ExportConfig)
     task: str = "causal_lm"
     """Name of the task (ofmu_ray.tasks)."""
     tracking: Any = None
