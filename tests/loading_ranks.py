@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from engine_ranks import INNER, OUTER, all_ranks
 from engine_models import token_batch
+from engine_ranks import INNER, OUTER, all_ranks
 
 from ofmu_ray.config import LoraConfig, ModelConfig
 

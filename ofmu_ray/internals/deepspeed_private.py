@@ -6,8 +6,9 @@ release has moved.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ofmu_ray.internals.contract import Private, check_attributes
 _UNREAD = "a model whose weights are still in its files"
 ENGINE = Private("deepspeed.runtime.engine", "DeepSpeedEngine", _UNREAD)
 STAGE_TWO = Private("deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer", _UNREAD)
+ACCELERATOR = Private("deepspeed.accelerator", "get_accelerator", _UNREAD)
 INIT = Private("deepspeed.runtime.zero.partition_parameters", "Init", _UNREAD)
 COMPATIBLE_OPS = Private("deepspeed.ops", "__compatible_ops__", "keeping DeepSpeed from compiling a C++ op on a CPU")
 CONTRACT = {
@@ -93,6 +95,9 @@ def unread_weights(is_unread: Callable[[object], bool], read_share: Callable[[An
         (STAGE_TWO.get(), "flatten_dense_tensors_aligned", flat),
         (INIT.get(), "_zero_init_param", zero_init),
     ]
+    accelerator = ACCELERATOR.get()()
+    if accelerator.device_name() == "cpu":
+        changed.append((type(accelerator), "empty_cache", lambda self: _return_freed_memory()))
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in changed]
     try:
         for owner, name, function in changed:
@@ -101,6 +106,12 @@ def unread_weights(is_unread: Callable[[object], bool], read_share: Callable[[An
     finally:
         for owner, name, function in originals:
             setattr(owner, name, function)
+
+
+def _return_freed_memory() -> None:
+    """Give freed parts of the heap back to the system: the pieces that stage 3 copied into its flat buffer (glibc)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class ZeroTwo:

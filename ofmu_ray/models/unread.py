@@ -106,9 +106,9 @@ def _without_weights(shape: Any, config: ModelConfig, option: str) -> Any:
     import accelerate
     import transformers
 
-    with does_not_load(config.path, option), torch.random.fork_rng(devices=[]):
-        with accelerate.init_empty_weights(include_buffers=False):
-            module: Any = transformers.AutoModelForCausalLM.from_config(shape, **options_of(config))
+    on_meta = accelerate.init_empty_weights(include_buffers=False)
+    with does_not_load(config.path, option), torch.random.fork_rng(devices=[]), on_meta:
+        module: Any = transformers.AutoModelForCausalLM.from_config(shape, **options_of(config))
     module.tie_weights()  # registering a parameter anew has untied it
     return module
 
