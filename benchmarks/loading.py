@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/loading.py [--stages 0 2 3] [--precision fp32] [--out benchmarks/loading.json]
     python benchmarks/loading.py --shape 70b --ranks 64      # what each rank would read and hold; loads nothing
 
-A Llama of SmolLM2-135M's shape with random weights, on gloo ranks. Peak and held memory are what loading and building
-the engine add to a process that has imported everything and built a tiny engine (VmHWM and VmRSS). The bound is the
-rank's part of weights, masters and gradients, and the largest tensor, plus 10 %. `whole` also runs with a checkout of
-before on PYTHONPATH.
+A Llama of SmolLM2-135M's shape with random weights, on gloo ranks. The peak is what loading and building the engine add
+to a process that has imported everything (VmHWM). The bound is the rank's part of weights, masters and gradients, and
+the largest tensor, plus 10 %, plus what an engine of a tiny model takes (`tiny_mib`). `whole` also runs with a checkout
+of before on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -71,6 +71,19 @@ def engine_of(config: ModelConfig, stage: int, way: str) -> tuple[Any, int | Non
     return DeepSpeedEngine(module, unread=unread, **options), unread.bytes_read
 
 
+def started(config: ModelConfig, stage: int, way: str) -> tuple[Any, float, int | None]:
+    """The engine, the MiB by which its start raised the peak above what was resident before, and the bytes read."""
+    gc.collect()
+    dist.barrier()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM from here
+    before = of_process("VmRSS")
+    engine, read = engine_of(config, stage, way)
+    peak = (of_process("VmHWM") - before) / MIB
+    if "tiny" in config.path:
+        engine.close()
+    return engine, peak, read
+
+
 def rank_main(rank: int, world: int, port: int, config: ModelConfig, stage: int, way: str, out: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -78,18 +91,14 @@ def rank_main(rank: int, world: int, port: int, config: ModelConfig, stage: int,
     os.environ["DS_ACCELERATOR"] = "cpu"
     store = dist.TCPStore("127.0.0.1", port, world, rank == 0, timeout=datetime.timedelta(seconds=600))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    warm = engine_of(ModelConfig(path=f"{config.path}-tiny", tokenizer=config.tokenizer), stage, way)[0]
-    warm.close()  # imports, and buffers of the process group
-    del warm
-    gc.collect()
-    dist.barrier()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM from here
-    before = of_process("VmRSS")
-    engine, read = engine_of(config, stage, way)
+    tiny = ModelConfig(path=f"{config.path}-tiny", tokenizer=config.tokenizer, precision=config.precision)
+    engine_of(tiny, stage, way)[0].close()  # imports, and buffers of the process group
+    constant = started(tiny, stage, way)[1]
+    engine, peak, read = started(config, stage, way)
     figures = {
         "rank": rank,
-        "peak_mib": (of_process("VmHWM") - before) / MIB,
-        "held_mib": (of_process("VmRSS") - before) / MIB,
+        "peak_mib": peak,
+        "tiny_mib": constant,
         "read_mib": None if read is None else read / MIB,
     }
     Path(f"{out}.{rank}").write_text(json.dumps(figures))
@@ -141,7 +150,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for stage in arguments.stages:
             for way in arguments.ways:
                 for figures in measured(config, stage, way, arguments.ranks):
-                    figures["bound_mib"] = 1.1 * (shard(sizes, stage, arguments.ranks, wide) / MIB + largest)
+                    own = shard(sizes, stage, arguments.ranks, wide) / MIB
+                    figures["bound_mib"] = 1.1 * (own + largest) + figures["tiny_mib"]
                     rows.append({"zero_stage": stage, "way": way} | figures)
                     print({k: round(v, 1) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
     numel = sum(sizes)
