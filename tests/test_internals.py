@@ -1,4 +1,4 @@
-"""The private parts of Ray and DeepSpeed that we use still exist, or are named if not."""
+"""The private parts of Ray, DeepSpeed and transformers that we use still exist, or are named if not."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from ofmu_ray.internals import deepspeed_private, ray_private
+from ofmu_ray.internals import deepspeed_private, ray_private, transformers_private
 from ofmu_ray.internals.contract import Private
 from ofmu_ray.training.checkpoint_list import RAY_TRAIN_LIST
 
 ROOT = Path(__file__).resolve().parent.parent
 BORROWED = [
-    name for module in (ray_private, deepspeed_private) for name in vars(module).values() if isinstance(name, Private)
+    name
+    for module in (ray_private, deepspeed_private, transformers_private)
+    for name in vars(module).values()
+    if isinstance(name, Private)
 ]
 PRIVATE = (
     r"ray\.(\w+\.)*_\w+",
@@ -34,11 +37,12 @@ def test_it_is_where_it_was(borrowed: Private) -> None:
 
 def test_deepspeeds_optimisers_have_the_attributes() -> None:
     """Those declared by their classes; the engine tests check the others on running optimisers."""
-    from deepspeed.runtime.zero import stage3, stage_1_and_2
+    from deepspeed.runtime import engine
+    from deepspeed.runtime.zero import partition_parameters, stage3, stage_1_and_2
 
-    for module in (stage3, stage_1_and_2):
+    for module in (engine, partition_parameters, stage3, stage_1_and_2):
         for name, attributes in deepspeed_private.CONTRACT.items():
-            if hasattr(module, name):
+            if getattr(vars(module).get(name), "__module__", None) == module.__name__:
                 text = Path(str(module.__file__)).read_text()
                 assert [one for one in attributes if not re.search(rf"(def |self\.){one}\b", text)] == [], name
 

@@ -17,9 +17,11 @@ import torch.distributed as dist
 
 from ofmu_ray.config import OptimizerConfig, Precision
 from ofmu_ray.engines.protocol import Kind, Loss, Vector
-from ofmu_ray.engines.shards import FlatShards, Shards, trainable_parameters
+from ofmu_ray.engines.shards import FlatShards, Shards, fill_frozen, trainable_parameters
 from ofmu_ray.engines.vector_engine import VectorEngine
 from ofmu_ray.errors import UserError
+from ofmu_ray.models.stored import share
+from ofmu_ray.models.unread import Unread
 
 PERSISTENT_BELOW = 10_000  # elements: at stage 3, norms and biases stay unsharded, because gathering them costs more
 
@@ -43,8 +45,9 @@ class DeepSpeedEngine(VectorEngine):
     rank ever has a complete gradient or fp32 vector. Stages 1 and 2 are identical here: stage 1 would keep complete
     gradients until the optimiser step, but here every pass ends in a sharded vector.
 
-    Precision, `offload` and `loss_fn` are as in `TorchEngine`. A loss calls the module that it is given (DeepSpeed's
-    wrapper), which has the model's attributes.
+    Precision, `offload`, `loss_fn` and `unread` are as in `TorchEngine`; at stage 3 a rank reads only its shares of
+    `unread` parameters. A loss calls the module that it is given (DeepSpeed's wrapper), which has the model's
+    attributes.
 
     Raises UserError without a process group, and for operations that need double backward.
     """
@@ -60,6 +63,7 @@ class DeepSpeedEngine(VectorEngine):
         precision: Precision = "fp32",
         offload: str = "none",
         micro_batch_size: int = 1,
+        unread: Unread | None = None,
     ) -> None:
         if not dist.is_initialized():
             raise UserError("the DeepSpeed engine needs torch.distributed: start it in Ray Train, or use engine torch")
@@ -67,24 +71,29 @@ class DeepSpeedEngine(VectorEngine):
         self._autocast_forward = False
         if zero_stage == 0:
             shards: Shards = FlatShards(
-                module.to(_device()), bf16_weights=precision == "bf16", world_size=dist.get_world_size()
+                module.to(_device()),
+                bf16_weights=precision == "bf16",
+                world_size=dist.get_world_size(),
+                unread=unread,
             )
         else:
-            shards = self._zero_shards(module, zero_stage, precision, micro_batch_size)
+            shards = self._zero_shards(module, zero_stage, precision, micro_batch_size, unread)
             if precision == "bf16_autocast":
                 self._autocast_inside(module)
         super().__init__(
             module, shards, loss_fn=loss_fn, inner=inner, outer=outer, precision=precision, offload=offload
         )
 
-    def _zero_shards(self, module: torch.nn.Module, stage: int, precision: str, micro_batch_size: int) -> Shards:
+    def _zero_shards(
+        self, module: torch.nn.Module, stage: int, precision: str, micro_batch_size: int, unread: Unread | None
+    ) -> Shards:
         device = _device()
         # as DeepSpeed's launcher would; otherwise DeepSpeed guesses the device from the machine
         os.environ.setdefault("DS_ACCELERATOR", device.type)
         os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
         deepspeed = import_deepspeed()
         from ofmu_ray.engines.zero_shards import ZeroShards
-        from ofmu_ray.internals.deepspeed_private import COMPATIBLE_OPS
+        from ofmu_ray.internals.deepspeed_private import COMPATIBLE_OPS, unread_weights
 
         warnings.filterwarnings("ignore", "torch.distributed.*is deprecated", FutureWarning)  # from DeepSpeed
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -94,13 +103,29 @@ class DeepSpeedEngine(VectorEngine):
         parameters = [parameter for _, parameter in trainable_parameters(module)]
         if precision != "bf16":
             module.float()
-        engine, *_ = deepspeed.initialize(
-            model=module,
+        options: dict[str, Any] = {
+            "model": module,
             # never stepped: only defines what DeepSpeed partitions
-            optimizer=torch.optim.SGD(parameters, lr=0.0),
-            config=deepspeed_config(stage, precision, micro_batch_size),
-        )
-        return ZeroShards(engine, stage)
+            "optimizer": torch.optim.SGD(parameters, lr=0.0),
+            "config": deepspeed_config(stage, precision, micro_batch_size),
+        }
+        if unread is None:
+            engine, *_ = deepspeed.initialize(**options)
+            return ZeroShards(engine, stage)
+        if stage < 3:
+            fill_frozen(module, unread)
+        for parameter in module.parameters():  # adapters
+            if parameter not in unread:
+                dist.broadcast(parameter.data, src=0)
+        with unread_weights(unread.__contains__, lambda parameter: _read_share(unread, parameter)):
+            engine, *_ = deepspeed.initialize(**options)
+        shards = ZeroShards(engine, stage)
+        if stage < 3:
+            for parameter in parameters:
+                if parameter in unread:
+                    unread.read(parameter, parameter.detach().view(-1))
+            shards.adopt()
+        return shards
 
     def _autocast_inside(self, module: torch.nn.Module) -> None:
         # DeepSpeed's forward disables an outer autocast, so the model's forward enables it
@@ -162,6 +187,12 @@ def deepspeed_config(stage: int, precision: str, micro_batch_size: int) -> dict[
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
     }
+
+
+def _read_share(unread: Unread, parameter: Any) -> None:
+    """Fill this rank's part of a parameter that DeepSpeed has cut (stage 3)."""
+    first, end = share(parameter.ds_numel, dist.get_rank(), dist.get_world_size())
+    unread.read(parameter, parameter.ds_tensor[: end - first], first)
 
 
 def _device() -> torch.device:

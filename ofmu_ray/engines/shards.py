@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from ofmu_ray.engines.protocol import Vector
 from ofmu_ray.errors import UserError
+from ofmu_ray.models.unread import Unread
 
 
 class Shards(ABC):
@@ -65,17 +66,32 @@ def trainable_parameters(module: torch.nn.Module) -> list[tuple[str, torch.nn.Pa
     return named
 
 
+def fill_frozen(module: torch.nn.Module, unread: Unread | None) -> None:
+    """Read the frozen parameters, which no flat buffer holds."""
+    for parameter in module.parameters():
+        if unread is not None and parameter in unread and not parameter.requires_grad:
+            unread.fill(parameter)
+
+
 class FlatShards(Shards):
     """Every rank has the complete model: one contiguous buffer of weights and one of gradients.
 
     Parameters and gradients are views of the buffers, so a displacement, a dot product or an optimiser step is one
     kernel over the complete model. With more than one rank this is plain data parallelism (ZeRO stage 0): one
-    all-reduce of the gradient buffer per batch.
+    all-reduce of the gradient buffer per batch. There is never a second copy of the weights: the buffer takes them over
+    parameter by parameter, from the module or, for `unread` ones, from the model's files.
     """
 
     sharded = False
 
-    def __init__(self, module: torch.nn.Module, *, bf16_weights: bool = False, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        *,
+        bf16_weights: bool = False,
+        world_size: int = 1,
+        unread: Unread | None = None,
+    ) -> None:
         self.forward_module = module
         self.world_size = world_size
         parameters = [parameter for _, parameter in trainable_parameters(module)]
@@ -85,17 +101,25 @@ class FlatShards(Shards):
         exact = all(parameter.dtype == torch.float64 for parameter in parameters)
         full = torch.float64 if exact else torch.float32
         dtype = torch.bfloat16 if bf16_weights else full
-        for parameter in module.parameters():  # also frozen ones; buffers (rotary frequencies) keep their precision
-            if parameter.is_floating_point():
+        fill_frozen(module, unread)
+        for parameter in module.parameters():  # frozen ones; buffers (rotary frequencies) keep their precision
+            if parameter.is_floating_point() and not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
-        weights = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
+        sizes = [parameter.numel() for parameter in parameters]
+        weights = torch.empty(sum(sizes), dtype=dtype, device=parameters[0].device)
+        for parameter, view in zip(parameters, torch.split(weights, sizes), strict=True):
+            if unread is not None and parameter in unread:
+                unread.read(parameter, view)
+            else:
+                view.copy_(parameter.detach().reshape(-1))
+            parameter.data = view.view(parameter.shape)  # frees what it had
         if world_size > 1:
             dist.broadcast(weights, src=0)
         master = weights.float() if bf16_weights else weights
         self.masters = [master]
         self._weights = weights
         self._parameters = parameters
-        self._sizes = [parameter.numel() for parameter in parameters]
+        self._sizes = sizes
         self._gradients = torch.zeros_like(weights)
         self._accumulated = torch.zeros_like(master) if bf16_weights else self._gradients
         self._bind_views()

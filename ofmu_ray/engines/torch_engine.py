@@ -12,6 +12,7 @@ from ofmu_ray.engines.protocol import Kind, Loss, Vector, sum_and_count
 from ofmu_ray.engines.shards import FlatShards
 from ofmu_ray.engines.vector_engine import VectorEngine, batch_sums, micro_batches
 from ofmu_ray.errors import UserError
+from ofmu_ray.models.unread import Unread
 
 
 class TorchEngine(VectorEngine):
@@ -19,7 +20,7 @@ class TorchEngine(VectorEngine):
 
     precision: fp32 (float64 modules stay float64), bf16 (bf16 weights, fp32 masters) or bf16_autocast (fp32 weights;
     bf16 autocast in passes that enter no finite difference). offload="optimizer" keeps the optimiser moments in host
-    memory between steps. The parameters of `module` become views of one buffer.
+    memory between steps. The parameters of `module` become views of one buffer, into which `unread` ones are read.
     """
 
     offers_exact = True
@@ -34,10 +35,11 @@ class TorchEngine(VectorEngine):
         outer: OptimizerConfig | None = None,
         precision: Precision = "fp32",
         offload: str = "none",
+        unread: Unread | None = None,
     ) -> None:
         super().__init__(
             module,
-            FlatShards(module, bf16_weights=precision == "bf16"),
+            FlatShards(module, bf16_weights=precision == "bf16", unread=unread),
             loss_fn=loss_fn,
             inner=inner,
             outer=outer,

@@ -47,6 +47,10 @@ class ZeroShards(Shards):
             "pieces": self._partitions.pieces(),
         }
 
+    def adopt(self) -> None:
+        """Set the masters to the weights, which were read after DeepSpeed had started (stages 1 and 2)."""
+        self._partitions.adopt()
+
     def clear_gradients(self) -> None:
         self._partitions.clear()
         self._sums = []

@@ -6,6 +6,9 @@ release has moved.
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -13,9 +16,18 @@ import torch.distributed as dist
 
 from ofmu_ray.internals.contract import Private, check_attributes
 
+_UNREAD = "a model whose weights are still in its files"
+ENGINE = Private("deepspeed.runtime.engine", "DeepSpeedEngine", _UNREAD)
+STAGE_TWO = Private("deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer", _UNREAD)
+ACCELERATOR = Private("deepspeed.accelerator", "get_accelerator", _UNREAD)
+INIT = Private("deepspeed.runtime.zero.partition_parameters", "Init", _UNREAD)
 COMPATIBLE_OPS = Private("deepspeed.ops", "__compatible_ops__", "keeping DeepSpeed from compiling a C++ op on a CPU")
 CONTRACT = {
+    "DeepSpeedEngine": ("_broadcast_model",),
+    "Init": ("_zero_init_param", "_convert_to_deepspeed_param"),
     "DeepSpeedZeroOptimizer": (
+        "flatten_dense_tensors_aligned",
+        "refresh_fp32_params",
         "single_partition_of_fp32_groups",
         "averaged_gradients",
         "all_grad_tensors",
@@ -45,6 +57,63 @@ def check_contract(optimizer: object) -> None:
     check_attributes("deepspeed", optimizer, CONTRACT[name])
 
 
+@contextmanager
+def unread_weights(is_unread: Callable[[object], bool], read_share: Callable[[Any], None]) -> Iterator[None]:
+    """Within the context DeepSpeed takes parameters that have a shape but no values, and gives no memory to them whole.
+
+    Stages 1 and 2: the flat buffer has zeros in their places. Stage 3: a parameter is cut, then `read_share(parameter)`
+    fills its `ds_tensor`. Ranks do not exchange parameters: the others must be equal before.
+    """
+    flatten = STAGE_TWO.get().flatten_dense_tensors_aligned
+    cut = INIT.get()._zero_init_param
+
+    def flat(
+        self: Any, tensors: list[Any], alignment: int, use_cpu_data: bool = False, param_padding: Any = None
+    ) -> Any:
+        if use_cpu_data or not any(map(is_unread, tensors)):
+            return flatten(self, tensors, alignment, use_cpu_data=use_cpu_data, param_padding=param_padding)
+        padding = param_padding or [0] * len(tensors)
+        numel = sum(tensor.numel() for tensor in tensors) + sum(padding)
+        buffer = torch.zeros(-(-numel // alignment) * alignment, dtype=tensors[0].dtype, device=tensors[0].device)
+        at = 0
+        for tensor, padded in zip(tensors, padding, strict=True):
+            if not is_unread(tensor):
+                buffer[at : at + tensor.numel()] = tensor.detach().reshape(-1)
+            at += tensor.numel() + padded
+        return buffer
+
+    def zero_init(self: Any, parameter: Any) -> None:
+        if not is_unread(parameter):
+            cut(self, parameter)
+            return
+        self._convert_to_deepspeed_param(parameter)
+        parameter.partition()
+        read_share(parameter)
+
+    changed: list[tuple[Any, str, Any]] = [
+        (ENGINE.get(), "_broadcast_model", lambda self: None),
+        (STAGE_TWO.get(), "flatten_dense_tensors_aligned", flat),
+        (INIT.get(), "_zero_init_param", zero_init),
+    ]
+    accelerator = ACCELERATOR.get()()
+    if accelerator.device_name() == "cpu":
+        changed.append((type(accelerator), "empty_cache", lambda self: _return_freed_memory()))
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in changed]
+    try:
+        for owner, name, function in changed:
+            setattr(owner, name, function)
+        yield
+    finally:
+        for owner, name, function in originals:
+            setattr(owner, name, function)
+
+
+def _return_freed_memory() -> None:
+    """Give freed parts of the heap back to the system: the pieces that stage 3 copied into its flat buffer (glibc)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 class ZeroTwo:
     """An optimiser of stage 1 or 2: full low-precision weights, one partition of fp32 masters per rank."""
 
@@ -71,6 +140,10 @@ class ZeroTwo:
     def refresh(self) -> None:
         """Copy the masters into the weights that forward passes read."""
         self.optimizer.update_lp_params()
+
+    def adopt(self) -> None:
+        """Set the masters to the weights that forward passes read (stages 1 and 2)."""
+        self.optimizer.refresh_fp32_params()
 
     def clear(self) -> None:
         """Drop the gradients of earlier backward passes."""

@@ -1,20 +1,49 @@
-"""What save_pretrained does with a state dict before it writes it."""
+"""Private APIs of transformers: how the names in a checkpoint become those of a model, and the other way round."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 from ofmu_ray.internals.contract import Private
 
+_NAMES = "finding a model's tensors in its files without loading the model"
+
+MAPPING = Private("transformers.conversion_mapping", "get_model_conversion_mapping", _NAMES)
+RENAME = Private("transformers.core_model_loading", "rename_source_key", _NAMES)
+RENAMING = Private("transformers.core_model_loading", "WeightRenaming", _NAMES)
+CONVERTER = Private("transformers.core_model_loading", "WeightConverter", _NAMES)
 UNTIED = Private(
     "transformers.modeling_utils", "remove_tied_weights_from_state_dict", "writing tied weights once, under one name"
 )
 REVERTED = Private(
     "transformers.core_model_loading", "revert_weight_conversion", "writing weights under the names of their files"
 )
+
+
+def names_in_model(model: Any, stored: Iterable[str]) -> dict[str, str] | None:
+    """Name in the model -> name in the files, for those of `stored` that the model has.
+
+    None: some tensor needs more than another name (such as experts to be stacked).
+    """
+    state, prefix, rename = model.state_dict(), model.base_model_prefix, RENAME.get()
+    mapping = MAPPING.get()(model)
+    renamings = [entry for entry in mapping if isinstance(entry, RENAMING.get())]
+    converters = [entry for entry in mapping if isinstance(entry, CONVERTER.get())]
+    if len(renamings) + len(converters) < len(mapping):
+        return None
+    found = {}
+    for key in stored:
+        name, converted = rename(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, converted = rename(key, [], [], base_model_prefix=prefix, meta_state_dict=state)
+        if converted is not None:
+            return None
+        if name in state:
+            found[name] = key
+    return found
 
 
 def saved_names(model: Any, shapes: Mapping[str, torch.Tensor]) -> dict[str, str] | None:

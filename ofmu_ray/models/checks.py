@@ -18,6 +18,7 @@ def check_model(config: ModelConfig, option: str = "model.path") -> Any:
         UserError: no such folder, no weights, unreadable weights, no tokenizer, or a tokenizer without EOS.
     """
     from ofmu_ray.models.loading import load_tokenizer, read_config
+    from ofmu_ray.models.unread import check_stored
 
     try:
         path = model_source(config.path, option)
@@ -27,7 +28,9 @@ def check_model(config: ModelConfig, option: str = "model.path") -> Any:
         _check_weights(Path(path), option, config.trust_remote_code)
     elif path.startswith((".", "/", "~")) or config.path.startswith("builtin:"):
         raise UserError(f"{option} = {config.path!r}: no such folder")
-    read_config(config.path, option, trust_remote_code=config.trust_remote_code)
+    shape = read_config(config.path, option, trust_remote_code=config.trust_remote_code)
+    if Path(path).is_dir():
+        check_stored(shape, Path(path), config, option)
     return load_tokenizer(config)
 
 

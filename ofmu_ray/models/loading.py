@@ -24,12 +24,12 @@ def load_causal_lm(config: ModelConfig) -> tuple[torch.nn.Module, Any]:
     The weights are fp32, or bf16 for precision bf16. Raises UserError with model.path and the cause if something does
     not load, if an expression of model.freeze matches nothing, or if no parameter is left to train.
     """
-    module = pretrained(config.path, **_options(config))
+    module = pretrained(config.path, **options_of(config))
     tokenizer = load_tokenizer(config)
-    return _ready(module, config), tokenizer
+    return ready(module, config), tokenizer
 
 
-def _options(config: ModelConfig) -> dict[str, Any]:
+def options_of(config: ModelConfig) -> dict[str, Any]:
     """Options for transformers to load a model for training."""
     return {
         "dtype": torch.bfloat16 if config.precision == "bf16" else torch.float32,
@@ -38,7 +38,8 @@ def _options(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _ready(module: torch.nn.Module, config: ModelConfig) -> torch.nn.Module:
+def ready(module: torch.nn.Module, config: ModelConfig) -> torch.nn.Module:
+    """The model with adapters and checkpointing, frozen parts frozen, dropout off, in training mode."""
     if config.lora is not None:
         module = add_lora(module, config.lora)
     freeze_matching(module, config.freeze)
@@ -58,14 +59,20 @@ def pretrained(path: str, option: str = "model.path", **options: Any) -> Any:
     """
     import transformers
 
-    try:
+    with does_not_load(path, option), quiet():
         source = model_source(path, option)
         base = adapter_base(source)
-        with quiet():
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                source if base is None else model_source(base, option), use_safetensors=True, **options
-            )
-            return model if base is None else _with_adapter(model, source)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            source if base is None else model_source(base, option), use_safetensors=True, **options
+        )
+        return model if base is None else _with_adapter(model, source)
+
+
+@contextmanager
+def does_not_load(path: str, option: str) -> Iterator[None]:
+    """Turn errors of transformers inside the block into a UserError that names `option`."""
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:  # a broken directory may raise OSError, KeyError, ValueError, SafetensorError
@@ -123,7 +130,7 @@ def empty_model(shape: Any, config: ModelConfig, device: str = "meta") -> torch.
     import transformers
 
     with torch.device(device):
-        return _ready(transformers.AutoModelForCausalLM.from_config(shape, **_options(config)), config)
+        return ready(transformers.AutoModelForCausalLM.from_config(shape, **options_of(config)), config)
 
 
 def load_tokenizer(config: ModelConfig, option: str | None = None) -> Any:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ofmu_ray.config.values import close_match
 from ofmu_ray.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
+    from ofmu_ray.config import ModelConfig
+    from ofmu_ray.models.unread import Unread
     from ofmu_ray.tasks.protocol import Task
 
 
@@ -49,3 +53,15 @@ def task_named(name: str) -> Task:
         raise UserError(f"task = {name!r}: the module defines no TASK (see ofmu_ray/tasks/protocol.py)")
     task: Task = module.TASK
     return task
+
+
+def loaded(task: Task, config: ModelConfig) -> tuple[torch.nn.Module, Any, Unread | None, str | None]:
+    """The task's model and processor; the weights that the engine has still to read, or why there are none (or None).
+
+    A task without `load_unread` loads its models whole.
+    """
+    load_unread = getattr(task, "load_unread", None)
+    result = None if load_unread is None else load_unread(config)
+    if result is None or isinstance(result, str):
+        return *task.load(config), None, result
+    return *result, None

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ofmu_ray.config import DataConfig, ExportConfig, ModelConfig, TrainDataConfig, UnlearnConfig
     from ofmu_ray.data.answer_encoder import AnswerEncoder
     from ofmu_ray.evaluation.evaluator import Evaluator
+    from ofmu_ray.models.unread import Unread
     from ofmu_ray.models.weights import Weights
     from ofmu_ray.storage import NewFolder, PathLike
 
@@ -41,6 +42,14 @@ class CausalLM:
         from ofmu_ray.models.loading import load_causal_lm
 
         return load_causal_lm(config)
+
+    def load_unread(self, config: ModelConfig) -> tuple[torch.nn.Module, Any, Unread] | str:
+        """`load` without reading the weights, or why this model has to be loaded whole."""
+        from ofmu_ray.models.loading import load_tokenizer
+        from ofmu_ray.models.unread import load_unread
+
+        result = load_unread(config)
+        return result if isinstance(result, str) else (result[0], load_tokenizer(config), result[1])
 
     def copy(self, module: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> torch.nn.Module:
         from ofmu_ray.models.loading import copy_with

@@ -71,6 +71,9 @@ class Task(Protocol):
     def load(self, config: ModelConfig) -> tuple[torch.nn.Module, Any]:
         """The model, in training mode on the CPU, and its processor."""
 
+    # optional: def load_unread(self, config: ModelConfig) -> tuple[torch.nn.Module, Any, Unread] | str
+    # the same, where the engine reads the weights and a ZeRO-3 worker only its share of them; or why it cannot
+
     def copy(self, module: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> torch.nn.Module:
         """A model like the module with these weights, in eval mode; the module may be sharded or wrapped."""
 

@@ -16,7 +16,8 @@ from ofmu_ray.cluster.watchdog import Watchdog
 from ofmu_ray.engines.protocol import Engine, Loss
 from ofmu_ray.errors import UserError
 from ofmu_ray.methods.protocol import run_round
-from ofmu_ray.tasks import task_named
+from ofmu_ray.models.unread import Unread
+from ofmu_ray.tasks import loaded, task_named
 from ofmu_ray.training import checkpoint, integrity
 from ofmu_ray.training.checkpoint import LoopState
 from ofmu_ray.training.session import Reports, Session
@@ -34,11 +35,11 @@ class Worker:
         torch.manual_seed(job.seed)
         self.job, self.session = job, session
         self.task = task_named(job.task)
-        self.module, self.processor = self.task.load(job.model)
+        self.module, self.processor, unread, note = loaded(self.task, job.model)
         self.collate = self.task.collate(self.processor)
         self.method = job.build_method()
         self.method.freeze(self.module)
-        self.engine = build_engine(job, self.module, self.task.loss, session.device)
+        self.engine = build_engine(job, self.module, self.task.loss, session.device, unread)
         self.method.start(self.engine)
         rows, ranks = job.utility_rows, (session.rank, session.world)
         self.probe = UtilityProbe(self.task, self.collate, rows, *ranks) if rows else None
@@ -49,6 +50,7 @@ class Worker:
         self.resumed = False
         """Whether the state comes from a checkpoint of this run."""
         self.state = self._begin()
+        self.state.notes += [note] if note else []
         self._exchange_notes()
 
     def _begin(self) -> LoopState:
@@ -336,16 +338,23 @@ class Worker:
             self.state.undelivered = not self.logger.close()
 
 
-def build_engine(job: WorkerJob, module: torch.nn.Module, loss: Loss, device: torch.device) -> Engine:
-    """The engine of training.engine on a device; `loss`: the task's."""
+def build_engine(
+    job: WorkerJob, module: torch.nn.Module, loss: Loss, device: torch.device, unread: Unread | None = None
+) -> Engine:
+    """The engine of training.engine on a device; `loss`: the task's; `unread`: weights that it reads itself."""
     training = job.training
     inner, outer = job.method.optimizers
-    module = module.to(device)
+    if unread is None:
+        module = module.to(device)
+    else:
+        unread.place(module, device)
     precision, offload = job.model.precision, training.offload
     if training.single:
         from ofmu_ray.engines import TorchEngine
 
-        return TorchEngine(module, loss_fn=loss, inner=inner, outer=outer, precision=precision, offload=offload)
+        return TorchEngine(
+            module, loss_fn=loss, inner=inner, outer=outer, precision=precision, offload=offload, unread=unread
+        )
     from ofmu_ray.engines import DeepSpeedEngine
 
     return DeepSpeedEngine(
@@ -357,6 +366,7 @@ def build_engine(job: WorkerJob, module: torch.nn.Module, loss: Loss, device: to
         precision=precision,
         offload=offload,
         micro_batch_size=training.micro_batch_size or training.batch_size // training.workers,
+        unread=unread,
     )
 
 

@@ -1,0 +1,105 @@
+"""The tensors of a model's safetensors files, read in parts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ofmu_ray.errors import UserError
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor in a file."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    bytes_per_element: int
+
+    def read(self, target: torch.Tensor, start: int) -> int:
+        """Copy the elements from `start` of the flattened tensor into the 1-D `target`; returns the bytes read.
+
+        The dtype is converted. Only the pages that hold these elements are touched, and the file is unmapped again:
+        mapped pages count as resident memory.
+        """
+        from safetensors import safe_open
+
+        if not target.numel():
+            return 0
+        first, last = rows(self.shape, start, start + target.numel())
+        with safe_open(self.file, framework="pt") as weights:
+            part = weights.get_slice(self.name)[first:last] if self.shape else weights.get_tensor(self.name)
+        skipped = start - first * math.prod(self.shape[1:])
+        with torch.no_grad():
+            target.copy_(part.reshape(-1)[skipped : skipped + target.numel()])
+        return target.numel() * self.bytes_per_element
+
+
+def rows(shape: Sequence[int], start: int, stop: int) -> tuple[int, int]:
+    """The rows of a tensor's first dimension (first, past the last) with its flat elements `start` to `stop`."""
+    size = math.prod(shape[1:])
+    return start // size, -(-stop // size)
+
+
+def share(numel: int, rank: int, world: int) -> tuple[int, int]:
+    """The elements (first, past the last) of a flattened parameter that a ZeRO-3 rank keeps."""
+    size = -(-numel // world)
+    return min(rank * size, numel), min((rank + 1) * size, numel)
+
+
+def stored_tensors(folder: Path, option: str = "model.path") -> dict[str, Stored]:
+    """The tensors of a model directory by their names in the files; {} if its files have names of their own.
+
+    Raises:
+        UserError: the index cannot be read, a file that it names is missing or damaged, or lacks a tensor.
+    """
+    if (folder / _SINGLE).is_file():
+        return _tensors_of(folder / _SINGLE, option)
+    if not (folder / _INDEX).is_file():
+        return {}
+    where = _weight_map(folder / _INDEX, option)
+    found: dict[str, Stored] = {}
+    for name in sorted(set(where.values())):
+        if not (folder / name).is_file():
+            raise UserError(f"{option}: {folder / _INDEX} names {name}, which is not in the folder: copy it there too")
+        found |= _tensors_of(folder / name, option)
+    for tensor, name in where.items():
+        if tensor not in found:
+            raise UserError(f"{option}: {folder / name} has no tensor {tensor!r}, which {_INDEX} says it has")
+    return found
+
+
+def _weight_map(index: Path, option: str) -> dict[str, str]:
+    try:
+        where = json.loads(index.read_text())["weight_map"]
+        return {str(tensor): str(name) for tensor, name in where.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{option}: {index} is not an index of safetensors files ({error!r})") from None
+
+
+def _tensors_of(file: Path, option: str) -> dict[str, Stored]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as weights:
+            found = {}
+            for name in weights.keys():  # noqa: SIM118 (not a dict)
+                part = weights.get_slice(name)
+                found[name] = Stored(file, name, tuple(part.get_shape()), _bytes(part.get_dtype()))
+            return found
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{option}: {file} is not a readable safetensors file ({error})") from None
+
+
+def _bytes(dtype: str) -> int:
+    """Bytes of one element: BF16 has 16 bits, F8_E4M3 eight; BOOL has a byte."""
+    digits = "".join(character for character in dtype.partition("_")[0] if character.isdigit())
+    return max(1, int(digits or 8) // 8)

@@ -1,0 +1,100 @@
+"""What ranks see of a model that each loads whole, and of the same model of which each reads what it keeps.
+
+Rank functions for `engine_ranks.run_ranks`; tests/test_loading.py judges.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from engine_models import token_batch
+from engine_ranks import INNER, OUTER, all_ranks
+
+from ofmu_ray.config import LoraConfig, ModelConfig
+
+
+@dataclass(frozen=True)
+class Loading:
+    """One model directory and one way to train it."""
+
+    folder: str
+    stage: int
+    precision: str = "fp32"
+    variant: str = "plain"
+
+    def __str__(self) -> str:
+        return f"{self.folder.rpartition('/')[2]}-{self.variant}-{self.precision}-zero{self.stage}"
+
+    @property
+    def config(self) -> ModelConfig:
+        config = ModelConfig(path=self.folder, precision=self.precision)  # type: ignore[arg-type]
+        if self.variant == "lora":
+            return replace(config, lora=LoraConfig(rank=2), gradient_checkpointing=True)
+        return replace(config, freeze=[r"layers\.0\.|embed"]) if self.variant == "frozen" else config
+
+
+def whole(case: Loading) -> torch.nn.Module:
+    from ofmu_ray.models.loading import options_of, pretrained, ready
+
+    torch.manual_seed(5)
+    return ready(pretrained(case.folder, **options_of(case.config)), case.config)
+
+
+def engine_of(case: Loading, cut: bool) -> tuple[Any, Any]:
+    from ofmu_ray.engines import DeepSpeedEngine
+    from ofmu_ray.models.unread import load_unread
+
+    module, unread = whole(case), None
+    if cut:
+        torch.manual_seed(5)
+        result = load_unread(case.config)
+        assert not isinstance(result, str), result
+        module, unread = result
+        unread.place(module, torch.device("cpu"))
+    options: dict[str, Any] = {"inner": INNER, "outer": OUTER, "precision": case.precision, "zero_stage": case.stage}
+    return DeepSpeedEngine(module, unread=unread, **options), unread
+
+
+def everything(engine: Any, rank: int) -> list[Any]:
+    """All that loading decides, by rank: masters, exported weights, buffers, and a step from there."""
+    weights = engine.full_weights() or {}
+    found = [[master.clone() for master in engine.shards.masters], list(weights.values())]
+    found.append([buffer.clone() for buffer in engine.module.buffers()])
+    gradient, loss = engine.gradient(token_batch([9, 12, 7, 10], seed=rank))
+    found.append([part.clone() for part in gradient])
+    engine.apply(gradient, "inner")
+    found.append([master.clone() for master in engine.shards.masters])
+    names = [list(weights), engine.trainable_names, [name for name, _ in engine.module.named_buffers()]]
+    return [found, [names, loss, engine.layout, str(engine.module.generation_config)]]
+
+
+def measure(case: Loading, rank: int, world: int) -> dict[str, Any]:
+    engine, _ = engine_of(case, cut=False)
+    before = engine.state_dict()
+    tensors, rest = everything(engine, rank)
+    engine.close()
+    drawn = torch.rand(1)
+    engine, unread = engine_of(case, cut=True)
+    read = unread.bytes_read
+    first = everything(engine, rank)
+    same_numbers = torch.equal(torch.rand(1), drawn)
+    engine.load_state_dict(before)
+    resumed = everything(engine, rank)
+    engine.close()
+    stored = sum(file.stat().st_size for file in __import__("pathlib").Path(case.folder).glob("*.safetensors"))
+    bytes_read = torch.tensor([float(read) if r == rank else 0.0 for r in range(world)])
+    dist.all_reduce(bytes_read)
+    return {
+        "equal": [all_ranks(equal(a, b)) for a, b in zip(tensors, first[0], strict=True)],
+        "rest": all_ranks(str(rest) == str(first[1])),
+        "resumed": all_ranks(all(equal(a, b) for a, b in zip(tensors, resumed[0], strict=True))),
+        "random": all_ranks(same_numbers),
+        "share": (bytes_read / stored).tolist(),
+    }
+
+
+def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True))

@@ -1,0 +1,202 @@
+"""Loading without a second copy: each engine reads the weights to where it keeps them, a ZeRO-3 rank only its share."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_models import tiny_model
+from engine_ranks import run_ranks
+from loading_ranks import Loading, measure, whole
+from safetensors.torch import load_file, save_file
+
+from ofmu_ray.config import ModelConfig
+from ofmu_ray.engines import TorchEngine
+from ofmu_ray.errors import UserError
+from ofmu_ray.models.checks import check_model
+from ofmu_ray.models.loading import load_causal_lm
+from ofmu_ray.models.stored import share, stored_tensors
+from ofmu_ray.models.unread import load_unread
+from ofmu_ray.tasks import loaded
+from ofmu_ray.tasks.causal_lm import TASK
+
+TOKENIZER = "builtin:people/target"
+CASES = [
+    *(("llama", stage) for stage in (0, 2, 3)),
+    ("neox", 3),
+    *(("qwen2", stage) for stage in (2, 3)),
+    *(("llama", stage, "fp32", variant) for variant in ("lora", "frozen") for stage in (0, 2, 3)),
+    *(("half", stage, "bf16") for stage in (0, 2, 3)),
+    ("half", 3, "fp32"),
+    ("half", 3, "bf16", "lora"),
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    tiny_model("llama").save_pretrained(root / "llama", max_shard_size="30KB")  # several files and an index
+    tiny_model("neox").save_pretrained(root / "neox")
+    tiny_model("qwen2", tie=True).save_pretrained(root / "qwen2")
+    tiny_model("llama").bfloat16().save_pretrained(root / "half")
+    return root
+
+
+@pytest.fixture(scope="module")
+def two_ranks(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    cases = [Loading(str(models / name), *how) for name, *how in CASES]
+    return run_ranks(2, cases, tmp_path_factory.mktemp("two"), measure)
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_cut_equals_whole_bit_for_bit(case: Any, models: Path, two_ranks: dict[str, dict[str, Any]]) -> None:
+    name, *how = case
+    found = two_ranks[str(Loading(str(models / name), *how))]
+    assert all(found["equal"]), "masters, exported weights, buffers, gradient, masters after a step"
+    assert found["rest"], "names, loss, layout and generation options"
+    assert found["resumed"], "a checkpoint of a run that had loaded whole"
+    assert found["random"], "the same random numbers are left for the run"
+    part = 0.5 if how[0] == 3 else 1.0
+    assert found["share"] == pytest.approx([part, part], rel=0.05)  # the files' headers are not read again
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_autocast"])
+@pytest.mark.parametrize(("name", "variant"), [("llama", "plain"), ("qwen2", "frozen"), ("half", "lora")])
+def test_one_process(name: str, variant: str, precision: Any, models: Path) -> None:
+    case = Loading(str(models / name), 0, precision, variant)
+    expected = TorchEngine(whole(case), precision=precision)
+    torch.manual_seed(5)
+    result = load_unread(case.config)
+    assert not isinstance(result, str)
+    module, unread = result
+    assert all(parameter.untyped_storage().nbytes() <= 4 for parameter in module.parameters() if parameter in unread)
+    engine = TorchEngine(module, precision=precision, unread=unread)
+    assert torch.equal(engine.weights()[0], expected.weights()[0])
+    weights, other = engine.full_weights(), expected.full_weights()
+    assert weights is not None
+    assert other is not None
+    assert list(weights) == list(other)
+    assert all(torch.equal(weights[name], other[name]) and weights[name].dtype == other[name].dtype for name in other)
+
+
+def test_any_part_of_any_shape_is_read(tmp_path: Path) -> None:
+    """Every share of tensors of 0 to 3 dimensions, in another dtype; the shares are disjoint and complete."""
+    tensors = {
+        "scalar": torch.tensor(3.5),
+        "vector": torch.arange(7.0),
+        "matrix": torch.arange(15.0).view(5, 3),
+        "experts": torch.arange(24.0).view(2, 4, 3).bfloat16(),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    for name, entry in stored_tensors(tmp_path).items():
+        value = tensors[name].reshape(-1)
+        for world in (1, 2, 3, 5, 16):
+            parts, read = [], 0
+            for rank in range(world):
+                first, stop = share(value.numel(), rank, world)
+                assert stop - first <= math.ceil(value.numel() / world)
+                parts.append(torch.full((stop - first,), -1.0, dtype=torch.float64))
+                read += entry.read(parts[-1], first)
+            assert torch.equal(torch.cat(parts), value.double()), (name, world)
+            assert read == value.numel() * value.element_size()
+
+
+def test_a_model_saved_without_its_head_class(tmp_path: Path) -> None:
+    """Its tensors lack the prefix `model.`; the head is tied."""
+    tiny_model("qwen2", tie=True).model.save_pretrained(tmp_path)  # type: ignore[union-attr, operator]
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["Qwen2ForCausalLM"]}))
+    assert "layers.0.mlp.up_proj.weight" in stored_tensors(tmp_path)
+    result = load_unread(ModelConfig(path=str(tmp_path)))
+    assert not isinstance(result, str)
+    engine = TorchEngine(result[0], unread=result[1])
+    assert torch.equal(engine.weights()[0], TorchEngine(whole(Loading(str(tmp_path), 0))).weights()[0])
+
+
+def test_what_is_stored_in_another_form_is_loaded_whole(tmp_path: Path) -> None:
+    import transformers
+
+    options = {"num_local_experts": 2, "num_key_value_heads": 2, "num_experts_per_tok": 1, "vocab_size": 512}
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers.MixtralForCausalLM(transformers.MixtralConfig(**options, **sizes)).save_pretrained(tmp_path)
+    config = ModelConfig(path=str(tmp_path), tokenizer=TOKENIZER)
+    module, _, unread, note = loaded(TASK, config)
+    assert unread is None
+    assert note is not None
+    assert "every worker loads the whole model first (its tensors are stored in another form)" in note
+    expected = load_causal_lm(config)[0].state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in module.state_dict().items())
+
+
+def test_both_names_of_a_tied_parameter_are_stored(tmp_path: Path) -> None:
+    """transformers compares them, and unties them if they differ: left to it."""
+    tiny_model("qwen2", tie=True).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1.0
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert "are one parameter, and both are stored" in str(load_unread(ModelConfig(path=str(tmp_path))))
+
+
+def break_index(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text("{")
+
+
+def name_another_file(folder: Path) -> None:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= {"model.norm.weight": "model-00009-of-00004.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def remove_a_file(folder: Path) -> None:
+    sorted(folder.glob("model-*.safetensors"))[1].unlink()
+
+
+def cut_a_file(folder: Path) -> None:
+    file = sorted(folder.glob("model-*.safetensors"))[1]
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def lose_a_tensor(folder: Path) -> None:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    file = folder / index["weight_map"]["model.norm.weight"]
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    save_file(tensors, file)
+
+
+def lose_it_from_the_index(folder: Path) -> None:
+    lose_a_tensor(folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    del index["weight_map"]["model.norm.weight"]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def widen(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 66}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_index, r"model\.path: \S+index\.json is not an index of safetensors files"),
+        (name_another_file, r"index\.json names model-00009-of-00004\.safetensors, which is not in the folder"),
+        (remove_a_file, r"index\.json names model-00002\S+, which is not in the folder"),
+        (cut_a_file, r"model-00002\S+ is not a readable safetensors file"),
+        (lose_a_tensor, r"model-\S+ has no tensor 'model\.norm\.weight', which model\S+ says it has"),
+        (lose_it_from_the_index, r"no file in \S+ has the tensor 'model\.norm\.weight' of this model"),
+        (widen, r"\S+ has 'model\S+' of shape \[\d+, \d+\], but config\.json asks for \["),
+    ],
+)
+def test_damage_is_named_before_any_worker_starts(damage: Any, message: str, tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path, max_shard_size="30KB")
+    config = ModelConfig(path=str(tmp_path), tokenizer=TOKENIZER)
+    check_model(config)
+    damage(tmp_path)
+    with pytest.raises(UserError, match=message):
+        check_model(config)
