@@ -13,7 +13,7 @@ import pytest
 from ofmu_ray.errors import UserError
 from ofmu_ray.metrics import registry
 from ofmu_ray.metrics.paired import Resamples, tested
-from ofmu_ray.metrics.registry import Metric, metric, metrics, register
+from ofmu_ray.metrics.registry import Metric, metric, register
 from ofmu_ray.metrics.rule import Goal, select
 from ofmu_ray.metrics.summary import summarise
 from ofmu_ray.reporting.formats import metric_table
