@@ -16,6 +16,7 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.evaluator import Evaluator, has_tokenizer, read_sets
 from ofmu_ray.models.checks import check_model
 from ofmu_ray.runs.attack_tasks import Checks
+from ofmu_ray.runs.claims import refuse_taken
 from ofmu_ray.runs.preflight import prepare_storage, public
 from ofmu_ray.runs.writing import write_rows
 from ofmu_ray.storage import atomic_write, explained, is_uri, join, local_file, name_of, scratch
@@ -50,6 +51,7 @@ def _compare(config: EvaluateConfig, command: Sequence[str]) -> Comparison:
 
     storage = prepare_storage(config.storage)
     home = join(storage, config.name or f"evaluate-{config_hash(config)[:8]}")
+    refuse_taken(home)
     models = _models(config)
     evaluator = _evaluator(config, storage)
     for label, path in models.items():
