@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import socket
 import uuid
+from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ofmu_ray.config import DataConfig, TrainingConfig, UnlearnConfig, to_dict
+from ofmu_ray.config import DataConfig, TrainConfig, TrainingConfig, UnlearnConfig, to_dict
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage import (
     is_file,
@@ -29,6 +30,8 @@ JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """The variable that Ray sets only in the process of a submitted job."""
 HEAD_SECONDS = 2
 """To connect to the head of a Ray cluster."""
+GPU_FILES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")
+"""Devices of NVIDIA, of AMD, and in Windows' subsystem; without them importing torch would take seconds."""
 UPLOADS = "working_dir_files"
 """Ray's folder of unpacked working directories on a node."""
 
@@ -167,9 +170,11 @@ def check_machine(training: TrainingConfig) -> None:
 
 
 def _check_gpus(needed: float) -> None:
-    import torch
+    available = 0
+    if any(glob(pattern) for pattern in GPU_FILES):
+        import torch
 
-    available = torch.cuda.device_count()
+        available = torch.cuda.device_count()
     if needed > available:
         raise UserError(
             f"training.workers x training.gpus_per_worker = {needed:g} GPUs, but torch finds {available or 'none'} on "
@@ -205,6 +210,17 @@ def check_method(task: Task, config: UnlearnConfig) -> None:
         )
 
 
+def check_training(task: Task, config: UnlearnConfig | TrainConfig) -> None:
+    """Raise UserError if adapters, frozen parameters or the method's layers do not fit the model."""
+    from ofmu_ray.methods import build_method
+
+    if config.model is None:
+        return
+    skeleton = task.skeleton(config.model)
+    if skeleton is not None:
+        build_method(config.method_options if isinstance(config, UnlearnConfig) else config.finetune).freeze(skeleton)
+
+
 def check_task_on_nodes(name: str) -> None:
     """Raise UserError if processes on some node cannot import the task's module. Ray must be up."""
     from ofmu_ray.cluster.nodes import alive, on_each
@@ -222,10 +238,10 @@ def check_task_on_nodes(name: str) -> None:
 
 
 def check_sources(data: DataConfig) -> None:
-    """Check that the sources exist; their rows are checked when they are tokenised."""
+    """Check that the sources exist and differ; their rows are checked when they are tokenised."""
     from ofmu_ray.data import sources
 
-    if data.forget == data.retain and data.overlap != "allow":
+    if data.forget == data.retain and data.forget.paths and data.overlap != "allow":
         raise UserError(
             f"data.forget and data.retain are the same rows ({data.forget.shown}): name what the model should keep "
             "with --data.retain.path"

@@ -25,6 +25,7 @@ from ofmu_ray.runs.preflight import (
     check_method,
     check_sources,
     check_task_on_nodes,
+    check_training,
     engine_of,
     prepare_storage,
     public,
@@ -161,11 +162,12 @@ def _unlearn(this_run: Run, config: UnlearnConfig) -> Outcome:
     from ofmu_ray.cluster.join import join_cluster, run_paths
 
     task = task_named(config.task)
+    check_sources(config.data)
     check_method(task, config)
     processor = task.check_model(config.model)
+    check_training(task, config)
     if config.evaluation.enabled and config.evaluation.retrained:
         task.check_model(ModelConfig(path=config.evaluation.retrained), "evaluation.retrained")
-    check_sources(config.data)
     encoder, evaluation = task.encoder(processor, config.data), task.evaluation(config, this_run.storage)
     tags = {"ofmu.kind": "unlearn", "ofmu.method": config.method, "ofmu.config_hash": this_run.digest}
     with this_run.claim.held():
@@ -283,7 +285,9 @@ def _data_line(plan: Any) -> str:
 
 def _train(this_run: Run, config: TrainConfig) -> Outcome:
     if config.model is not None:
-        task_named(config.task).check_model(config.model)
+        task = task_named(config.task)
+        task.check_model(config.model)
+        check_training(task, config)
     with this_run.claim.held():
         return _fitted(this_run, config)
 
