@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from ofmu_ray.config import ModelConfig
 from ofmu_ray.errors import UserError
+
+NOT_GENERATIVE = ("MaskedLM", "PreTraining", "Classification", "QuestionAnswering", "MultipleChoice", "Prediction")
+"""Ends of the names of classes that do not generate."""
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """Refuse what config.json already shows to be another kind of model, before transformers is imported.
+
+    Raises:
+        UserError: not a causal language model.
+    """
+    try:
+        content = json.loads((folder / "config.json").read_text())
+        named, pair = list(content.get("architectures") or ()), bool(content.get("is_encoder_decoder"))
+    except (OSError, ValueError, AttributeError):
+        return  # transformers says what is wrong
+    if pair or (named and all(str(name).endswith(NOT_GENERATIVE) for name in named)):
+        raise _refused(option, str(folder), ", ".join(named) or "its config.json")
 
 
 def check_causal(shape: Any, config: ModelConfig, option: str = "model.path") -> None:
@@ -16,26 +36,21 @@ def check_causal(shape: Any, config: ModelConfig, option: str = "model.path") ->
     Raises:
         UserError: not a causal language model.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING
+    from transformers.models.auto import modeling_auto as auto
 
     if config.trust_remote_code and getattr(shape, "auto_map", None):
         return
-    named = list(shape.architectures or ())
-    what = f"{named[0] if named else type(shape).__name__}"
-    encoder = type(shape) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(shape, "is_decoder", False)
-    if _model_class(shape) is None:
-        problem = "not a causal language model"
-    elif getattr(shape, "is_encoder_decoder", False):
-        problem = "an encoder-decoder, not a causal language model"
-    elif encoder:
-        problem = "an encoder, not a causal language model"
-    elif named and not set(named) & {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}:
-        problem = "without the head of a causal language model"
-    else:
-        return
-    raise UserError(
-        f"{option} = {config.path!r}: {what} is {problem}; give a model that AutoModelForCausalLM loads, such as "
-        "Llama, Qwen, Gemma or GPT-NeoX"
+    named, causal = list(shape.architectures or ()), auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    other = shape.model_type not in causal or getattr(shape, "is_encoder_decoder", False)
+    encoder = shape.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(shape, "is_decoder", False)
+    if other or encoder or (named and not {*named} & {*causal.values()}):
+        raise _refused(option, config.path, ", ".join(named) or type(shape).__name__)
+
+
+def _refused(option: str, path: str, what: str) -> UserError:
+    return UserError(
+        f"{option} = {path!r}: {what} is not a causal language model; give one that AutoModelForCausalLM loads "
+        "with its head, such as Llama, Qwen, Gemma or GPT-NeoX"
     )
 
 

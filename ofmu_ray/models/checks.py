@@ -9,6 +9,7 @@ from typing import Any
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import ModelConfig
 from ofmu_ray.errors import StorageError, UserError
+from ofmu_ray.models.causal import check_causal, check_folder
 from ofmu_ray.models.source import model_source
 from ofmu_ray.storage import is_uri
 from ofmu_ray.storage.hub import unreachable
@@ -27,8 +28,8 @@ def check_model(config: ModelConfig, option: str = "model.path") -> Any:
     except StorageError as error:  # before the start this is the user's mistake
         raise UserError(str(error)) from None
     if Path(path).is_dir():
+        check_folder(Path(path), option)
         _check_weights(Path(path), option, config.trust_remote_code)
-    from ofmu_ray.models.causal import check_causal
     from ofmu_ray.models.loading import load_tokenizer, read_config
 
     shape = read_config(config.path, option, trust_remote_code=config.trust_remote_code)
