@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -33,6 +34,16 @@ class ConfigFile:
     def keys(self) -> list[str]:
         """Its sections and options."""
         return [str(key.value) for key, _ in self.node.value]
+
+
+def sections(kind: type[Any], prefix: str = "") -> Iterator[str]:
+    """Names of a configuration's sections: the options that are nothing but options by name, or null."""
+    for name, hint in get_type_hints(kind).items():
+        union = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        choices = [choice for choice in union if choice is not type(None)]
+        if len(choices) == 1 and is_dataclass(choices[0]):
+            yield f"{prefix}{name}"
+            yield from sections(choices[0], f"{prefix}{name}.")  # type: ignore[arg-type]
 
 
 def config_paths(words: Sequence[str]) -> Iterator[tuple[int, str]]:

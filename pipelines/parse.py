@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from ofmu_ray.config import METHODS, PRESETS, SweepConfig, close_match
 from ofmu_ray.errors import UserError
-from pipelines.config_files import ConfigFile, read_files, runs_as_base
+from pipelines.config_files import ConfigFile, read_files, runs_as_base, sections
 
 Config = TypeVar("Config")
 
@@ -42,7 +42,7 @@ def parse(config_class: type[Config], arguments: Sequence[str], prog: str) -> Co
     parser = parser_for(kind, prog)
     known = [option.removeprefix("--") for option in parser._option_string_actions if option.startswith("--")]
     arguments = [word for index, word in enumerate(arguments) for word in _with_value(arguments, index)]
-    files = read_files(arguments, {name.rpartition(".")[0] for name in known})
+    files = read_files(arguments, sections(kind))
     for file in files:
         _refuse_empty(file, known)
     if kind is SweepConfig:

@@ -61,7 +61,7 @@ MISTAKES = {
     "layer too high": (["--method", "rmu", "--rmu.layer", "99"], "rmu.layer = 99: the model has layers 0 to 3"),
     "adapter without a module": (["--model.lora.target_modules", "[nope]"], "model.lora.target_modules = ['nope']"),
     "model on the hub": (["--model.path", "nobody/nothing"], "'nobody/nothing': no such folder here, and as a name"),
-    "rows on the hub": (["--data.forget.path", "nobody/nothing"], "nobody/nothing: no such file or folder here"),
+    "rows on the hub": (["--data.forget.path", "nobody/nothing"], "nobody/nothing: neither a file or folder here nor"),
     "target that is not trained": (
         ["--model.path", "runs/tofu_target/model"],
         "'runs/tofu_target/model': no such folder; run `ofmu train` first",

@@ -201,9 +201,9 @@ def _identity(path: str) -> str:
 
 def _hub_fragments(source: SourceConfig, stream: str, option: str) -> list[Fragment]:
     name = str(source.path)
-    reason = unreachable(name, "dataset")
+    reason = None if os.path.exists(name) else unreachable(name, "dataset")
     if reason is not None:
-        raise UserError(f"{option}.path = {name}: no such file or folder here, and as a name on the hub: {reason}")
+        raise UserError(f"{option}.path = {name}: neither a file or folder here nor a hub data set to be had: {reason}")
     import datasets
 
     datasets.disable_progress_bars()

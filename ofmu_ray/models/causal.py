@@ -36,14 +36,16 @@ def check_causal(shape: Any, config: ModelConfig, option: str = "model.path") ->
     Raises:
         UserError: not a causal language model.
     """
-    from transformers.models.auto import modeling_auto as auto
+    import transformers
 
     if config.trust_remote_code and getattr(shape, "auto_map", None):
         return
-    named, causal = list(shape.architectures or ()), auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    other = shape.model_type not in causal or getattr(shape, "is_encoder_decoder", False)
-    encoder = shape.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(shape, "is_decoder", False)
-    if other or encoder or (named and not {*named} & {*causal.values()}):
+    named, known = list(shape.architectures or ()), _model_class(shape)
+    encoder = type(shape) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(shape, "is_decoder", False)
+    pair = getattr(shape, "is_encoder_decoder", False)
+    classes = [getattr(transformers, name, None) for name in named]
+    headless = named and not any(kind and issubclass(kind, transformers.GenerationMixin) for kind in classes)
+    if known is None or encoder or pair or headless:
         raise _refused(option, config.path, ", ".join(named) or type(shape).__name__)
 
 
@@ -62,6 +64,6 @@ def attention_of(shape: Any, config: ModelConfig) -> str:
 
 def _model_class(shape: Any) -> Any:
     """transformers' class for a configuration; None: there is none for causal language models."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    import transformers
 
-    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(shape), None)
+    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(shape), None)
