@@ -64,10 +64,10 @@ def metrics_table(metrics: Mapping[str, Any], models: Sequence[str] = ("before",
     columns = [name for name in models if metrics.get(name)]
     shown = [metric(name) for name in dict.fromkeys(name for model in columns for name in metrics[model])]
     shown = [one for one in shown if one.headline]
-    lines = [f"{'':26}" + "".join(f"{name:>28}" for name in columns)]
+    lines = [f"{'':26}" + "".join(f"{name:>30}" for name in columns)]
     for one in shown:
         cells = [_cell(metrics[name].get(one.name)) for name in columns]
-        lines.append(f"{one.label + ' ' + ARROWS[one.better]:26}" + "".join(f"{cell:>28}" for cell in cells))
+        lines.append(f"{one.label + ' ' + ARROWS[one.better]:26}" + "".join(f"{cell:>30}" for cell in cells))
     lines.append("^ higher is better   v lower   ~ closest to the retrained model is best   [95 % interval]")
     lines += _reasons(metrics, columns, shown)
     return "\n".join(lines)
