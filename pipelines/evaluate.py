@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with listening(Terminal()):
             comparison = compare(parse(EvaluateConfig, words, PROG), [*PROG.split(), *words])
-    except UserError as error:
+    except (UserError, KeyboardInterrupt) as error:
         return fail(error, PROG)
     print(metrics_table(comparison.metrics, list(comparison.metrics)))
     say(f"report  {join(comparison.home, 'report.html')}")

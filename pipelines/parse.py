@@ -8,14 +8,13 @@ import functools
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from ofmu_ray.config import METHODS, PRESETS, close_match
+from ofmu_ray.config import METHODS, PRESETS, SweepConfig, close_match
 from ofmu_ray.errors import UserError
+from pipelines.config_files import ConfigFile, read_files, runs_as_base, sections
 
 Config = TypeVar("Config")
 
@@ -36,11 +35,18 @@ def parse(config_class: type[Config], arguments: Sequence[str], prog: str) -> Co
     A preset (`ofmu.preset`) changes the defaults, so options in a file or on the command line still override it.
 
     Raises:
-        UserError: unknown option (names the closest one), wrong type, value out of range, missing file.
+        UserError: unknown option (names the closest one), wrong type, value out of range, an option of a method that
+            is not chosen, a missing or doubtful file.
     """
     kind: Any = config_class
     parser = parser_for(kind, prog)
     known = [option.removeprefix("--") for option in parser._option_string_actions if option.startswith("--")]
+    arguments = [word for index, word in enumerate(arguments) for word in _with_value(arguments, index)]
+    files = read_files(arguments, sections(kind))
+    for file in files:
+        _refuse_empty(file, known)
+    if kind is SweepConfig:
+        arguments = runs_as_base(arguments, files)
     try:
         # print_config would print the defaults of the wrong preset, so presets are parsed without it
         plain = [word for word in arguments if not word.startswith("--print_config") and word not in ("-h", "--help")]
@@ -49,7 +55,6 @@ def parse(config_class: type[Config], arguments: Sequence[str], prog: str) -> Co
         if len(plain) < len(arguments) or any(parser.get_default(name) != value for name, value in defaults.items()):
             parser.set_defaults(defaults)
             namespace = parser.parse_args(list(arguments))
-        _refuse_empty(namespace, known)
         built = vars(parser.instantiate(namespace))
     except argparse.ArgumentError as error:
         raise UserError(_explained(str(error), known)) from None
@@ -60,7 +65,33 @@ def parse(config_class: type[Config], arguments: Sequence[str], prog: str) -> Co
         raise UserError(reason[1]) from None
     built.pop("config", None)
     built.pop("__path__", None)
-    return config_class(**built)
+    config = config_class(**built)
+    _refuse_unused(config, arguments, files)
+    return config
+
+
+def _with_value(words: Sequence[str], index: int) -> list[str]:
+    """`--overwrite` alone means true."""
+    alone = words[index] == "--overwrite" and (index + 1 == len(words) or words[index + 1].startswith("-"))
+    return [words[index], "true"] if alone else [words[index]]
+
+
+def _refuse_unused(config: Any, words: Sequence[str], files: Sequence[ConfigFile]) -> None:
+    """UserError for options of a method that is not chosen.
+
+    A file may have sections for several methods if `method` is given, here or there.
+    """
+    unused: frozenset[str] = getattr(config, "unused_sections", frozenset())
+    names = [word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")]
+    if "method" not in names and not any("method" in file.keys for file in files):
+        names += [key for file in files for key in file.keys]
+    wrong = next((name for name in names if name.partition(".")[0] in unused), None)
+    if wrong is not None:
+        method = wrong.partition(".")[0]
+        raise UserError(
+            f"{wrong}: an option of the method {method}, but method = {config.method}: add --method {method}, or "
+            f"remove {wrong}"
+        )
 
 
 def _preset_defaults(namespace: Any) -> dict[str, Any]:
@@ -76,7 +107,7 @@ def _preset_defaults(namespace: Any) -> dict[str, Any]:
     return defaults
 
 
-def _refuse_empty(namespace: Any, known: list[str]) -> None:
+def _refuse_empty(file: ConfigFile, known: list[str]) -> None:
     """UserError for an unknown option whose value in a file is {}: jsonargparse silently drops those."""
 
     def look(content: Any, prefix: str) -> None:
@@ -89,8 +120,7 @@ def _refuse_empty(namespace: Any, known: list[str]) -> None:
             ):  # not the value of an option
                 look(value, f"{name}.")
 
-    for file in namespace.config or ():
-        look(yaml.safe_load(Path(str(file)).read_text()), "")
+    look(file.content, "")
 
 
 def _explained(message: str, known: list[str]) -> str:
@@ -120,7 +150,10 @@ def _close(word: str, known: list[str]) -> str:
     return f" Did you mean {same_tail[0]}?" if same_tail else close_match(word, known)
 
 
-def fail(error: UserError, prog: str) -> int:
-    """Print a user's mistake or a storage error, as all commands do; returns the exit status."""
+def fail(error: UserError | KeyboardInterrupt, prog: str) -> int:
+    """Print a user's mistake, a storage error or an interruption, as all commands do; returns the exit status."""
+    if isinstance(error, KeyboardInterrupt):
+        print(f"\n{prog}: interrupted; the same command resumes", file=sys.stderr)
+        return 130
     print(f"{prog}: error: {error}", file=sys.stderr)
     return error.status

@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = parse(PlanConfig, words, PROG)
         plan = planned(config)
-    except UserError as error:
+    except (UserError, KeyboardInterrupt) as error:
         return fail(error, PROG)
     if config.plan.json:
         Path(config.plan.json).write_text(json.dumps(plan, indent=1) + "\n")

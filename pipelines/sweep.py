@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with listening(Terminal()):
             outcome = sweep(parse(SweepConfig, words, PROG), [*PROG.split(), *words])
-    except UserError as error:
+    except (UserError, KeyboardInterrupt) as error:
         return fail(error, PROG)
     print(outcome.summary)
     for path in outcome.files:

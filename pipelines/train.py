@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     try:
         outcome = run(parse(TrainConfig, words, PROG), Terminal(), [*PROG.split(), *words])
-    except UserError as error:
+    except (UserError, KeyboardInterrupt) as error:
         return fail(error, PROG)
     if outcome.reused:
         say(f"{outcome.name} is finished; model: {outcome.model}")

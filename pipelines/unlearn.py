@@ -8,7 +8,7 @@ from ofmu_ray.config import UnlearnConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.runs.run import run
 from pipelines.parse import fail, parse
-from pipelines.terminal import Terminal, metrics_table, say
+from pipelines.terminal import Terminal, metrics_table, samples, say
 
 PROG = "ofmu unlearn"
 
@@ -18,14 +18,16 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     try:
         outcome = run(parse(UnlearnConfig, words, PROG), Terminal(), [*PROG.split(), *words])
-    except UserError as error:
+    except (UserError, KeyboardInterrupt) as error:
         return fail(error, PROG)
     if outcome.reused:
         say(f"{outcome.name} is already finished; --name NEW runs it again\n")
     if outcome.metrics.get("before"):
         print(metrics_table(outcome.metrics))
-        if outcome.run.get("generations"):
-            print(outcome.run["generations"])
+        for verdict in filter(None, (outcome.run.get("forgetting"), outcome.run.get("generations"))):
+            print(verdict)
+        if outcome.run.get("samples"):
+            print(samples(outcome.run["samples"]))
     cost = outcome.cost
     passes, seconds = cost["gradient_passes"], cost["seconds"]
     print(

@@ -94,6 +94,9 @@ class DigitsTask:
         if not Path(config.path, "model.safetensors").is_file():
             raise UserError(f"{option} = {config.path!r}: no model.safetensors there")
 
+    def skeleton(self, config: ModelConfig) -> None:
+        return None
+
     def encoder(self, processor: None, data: Any) -> Digits:
         return Digits()
 

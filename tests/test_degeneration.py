@@ -11,8 +11,11 @@ import pytest
 
 from ofmu_ray.metrics.degeneration import SoundRange, failed_measures, ngram_entropy, ngram_variety, words
 from ofmu_ray.metrics.fronts import plain
-from ofmu_ray.metrics.generations import sound_generations
+from ofmu_ray.metrics.generations import damaged_words, sound_generations
 from ofmu_ray.metrics.summary import summarise
+from ofmu_ray.metrics.tofu import forgetting_words
+from ofmu_ray.reporting.samples import sample_rows
+from pipelines.terminal import metrics_table
 
 RETRAINED = SoundRange(
     "retrained", {"repetition": (0.0, 0.0, 0.04), "empty": (0.02, 0.0, 0.05), "ngram_variety": (0.9, 0.85, 0.95)}
@@ -133,3 +136,60 @@ def test_without_a_retrained_model_the_target_on_rows_that_it_never_saw() -> Non
     assert sound_generations(forget, None) is None
     assert sound_generations(target, forget, bootstrap_samples=20, longest=12) is not None
     assert sound_generations(target, forget, bootstrap_samples=20, longest=11) is None  # cut off: not comparable
+
+
+def table_of(repetition: list[float], empty: list[bool]) -> pa.Table:
+    return pa.table({"set": ["forget"] * len(empty), "repetition": repetition, "generated_empty": empty})
+
+
+def test_damaged_answers_are_counted() -> None:
+    broken, sound = table_of([0.9, 0.2, 0.1, 0.0], [False, False, False, True]), table_of([0.0] * 4, [False] * 4)
+    assert damaged_words(broken, sound, ("repetition",)) == (
+        "answers to forget prompts: 2 of 4 repeat themselves, 1 are empty; the retrained model: 0: "
+        "degenerate (repetition)"
+    )
+    assert damaged_words(sound, None, ()) == "answers to forget prompts: 0 of 4 repeat themselves: not degenerate"
+    assert damaged_words(sound, None, None) == "answers to forget prompts: 0 of 4 repeat themselves"
+    assert damaged_words(pa.table({"set": ["forget"]}), None, None) is None
+
+
+def test_forget_quality_as_a_verdict() -> None:
+    words = {value: forgetting_words({"value": value}) for value in (0.31, 2.7e-14, 0.05)}
+    assert words[0.31] == "p = 0.31: not distinguishable from the retrained model (p > 0.05)"
+    assert words[2.7e-14] == "p = 2.7e-14: distinguishable from the retrained model (p <= 0.05)"
+    assert words[0.05] == "p = 0.05: distinguishable from the retrained model (p <= 0.05)"
+    assert forgetting_words({"value": None, "reason": "no retrained model"}) == (
+        "no verdict on forgetting: no retrained model"
+    )
+    assert forgetting_words(None) is None
+
+
+def test_samples_are_chosen_by_damage() -> None:
+    def rows(rouge: list[float], repetition: list[float], name: str) -> pa.Table:
+        ids = [f"{name}-{index}" for index in range(3)]
+        columns = {"row_id": ids, "set": [name] * 3, "rouge_l_recall": rouge, "repetition": repetition}
+        return pa.table(columns | {"generated_empty": [False] * 3})
+
+    def shown(name: str, before: list[float], after: list[float], repetition: list[float]) -> list[str]:
+        tables = {"before": rows(before, [0.0] * 3, name), "after": rows(after, repetition, name)}
+        return [row.row_id for row in sample_rows(tables, {}, 2, reveal=False)[name]]
+
+    assert shown("forget", [1.0] * 3, [0.0, 0.9, 0.9], [0.0, 0.1, 0.9]) == [
+        "forget-2",
+        "forget-1",
+    ]  # forgetting is wanted
+    assert shown("retain", [1.0] * 3, [0.9, 0.2, 1.0], [0.0, 0.0, 0.3]) == ["retain-1", "retain-2"]
+    assert shown("retain", [1.0] * 3, [1.0] * 3, [0.0] * 3) == ["retain-0", "retain-1"]
+
+
+def test_the_terminal_gives_intervals_their_values_digits_and_a_reason_for_what_is_missing() -> None:
+    def metric(value: float | None, *bounds: float) -> dict:
+        return {"value": value, "low": bounds[0], "high": bounds[1]} if bounds else {"value": None, "reason": "no rows"}
+
+    after = {"forget_quality": metric(2.74e-14, 2.9e-19, 7.44e-12), "model_utility": metric(0.7791, 0.76, 0.8)}
+    after |= {"forget_probability": metric(0.00326, 0.0024, 0.0044), "retain_probability": metric(None)}
+    text = metrics_table({"after": after})
+    assert "2.74e-14 [2.90e-19, 7.44e-12]" in text
+    assert "0.779 [0.760, 0.800]" in text
+    assert "0.00326 [0.00240, 0.00440]" in text
+    assert text.splitlines()[-1] == "- Retain probability: no rows"

@@ -71,7 +71,8 @@ def make_data(**changes: Any) -> ReportData:
         "config": config,
         "metrics": metrics,
         "run": {"status": "finished", "message": "", "rounds": 60, "model": "runs/x/model", "mlflow": "mlflow ui",
-                "generations": "answers to forget prompts: repetition 0.76 (retrained 0.00): degenerate"},
+                "generations": "answers to forget prompts: 38 of 48 repeat themselves: degenerate (repetition)",
+                "forgetting": "p = 0.31: not distinguishable from the retrained model (p > 0.05)"},
         "cost": {
             "gradient_passes": {"forget": 420, "retain": 180}, "tokens": 412_345, "flops": 1.31e12, "updates": 360,
             "seconds": {"start": 5.1, "data": 9.7, "evaluation": 21.4, "training": 75.2},
@@ -175,10 +176,12 @@ def test_forget_rows_are_shown_by_id_unless_revealed(page: str, tmp_path: Path) 
     assert escaped in (tmp_path / "revealed.html").read_text()
 
 
-def test_other_rows_are_shown_escaped(page: str) -> None:
-    assert "A retain answer &lt;b&gt;0&lt;/b&gt;" in page
-    assert "Where was &lt;i&gt;Boany&lt;/i&gt; born?" in page
-    assert "A retain answer &lt;b&gt;5&lt;/b&gt;" not in page  # report.samples: 5
+def test_other_rows_are_shown_escaped(page: str, tmp_path: Path) -> None:
+    write_report(tmp_path / "long.html", make_data(samples=100))
+    complete = (tmp_path / "long.html").read_text()
+    assert "A retain answer &lt;b&gt;0&lt;/b&gt;" in complete
+    assert "Where was &lt;i&gt;Boany&lt;/i&gt; born?" in complete
+    assert len(set(re.findall(r"<code>(retain-\d+)</code>", page))) == 5  # report.samples
 
 
 def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
@@ -207,7 +210,8 @@ def test_the_header_names_the_model_that_was_changed(page: str) -> None:
 
 
 def test_a_degenerate_model_is_called_so(page: str) -> None:
-    assert "<p>Answers to forget prompts: repetition 0.76 (retrained 0.00): degenerate.</p>" in page
+    assert "<strong>Answers to forget prompts: 38 of 48 repeat themselves: degenerate (repetition).</strong>" in page
+    assert "<strong>p = 0.31: not distinguishable from the retrained model (p &gt; 0.05).</strong>" in page
 
 
 def test_absent_metrics_have_a_reason(page: str) -> None:

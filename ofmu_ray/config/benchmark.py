@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ofmu_ray.config.evaluation import EvaluationConfig
 from ofmu_ray.config.method_sections import LABELS
 from ofmu_ray.config.overrides import apply_overrides, merged, nested
-from ofmu_ray.config.ranges import not_negative, positive, require
+from ofmu_ray.config.ranges import not_negative, positive, require, run_name, seed
 from ofmu_ray.config.runs import UnlearnConfig
 from ofmu_ray.config.values import close_match
 from ofmu_ray.errors import UserError
@@ -56,6 +56,7 @@ class TuningConfig:
     """Label or method -> field -> prior, such as loguniform(1e-4, 1e-2); null: not tuned."""
 
     def __post_init__(self) -> None:
+        seed("tuning.seed", self.seed)
         positive("tuning", self, "trials", "rows", "lr_scale")
         not_negative("tuning", self, "refine")
 
@@ -125,6 +126,9 @@ class BenchmarkConfig:
     """Repeat runs that an earlier start of this benchmark recorded as failed."""
 
     def __post_init__(self) -> None:
+        run_name(self.name)
+        for value in self.seeds:
+            seed("seeds", value)
         positive("benchmark", self, "concurrency")
         for name in ("methods", "splits", "seeds"):
             require(bool(getattr(self, name)), name, getattr(self, name), "given: at least one")

@@ -9,7 +9,7 @@ from typing import Literal
 from ofmu_ray.config.data import DataConfig
 from ofmu_ray.config.evaluation import EvaluationConfig
 from ofmu_ray.config.models import BUILTIN_TARGET
-from ofmu_ray.config.ranges import positive, require
+from ofmu_ray.config.ranges import positive, require, run_name, seed
 from ofmu_ray.config.robustness import PrefixOptions, QuantiseOptions, RelearnOptions
 from ofmu_ray.config.runs import ReportConfig, TrackingConfig, resolved
 from ofmu_ray.errors import UserError
@@ -94,6 +94,8 @@ class EvaluateConfig:
     """The HTML page."""
 
     def __post_init__(self) -> None:
+        run_name(self.name)
+        seed("seed", self.seed)
         require(bool(self.models) and all(self.models.values()), "models", self.models, "a mapping of label to folder")
         for label in self.models:
             plain = re.fullmatch(r"[\w.-]+", label, re.ASCII)

@@ -11,7 +11,7 @@ from ofmu_ray.config.evaluation import EvaluationConfig, ProbeConfig
 from ofmu_ray.config.method_sections import METHODS, MethodName
 from ofmu_ray.config.methods import FinetuneConfig, MethodConfig
 from ofmu_ray.config.models import BUILTIN_TARGET, ExportConfig, ModelConfig, ScratchConfig
-from ofmu_ray.config.ranges import not_negative, require
+from ofmu_ray.config.ranges import not_negative, require, run_name, seed
 from ofmu_ray.config.training import StopConfig, TrainingConfig
 
 BUILTIN_CLUSTERS: dict[str, int | str] = {
@@ -78,6 +78,8 @@ class UnlearnConfig:
     """Run name; the same name resumes. null: derived from the configuration's hash."""
     storage: str = "runs"
     """Folder or URI (s3://, gs://) for runs, checkpoints and caches; on a cluster, a folder that all nodes share."""
+    overwrite: bool = False
+    """Delete a run of this name that was started with other options; one with these options resumes."""
     seed: int = 0
     """Seed of the batch order."""
     task: str = "causal_lm"
@@ -102,6 +104,8 @@ class UnlearnConfig:
     """The HTML page."""
 
     def __post_init__(self) -> None:
+        run_name(self.name)
+        seed("seed", self.seed)
         object.__setattr__(self, "evaluation", resolved(self.evaluation, self.data, self.model.path))
         for name in METHODS:
             self.section(name).check(name)
@@ -164,6 +168,8 @@ class TrainConfig:
     """Run name; the same name resumes. null: derived from the configuration's hash."""
     storage: str = "runs"
     """Folder or URI (s3://, gs://) for runs, checkpoints and caches; on a cluster, a folder that all nodes share."""
+    overwrite: bool = False
+    """Delete a run of this name that was started with other options; one with these options resumes."""
     seed: int = 0
     """Seed of the initial weights and of the batch order."""
     task: str = "causal_lm"
@@ -188,6 +194,8 @@ class TrainConfig:
     """MLflow."""
 
     def __post_init__(self) -> None:
+        run_name(self.name)
+        seed("seed", self.seed)
         self.finetune.check("finetune")
         self.export.check(self.model)
         require(self.epochs > 0, "epochs", self.epochs, "greater than 0")

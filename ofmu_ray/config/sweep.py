@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from ofmu_ray.config.method_sections import LABELS
 from ofmu_ray.config.overrides import apply_overrides
-from ofmu_ray.config.ranges import not_negative, positive, require
+from ofmu_ray.config.ranges import not_negative, positive, require, run_name, seed
 from ofmu_ray.config.runs import UnlearnConfig
 from ofmu_ray.config.values import close_match
 from ofmu_ray.errors import UserError
@@ -107,6 +107,8 @@ class SelectConfig:
     def __post_init__(self) -> None:
         require(0 <= self.utility_floor <= 1, "select.utility_floor", self.utility_floor, "in [0, 1]")
         require(0 <= self.margin <= 1, "select.margin", self.margin, "in [0, 1]")
+        for value in self.seeds:
+            seed("select.seeds", value)
         positive("select", self, "rows")
         not_negative("select", self, "max_new_tokens")
         require(len(set(self.seeds)) == len(self.seeds), "select.seeds", self.seeds, "without repetitions")
@@ -149,6 +151,7 @@ class SweepConfig:
     """Repeat trials that an earlier start of this sweep recorded as failed."""
 
     def __post_init__(self) -> None:
+        run_name(self.name)
         positive("sweep", self, "concurrency", "keep_models", "lr_scale")
         if self.label not in LABELS:
             raise UserError(

@@ -25,7 +25,7 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-WHERE_KEPT = ("name", "storage", "tracking", "report", "export.max_shard_size")
+WHERE_KEPT = ("name", "storage", "overwrite", "tracking", "report", "export.max_shard_size")
 """Options for where a run is stored and how it is shown."""
 
 ELASTIC = tuple(
@@ -38,7 +38,7 @@ ELASTIC = tuple(
 """Options for machines and fault tolerance: they may change when a run is resumed."""
 
 
-ADDED = {"task": "causal_lm", "export": {"dtype": "auto", "weights": "merged"}}
+ADDED = {"task": "causal_lm", "overwrite": False, "export": {"dtype": "auto", "weights": "merged"}}
 """Options that were added later -> the earlier behaviour; with this value they do not change hashes."""
 
 

@@ -22,6 +22,7 @@ from pyarrow import fs as pafs
 from ofmu_ray.config import SourceConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage import is_uri, join, locate, without_credentials
+from ofmu_ray.storage.hub import unreachable
 from ofmu_ray.storage.trouble import refusal
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -199,9 +200,12 @@ def _identity(path: str) -> str:
 
 
 def _hub_fragments(source: SourceConfig, stream: str, option: str) -> list[Fragment]:
+    name = str(source.path)
+    reason = None if os.path.exists(name) else unreachable(name, "dataset")
+    if reason is not None:
+        raise UserError(f"{option}.path = {name}: neither a file or folder here nor a hub data set to be had: {reason}")
     import datasets
 
-    name = str(source.path)
     datasets.disable_progress_bars()
     try:
         table = datasets.load_dataset(name, source.hub_config, split=source.hub_split)

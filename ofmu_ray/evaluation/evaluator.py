@@ -160,17 +160,22 @@ class Evaluator:
         `tables` and `metrics`: by before, after and retrained; None if missing.
         """
         from ofmu_ray.metrics.aggregate import aggregate_figures, aggregate_inputs
-        from ofmu_ray.metrics.degeneration import failed_measures, words
+        from ofmu_ray.metrics.degeneration import failed_measures
         from ofmu_ray.metrics.fronts import plain
-        from ofmu_ray.metrics.generations import sound_generations
+        from ofmu_ray.metrics.generations import damaged_words, sound_generations
+        from ofmu_ray.metrics.tofu import forgetting_words
 
         before, after, retrained = (tables.get(name) for name in ("before", "after", "retrained"))
         samples = self.evaluation.bootstrap_samples
         sound = sound_generations(before, retrained, bootstrap_samples=samples, seed=self.seed)
-        measured = plain(metrics.get("after") or {})
-        failed = failed_measures(measured, sound)
-        degenerate = None if failed is None else bool(failed)
-        verdict: dict[str, Any] = {"run": {"degenerate": degenerate, "generations": words(measured, sound)}}
+        measured = metrics.get("after") or {}
+        failed = failed_measures(plain(measured), sound)
+        run = {
+            "degenerate": None if failed is None else bool(failed),
+            "generations": None if after is None else damaged_words(after, retrained, failed),
+            "forgetting": forgetting_words(measured.get("forget_quality")),
+        }
+        verdict: dict[str, Any] = {"run": run}
         if after is not None:
             model, target, reference = (aggregate_inputs(table) for table in (after, before, retrained))
             aggregate = aggregate_figures(model, target, reference)

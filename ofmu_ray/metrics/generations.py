@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -94,6 +95,41 @@ def sound_generations(
             tokens = pc.max(rows["generated_tokens"]).as_py()
             return SoundRange(whose, bounds) if longest is None or longest >= tokens else None
     return None
+
+
+REPEATS = 0.2
+"""A generation repeats itself if at least this share of its 4-grams occurred in it before."""
+
+
+def damage(row: Mapping[str, Any]) -> float:
+    """How broken a row's generation is, 0 to 1: 1 if empty, else its share of repeated 4-grams."""
+    return 1.0 if row.get("generated_empty") else float(row.get("repetition") or 0.0)
+
+
+def damaged_words(table: pa.Table, retrained: pa.Table | None, failed: Sequence[str] | None) -> str | None:
+    """How many answers to forget prompts are damaged, as a sentence with a verdict; None without generations.
+
+    `failed`: the measures that are worse than sound ones (`degeneration.failed_measures`); None: unknown.
+    """
+    counts = [_damaged(model) for model in (table, retrained) if model is not None]
+    if counts[0] is None:
+        return None
+    repeating, empty, rows = counts[0]
+    text = f"answers to forget prompts: {repeating} of {rows} repeat themselves"
+    text += f", {empty} are empty" if empty else ""
+    if len(counts) > 1 and counts[1] is not None:
+        text += f"; the retrained model: {counts[1][0]}" + (f", {counts[1][1]} empty" if counts[1][1] else "")
+    if failed:
+        text += f": degenerate ({', '.join(MEASURES[name] for name in failed)})"
+    return text + (": not degenerate" if failed == () else "")
+
+
+def _damaged(table: pa.Table) -> tuple[int, int, int] | None:
+    """Forget rows whose generation repeats itself, or is empty, and all with a generation."""
+    names = [name for name in ("generated_empty", "repetition") if name in table.column_names]
+    rows = [row for row in rows_of(table, "forget").select(names).to_pylist() if row.get("repetition") is not None]
+    empty = sum(bool(row.get("generated_empty")) for row in rows)
+    return (sum(row["repetition"] >= REPEATS for row in rows), empty, len(rows)) if rows else None
 
 
 def _bounds(measure: str, mean: MetricValue) -> Bounds | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -106,3 +107,20 @@ for _set, _words in SETS.items():
                 headline=_set == "forget" or (_set == "retain" and _score != "truth_ratio"),
             )
         )
+
+
+LEVEL = 0.05
+"""Significance of the verdict in words; TOFU's."""
+
+
+def forgetting_words(quality: Mapping[str, Any] | None) -> str | None:
+    """Forget quality, {"value"} or {"value": null, "reason"}, as a verdict; None: it was not asked for."""
+    if not quality:
+        return None
+    p = quality.get("value")
+    if p is None:
+        return f"no verdict on forgetting: {quality.get('reason') or 'not measured'}"
+    shown = f"{p:.2f}" if p >= 0.01 else f"{p:.1e}"
+    if p > LEVEL:
+        return f"p = {shown}: not distinguishable from the retrained model (p > {LEVEL})"
+    return f"p = {shown}: distinguishable from the retrained model (p <= {LEVEL})"

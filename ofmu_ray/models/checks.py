@@ -6,32 +6,57 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import ModelConfig
 from ofmu_ray.errors import StorageError, UserError
+from ofmu_ray.models.causal import check_causal, check_folder
 from ofmu_ray.models.source import model_source
+from ofmu_ray.storage import is_uri
+from ofmu_ray.storage.hub import unreachable
 
 
 def check_model(config: ModelConfig, option: str = "model.path") -> Any:
     """Load configuration and tokenizer, and check the weights' headers; returns the tokenizer.
 
     Raises:
-        UserError: no such folder, no weights, unreadable weights, no tokenizer, or a tokenizer without EOS.
+        UserError: no such folder, no answer from the hub, no weights, unreadable weights, not a causal language model,
+            no tokenizer, or a tokenizer without EOS.
     """
     from ofmu_ray.models.loading import load_tokenizer, read_config
     from ofmu_ray.models.unread import check_stored
 
+    check_place(config.path, option)
     try:
         path = model_source(config.path, option)
     except StorageError as error:  # before the start this is the user's mistake
         raise UserError(str(error)) from None
     if Path(path).is_dir():
+        check_folder(Path(path), option)
         _check_weights(Path(path), option, config.trust_remote_code)
-    elif path.startswith((".", "/", "~")) or config.path.startswith("builtin:"):
-        raise UserError(f"{option} = {config.path!r}: no such folder")
     shape = read_config(config.path, option, trust_remote_code=config.trust_remote_code)
+    check_causal(shape, config, option)
     if Path(path).is_dir():
         check_stored(shape, Path(path), config, option)
     return load_tokenizer(config)
+
+
+def check_place(path: str, option: str) -> None:
+    """Check that there is a folder, or a hub to ask. Takes no time, so call it before anything that does.
+
+    Raises:
+        UserError: there is neither.
+    """
+    local = resolve_builtin(path)
+    if is_uri(path) or Path(local).is_dir():
+        return
+    # a hub name has at most one slash
+    if local.startswith((".", "/", "~")) or local.count("/") > 1 or (Path(local).parent.is_dir() and "/" in local):
+        run = Path(local).parent.name
+        hint = f"; run `ofmu train` first, with the configuration named {run}" if Path(local).name == "model" else ""
+        raise UserError(f"{option} = {path!r}: no such folder{hint}")
+    reason = unreachable(path, "model")
+    if reason is not None:
+        raise UserError(f"{option} = {path!r}: no such folder here, and as a name on the hub: {reason}")
 
 
 def placed(config: ModelConfig) -> ModelConfig:

@@ -12,6 +12,7 @@ import torch
 from ofmu_ray.config import LoraConfig, ModelConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.models.answers import unwrapped
+from ofmu_ray.models.causal import attention_of
 from ofmu_ray.models.source import adapter_base, model_source
 
 # where implementations keep an attention layer's dropout probability as a plain number
@@ -24,16 +25,17 @@ def load_causal_lm(config: ModelConfig) -> tuple[torch.nn.Module, Any]:
     The weights are fp32, or bf16 for precision bf16. Raises UserError with model.path and the cause if something does
     not load, if an expression of model.freeze matches nothing, or if no parameter is left to train.
     """
-    module = pretrained(config.path, **options_of(config))
+    shape = read_config(config.path, trust_remote_code=config.trust_remote_code)
+    module = pretrained(config.path, **options_of(config, shape))
     tokenizer = load_tokenizer(config)
     return ready(module, config), tokenizer
 
 
-def options_of(config: ModelConfig) -> dict[str, Any]:
-    """Options for transformers to load a model for training."""
+def options_of(config: ModelConfig, shape: Any) -> dict[str, Any]:
+    """Options for transformers to load a model for training; `shape`: its configuration."""
     return {
         "dtype": torch.bfloat16 if config.precision == "bf16" else torch.float32,
-        "attn_implementation": config.attention,
+        "attn_implementation": attention_of(shape, config),
         "trust_remote_code": config.trust_remote_code,
     }
 
@@ -130,7 +132,7 @@ def empty_model(shape: Any, config: ModelConfig, device: str = "meta") -> torch.
     import transformers
 
     with torch.device(device):
-        return ready(transformers.AutoModelForCausalLM.from_config(shape, **options_of(config)), config)
+        return ready(transformers.AutoModelForCausalLM.from_config(shape, **options_of(config, shape)), config)
 
 
 def load_tokenizer(config: ModelConfig, option: str | None = None) -> Any:

@@ -68,7 +68,7 @@ def load_unread(config: ModelConfig) -> tuple[torch.nn.Module, Unread] | str:
         return f"{config.path}: every worker loads the whole model first ({found})"
     if module.can_generate():
         module.generation_config = _generation_config(str(folder))
-    unread = Unread(_emptied(module, found, options_of(config)["dtype"]))
+    unread = Unread(_emptied(module, found, options_of(config, shape)["dtype"]))
     for name, buffer in module.named_buffers():
         if name in found:
             whole = torch.empty(buffer.shape, dtype=buffer.dtype)
@@ -108,7 +108,7 @@ def _without_weights(shape: Any, config: ModelConfig, option: str) -> Any:
 
     on_meta = accelerate.init_empty_weights(include_buffers=False)
     with does_not_load(config.path, option), torch.random.fork_rng(devices=[]), on_meta:
-        module: Any = transformers.AutoModelForCausalLM.from_config(shape, **options_of(config))
+        module: Any = transformers.AutoModelForCausalLM.from_config(shape, **options_of(config, shape))
     module.tie_weights()  # registering a parameter anew has untied it
     return module
 

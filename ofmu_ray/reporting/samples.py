@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ofmu_ray.evaluation.rows import is_private
+from ofmu_ray.metrics.generations import damage
 
 Row = dict[str, Any]
 
@@ -47,7 +49,9 @@ class Degeneration:
 def sample_rows(
     tables: Mapping[str, Any], texts: Mapping[str, tuple[str, str]], count: int, *, reveal: bool
 ) -> dict[str, list[Sample]]:
-    """The first `count` rows of each set (the first, so none are hand-picked) with each model's generations.
+    """The `count` rows of each set that unlearning damaged most, with each model's generations.
+
+    Damage is an empty or repetitive generation; in sets to keep, also what ROUGE-L lost since before.
 
     Args:
         tables: model -> per-row values (pyarrow; columns row_id, set and, where measured, rouge_l_recall,
@@ -60,7 +64,8 @@ def sample_rows(
     samples: dict[str, list[Sample]] = {}
     for name in names:
         shown = reveal or not is_private(name)
-        ids = list(dict.fromkeys(row_id for sets in by_model.values() for row_id in sets.get(name, {})))[:count]
+        ids = list(dict.fromkeys(row_id for sets in by_model.values() for row_id in sets.get(name, {})))
+        ids = sorted(ids, key=partial(_damage, by_model, name), reverse=True)[:count]
         samples[name] = []
         for row_id in ids:
             question, answer = texts.get(row_id, (None, None)) if shown else (None, None)
@@ -68,6 +73,13 @@ def sample_rows(
             generations = {model: _generation(row, shown) for model, row in rows.items()}
             samples[name].append(Sample(row_id, question, answer, generations))
     return {name: rows for name, rows in samples.items() if rows}
+
+
+def _damage(by_model: Mapping[str, Mapping[str, Mapping[str, Row]]], name: str, row_id: str) -> float:
+    before, after = (by_model.get(model, {}).get(name, {}).get(row_id, {}) for model in ("before", "after"))
+    was, now = (_rouge(row) for row in (before, after))
+    lost = 0.0 if is_private(name) or was is None or now is None else was - now
+    return max(damage(after), lost)
 
 
 def degeneration(tables: Mapping[str, Any]) -> list[Degeneration]:
@@ -92,8 +104,12 @@ def _by_set(table: Any) -> dict[str, dict[str, Row]]:
 
 
 def _generation(row: Row, shown: bool) -> Generation:
-    rouge = row.get("rouge_l_recall", row.get("rouge"))
-    return Generation(rouge, row.get("generated_tokens"), row.get("generated") if shown else None)
+    return Generation(_rouge(row), row.get("generated_tokens"), row.get("generated") if shown else None)
+
+
+def _rouge(row: Row) -> float | None:
+    value: float | None = row.get("rouge_l_recall", row.get("rouge"))
+    return value
 
 
 def _mean(rows: list[Row], column: str) -> float | None:

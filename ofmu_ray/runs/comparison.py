@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ofmu_ray.assets import resolve_builtin
@@ -14,11 +13,12 @@ from ofmu_ray.config import ModelConfig, TrainingConfig, config_hash
 from ofmu_ray.config.evaluate import RETRAINED, EvaluateConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.evaluator import Evaluator, has_tokenizer, read_sets
-from ofmu_ray.models.checks import check_model
+from ofmu_ray.models.checks import check_model, check_place
 from ofmu_ray.runs.attack_tasks import Checks
+from ofmu_ray.runs.claims import refuse_taken
 from ofmu_ray.runs.preflight import prepare_storage, public
 from ofmu_ray.runs.writing import write_rows
-from ofmu_ray.storage import atomic_write, explained, is_uri, join, local_file, name_of, scratch
+from ofmu_ray.storage import atomic_write, explained, join, local_file, name_of, scratch
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,10 @@ def _compare(config: EvaluateConfig, command: Sequence[str]) -> Comparison:
 
     storage = prepare_storage(config.storage)
     home = join(storage, config.name or f"evaluate-{config_hash(config)[:8]}")
+    refuse_taken(home)
     models = _models(config)
+    for label, path in models.items():
+        check_place(path, _option(label))
     evaluator = _evaluator(config, storage)
     for label, path in models.items():
         _check(path, _option(label), evaluator)
@@ -87,9 +90,6 @@ def _models(config: EvaluateConfig) -> dict[str, str]:
 
 def _check(path: str, option: str, evaluator: Evaluator) -> None:
     """Raise UserError if `path` is no model, has no tokenizer, or does not match its tokenizer."""
-    local = not path.startswith("builtin:") and not is_uri(path) and path.count("/") > 1
-    if local and not Path(path).is_dir():  # a hub name has at most one slash
-        raise UserError(f"{option} = {path!r}: no such folder")
     tokenizer = evaluator.tokenizer_of(path)
     check_model(ModelConfig(path=path, tokenizer=tokenizer, trust_remote_code=evaluator.trust_remote_code), option)
     evaluator.check_vocabulary(path, option)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
+import socket
 import uuid
+from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ofmu_ray.config import DataConfig, TrainingConfig, UnlearnConfig, to_dict
+from ofmu_ray.config import DataConfig, TrainConfig, TrainingConfig, UnlearnConfig, to_dict
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage import (
-    PathLike,
-    atomic_write,
     is_file,
     is_uri,
     join,
     local_path,
     locate,
     name_of,
-    read_text,
     without_credentials,
 )
 from ofmu_ray.storage.trouble import refusal
@@ -30,6 +28,10 @@ if TYPE_CHECKING:
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """The variable that Ray sets only in the process of a submitted job."""
+HEAD_SECONDS = 2
+"""To connect to the head of a Ray cluster."""
+GPU_FILES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")
+"""Devices of NVIDIA, of AMD, and in Windows' subsystem; without them importing torch would take seconds."""
 UPLOADS = "working_dir_files"
 """Ray's folder of unpacked working directories on a node."""
 
@@ -144,30 +146,18 @@ def public(config: Any) -> dict[str, Any]:
         return without_credentials(value) if isinstance(value, str) and is_uri(value) else value
 
     content: dict[str, Any] = cleaned(to_dict(config))
+    content.pop("overwrite", None)  # about the start, not the run
     return content
 
 
-def claim(home: PathLike, config_hash: str, *, write: bool = False) -> None:
-    """Check that a run's home belongs to this configuration: that of its first start (run.json).
+def check_machine(training: TrainingConfig) -> None:
+    """Check what the workers need, before Ray starts here or joins a cluster.
 
     Raises:
-        UserError: a run with other options has this name, finished or not; it is left untouched.
+        UserError: this machine has too few CPUs or no GPU, or no Ray head answers at RAY_ADDRESS.
     """
-    path = join(home, "run.json")
-    if is_file(path):
-        recorded = json.loads(read_text(path))["config_hash"]
-        if recorded != config_hash:
-            raise UserError(
-                f"name = {name_of(home)!r}: a run with another configuration has this name (hash {recorded}, now "
-                f"{config_hash}); choose another --name, or give the options it was started with"
-            )
-    elif write:
-        atomic_write(path, json.dumps({"config_hash": config_hash}) + "\n")
-
-
-def check_machine(training: TrainingConfig) -> None:
-    """Raise UserError if the workers need more CPUs than this machine has, before Ray starts here."""
     if "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ:
+        _check_head(os.environ.get("RAY_ADDRESS", ""))
         return  # the cluster's resources are counted once it is joined (ofmu_ray.cluster.connect)
     needed, available = training.workers * training.cpus_per_worker, os.cpu_count() or 1
     if needed > available:
@@ -175,6 +165,35 @@ def check_machine(training: TrainingConfig) -> None:
             f"training.workers x training.cpus_per_worker = {training.workers} x {training.cpus_per_worker:g} = "
             f"{needed:g} CPUs, but this machine has {available}: lower one of them, or join a cluster (RAY_ADDRESS)"
         )
+    if training.gpus_per_worker:
+        _check_gpus(training.workers * training.gpus_per_worker)
+
+
+def _check_gpus(needed: float) -> None:
+    available = 0
+    if any(glob(pattern) for pattern in GPU_FILES):
+        import torch
+
+        available = torch.cuda.device_count()
+    if needed > available:
+        raise UserError(
+            f"training.workers x training.gpus_per_worker = {needed:g} GPUs, but torch finds {available or 'none'} on "
+            "this machine: set --training.gpus_per_worker 0 for CPUs, or join a cluster (RAY_ADDRESS)"
+        )
+
+
+def _check_head(address: str) -> None:
+    """Ray itself waits for minutes."""
+    host, _, port = address.rpartition("://")[2].split("/")[0].rpartition(":")
+    if not host or not port.isdigit():
+        return  # auto, local
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=HEAD_SECONDS).close()
+    except OSError as error:
+        raise UserError(
+            f"RAY_ADDRESS = {address!r}: no Ray head answers there ({error}); start it, correct the address, or unset "
+            "RAY_ADDRESS to run on this machine"
+        ) from None
 
 
 def check_method(task: Task, config: UnlearnConfig) -> None:
@@ -189,6 +208,17 @@ def check_method(task: Task, config: UnlearnConfig) -> None:
             f"method = {config.method}{loss} needs {', '.join(sorted(missing))} of a language model, which task = "
             f"{config.task!r} does not have: choose another method, or for ofmu --ofmu.forget_loss nll"
         )
+
+
+def check_training(task: Task, config: UnlearnConfig | TrainConfig) -> None:
+    """Raise UserError if adapters, frozen parameters or the method's layers do not fit the model."""
+    from ofmu_ray.methods import build_method
+
+    if config.model is None:
+        return
+    skeleton = task.skeleton(config.model)
+    if skeleton is not None:
+        build_method(config.method_options if isinstance(config, UnlearnConfig) else config.finetune).freeze(skeleton)
 
 
 def check_task_on_nodes(name: str) -> None:
@@ -208,8 +238,13 @@ def check_task_on_nodes(name: str) -> None:
 
 
 def check_sources(data: DataConfig) -> None:
-    """Check that the sources exist; their rows are checked when they are tokenised."""
+    """Check that the sources exist and differ; their rows are checked when they are tokenised."""
     from ofmu_ray.data import sources
 
+    if data.forget == data.retain and data.forget.paths and data.overlap != "allow":
+        raise UserError(
+            f"data.forget and data.retain are the same rows ({data.forget.shown}): name what the model should keep "
+            "with --data.retain.path"
+        )
     for name, source in data.sources.items():
         sources.fragments(source, data.root, stream=name, option=f"data.{name}")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ofmu_ray import progress
 from ofmu_ray.config import ModelConfig, TrainConfig, UnlearnConfig, outcome_hash
 from ofmu_ray.models.checks import placed
+from ofmu_ray.runs.claims import Claim
 from ofmu_ray.runs.job import TOKENS, Spec, make_job, remove_text, with_references
 from ofmu_ray.runs.outcome import Outcome, cost_of, read_trained, read_unlearned
 from ofmu_ray.runs.preflight import (
@@ -24,7 +25,7 @@ from ofmu_ray.runs.preflight import (
     check_method,
     check_sources,
     check_task_on_nodes,
-    claim,
+    check_training,
     engine_of,
     prepare_storage,
     public,
@@ -64,6 +65,11 @@ class Run:
         prefix = "train" if isinstance(self.config, TrainConfig) else self.config.method
         return join(self.storage, self.config.name or f"{prefix}-{self.digest[:8]}")
 
+    @property
+    def claim(self) -> Claim:
+        """What claims the run's name."""
+        return Claim(self.home, self.kind, self.digest, public(self.config), self.config.overwrite)
+
     @cached_property
     def here(self) -> bool:
         """Whether the rounds run in this process, without Ray."""
@@ -99,10 +105,12 @@ def run(
     with progress.listening(active_listener), explained(config.storage):
         this_run = Run(config, prepare_storage(config.storage), outcome_hash(config), command)
         check_machine(config.training)
-        claim(this_run.home, this_run.digest)
+        ours = this_run.claim.check()
         if isinstance(config, TrainConfig):
-            return read_trained(this_run.home, reused=True) or _observed(this_run, lambda: _train(this_run, config))
-        return _finished(this_run, config) or _observed(this_run, lambda: _unlearn(this_run, config))
+            trained = read_trained(this_run.home, reused=True) if ours else None
+            return trained or _observed(this_run, lambda: _train(this_run, config))
+        finished = _finished(this_run, config) if ours else None
+        return finished or _observed(this_run, lambda: _unlearn(this_run, config))
 
 
 def _observed(this_run: Run, work: Callable[[], Outcome]) -> Outcome:
@@ -151,31 +159,37 @@ def _finished(this_run: Run, config: UnlearnConfig) -> Outcome | None:
 
 
 def _unlearn(this_run: Run, config: UnlearnConfig) -> Outcome:
-    from ofmu_ray import tracking
     from ofmu_ray.cluster.join import join_cluster, run_paths
-    from ofmu_ray.runs import writing
 
     task = task_named(config.task)
+    check_sources(config.data)
     check_method(task, config)
     processor = task.check_model(config.model)
+    check_training(task, config)
     if config.evaluation.enabled and config.evaluation.retrained:
         task.check_model(ModelConfig(path=config.evaluation.retrained), "evaluation.retrained")
-    check_sources(config.data)
     encoder, evaluation = task.encoder(processor, config.data), task.evaluation(config, this_run.storage)
-    claim(this_run.home, this_run.digest, write=True)
     tags = {"ofmu.kind": "unlearn", "ofmu.method": config.method, "ofmu.config_hash": this_run.digest}
-    with _tracked(this_run, tags) as handle:
-        with this_run.phase("start"):
-            progress.note("run", this_run.home)
-            if not this_run.here:
-                join_cluster(config.training, this_run.storage, run_paths(config))
-                check_task_on_nodes(config.task)
-        with _threads(this_run):
-            results = _work(this_run, config, evaluation, encoder, handle)
-        finished = results.training["status"] == "finished"
+    with this_run.claim.held():
+        with _tracked(this_run, tags) as handle:
+            with this_run.phase("start"):
+                progress.note("run", this_run.home)
+                if not this_run.here:
+                    join_cluster(config.training, this_run.storage, run_paths(config))
+                    check_task_on_nodes(config.task)
+            with _threads(this_run):
+                results = _work(this_run, config, evaluation, encoder, handle)
+        return _concluded(this_run, config, results, handle)
+
+
+def _concluded(this_run: Run, config: UnlearnConfig, results: RunResults, handle: Any) -> Outcome:
+    """Write everything, send it to MLflow, and remove what only a resumed run needs."""
+    from ofmu_ray import tracking
+    from ofmu_ray.runs import writing
+
     link = tracking.open_command(handle)
     files = writing.write(this_run.home, results, public(config), this_run.digest, this_run.command, link)
-    status: Any = "FINISHED" if finished else "FAILED"
+    status: Any = "FINISHED" if results.training["status"] == "finished" else "FAILED"
     delivered = tracking.conclude(this_run.home, handle, artifacts=files, status=status)
     if not delivered:
         text = f"did not take everything; the same command sends it the rest later, from {this_run.home}"
@@ -270,12 +284,20 @@ def _data_line(plan: Any) -> str:
 
 
 def _train(this_run: Run, config: TrainConfig) -> Outcome:
+    if config.model is not None:
+        task = task_named(config.task)
+        task.check_model(config.model)
+        check_training(task, config)
+    with this_run.claim.held():
+        return _fitted(this_run, config)
+
+
+def _fitted(this_run: Run, config: TrainConfig) -> Outcome:
     from ofmu_ray import tracking
     from ofmu_ray.cluster.join import join_cluster, model_paths, source_paths
     from ofmu_ray.data.prepare import prepare_streams
 
     home = this_run.home
-    claim(home, this_run.digest, write=True)
     model = config.model or _initial_model(config, home)
     task = task_named(config.task)
     encoder = task.encoder(task.check_model(model), config.data)

@@ -12,7 +12,7 @@ from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import ModelConfig, UnlearnConfig, close_match
 from ofmu_ray.errors import UserError
 from ofmu_ray.models.checks import placed
-from ofmu_ray.runs.preflight import check_sources
+from ofmu_ray.runs.preflight import check_sources, check_training
 from ofmu_ray.runs.trial import PRIVATE, SplitData
 from ofmu_ray.tasks import task_named
 
@@ -31,8 +31,9 @@ def checked(
     from ofmu_ray.metrics.registry import metrics
 
     task = task_named(base.task)
-    task.check_model(base.model)
     check_sources(base.data)
+    task.check_model(base.model)
+    check_training(task, base)
     evaluation = base.evaluation
     if evaluation.retrained:
         task.check_model(ModelConfig(path=evaluation.retrained), "evaluation.retrained")

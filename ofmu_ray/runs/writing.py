@@ -53,7 +53,12 @@ def write(
         **results.metrics,
         **{name: value for name, value in results.verdict.items() if name != "run"},
         "cost": cost_of(training, results.seconds),
-        "run": {**_run(home, results, config), "config_hash": config_hash, "mlflow": mlflow},
+        "run": {
+            **_run(home, results, config),
+            "config_hash": config_hash,
+            "mlflow": mlflow,
+            **_samples(results, config["report"]["reveal_text"]),
+        },
     }
     manifest = build_manifest(
         name=name_of(home),
@@ -102,6 +107,22 @@ def write(
     return ["report.html", "manifest.json", "metrics.json"]
 
 
+TERMINAL_SAMPLES = 3
+"""Answers to forget prompts that the terminal shows."""
+
+
+def _samples(results: RunResults, reveal: bool) -> dict[str, Any]:
+    """For the terminal: the answers to forget prompts with the most damage, if they may be shown."""
+    from ofmu_ray.reporting.samples import sample_rows
+
+    if not reveal:
+        return {}
+    tables = {label: table for label, table in results.tables.items() if table is not None}
+    rows = sample_rows(tables, results.texts, TERMINAL_SAMPLES, reveal=True).get("forget", [])
+    texts = [{"question": row.question} | {label: one.text for label, one in row.generations.items()} for row in rows]
+    return {"samples": [row for row in texts if row["question"] and row.get("before") and row.get("after") is not None]}
+
+
 def write_rows(path: PathLike, tables: dict[str, Any]) -> None:
     """Write per-row values of all models, without forget rows' text unless report.reveal_text is set."""
     import pyarrow as pa
@@ -131,6 +152,7 @@ def _run(home: PathLike, results: RunResults, config: dict[str, Any]) -> dict[st
         "message": training["message"],
         "notes": training["notes"],
         **results.verdict.get("run", {}),
+        **_samples(results, config["report"]["reveal_text"]),
         "rounds": training["round"],
         "seed": config["seed"],
         "model": join(home, "model"),

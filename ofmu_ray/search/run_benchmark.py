@@ -23,6 +23,7 @@ from ofmu_ray.config import (
 )
 from ofmu_ray.errors import UserError
 from ofmu_ray.metrics.rule import Choice, Goal, select
+from ofmu_ray.runs.claims import locked, refuse_taken
 from ofmu_ray.runs.pool import Pool
 from ofmu_ray.runs.preflight import check_machine, prepare_folder, public
 from ofmu_ray.runs.trial import PRIVATE, SplitData, Trial, cost_signature, read_result, result_path, write_failure
@@ -68,12 +69,13 @@ def benchmark(config: BenchmarkConfig, command: Sequence[str] = ()) -> Benchmark
     spaces = {label: space_of(config, label) for label in config.methods}
     evaluators = {split: _checked_split(config, split, storage) for split in config.splits}
     folder = storage / config.name
+    refuse_taken(folder)
     tags = {"ofmu.kind": "benchmark"}
     handle = tracking.start(config.base.tracking, str(storage), config.name, public(config), tags)
     status: Any = "FAILED"
     files: list[Path] = []
     try:
-        with tracking.system_metrics(handle, enabled=config.base.tracking.system_metrics):
+        with tracking.system_metrics(handle, enabled=config.base.tracking.system_metrics), locked(folder):
             by_split = [run_paths(config.run(split, config.methods[0]), f"{split}: ") for split in config.splits]
             join_cluster(
                 training, storage, {option: paths for paths_of in by_split for option, paths in paths_of.items()}

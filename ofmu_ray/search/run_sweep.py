@@ -7,19 +7,21 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ofmu_ray import progress
 from ofmu_ray.cluster.join import join_cluster, run_paths
-from ofmu_ray.config import LABELS, SweepConfig, flatten, to_dict
+from ofmu_ray.config import LABELS, WHERE_KEPT, SweepConfig, flatten, to_dict
 from ofmu_ray.config.values import ADDED
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.evaluator import Evaluator
 from ofmu_ray.metrics.fronts import plain
+from ofmu_ray.runs.claims import Claim
 from ofmu_ray.runs.pool import Pool
-from ofmu_ray.runs.preflight import check_machine, claim, prepare_folder, public
+from ofmu_ray.runs.preflight import check_machine, prepare_folder, public
 from ofmu_ray.runs.trial import PRIVATE, Trial, read_result
 from ofmu_ray.runs.trial_data import checked, prepare
 from ofmu_ray.search import choice
@@ -34,8 +36,6 @@ from ofmu_ray.search.suggest import Search, without_other_batches
 
 MAY_CHANGE = ("select", "keep_models", "concurrency", "retry_failed")
 """Options that may change between two starts of a sweep; the number of trials may change, too."""
-WHERE = ("name", "storage", "tracking", "report")
-"""Options that say where a run is kept and shown, not what it does."""
 
 
 @dataclass(frozen=True)
@@ -104,17 +104,18 @@ def sweep(config: SweepConfig, command: Sequence[str] = ()) -> SweepOutcome:
     kept = config.concurrency or 1
     check_disk(run.model, folder, models=config.keep_models + kept)
     digest = _digest(config, space)
-    claim(folder, digest)
+    claim = Claim(str(folder), "sweep", digest, _determining(config))
+    claim.check()
     tags = {"ofmu.kind": "sweep", "ofmu.config_hash": digest}
     handle = tracking.start(run.tracking, str(storage), config.name, _determining(config), tags)
     status: Any = "FAILED"
     files: list[Path] = []
     complete = False
     try:
-        with tracking.system_metrics(handle, enabled=run.tracking.system_metrics):
+        with tracking.system_metrics(handle, enabled=run.tracking.system_metrics), ExitStack() as held:
             join_cluster(training, storage, run_paths(run, "base."))
             at_once = concurrency(training, config.concurrency)
-            claim(folder, digest, write=True)
+            held.enter_context(claim.held())
             progress.note("sweep", f"{folder}")
             ledger, references = _begin(config, space, evaluator, storage, folder)
             complete = _run_trials(ledger, handle, at_once)
@@ -122,7 +123,7 @@ def sweep(config: SweepConfig, command: Sequence[str] = ()) -> SweepOutcome:
             choice.export(ledger, outcome, ledger.data.retrained)
             if complete and outcome.chosen is not None:
                 outcome.confirmed = _confirm(ledger, outcome.chosen)
-        files = results.write(ledger, outcome, references, list(command))
+            files = results.write(ledger, outcome, references, list(command))
         status = "FINISHED" if complete else "KILLED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -146,10 +147,10 @@ def _determining(config: SweepConfig) -> dict[str, Any]:
 
 def _digest(config: SweepConfig, space: Space) -> str:
     content = _determining(config)
-    base = {name: value for name, value in content["base"].items() if name not in WHERE}
+    base = {name: value for name, value in content["base"].items() if name not in WHERE_KEPT}
     export = {name: value for name, value in base.pop("export").items() if name != "max_shard_size"}
     content["base"] = base if export == ADDED["export"] else base | {"export": export}
-    kept = {name: value for name, value in content.items() if name not in (*WHERE, "space_file")}
+    kept = {name: value for name, value in content.items() if name not in (*WHERE_KEPT, "space_file")}
     text = json.dumps([kept, results.space_rows(space)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

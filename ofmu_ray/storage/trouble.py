@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,7 +18,7 @@ _NUMBERS = {
 }
 # pyarrow reports codes of AWS and Google as text only, and safetensors the system's messages
 _WORDS = {
-    "room": re.compile(r"No space left on device|Disk quota exceeded|File too large"),
+    "room": re.compile(r"No space left on device|Disk quota exceeded|File too large|database or disk is full"),
     "credentials": re.compile(
         r"AWS Error (ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|INVALID_CLIENT_TOKEN_ID|EXPIRED_TOKEN"
         r"|INVALID_TOKEN|UNRECOGNIZED_CLIENT|MISSING_AUTHENTICATION_TOKEN|\S+ \(HTTP status 40[13]\))"
@@ -80,7 +81,8 @@ def _kind(error: BaseException) -> str | None:
     for kind, numbers in _NUMBERS.items():
         if number in numbers:
             return kind
-    text = str(error) if isinstance(error, (OSError, RuntimeError)) or _is_safetensors(error) else ""
+    known = isinstance(error, (OSError, RuntimeError, sqlite3.Error)) or _is_safetensors(error)
+    text = str(error) if known else ""
     return next((kind for kind, words in _WORDS.items() if words.search(text)), None)
 
 

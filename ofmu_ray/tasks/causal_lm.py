@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ofmu_ray.progress import note
 from ofmu_ray.tasks.protocol import Task
 
 if TYPE_CHECKING:
@@ -27,6 +28,17 @@ class CausalLM:
         from ofmu_ray.models.checks import check_model
 
         return check_model(config, option)
+
+    def skeleton(self, config: ModelConfig) -> torch.nn.Module | None:
+        from ofmu_ray.models.causal import attention_of
+        from ofmu_ray.models.loading import empty_model, read_config
+
+        if config.trust_remote_code:
+            return None
+        shape = read_config(config.path)
+        if attention_of(shape, config) != config.attention:
+            note("model", f"{type(shape).__name__[:-6]} has no {config.attention} attention; eager is used instead")
+        return empty_model(shape, config)
 
     def encoder(self, processor: Any, data: DataConfig | TrainDataConfig) -> AnswerEncoder:
         from ofmu_ray.data.answer_encoder import AnswerEncoder

@@ -60,6 +60,13 @@ class Task(Protocol):
             UserError: it is not usable; names `option`.
         """
 
+    def skeleton(self, config: ModelConfig) -> torch.nn.Module | None:
+        """The model as `load` returns it, without weights (meta device), for checks; None: not offered.
+
+        Raises:
+            UserError: an option of the model does not fit it.
+        """
+
     def encoder(self, processor: Any, data: DataConfig | TrainDataConfig) -> Encoder:
         """The encoder from rows to training inputs."""
 

@@ -1,0 +1,153 @@
+"""Configuration files, read strictly: what YAML would lose or accept in silence is an error that names the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from ofmu_ray.config import LABELS, SweepConfig, UnlearnConfig
+from ofmu_ray.errors import UserError
+
+EXAMPLE = "a configuration is YAML such as `training: {rounds: 40}`; --print_config prints all options"
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """A file of --config."""
+
+    path: str
+    node: yaml.MappingNode
+    """Its content as YAML nodes: keys in order, scalars as written."""
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """Its content as plain values."""
+        values: dict[str, Any] = yaml.safe_load(yaml.serialize(self.node, Dumper=yaml.SafeDumper))
+        return values
+
+    @property
+    def keys(self) -> list[str]:
+        """Its sections and options."""
+        return [str(key.value) for key, _ in self.node.value]
+
+
+def sections(kind: type[Any], prefix: str = "") -> Iterator[str]:
+    """Names of a configuration's sections: the options that are nothing but options by name, or null."""
+    for name, hint in get_type_hints(kind).items():
+        union = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        choices = [choice for choice in union if choice is not type(None)]
+        if len(choices) == 1 and is_dataclass(choices[0]):
+            yield f"{prefix}{name}"
+            yield from sections(choices[0], f"{prefix}{name}.")  # type: ignore[arg-type]
+
+
+def config_paths(words: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """(index of the word with the path, path) of every --config."""
+    for index, word in enumerate(words):
+        if word.startswith("--config="):
+            yield index, word.removeprefix("--config=")
+        elif word == "--config" and index + 1 < len(words):
+            yield index + 1, words[index + 1]
+
+
+def read_files(words: Sequence[str], sections: Iterable[str]) -> list[ConfigFile]:
+    """The existing files of --config. `sections`: names whose content must be a mapping.
+
+    Raises:
+        UserError: not text, not YAML, empty, a key twice, or a list or text where options belong.
+    """
+    known = set(sections)
+    files = [read_file(path) for _, path in config_paths(words) if Path(path).is_file()]
+    for file in files:
+        _check_mappings(file.node, "", file.path, known)
+    return files
+
+
+def read_file(path: str) -> ConfigFile:
+    """A file as nodes. Raises UserError like `read_files`."""
+    try:
+        node = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except UnicodeDecodeError:
+        raise UserError(f"config = {path!r}: not a text file; {EXAMPLE}") from None
+    except OSError as error:
+        raise UserError(f"config = {path!r}: cannot be read ({error.strerror})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(
+            f"config = {path!r}{line}: not YAML ({getattr(error, 'problem', None) or 'unreadable'}); {EXAMPLE}"
+        ) from None
+    if node is None:
+        raise UserError(f"config = {path!r}: the file has no options; {EXAMPLE}")
+    if not isinstance(node, yaml.MappingNode):
+        kind = "a list" if isinstance(node, yaml.SequenceNode) else "one value"
+        raise UserError(f"config = {path!r}: the file is {kind}, not options by name; {EXAMPLE}")
+    return ConfigFile(path, node)
+
+
+def _check_mappings(node: yaml.Node, name: str, path: str, sections: set[str]) -> None:
+    """Refuse duplicate keys, and lists and text in the place of sections."""
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            line, option = key.start_mark.line + 1, f"{name}.{key.value}" if name else str(key.value)
+            if option in lines:
+                raise UserError(
+                    f"config = {path!r}: {option} is there twice, in lines {lines[option]} and {line}; the first would "
+                    "be lost: merge them"
+                )
+            lines[option] = line
+            _check_mappings(value, option, path, sections)
+    elif name in sections and node.tag != "tag:yaml.org,2002:null":
+        kind = "a list" if isinstance(node, yaml.SequenceNode) else repr(node.value)
+        raise UserError(
+            f"config = {path!r}, line {node.start_mark.line + 1}: {name} is a section, so it must contain options by "
+            f"name (`{name}: {{option: value}}`), not {kind}"
+        )
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check_mappings(item, f"{name}[]", path, sections)
+
+
+# ------------------------------------------------------------------------------------- a run's file for `ofmu sweep`
+
+SWEEP_ONLY = {field.name for field in fields(SweepConfig)} - {field.name for field in fields(UnlearnConfig)}
+RUN_ONLY = {field.name for field in fields(UnlearnConfig)} - {field.name for field in fields(SweepConfig)}
+
+
+def runs_as_base(words: Sequence[str], files: Iterable[ConfigFile]) -> list[str]:
+    """The words of a sweep with the configuration of an `ofmu unlearn` run as its `base`.
+
+    The run's method becomes the sweep's label, its storage the sweep's; its name is not used.
+    """
+    placed = list(words)
+    by_path = {file.path: file for file in files}
+    for index, path in config_paths(words):
+        file = by_path.get(path)
+        if file is not None and RUN_ONLY & {*file.keys} and not SWEEP_ONLY & {*file.keys}:
+            prefix = "--config=" if words[index].startswith("--config=") else ""
+            placed[index] = prefix + yaml.serialize(_as_base(file.node), Dumper=yaml.SafeDumper)
+    return placed
+
+
+def _as_base(run: yaml.MappingNode) -> yaml.MappingNode:
+    def text(value: str) -> yaml.ScalarNode:
+        return yaml.ScalarNode("tag:yaml.org,2002:str", value)
+
+    entries: list[tuple[yaml.Node, yaml.Node]] = [
+        (text("base"), _mapping(pair for pair in run.value if pair[0].value not in ("name", "storage")))
+    ]
+    entries += [(key, value) for key, value in run.value if key.value == "storage"]
+    method = next((value.value for key, value in run.value if key.value == "method"), None)
+    if method in LABELS and method != UnlearnConfig.method:
+        entries.append((text("label"), text(method)))
+    return _mapping(entries)
+
+
+def _mapping(entries: Iterable[tuple[yaml.Node, yaml.Node]]) -> yaml.MappingNode:
+    return yaml.MappingNode("tag:yaml.org,2002:map", list(entries))

@@ -1,0 +1,303 @@
+"""Mistakes at the front door: one message, status 2, nothing started and nothing written; names and their locks."""
+
+import json
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ofmu_ray.config import SweepConfig, UnlearnConfig, outcome_hash
+from ofmu_ray.errors import StorageError, UserError
+from ofmu_ray.runs.claims import Claim, locked
+from ofmu_ray.runs.preflight import public
+from ofmu_ray.storage import explained
+from pipelines import cli
+from pipelines.parse import parse
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = {
+    "twice.yaml": b"ofmu: {beta: 1}\ntraining: {rounds: 2}\nofmu: {rho: 2}\n",
+    "inner_twice.yaml": b"training:\n  rounds: 2\n  rounds: 3\n",
+    "list.yaml": b"[1, 2]\n",
+    "section.yaml": b"training: [rounds, 3]\n",
+    "text.yaml": b"training: fast\n",
+    "empty.yaml": b"",
+    "comment.yaml": b"# nothing yet\n",
+    "binary.yaml": b"\x89PNG\xff\xfe\x00",
+    "broken.yaml": b"training:\n  rounds: 2: 3\n",
+    "npo.yaml": b"npo: {beta: 0.2}\n",
+}
+MISTAKES = {
+    "key twice": (["--config", "twice.yaml"], "'twice.yaml': ofmu is there twice, in lines 1 and 3"),
+    "option twice": (["--config", "inner_twice.yaml"], "training.rounds is there twice, in lines 2 and 3"),
+    "list as a file": (["--config", "list.yaml"], "'list.yaml': the file is a list"),
+    "list as a section": (["--config=section.yaml"], "'section.yaml', line 1: training is a section"),
+    "text as a section": (["--config", "text.yaml"], "training is a section"),
+    "empty file": (["--config", "empty.yaml"], "'empty.yaml': the file has no options"),
+    "only a comment": (["--config", "comment.yaml"], "'comment.yaml': the file has no options"),
+    "binary file": (["--config", "binary.yaml"], "'binary.yaml': not a text file"),
+    "broken YAML": (["--config", "broken.yaml"], "'broken.yaml', line 2: not YAML"),
+    "name outside the storage": (["--name", "../evil"], "name = '../evil': must be a folder's name"),
+    "hidden name": (["--name", ".x"], "name = '.x': must be a folder's name"),
+    "name of the cache": (["--name", "cache"], "name = 'cache': must be another"),
+    "name of the database": (["--name", "mlflow.db-wal"], "must be another"),
+    "long name": (["--name", "x" * 300], "at most 128 bytes"),
+    "negative seed": (["--seed", "-3"], "seed = -3: must be from 0"),
+    "option of another method": (["--npo.beta", "3"], "npo.beta: an option of the method npo, but method = ofmu"),
+    "section of another method": (["--config", "npo.yaml"], "npo: an option of the method npo, but method = ofmu"),
+    "option of another than the method": (
+        ["--method", "npo", "--ofmu.beta", "1"],
+        "ofmu.beta: an option of the method",
+    ),
+    "no GPU": (["--training.gpus_per_worker", "1"], "training.gpus_per_worker = 1 GPUs, but torch finds none"),
+    "forget is retain": (["--data.retain.path", "builtin:people/forget.jsonl"], "data.forget and data.retain are the"),
+    "freeze without a match": (["--model.freeze", "[layernom]"], "model.freeze: 'layernom' matches no parameter"),
+    "layer too high": (["--method", "rmu", "--rmu.layer", "99"], "rmu.layer = 99: the model has layers 0 to 3"),
+    "adapter without a module": (["--model.lora.target_modules", "[nope]"], "model.lora.target_modules = ['nope']"),
+    "model on the hub": (["--model.path", "nobody/nothing"], "'nobody/nothing': no such folder here, and as a name"),
+    "rows on the hub": (["--data.forget.path", "nobody/nothing"], "nobody/nothing: neither a file or folder here nor"),
+    "target that is not trained": (
+        ["--model.path", "runs/tofu_target/model"],
+        "'runs/tofu_target/model': no such folder; run `ofmu train` first",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_message_before_anything_starts(mistake, tmp_path, capsys, monkeypatch):
+    words, message = MISTAKES[mistake]
+    monkeypatch.chdir(tmp_path)
+    for name, content in FILES.items():
+        Path(name).write_bytes(content)
+    assert cli.main(["unlearn", *words, "--storage", "runs"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not Path("runs").exists() or not [path for path in Path("runs").iterdir() if path.name != "cache"]
+    assert {path.name for path in tmp_path.iterdir()} <= {*FILES, "runs"}
+
+
+def test_a_dead_ray_address(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    assert cli.main(["unlearn", "--storage", str(tmp_path)]) == 2
+    assert "RAY_ADDRESS = '127.0.0.1:9': no Ray head answers there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "sweep", "benchmark"])
+def test_other_commands_refuse_a_name_outside_too(command, tmp_path, capsys):
+    splits = {"benchmark": ["--splits", "{people: {}}"], "evaluate": ["--models", "{a: builtin:people/target}"]}
+    words = [command, "--name", "../evil", "--storage", str(tmp_path / "runs"), *splits.get(command, [])]
+    assert cli.main(words) == 2
+    assert "name = '../evil'" in capsys.readouterr().err
+
+
+def test_one_file_may_serve_several_methods(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("ofmu: {beta: 1}\nnpo: {beta: 0.2}\n")
+    assert parse(UnlearnConfig, ["--config", str(path), "--method", "npo"], "x").npo.beta == 0.2
+
+
+def test_a_runs_configuration_is_the_base_of_a_sweep(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text("name: mine\nstorage: there\nmethod: npo\nnpo: {optimizer: {lr: 3e-5}}\ntraining: {rounds: 7}\n")
+    config = parse(SweepConfig, ["--config", str(path), "--search.trials", "3"], "x")
+    assert (config.name, config.storage, config.label, config.search.trials) == ("sweep", "there", "npo", 3)
+    assert (config.base.training.rounds, config.base.npo.optimizer.lr) == (7, 3e-5)
+    quick = ROOT / "pipelines/configs/quickstart.yaml"
+    run = parse(UnlearnConfig, ["--config", str(quick)], "x")
+    assert parse(SweepConfig, ["--config", str(quick)], "x").base.ofmu == run.ofmu
+    path.write_text("label: npo\ntraining: {rounds: 7}\n")
+    with pytest.raises(UserError, match="training"):
+        parse(SweepConfig, ["--config", str(path)], "x")
+
+
+# -------------------------------------------------------------------------------------------------- names and locks
+
+
+def claim(storage: Path, **options) -> Claim:
+    config = UnlearnConfig(name="r", storage=str(storage), **options)
+    return Claim(str(storage / "r"), "unlearn", outcome_hash(config), public(config), config.overwrite)
+
+
+def failing(name: Claim, error: BaseException, leaves: str) -> None:
+    """A run that fails with a folder written."""
+    with name.held():
+        Path(name.home, leaves).mkdir(parents=True)
+        raise error
+
+
+def test_a_failed_check_gives_the_name_back(tmp_path):
+    with pytest.raises(UserError, match="overlap"):
+        failing(claim(tmp_path), UserError("overlap"), leaves="tokens")
+    assert not (tmp_path / "r").exists()
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="overlap"):
+        failing(claim(tmp_path), UserError("overlap"), leaves="tokens")
+    assert [path.name for path in (tmp_path / "r").iterdir()] == ["thesis.tex"]
+    assert claim(tmp_path, seed=1).check()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), StorageError("full"), UserError("late")])
+def test_a_run_with_a_checkpoint_and_an_interrupted_one_keep_their_name(error, tmp_path):
+    with pytest.raises(type(error)):
+        failing(claim(tmp_path), error, leaves="train/000002_x" if type(error) is UserError else "tokens")
+    assert claim(tmp_path).check()
+    with pytest.raises(UserError, match="another configuration"):
+        claim(tmp_path, seed=1).check()
+
+
+def test_a_taken_name_says_which_options_differ_and_can_be_overwritten(tmp_path):
+    with claim(tmp_path).held():
+        (tmp_path / "r/model").mkdir()
+        (tmp_path / "r/model/old").write_text("")
+    other = {"seed": 3, "method": "npo"}
+    with pytest.raises(UserError, match=r"seed = 0, now 3; method = ofmu, now npo; .* --overwrite to delete that run"):
+        claim(tmp_path, **other).check()
+    with pytest.raises(UserError, match="seed = 0"), claim(tmp_path, **other).held():
+        pass
+    assert (tmp_path / "r/model/old").exists()
+    new = claim(tmp_path, overwrite=True, **other)
+    assert not new.check()
+    with new.held():
+        assert not (tmp_path / "r/model").exists()
+    assert claim(tmp_path, **other).check()
+    assert "overwrite" not in json.loads((tmp_path / "r/run.json").read_text())["options"]
+    with pytest.raises(UserError, match="an `ofmu unlearn` has this name"):
+        Claim(str(tmp_path / "r"), "train", "x", {}, overwrite=True).check()
+
+
+def test_overwrite_is_a_flag_and_no_part_of_the_outcome():
+    config = parse(UnlearnConfig, ["--overwrite", "--seed", "2"], "x")
+    assert config.overwrite
+    assert parse(UnlearnConfig, ["--seed", "2", "--overwrite"], "x") == config
+    assert outcome_hash(config) == outcome_hash(UnlearnConfig(seed=2))
+
+
+def test_an_evaluation_is_not_taken_for_a_run(tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/metrics.json").write_text("{}")
+    with pytest.raises(UserError, match="an evaluation or a benchmark has this name"):
+        claim(tmp_path).check()
+
+
+def test_two_at_once(tmp_path):
+    with claim(tmp_path).held():
+        with pytest.raises(UserError, match=r"process \d+ on .* is running it now"):
+            claim(tmp_path).check()
+        with pytest.raises(UserError, match="is running it now"), locked(tmp_path / "r"):
+            pass
+    assert [path.name for path in (tmp_path / "r").iterdir()] == ["run.json"]
+    assert claim(tmp_path).check()
+
+
+def test_a_full_disk_under_mlflows_database_is_a_storage_error(tmp_path):
+    database = sqlite3.connect(tmp_path / "mlflow.db")
+    database.execute("create table t (x)")
+    database.execute("pragma max_page_count = 2")
+
+    def insert() -> None:
+        try:
+            database.execute("insert into t values (zeroblob(100000))")
+        except sqlite3.Error as error:  # as SQLAlchemy and MLflow wrap it
+            raise ValueError("(sqlite3.OperationalError) [SQL: INSERT ...]") from error
+
+    with pytest.raises(StorageError, match="no space left") as caught, explained(tmp_path):
+        insert()
+    assert caught.value.status == 1
+    assert "SQL" not in str(caught.value)
+
+
+def _heeding_interrupts() -> None:
+    """A shell's background jobs, and so perhaps these tests, ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.mark.system
+def test_ctrl_c_is_one_line_and_the_same_command_resumes(tmp_path):
+    words = ["unlearn", "--name", "r", "--storage", str(tmp_path), "--training.rounds", "200"]
+    words += ["--training.checkpoint_every", "1", "--evaluation.enabled", "false", "--stop.forgotten", "null"]
+    command = [sys.executable, "-m", "pipelines.cli", *words]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, preexec_fn=_heeding_interrupts)
+        while not list(tmp_path.glob("r/train/0*")):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    assert (second.returncode, second.stderr.count("\n")) == (2, 1)
+    assert f"process {process.pid} on" in second.stderr
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines[-1] == "ofmu unlearn: interrupted; the same command resumes"
+    assert "Traceback" not in "\n".join(lines)
+    assert not (tmp_path / "r/.lock").exists()
+    assert yaml.safe_load((tmp_path / "r/run.json").read_text())["command"] == "unlearn"
+
+
+# ------------------------------------------------------------------------------------------------------ kinds of models
+
+
+def tiny(folder: Path, config, kind) -> str:
+    kind(config).save_pretrained(folder)
+    for path in (ROOT / "ofmu_ray/assets/people/target").glob("tokenizer*"):
+        shutil.copy(path, folder)
+    return str(folder)
+
+
+SHAPE = {"vocab_size": 4096, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+SHAPE |= {"intermediate_size": 32, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256}
+OTHERS = {
+    "BertForMaskedLM": ("Bert", SHAPE),
+    "BertLMHeadModel": ("Bert", SHAPE),  # an encoder that attends to both sides
+    "T5ForConditionalGeneration": ("T5", {"vocab_size": 4096, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1}),
+    "LlamaForSequenceClassification": ("Llama", SHAPE),
+    "LlamaModel": ("Llama", SHAPE),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_only_causal_language_models_are_taken(name, tmp_path, capsys):
+    import transformers
+
+    family, shape = OTHERS[name]
+    config = getattr(transformers, f"{family}Config")(**shape)
+    path = tiny(tmp_path / "m", config, getattr(transformers, name))
+    assert cli.main(["unlearn", "--model.path", path, "--storage", str(tmp_path / "runs")]) == 2
+    error = capsys.readouterr().err
+    assert f"{name} is not a causal language model" in error
+    assert not list((tmp_path / "runs").glob("*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["Gemma2", "Bloom", "Mamba", "Llama"])
+def test_attention_falls_back_to_eager(family, tmp_path):
+    import transformers
+
+    from ofmu_ray import progress
+    from ofmu_ray.config import ModelConfig
+    from ofmu_ray.models.loading import load_causal_lm
+    from ofmu_ray.tasks.causal_lm import TASK
+
+    shape = SHAPE | {"Bloom": {"n_layer": 1, "n_head": 2}, "Mamba": {"state_size": 4}}.get(family, {})
+    config = getattr(transformers, f"{family}Config")(**shape)
+    path = tiny(tmp_path / "m", config, getattr(transformers, f"{family}ForCausalLM"))
+    notes = []
+
+    class Notes(progress.Listener):
+        def note(self, topic, text):
+            notes.append(text)
+
+    with progress.listening(Notes()):
+        TASK.skeleton(ModelConfig(path=path))
+    module, _ = load_causal_lm(ModelConfig(path=path))
+    kernel = module.config._attn_implementation
+    assert (kernel, notes) == (
+        ("sdpa", []) if family == "Llama" else ("eager", [f"{family} has no sdpa attention; eager is used instead"])
+    )
