@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import ModelConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.internals.transformers_private import names_in_model
@@ -57,7 +58,7 @@ def load_unread(config: ModelConfig) -> tuple[torch.nn.Module, Unread] | str:
         UserError: like `load_causal_lm`; also for a tensor that is missing or has another shape.
     """
     shape = read_config(config.path, trust_remote_code=config.trust_remote_code)
-    folder = weights_folder(config.path)
+    folder = weights_folder(resolve_builtin(config.path))
     tensors = stored_tensors(folder)
     reason = _unusual(shape, folder, tensors)
     if reason is not None:
