@@ -37,10 +37,11 @@ class Loading:
 
 
 def whole(case: Loading) -> torch.nn.Module:
-    from ofmu_ray.models.loading import options_of, pretrained, ready
+    from ofmu_ray.models.loading import options_of, pretrained, read_config, ready
 
     torch.manual_seed(5)
-    return ready(pretrained(case.folder, **options_of(case.config)), case.config)
+    options = options_of(case.config, read_config(case.folder))
+    return ready(pretrained(case.folder, **options), case.config)
 
 
 def engine_of(case: Loading, cut: bool) -> tuple[Any, Any]:
