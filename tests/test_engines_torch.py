@@ -260,7 +260,7 @@ def test_mistakes_are_named() -> None:
         TorchEngine(module, lambda m, b: squares(m["used"], b)).gradient(rows(3))
     masked = token_batch([9], seed=0)
     masked["labels"].fill_(-100)
-    with pytest.raises(UserError, match="every label is masked"):
+    with pytest.raises(UserError, match="all labels are masked"):
         TorchEngine(tiny_model()).gradient(masked)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
