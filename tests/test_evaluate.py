@@ -87,8 +87,7 @@ def finished(
     everything = {"data": {"root": str(data)}, "checks": CHECKS}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measurements, "measure", measure)
-        with pytest.raises(KeyboardInterrupt):
-            run(storage, **everything)
+        assert run(storage, **everything)[0] == 130
         assert not (storage / "e" / "metrics.json").exists()
         assert status_of(storage) == ["KILLED"]
         kept = len(list((storage / "cache/checks").glob("*.parquet")))
