@@ -113,7 +113,7 @@ def engine_of(training: TrainingConfig, home: str) -> Literal["torch", "deepspee
     return "torch" if training.single else "deepspeed"
 
 
-def runs_here(training: TrainingConfig, home: str) -> bool:
+def needs_no_ray(training: TrainingConfig, home: str) -> bool:
     """Whether the rounds run in this process, without Ray: one worker with the engine torch, on this machine.
 
     Not in a submitted job or if RAY_ADDRESS names a cluster, whose nodes have the CPUs; not with a storage at a URI,
