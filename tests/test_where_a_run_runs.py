@@ -43,5 +43,5 @@ def test_what_one_worker_started_is_not_begun_again_elsewhere(tmp_path: Path) ->
     """Ray Train does not see these checkpoints and would start from round 0."""
     (tmp_path / "train" / "000000_round_000006").mkdir(parents=True)
     assert needs_no_ray(ONE, str(tmp_path))
-    with pytest.raises(UserError, match="started by one worker without Ray: resume it with --training.workers 1"):
+    with pytest.raises(UserError, match=r"started by one worker without Ray: resume it with --training\.workers 1"):
         needs_no_ray(TWO, str(tmp_path))

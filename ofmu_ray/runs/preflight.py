@@ -122,10 +122,12 @@ def needs_no_ray(training: TrainingConfig, home: str) -> bool:
     Raises:
         UserError: this process's checkpoints are there, but Ray Train, which does not read them, would resume the run.
     """
-    began_there = is_file(join(home, "train", RAY_TRAIN_LIST))
+    train = Path(home) / "train"
+    if is_uri(home) or (train / RAY_TRAIN_LIST).is_file():
+        return False
     cluster = "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ
-    here = engine_of(training, home) == "torch" and not cluster and not is_uri(home) and not began_there
-    if not here and not is_uri(home) and not began_there and local_checkpoints(Path(home) / "train"):
+    here = training.single and not cluster
+    if not here and local_checkpoints(train):
         raise UserError(
             f"name = {name_of(home)!r}: this run was started by one worker without Ray: resume it with "
             "--training.workers 1, without RAY_ADDRESS, or choose another --name"
