@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 
@@ -10,7 +11,8 @@ import sys
 # before torch is imported; the user's values take precedence.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("DS_LOG_LEVEL", "error")
+# DeepSpeed warns of a machine without GPUs whenever it is imported, and peft imports it
+logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 COMMANDS = {
     "unlearn": "make a model forget some rows and keep the rest",
