@@ -115,7 +115,7 @@ def engine_of(training: TrainingConfig, home: str) -> Literal["torch", "deepspee
     return "torch" if training.single else "deepspeed"
 
 
-def runs_here(training: TrainingConfig, home: str) -> bool:
+def needs_no_ray(training: TrainingConfig, home: str) -> bool:
     """Whether the rounds run in this process, without Ray: one worker with the engine torch, on this machine.
 
     Not in a submitted job or if RAY_ADDRESS names a cluster, whose nodes have the CPUs; not with a storage at a URI,
@@ -124,10 +124,12 @@ def runs_here(training: TrainingConfig, home: str) -> bool:
     Raises:
         UserError: this process's checkpoints are there, but Ray Train, which does not read them, would resume the run.
     """
-    began_there = is_file(join(home, "train", RAY_TRAIN_LIST))
+    train = Path(home) / "train"
+    if is_uri(home) or (train / RAY_TRAIN_LIST).is_file():
+        return False
     cluster = "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ
-    here = engine_of(training, home) == "torch" and not cluster and not is_uri(home) and not began_there
-    if not here and not is_uri(home) and not began_there and local_checkpoints(Path(home) / "train"):
+    here = training.single and not cluster
+    if not here and local_checkpoints(train):
         raise UserError(
             f"name = {name_of(home)!r}: this run was started by one worker without Ray: resume it with "
             "--training.workers 1, without RAY_ADDRESS, or choose another --name"

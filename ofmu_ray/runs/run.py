@@ -27,9 +27,9 @@ from ofmu_ray.runs.preflight import (
     check_task_on_nodes,
     check_training,
     engine_of,
+    needs_no_ray,
     prepare_storage,
     public,
-    runs_here,
 )
 from ofmu_ray.runs.writing import RunResults
 from ofmu_ray.storage import atomic_write, drop_copies, explained, is_whole, join, name_of, remove_folder
@@ -73,7 +73,7 @@ class Run:
     @cached_property
     def here(self) -> bool:
         """Whether the rounds run in this process, without Ray."""
-        return runs_here(self.config.training, self.home)
+        return needs_no_ray(self.config.training, self.home)
 
     def spec(self, model: ModelConfig) -> Spec:
         """What the workers are told of the configuration, for a model that all nodes find."""

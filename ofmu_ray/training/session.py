@@ -135,15 +135,12 @@ class LocalSession:
         self.device = torch.device("cuda" if (torch.cuda.is_available() if gpu is None else gpu) else "cpu")
 
     def report(self, folder: Path, name: str, done: int) -> None:
-        numbers = [int(path.name[:6]) for path in self._checkpoints()]
+        numbers = [int(path.name[:6]) for path in local_checkpoints(self.folder)]
         place = self.folder / f"{max(numbers, default=-1) + 1:06d}_{name}"
         with atomic_dir(place) as staging:
             shutil.copytree(folder, staging, dirs_exist_ok=True)
-        for old in self._checkpoints()[: -self.keep]:
+        for old in local_checkpoints(self.folder)[: -self.keep]:
             shutil.rmtree(old)
 
     def checkpoints(self) -> Sequence[tuple[str, AbstractContextManager[Path]]]:
-        return [(path.name, nullcontext(path)) for path in reversed(self._checkpoints())]
-
-    def _checkpoints(self) -> list[Path]:
-        return local_checkpoints(self.folder)
+        return [(path.name, nullcontext(path)) for path in reversed(local_checkpoints(self.folder))]
