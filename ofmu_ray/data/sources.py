@@ -202,8 +202,9 @@ def _identity(path: str) -> str:
 def _hub_fragments(source: SourceConfig, stream: str, option: str) -> list[Fragment]:
     name = str(source.path)
     reason = None if os.path.exists(name) else unreachable(name, "dataset")
+    asked = f"{option}.hub_config = {source.hub_config}, {option}.hub_split = {source.hub_split}"
     if reason is not None:
-        raise UserError(f"{option}.path = {name}: neither a file or folder here nor a hub data set to be had: {reason}")
+        raise UserError(f"{option}.path = {name}: neither a file or folder here nor a hub data set ({asked}): {reason}")
     import datasets
 
     datasets.disable_progress_bars()
@@ -212,8 +213,7 @@ def _hub_fragments(source: SourceConfig, stream: str, option: str) -> list[Fragm
     except Exception as error:  # the hub client raises many types of errors: network, names, configurations, splits
         raise UserError(
             f"{option}.path = {name}: neither a file or folder here nor a hub data set that can be loaded "
-            f"({type(error).__name__}) with {option}.hub_config = {source.hub_config}, "
-            f"{option}.hub_split = {source.hub_split}; check the names, the network or the offline cache"
+            f"({type(error).__name__}) with {asked}; check the names, the network or the offline cache"
         ) from None
     rows = table.with_format("arrow")[:]
     starts = range(0, max(rows.num_rows, 1), HUB_SLICE_ROWS)
