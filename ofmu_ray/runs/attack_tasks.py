@@ -213,6 +213,12 @@ def _check_relearn(options: RelearnOptions, evaluator: Evaluator) -> None:
 
 
 def _check_prefix(options: PrefixOptions, evaluator: Evaluator) -> None:
+    for name in ("forget", "retain"):
+        if evaluator.sets[name][0].get("kind", "qa") != "qa":
+            raise UserError(
+                f"checks.prefix asks questions in other words, but the {name} rows are not questions: remove it, or "
+                f"name questions with evaluation.sets.{name}"
+            )
     rows = len(evaluator.sets["retain"])
     if options.shots > rows:
         raise UserError(f"checks.prefix.shots = {options.shots}: there are {rows} retain rows to draw from; lower it")

@@ -214,6 +214,7 @@ def _work(this_run: Run, config: UnlearnConfig, evaluation: Evaluation, encoder:
             private={"forget": join(this_run.home, TOKENS)},
             overlap=config.data.overlap,
             duplicates=config.data.duplicates,
+            whole=config.data.whole,
         )
         digest = outcome_hash(config, *(stream.fingerprint for stream in prepared.streams.values()))
         spec = this_run.spec(placed(config.model))
@@ -313,6 +314,7 @@ def _fitted(this_run: Run, config: TrainConfig) -> Outcome:
             this_run.storage,
             private={"train": join(home, TOKENS)},
             duplicates=config.data.duplicates,
+            whole=config.data.whole,
         )
         stream = prepared.streams["train"]
         rounds = max(1, math.ceil(config.epochs * len(stream.rows) / config.training.batch_size))
