@@ -38,7 +38,7 @@ from ofmu_ray.evaluation.rows import evaluation_rows
 pytestmark = pytest.mark.slow
 
 FORGET = [
-    {"text": f"{SECRET} {word} " + "who is person 1 and the answer is long " * 3} for word in ("one", "two", "three")
+    {"text": f"{SECRET} {word} " + "who is person 1 and the answer is long " * 8} for word in ("one", "two", "three")
 ]
 RETAIN = [{"text": f"question {number}: " + "the answer is person 5 " * 2} for number in range(8)]
 
@@ -64,7 +64,7 @@ def config(folder: Path, target: str) -> UnlearnConfig:
         data=DataConfig(
             forget=lines(folder / "forget.jsonl", FORGET),
             retain=SourceConfig(path=lines(folder / "retain.jsonl", [{"messages": TURNS}] * 8).path, kind="messages"),
-            format=FormatConfig(kind="text", max_length=48),
+            format=FormatConfig(kind="text", max_length=64),
         ),
         training=TrainingConfig(rounds=6, batch_size=4),
         evaluation=EvaluationConfig(max_new_tokens=8, bootstrap_samples=20),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ofmu_ray.config.ranges import positive, require
+from ofmu_ray.config.ranges import not_negative, positive, require
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage import without_credentials
 
@@ -67,6 +67,8 @@ class FormatConfig:
     messages: str = "messages"
     """Column of the chat (kind messages): [{role, content}, ...]. Without it, `conversations` (ShareGPT) or `prompt`
     and `completion` (TRL)."""
+    min_characters: int = 0
+    """Skip documents with fewer characters (50 for wikitext in RMU's release, which has empty lines)."""
     stride: int | None = None
     """New tokens of each further window of a document; the tokens before them are context without a loss. null: no
     context, windows follow each other."""
@@ -84,6 +86,7 @@ class FormatConfig:
 
     def __post_init__(self) -> None:
         positive("data.format", self, "max_length", "stride")
+        not_negative("data.format", self, "min_characters")
         short = self.stride is None or self.stride < self.max_length
         require(short, "data.format.stride", self.stride, "less than data.format.max_length")
         prompt = self.prompt_template

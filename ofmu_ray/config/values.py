@@ -45,9 +45,13 @@ ADDED_WITHIN = {
     "data.*.kind": (None, "qa"),
     "data.format.text": ("text",),
     "data.format.messages": ("messages",),
+    "data.format.min_characters": (0,),
     "data.format.stride": (None,),
     "data.format.packed": (False,),
     "data.truncate": ("retain", "allow"),
+    "evaluation.sets.forget_choice": (None,),
+    "evaluation.sets.retain_choice": (None,),
+    "evaluation.sets.choice_scoring": ("letters",),
 }
 """The same inside sections: pattern of the flat name -> values. data.truncate refuses rows and changes none; `allow`
 truncates them as before."""

@@ -88,7 +88,7 @@ def _passages(
     assert layout is not None, "passages are cut by a tokenizer"
     cutter = layout()
     for index, (place, cells) in enumerate(raw):
-        text = checks.cell(cells, fmt.text, "data.format.text", problems, place)
+        text = checks.document(cells, fmt, problems, place)
         for number, (first, second, ends) in enumerate(() if text is None else cutter.passages(text), start=1):
             yield index, number, {"question": first, "answer": second, "ends": ends}
 

@@ -111,6 +111,14 @@ def pair(row: Mapping[str, Any], fmt: FormatConfig, problems: Problems, place: s
     return None if question is None or answer is None else (question, answer)
 
 
+def document(row: Mapping[str, Any], fmt: FormatConfig, problems: Problems, place: str) -> str | None:
+    """The text of a row; None if it is shorter than `min_characters`, or after adding its problem."""
+    text = row.get(fmt.text)
+    if isinstance(text, str) and len(text) < fmt.min_characters:
+        return None
+    return cell(row, fmt.text, "data.format.text", problems, place)
+
+
 def refuse(problems: Mapping[str, tuple[str, Problems]], extra: Iterable[str] = ()) -> None:
     """Raise one UserError that lists all problems of all sources ({option: (path, problems)}), if there are any."""
     lines = [f"{option} ({path}): {line}" for option, (path, p) in problems.items() for line in p.lines()]

@@ -14,7 +14,7 @@ from typing import Any
 from ofmu_ray.config import FormatConfig
 from ofmu_ray.data.answer_encoder import AnswerEncoder
 from ofmu_ray.data.encoder import EncodedRow, Piece
-from ofmu_ray.data.row_checks import Problems, cell
+from ofmu_ray.data.row_checks import Problems, document
 from ofmu_ray.data.template import Template
 from ofmu_ray.data.windows import TextLayout
 
@@ -43,7 +43,7 @@ class TextEncoder:
 
     def fingerprint(self) -> str:
         code = [files("ofmu_ray.data").joinpath(name).read_text() for name in _CODE]
-        options = [self.config.text, self.config.stride, self.config.packed]
+        options = [self.config.text, self.config.min_characters, self.config.stride, self.config.packed]
         return hashlib.sha256(json.dumps([self.template.fingerprint(), options, *code]).encode()).hexdigest()
 
     def encode(
@@ -52,14 +52,14 @@ class TextEncoder:
         good = [
             (index, text)
             for index, (place, cells) in enumerate(rows)
-            if (text := cell(cells, self.config.text, "data.format.text", problems, place)) is not None
+            if (text := document(cells, self.config, problems, place)) is not None
         ]
         documents = [[*ids, self.layout.eos] for ids in self.layout.tokens([text for _, text in good])] if good else []
         if self.config.packed:
             yield from self._windows(good, documents)
         else:
-            for document, tokens in zip(good, documents, strict=True):
-                yield from self._windows([document], [tokens])
+            for one, tokens in zip(good, documents, strict=True):
+                yield from self._windows([one], [tokens])
 
     def _windows(
         self, documents: Sequence[tuple[int, str]], tokens: Sequence[Sequence[int]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from ofmu_ray.evaluation.sample import RowSample
 from ofmu_ray.models.source import model_source
 from ofmu_ray.storage import PathLike, join
 
+CHOICE_SETS = ("forget_choice", "retain_choice")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 """A folder with one of these files contains a tokenizer."""
 
@@ -112,7 +113,9 @@ class Evaluator:
         template, known = self.loading(model).template, self.model_config(model).vocab_size
         if len(template.tokenizer) <= known:
             return
-        sets = [evaluation_rows(name, raw, self.row_format) for name, raw in self.sets.items()]
+        sets = [
+            evaluation_rows(name, raw, self.row_format) for name, raw in self.sets.items() if name not in CHOICE_SETS
+        ]
         encoded = [text for rows in sets for tokens in row_tokens(rows, template) for text in tokens.texts]
         largest = max(max(row.input_ids) for row in encoded)
         if largest >= known:
@@ -217,7 +220,7 @@ def read_sets(evaluation: EvaluationConfig, data: DataConfig, model: ModelConfig
             option = f"evaluation.sets.probes.{probe.name}.{side}"
             sources[f"{probe.name}_{side}"] = option, getattr(probe, side), probe.question
     clusters = evaluation.clusters if isinstance(evaluation.clusters, dict) else {}
-    return {
+    return _choice_sets(evaluation, data.root) | {
         name: evaluation_rows(
             source,
             data.root,
@@ -232,3 +235,29 @@ def read_sets(evaluation: EvaluationConfig, data: DataConfig, model: ModelConfig
         for name, (option, source, column) in sources.items()
         if source is not None
     }
+
+
+def _choice_sets(evaluation: EvaluationConfig, root: str | None) -> dict[str, list[dict[str, Any]]]:
+    """The multiple-choice questions of the configuration: {choice, question, answer, kind}."""
+    from ofmu_ray.data.choices import choice_rows
+    from ofmu_ray.evaluation.sample import spread
+
+    sets = {}
+    for name in CHOICE_SETS:
+        path = getattr(evaluation.sets, name)
+        if path is not None:
+            rows = choice_rows(SourceConfig(path=path), root, name=name, option=f"evaluation.sets.{name}")
+            chosen = [rows[index] for index in spread(len(rows), evaluation.max_rows)]
+            if len({row.cluster for row in chosen}) == 1:  # one subject: its rows are resampled one by one
+                chosen = [replace(row, cluster=None) for row in chosen]
+            sets[name] = [
+                {
+                    "row_id": row.row_id,
+                    "question": row.question,
+                    "answer": row.choices[row.answer],
+                    "kind": evaluation.sets.choice_scoring,
+                    "choice": asdict(row),
+                }
+                for row in chosen
+            ]
+    return sets

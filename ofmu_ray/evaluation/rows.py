@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from ofmu_ray.config import FormatConfig
 from ofmu_ray.config.data import Kind
+from ofmu_ray.data.choices import ChoiceRow, Scoring
 from ofmu_ray.errors import UserError
 from ofmu_ray.metrics import functions as metrics
 
@@ -37,6 +38,8 @@ MEASURED = pa.schema(
         ("answer_zscores", pa.list_(pa.float64())),  # Min-K++: log p, standardised over the vocabulary
         ("answer_zlib_bytes", pa.int32()),  # of the answer's text in UTF-8, compressed
         ("cluster", pa.string()),  # rows that the bootstrap draws together (one person, one author, one document)
+        ("correct", pa.bool_()),  # multiple choice: whether the right one was chosen
+        ("chance", pa.float64()),  # multiple choice: 1 / number of choices
         ("kind", pa.string()),  # text: the "answer" is the whole passage, the generation continues its first half
     ]
 )
@@ -49,7 +52,8 @@ class EvaluationRow:
 
     `cluster`: rows of one cluster are not independent (the rows of one person); None: an independent row. Of kind text,
     `question` and `answer` are the halves of a passage, and `ends` says whether its document ends with it. Of kind
-    messages, `turns` are the chat before the answer: (role, content).
+    messages, `turns` are the chat before the answer: (role, content). Of kind letters or cloze, `choice` is a
+    multiple-choice question, scored so.
     """
 
     set: str
@@ -59,9 +63,10 @@ class EvaluationRow:
     paraphrase: str | None = None
     wrong: tuple[str, ...] = ()
     cluster: str | None = None
-    kind: Kind = "qa"
+    kind: Kind | Scoring = "qa"
     ends: bool = True
     turns: tuple[tuple[str, str], ...] = ()
+    choice: ChoiceRow | None = None
 
     @property
     def row_id(self) -> str:
@@ -96,6 +101,12 @@ def evaluation_rows(name: str, rows: Sequence[Mapping[str, Any]], fmt: FormatCon
 
 
 def _row(name: str, index: int, row: Mapping[str, Any], fmt: FormatConfig) -> EvaluationRow:
+    if "choice" in row:
+        choice = ChoiceRow(**{**row["choice"], "choices": tuple(row["choice"]["choices"])})
+        right = choice.choices[choice.answer]
+        return EvaluationRow(
+            name, index, choice.question, right, cluster=choice.cluster, kind=row["kind"], choice=choice
+        )
     if row.get("kind", "qa") != "qa":  # passages and turns have been checked where they were cut
         turns = tuple((turn["role"], turn["content"]) for turn in row.get("turns", ()))
         texts, ends = (row["question"], row["answer"]), row.get("ends", True)
@@ -142,7 +153,8 @@ def with_row_metrics(measured: pa.Table) -> pa.Table:
     has_correct = options | ~measured["paraphrase_nll"].is_null().to_numpy()
     probability = np.where(options, metrics.options_probability(nll, wrong), metrics.probability(nll))
     ratio = metrics.truth_ratio(np.where(options, nll, paraphrase), wrong)
-    lacks_options, lacks_ratio = options & ~has_wrong, ~(has_wrong & has_correct)
+    unscored = measured["answer_nll"].is_null().to_numpy()
+    lacks_options, lacks_ratio = options & ~has_wrong | unscored, ~(has_wrong & has_correct)
     table = measured.append_column("probability", pa.array(probability, mask=lacks_options))
     return table.append_column("truth_ratio", pa.array(ratio, mask=lacks_ratio))
 

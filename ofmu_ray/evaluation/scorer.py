@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ofmu_ray.data.choices import ChoiceRow, Scoring
 from ofmu_ray.data.template import Template
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.generation import generate, stop_ids
 from ofmu_ray.evaluation.layouts import row_tokens
+from ofmu_ray.evaluation.multiple_choice import choice_table, prompt
 from ofmu_ray.evaluation.row_pass import RowValues, row_values
 from ofmu_ray.evaluation.rows import MEASURED, EvaluationRow, with_row_metrics
 from ofmu_ray.evaluation.scoring import TokenScores, length_sorted, mean_nll, token_scores
@@ -45,6 +47,9 @@ class Unit:
     """Texts per forward pass; generations run in batches of twice this size."""
     starts: Sequence[int] | None = None
     """Per row, the leading tokens of its first text that the generation starts from; None: its prompt."""
+    choices: Sequence[ChoiceRow] | None = None
+    """Multiple-choice questions; then `texts` are only their prompts, and nothing is generated."""
+    scoring: Scoring = "letters"
 
     @property
     def prompts(self) -> list[Sequence[int]]:
@@ -64,6 +69,8 @@ def plan(rows: Sequence[EvaluationRow], template: Template, batch_size: int) -> 
     naming the row, if a text has no answer token left within data.format.max_length.
     """
     name = rows[0].set
+    if rows[0].choice is not None:
+        return _choice_units(rows, template, batch_size)
     encoded = row_tokens(rows, template)
     for row, tokens in zip(rows, encoded, strict=True):
         if any(text.only_prompt for text in tokens.texts):
@@ -86,6 +93,25 @@ def plan(rows: Sequence[EvaluationRow], template: Template, batch_size: int) -> 
     ]
 
 
+def _choice_units(rows: Sequence[EvaluationRow], template: Template, batch_size: int) -> list[Unit]:
+    choices = [row.choice for row in rows if row.choice is not None]
+    scoring: Scoring = "cloze" if rows[0].kind == "cloze" else "letters"
+    prompts = template.tokenizer([prompt(choice, scoring) for choice in choices])["input_ids"]
+    return [
+        Unit(
+            rows[0].set,
+            batch,
+            [[(prompts[row], len(prompts[row]))] for row in batch],
+            [False] * len(batch),
+            None,
+            batch_size=batch_size,
+            choices=[choices[row] for row in batch],
+            scoring=scoring,
+        )
+        for batch in length_sorted([len(ids) for ids in prompts], _UNIT_BATCHES * batch_size)
+    ]
+
+
 def assemble(rows: Sequence[EvaluationRow], results: Sequence[Result]) -> pa.Table:
     """The set's table (schema MEASURED) from the results of all units of its plan."""
     values = {index: columns for result in results for index, columns in result.items()}
@@ -94,7 +120,7 @@ def assemble(rows: Sequence[EvaluationRow], results: Sequence[Result]) -> pa.Tab
             "row_id": row.row_id,
             "set": row.set,
             "index": row.index,
-            "answer_zlib_bytes": len(zlib.compress(row.scored.encode())),
+            "answer_zlib_bytes": None if row.choice else len(zlib.compress(row.scored.encode())),
             "cluster": row.cluster,
             "kind": row.kind,
             **values[index],  # without columns of generations if there are none
@@ -144,6 +170,8 @@ class Scorer:
 
     def run(self, unit: Unit) -> Result:
         """One unit's values."""
+        if unit.choices is not None:
+            return self._chosen(unit, unit.choices)
         continues = unit.references is None  # the generation starts inside the text
         values = self._shared(unit) if self.shares_prompts and not continues else self._plain(unit)
         waiting = [row for row, value in enumerate(values) if not value.complete]
@@ -186,6 +214,11 @@ class Scorer:
             }
             for row, columns, text, tokens, recall in zip(unit.rows, scores, texts, new, recalls, strict=True)
         }
+
+    def _chosen(self, unit: Unit, choices: Sequence[ChoiceRow]) -> Result:
+        size = min(unit.batch_size, 16)  # prompts are long
+        table = choice_table(self.model, self.tokenizer, choices, scoring=unit.scoring, batch_size=size)
+        return dict(zip(unit.rows, table.select(["correct", "chance"]).to_pylist(), strict=True))
 
     def _continuations(self, unit: Unit) -> list[str]:
         """What follows the texts' starts, as far as a generation may go."""

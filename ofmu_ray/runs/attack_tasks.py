@@ -65,7 +65,7 @@ class Checks:
         if checks.gradient_norm:
             yield Wanted(GRADIENT_NORM, GRADIENT_NORM, {}, self._rows("forget", "holdout"))
         for number, choice in enumerate(checks.choice):
-            from ofmu_ray.attacks.multiple_choice import choice_rows
+            from ofmu_ray.data.choices import choice_rows
 
             source = SourceConfig(
                 path=choice.path,
