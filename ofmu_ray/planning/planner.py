@@ -23,7 +23,7 @@ def planned(config: PlanConfig) -> dict[str, Any]:
 
     options, training = config.plan, config.training
     gpu = GPUS[options.gpu] if options.gpu else None
-    cuda = gpu is not None or options.gpu_memory is not None or training.gpus_per_worker > 0
+    cuda = gpu is not None or options.gpu_memory is not None or training.gpus > 0
     proposing = gpu is not None or options.gpu_memory is not None
     if options.calibrate and cuda:
         raise UserError("plan.calibrate measures this machine's CPU: remove plan.gpu and plan.gpu_memory")
