@@ -31,7 +31,7 @@ def planned(config: PlanConfig) -> dict[str, Any]:
     shape = read_config(config.model.path, trust_remote_code=config.model.trust_remote_code)
     planner = Planner(
         shape, config.model, config.method_options, training, rows, "cuda" if cuda else "cpu",
-        base=0 if cuda else _process_bytes(),
+        base=0 if cuda else _process_bytes(), file_bytes=parsed_bytes(config.export.max_shard_size),
     )  # fmt: skip
     workers = options.gpus or training.workers
     name, link = link_of(options.link, workers, options.gpus_per_node, "cuda" if cuda else "cpu")
