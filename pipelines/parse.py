@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from ofmu_ray.config import METHODS, PRESETS, SweepConfig, close_match
 from ofmu_ray.errors import UserError
 from pipelines import help
-from pipelines.config_files import ConfigFile, read_files, runs_as_base, sections
+from pipelines.config_files import ConfigFile, read_files, runs_as_base, sections, with_shipped
 
 Config = TypeVar("Config")
 
@@ -55,6 +55,7 @@ def parse(config_class: type[Config], arguments: Sequence[str], prog: str) -> Co
     if topic is not None:
         help.show(parser, topic)
     known = [option.removeprefix("--") for option in parser._option_string_actions if option.startswith("--")]
+    arguments = with_shipped(arguments)
     arguments = [word for index, word in enumerate(arguments) for word in _with_value(arguments, index)]
     files = read_files(arguments, sections(kind))
     for file in files:
