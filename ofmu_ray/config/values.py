@@ -40,6 +40,8 @@ ELASTIC = tuple(
 
 ADDED = {"task": "causal_lm", "overwrite": False, "export": {"dtype": "auto", "weights": "merged"}}
 """Options that were added later -> the earlier behaviour; with this value they do not change hashes."""
+ADDED_WITHIN: dict[str, Any] = {"milestones": (0.5, 0.75), "step_factor": 0.1, "split": None, "test": None}
+"""The same for options within sections; those of image classification are added below."""
 
 
 def config_hash(config: Any, *extra: str, ignore: Iterable[str] = WHERE_KEPT) -> str:
@@ -56,8 +58,21 @@ def config_hash(config: Any, *extra: str, ignore: Iterable[str] = WHERE_KEPT) ->
         if key not in ignored
     }
     content = {key: value for key, value in content.items() if key not in ADDED or value != ADDED[key]}
-    text = json.dumps([content, *extra], sort_keys=True)
+    text = json.dumps([_without_added(content), *extra], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _without_added(content: dict[str, Any]) -> dict[str, Any]:
+    """Without the options of ADDED_WITHIN, and the sections of image classification, that have their defaults."""
+    from ofmu_ray.config.images import ClassifierConfig, ImagesConfig
+
+    sections = {"images": dataclasses.asdict(ImagesConfig()), "classifier": dataclasses.asdict(ClassifierConfig())}
+    added = ADDED_WITHIN | sections
+    return {
+        name: _without_added(value) if isinstance(value, dict) else value
+        for name, value in content.items()
+        if name not in added or value != added[name]
+    }
 
 
 def outcome_hash(config: Any, *extra: str) -> str:

@@ -6,15 +6,18 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ofmu_ray.config import (
+    DataConfig,
     ExportConfig,
     MethodConfig,
     ModelConfig,
     StopConfig,
     TrainConfig,
+    TrainDataConfig,
     TrainingConfig,
     UnlearnConfig,
 )
 from ofmu_ray.storage import join, remove_file, remove_folder
+from ofmu_ray.tasks import task_named
 
 if TYPE_CHECKING:
     from ofmu_ray.data.batch_plan import Plan
@@ -42,12 +45,14 @@ class Spec:
     seed: int = 0
     root: str | None = None
     """Base folder for relative paths of the method's own files."""
+    data: DataConfig | TrainDataConfig | None = None
+    """How rows are read."""
 
     @classmethod
     def of(cls, config: UnlearnConfig | TrainConfig, model: ModelConfig) -> Spec:
         """The spec of a command's configuration."""
         common: dict[str, Any] = {name: getattr(config, name) for name in ("task", "training", "export", "seed")}
-        common["model"] = model
+        common |= {"model": model, "data": config.data}
         if isinstance(config, TrainConfig):
             return cls(method_name="finetune", method=config.finetune, root=config.data.root, **common)
         options = config.method_options
@@ -79,6 +84,7 @@ def make_job(
     watched = None
     if spec.stop.utility_floor is not None:
         watched = write_sample(prepared.streams["retain"], spec.stop.sample, join(folder, WATCHED))
+    reading = getattr(task_named(spec.task), "reading", None)
     job = WorkerJob(
         run_dir=folder,
         plan_dir=join(folder, PLAN),
@@ -91,6 +97,7 @@ def make_job(
         stop=spec.stop,
         export=spec.export,
         utility_rows=watched,
+        reading=reading and reading(prepared.streams, prepared.encoder, spec.data, spec.seed),
     )
     plan = write_plan(
         prepared.streams,

@@ -38,6 +38,8 @@ class Worker:
         self.module, self.processor, unread, note = loaded(self.task, job.model)
         self.collate = self.task.collate(self.processor)
         self.method = job.build_method()
+        if hasattr(self.task, "normalisation"):
+            self.task.normalisation(self.module, unlearns=self.method.unlearns, workers=session.world)
         self.method.freeze(self.module)
         self.engine = build_engine(job, self.module, self.task.loss, session.device, unread)
         self.method.start(self.engine)
