@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 FLOOR = 0.1
@@ -20,7 +21,7 @@ class Rate(Protocol):
     @property
     def decay(self) -> Decay: ...
     @property
-    def milestones(self) -> tuple[float, ...]: ...
+    def milestones(self) -> Sequence[float]: ...
     @property
     def step_factor(self) -> float: ...
 

@@ -19,7 +19,7 @@ class SourceConfig:
 
     path: str | list[str] | None = None
     """File, folder, glob or URI (local, s3://, gs://) of JSON Lines or Parquet, or a list of those;
-    builtin:people/NAME; or a hub name. Of images also builtin:digits/train or test, or a folder with one of each class."""
+    builtin:people/NAME; or a hub name. Images: also builtin:digits/train or test, or a folder with one per class."""
     format: Literal["auto", "json", "parquet", "hub", "images"] = "auto"
     """auto: by suffix (.json and .jsonl are JSON Lines). images: a folder with a folder of images for each class."""
     hub_config: str | None = None
@@ -101,7 +101,7 @@ class DataConfig:
     test: SourceConfig | None = None
     """Test rows of image classification; null: none."""
     split: SplitConfig | None = None
-    """Forget and retain rows as two parts of the rows of data.retain; data.forget is then not read. null: two sources."""
+    """Forget and retain rows as parts of the rows of data.retain (data.forget is not read); null: two sources."""
     format: FormatConfig = field(default_factory=FormatConfig)
     """How a row becomes tokens."""
     images: ImagesConfig = field(default_factory=ImagesConfig)

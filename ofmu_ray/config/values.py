@@ -40,7 +40,7 @@ ELASTIC = tuple(
 
 ADDED = {"task": "causal_lm", "overwrite": False, "export": {"dtype": "auto", "weights": "merged"}}
 """Options that were added later -> the earlier behaviour; with this value they do not change hashes."""
-ADDED_WITHIN: dict[str, Any] = {"milestones": (0.5, 0.75), "step_factor": 0.1, "split": None, "test": None}
+ADDED_WITHIN: dict[str, Any] = {"milestones": [0.5, 0.75], "step_factor": 0.1, "split": None, "test": None}
 """The same for options within sections; those of image classification are added below."""
 
 

@@ -90,7 +90,7 @@ class ImageEncoder:
             return None
         if picture.size != (width, height):
             picture = picture.resize((width, height), Image.Resampling.BILINEAR)
-        return picture.tobytes()
+        return bytes(picture.tobytes())
 
 
 def _content(path: Any) -> bytes | None:

@@ -32,8 +32,6 @@ def read_pieces(path: str, plan: Plan | None = None, reading: Reading | None = N
             yield table if reading is None or plan is None else reading(table, plan)
 
 
-def read_ahead(
-    batch: dict[str, Any], plan: Plan | None = None, reading: Reading | None = None
-) -> Iterator[pa.Table]:
+def read_ahead(batch: dict[str, Any], plan: Plan | None = None, reading: Reading | None = None) -> Iterator[pa.Table]:
     """`read_pieces` for Ray Data, which passes an array of one `path`."""
     yield from read_pieces(str(batch["path"][0]), plan, reading)

@@ -98,7 +98,9 @@ class ImageEvaluator:
 
         folder = weights_folder(resolve_builtin(model))
         cache = TableCache(self.cache, "images")
-        content = json.dumps([model_fingerprint(folder), device_kind(), {n: list(rows) for n, rows in self.sets.items()}])
+        content = json.dumps(
+            [model_fingerprint(folder), device_kind(), {n: list(rows) for n, rows in self.sets.items()}]
+        )
         key = hashlib.sha256(content.encode()).hexdigest()[:32]
         known = cache.load(key)
         if known is None:

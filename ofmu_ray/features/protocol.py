@@ -102,11 +102,22 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class ParameterValues:
+    """A tensor per trained parameter, from all rows of a stream, for the method's `given`; deleted with the run."""
+
+    name: ClassVar[str]
+
+    def compute(self, reference: Reference, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        """The tensors, on the CPU."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
 class Need:
     """A feature of a stream's rows; with `of`, values at these tokens instead of the answer's."""
 
     stream: str
-    feature: Values | Tokens
+    feature: Values | Tokens | ParameterValues
     of: Tokens | None = None
 
 

@@ -36,10 +36,19 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.generation import stop_ids
 from ofmu_ray.features import refusals
 from ofmu_ray.features.builtin import NLL
-from ofmu_ray.features.protocol import FeatureContext, Need, Row, Tokens, Values, answer_tokens, row_tokens
+from ofmu_ray.features.protocol import (
+    FeatureContext,
+    Need,
+    ParameterValues,
+    Row,
+    Tokens,
+    Values,
+    answer_tokens,
+    row_tokens,
+)
 from ofmu_ray.models.loading import read_config
 from ofmu_ray.models.source import model_fingerprint, weights_folder
-from ofmu_ray.storage import is_file, join
+from ofmu_ray.storage import atomic_write, is_file, join
 from ofmu_ray.tasks import task_named
 
 BATCH_TOKENS = 4096
@@ -94,6 +103,8 @@ def write_references(
         for need in (need for need in needs if need.stream == stream):
             if isinstance(need.feature, Tokens):
                 sidecar.add_texts(need.feature.prefix, written(need.feature), need.feature.count)
+            elif isinstance(need.feature, ParameterValues):
+                sidecar.parameters[need.feature.name] = source.parameters(need.feature, chosen)
             elif need.of is None:
                 table = source.table(need.feature.resolved(settings), stream, chosen.rows, chosen.key)
                 sidecar.add_table(need.feature.name, need.feature.key, table)
@@ -158,6 +169,16 @@ class ReferenceModel:
         path = join(self.private, f"{key}.parquet")
         if not is_file(path):
             refusals.write_refusals(path, tokens.rows(self, chosen.rows, prepared.template))
+        return path
+
+    def parameters(self, feature: ParameterValues, chosen: ChosenRows) -> str:
+        """Path of the tensors by parameter, computed in this process if missing."""
+        from safetensors.torch import save
+
+        path = join(self.private, f"{_digest(self.fingerprint, _identity(feature), chosen.key)}.safetensors")
+        if not is_file(path):
+            reference = Reference(self.task, self.model, device_kind())
+            atomic_write(path, save(feature.compute(reference, chosen.rows)))
         return path
 
     def table(self, feature: Values, stream: str, rows: Sequence[Row], rows_key: str) -> str:
@@ -231,11 +252,11 @@ class Reference:
         made = task_named(task)
         self.module, self.processor = made.load(model)
         self.module.to(device).eval()
-        self.collate, self.device = made.collate(self.processor), torch.device(device)
+        self.collate, self.device, self.loss = made.collate(self.processor), torch.device(device), made.loss
         self.autocast = model.precision == "bf16_autocast"
 
     @functools.cached_property
-    def stop(self) -> set[int]:
+    def stop(self) -> frozenset[int]:
         """The tokens that end a text."""
         return stop_ids(self.module, self.processor)
 
@@ -256,7 +277,7 @@ def _reader(
     return partial(Reference(task, model, device).of, reading)
 
 
-def _identity(feature: Values | Tokens) -> str:
+def _identity(feature: Values | Tokens | ParameterValues) -> str:
     """What determines its values, apart from model and rows."""
     kind = type(feature)
     return json.dumps([kind.__qualname__, inspect.getsource(kind), asdict(feature)], sort_keys=True)

@@ -65,8 +65,10 @@ def mia_efficacy(inputs: Inputs) -> MetricValue:
     broken = [name for name, values in confidence.items() if not np.isfinite(values).all()]
     if broken:
         return MetricValue.absent(f"the model's output is not finite on {broken[0]} rows")
-    values = 100.0 * called_non_members(confidence["retain"], confidence["test"], confidence["forget"])
-    return mean_figure(values, name="mia_efficacy", **inputs.options)
+    others = called_non_members(confidence["retain"], confidence["test"], confidence["forget"])
+    return mean_figure(
+        np.asarray(100.0 * others, dtype=np.float64), name="mia_efficacy", samples=inputs.samples, seed=inputs.seed
+    )
 
 
 def against_retrained(inputs: Inputs) -> Mapping[str, MetricValue]:

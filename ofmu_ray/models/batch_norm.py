@@ -44,7 +44,8 @@ class SharedStatistics(torch.nn.BatchNorm2d):
                 self.num_batches_tracked.add_(1)
         scale = self.weight * torch.rsqrt(variance + self.eps)
         shift = self.bias - mean * scale
-        return (wide * scale[:, None, None] + shift[:, None, None]).to(input.dtype)
+        normal: torch.Tensor = wide * scale[:, None, None] + shift[:, None, None]
+        return normal.to(input.dtype)
 
 
 def fix_statistics(module: torch.nn.Module) -> None:

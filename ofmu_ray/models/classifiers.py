@@ -66,8 +66,8 @@ class ImageProcessor:
         if not any("ImageClassification" in name for name in names):
             what = ", ".join(names) or type(shape).__name__
             raise UserError(
-                f"{option} = {path!r}: {what} is not an image classifier; give one that AutoModelForImageClassification "
-                "loads with its head, such as ResNet or ViT"
+                f"{option} = {path!r}: {what} is not an image classifier; give one that "
+                "AutoModelForImageClassification loads with its head, such as ResNet or ViT"
             )
         settings = _settings(path, option)
         size = settings.get("size") or getattr(shape, "image_size", None)

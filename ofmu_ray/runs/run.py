@@ -245,7 +245,17 @@ def _work(this_run: Run, config: UnlearnConfig, evaluation: Evaluation, encoder:
         data=prepared.report.to_json(),
         seconds=this_run.seconds,
         plan=plan.fingerprint,
+        images=_images(evaluation, tables, config),
     )
+
+
+def _images(evaluation: Any, tables: dict[str, Any], config: UnlearnConfig) -> Any:
+    """What the page shows of images; None: the rows are not images."""
+    if not hasattr(evaluation, "pictures") or tables["after"] is None:
+        return None
+    from ofmu_ray.reporting.image_section import Images, shown_rows
+
+    return Images(evaluation.classes, evaluation.pictures(shown_rows(tables, config.report.samples)))
 
 
 @contextmanager

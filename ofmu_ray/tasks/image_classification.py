@@ -42,9 +42,7 @@ class ImageClassification:
     def encoder(self, processor: ImageProcessor, data: DataConfig | TrainDataConfig) -> ImageEncoder:
         from ofmu_ray.data.image_encoder import ImageEncoder
 
-        return ImageEncoder(
-            data.images, size=processor.size, channels=processor.channels, classes=processor.classes
-        )
+        return ImageEncoder(data.images, size=processor.size, channels=processor.channels, classes=processor.classes)
 
     def evaluation(self, config: UnlearnConfig, storage: PathLike) -> ImageEvaluator:
         from ofmu_ray.evaluation.image_evaluator import ImageEvaluator
@@ -58,7 +56,11 @@ class ImageClassification:
         write_initial_classifier(folder, config)
 
     def reading(
-        self, streams: Mapping[str, TokenisedStream], encoder: ImageEncoder, data: DataConfig | TrainDataConfig, seed: int
+        self,
+        streams: Mapping[str, TokenisedStream],
+        encoder: ImageEncoder,
+        data: DataConfig | TrainDataConfig,
+        seed: int,
     ) -> ImageReading:
         """Adds the augmented pixels to a plan's rows as they are read."""
         from ofmu_ray.data.image_reading import ImageReading, pixel_table

@@ -41,6 +41,9 @@ class Evaluation(Protocol):
         The section `run` is merged into the run's: `degenerate` (bool or None) and `generations` (a sentence or None).
         """
 
+    # optional: classes: Sequence[str], and def pictures(self, row_ids: Sequence[str]) -> dict[str, bytes]
+    # names of the classes, and PNGs of the rows that may be shown, for the report of an image classifier
+
     def texts(self) -> dict[str, tuple[str, str]]:
         """Row id -> (question, answer) for the report's samples; {} if rows are not text, or private."""
 
