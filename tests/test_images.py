@@ -54,8 +54,13 @@ def forgetting(models: dict[str, str], storage: Path, name: str, **changes: Any)
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    storage = tmp_path_factory.mktemp("fitted")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all runs: MLflow makes its database once."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def models(storage: Path) -> dict[str, str]:
     target = train(training(storage, "target"))
     retrained = train(training(storage, "retrained", **{"data.split": {"classes": [3]}, "seed": 1}))
     return {"target": target.model, "retrained": retrained.model}
@@ -75,8 +80,8 @@ RUNS = {
 @pytest.mark.parametrize(
     "method", ["ofmu", "salun", *(pytest.param(name, marks=pytest.mark.full) for name in [*RUNS][2:])]
 )
-def test_a_class_is_forgotten(models: dict[str, str], tmp_path: Path, method: str) -> None:
-    outcome = unlearn(forgetting(models, tmp_path, method, method=method, **RUNS[method]))
+def test_a_class_is_forgotten(models: dict[str, str], storage: Path, method: str) -> None:
+    outcome = unlearn(forgetting(models, storage, method, method=method, **RUNS[method]))
     before, after, retrained = (outcome.metrics[name] for name in ("before", "after", "retrained"))
     value = {name: figure["value"] for name, figure in after.items()}
     assert before["unlearning_accuracy"]["value"] < 10
@@ -87,15 +92,22 @@ def test_a_class_is_forgotten(models: dict[str, str], tmp_path: Path, method: st
     if method != "l1_sparse":  # which forgets only by chance
         assert value["unlearning_accuracy"] > 50
         assert value["average_gap"] < before["average_gap"]["value"]
-    _loads(outcome.model, after, tmp_path)
+    if method == "salun":  # weights outside the mask stay to the bit
+        start, end = (load_file(Path(path, "model.safetensors")) for path in (models["target"], outcome.model))
+        trained = [name for name in start if "running" not in name and "tracked" not in name]
+        moved = sum(int((start[name] != end[name]).sum()) for name in trained)
+        assert 0.3 < moved / sum(start[name].numel() for name in trained) <= 0.501
+    _loads(outcome.model, after)
     report = Path(outcome.run["report"]).read_text()
     assert "Average gap" in report
     assert "Confusion of the forgotten rows" in report
+    pictures = report.count("data:image/png")
+    assert pictures == 2 * 5  # retain and test rows; those of the forgotten class are not to be shown
     shown = json.loads((Path(outcome.home) / "metrics.json").read_text())["run"]["config_hash"]
-    assert shown == outcome_hash(forgetting(models, tmp_path, "other", method=method, **RUNS[method]))
+    assert shown == outcome_hash(forgetting(models, storage, "other", method=method, **RUNS[method]))
 
 
-def _loads(path: str, figures: dict[str, Any], storage: Path) -> None:
+def _loads(path: str, figures: dict[str, Any]) -> None:
     """transformers alone loads the model and finds the accuracy on the test rows of the other classes."""
     from transformers import AutoModelForImageClassification
 
@@ -116,7 +128,7 @@ def _loads(path: str, figures: dict[str, Any], storage: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_training_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_training_resumes_to_the_same_bits(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Running statistics, momentum and augmentation included."""
     changes = {"epochs": 0.4, "training.checkpoint_every": 3}
     weights = []
@@ -134,8 +146,8 @@ def test_a_killed_training_resumes_to_the_same_bits(tmp_path: Path, monkeypatch:
             with monkeypatch.context() as patched:
                 patched.setattr(worker, "run_round", killed)
                 with pytest.raises(KeyboardInterrupt):
-                    train(training(tmp_path, name, **changes))
-        outcome = train(training(tmp_path, name, **changes))
+                    train(training(storage, name, **changes))
+        outcome = train(training(storage, name, **changes))
         assert outcome.rounds == 9
         weights.append(load_file(Path(outcome.model, "model.safetensors")))
     for name, value in weights[0].items():
@@ -144,14 +156,14 @@ def test_a_killed_training_resumes_to_the_same_bits(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.slow
-def test_two_workers_train_the_same_model_as_one(tmp_path: Path, local_ray: None) -> None:
+def test_two_workers_train_the_same_model_as_one(storage: Path, local_ray: None) -> None:
     """Batch normalisation over both workers' rows; Ray Data reads and augments."""
     weights = []
     for workers in (1, 2):
         changes = {"epochs": 0.25, "training": {"engine": "deepspeed", "workers": workers, "batch_size": 64}}
-        outcome = train(training(tmp_path, f"workers{workers}", **changes))
+        outcome = train(training(storage, f"workers{workers}", **changes))
         weights.append(load_file(Path(outcome.model, "model.safetensors")))
-    moved = load_file(tmp_path / "workers1" / "initial" / "model.safetensors")
+    moved = load_file(storage / "workers1" / "initial" / "model.safetensors")
     for name, value in weights[0].items():
         torch.testing.assert_close(value.double(), weights[1][name].double(), rtol=2e-3, atol=2e-4, msg=name)
     assert any((value - moved[name]).abs().max() > 0.01 for name, value in weights[0].items() if "running" in name)
@@ -304,3 +316,40 @@ def test_new_options_do_not_change_the_hashes_of_other_runs() -> None:
     assert not any(f'"{name}"' in kept for name in ("milestones", "images", "split", "classifier", "step_factor"))
     changed = apply_overrides(TrainConfig(), {"classifier.architecture": "resnet18"})
     assert outcome_hash(changed) != outcome_hash(TrainConfig())
+
+
+def test_the_page_of_images() -> None:
+    from ofmu_ray.reporting.image_section import Images, confusion_lines, image_samples, shown_rows
+
+    def table(predicted: list[int]) -> pa.Table:
+        ids = [*(f"forget-{row}" for row in range(4)), "retain-0"]
+        return pa.table(
+            {
+                "row_id": ids,
+                "set": [row_id.partition("-")[0] for row_id in ids],
+                "label": [1, 1, 1, 2, 0],
+                "predicted": predicted,
+                "confidence": [0.5] * 5,
+            }
+        )
+
+    tables = {"before": table([1, 1, 1, 2, 0]), "after": table([1, 0, 0, 2, 0])}
+    assert shown_rows(tables, 2) == ["forget-1", "forget-2", "retain-0"]
+    images = Images(["ant", "bee", "cat"], {"retain-0": b"picture"})
+    samples = image_samples(tables, images, 2)
+    assert samples["forget"][0].picture is None
+    assert samples["forget"][0].predictions == {"before": ("bee", 0.5, True), "after": ("ant", 0.5, False)}
+    assert str(samples["retain"][0].picture).startswith("data:image/png;base64,")
+    lines = {(line.label, line.model): line for line in confusion_lines(tables, images.classes)}
+    assert lines["bee", "before"].predictions == "bee 3"
+    assert lines["bee", "after"].predictions == "ant 2, bee 1"
+    assert lines["bee", "after"].right == pytest.approx(100 / 3)
+
+
+def test_drawn_classes_are_even_and_belong_to_seed_and_row() -> None:
+    from ofmu_ray.features.label_features import drawn_class
+
+    drawn = [drawn_class(f"forget-{row}", 10, 0) for row in range(2000)]
+    assert np.bincount(drawn, minlength=10).min() > 150
+    assert drawn == [drawn_class(f"forget-{row}", 10, 0) for row in range(2000)]
+    assert drawn != [drawn_class(f"forget-{row}", 10, 1) for row in range(2000)]

@@ -22,6 +22,7 @@ from ofmu_ray.data import sources
 from ofmu_ray.data.image_encoder import ImageEncoder, check_classes
 from ofmu_ray.data.image_files import png, stacked
 from ofmu_ray.data.row_checks import Problems, refuse
+from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.cache import TableCache
 from ofmu_ray.evaluation.rows import is_private
 from ofmu_ray.evaluation.sample import RowSample
@@ -29,6 +30,8 @@ from ofmu_ray.storage import PathLike, join
 
 CHUNK = 2000
 """Images of one task."""
+OPERATIONS = 2.7e4
+"""Operations for each pixel and channel, to decide where to evaluate: ResNet-20's."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,11 @@ class ImageEvaluator:
                 for start in range(0, len(one), CHUNK)
             ]
             make = partial(_predictor, str(folder), device_kind(), self.evaluation.batch_size)
-            work = 2e6 * sum(pixels.size for _, _, pixels in jobs) / 100  # a small ResNet's operations
+            work = OPERATIONS * sum(pixels.size for _, _, pixels in jobs)
             done = dict(enumerate(map(make(), jobs))) if runs_here(work) else dict(map_tasks(make, jobs))
+            classes = done[0].shape[1]
+            if classes != len(self.classes):
+                raise UserError(f"{label} model {model!r} has {classes} classes, and model.path {len(self.classes)}")
             known = self._table([done[number] for number in range(len(jobs))], jobs)
             cache.save(key, known)
         return known if self.sample is None else self._named(known)

@@ -49,6 +49,13 @@ class Taken:
     """The most frequent predicted classes, with their numbers."""
 
 
+def images_of(evaluation: Any, tables: Mapping[str, Any], count: int) -> Images | None:
+    """The content for `count` samples of each set, from a task's evaluation; None: its rows are not images."""
+    if not hasattr(evaluation, "pictures") or tables.get("after") is None:
+        return None
+    return Images(evaluation.classes, evaluation.pictures(shown_rows(tables, count)))
+
+
 def shown_rows(tables: Mapping[str, Any], count: int) -> list[str]:
     """Ids of `count` rows of each set: first those whose prediction changed, evenly spread over the others."""
     before, after = (_by_id(tables.get(model)) for model in ("before", "after"))

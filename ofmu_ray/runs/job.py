@@ -84,7 +84,6 @@ def make_job(
     watched = None
     if spec.stop.utility_floor is not None:
         watched = write_sample(prepared.streams["retain"], spec.stop.sample, join(folder, WATCHED))
-    reading = getattr(task_named(spec.task), "reading", None)
     job = WorkerJob(
         run_dir=folder,
         plan_dir=join(folder, PLAN),
@@ -97,12 +96,16 @@ def make_job(
         stop=spec.stop,
         export=spec.export,
         utility_rows=watched,
-        reading=reading and reading(prepared.streams, prepared.encoder, spec.data, spec.seed),
     )
+    batches = job.build_method().batches_per_round()
+    reading = getattr(task_named(spec.task), "reading", None)
+    if reading is not None:
+        streams = {name: prepared.streams[name] for name in batches}
+        job = replace(job, reading=reading(streams, prepared.encoder, spec.data, spec.seed))
     plan = write_plan(
         prepared.streams,
         job.plan_dir,
-        batches_per_round=job.build_method().batches_per_round(),
+        batches_per_round=batches,
         rounds=spec.training.rounds,
         batch_size=spec.training.batch_size,
         workers=spec.training.workers,

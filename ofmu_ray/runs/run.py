@@ -205,6 +205,7 @@ def _concluded(this_run: Run, config: UnlearnConfig, results: RunResults, handle
 def _work(this_run: Run, config: UnlearnConfig, evaluation: Evaluation, encoder: Encoder, handle: Any) -> RunResults:
     """Prepare the data, evaluate, run the rounds, evaluate again."""
     from ofmu_ray.data.prepare import prepare_streams
+    from ofmu_ray.reporting.image_section import images_of
 
     with this_run.phase("data"):
         prepared = prepare_streams(
@@ -245,17 +246,8 @@ def _work(this_run: Run, config: UnlearnConfig, evaluation: Evaluation, encoder:
         data=prepared.report.to_json(),
         seconds=this_run.seconds,
         plan=plan.fingerprint,
-        images=_images(evaluation, tables, config),
+        images=images_of(evaluation, tables, config.report.samples),
     )
-
-
-def _images(evaluation: Any, tables: dict[str, Any], config: UnlearnConfig) -> Any:
-    """What the page shows of images; None: the rows are not images."""
-    if not hasattr(evaluation, "pictures") or tables["after"] is None:
-        return None
-    from ofmu_ray.reporting.image_section import Images, shown_rows
-
-    return Images(evaluation.classes, evaluation.pictures(shown_rows(tables, config.report.samples)))
 
 
 @contextmanager
