@@ -113,6 +113,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.split is not None:
+            self.split.check()
             object.__setattr__(self, "forget", self.retain)
         for name, source in self.sources.items():
             source.check(f"data.{name}")
@@ -147,6 +148,8 @@ class TrainDataConfig:
 
     def __post_init__(self) -> None:
         self.train.check("data.train")
+        if self.split is not None:
+            self.split.check()
 
     @property
     def source(self) -> SourceConfig:

@@ -40,7 +40,8 @@ class SplitConfig:
     seed: int = 0
     """Decides which rows `share` takes."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Checks that it says which rows. The owner calls it: a default value says nothing."""
         one = (self.share is None) == bool(self.classes)
         require(one, "data.split", f"share {self.share}, classes {self.classes}", "either a share or classes")
         if self.share is not None:
