@@ -69,7 +69,7 @@ def start(
     values = {name: _text(value) for name, value in flatten(dict(params)).items()}
     own_tags = {**(tags or {}), RUN_NAME_TAG: run_name}
     try:
-        with connection.impatient(), _lock(uri):
+        with connection.impatient(), connection.creation_lock(uri):
             client = connection.client(uri)  # creates the tables of a fresh database
             experiment_id = _experiment(client, config.experiment, uri, storage)
         run = _find(client, experiment_id, run_name, values) if resume else None
@@ -160,19 +160,6 @@ def open_command(handle: RunHandle) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------- creation
-
-
-@contextmanager
-def _lock(uri: str) -> Iterator[None]:
-    """Lets one driver at a time create the tables of a SQLite database."""
-    file = connection.sqlite_file(uri)
-    if file is None:
-        yield
-        return
-    from filelock import FileLock
-
-    with FileLock(f"{file}.lock"):
-        yield
 
 
 def _experiment(client: Any, name: str, uri: str, storage: str) -> str:

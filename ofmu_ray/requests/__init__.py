@@ -1,0 +1,1 @@
+"""Requests to delete data: ledger, processing, gates, promotion, signed certificates."""
