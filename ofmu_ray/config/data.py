@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Literal
 
 from ofmu_ray.config.ranges import positive, require
+from ofmu_ray.config.values import DATE
 from ofmu_ray.storage import without_credentials
 
 BUILTIN_FORGET = "builtin:people/forget.jsonl"
@@ -59,11 +61,17 @@ class FormatConfig:
     """Prompt of the qa template; the answer follows after one space."""
     system_prompt: str | None = None
     """System message of the chat template."""
+    date: str = DATE
+    """Date (YYYY-MM-DD) for chat templates that write today's into the prompt: tomorrow the same run has the same rows."""
     max_length: int = 512
     """Longest row (tokens); longer rows are truncated on the right and counted in the report."""
 
     def __post_init__(self) -> None:
         positive("data.format", self, "max_length")
+        try:
+            datetime.strptime(self.date, "%Y-%m-%d")
+        except ValueError:
+            require(False, "data.format.date", self.date, f"a date such as {FormatConfig.date}")
         prompt = self.prompt_template
         require("{question}" in prompt, "data.format.prompt_template", prompt, "a text that contains {question}")
 

@@ -11,6 +11,7 @@ from ofmu_ray.config.ranges import require
 from ofmu_ray.config.robustness import RelearnOptions
 from ofmu_ray.errors import UserError
 
+GATES = "requests.promotion.gates"
 Against = Literal["holdout", "retrained", "champion"]
 
 
@@ -25,7 +26,7 @@ class GateConfig:
     each request with two rows or more on its own (persistence)."""
     against: Against | None = None
     """What the metric is compared with. holdout: the same model on never-seen rows (relearn: the same attack on them),
-    by the difference; retrained: base.evaluation.retrained on the same rows, by the difference; champion: the model
+    by the difference; retrained: evaluation.retrained on the same rows, by the difference; champion: the model
     before on the same rows, by the ratio; null: nothing, the metric itself counts."""
     at_least: float | None = None
     """Lower bound."""
@@ -44,13 +45,13 @@ class GateConfig:
     def check(self) -> None:
         """Checks ranges."""
         if self.at_least is None and self.at_most is None:
-            raise UserError(f"gates: {self.name} has no bound: give at_least, at_most or both")
+            raise UserError(f"{GATES}: {self.name} has no bound: give at_least, at_most or both")
         whole = self.at_least is None or self.at_most is None or self.at_least <= self.at_most
-        require(whole, f"gates: {self.name}: at_least", self.at_least, f"at most {self.at_most}")
+        require(whole, f"{GATES}: {self.name}: at_least", self.at_least, f"at most {self.at_most}")
         if self.rows == "earlier" and (self.relearns or self.against == "retrained"):
-            raise UserError(f"gates: {self.name}: not measured on earlier requests; use rows: requested")
+            raise UserError(f"{GATES}: {self.name}: not measured on earlier requests; use rows: requested")
         if self.relearns and self.against == "champion":
-            raise UserError(f"gates: {self.name}: compare relearning with holdout, retrained or a bound alone")
+            raise UserError(f"{GATES}: {self.name}: compare relearning with holdout, retrained or a bound alone")
 
     @property
     def relearns(self) -> bool:
@@ -81,7 +82,7 @@ def _gates() -> list[GateConfig]:
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeConfig:
-    """One way to unlearn: options of `ofmu unlearn` over those of `base`."""
+    """One way to unlearn: options of `ofmu unlearn` over the configuration's own."""
 
     name: str
     """A word for reports and the run's name."""
@@ -90,10 +91,10 @@ class RecipeConfig:
 
     def __post_init__(self) -> None:
         plain = re.fullmatch(r"[\w-]+", self.name, re.ASCII) is not None
-        require(plain, "recipes.name", self.name, "a word of letters, digits and _ -")
+        require(plain, "requests.promotion.recipes.name", self.name, "a word of letters, digits and _ -")
         for option in self.options:
             if option.partition(".")[0] in ("name", "storage", "overwrite", "model", "data", "tracking", "task"):
-                raise UserError(f"recipes.{self.name}.{option}: set by the pipeline or by `base`; drop it")
+                raise UserError(f"requests.promotion.recipes: {self.name}: .{option}: set by the pipeline; drop it")
 
 
 def _recipes() -> list[RecipeConfig]:
@@ -121,12 +122,12 @@ class PromotionConfig:
 
     def __post_init__(self) -> None:
         plain = re.fullmatch(r"[\w.-]+", self.model_name, re.ASCII) is not None
-        require(plain, "promotion.model_name", self.model_name, "a word of letters, digits and _ . -")
-        require(bool(self.recipes), "promotion.recipes", "[]", "at least one recipe")
-        require(bool(self.gates), "promotion.gates", "[]", "at least one gate")
+        require(plain, "requests.promotion.model_name", self.model_name, "a word of letters, digits and _ . -")
+        require(bool(self.recipes), "requests.promotion.recipes", "[]", "at least one recipe")
+        require(bool(self.gates), "requests.promotion.gates", "[]", "at least one gate")
         for kind, entries in (("recipes", self.recipes), ("gates", self.gates)):
             names: Sequence[str] = [entry.name for entry in entries]
             for name in names:
-                require(names.count(name) == 1, f"promotion.{kind}", name, "there once")
+                require(names.count(name) == 1, f"requests.promotion.{kind}", name, "there once")
         for gate in self.gates:
             gate.check()

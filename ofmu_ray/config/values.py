@@ -42,6 +42,10 @@ ADDED = {"task": "causal_lm", "overwrite": False, "export": {"dtype": "auto", "w
 """Options that were added later -> the earlier behaviour; with this value they do not change hashes."""
 
 
+DATE = "2024-07-26"
+"""Default of `data.format.date`, added later: with it the section is hashed as before."""
+
+
 def config_hash(config: Any, *extra: str, ignore: Iterable[str] = WHERE_KEPT) -> str:
     """Hex digest (16 digits) of what determines a run: the config without its storage options, plus `extra`.
 
@@ -56,8 +60,20 @@ def config_hash(config: Any, *extra: str, ignore: Iterable[str] = WHERE_KEPT) ->
         if key not in ignored
     }
     content = {key: value for key, value in content.items() if key not in ADDED or value != ADDED[key]}
+    content = _without(content, "date", DATE)
     text = json.dumps([content, *extra], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _without(content: Any, name: str, value: Any) -> Any:
+    """Nested content without an option of sections `format` that has this value."""
+    if not isinstance(content, dict):
+        return content
+    kept = {key: _without(item, name, value) for key, item in content.items()}
+    fmt = kept.get("format")
+    if isinstance(fmt, dict) and fmt.get(name) == value:
+        kept["format"] = {key: item for key, item in fmt.items() if key != name}
+    return kept
 
 
 def outcome_hash(config: Any, *extra: str) -> str:

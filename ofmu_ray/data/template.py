@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from ofmu_ray.config import FormatConfig
@@ -87,7 +88,8 @@ class Template:
         """Hex digest of everything that determines how text becomes tokens."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         vocabulary = backend.to_str() if backend else json.dumps(sorted(self.tokenizer.get_vocab().items()))
-        layout = [self.before, self.between, self.bos, self.eos, self.pad, asdict(self.config)]
+        options = {name: value for name, value in asdict(self.config).items() if name != "date"}  # it is in `before`
+        layout = [self.before, self.between, self.bos, self.eos, self.pad, options]
         return hashlib.sha256(json.dumps([vocabulary, layout]).encode()).hexdigest()
 
     def _row(self, prompt: list[int], answer: list[int]) -> Encoded:
@@ -149,5 +151,13 @@ class Template:
         return before, between if natural else after
 
     def _render(self, turns: list[dict[str, str]], *, generate: bool) -> str:
-        text: str = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate)
+        """The conversation as the chat template writes it, on the configured date (some templates ask for today's)."""
+        day = datetime.fromisoformat(self.config.date)
+        text: str = self.tokenizer.apply_chat_template(
+            turns,
+            tokenize=False,
+            add_generation_prompt=generate,
+            strftime_now=day.strftime,
+            date_string=day.strftime("%d %b %Y"),
+        )
         return text

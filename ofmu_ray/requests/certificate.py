@@ -9,8 +9,6 @@ Nothing here imports Ray, torch or the ledger.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -45,15 +43,6 @@ class Verified:
     key_id: str
     model: bool
     """Whether the model was compared, too."""
-
-
-def row_digest(salt: bytes, question: str, answer: str) -> str:
-    """HMAC-SHA256 of a row under its request's salt, 64 hex digits.
-
-    Whoever has salt and row can find it in a certificate; the digest alone says nothing about the row.
-    """
-    text = json.dumps([question, answer], ensure_ascii=False)
-    return hmac.new(salt, text.encode(), hashlib.sha256).hexdigest()
 
 
 def canonical(content: Any) -> bytes:
@@ -122,30 +111,3 @@ def _check_model(path: str | Path, content: Mapping[str, Any], model: str | Path
     if found != content["result"]["weights"]:
         raise NotVerified(f"{path}: --model {model} has the weights {found[:12]}…, "
                           f"the certificate's {content['result']['weights'][:12]}…")  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------------------- page
-
-
-def page(content: Mapping[str, Any], key_id: str, name: str) -> str:
-    """The certificate as one HTML page without outside parts. `name`: its JSON file's name."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("ofmu_ray", "requests"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["short"] = _short
-    template = environment.get_template("certificate.html.j2")
-    return str(template.render(c=content, key_id=key_id, name=name, options=_flat(content["method"]["options"])))
-
-
-def _short(value: Any) -> str:
-    """A number with four significant digits; other values as they are."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    from ofmu_ray.config.values import flatten
-
-    return flatten(dict(options), prefix)

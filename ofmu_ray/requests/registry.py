@@ -118,11 +118,21 @@ class Registry:
                 self._client.set_registered_model_alias(self.name, PREVIOUS, version.replaces)
             self._client.set_registered_model_alias(self.name, CHAMPION, version.number)
 
-    def withdraw(self, version: Version, reason: str) -> Version:
-        """Give `champion` back to the version that `version` replaced, and mark `version`. Can be repeated.
+    def mark_withdrawn(self, version: Version, reason: str) -> None:
+        """Note that a version is taken back, before anything else changes."""
+        with self._asked():
+            self._client.set_model_version_tag(self.name, version.number, WITHDRAWN, reason[:_LONGEST_TAG] or "rollback")
 
-        Returns the champion.
-        """
+    def withdrawn(self) -> list[Version]:
+        """All versions that were taken back."""
+        if not self._exists():
+            return []
+        with self._asked():
+            found = self._client.search_model_versions(f"name = '{self.name}'")
+        return [one for one in map(_version, found) if one.withdrawn]
+
+    def withdraw(self, version: Version) -> Version:
+        """Give `champion` back to the version that `version` replaced, and return that. Can be repeated."""
         assert version.replaces is not None, "the first version replaces none"
         before = self.version(version.replaces)
         with self._asked():
@@ -131,7 +141,6 @@ class Registry:
                 self._client.set_registered_model_alias(self.name, PREVIOUS, before.replaces)
             else:
                 self._client.delete_registered_model_alias(self.name, PREVIOUS)
-            self._client.set_model_version_tag(self.name, version.number, WITHDRAWN, reason[:_LONGEST_TAG])
         return before
 
     def _alias(self, alias: str) -> Version | None:

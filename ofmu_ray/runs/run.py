@@ -68,7 +68,10 @@ class Run:
     @property
     def claim(self) -> Claim:
         """What claims the run's name."""
-        return Claim(self.home, self.kind, self.digest, public(self.config), self.config.overwrite)
+        config = self.config
+        sources = {"train": config.data.train} if isinstance(config, TrainConfig) else config.sources
+        options = public(config)
+        return Claim(self.home, self.kind, self.digest, options, config.overwrite, sources, config.data.root)
 
     @cached_property
     def here(self) -> bool:
@@ -129,7 +132,9 @@ def _tracked(this_run: Run, tags: dict[str, str]) -> Iterator[Any]:
     from ofmu_ray import tracking
 
     config = this_run.config
-    handle = tracking.start(config.tracking, this_run.storage, name_of(this_run.home), public(config), tags)
+    record = join(this_run.home, tracking.RECORD)
+    name = name_of(this_run.home)
+    handle = tracking.start(config.tracking, this_run.storage, name, public(config), tags, record=record)
     try:
         with tracking.system_metrics(handle, enabled=config.tracking.system_metrics):
             yield handle
@@ -215,6 +220,7 @@ def _work(this_run: Run, config: UnlearnConfig, evaluation: Evaluation, encoder:
             overlap=config.data.overlap,
             duplicates=config.data.duplicates,
         )
+        this_run.claim.note_sources(prepared.sources)
         digest = outcome_hash(config, *(stream.fingerprint for stream in prepared.streams.values()))
         spec = this_run.spec(placed(config.model))
         job, plan = make_job(spec, prepared, this_run.home, this_run.cache, digest)
@@ -314,6 +320,7 @@ def _fitted(this_run: Run, config: TrainConfig) -> Outcome:
             private={"train": join(home, TOKENS)},
             duplicates=config.data.duplicates,
         )
+        this_run.claim.note_sources(prepared.sources)
         stream = prepared.streams["train"]
         rounds = max(1, math.ceil(config.epochs * len(stream.rows) / config.training.batch_size))
         progress.note("data", f"{len(stream.rows)} rows, {rounds} steps of {config.training.batch_size} rows")

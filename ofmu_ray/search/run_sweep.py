@@ -107,7 +107,8 @@ def sweep(config: SweepConfig, command: Sequence[str] = ()) -> SweepOutcome:
     claim = Claim(str(folder), "sweep", digest, _determining(config))
     claim.check()
     tags = {"ofmu.kind": "sweep", "ofmu.config_hash": digest}
-    handle = tracking.start(run.tracking, str(storage), config.name, _determining(config), tags)
+    record = folder / tracking.RECORD
+    handle = tracking.start(run.tracking, str(storage), config.name, _determining(config), tags, record=record)
     status: Any = "FAILED"
     files: list[Path] = []
     complete = False

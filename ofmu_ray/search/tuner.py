@@ -209,7 +209,8 @@ def child_run(
     }
     name = f"{ledger.config.name}/{number:04d}"
     try:
-        return mlflow.start(tracking, str(ledger.folder.parent), name, options, tags)
+        record = ledger.folder / "mlflow" / f"{number:04d}.json"
+        return mlflow.start(tracking, str(ledger.folder.parent), name, options, tags, record=record)
     except UserError:
         return None
 
