@@ -1,1 +1,1 @@
-"""Requests to delete data: ledger, processing, gates, promotion, signed certificates."""
+"""Requests to forget: a ledger of them, their intake, and the encrypted rows they name."""

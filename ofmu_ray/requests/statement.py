@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def keys_of(config: RequestsConfig) -> Keys:
     """The signing keys."""
-    return Keys(config.requests.promotion.keys or f"{config.requests_folder}/keys")
+    return Keys(config.signing_keys)
 
 
 def certify(
