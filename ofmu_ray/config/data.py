@@ -62,7 +62,7 @@ class FormatConfig:
     system_prompt: str | None = None
     """System message of the chat template."""
     date: str = DATE
-    """Date (YYYY-MM-DD) for chat templates that write today's into the prompt: tomorrow the same run has the same rows."""
+    """Date (YYYY-MM-DD) for chat templates that write today's into the prompt, which would change a run overnight."""
     max_length: int = 512
     """Longest row (tokens); longer rows are truncated on the right and counted in the report."""
 

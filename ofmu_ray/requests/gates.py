@@ -133,11 +133,17 @@ def check_gates(gates: Sequence[GateConfig], *, holdout: bool, retrained: bool) 
     """
     for gate in gates:
         if not holdout and (gate.against == "holdout" or "holdout" in metric(gate.metric).needs):
-            raise UserError(f"requests.promotion.gates: {gate.name} needs rows that no model has seen: set data.holdout.path")
+            raise UserError(
+                f"requests.promotion.gates: {gate.name} needs rows that no model has seen: set data.holdout.path"
+            )
         if not retrained and (gate.against == "retrained" or "retrained" in metric(gate.metric).needs):
-            raise UserError(f"requests.promotion.gates: {gate.name} needs evaluation.retrained; set it, or drop the gate")
+            raise UserError(
+                f"requests.promotion.gates: {gate.name} needs evaluation.retrained; set it, or drop the gate"
+            )
         if gate.against == "champion" and gate.metric not in tested():
-            raise UserError(f"requests.promotion.gates: {gate.name}: only these are compared with the champion: {', '.join(tested())}")
+            raise UserError(
+                f"requests.promotion.gates: {gate.name}: only these are compared with the champion: {', '.join(tested())}"
+            )
 
 
 def decide(gates: Sequence[GateConfig], tables: GateTables) -> list[GateResult]:

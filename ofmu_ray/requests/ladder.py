@@ -56,7 +56,12 @@ class Attempt:
     @property
     def open_gates(self) -> list[str]:
         """Names of the gates that did not pass."""
-        return [gate["name"] for gate in self.gates if gate["result"] not in ("passed", "skipped")]
+        return [gate["name"] for gate in self.gates if gate["result"] in ("failed", "undecided")]
+
+    @property
+    def words(self) -> str:
+        """The verdict as a line."""
+        return f"{self.recipe}: {self.verdict}: {', '.join(self.open_gates) or self.status}"
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,9 @@ class Batch:
             attempts.append(attempt)
             if attempt.verdict == "passed":
                 return self._promoted(base, self._registered(base, attempt), attempts)
-            progress.note("gates", f"{recipe.name}: {attempt.verdict}: {', '.join(attempt.open_gates) or attempt.status}")
+            progress.note(
+                "gates", f"{recipe.name}: {attempt.verdict}: {', '.join(attempt.open_gates) or attempt.status}"
+            )
             if attempt.verdict == "undecided":
                 break
         return self._for_review(base, attempts)
@@ -140,8 +147,9 @@ class Batch:
         plain = apply_overrides(plain, recipe.options, option=f"requests.promotion.recipes: {recipe.name}: ")
         name = f"{self.name}-v{base.number}-{recipe.name}-{outcome_hash(plain)[:8]}"
         folder = join(self.storage, name, REQUESTED)
-        files = {name: SourceConfig(path=join(folder, f"{name}.jsonl")) for name in ("forget", "retain")}
-        return replace(plain, name=name, data=replace(plain.data, holdout=holdout, overlap="error", **files))
+        forget, retain = (SourceConfig(path=join(folder, f"{each}.jsonl")) for each in ("forget", "retain"))
+        data = replace(plain.data, forget=forget, retain=retain, holdout=holdout, overlap="error")
+        return replace(plain, name=name, data=data)
 
     def _home(self, base: Version, recipe: RecipeConfig) -> str:
         return join(self.storage, self.run_config(base, recipe).name or "")
@@ -177,18 +185,20 @@ class Batch:
             raise
 
     def _judged(self, config: UnlearnConfig, recipe: RecipeConfig, outcome: Outcome) -> Attempt:
-        gates, verdict, results = self.promotion.gates, "failed", unmeasured(self.promotion.gates)
+        gates, results = self.promotion.gates, unmeasured(self.promotion.gates)
+        verdict: Verdict = "failed"
         if outcome.finished:
             rows = gate_rows(self.config, self.ledger, self.requests)
             check_gates(gates, holdout="holdout" in rows.kept, retrained=self.config.evaluation.retrained is not None)
             results = self._measured(config, outcome, rows)
-            states = {one.result for one in results}
-            verdict = "failed" if states & {"failed", "not measured"} else "undecided" if "undecided" in states else "passed"
+            verdict = _verdict({one.result for one in results})
+                "failed" if states & {"failed", "not measured"} else "undecided" if "undecided" in states else "passed"
+            )
         return Attempt(
             recipe=recipe.name,
             run=outcome.name,
             status=outcome.message or outcome.status,
-            verdict=verdict,  # type: ignore[arg-type]
+            verdict=verdict,
             gates=[one.to_json() for one in results],
             weights=model_fingerprint(weights_folder(outcome.model)),
             cost=dict(outcome.cost),
@@ -244,7 +254,7 @@ class Batch:
         last = attempts[-1] if attempts else None
         why = "every recipe made a model that was withdrawn"
         if last is not None:
-            why = f"{last.recipe}: {last.verdict}: {', '.join(last.open_gates) or last.status}"
+            why = last.words
         self._to("verifying" if self.state == "verifying" else "running", {})
         self.ledger.move(self.ids, "needs_review", {"why": why, "report": path}, owner=self.owner)
         return BatchOutcome(self.name, "needs_review", self.ids, report=path, why=why)
@@ -270,8 +280,8 @@ class Batch:
             return first
         if champion.weights != model_fingerprint(weights_folder(champion.path)):
             raise UserError(
-                f"{self.registry.name} version {champion.number}: the weights in {champion.path} are not those that were "
-                "registered; restore them, or move the alias `champion` to another version"
+                f"{self.registry.name} version {champion.number}: the weights in {champion.path} are not those "
+                "that were registered; restore them, or move the alias `champion` to another version"
             )
         return champion
 
@@ -297,3 +307,9 @@ class Batch:
         """Recipes whose model was promoted for one of these requests and withdrawn."""
         events = (event for name in self.ids for event in self.ledger.events(name))
         return {event.detail["withdrawn_recipe"] for event in events if "withdrawn_recipe" in event.detail}
+
+
+def _verdict(results: set[str]) -> Verdict:
+    if results & {"failed", "not measured"}:
+        return "failed"
+    return "undecided" if "undecided" in results else "passed"

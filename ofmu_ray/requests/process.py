@@ -1,7 +1,7 @@
 """What a scheduler starts: work off all due requests, batch by batch, under the ledger's lease; and roll back.
 
-    outcomes = process(config)          # LeaseHeld: another processor is at work
-    withdrawn = rollback(config, "wrong answers in production")
+outcomes = process(config)          # LeaseHeld: another processor is at work
+withdrawn = rollback(config, "wrong answers in production")
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.requests.intake import open_ledger
 from ofmu_ray.requests.ladder import Batch, BatchOutcome
 from ofmu_ray.requests.lease import drop_dead, owner_name, renewed
-from ofmu_ray.requests.ledger import Ledger, LeaseHeld
+from ofmu_ray.requests.ledger import LeaseHeld, Ledger
 from ofmu_ray.requests.registry import Registry, Version
 from ofmu_ray.runs.preflight import prepare_storage
 from ofmu_ray.storage import explained
@@ -96,7 +96,9 @@ def rollback(config: RequestsConfig, reason: str) -> Withdrawal:
         registry = _registry(config, storage)
         drop_dead(ledger)
         if (holder := ledger.holder()) is not None:
-            raise LeaseHeld(f"{holder[0]} is processing: roll back when it has ended, or after {holder[1]:%H:%M:%S} UTC")
+            raise LeaseHeld(
+                f"{holder[0]} is processing: roll back when it has ended, or after {holder[1]:%H:%M:%S} UTC"
+            )
         unfinished = finish_withdrawals(ledger, registry)
         if unfinished is not None:  # a rollback that was killed; not a second one
             return unfinished

@@ -14,7 +14,6 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from ofmu_ray.config import TrackingConfig
-from ofmu_ray.errors import UserError
 from ofmu_ray.storage import is_uri
 from ofmu_ray.tracking import connection
 
@@ -121,7 +120,9 @@ class Registry:
     def mark_withdrawn(self, version: Version, reason: str) -> None:
         """Note that a version is taken back, before anything else changes."""
         with self._asked():
-            self._client.set_model_version_tag(self.name, version.number, WITHDRAWN, reason[:_LONGEST_TAG] or "rollback")
+            self._client.set_model_version_tag(
+                self.name, version.number, WITHDRAWN, reason[:_LONGEST_TAG] or "rollback"
+            )
 
     def withdrawn(self) -> list[Version]:
         """All versions that were taken back."""
