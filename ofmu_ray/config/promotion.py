@@ -61,22 +61,23 @@ class GateConfig:
 
 def _gates() -> list[GateConfig]:
     """What forgetting, sound generations and utility mean by default; docs/requests.md has the reasons."""
-    near = [
-        ("forget_probability", {"at_most": 0.15}),
-        ("forget_truth_ratio", {"at_least": -0.25, "if_absent": "skip"}),
-        ("forget_extraction_strength", {"at_most": 0.15}),
-        ("forget_repetition", {"at_most": 0.1}),
-        ("forget_empty", {"at_most": 0.1}),
-        ("forget_ngram_variety", {"at_least": -0.1}),
-        ("relearn/forget/step_5", {"at_most": 0.25}),
-    ]
-    kept = [("retain_probability", {"at_least": 0.9}), ("model_utility", {"at_least": 0.9, "if_absent": "skip"})]
-    earlier = [("forget_probability", {"at_most": 0.15}), ("forget_extraction_strength", {"at_most": 0.15})]
+
+    def holdout(metric: str, **bounds: Any) -> GateConfig:
+        return GateConfig(metric=metric, against="holdout", **bounds)
+
     return [
-        *(GateConfig(metric=name, against="holdout", **bounds) for name, bounds in near),  # type: ignore[arg-type]
+        holdout("forget_probability", at_most=0.15),
+        holdout("forget_truth_ratio", at_least=-0.25, if_absent="skip"),
+        holdout("forget_extraction_strength", at_most=0.15),
         GateConfig(metric="mia_min_k_auc", at_most=0.8),
-        *(GateConfig(metric=name, against="champion", **bounds) for name, bounds in kept),  # type: ignore[arg-type]
-        *(GateConfig(metric=name, rows="earlier", against="holdout", **bounds) for name, bounds in earlier),
+        holdout("forget_repetition", at_most=0.1),
+        holdout("forget_empty", at_most=0.1),
+        holdout("forget_ngram_variety", at_least=-0.1),
+        GateConfig(metric="retain_probability", against="champion", at_least=0.9),
+        GateConfig(metric="model_utility", against="champion", at_least=0.9, if_absent="skip"),
+        holdout("forget_probability", rows="earlier", at_most=0.15),
+        holdout("forget_extraction_strength", rows="earlier", at_most=0.15),
+        holdout("relearn/forget/step_5", at_most=0.25),
     ]
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ofmu_ray.attacks.attack_metrics import check_figures
-from ofmu_ray.config.promotion import GateConfig
+from ofmu_ray.config.promotion import GATES, GateConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.metrics.columns import rows_of
 from ofmu_ray.metrics.intervals import MetricValue, difference_figure
@@ -133,17 +133,11 @@ def check_gates(gates: Sequence[GateConfig], *, holdout: bool, retrained: bool) 
     """
     for gate in gates:
         if not holdout and (gate.against == "holdout" or "holdout" in metric(gate.metric).needs):
-            raise UserError(
-                f"requests.promotion.gates: {gate.name} needs rows that no model has seen: set data.holdout.path"
-            )
+            raise UserError(f"{GATES}: {gate.name} needs rows that no model has seen: set data.holdout.path")
         if not retrained and (gate.against == "retrained" or "retrained" in metric(gate.metric).needs):
-            raise UserError(
-                f"requests.promotion.gates: {gate.name} needs evaluation.retrained; set it, or drop the gate"
-            )
+            raise UserError(f"{GATES}: {gate.name} needs evaluation.retrained; set it, or drop the gate")
         if gate.against == "champion" and gate.metric not in tested():
-            raise UserError(
-                f"requests.promotion.gates: {gate.name}: only these are compared with the champion: {', '.join(tested())}"
-            )
+            raise UserError(f"{GATES}: {gate.name}: the champion is compared in {', '.join(tested())} only")
 
 
 def decide(gates: Sequence[GateConfig], tables: GateTables) -> list[GateResult]:

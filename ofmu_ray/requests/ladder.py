@@ -117,9 +117,7 @@ class Batch:
             attempts.append(attempt)
             if attempt.verdict == "passed":
                 return self._promoted(base, self._registered(base, attempt), attempts)
-            progress.note(
-                "gates", f"{recipe.name}: {attempt.verdict}: {', '.join(attempt.open_gates) or attempt.status}"
-            )
+            progress.note("gates", attempt.words)
             if attempt.verdict == "undecided":
                 break
         return self._for_review(base, attempts)
@@ -192,8 +190,6 @@ class Batch:
             check_gates(gates, holdout="holdout" in rows.kept, retrained=self.config.evaluation.retrained is not None)
             results = self._measured(config, outcome, rows)
             verdict = _verdict({one.result for one in results})
-                "failed" if states & {"failed", "not measured"} else "undecided" if "undecided" in states else "passed"
-            )
         return Attempt(
             recipe=recipe.name,
             run=outcome.name,

@@ -96,9 +96,7 @@ def rollback(config: RequestsConfig, reason: str) -> Withdrawal:
         registry = _registry(config, storage)
         drop_dead(ledger)
         if (holder := ledger.holder()) is not None:
-            raise LeaseHeld(
-                f"{holder[0]} is processing: roll back when it has ended, or after {holder[1]:%H:%M:%S} UTC"
-            )
+            raise LeaseHeld(f"{holder[0]} is processing, until {holder[1]:%H:%M:%S} UTC if it does not go on: wait")
         unfinished = finish_withdrawals(ledger, registry)
         if unfinished is not None:  # a rollback that was killed; not a second one
             return unfinished
@@ -121,7 +119,8 @@ def finish_withdrawals(ledger: Ledger, registry: Registry) -> Withdrawal | None:
     promoted = [one for one in ledger.all(("promoted",)) if one.batch in batches]
     if moved is None and not promoted:
         return None
-    reopened, for_review = [], []
+    reopened: list[str] = []
+    for_review: list[str] = []
     for request in promoted:
         version = batches[request.batch or ""]
         detail = {"withdrawn": version.number, "withdrawn_recipe": _recipe(ledger, request.id)}

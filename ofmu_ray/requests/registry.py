@@ -119,10 +119,9 @@ class Registry:
 
     def mark_withdrawn(self, version: Version, reason: str) -> None:
         """Note that a version is taken back, before anything else changes."""
+        text = reason[:_LONGEST_TAG] or "rollback"
         with self._asked():
-            self._client.set_model_version_tag(
-                self.name, version.number, WITHDRAWN, reason[:_LONGEST_TAG] or "rollback"
-            )
+            self._client.set_model_version_tag(self.name, version.number, WITHDRAWN, text)
 
     def withdrawn(self) -> list[Version]:
         """All versions that were taken back."""

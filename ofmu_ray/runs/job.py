@@ -131,7 +131,7 @@ def with_references(
 
 
 def remove_text(folder: str) -> None:
-    """Delete tokens, batch plan, sidecars, watched and requested rows: they contain text that must not outlive a run."""
+    """Delete tokens, batch plan, sidecars, watched and requested rows: text in them must not outlive a run."""
     for name in (TOKENS, PLAN, SIDECARS, REQUESTED):
         remove_folder(join(folder, name))
     remove_file(join(folder, WATCHED))

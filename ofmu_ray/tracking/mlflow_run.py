@@ -57,9 +57,9 @@ def start(
         params: the complete configuration, nested or flat; values are logged as JSON (strings unchanged), cut to
             6000 characters.
         tags: additional tags, e.g. the code version; overwritten on resumption.
-        record: file that keeps the run's id, in the folder of what is tracked: a start with the same parameters (storage
-            and reporting may differ) resumes that run. Names say nothing: equal ones are different runs. None: always
-            a new run.
+        record: file that keeps the run's id, in the folder of what is tracked: a start with the same parameters
+            (storage and reporting may differ) resumes that run. Equal names alone are different runs. None: always a
+            new run.
 
     Raises:
         UserError: MLflow is not reachable within seconds or does not respond in 30 seconds, or the experiment was
