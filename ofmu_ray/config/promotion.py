@@ -66,17 +66,17 @@ def _gates() -> list[GateConfig]:
         return GateConfig(metric=metric, against="holdout", **bounds)
 
     return [
-        holdout("forget_probability", at_most=0.15),
-        holdout("forget_truth_ratio", at_least=-0.25, if_absent="skip"),
-        holdout("forget_extraction_strength", at_most=0.15),
+        holdout("forget_probability", at_most=0.2),
+        holdout("forget_truth_ratio", at_least=-0.4, if_absent="skip"),
+        holdout("forget_extraction_strength", at_most=0.25),
         GateConfig(metric="mia_min_k_auc", at_most=0.8),
         holdout("forget_repetition", at_most=0.1),
         holdout("forget_empty", at_most=0.1),
         holdout("forget_ngram_variety", at_least=-0.1),
         GateConfig(metric="retain_probability", against="champion", at_least=0.9),
         GateConfig(metric="model_utility", against="champion", at_least=0.9, if_absent="skip"),
-        holdout("forget_probability", rows="earlier", at_most=0.15),
-        holdout("forget_extraction_strength", rows="earlier", at_most=0.15),
+        holdout("forget_probability", rows="earlier", at_most=0.2),
+        holdout("forget_extraction_strength", rows="earlier", at_most=0.25),
         holdout("relearn/forget/step_5", at_most=0.25),
     ]
 
@@ -101,8 +101,8 @@ class RecipeConfig:
 def _recipes() -> list[RecipeConfig]:
     return [
         RecipeConfig(name="base"),
-        RecipeConfig(name="longer", options={"training": {"rounds": 60}}),
-        RecipeConfig(name="stronger", options={"training": {"rounds": 120}}),
+        RecipeConfig(name="longer", options={"training": {"rounds": 60}, "stop": {"forgotten": None}}),
+        RecipeConfig(name="longest", options={"training": {"rounds": 120}, "stop": {"forgotten": None}}),
     ]
 
 

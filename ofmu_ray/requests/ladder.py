@@ -230,7 +230,7 @@ class Batch:
         self.registry.promote(made)
         detail = {"version": made.number, "recipe": passed.recipe, "run": passed.run, "key": key}
         self.ledger.move(self.ids, "promoted", detail, owner=self.owner, certificate=document)
-        path = publish(self.config, self.storage, self.name, document)
+        path = publish(self.storage, self.name, document)
         return BatchOutcome(self.name, "promoted", self.ids, made.number, path)
 
     def _registered(self, base: Version, attempt: Attempt) -> Version:
@@ -246,7 +246,7 @@ class Batch:
         )
 
     def _for_review(self, base: Version, attempts: list[Attempt]) -> BatchOutcome:
-        path = report(self.config, self.storage, self.name, self.requests, base, attempts)
+        path = report(self.storage, self.name, self.requests, base, attempts)
         last = attempts[-1] if attempts else None
         why = "every recipe made a model that was withdrawn"
         if last is not None:

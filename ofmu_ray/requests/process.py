@@ -18,8 +18,9 @@ from ofmu_ray.requests.ladder import Batch, BatchOutcome
 from ofmu_ray.requests.lease import drop_dead, owner_name, renewed
 from ofmu_ray.requests.ledger import LeaseHeld, Ledger
 from ofmu_ray.requests.registry import Registry, Version
+from ofmu_ray.requests.statement import certificate_path, publish
 from ofmu_ray.runs.preflight import prepare_storage
-from ofmu_ray.storage import explained
+from ofmu_ray.storage import explained, is_file
 
 
 class ProcessingFailed(UserError):
@@ -44,6 +45,7 @@ def process(config: RequestsConfig) -> list[BatchOutcome]:
             finish_withdrawals(ledger, registry)
             if (dead := drop_dead(ledger)) is not None:
                 progress.note("lease", f"taken over from {dead}, which is gone")
+            _republish(config, storage, ledger)
             seconds = config.requests.lease_seconds
             while taken := ledger.take(owner, seconds):
                 try:
@@ -55,6 +57,15 @@ def process(config: RequestsConfig) -> list[BatchOutcome]:
             ledger.release(owner)
             ledger.destroy_expired(duration("requests.keep_rows", config.requests.keep_rows))
     return outcomes
+
+
+def _republish(config: RequestsConfig, storage: str, ledger: Ledger) -> None:
+    """Write the files of certificates that a killed process recorded only in the ledger."""
+    batches = {one.batch: one.id for one in ledger.all(("promoted",)) if one.batch is not None}
+    for batch, request in batches.items():
+        document = ledger.certificate(request)
+        if document is not None and not is_file(certificate_path(storage, batch)):
+            publish(storage, batch, document)
 
 
 def _worked_off(batch: Batch) -> BatchOutcome:

@@ -50,10 +50,14 @@ def certify(
     return signer.key_id, signed(content, signer).decode()
 
 
-def publish(config: RequestsConfig, storage: str, batch: str, document: str) -> str:
+def certificate_path(storage: str, batch: str) -> str:
+    """Where the certificate of a batch is."""
+    return join(storage, "requests", "certificates", f"{batch}.json")
+
+
+def publish(storage: str, batch: str, document: str) -> str:
     """Write certificate and page; the path of the certificate."""
-    envelope = json.loads(document)
-    path = join(storage, "requests", "certificates", f"{batch}.json")
+    envelope, path = json.loads(document), certificate_path(storage, batch)
     page = certificate_page(envelope["certificate"], envelope["key_id"], f"{batch}.json")
     atomic_write(join(storage, "requests", "certificates", f"{batch}.html"), page)
     atomic_write(path, document)
@@ -61,7 +65,6 @@ def publish(config: RequestsConfig, storage: str, batch: str, document: str) -> 
 
 
 def report(
-    config: RequestsConfig,
     storage: str,
     batch: str,
     requests: Sequence[Request],
