@@ -12,7 +12,7 @@ from requests_world import CRIPPLED, STRONG, World, pairs, people, write_rows
 from ofmu_ray.errors import UserError
 from ofmu_ray.requests import ladder
 from ofmu_ray.requests.certificate import NotVerified, verify
-from ofmu_ray.requests.lease import drop_dead
+from ofmu_ray.requests.renewal import drop_dead
 from ofmu_ray.requests.ledger import Ledger
 from ofmu_ray.requests.process import ProcessingFailed, process
 from ofmu_ray.requests.registry import Registry
