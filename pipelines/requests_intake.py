@@ -10,7 +10,7 @@ from typing import Any
 from ofmu_ray.config.requests import RequestsConfig, duration
 from ofmu_ray.errors import UserError
 from ofmu_ray.requests import intake
-from ofmu_ray.requests.ledger import Request
+from ofmu_ray.requests.records import Request
 from ofmu_ray.requests.standing import deadline_line, standing
 from ofmu_ray.requests.states import STATES, State
 from ofmu_ray.requests.vault import write_master_key

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     "pipelines", "requests", "search", "runs", "planning", "reporting", "attacks", "training", "tracking", "methods",
-    "features", "tasks", "evaluation", "metrics", "engines", "models", "data", "cluster", "internals", "algorithm", "config",
-    "storage", "assets",
+    "features", "tasks", "evaluation", "metrics", "engines", "models", "data", "cluster", "internals", "algorithm",
+    "config", "storage", "assets",
 )  # fmt: skip
 """From top to bottom, as in docs/architecture.md."""
 GROUND = {"errors", "progress", "__version__", ""}

@@ -15,7 +15,8 @@ from ofmu_ray.config.requests import RequestsConfig, duration
 from ofmu_ray.data import row_checks, sources
 from ofmu_ray.data.row_checks import Problems
 from ofmu_ray.errors import UserError
-from ofmu_ray.requests.ledger import Ledger, Request
+from ofmu_ray.requests.ledger import Ledger
+from ofmu_ray.requests.records import Request
 from ofmu_ray.requests.vault import Vault, master_key
 
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from ofmu_ray.requests.ledger import Request
+from ofmu_ray.requests.records import Request
 from ofmu_ray.requests.states import OPEN, STATES
 
 AT_RISK = 0.25
