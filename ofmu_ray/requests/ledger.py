@@ -53,10 +53,14 @@ class Ledger:
     """
 
     def __init__(self, uri: str, vault: Vault | None = None, clock: Callable[[], datetime] | None = None) -> None:
-        self.clock = clock or (lambda: datetime.now(UTC))
+        self._now = clock or (lambda: datetime.now(UTC))
         self.engine = opened(uri)
         self._vault = vault
         self._hashes = RowHashes(self._row_key(vault)) if vault else None
+
+    def clock(self) -> datetime:
+        """The time now, in UTC."""
+        return self._now().astimezone(UTC)
 
     def close(self) -> None:
         self.engine.dispose()
