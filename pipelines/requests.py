@@ -11,7 +11,7 @@ from typing import NoReturn
 from ofmu_ray.config.requests import RequestsConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.progress import listening
-from pipelines import requests_intake, requests_work
+from pipelines import requests_intake, requests_service, requests_work
 from pipelines.parse import fail, parse
 from pipelines.terminal import Terminal
 
@@ -30,7 +30,7 @@ class Subcommand:
 
 SUBCOMMANDS: dict[str, Subcommand] = {
     name: Subcommand(*parts)
-    for table in (requests_intake.COMMANDS, requests_work.COMMANDS)
+    for table in (requests_intake.COMMANDS, requests_service.COMMANDS, requests_work.COMMANDS)
     for name, parts in table.items()
 }
 

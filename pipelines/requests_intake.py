@@ -10,8 +10,8 @@ from typing import Any
 from ofmu_ray.config.requests import RequestsConfig, duration
 from ofmu_ray.errors import UserError
 from ofmu_ray.requests import intake
-from ofmu_ray.requests.ledger import Request
-from ofmu_ray.requests.standing import deadline_line, standing
+from ofmu_ray.requests.records import Request
+from ofmu_ray.requests.standing import standing
 from ofmu_ray.requests.states import STATES, State
 from ofmu_ray.requests.vault import write_master_key
 
@@ -166,14 +166,13 @@ def audit(options: argparse.Namespace, config: RequestsConfig) -> int:
 def report(options: argparse.Namespace, config: RequestsConfig) -> int:
     """Counts by state, and deadlines at risk."""
     with intake.open_ledger(config, keyed=False) as ledger:
-        now = ledger.clock()
-        summary = standing(ledger.all(), now)
+        summary = standing(ledger)
     if options.json:
         _print(summary.to_json())
         return 0
     print("  ".join(f"{state} {count}" for state, count in summary.counts.items()) or "no requests")
     for request in summary.at_risk:
-        print(f"at risk  {request.id}  {request.key}  {request.state}  {deadline_line(request, now)}")
+        print(f"at risk  {request.id}  {request.key}  {request.state}  {summary.left(request)}")
     return 0
 
 

@@ -16,7 +16,7 @@ def _none(parser: argparse.ArgumentParser) -> None:
 
 def process(options: argparse.Namespace, config: RequestsConfig) -> int:
     """Work off everything that is due; status 0 also if another processor is at work, 1 if a person has to decide."""
-    from ofmu_ray.requests.ledger import LeaseHeld
+    from ofmu_ray.requests.lease import LeaseHeld
     from ofmu_ray.requests.process import process as work
 
     try:

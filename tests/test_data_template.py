@@ -161,9 +161,7 @@ def test_a_prompt_never_has_the_current_date() -> None:
     dated = "{{ bos_token }}{{ strftime_now('%d %b %Y') }} {{ date_string }} " + SPACE_AT_END.removeprefix(
         "{{ bos_token }}"
     )
-    first, second = (
-        Template(build(chat=dated), FormatConfig(**options)) for options in ({}, {"date": "2025-01-31"})
-    )
+    first, second = (Template(build(chat=dated), FormatConfig(**options)) for options in ({}, {"date": "2025-01-31"}))
     assert "26 Jul 2024 26 Jul 2024 " in first.before
     assert "31 Jan 2025 31 Jan 2025 " in second.before
     assert first.fingerprint() != second.fingerprint()

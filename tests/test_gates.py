@@ -89,7 +89,9 @@ def test_membership_counts_earlier_rows_as_members() -> None:
 def test_against_a_retrained_model_rows_are_paired() -> None:
     gate = GateConfig(metric="forget_probability", against="retrained", at_most=0.05, at_least=-0.05)
     near = [one + 0.01 for one in LOW]
-    (done,) = decide([gate], GateTables(result=table(forget=near), champion=table(forget=HIGH), retrained=table(forget=LOW)))
+    (done,) = decide(
+        [gate], GateTables(result=table(forget=near), champion=table(forget=HIGH), retrained=table(forget=LOW))
+    )
     assert (done.low, done.value, done.high) == pytest.approx((0.01, 0.01, 0.01))
     assert done.result == "passed"
 

@@ -12,10 +12,10 @@ from requests_world import CRIPPLED, STRONG, World, pairs, people, write_rows
 from ofmu_ray.errors import UserError
 from ofmu_ray.requests import ladder
 from ofmu_ray.requests.certificate import NotVerified, verify
-from ofmu_ray.requests.renewal import drop_dead
 from ofmu_ray.requests.ledger import Ledger
 from ofmu_ray.requests.process import ProcessingFailed, process
 from ofmu_ray.requests.registry import Registry
+from ofmu_ray.requests.renewal import drop_dead
 from ofmu_ray.runs import writing
 
 pytestmark = pytest.mark.system

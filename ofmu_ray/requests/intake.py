@@ -15,7 +15,8 @@ from ofmu_ray.config.requests import RequestsConfig, duration
 from ofmu_ray.data import row_checks, sources
 from ofmu_ray.data.row_checks import Problems
 from ofmu_ray.errors import UserError
-from ofmu_ray.requests.ledger import Ledger, Request
+from ofmu_ray.requests.ledger import Ledger
+from ofmu_ray.requests.records import Request
 from ofmu_ray.requests.vault import Vault, master_key
 
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}")
@@ -124,11 +125,11 @@ def by_columns(config: RequestsConfig, where: Mapping[str, str]) -> Found:
         return all(column in row and _text(row[column]) == value for column, value in where.items())
 
     found = _search(config, fits, list(where))
-    for column in where:
-        if column not in seen:
+    for number, column in enumerate(where, start=1):
+        if column not in seen:  # the name is not repeated: it may be anything, and messages are kept in logs
             columns = sorted(seen)
             raise UserError(
-                f"where: the training data has no column {column[:60]!r}, only {', '.join(columns)}."
+                f"where: the training data has no column of condition {number}, only {', '.join(columns)}."
                 f"{close_match(column, columns)}"
             )
     return found

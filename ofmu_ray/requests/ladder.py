@@ -22,7 +22,8 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.models.source import model_fingerprint, weights_folder
 from ofmu_ray.requests.gate_tables import GateMeasurement, GateRows
 from ofmu_ray.requests.gates import check_gates, decide, unmeasured
-from ofmu_ray.requests.ledger import Ledger, Request
+from ofmu_ray.requests.ledger import Ledger
+from ofmu_ray.requests.records import Request
 from ofmu_ray.requests.registry import FIRST, Registry, Version
 from ofmu_ray.requests.request_rows import gate_rows, write_sources
 from ofmu_ray.requests.statement import certify, keys_of, publish, report

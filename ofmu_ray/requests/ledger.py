@@ -16,7 +16,6 @@ import hashlib
 import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -24,12 +23,13 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from ofmu_ray.errors import UserError
+from ofmu_ray.requests import lease
 from ofmu_ray.requests.chain import Event, append, check_chain
 from ofmu_ray.requests.database import forget_pages, opened, reading, writing
+from ofmu_ray.requests.records import Request, as_request, identity, record_of
 from ofmu_ray.requests.schema import (
     CertificateRecord,
     EventRecord,
-    LeaseRecord,
     PayloadRecord,
     RequestRecord,
     RowRecord,
@@ -38,46 +38,9 @@ from ofmu_ray.requests.schema import (
 from ofmu_ray.requests.states import IN_WORK, WITHDRAWN, State, check_move
 from ofmu_ray.requests.vault import ROW_KEY, RowHashes, Vault
 
-LEASE = "process"
-
-
-class UnknownRequest(UserError):
-    """No request has this id."""
-
 
 class KeyTaken(UserError):
     """The idempotency key belongs to a request with other content."""
-
-
-class LeaseHeld(UserError):
-    """Another processor works on the ledger, or took it over."""
-
-    status = 1
-
-
-@dataclass(frozen=True)
-class Request:
-    """A request as it was when it was read. Times are UTC."""
-
-    id: str
-    key: str
-    state: State
-    created: datetime
-    deadline: datetime
-    row_count: int
-    data: str
-    """Fingerprint of the training data that its rows were found in."""
-    by: str
-    accepted: datetime | None
-    ended: datetime | None
-    batch: str | None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values; none of them is a text of the request."""
-        return {
-            name: value.isoformat(timespec="seconds") if isinstance(value, datetime) else value
-            for name, value in vars(self).items()
-        }
 
 
 class Ledger:
@@ -90,10 +53,14 @@ class Ledger:
     """
 
     def __init__(self, uri: str, vault: Vault | None = None, clock: Callable[[], datetime] | None = None) -> None:
-        self.clock = clock or (lambda: datetime.now(UTC))
+        self._now = clock or (lambda: datetime.now(UTC))
         self.engine = opened(uri)
         self._vault = vault
         self._hashes = RowHashes(self._row_key(vault)) if vault else None
+
+    def clock(self) -> datetime:
+        """The time now, in UTC."""
+        return self._now().astimezone(UTC)
 
     def close(self) -> None:
         self.engine.dispose()
@@ -166,9 +133,9 @@ class Ledger:
             session.add_all(RowRecord(request_id=name, number=n, hash=h) for n, h in enumerate(row_hashes))
             wrapped, ciphertext = self.vault.sealed(name, {"content": dict(content), "rows": [dict(r) for r in rows]})
             session.add(PayloadRecord(request_id=name, wrapped_key=wrapped, ciphertext=ciphertext))
-            append(session, now, name, "received", by=by, detail={**_identity(record), **(detail or {})})
+            append(session, now, name, "received", by=by, detail={**identity(record), **(detail or {})})
             self._move(session, record, "accepted", {}, by)
-            return _request(record)
+            return as_request(record)
 
     def find(self, key: str, content: Mapping[str, Any]) -> Request | None:
         """The request that `add` with this key would give back, before its rows are looked up; raises as `add`."""
@@ -179,12 +146,12 @@ class Ledger:
         found = session.scalar(select(RequestRecord).where(RequestRecord.key == key))
         if found is not None and found.content_hash != content_hash:
             raise KeyTaken(f"key {key}: belongs to {found.id}, which asks for something else; use another key")
-        return None if found is None else _request(found)
+        return None if found is None else as_request(found)
 
     def get(self, request_id: str) -> Request:
         """UnknownRequest if there is none with this id."""
         with reading(self.engine) as session:
-            return _request(_record(session, request_id))
+            return as_request(record_of(session, request_id))
 
     def all(self, states: Sequence[State] | None = None) -> list[Request]:
         """Requests in these states (null: any), oldest first."""
@@ -192,7 +159,7 @@ class Ledger:
         if states is not None:
             query = query.where(RequestRecord.state.in_(states))
         with reading(self.engine) as session:
-            return [_request(record) for record in session.scalars(query)]
+            return [as_request(record) for record in session.scalars(query)]
 
     def move(
         self,
@@ -215,14 +182,14 @@ class Ledger:
             LeaseHeld: `owner` does not have the lease (any more), or somebody else has it.
         """
         with writing(self.engine) as session:
-            records = [_record(session, name) for name in ([requests] if isinstance(requests, str) else requests)]
+            records = [record_of(session, name) for name in ([requests] if isinstance(requests, str) else requests)]
             if owner is not None or any(record.state in IN_WORK for record in records):
-                self._fence(session, owner)
+                lease.fence(session, owner, self.clock())
             for record in records:
                 self._move(session, record, state, detail or {}, owner or by)
                 if certificate is not None:
                     session.merge(CertificateRecord(request_id=record.id, document=certificate, created=self.clock()))
-            moved = [_request(record) for record in records]
+            moved = [as_request(record) for record in records]
         if state in WITHDRAWN:
             forget_pages(self.engine)
         return moved
@@ -251,7 +218,7 @@ class Ledger:
         """
         now = now or self.clock()
         with writing(self.engine) as session:
-            self._lease(session, owner, now, lease_seconds)
+            lease.hold(session, owner, now, lease_seconds)
             left = list(session.scalars(_ordered(IN_WORK)))
             if not left:
                 left, batch = list(session.scalars(_ordered(("accepted",)))), f"batch-{uuid.uuid4().hex[:12]}"
@@ -262,53 +229,24 @@ class Ledger:
                 first = left[0].batch
                 left = [record for record in left if record.batch == first]
             if not left:
-                self._drop_lease(session, owner)
-            return [_request(record) for record in left]
+                lease.drop(session, owner)
+            return [as_request(record) for record in left]
 
     def renew(self, owner: str, lease_seconds: float, now: datetime | None = None) -> datetime:
         """Keep the lease for another `lease_seconds`; LeaseHeld if somebody else took it over."""
         with writing(self.engine) as session:
-            if (lease := session.get(LeaseRecord, LEASE)) is None or lease.owner != owner:
-                raise LeaseHeld(_lost(owner, lease))
-            return self._lease(session, owner, now or self.clock(), lease_seconds)
+            lease.fence(session, owner, now or self.clock())
+            return lease.hold(session, owner, now or self.clock(), lease_seconds)
 
     def release(self, owner: str) -> None:
         """Give the lease back; nothing happens if `owner` does not have it."""
         with writing(self.engine) as session:
-            self._drop_lease(session, owner)
+            lease.drop(session, owner)
 
     def holder(self) -> tuple[str, datetime] | None:
         """(owner, expiry) of the lease, if it holds."""
         with reading(self.engine) as session:
-            lease = session.get(LeaseRecord, LEASE)
-            return None if lease is None or lease.expires <= self.clock() else (lease.owner, lease.expires)
-
-    def _lease(self, session: Session, owner: str, now: datetime, seconds: float) -> datetime:
-        lease = session.get(LeaseRecord, LEASE)
-        if lease is not None and lease.owner != owner and lease.expires > now:
-            raise LeaseHeld(
-                f"{lease.owner} is processing, and has the lease until {lease.expires:%Y-%m-%d %H:%M:%S} UTC unless it "
-                "renews it; wait for it, or start again after that"
-            )
-        expires = now + timedelta(seconds=seconds)
-        if lease is None:
-            session.add(LeaseRecord(name=LEASE, owner=owner, taken=now, expires=expires))
-        else:
-            taken = lease.taken if lease.owner == owner else now
-            lease.owner, lease.taken, lease.expires = owner, taken, expires
-        return expires
-
-    def _drop_lease(self, session: Session, owner: str) -> None:
-        if (lease := session.get(LeaseRecord, LEASE)) is not None and lease.owner == owner:
-            session.delete(lease)
-
-    def _fence(self, session: Session, owner: str | None) -> None:
-        """A processor that was paused longer than its lease must not write over its successor's work."""
-        lease = session.get(LeaseRecord, LEASE)
-        if owner is not None and (lease is None or lease.owner != owner):
-            raise LeaseHeld(_lost(owner, lease))
-        if owner is None and lease is not None and lease.expires > self.clock():
-            raise LeaseHeld(f"{lease.owner} is processing this request until {lease.expires:%Y-%m-%d %H:%M:%S} UTC")
+            return lease.holder(session, self.clock())
 
     # ------------------------------------------------------------------------------------------- rows and events
 
@@ -323,7 +261,7 @@ class Ledger:
     def row_hashes(self, request_id: str) -> list[str]:
         """Hashes of a request's rows, without duplicates."""
         with reading(self.engine) as session:
-            _record(session, request_id)
+            record_of(session, request_id)
             query = select(RowRecord.hash).where(RowRecord.request_id == request_id).order_by(RowRecord.number)
             return list(session.scalars(query))
 
@@ -345,7 +283,7 @@ class Ledger:
 
     def _payload(self, request_id: str) -> dict[str, Any]:
         with reading(self.engine) as session:
-            _record(session, request_id)
+            record_of(session, request_id)
             payload = session.get(PayloadRecord, request_id)
         if payload is None or payload.wrapped_key is None or payload.ciphertext is None:
             when = f" on {payload.destroyed:%Y-%m-%d}" if payload and payload.destroyed else ""
@@ -379,7 +317,7 @@ class Ledger:
     def certificate(self, request_id: str) -> str | None:
         """The signed document of a request's last promotion."""
         with reading(self.engine) as session:
-            _record(session, request_id)
+            record_of(session, request_id)
             found = session.get(CertificateRecord, request_id)
             return None if found is None else found.document
 
@@ -404,37 +342,9 @@ class Ledger:
         can also write a whole new chain).
         """
         with reading(self.engine) as session:
-            return check_chain(session, known, _identity)
+            return check_chain(session, known, identity)
 
 
 def _ordered(states: Sequence[State]) -> Any:
     created = RequestRecord.created
     return select(RequestRecord).where(RequestRecord.state.in_(states)).order_by(created, RequestRecord.id)
-
-
-def _lost(owner: str, lease: LeaseRecord | None) -> str:
-    now_has = "nobody has" if lease is None else f"{lease.owner} has"
-    return f"{owner} lost the lease of the ledger, which {now_has} now: its work was not recorded"
-
-
-def _record(session: Session, request_id: str) -> RequestRecord:
-    found = session.get(RequestRecord, request_id)
-    if found is None:
-        raise UnknownRequest(f"request {request_id[:60]!r}: there is none with this id; see `ofmu requests list`")
-    return found
-
-
-def _request(record: RequestRecord) -> Request:
-    return Request(**{name: getattr(record, name) for name in Request.__dataclass_fields__})
-
-
-def _identity(record: RequestRecord) -> dict[str, Any]:
-    """What of a request never changes: it stands in its first event."""
-    return {
-        "key": record.key,
-        "content_hash": record.content_hash,
-        "deadline": record.deadline.isoformat(),
-        "row_count": record.row_count,
-        "rows_digest": record.rows_digest,
-        "data": record.data,
-    }

@@ -15,9 +15,10 @@ from ofmu_ray.config.requests import RequestsConfig, duration
 from ofmu_ray.errors import UserError
 from ofmu_ray.requests.intake import open_ledger
 from ofmu_ray.requests.ladder import Batch, BatchOutcome
-from ofmu_ray.requests.renewal import drop_dead, owner_name, renewed
-from ofmu_ray.requests.ledger import LeaseHeld, Ledger
+from ofmu_ray.requests.lease import LeaseHeld
+from ofmu_ray.requests.ledger import Ledger
 from ofmu_ray.requests.registry import Registry, Version
+from ofmu_ray.requests.renewal import drop_dead, owner_name, renewed
 from ofmu_ray.requests.statement import certificate_path, publish
 from ofmu_ray.runs.preflight import prepare_storage
 from ofmu_ray.storage import explained, is_file

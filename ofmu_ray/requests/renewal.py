@@ -12,7 +12,8 @@ from contextlib import contextmanager
 import psutil
 from sqlalchemy.exc import SQLAlchemyError
 
-from ofmu_ray.requests.ledger import LeaseHeld, Ledger
+from ofmu_ray.requests.lease import LeaseHeld
+from ofmu_ray.requests.ledger import Ledger
 
 PARTS = 4
 """Of an owner's name: host, process, start of the process, random."""

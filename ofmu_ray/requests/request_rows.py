@@ -20,7 +20,8 @@ from ofmu_ray.data import sources
 from ofmu_ray.data.evaluation_rows import evaluation_rows
 from ofmu_ray.evaluation.evaluator import read_sets
 from ofmu_ray.requests.gate_tables import GateRows
-from ofmu_ray.requests.ledger import Ledger, Request
+from ofmu_ray.requests.ledger import Ledger
+from ofmu_ray.requests.records import Request
 from ofmu_ray.storage import is_uri, join, locate
 
 Row = dict[str, Any]

@@ -12,7 +12,8 @@ from ofmu_ray.config.requests import RequestsConfig
 from ofmu_ray.reporting.certificate_page import certificate_page
 from ofmu_ray.reporting.manifest import PACKAGES, code_version, package_versions
 from ofmu_ray.requests.certificate import FORMAT, NOT_PROVED, signed
-from ofmu_ray.requests.ledger import Ledger, Request
+from ofmu_ray.requests.ledger import Ledger
+from ofmu_ray.requests.records import Request
 from ofmu_ray.requests.registry import Version
 from ofmu_ray.requests.signing import Keys
 from ofmu_ray.storage import atomic_write, join, read_text
