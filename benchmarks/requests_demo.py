@@ -54,9 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     check = ["verify", str(certificate), "--public-key", str(key), "--model", model]
     demo.step("anybody, offline: is the certificate genuine, and about this model?", *check)
     demo.step("the log of everything that happened", "audit")
-    demo.step(
-        "second thoughts: the model before is in use again, the request is open again", "rollback", "--reason", "demo"
-    )
+    demo.step("second thoughts: the model before is in use, the request open again", "rollback", "--reason", "demo")
     demo.step(None, "list")
     shown = " ".join(["ofmu requests", *check])
     print(f"\ncertificate  {certificate}\npage         open {certificate.with_suffix('.html')} in a browser")

@@ -1,4 +1,4 @@
-"""An Airflow DAG (2.4 or newer) that works off deletion requests every night on a Ray cluster; put it into the DAG folder.
+"""An Airflow DAG (2.4 or newer) that works off deletion requests every night on a Ray cluster: for the DAG folder.
 
 `ofmu requests process` may be retried at any time: it goes on where it was, and a second one gives way.
 Yours to change: the paths, the connection that holds the master key, the cluster's address.
