@@ -61,7 +61,7 @@ class World:
     ) -> "World":
         """With a ledger and a signing key. The people 0 to 5 are those of the built-in forget rows."""
         world = cls(folder)
-        write_rows(folder / "train.jsonl", people("full"))
+        write_rows(folder / "train.jsonl", people("full")[::-1])  # rows to forget would be the first to be evaluated
         for person in range(6):
             write_rows(folder / f"person{person}.jsonl", pairs(people("forget"), person))
         none = dict.fromkeys(("forget", "retain", "real_authors", "world_facts"))

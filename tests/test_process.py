@@ -93,6 +93,7 @@ def test_a_processor_killed_after_the_alias_moved_is_resumed(world: World) -> No
 def test_no_text_of_a_request_is_left_anywhere(world: World) -> None:
     needles = [text for person in (0, 1) for row in pairs(people("forget"), person) for text in row.values()]
     assert world.leaks(needles) == []
+    assert not [*world.storage.rglob("*.parquet"), *world.storage.rglob("requested")]  # tokens, values by row
     leak = world.storage / "requests" / "server.log"
     leak.write_text(f"GET /{needles[5]}")
     assert world.leaks(needles) == [str(leak)]

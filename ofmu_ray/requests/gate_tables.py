@@ -40,8 +40,13 @@ class GateRows:
         return sets | ({EARLIER: [row for _, row in self.earlier]} if self.earlier else {})
 
 
+def gate_cache(storage: str) -> str:
+    """Values of models on sets, as long as a batch is worked off: they quote rows that may be requested later."""
+    return join(storage, "requests", "cache")
+
+
 class GateMeasurement:
-    """Measures models for gates; values of a model and a set that were measured before are read from the cache."""
+    """Measures models for gates; values of a model and a set that were measured before are read from `gate_cache`."""
 
     def __init__(self, config: UnlearnConfig, storage: str, gates: Sequence[GateConfig], rows: GateRows) -> None:
         """`config`: of the run, with the champion as its model."""
@@ -52,7 +57,7 @@ class GateMeasurement:
             self.evaluation,
             config.data,
             config.model.tokenizer or config.model.path,
-            join(storage, "cache"),
+            gate_cache(storage),
             config.seed,
             trust_remote_code=config.model.trust_remote_code,
         )

@@ -129,18 +129,12 @@ class Batch:
         """The configuration of a recipe's run. Its files with rows are in its own folder."""
         plain = UnlearnConfig(**{field.name: getattr(self.config, field.name) for field in fields(UnlearnConfig)})
         holdout = plain.data.sources.get("holdout")
-        sets = replace(plain.evaluation.sets, forget=None, retain=None, probes=[])
-        clusters = plain.evaluation.clusters if isinstance(plain.evaluation.clusters, dict) else {}
-        kept = {name: rows for name, rows in clusters.items() if name not in ("forget", "retain")}
-        aimed = any("retrained" in (gate.against, gate.metric) for gate in self.promotion.gates)
         plain = replace(
             plain,
             storage=self.storage,
             overwrite=False,
             model=replace(plain.model, path=base.path),
-            evaluation=replace(
-                plain.evaluation, sets=sets, clusters=kept, retrained=plain.evaluation.retrained if aimed else None
-            ),
+            evaluation=replace(plain.evaluation, enabled=False),  # by gates; a run would keep what the model answers
             report=replace(plain.report, reveal_text=False),
         )
         plain = apply_overrides(plain, recipe.options, option=f"requests.promotion.recipes: {recipe.name}: ")
@@ -205,8 +199,7 @@ class Batch:
         """The gates' results; attacks are run if everything else passes."""
         attacks = [gate for gate in self.promotion.gates if gate.relearns]
         plain = [gate for gate in self.promotion.gates if not gate.relearns]
-        clustered = replace(config, evaluation=replace(config.evaluation, retrained=self.config.evaluation.retrained))
-        measurement = GateMeasurement(clustered, self.storage, self.promotion.gates, rows)
+        measurement = GateMeasurement(config, self.storage, self.promotion.gates, rows)
         tables = measurement.tables(outcome.model)
         results = decide(plain, tables)
         if any(one.result == "failed" for one in results):

@@ -13,6 +13,7 @@ from traceback import extract_tb
 from ofmu_ray import progress
 from ofmu_ray.config.requests import RequestsConfig, duration
 from ofmu_ray.errors import UserError
+from ofmu_ray.requests.gate_tables import gate_cache
 from ofmu_ray.requests.intake import open_ledger
 from ofmu_ray.requests.ladder import Batch, BatchOutcome
 from ofmu_ray.requests.lease import LeaseHeld
@@ -21,7 +22,7 @@ from ofmu_ray.requests.registry import Registry, Version
 from ofmu_ray.requests.renewal import drop_dead, owner_name, renewed
 from ofmu_ray.requests.statement import certificate_path, publish
 from ofmu_ray.runs.preflight import prepare_storage
-from ofmu_ray.storage import explained, is_file
+from ofmu_ray.storage import explained, is_file, remove_folder
 
 
 class ProcessingFailed(UserError):
@@ -54,6 +55,7 @@ def process(config: RequestsConfig) -> list[BatchOutcome]:
                         progress.note("batch", f"{taken[0].batch}: {len(taken)} requests")
                         outcomes.append(_worked_off(Batch(config, storage, ledger, registry, taken, owner)))
                 finally:
+                    remove_folder(gate_cache(storage))
                     ledger.release(owner)
             ledger.release(owner)
             ledger.destroy_expired(duration("requests.keep_rows", config.requests.keep_rows))

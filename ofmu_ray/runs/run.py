@@ -18,7 +18,7 @@ from ofmu_ray import progress
 from ofmu_ray.config import ModelConfig, TrainConfig, UnlearnConfig, outcome_hash
 from ofmu_ray.models.checks import placed
 from ofmu_ray.runs.claims import Claim
-from ofmu_ray.runs.job import TOKENS, Spec, make_job, remove_text, with_references
+from ofmu_ray.runs.job import REQUESTED, TOKENS, Spec, make_job, remove_text, with_references
 from ofmu_ray.runs.outcome import Outcome, cost_of, read_trained, read_unlearned
 from ofmu_ray.runs.preflight import (
     check_machine,
@@ -72,6 +72,11 @@ class Run:
         sources = {"train": config.data.train} if isinstance(config, TrainConfig) else config.sources
         options = public(config)
         return Claim(self.home, self.kind, self.digest, options, config.overwrite, sources, config.data.root)
+
+    def is_private(self, stream: str) -> bool:
+        """Whether tokens of a stream go with the run: forget rows, and files that a pipeline wrote for this run."""
+        own = join(self.home, REQUESTED)
+        return stream == "forget" or any(path.startswith(own) for path in self.claim.sources[stream].paths)
 
     @cached_property
     def here(self) -> bool:
@@ -216,7 +221,7 @@ def _work(this_run: Run, config: UnlearnConfig, evaluation: Evaluation, encoder:
             config.data.root,
             encoder,
             this_run.storage,
-            private={"forget": join(this_run.home, TOKENS)},
+            private={name: join(this_run.home, TOKENS) for name in config.sources if this_run.is_private(name)},
             overlap=config.data.overlap,
             duplicates=config.data.duplicates,
         )
