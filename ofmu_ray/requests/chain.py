@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
 from ofmu_ray.requests.schema import EventRecord, PayloadRecord, RequestRecord, RowRecord
@@ -49,7 +49,7 @@ def append(
     detail: Mapping[str, Any] | None = None,
 ) -> None:
     """Add an entry in the caller's transaction, which no other writer overlaps."""
-    last = session.scalar(select(EventRecord).order_by(EventRecord.seq.desc()).limit(1))
+    last = session.execute(select(EventRecord.seq, EventRecord.hash).order_by(EventRecord.seq.desc()).limit(1)).first()
     seq, prev = (1, FIRST) if last is None else (last.seq + 1, last.hash)
     body = canonical(
         {
@@ -63,8 +63,7 @@ def append(
             "prev": prev,
         }
     )
-    session.add(EventRecord(seq=seq, request_id=request, body=body, hash=_hash(body)))
-    session.flush()
+    session.execute(insert(EventRecord), {"seq": seq, "request_id": request, "body": body, "hash": _hash(body)})
 
 
 def _hash(body: str) -> str:

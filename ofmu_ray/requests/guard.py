@@ -26,7 +26,8 @@ LOG = logging.getLogger("ofmu_ray.requests.service")
 COOKIE = "ofmu_token"
 HEADERS = {
     "content-security-policy": (
-        "default-src 'none'; style-src 'self'; img-src data:; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+        "default-src 'none'; style-src 'self'; img-src data:; form-action 'self'; frame-ancestors 'none'; "
+        "base-uri 'none'"
     ),
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
 from ofmu_ray.errors import UserError
@@ -130,7 +130,8 @@ class Ledger:
             )  # fmt: skip
             session.add(record)
             session.flush()
-            session.add_all(RowRecord(request_id=name, number=n, hash=h) for n, h in enumerate(row_hashes))
+            numbered = [{"request_id": name, "number": n, "hash": h} for n, h in enumerate(row_hashes)]
+            session.execute(insert(RowRecord), numbered)
             wrapped, ciphertext = self.vault.sealed(name, {"content": dict(content), "rows": [dict(r) for r in rows]})
             session.add(PayloadRecord(request_id=name, wrapped_key=wrapped, ciphertext=ciphertext))
             append(session, now, name, "received", by=by, detail={**identity(record), **(detail or {})})
