@@ -110,12 +110,16 @@ class Batch:
         base = self._champion()
         self._check()
         withdrawn, attempts = self._withdrawn_recipes(), []
+        unwanted = {version.weights for version in self.registry.withdrawn()}
         for recipe in self.promotion.recipes:
             if recipe.name in withdrawn:
                 progress.note("recipe", f"{recipe.name} made a model that was withdrawn; skipped")
                 continue
             attempt = self._stored(base, recipe) or self._tried(base, recipe)
             attempts.append(attempt)
+            if attempt.weights in unwanted:
+                progress.note("recipe", f"{recipe.name} made a model that was withdrawn; it is not promoted again")
+                continue
             if attempt.verdict == "passed":
                 return self._promoted(base, self._registered(base, attempt), attempts)
             progress.note("gates", attempt.words)
