@@ -94,9 +94,11 @@ def measured(config: RequestsConfig, batch: str, version: str) -> dict[str, Any]
         settings = work.run_config(base, config.requests.promotion.recipes[0])
         tables = GateMeasurement(settings, str(config.storage), config.requests.promotion.gates, rows).tables(made.path)
     cost = json.loads((Path(made.path).parent / "metrics.json").read_text())["cost"]
-    named = {name: tables.figure(metric, "result", of) for name, (metric, of) in FIGURES.items()}
+    there = {name: place for name, place in FIGURES.items() if name != "earlier" or tables.earlier}
+    named = {name: tables.figure(metric, "result", of) for name, (metric, of) in there.items()}
+    shown = {name: [one.value, one.low, one.high] for name, one in named.items() if one.value is not None}
     return {
-        **{name: None if one.value is None else [one.value, one.low, one.high] for name, one in named.items()},
+        **{name: shown.get(name) for name in FIGURES},
         "passes": sum(cost["gradient_passes"].values()),
         "flops": cost["flops"],
     }
