@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         command.declare(parser)
         options, rest = parser.parse_known_args(words[1:])
         with listening(Terminal()):
-            return command.run(options, parse(RequestsConfig, rest, prog))
+            return command.run(options, parse(RequestsConfig, rest, PROG))  # one parser for all: it takes a second
     except (UserError, KeyboardInterrupt) as error:
         return fail(error, f"{PROG} {words[0]}")
 

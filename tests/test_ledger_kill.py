@@ -107,7 +107,7 @@ def check_points(fresh: Callable[[], str], step: int) -> None:
     count = int(doomed(fresh(), -1)[-1])
     killed = Counter(check(fresh(), at) for at in range(1, count + 1, step))
     print(f"{killed.total()} of {count} points: {dict(killed)}")  # with -s: the figures of docs/reliability.md
-    assert killed.total() > 10
+    assert killed.total() >= 10
 
 
 def sqlite(folder: Path) -> Callable[[], str]:
@@ -124,7 +124,7 @@ def sqlite(folder: Path) -> Callable[[], str]:
 
 @pytest.mark.slow
 def test_killed_at_some_points(tmp_path: Path) -> None:
-    check_points(sqlite(tmp_path), step=13)
+    check_points(sqlite(tmp_path), step=9)
 
 
 @pytest.mark.full

@@ -10,6 +10,7 @@ from ofmu_ray.config.data import SourceConfig
 from ofmu_ray.config.promotion import PromotionConfig
 from ofmu_ray.config.ranges import positive, require
 from ofmu_ray.config.runs import UnlearnConfig
+from ofmu_ray.errors import UserError
 from ofmu_ray.storage import is_uri, join
 
 
@@ -104,8 +105,11 @@ _UNITS = {"d": "days", "h": "hours", "m": "minutes", "s": "seconds"}
 
 
 def duration(option: str, text: str) -> timedelta:
-    """'30d', '12h', '90m', '10s' -> a time span; UserError naming the option otherwise."""
+    """'30d', '12h', '90m', '10s' -> a time span; UserError naming the option otherwise.
+
+    The text is not repeated: it may come from outside.
+    """
     match = re.fullmatch(r"\s*(\d{1,6})\s*([dhms])\s*", text)
-    require(bool(match), option, text if len(text) < 40 else "...", "a number and d, h, m or s, such as 30d")
-    assert match is not None
+    if match is None:
+        raise UserError(f"{option}: must be a number and d, h, m or s, such as 30d")
     return timedelta(**{_UNITS[match[2]]: int(match[1])})
