@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Literal
 
 from ofmu_ray.config.images import ImagesConfig, SplitConfig
 from ofmu_ray.config.ranges import not_negative, positive, require
+from ofmu_ray.config.values import DATE
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage import without_credentials
 
@@ -99,6 +101,8 @@ class FormatConfig:
     """Prompt of the qa template; the answer follows after one space."""
     system_prompt: str | None = None
     """System message of the chat template."""
+    date: str = DATE
+    """Date (YYYY-MM-DD) for chat templates that write today's into the prompt, which would change a run overnight."""
     max_length: int = 512
     """Longest row (tokens). Documents are cut into windows of this length; questions with answers, and chats, are
     truncated on the right as far as data.truncate allows, and counted in the report."""
@@ -108,6 +112,10 @@ class FormatConfig:
         not_negative("data.format", self, "min_characters")
         short = self.stride is None or self.stride < self.max_length
         require(short, "data.format.stride", self.stride, "less than data.format.max_length")
+        try:
+            datetime.strptime(self.date, "%Y-%m-%d")
+        except ValueError:
+            require(False, "data.format.date", self.date, f"a date such as {FormatConfig.date}")
         prompt = self.prompt_template
         require("{question}" in prompt, "data.format.prompt_template", prompt, "a text that contains {question}")
 

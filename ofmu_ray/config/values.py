@@ -41,6 +41,8 @@ ELASTIC = tuple(
 
 ADDED = {"task": "causal_lm", "overwrite": False, "export": {"dtype": "auto", "weights": "merged"}}
 """Options that were added later -> the earlier behaviour; with this value they do not change hashes."""
+DATE = "2024-07-26"
+"""Default of `data.format.date`."""
 ADDED_WITHIN: dict[str, tuple[Any, ...]] = {
     "data.*.kind": (None, "qa"),
     "data.format.text": ("text",),
@@ -48,6 +50,7 @@ ADDED_WITHIN: dict[str, tuple[Any, ...]] = {
     "data.format.min_characters": (0,),
     "data.format.stride": (None,),
     "data.format.packed": (False,),
+    "data.format.date": (DATE,),
     "data.truncate": ("retain", "allow"),
     "data.split": (None,),
     "*.milestones": ([0.5, 0.75],),
