@@ -6,8 +6,8 @@ import hashlib
 import importlib.resources
 import json
 from collections.abc import Collection, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -60,6 +60,8 @@ class PreparedData:
     streams: dict[str, TokenisedStream]
     report: DataReport
     encoder: Encoder
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Digest of each source's content (`sources.fingerprint`), by stream."""
 
     @property
     def template(self) -> Template:
@@ -125,11 +127,24 @@ def prepare_streams(
             tokenizer_sha256=encoder.fingerprint(),
         )
     streams = {name: _stream(name, folders[name], keys[name], overlaps) for name in sources}
-    return PreparedData(streams, report, encoder)
+    return PreparedData(streams, report, encoder, _contents(pieces))
 
 
 def _fragments(name: str, source: SourceConfig, root: str | None) -> list[sources.Fragment]:
     return sources.fragments(source, root, stream=name, option=f"data.{name}")
+
+
+def _contents(pieces: Mapping[str, list[sources.Fragment]]) -> dict[str, str]:
+    return {name: sources.fingerprint(fragments) for name, fragments in pieces.items()}
+
+
+def source_contents(named: Mapping[str, SourceConfig], root: str | None) -> dict[str, str]:
+    """`PreparedData.sources` of the sources as they are now, of those that can be read."""
+    found = {}
+    for name, source in named.items():
+        with suppress(UserError):
+            found[name] = sources.fingerprint(_fragments(name, source, root))
+    return found
 
 
 def _key(name: str, pieces: list[sources.Fragment], encoder: Encoder) -> str:

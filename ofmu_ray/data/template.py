@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from ofmu_ray.config import FormatConfig
@@ -189,5 +190,13 @@ class Template:
         return before, between if natural else after
 
     def _render(self, turns: Sequence[Mapping[str, str]], *, generate: bool) -> str:
-        text: str = self.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=generate)
+        """The conversation as the chat template writes it, on the configured date (some templates ask for today's)."""
+        day = datetime.fromisoformat(self.config.date)
+        text: str = self.tokenizer.apply_chat_template(
+            list(turns),
+            tokenize=False,
+            add_generation_prompt=generate,
+            strftime_now=day.strftime,
+            date_string=day.strftime("%d %b %Y"),
+        )
         return text

@@ -59,7 +59,8 @@ def _compare(config: EvaluateConfig, command: Sequence[str]) -> Comparison:
         _check(path, _option(label), evaluator)
     checks = Checks(config, evaluator, models)
     join_cluster(TrainingConfig(), storage, {_option(label): [path] for label, path in models.items()})
-    handle = tracking.start(config.tracking, storage, name_of(home), public(config), {"ofmu.kind": "evaluate"})
+    tags, record = {"ofmu.kind": "evaluate"}, join(home, tracking.RECORD)
+    handle = tracking.start(config.tracking, storage, name_of(home), public(config), tags, record=record)
     status: Any = "FAILED"
     try:
         tables = {label: evaluator.table(path, label) for label, path in models.items()}

@@ -29,10 +29,10 @@ from ofmu_ray.search import sweep_output as results
 from ofmu_ray.search.benchmark_output import duration
 from ofmu_ray.search.capacity import check_disk, concurrency
 from ofmu_ray.search.judging import goal_of, reference_value
-from ofmu_ray.search.ledger import Ledger
 from ofmu_ray.search.priors import parse_priors
 from ofmu_ray.search.spaces import Space, read_space, space_for
 from ofmu_ray.search.suggest import Search, without_other_batches
+from ofmu_ray.search.trial_ledger import Ledger
 
 MAY_CHANGE = ("select", "keep_models", "concurrency", "retry_failed")
 """Options that may change between two starts of a sweep; the number of trials may change, too."""
@@ -108,7 +108,8 @@ def sweep(config: SweepConfig, command: Sequence[str] = ()) -> SweepOutcome:
     claim = Claim(str(folder), "sweep", digest, _determining(config))
     claim.check()
     tags = {"ofmu.kind": "sweep", "ofmu.config_hash": digest}
-    handle = tracking.start(run.tracking, str(storage), config.name, _determining(config), tags)
+    record = folder / tracking.RECORD
+    handle = tracking.start(run.tracking, str(storage), config.name, _determining(config), tags, record=record)
     status: Any = "FAILED"
     files: list[Path] = []
     complete = False
