@@ -10,9 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
-    "pipelines", "search", "runs", "planning", "reporting", "attacks", "training", "tracking", "methods", "features",
-    "tasks", "evaluation", "metrics", "engines", "models", "data", "cluster", "internals", "algorithm", "config",
-    "storage", "assets",
+    "pipelines", "requests", "search", "runs", "planning", "reporting", "attacks", "training", "tracking", "methods",
+    "features", "tasks", "evaluation", "metrics", "engines", "models", "data", "cluster", "internals", "algorithm",
+    "config", "storage", "assets",
 )  # fmt: skip
 """From top to bottom, as in docs/architecture.md."""
 GROUND = {"errors", "progress", "__version__", ""}

@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import Any
 
 
@@ -40,8 +41,27 @@ ELASTIC = tuple(
 
 ADDED = {"task": "causal_lm", "overwrite": False, "export": {"dtype": "auto", "weights": "merged"}}
 """Options that were added later -> the earlier behaviour; with this value they do not change hashes."""
-ADDED_WITHIN: dict[str, Any] = {"milestones": [0.5, 0.75], "step_factor": 0.1, "split": None, "test": None}
-"""The same for options within sections; those of image classification are added below."""
+DATE = "2024-07-26"
+"""Default of `data.format.date`."""
+ADDED_WITHIN: dict[str, tuple[Any, ...]] = {
+    "data.*.kind": (None, "qa"),
+    "data.format.text": ("text",),
+    "data.format.messages": ("messages",),
+    "data.format.min_characters": (0,),
+    "data.format.stride": (None,),
+    "data.format.packed": (False,),
+    "data.format.date": (DATE,),
+    "data.truncate": ("retain", "allow"),
+    "data.split": (None,),
+    "*.milestones": ([0.5, 0.75],),
+    "*.step_factor": (0.1,),
+    "evaluation.sets.test": (None,),
+    "evaluation.sets.forget_choice": (None,),
+    "evaluation.sets.retain_choice": (None,),
+    "evaluation.sets.choice_scoring": ("letters",),
+}
+"""The same inside sections, also of `base`: pattern of the flat name -> values. data.truncate refuses rows and changes
+none; `allow` truncates them as before."""
 
 
 def config_hash(config: Any, *extra: str, ignore: Iterable[str] = WHERE_KEPT) -> str:
@@ -58,21 +78,24 @@ def config_hash(config: Any, *extra: str, ignore: Iterable[str] = WHERE_KEPT) ->
         if key not in ignored
     }
     content = {key: value for key, value in content.items() if key not in ADDED or value != ADDED[key]}
-    text = json.dumps([_without_added(content), *extra], sort_keys=True)
+    text = json.dumps([without_added(content), *extra], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _without_added(content: dict[str, Any]) -> dict[str, Any]:
-    """Without the options of ADDED_WITHIN, and the sections of image classification, that have their defaults."""
+def without_added(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options without those that have a value of ADDED_WITHIN, or, of image classification, their defaults."""
     from ofmu_ray.config.images import ClassifierConfig, ImagesConfig
 
-    sections = {"images": dataclasses.asdict(ImagesConfig()), "classifier": dataclasses.asdict(ClassifierConfig())}
-    added = ADDED_WITHIN | sections
-    return {
-        name: _without_added(value) if isinstance(value, dict) else value
-        for name, value in content.items()
-        if name not in added or value != added[name]
-    }
+    images, classifier = dataclasses.asdict(ImagesConfig()), dataclasses.asdict(ClassifierConfig())
+    earlier = ADDED_WITHIN | {"data.images": (images,), "classifier": (classifier,)}
+    kept = {}
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        patterns = (form for form in earlier if fnmatchcase(name, form) or fnmatchcase(name, f"*.{form}"))
+        if any(value in earlier[form] for form in patterns):
+            continue
+        kept[key] = without_added(value, f"{name}.") if isinstance(value, dict) else value
+    return kept
 
 
 def outcome_hash(config: Any, *extra: str) -> str:

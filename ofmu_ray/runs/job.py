@@ -28,6 +28,8 @@ WATCHED = "watched.parquet"
 PLAN = "plan"
 SIDECARS = "sidecars"
 TOKENS = "tokens"
+REQUESTED = "requested"
+"""Rows that a pipeline wrote for this run only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +141,7 @@ def with_references(
 
 
 def remove_text(folder: str) -> None:
-    """Delete tokens, batch plan, sidecars and watched rows: they contain text that must not outlive a run."""
-    for name in (TOKENS, PLAN, SIDECARS):
+    """Delete tokens, batch plan, sidecars, watched and requested rows: text in them must not outlive a run."""
+    for name in (TOKENS, PLAN, SIDECARS, REQUESTED):
         remove_folder(join(folder, name))
     remove_file(join(folder, WATCHED))

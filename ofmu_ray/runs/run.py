@@ -19,7 +19,7 @@ from ofmu_ray.config import ModelConfig, TrainConfig, UnlearnConfig, outcome_has
 from ofmu_ray.errors import UserError
 from ofmu_ray.models.checks import placed
 from ofmu_ray.runs.claims import Claim
-from ofmu_ray.runs.job import TOKENS, Spec, make_job, remove_text, with_references
+from ofmu_ray.runs.job import REQUESTED, TOKENS, Spec, make_job, remove_text, with_references
 from ofmu_ray.runs.outcome import Outcome, cost_of, read_trained, read_unlearned
 from ofmu_ray.runs.preflight import (
     check_machine,
@@ -69,7 +69,15 @@ class Run:
     @property
     def claim(self) -> Claim:
         """What claims the run's name."""
-        return Claim(self.home, self.kind, self.digest, public(self.config), self.config.overwrite)
+        config = self.config
+        sources = {"train": config.data.train} if isinstance(config, TrainConfig) else config.sources
+        options = public(config)
+        return Claim(self.home, self.kind, self.digest, options, config.overwrite, sources, config.data.root)
+
+    def is_private(self, stream: str) -> bool:
+        """Whether tokens of a stream go with the run: forget rows, and files that a pipeline wrote for this run."""
+        own = join(self.home, REQUESTED)
+        return stream == "forget" or any(path.startswith(own) for path in self.claim.sources[stream].paths)
 
     @cached_property
     def here(self) -> bool:
@@ -131,7 +139,9 @@ def _tracked(this_run: Run, tags: dict[str, str]) -> Iterator[Any]:
     from ofmu_ray import tracking
 
     config = this_run.config
-    handle = tracking.start(config.tracking, this_run.storage, name_of(this_run.home), public(config), tags)
+    record = join(this_run.home, tracking.RECORD)
+    name = name_of(this_run.home)
+    handle = tracking.start(config.tracking, this_run.storage, name, public(config), tags, record=record)
     try:
         with tracking.system_metrics(handle, enabled=config.tracking.system_metrics):
             yield handle
@@ -214,10 +224,12 @@ def _work(this_run: Run, config: UnlearnConfig, evaluation: Evaluation, encoder:
             config.data.root,
             encoder,
             this_run.storage,
-            private={"forget": join(this_run.home, TOKENS)},
+            private={name: join(this_run.home, TOKENS) for name in config.sources if this_run.is_private(name)},
             overlap=config.data.overlap,
             duplicates=config.data.duplicates,
+            whole=config.data.whole,
         )
+        this_run.claim.note_sources(prepared.sources)
         digest = outcome_hash(config, *(stream.fingerprint for stream in prepared.streams.values()))
         spec = this_run.spec(placed(config.model))
         job, plan = make_job(spec, prepared, this_run.home, this_run.cache, digest)
@@ -317,7 +329,9 @@ def _fitted(this_run: Run, config: TrainConfig) -> Outcome:
             this_run.storage,
             private={"train": join(home, TOKENS)},
             duplicates=config.data.duplicates,
+            whole=config.data.whole,
         )
+        this_run.claim.note_sources(prepared.sources)
         stream = prepared.streams["train"]
         rounds = max(1, math.ceil(config.epochs * len(stream.rows) / config.training.batch_size))
         progress.note("data", f"{len(stream.rows)} rows, {rounds} steps of {config.training.batch_size} rows")

@@ -236,6 +236,7 @@ def log_child(
             "ofmu.status": result["status"],
             "ofmu.message": result.get("message", ""),
         },
+        record=f"{marker}-id",
     )
     costs = {name: result[name] for name in COSTS if result.get(name) is not None}
     failed = result["status"] == "failed"

@@ -37,6 +37,8 @@ class Worker:
     ):
         torch.manual_seed(job.seed)
         self.job, self.session = job, session
+        if session.device.type == "cuda":  # a process may do many runs, and must not report the peak of another
+            torch.cuda.reset_peak_memory_stats(session.device)
         self.task = task_named(job.task)
         self.module, self.processor, unread, note = loaded(self.task, job.model)
         self.collate = self.task.collate(self.processor)
@@ -156,7 +158,7 @@ class Worker:
         seconds = time.perf_counter() - started
         state.round += 1
         state.train_seconds += seconds
-        state.peak_memory_bytes = max(state.peak_memory_bytes, peak_memory_bytes())
+        state.peak_memory_bytes = max(state.peak_memory_bytes, peak_memory_bytes(self.session.device))
 
         passes = self.engine.account.gradient_passes
         for name in values:
@@ -380,8 +382,8 @@ def build_engine(
     )
 
 
-def peak_memory_bytes() -> int:
-    """Peak memory of this process: allocated on the CUDA device, else the resident set."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory of this process: allocated on its CUDA device, else the resident set."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
