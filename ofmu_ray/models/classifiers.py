@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ofmu_ray.storage import NewFolder
 
 PROCESSOR = "preprocessor_config.json"
+KIND = "an image classifier"
 _MODES = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 _LAYERS = {
     "resnet8": ([16, 32, 64], [1, 1, 1]),
@@ -110,7 +111,7 @@ def _settings(path: str, option: str) -> dict[str, Any]:
     if not folder.is_dir():
         from huggingface_hub import hf_hub_download
 
-        with does_not_load(path, option):
+        with does_not_load(path, option, KIND):
             folder = Path(hf_hub_download(path, PROCESSOR)).parent
     if not (folder / PROCESSOR).is_file():
         raise UserError(f"{option} = {path!r} has no {PROCESSOR}: save the model's image processor there")
@@ -127,7 +128,7 @@ def load_classifier(config: ModelConfig) -> tuple[torch.nn.Module, ImageProcesso
     import transformers
 
     processor = ImageProcessor.read(config.path, trust_remote_code=config.trust_remote_code)
-    with does_not_load(config.path, "model.path"), quiet():
+    with does_not_load(config.path, "model.path", KIND), quiet():
         module = transformers.AutoModelForImageClassification.from_pretrained(
             model_source(config.path),
             use_safetensors=True,

@@ -70,7 +70,7 @@ class Run:
     def claim(self) -> Claim:
         """What claims the run's name."""
         config = self.config
-        sources = {"train": config.data.train} if isinstance(config, TrainConfig) else config.sources
+        sources = {"train": config.data.source} if isinstance(config, TrainConfig) else config.sources
         options = public(config)
         return Claim(self.home, self.kind, self.digest, options, config.overwrite, sources, config.data.root)
 
