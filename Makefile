@@ -32,7 +32,7 @@ $(VENV)/.installed-smollm2: $(VENV)/.installed
 	@touch $@
 
 quickstart: install
-	$(BIN)/ofmu unlearn --config pipelines/configs/quickstart.yaml
+	$(BIN)/ofmu quickstart
 
 # from "delete my data" to a signed certificate, and back
 requests-demo: install

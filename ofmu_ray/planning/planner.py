@@ -23,7 +23,7 @@ def planned(config: PlanConfig) -> dict[str, Any]:
 
     options, training = config.plan, config.training
     gpu = GPUS[options.gpu] if options.gpu else None
-    cuda = gpu is not None or options.gpu_memory is not None or training.gpus_per_worker > 0
+    cuda = gpu is not None or options.gpu_memory is not None or training.gpus > 0
     proposing = gpu is not None or options.gpu_memory is not None
     if options.calibrate and cuda:
         raise UserError("plan.calibrate measures this machine's CPU: remove plan.gpu and plan.gpu_memory")
@@ -31,7 +31,7 @@ def planned(config: PlanConfig) -> dict[str, Any]:
     shape = read_config(config.model.path, trust_remote_code=config.model.trust_remote_code)
     planner = Planner(
         shape, config.model, config.method_options, training, rows, "cuda" if cuda else "cpu",
-        base=0 if cuda else _process_bytes(),
+        base=0 if cuda else _process_bytes(), file_bytes=parsed_bytes(config.export.max_shard_size),
     )  # fmt: skip
     workers = options.gpus or training.workers
     name, link = link_of(options.link, workers, options.gpus_per_node, "cuda" if cuda else "cpu")

@@ -111,8 +111,9 @@ def run(
     """
     active_listener = progress.current() if listener is None else listener
     with progress.listening(active_listener), explained(config.storage):
-        this_run = Run(config, prepare_storage(config.storage), outcome_hash(config), command)
-        check_machine(config.training)
+        storage = prepare_storage(config.storage)
+        config = replace(config, training=check_machine(config.training))
+        this_run = Run(config, storage, outcome_hash(config), command)
         ours = this_run.claim.check()
         if isinstance(config, TrainConfig):
             trained = read_trained(this_run.home, reused=True) if ours else None

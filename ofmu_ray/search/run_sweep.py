@@ -86,9 +86,10 @@ def sweep(config: SweepConfig, command: Sequence[str] = ()) -> SweepOutcome:
     """
     from ofmu_ray import tracking
 
-    storage, run = prepare_folder(config.storage), config.run
-    training, select = run.training, config.select
-    check_machine(training)
+    storage = prepare_folder(config.storage)
+    training = check_machine(config.base.training)
+    config = replace(config, base=replace(config.base, training=training))
+    run, select = config.run, config.select
     space = space_of(config)
     required = {"select.objective": select.objective, "select.utility": select.utility}
     if select.relative_to == "retrained" and not run.evaluation.retrained:
