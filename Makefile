@@ -32,7 +32,7 @@ $(VENV)/.installed-smollm2: $(VENV)/.installed
 	@touch $@
 
 quickstart: install
-	$(BIN)/ofmu unlearn --config pipelines/configs/quickstart.yaml
+	$(BIN)/ofmu quickstart
 
 # rebuild the models that ship with the project, from the corpus and a seed
 models: install

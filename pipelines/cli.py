@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 COMMANDS = {
+    "quickstart": "unlearn with the built-in example: six of sixty fictitious people",
     "unlearn": "make a model forget some rows and keep the rest",
     "train": "fit a target or a retrained model on a data set",
     "evaluate": "compare models: metrics, probes, attacks",
@@ -23,6 +24,9 @@ COMMANDS = {
     "requests": "take in, work off and prove requests to forget",
     "submit": "run a command as a job on a Ray cluster",
     "plan": "estimate memory, time and cost of an unlearn run",
+    "runs": "list what is in the storage, and how far it got",
+    "show": "print the results of a run",
+    "report": "print the path of a report; --open shows it in a browser",
     "metrics": "metrics from evaluation logs of other programs",
 }
 
@@ -46,6 +50,12 @@ def main(arguments: list[str] | None = None) -> int:
         hint = close_match(words[0], COMMANDS)
         print(f"ofmu: error: unknown command {words[0]!r}.{hint} Commands: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    if words[0] == "quickstart":
+        words = ["unlearn", "--config", "quickstart", *words[1:]]
+    if words[0] in ("runs", "show", "report"):
+        from pipelines import past
+
+        return past.main(words[1:], words[0])
     status: int = importlib.import_module(f"pipelines.{words[0]}").main(words[1:])
     return status
 

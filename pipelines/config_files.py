@@ -10,7 +10,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from ofmu_ray.config import LABELS, SweepConfig, UnlearnConfig
+from ofmu_ray.config import LABELS, SweepConfig, UnlearnConfig, close_match
 from ofmu_ray.errors import UserError
 
 EXAMPLE = "a configuration is YAML such as `training: {rounds: 40}`; --print_config prints all options"
@@ -53,6 +53,30 @@ def config_paths(words: Sequence[str]) -> Iterator[tuple[int, str]]:
             yield index, word.removeprefix("--config=")
         elif word == "--config" and index + 1 < len(words):
             yield index + 1, words[index + 1]
+
+
+SHIPPED = Path(__file__).parent / "configs"
+
+
+def with_shipped(words: Sequence[str]) -> list[str]:
+    """The words with `--config NAME` as the path of the shipped configuration NAME, unless a file has this name.
+
+    Raises:
+        UserError: there is neither; suggests the closest.
+    """
+    placed = list(words)
+    for index, name in config_paths(words):
+        if Path(name).exists() or Path(name).name != name or Path(name).suffix:
+            continue
+        path = SHIPPED / f"{name}.yaml"
+        if not path.is_file():
+            names = sorted(file.stem for file in SHIPPED.glob("*.yaml"))
+            raise UserError(
+                f"config = {name!r}: neither a file here nor a configuration that ships with this package."
+                f"{close_match(name, names)} Those: {', '.join(names)}"
+            )
+        placed[index] = f"{'--config=' if words[index].startswith('--config=') else ''}{path}"
+    return placed
 
 
 def read_files(words: Sequence[str], sections: Iterable[str]) -> list[ConfigFile]:

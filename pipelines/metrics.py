@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from typing import NoReturn
 
 from ofmu_ray.errors import UserError
-from pipelines.parse import fail
+from pipelines.parse import PlainParser, fail
 
 PROG = "ofmu metrics"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Print the metrics of a log; status 2 with a message for a file in another format."""
-    parser = _Parser(prog=PROG, description=__doc__)
+    parser = PlainParser(prog=PROG, description=__doc__)
     parser.add_argument("format", choices=["tofu"], help="format of the log")
     parser.add_argument("--log", required=True, help="evaluation log (JSON) of the model")
     parser.add_argument("--retrained-log", help="log of the retrained model; without it forget quality is null")

@@ -8,22 +8,33 @@ import functools
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from ofmu_ray.config import METHODS, PRESETS, SweepConfig, close_match
 from ofmu_ray.errors import UserError
-from pipelines.config_files import ConfigFile, read_files, runs_as_base, sections
+from pipelines import help
+from pipelines.config_files import ConfigFile, read_files, runs_as_base, sections, with_shipped
 
 Config = TypeVar("Config")
+
+
+class PlainParser(argparse.ArgumentParser):
+    """For commands whose options are no configuration: a mistake is a UserError, and options are not abbreviated."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
 
 @functools.cache  # half a second of CPU time; tests and job submission parse several times
 def parser_for(config_class: type[Any], prog: str) -> ArgumentParser:
     """A parser whose options are the fields of `config_class`, nested ones with dots."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=prog, description=config_class.__doc__, exit_on_error=False)
+    parser = ArgumentParser(prog=prog, description=config_class.__doc__, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file; later files and options override earlier ones.")
     parser.add_class_arguments(config_class)
     return parser
@@ -40,7 +51,11 @@ def parse(config_class: type[Config], arguments: Sequence[str], prog: str) -> Co
     """
     kind: Any = config_class
     parser = parser_for(kind, prog)
+    topic = help.asked(arguments)
+    if topic is not None:
+        help.show(parser, topic)
     known = [option.removeprefix("--") for option in parser._option_string_actions if option.startswith("--")]
+    arguments = with_shipped(arguments)
     arguments = [word for index, word in enumerate(arguments) for word in _with_value(arguments, index)]
     files = read_files(arguments, sections(kind))
     for file in files:
@@ -49,7 +64,7 @@ def parse(config_class: type[Config], arguments: Sequence[str], prog: str) -> Co
         arguments = runs_as_base(arguments, files)
     try:
         # print_config would print the defaults of the wrong preset, so presets are parsed without it
-        plain = [word for word in arguments if not word.startswith("--print_config") and word not in ("-h", "--help")]
+        plain = [word for word in arguments if not word.startswith("--print_config")]
         namespace = parser.parse_args(plain)
         defaults = _preset_defaults(namespace)
         if len(plain) < len(arguments) or any(parser.get_default(name) != value for name, value in defaults.items()):

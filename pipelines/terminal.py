@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,43 +20,113 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-class Terminal(Listener):
-    """Lines on stderr, and bars if it is a terminal."""
+LINE_SECONDS = 15.0
+"""Between two log lines of a phase where stderr is not a terminal."""
 
-    def __init__(self) -> None:
-        self._bars: list[Any] = []
+
+class Terminal(Listener):
+    """Lines on stderr; progress as bars if it is a terminal, otherwise as log lines."""
+
+    def __init__(self, seconds: float = LINE_SECONDS) -> None:
+        self.seconds = seconds
+        self._bars: Any = None
+        self._shown = 0
 
     def note(self, topic: str, text: str) -> None:
         line = f"{topic:<7} {text}" if topic else text
-        if self._bars:
-            self._bars[-1].write(line, file=sys.stderr)
-            sys.stderr.flush()
-        else:
+        if self._bars is None:
             say(line)
+        else:
+            self._bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def bar(self, title: str, total: int, unit: str) -> Iterator[Bar]:
-        from tqdm import tqdm
+        if total <= 0 or not sys.stderr.isatty():
+            yield _Lines(self, title, total, unit)
+            return
+        if self._bars is None:
+            self._bars = _bars()
+            self._bars.start()
+        task = self._bars.add_task(title, total=total, unit=unit, values="")
+        self._shown += 1
+        try:
+            yield _Shown(self._bars, task)
+        finally:
+            self._bars.remove_task(task)
+            self._shown -= 1
+            if self._shown == 0:
+                self._bars.stop()
+                self._bars = None
 
-        shown = sys.stderr.isatty() and total > 0
-        with tqdm(total=total, desc=title, unit=unit, disable=not shown) as bar:
-            self._bars.append(bar)
-            try:
-                yield _Shown(bar)
-            finally:
-                self._bars.remove(bar)
+
+def _bars() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]}  {task.fields[values]}"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
 class _Shown(Bar):
-    def __init__(self, bar: Any) -> None:
-        self.shown = bar
+    def __init__(self, bars: Any, task: Any) -> None:
+        self.bars, self.task = bars, task
 
     def update(self, count: int = 1) -> None:
-        self.shown.update(count)
+        self.bars.advance(self.task, count)
 
     def at(self, done: int, **shown: str) -> None:
-        self.shown.n = done
-        self.shown.set_postfix(shown)
+        self.bars.update(self.task, completed=done, values=_named(shown))
+
+
+class _Lines(Bar):
+    """A line every few seconds, with the time left from the second report on."""
+
+    def __init__(self, terminal: Terminal, title: str, total: int, unit: str) -> None:
+        self.terminal, self.title, self.total, self.unit = terminal, title, total, unit
+        self.done = 0
+        self.first: tuple[int, float] | None = None
+        """Work done at the first report, and its time: what came before is no measure of speed."""
+        self.last = time.monotonic()
+
+    def update(self, count: int = 1) -> None:
+        self.at(self.done + count)
+
+    def at(self, done: int, **shown: str) -> None:
+        now = time.monotonic()
+        self.done = done
+        if done and self.first is None:
+            self.first = (done, now)
+        if not done or now - self.last < self.terminal.seconds:
+            return
+        self.last = now
+        parts = [f"{self.unit} {done} of {self.total}", _named(shown), self._left(now)]
+        self.terminal.note(self.title, ", ".join(part for part in parts if part))
+
+    def _left(self, now: float) -> str:
+        assert self.first is not None
+        done, began = self.first
+        if self.done <= done or self.done >= self.total:
+            return ""
+        seconds = (now - began) / (self.done - done) * (self.total - self.done)
+        return f"about {datetime.timedelta(seconds=round(seconds))} left"
+
+
+def _named(values: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def plain_table(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells in columns, the first line the heads."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
 
 
 def metrics_table(metrics: Mapping[str, Any], models: Sequence[str] = ("before", "after", "retrained")) -> str:

@@ -6,6 +6,7 @@ import sys
 
 from ofmu_ray.config import UnlearnConfig
 from ofmu_ray.errors import UserError
+from ofmu_ray.runs.outcome import Outcome
 from ofmu_ray.runs.run import run
 from pipelines.parse import fail, parse
 from pipelines.terminal import Terminal, metrics_table, samples, say
@@ -13,15 +14,8 @@ from pipelines.terminal import Terminal, metrics_table, samples, say
 PROG = "ofmu unlearn"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; exit status 0, 2 for a user's mistake, 1 if the run stopped early."""
-    words = sys.argv[1:] if arguments is None else arguments
-    try:
-        outcome = run(parse(UnlearnConfig, words, PROG), Terminal(), [*PROG.split(), *words])
-    except (UserError, KeyboardInterrupt) as error:
-        return fail(error, PROG)
-    if outcome.reused:
-        say(f"{outcome.name} is already finished; --name NEW runs it again\n")
+def show(outcome: Outcome) -> None:
+    """Print metrics, verdicts, samples, cost and paths."""
     if outcome.metrics.get("before"):
         print(metrics_table(outcome.metrics))
         for verdict in filter(None, (outcome.run.get("forgetting"), outcome.run.get("generations"))):
@@ -36,6 +30,18 @@ def main(arguments: list[str] | None = None) -> int:
         f"{sum(spent for name, spent in seconds.items() if name != 'rounds'):.1f} s in total"
     )
     print(f"model   {outcome.run['model']}\nreport  {outcome.run['report']}\nmlflow  {outcome.run['mlflow']}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; exit status 0, 2 for a user's mistake, 1 if the run stopped early."""
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        outcome = run(parse(UnlearnConfig, words, PROG), Terminal(), [*PROG.split(), *words])
+    except (UserError, KeyboardInterrupt) as error:
+        return fail(error, PROG)
+    if outcome.reused:
+        say(f"{outcome.name} is already finished; --name NEW runs it again\n")
+    show(outcome)
     if outcome.message:
         say(f"stopped {outcome.message}")
     return 0 if outcome.finished else 1

@@ -210,7 +210,11 @@ def test_tables_report_and_mlflow(finished):
         (["--rule.utility", "model_utilty"], "Did you mean model_utility"),
         (["--splits", "{x: {data.forget.path: nowhere.jsonl}}", "--rule.objective", "ks_statistic"], "nowhere.jsonl"),
         (["--tuning.spaces", "{npo: {npo.lr: 'loguniform(1e-4, 1e-2)'}}"], "unknown option npo.lr"),
-        (["--methods", "[npo, lite]", "--budget.amount", "5e9"], "one round of lite on people costs"),
+        pytest.param(
+            ["--methods", "[npo, lite]", "--budget.amount", "5e9"],
+            "one round of lite on people costs",
+            marks=pytest.mark.full,  # starts Ray: a minute
+        ),
         (["--tuning.max_new_tokens", "0"], "tuning.max_new_tokens = 0"),
     ],
 )

@@ -62,6 +62,20 @@ def test_presets_yield_to_explicit_options(tmp_path):
     assert not config.reuse_retain_gradient
 
 
+def test_shipped_configurations_go_by_name(tmp_path, monkeypatch, capsys):
+    expected = parse(UnlearnConfig, ["--config", str(ROOT / "pipelines/configs/quickstart.yaml")], "x")
+    monkeypatch.chdir(tmp_path)
+    assert parse(UnlearnConfig, ["--config", "quickstart"], "x") == expected
+    assert parse(UnlearnConfig, ["--config=quickstart", "--seed", "3"], "x").seed == 3
+    with pytest.raises(UserError, match=r"config = 'quikstart': neither .* Did you mean quickstart\?"):
+        parse(UnlearnConfig, ["--config", "quikstart"], "x")
+    (tmp_path / "quickstart").write_text("seed: 7\n")
+    assert parse(UnlearnConfig, ["--config", "quickstart"], "x").seed == 7, "a file of this name comes first"
+    with pytest.raises(SystemExit):
+        cli.main(["quickstart", "--seed", "3", "--print_config"])
+    assert "name: null" in capsys.readouterr().out, "quickstart is the file here, too"
+
+
 def test_hash_ignores_where_a_run_is_stored_and_nothing_else():
     base = UnlearnConfig()
     assert config_hash(base) == config_hash(UnlearnConfig(name="other", storage="elsewhere"))

@@ -25,6 +25,7 @@ PRIVATE = (
     r"deepspeed\.(runtime|ops|utils)",
     r"transformers\.(?!utils\b)[a-z]\w*",
     r"\._(can_set_)?attn_implementation",
+    r"\._supports_\w+",
 )
 """Patterns of private access."""
 
@@ -45,6 +46,13 @@ def test_deepspeeds_optimisers_have_the_attributes() -> None:
             if getattr(vars(module).get(name), "__module__", None) == module.__name__:
                 text = Path(str(module.__file__)).read_text()
                 assert [one for one in attributes if not re.search(rf"(def |self\.){one}\b", text)] == [], name
+
+
+def test_architectures_say_whether_they_have_sdpa() -> None:
+    import transformers
+
+    assert transformers_private.supports_sdpa(transformers.LlamaForCausalLM)
+    assert not transformers_private.supports_sdpa(transformers.BloomForCausalLM)
 
 
 def test_the_list_of_checkpoints_is_one_that_ray_train_reads() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import socket
 import time
 from collections.abc import Iterator
@@ -141,8 +142,6 @@ def test_final_metrics_and_cost(storage: str) -> None:
     assert _client(handle).get_run(handle.run_id).data.metrics == {
         "before/forget_quality": 0.001,
         "after/forget_quality": 0.42,
-        "after/forget_quality_low": 0.1,
-        "after/forget_quality_high": 0.9,
         "cost/gradient_passes/forget": 70,
         "cost/gradient_passes/retain": 30,
         "cost/seconds/training": 12.5,
@@ -194,7 +193,13 @@ def test_what_mlflow_did_not_take_is_delivered_at_the_next_start(tmp_path: Path,
         logger.log(1, {"a": 1.0})
     series = [{"round": step, "a": float(step)} for step in range(1, 5)]
     (tmp_path / "training.json").write_text(json.dumps({"undelivered": True, "series": series}))
-    (tmp_path / "metrics.json").write_text(json.dumps({**METRICS, "cost": COST, "run": {}}))
+    run = {"method": "ofmu", "rounds": 4, "status": "finished", "message": "", "model": f"{tmp_path}/model"}
+    (tmp_path / "metrics.json").write_text(json.dumps({**METRICS, "cost": COST, "run": run | {"generations": "sane"}}))
+    streams = {"forget": {"source": "s3://bucket/f.jsonl", "rows": 7, "sha256": "a" * 64}}
+    models = {"unlearned": {"model.safetensors": "b" * 64}}
+    code = {"commit": "c" * 40}
+    manifest = {"name": "v1.0", "command": "ofmu unlearn", "code": code, "data": {"streams": streams}, "models": models}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     away = RunHandle(handle.run_id, f"http://user:secret@127.0.0.1:{_free_port()}", handle.experiment_id)
     assert deliver_late(tmp_path, CONFIG, storage) is None
     assert not conclude(tmp_path, away, artifacts=["metrics.json"], status="FINISHED")
@@ -205,7 +210,20 @@ def test_what_mlflow_did_not_take_is_delivered_at_the_next_start(tmp_path: Path,
     run = _client(handle).get_run(handle.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.metrics["after/forget_quality"] == 0.42
-    assert [file.path for file in _client(handle).list_artifacts(handle.run_id)] == ["metrics.json"]
+    client = _client(handle)
+    assert {file.path for file in client.list_artifacts(handle.run_id)} == {"metrics.json", "intervals.csv"}
+    conclude(tmp_path, handle, artifacts=["metrics.json"], status="FINISHED")  # as after a kill: nothing twice
+    run = client.get_run(handle.run_id)
+    tags = run.data.tags
+    assert tags["mlflow.source.name"] == "ofmu unlearn"
+    assert tags["mlflow.source.git.commit"] == "c" * 40
+    assert tags["mlflow.note.content"] == "`ofmu`, 4 rounds: finished\n\nforget quality 0.42\n\nsane"
+    (data_set,) = run.inputs.dataset_inputs
+    assert (data_set.dataset.name, json.loads(data_set.dataset.profile)) == ("forget", {"rows": 7})
+    (output,) = run.outputs.model_outputs
+    model = client.get_logged_model(output.model_id)
+    assert (model.name, model.tags["ofmu.path"]) == ("v1-0", f"{tmp_path}/model")
+    assert client.get_experiment(handle.experiment_id).tags["mlflow.experimentKind"] == "custom_model_development"
 
 
 def test_rounds_that_run_again_after_a_rollback_are_logged_again(storage: str) -> None:
@@ -299,7 +317,9 @@ def test_a_real_server(server: str, tmp_path: Path) -> None:
 def test_the_command_that_opens_a_local_run(storage: str) -> None:
     handle = start(CONFIG, storage, "open", {})
     command = open_command(handle)
-    assert command.startswith(f"mlflow ui --backend-store-uri sqlite:///{storage}/mlflow.db")
+    mlflow, *words = shlex.split(command, comments=True)
+    assert Path(mlflow).is_file(), "the one of this environment, whatever PATH is"
+    assert words == ["ui", "--backend-store-uri", f"sqlite:///{storage}/mlflow.db"]
     assert command.endswith(f"#/experiments/{handle.experiment_id}/runs/{handle.run_id}")
 
 

@@ -6,7 +6,9 @@ import pytest
 
 from ofmu_ray.config import TrainingConfig
 from ofmu_ray.errors import UserError
-from ofmu_ray.runs.preflight import engine_of, needs_no_ray
+from ofmu_ray.progress import Listener, listening
+from ofmu_ray.runs import preflight
+from ofmu_ray.runs.preflight import check_machine, engine_of, needs_no_ray
 from ofmu_ray.training.checkpoint_list import RAY_TRAIN_LIST
 
 ONE, TWO = TrainingConfig(), TrainingConfig(workers=2)
@@ -45,3 +47,37 @@ def test_what_one_worker_started_is_not_begun_again_elsewhere(tmp_path: Path) ->
     assert needs_no_ray(ONE, str(tmp_path))
     with pytest.raises(UserError, match=r"started by one worker without Ray: resume it with --training\.workers 1"):
         needs_no_ray(TWO, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("workers", "there", "used", "said"),
+    [
+        (1, 0, 0.0, None),
+        (1, 4, 1.0, "1 of 4 GPUs"),
+        (2, 2, 1.0, "2 of 2 GPUs"),
+        (2, 1, 0.0, "1 GPUs for training.workers = 2: the run uses CPUs"),
+    ],
+)
+def test_gpus_are_used_where_every_worker_gets_one(
+    workers: int, there: int, used: float, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This machine has none, so their count is the test's."""
+    monkeypatch.setattr(preflight, "_gpus_here", lambda: there)
+    notes: list[str] = []
+
+    class Notes(Listener):
+        def note(self, topic: str, text: str) -> None:
+            notes.append(text)
+
+    with listening(Notes()):
+        assert check_machine(TrainingConfig(workers=workers)).gpus == used
+    assert [text.partition(";")[0] for text in notes] == ([said] if said else [])
+    assert check_machine(TrainingConfig(workers=workers, gpus_per_worker=0)).gpus == 0
+
+
+def test_workers_do_not_share_a_gpu() -> None:
+    assert TrainingConfig(gpus_per_worker=0.5).gpus == 0.5
+    with pytest.raises(UserError, match="NCCL does not let workers share a GPU"):
+        TrainingConfig(workers=2, gpus_per_worker=0.5)
+    with pytest.raises(UserError, match=r"training\.gpus_per_worker"):
+        TrainingConfig(gpus_per_worker=-1)

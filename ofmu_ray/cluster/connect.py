@@ -39,13 +39,37 @@ def connect(workers: int, cpus: float = 1.0, gpus: float = 0.0, patience: float 
         UserError: there is no room for the workers.
     """
     needed = {"CPU": workers * cpus, "GPU": workers * gpus}
+    _start(needed["CPU"])
+    launcher = _launcher()
+    resources = _attainable_resources(launcher)
+    for name, amount in needed.items():
+        if amount > resources.get(name, 0):
+            raise _too_many(f"{name}s", amount, resources.get(name, 0))
+    if cluster_room(cpus, gpus) < workers:
+        if launcher is None:
+            present = "; ".join(share_words(n.resources.get("CPU", 0), n.resources.get("GPU", 0)) for n in alive())
+            raise UserError(
+                f"training.workers = {workers}, each with {share_words(cpus, gpus)} on one node, but the nodes have "
+                f"{present}: room for {cluster_room(cpus, gpus)}; lower what a worker needs, or join a larger cluster"
+            )
+        _grow(workers, cpus, gpus, patience)
+
+
+def attainable() -> dict[str, float]:
+    """Resources of the cluster of RAY_ADDRESS or of the submitted job, grown as far as it can; joins it."""
+    _start(0)
+    return _attainable_resources(_launcher())
+
+
+def _start(cpus: float) -> None:
+    """Join the cluster, or start Ray on this machine, which must have `cpus` CPUs."""
     # Ray Train reads these on import: how often the controller polls its workers, and their output
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     if not ray.is_initialized():
         local = "RAY_ADDRESS" not in os.environ and "RAY_JOB_ID" not in os.environ
-        if local and needed["CPU"] > (os.cpu_count() or 1):
-            raise _too_many("CPUs", needed["CPU"], os.cpu_count() or 1)
+        if local and cpus > (os.cpu_count() or 1):
+            raise _too_many("CPUs", cpus, os.cpu_count() or 1)
         if local:
             # no cloud preempts this machine: one process less to start
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
@@ -60,19 +84,6 @@ def connect(workers: int, cpus: float = 1.0, gpus: float = 0.0, patience: float 
                 logging_level="ERROR",
                 runtime_env=environment,
             )
-    launcher = _launcher()
-    attainable = _attainable_resources(launcher)
-    for name, amount in needed.items():
-        if amount > attainable.get(name, 0):
-            raise _too_many(f"{name}s", amount, attainable.get(name, 0))
-    if cluster_room(cpus, gpus) < workers:
-        if launcher is None:
-            present = "; ".join(share_words(n.resources.get("CPU", 0), n.resources.get("GPU", 0)) for n in alive())
-            raise UserError(
-                f"training.workers = {workers}, each with {share_words(cpus, gpus)} on one node, but the nodes have "
-                f"{present}: room for {cluster_room(cpus, gpus)}; lower what a worker needs, or join a larger cluster"
-            )
-        _grow(workers, cpus, gpus, patience)
 
 
 def worker_environment(cpus: float) -> dict[str, str]:

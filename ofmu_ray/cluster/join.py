@@ -23,7 +23,7 @@ def join_cluster(training: TrainingConfig, storage: PathLike, paths: Mapping[str
     from ofmu_ray.cluster.connect import connect
     from ofmu_ray.cluster.nodes import alive, here, on_each
 
-    connect(training.workers, training.cpus_per_worker, training.gpus_per_worker, training.node_timeout)
+    connect(training.workers, training.cpus_per_worker, training.gpus, training.node_timeout)
     nodes = alive()
     if len(nodes) == 1:
         return

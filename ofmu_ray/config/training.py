@@ -29,8 +29,9 @@ class TrainingConfig:
     """Ray Train workers (processes)."""
     cpus_per_worker: float = 1.0
     """CPU cores per worker (also its number of compute threads)."""
-    gpus_per_worker: float = 0.0
-    """GPUs per worker; 0: CPU with gloo, otherwise CUDA with NCCL."""
+    gpus_per_worker: float | Literal["auto"] = "auto"
+    """GPUs per worker; 0: CPU with gloo, otherwise CUDA with NCCL. auto: 1 if this machine, or the cluster, has a GPU
+    for every worker, else 0."""
     placement: Literal["pack", "spread"] = "pack"
     """pack: workers on as few nodes as possible, for little traffic between nodes; spread: on as many nodes as
     possible, for more memory and disk per worker."""
@@ -63,7 +64,14 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         names = ("workers", "cpus_per_worker", "rounds", "batch_size", "micro_batch_size", "checkpoint_every")
         positive("training", self, *names, "keep_checkpoints", "round_timeout", "node_timeout")
-        not_negative("training", self, "gpus_per_worker", "max_failures")
+        not_negative("training", self, "max_failures")
+        if self.gpus_per_worker != "auto":
+            not_negative("training", self, "gpus_per_worker")
+        if self.workers > 1 and 0 < self.gpus < 1:
+            raise UserError(
+                f"training.gpus_per_worker = {self.gpus:g}: NCCL does not let workers share a GPU; use 1, 0 for CPUs, "
+                "or --training.workers 1"
+            )
         if self.batch_size % self.workers:
             raise UserError(
                 f"training.batch_size = {self.batch_size} does not divide over training.workers = {self.workers}: "
@@ -88,6 +96,11 @@ class TrainingConfig:
                     f"training.network_interface = {self.network_interface!r}: neither the name of an interface nor a "
                     "subnet such as 10.1.0.0/16"
                 ) from None
+
+    @property
+    def gpus(self) -> float:
+        """GPUs per worker; `auto` counts as 0 until a run has looked at the machine."""
+        return 0.0 if self.gpus_per_worker == "auto" else self.gpus_per_worker
 
     @property
     def single(self) -> bool:

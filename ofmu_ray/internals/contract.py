@@ -43,7 +43,11 @@ def check_attributes(library: str, thing: object, names: Iterable[str]) -> None:
     """Raise AssertionError with those of `names` that an object of a library lacks."""
     missing = [name for name in names if not hasattr(thing, name)]
     if missing:
-        raise AssertionError(f"{_release(library)}: {type(thing).__name__} no longer has {', '.join(missing)}")
+        raise AssertionError(f"{_release(library)}: {_class(thing)} no longer has {', '.join(missing)}")
+
+
+def _class(thing: object) -> str:
+    return thing.__name__ if isinstance(thing, type) else type(thing).__name__
 
 
 def _release(module: str) -> str:

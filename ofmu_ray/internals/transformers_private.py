@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from ofmu_ray.internals.contract import Private, check_attributes
 
-from ofmu_ray.internals.contract import Private
+if TYPE_CHECKING:
+    import torch
 
 _NAMES = "finding a model's tensors in its files without loading the model"
 
@@ -21,6 +22,14 @@ UNTIED = Private(
 REVERTED = Private(
     "transformers.core_model_loading", "revert_weight_conversion", "writing weights under the names of their files"
 )
+SUPPORTS_SDPA = "_supports_sdpa"
+"""Attribute of a model's class."""
+
+
+def supports_sdpa(model_class: type) -> bool:
+    """Whether an architecture has the attention kernel `sdpa`."""
+    check_attributes("transformers", model_class, [SUPPORTS_SDPA])
+    return bool(getattr(model_class, SUPPORTS_SDPA))
 
 
 def names_in_model(model: Any, stored: Iterable[str]) -> dict[str, str] | None:
@@ -51,6 +60,8 @@ def saved_names(model: Any, shapes: Mapping[str, torch.Tensor]) -> dict[str, str
 
     `shapes`: the state dict on the meta device, where tied names share a tensor.
     """
+    import torch
+
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     places: dict[int, torch.Tensor] = {}  # the library finds ties by their storage, which meta tensors do not have
     stand_ins = {

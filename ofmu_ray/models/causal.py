@@ -8,6 +8,7 @@ from typing import Any
 
 from ofmu_ray.config import ModelConfig
 from ofmu_ray.errors import UserError
+from ofmu_ray.internals.transformers_private import supports_sdpa
 
 NOT_GENERATIVE = ("MaskedLM", "PreTraining", "Classification", "QuestionAnswering", "MultipleChoice", "Prediction")
 """Ends of the names of classes that do not generate."""
@@ -59,7 +60,7 @@ def _refused(option: str, path: str, what: str) -> UserError:
 def attention_of(shape: Any, config: ModelConfig) -> str:
     """model.attention; `eager` where the architecture does not have the kernel `sdpa`."""
     known = _model_class(shape)
-    return "eager" if known is not None and not known._supports_sdpa else config.attention
+    return "eager" if known is not None and not supports_sdpa(known) else config.attention
 
 
 def _model_class(shape: Any) -> Any:

@@ -74,11 +74,15 @@ Traces = Mapping[int, PassTrace]
 """Index of a pass in the round -> its trace."""
 
 
-def peaks(layout: Layout, sizes: Sizes, done: Round, traces: Traces, base: int = 0) -> dict[str, Peak]:
-    """The peaks of a round, a checkpoint and the export; `base`: bytes of the process before all that.
+def peaks(
+    layout: Layout, sizes: Sizes, done: Round, traces: Traces, base: int = 0, file_bytes: int = 5 * 10**9
+) -> dict[str, Peak]:
+    """The peaks of a round, a checkpoint and the export.
 
-    A checkpoint copies masters and moments to host memory, the export all weights (rank 0). On CUDA this is not device
-    memory, and both phases are skipped.
+    `base`: bytes of the process before all that; `file_bytes`: of a file of the exported model.
+
+    A checkpoint copies masters and moments to host memory, the export one file of weights (rank 0). On CUDA this is not
+    device memory, and both phases are skipped.
     """
     parts = _Parts(layout, sizes, base)
     moments = [parts.between(done.peak)]
@@ -90,7 +94,8 @@ def peaks(layout: Layout, sizes: Sizes, done: Round, traces: Traces, base: int =
         shard = parts.vector
         copies = {"copies for the checkpoint": int((1 + rest.moments) * shard)}
         phases["checkpoint"] = Peak("checkpoint", {**parts.resident(rest), **copies})
-        phases["export"] = Peak("export", {**parts.resident(rest), "copy of the weights": sizes.total * FULL})
+        file = min(file_bytes, sizes.total * FULL)
+        phases["export"] = Peak("export", {**parts.resident(rest), "a file of weights": file})
     return phases
 
 

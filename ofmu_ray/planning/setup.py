@@ -116,9 +116,11 @@ class Planner:
         rows: Mapping[str, Rows],
         device: Literal["cpu", "cuda"],
         base: int = 0,
+        file_bytes: int = 5 * 10**9,
     ):
         self.shape, self.model, self.method, self.training = shape, model, method, training
         self.rows, self.device, self.base = rows, device, base
+        self.file_bytes = file_bytes
         self._traced: dict[tuple[bool, LoraConfig | None, int], tuple[Sizes, Round, dict[int, PassTrace]]] = {}
 
     def given(self) -> SetUp:
@@ -149,7 +151,7 @@ class Planner:
         tokens = sum(count * batch * self.rows[kind].mean for kind, count in passes.items())
         return Requirements(
             setup=setup,
-            phases=peaks(layout, sizes, done, traces, self.base),
+            phases=peaks(layout, sizes, done, traces, self.base, self.file_bytes),
             sizes=sizes,
             passes=passes,
             updates=sum(done.steps.values()),

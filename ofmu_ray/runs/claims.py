@@ -161,16 +161,26 @@ def locked(home: PathLike) -> Iterator[None]:
 
 
 def _refuse_running(home: PathLike) -> None:
-    """Raise UserError if another process runs this; creates nothing."""
+    owner = _holder(home)
+    if owner is not None:
+        raise _running(home, owner)
+
+
+def is_running(home: PathLike) -> bool:
+    """Whether another process runs this now; never of a URI, which has no lock."""
+    return _holder(home) is not None
+
+
+def _holder(home: PathLike) -> dict[str, Any] | None:
+    """Who holds a folder's lock, empty if it does not say; None: nobody. Creates nothing."""
     if is_uri(home):
-        return
+        return None
     try:
         handle = os.open(Path(home) / LOCK, os.O_RDWR)
     except OSError:
-        return
+        return None
     try:
-        if not _try(handle):
-            raise _running(home, _owner(handle))
+        return None if _try(handle) else _owner(handle)
     finally:
         os.close(handle)
 

@@ -37,7 +37,7 @@ class Pool:
         self.data, self.size = data, 1
         self.processes: ProcessPool[Trial, dict[str, Any]] | None = None
         if training.single:
-            cpus, gpus = training.cpus_per_worker, training.gpus_per_worker
+            cpus, gpus = training.cpus_per_worker, training.gpus
             room = cluster_room(cpus, gpus)
             self.size = max(1, min(room, concurrency or room))
             make = partial(trial_runner, {name: ray.put(content) for name, content in data.items()})

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import socket
 import uuid
+from collections.abc import Callable
+from dataclasses import replace
 from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ofmu_ray import progress
 from ofmu_ray.config import DataConfig, TrainConfig, TrainingConfig, UnlearnConfig, to_dict
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage import (
@@ -152,35 +155,61 @@ def public(config: Any) -> dict[str, Any]:
     return content
 
 
-def check_machine(training: TrainingConfig) -> None:
+def check_machine(training: TrainingConfig) -> TrainingConfig:
     """Check what the workers need, before Ray starts here or joins a cluster.
+
+    Returns the options with training.gpus_per_worker as a number. For `auto` this joins a cluster at RAY_ADDRESS.
 
     Raises:
         UserError: this machine has too few CPUs or no GPU, or no Ray head answers at RAY_ADDRESS.
     """
     if "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ:
         _check_head(os.environ.get("RAY_ADDRESS", ""))
-        return  # the cluster's resources are counted once it is joined (ofmu_ray.cluster.connect)
+        # the cluster's other resources are counted once it is joined (ofmu_ray.cluster.connect)
+        return _with_gpus(training, _gpus_of_cluster) if training.gpus_per_worker == "auto" else training
     needed, available = training.workers * training.cpus_per_worker, os.cpu_count() or 1
     if needed > available:
         raise UserError(
             f"training.workers x training.cpus_per_worker = {training.workers} x {training.cpus_per_worker:g} = "
             f"{needed:g} CPUs, but this machine has {available}: lower one of them, or join a cluster (RAY_ADDRESS)"
         )
-    if training.gpus_per_worker:
-        _check_gpus(training.workers * training.gpus_per_worker)
+    if training.gpus:
+        _check_gpus(training.workers * training.gpus)
+    return _with_gpus(training, _gpus_here) if training.gpus_per_worker == "auto" else training
+
+
+def _with_gpus(training: TrainingConfig, count: Callable[[], int]) -> TrainingConfig:
+    """Resolves `auto`, and says so where there are GPUs."""
+    available = count()
+    used = available >= training.workers
+    if used:
+        progress.note("gpu", f"{training.workers} of {available} GPUs")
+    elif available:
+        few = f"{available} GPUs for training.workers = {training.workers}: the run uses CPUs"
+        progress.note("gpu", f"{few}; --training.workers {available} uses the GPUs")
+    return replace(training, gpus_per_worker=float(used))
+
+
+def _gpus_here() -> int:
+    if not any(glob(pattern) for pattern in GPU_FILES):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _gpus_of_cluster() -> int:
+    from ofmu_ray.cluster.connect import attainable
+
+    return int(attainable().get("GPU", 0))
 
 
 def _check_gpus(needed: float) -> None:
-    available = 0
-    if any(glob(pattern) for pattern in GPU_FILES):
-        import torch
-
-        available = torch.cuda.device_count()
+    available = _gpus_here()
     if needed > available:
         raise UserError(
             f"training.workers x training.gpus_per_worker = {needed:g} GPUs, but torch finds {available or 'none'} on "
-            "this machine: set --training.gpus_per_worker 0 for CPUs, or join a cluster (RAY_ADDRESS)"
+            "this machine: set --training.gpus 0 for CPUs, or join a cluster (RAY_ADDRESS)"
         )
 
 
@@ -200,9 +229,17 @@ def _check_head(address: str) -> None:
 
 def check_method(task: Task, config: UnlearnConfig) -> None:
     """Raise UserError if the method's losses need what the task does not have."""
+    from ofmu_ray.features.protocol import Tokens
     from ofmu_ray.methods import build_method
 
-    missing = build_method(config.method_options).asks - task.offers
+    method = build_method(config.method_options)
+    for need in method.needs:
+        if isinstance(need.feature, Tokens) and config.data.kind(need.stream) == "text":
+            raise UserError(
+                f"method = {config.method} gives questions other answers, but data.{need.stream} has texts "
+                "(kind = text): choose another method, or questions with answers"
+            )
+    missing = method.asks - task.offers
     if missing:
         forget_loss = getattr(config.method_options, "forget_loss", None)
         loss = f" with {config.method}.forget_loss = {forget_loss}" if forget_loss else ""

@@ -103,8 +103,9 @@ def run(
     """
     active_listener = progress.current() if listener is None else listener
     with progress.listening(active_listener), explained(config.storage):
-        this_run = Run(config, prepare_storage(config.storage), outcome_hash(config), command)
-        check_machine(config.training)
+        storage = prepare_storage(config.storage)
+        config = replace(config, training=check_machine(config.training))
+        this_run = Run(config, storage, outcome_hash(config), command)
         ours = this_run.claim.check()
         if isinstance(config, TrainConfig):
             trained = read_trained(this_run.home, reused=True) if ours else None
@@ -214,6 +215,7 @@ def _work(this_run: Run, config: UnlearnConfig, evaluation: Evaluation, encoder:
             private={"forget": join(this_run.home, TOKENS)},
             overlap=config.data.overlap,
             duplicates=config.data.duplicates,
+            whole=config.data.whole,
         )
         digest = outcome_hash(config, *(stream.fingerprint for stream in prepared.streams.values()))
         spec = this_run.spec(placed(config.model))
@@ -313,6 +315,7 @@ def _fitted(this_run: Run, config: TrainConfig) -> Outcome:
             this_run.storage,
             private={"train": join(home, TOKENS)},
             duplicates=config.data.duplicates,
+            whole=config.data.whole,
         )
         stream = prepared.streams["train"]
         rounds = max(1, math.ceil(config.epochs * len(stream.rows) / config.training.batch_size))

@@ -27,9 +27,9 @@ def concurrency(training: TrainingConfig, requested: int | None, nodes: list[dic
     from ofmu_ray.cluster.nodes import alive, room, share_words
 
     nodes = [dict(node.resources) for node in alive()] if nodes is None else nodes
-    workers = room(nodes, training.cpus_per_worker, training.gpus_per_worker)
+    workers = room(nodes, training.cpus_per_worker, training.gpus)
     fitting = workers // training.workers
-    one = f"{training.workers} workers x {share_words(training.cpus_per_worker, training.gpus_per_worker)}"
+    one = f"{training.workers} workers x {share_words(training.cpus_per_worker, training.gpus)}"
     available = "; ".join(share_words(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes)
     if fitting < 1:
         raise UserError(

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,8 @@ def benchmark(config: BenchmarkConfig, command: Sequence[str] = ()) -> Benchmark
     from ofmu_ray import tracking
 
     storage = prepare_folder(config.storage)
-    training = config.base.training
-    check_machine(training)
+    training = check_machine(config.base.training)
+    config = replace(config, base=replace(config.base, training=training))
     spaces = {label: space_of(config, label) for label in config.methods}
     evaluators = {split: _checked_split(config, split, storage) for split in config.splits}
     folder = storage / config.name

@@ -245,7 +245,7 @@ def run(
 
     training, folder = ledger.config.base.training, ledger.folder / "tune"
     shutil.rmtree(folder, ignore_errors=True)
-    share = {"CPU": training.cpus_per_worker} | ({"GPU": training.gpus_per_worker} if training.gpus_per_worker else {})
+    share = {"CPU": training.cpus_per_worker} | ({"GPU": training.gpus} if training.gpus else {})
     # a trial with several workers only drives its Ray Train job, which has its own resources: it needs none itself
     bundle = share if local else {"node:__internal_head__": 0.001}
     _LEDGERS[str(ledger.folder)] = ledger

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ofmu_ray.config import TrackingConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage import PathLike, atomic_write, is_file, join, local_file, read_text, remove_file, scratch
 from ofmu_ray.tracking.connection import check_reachable, resolve_uri
+from ofmu_ray.tracking.description import describe
 from ofmu_ray.tracking.mlflow_run import RunHandle, Status, finish
 from ofmu_ray.tracking.rounds import RoundLogger
 
@@ -28,10 +30,14 @@ def conclude(home: PathLike, handle: RunHandle, *, artifacts: Sequence[str], sta
     summary = json.loads(read_text(join(home, "metrics.json")))
     training = json.loads(read_text(join(home, "training.json")))
     metrics = {name: values for name, values in summary.items() if name not in ("cost", "run")}
+    manifest = json.loads(read_text(join(home, "manifest.json")))
+    described = partial(describe, summary=summary, manifest=manifest)
     done = not training["undelivered"] or _series(handle, training["series"])
     with scratch() as place:
         files = [local_file(join(home, name), place) for name in artifacts]
-        done = done and finish(handle, metrics=metrics, cost=summary["cost"], artifacts=files, status=status)
+        done = done and finish(
+            handle, metrics=metrics, cost=summary["cost"], described=described, artifacts=files, status=status
+        )
     if done:
         remove_file(join(home, UNDELIVERED))
     else:  # without the address, which may contain a password

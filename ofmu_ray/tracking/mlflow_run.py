@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
+import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from ofmu_ray.config import ELASTIC, WHERE_KEPT, TrackingConfig, flatten
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage import is_uri, join, local_path
 from ofmu_ray.tracking import connection
+from ofmu_ray.tracking.description import EXPERIMENT_KIND
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -90,6 +93,7 @@ def finish(
     *,
     metrics: Mapping[str, Any] | None = None,
     cost: Mapping[str, Any] | None = None,
+    described: Callable[[Any, str], None] | None = None,
     artifacts: Iterable[str | Path] = (),
     tables: Iterable[str | Path] = (),
     status: Status = "FINISHED",
@@ -97,9 +101,10 @@ def finish(
     """Log the final metrics and files, and close the run.
 
     Args:
-        metrics: ``{"before": {name: {"value", "low", "high", ...}}, "after": ..., "retrained": ... | None}`` becomes
-            ``after/forget_quality``, ``after/forget_quality_low`` and so on; absent metrics are skipped.
+        metrics: ``{"before": {name: {"value", ...}}, "after": ..., "retrained": ... | None}`` becomes
+            ``after/forget_quality`` and so on, without intervals; absent metrics are skipped.
         cost: nested numbers, logged as ``cost/gradient_passes/forget`` and so on.
+        described: called with the client and the run's id, to add more.
         artifacts: pages and JSON files; evaluation rows contain text and are refused.
         tables: Parquet files without any text.
 
@@ -121,6 +126,8 @@ def finish(
     try:
         with connection.impatient(retries=2):
             _log_values(client, handle.run_id, values)
+            if described is not None:
+                described(client, handle.run_id)
             for file in files:
                 client.log_artifact(handle.run_id, str(file))
             client.set_terminated(handle.run_id, status=status)
@@ -156,7 +163,9 @@ def open_command(handle: RunHandle) -> str:
     if handle.uri.startswith(("http://", "https://")):
         return f"{connection.without_password(handle.uri).rstrip('/')}/{page}"
     shown = connection.without_password(handle.uri)
-    return f"mlflow ui --backend-store-uri {shown}  # then open http://127.0.0.1:5000/{page}"
+    # of this environment, whatever the shell's PATH is
+    command = shlex.join([str(Path(sys.executable).parent / "mlflow"), "ui", "--backend-store-uri", shown])
+    return f"{command}  # then open http://127.0.0.1:5000/{page}"
 
 
 # ------------------------------------------------------------------------------------------------------- creation
@@ -183,7 +192,8 @@ def _experiment(client: Any, name: str, uri: str, storage: str) -> str:
         # A server chooses the location; a database would use the working directory.
         on_server = uri.startswith(("http", "databricks"))
         try:
-            return str(client.create_experiment(name, None if on_server else _artifact_location(uri, storage)))
+            place = None if on_server else _artifact_location(uri, storage)
+            return str(client.create_experiment(name, place, tags=dict([EXPERIMENT_KIND])))
         except MlflowException:
             experiment = client.get_experiment_by_name(name)  # another driver was first
             if experiment is None:
@@ -247,8 +257,6 @@ def _values(metrics: Mapping[str, Any]) -> dict[str, float]:
         for name, metric in (named or {}).items():
             if isinstance(metric, Mapping) and metric.get("value") is not None:
                 values[f"{model}/{name}"] = float(metric["value"])
-                bounds = {side: metric.get(side) for side in ("low", "high")}
-                values |= {f"{model}/{name}_{side}": float(x) for side, x in bounds.items() if x is not None}
     return values
 
 

@@ -41,10 +41,10 @@ def fit(job: WorkerJob, title: str) -> dict[str, Any]:
     if not is_uri(job.run_dir):  # objects are never truncated
         checkpoint_list.mend(Path(job.run_dir) / "train")
     training = job.training
-    gpu = training.gpus_per_worker > 0
+    gpu = training.gpus > 0
     resources = {"CPU": training.cpus_per_worker}
     if gpu:
-        resources["GPU"] = training.gpus_per_worker
+        resources["GPU"] = training.gpus
     filesystem, inside = locate(job.run_dir)
     read: dict[str, list[str | None]] = {"model.path": [job.model.path], "model.tokenizer": [job.model.tokenizer]}
     shared = SharedFiles.of(job.run_dir, join(job.run_dir, "train"), read)
@@ -98,7 +98,7 @@ def _no_room(error: Exception, job: WorkerJob) -> UserError | None:
     if not isinstance(getattr(error, "controller_failure", None), STARTUP_TIMEOUT.get()):
         return None
     training = job.training
-    room = cluster_room(training.cpus_per_worker, training.gpus_per_worker)
+    room = cluster_room(training.cpus_per_worker, training.gpus)
     return UserError(
         f"training.workers = {training.workers}: the cluster's nodes had room for {room} in training.node_timeout = "
         f"{training.node_timeout:g} s; the same command resumes from the last checkpoint once there is room, or with "

@@ -38,6 +38,9 @@ class Reports(Protocol):
     def begin(self) -> list[str]:
         """The workers start (again); returns the notes so far."""
 
+    def resumed(self, done: int) -> None:
+        """The run resumes after `done` rounds."""
+
     def note(self, *texts: str) -> None:
         """Messages for the user, each shown once."""
 
@@ -55,6 +58,11 @@ class ListenerReports:
         """The notes so far."""
         return list(self.noted)
 
+    def resumed(self, done: int) -> None:
+        """The run resumes after `done` rounds."""
+        self.listener.note("train", resumption(done))
+        self.bar.at(done)
+
     def note(self, *texts: str) -> None:
         """Messages for the user, each shown once."""
         for text in texts:
@@ -65,6 +73,11 @@ class ListenerReports:
     def update(self, done: int, values: dict[str, float]) -> None:
         """Rounds done and the metrics of the last one."""
         self.bar.at(done, **losses_of(values))
+
+
+def resumption(done: int) -> str:
+    """The message of a run that resumes."""
+    return f"resumes after round {done}"
 
 
 def losses_of(values: Mapping[str, float]) -> dict[str, str]:
@@ -129,10 +142,9 @@ class LocalSession:
 
     rank, world = 0, 1
 
-    def __init__(self, run_dir: str, keep: int, gpu: bool | None = None) -> None:
-        """`gpu` None: use one if available."""
+    def __init__(self, run_dir: str, keep: int, *, gpu: bool = False) -> None:
         self.folder, self.keep = Path(run_dir) / "train", keep
-        self.device = torch.device("cuda" if (torch.cuda.is_available() if gpu is None else gpu) else "cpu")
+        self.device = torch.device("cuda" if gpu else "cpu")
 
     def report(self, folder: Path, name: str, done: int) -> None:
         numbers = [int(path.name[:6]) for path in local_checkpoints(self.folder)]

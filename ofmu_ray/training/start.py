@@ -44,20 +44,20 @@ def worker_loop(config: dict[str, Any]) -> None:
 def fit_here(job: WorkerJob, title: str) -> dict[str, Any]:
     """`launch.fit` for one worker, in this process without Ray."""
     with progress.bar(title, job.training.rounds, "round") as bar:
-        worker = run_local(job, ListenerReports(bar), gpu=job.training.gpus_per_worker > 0)
+        worker = run_local(job, ListenerReports(bar))
     export_model(job, worker.engine, worker.module, worker.processor, worker.state, 0)
     summary: dict[str, Any] = json.loads(read_text(join(job.run_dir, "training.json")))
     return summary
 
 
-def run_local(job: WorkerJob, reports: Reports | None = None, gpu: bool | None = None) -> Worker:
+def run_local(job: WorkerJob, reports: Reports | None = None) -> Worker:
     """The same loop for a single worker in this process: for many short runs, each on one core.
 
-    Does not export: the returned worker has the model in memory. `gpu` None: use one if available.
+    Does not export: the returned worker has the model in memory.
     Raises AssertionError for several workers.
     """
     assert job.training.workers == 1, "run_local is for one worker"
-    worker = Worker(job, LocalSession(job.run_dir, job.training.keep_checkpoints, gpu), reports)
+    worker = Worker(job, LocalSession(job.run_dir, job.training.keep_checkpoints, gpu=job.training.gpus > 0), reports)
     plan = read_plan(job.plan_dir)
     worker.run(lambda start, options: local_rounds(plan, 0, start_round=start, **options))
     return worker

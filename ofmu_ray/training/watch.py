@@ -10,7 +10,7 @@ import ray
 
 from ofmu_ray import progress
 from ofmu_ray.cluster.watchdog import Heartbeat
-from ofmu_ray.training.session import losses_of
+from ofmu_ray.training.session import losses_of, resumption
 
 POLL_SECONDS = 0.5
 
@@ -22,6 +22,7 @@ class Progress:
     def __init__(self) -> None:
         self.now: tuple[int, dict[str, float]] = (0, {})
         self.notes: list[str] = []
+        self.resumptions: list[int] = []
         self.last: dict[int, Heartbeat] = {}
 
     def update(self, done: int, values: dict[str, float]) -> None:
@@ -31,6 +32,11 @@ class Progress:
     def note(self, *texts: str) -> None:
         """Messages for the user, each shown once."""
         self.notes += [text for text in dict.fromkeys(texts) if text not in self.notes]
+
+    def resumed(self, done: int) -> None:
+        """Rank 0: the run resumes after `done` rounds."""
+        self.now = (done, {})
+        self.resumptions.append(done)
 
     def sign(self, rank: int, where: str) -> None:
         """A rank is alive."""
@@ -45,9 +51,9 @@ class Progress:
         self.last = {}
         return self.notes
 
-    def read(self) -> tuple[int, dict[str, float], list[str]]:
-        """Rounds done, metrics of the last one, notes."""
-        return (*self.now, self.notes)
+    def read(self) -> tuple[int, dict[str, float], list[str], list[int]]:
+        """Rounds done, metrics of the last one, notes, rounds after which the run resumed."""
+        return (*self.now, self.notes, self.resumptions)
 
 
 class ActorReports:
@@ -60,6 +66,10 @@ class ActorReports:
         """The workers start (again); returns the notes so far."""
         notes: list[str] = ray.get(self.actor.begin.remote())
         return notes
+
+    def resumed(self, done: int) -> None:
+        """The run resumes after `done` rounds."""
+        self.actor.resumed.remote(done)
 
     def note(self, *texts: str) -> None:
         """Messages for the user, each shown once."""
@@ -78,7 +88,7 @@ class ProgressForwarder:
         self.listener = progress.current()
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._pass_on, daemon=True)
-        self._noted = 0
+        self._noted = self._resumed = 0
 
     def __enter__(self) -> ProgressForwarder:
         self.thread.start()
@@ -96,10 +106,13 @@ class ProgressForwarder:
 
     def _refresh(self, bar: progress.Bar) -> None:
         try:
-            done, values, notes = ray.get(self.actor.read.remote(), timeout=5)
+            done, values, notes, resumptions = ray.get(self.actor.read.remote(), timeout=5)
         except Exception:  # progress must never end a run
             return
         for text in notes[self._noted :]:
             self.listener.note("note", text)
         self._noted = len(notes)
+        for round_ in resumptions[self._resumed :]:
+            self.listener.note("train", resumption(round_))
+        self._resumed = len(resumptions)
         bar.at(done, **losses_of(values))

@@ -76,6 +76,8 @@ class Worker:
         known = self.progress.begin()
         self.state.notes = list(dict.fromkeys([*known, *self.state.notes]))
         self.progress.note(*self.state.notes)
+        if self.resumed and self.session.rank == 0:
+            self.progress.resumed(self.state.round)
 
     def _inherited(self, folder: Path) -> LoopState:
         """Continue from the end of another run, with this run's options."""

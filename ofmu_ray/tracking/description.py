@@ -1,0 +1,104 @@
+"""What MLflow shows of a finished run besides its numbers: source, data sets, headline, intervals, the model."""
+
+from __future__ import annotations
+
+import csv
+import getpass
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ofmu_ray.storage import is_uri
+
+EXPERIMENT_KIND = ("mlflow.experimentKind", "custom_model_development")
+"""Tag of an experiment that MLflow shows as training runs, not as traces of a language model."""
+LONGEST_DIGEST = 36
+"""MLflow's limit, in characters."""
+
+
+def describe(client: Any, run_id: str, summary: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+    """Complete a run in MLflow; a second call changes nothing.
+
+    `summary`, `manifest`: content of metrics.json and manifest.json. Raises MLflow's errors.
+    """
+    from mlflow.utils import mlflow_tags as tag
+
+    note = headline(summary)
+    tags = {
+        tag.MLFLOW_SOURCE_NAME: manifest["command"] or "ofmu_ray",
+        tag.MLFLOW_SOURCE_TYPE: "JOB" if "RAY_JOB_ID" in os.environ else "LOCAL",
+        tag.MLFLOW_USER: getpass.getuser(),
+        tag.MLFLOW_GIT_COMMIT: manifest["code"]["commit"],
+        tag.MLFLOW_RUN_NOTE: note,
+    }
+    for name, value in tags.items():
+        if value:
+            client.set_tag(run_id, name, value)
+    client.log_text(run_id, intervals(summary), "intervals.csv")
+    client.log_inputs(run_id, list(_data_sets(manifest["data"]["streams"])))
+    _log_model(client, run_id, summary, manifest)
+
+
+def headline(summary: Mapping[str, Any]) -> str:
+    """The run's description, in Markdown: how it ended, forget quality and utility, verdicts."""
+    run = summary["run"]
+    after = summary.get("after") or {}
+    lines = [f"`{run['method']}`, {run['rounds']} rounds: {run['status']}"]
+    for name, label in (("forget_quality", "forget quality"), ("model_utility", "model utility")):
+        value = (after.get(name) or {}).get("value")
+        lines += [] if value is None else [f"{label} {value:.3g}"]
+    lines += [text for text in (run["message"], run.get("forgetting"), run.get("generations")) if text]
+    return "\n\n".join(lines)
+
+
+def intervals(summary: Mapping[str, Any]) -> str:
+    """All metrics with their 95 % intervals, as CSV, which MLflow shows as a table."""
+    out = io.StringIO()
+    table = csv.writer(out, lineterminator="\n")
+    table.writerow(["metric", "model", "value", "low", "high", "n", "reason"])
+    for model, metrics in summary.items():
+        if model not in ("cost", "run"):
+            for name, metric in (metrics or {}).items():
+                if isinstance(metric, Mapping) and "value" in metric:
+                    cells = [metric.get(key) for key in ("value", "low", "high", "n", "reason")]
+                    table.writerow([name, model, *cells])
+    return out.getvalue()
+
+
+def _data_sets(streams: Mapping[str, Any]) -> Iterator[Any]:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    for name, stream in streams.items():
+        source = stream["source"]
+        profile = {key: stream[key] for key in ("rows", "used_rows", "tokens") if key in stream}
+        data_set = Dataset(
+            name=name,
+            digest=stream["sha256"][:LONGEST_DIGEST],
+            source_type="uri" if is_uri(source) else "local",
+            source=json.dumps({"uri": source}),
+            profile=json.dumps(profile),
+        )
+        yield DatasetInput(data_set, [InputTag("mlflow.data.context", name)])
+
+
+def _log_model(client: Any, run_id: str, summary: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+    """The model stays where it is: MLflow gets its path and digests."""
+    from mlflow.entities import LoggedModelOutput
+
+    run = client.get_run(run_id)
+    if run.outputs is not None and run.outputs.model_outputs:
+        return
+    digests = manifest["models"].get("unlearned") or {}
+    tags = {"ofmu.path": summary["run"]["model"], **{f"ofmu.sha256.{name}": value for name, value in digests.items()}}
+    model = client.create_logged_model(
+        run.info.experiment_id, name=model_name(manifest["name"]), source_run_id=run_id, tags=tags
+    )
+    client.finalize_logged_model(model.model_id, "READY")
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=summary["run"]["rounds"])])
+
+
+def model_name(run: str) -> str:
+    """A run's name as that of a model: MLflow does not take / : . % and quotes."""
+    return "".join("-" if letter in "/:.%\"'" else letter for letter in run)

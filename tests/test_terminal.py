@@ -1,0 +1,127 @@
+"""What a person sees: progress with and without a terminal, help on one screen, the list of past runs."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from ofmu_ray.runs.catalog import past_runs
+from ofmu_ray.runs.claims import locked
+from pipelines import cli, terminal
+from pipelines.terminal import Terminal
+
+
+class Screen(io.StringIO):
+    """A stderr that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_without_a_terminal_a_line_every_few_seconds(clock, capsys):
+    with Terminal(seconds=10).bar("train", 20, "round") as bar:
+        for done in range(1, 21):
+            clock[0] = 100 + 4.0 * done  # 100 s until the workers have loaded the model
+            bar.at(done, forget="3.142")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "train   round 1 of 20, forget 3.142"
+    assert lines[1] == "train   round 4 of 20, forget 3.142, about 0:01:04 left", "time left by rounds, not by loading"
+    assert len(lines) == 7
+
+
+def test_a_resumed_run_counts_its_speed_from_where_it_resumes(clock, capsys):
+    with Terminal(seconds=0).bar("train", 20, "round") as bar:
+        bar.at(10)
+        clock[0] = 5.0
+        bar.at(11)
+    assert capsys.readouterr().err.splitlines()[-1] == "train   round 11 of 20, about 0:00:45 left"
+
+
+def test_bars_of_a_terminal_leave_lines_whole(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", screen := Screen())
+    shown = Terminal()
+    with shown.bar("evaluate", 4, "batch") as outer:
+        outer.update()
+        with shown.bar("train", 8, "round") as inner:
+            inner.at(3, forget="1.5")
+            shown.note("data", "rows [1] of [data]: " + "x" * 200)
+        outer.update(3)
+    shown.note("run", "runs/a")
+    text = screen.getvalue()
+    assert "data    rows [1] of [data]: " + "x" * 200 in text
+    assert text.endswith("run     runs/a\n")
+    assert "evaluate" in text
+
+
+def test_help_is_one_screen(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    for command in ("unlearn", "train", "evaluate", "sweep", "benchmark", "submit", "plan"):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([command, "--help"])
+        assert stop.value.code == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) <= 60, command
+        assert any(line.startswith("  --config ") for line in lines)
+
+
+def test_help_on_a_section_and_on_none(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["unlearn", "--help", "npo"])
+    text = capsys.readouterr().out
+    assert "--npo.beta" in text
+    assert "--ofmu.beta" not in text
+    assert cli.main(["unlearn", "--help", "nop"]) == 2
+    assert "Did you mean npo?" in capsys.readouterr().err
+
+
+def test_options_are_not_abbreviated(capsys):
+    assert cli.main(["unlearn", "--ofmu.inner_step", "3"]) == 2
+    assert "Did you mean ofmu.inner_steps?" in capsys.readouterr().err
+
+
+def _folder(storage: Path, name: str, **files: object) -> Path:
+    (storage / name).mkdir(parents=True)
+    for stem, content in files.items():
+        (storage / name / f"{stem}.json").write_text(json.dumps(content))
+    return storage / name
+
+
+def test_past_runs(tmp_path, capsys):
+    value = {"value": 0.5, "low": 0.4, "high": 0.6}
+    record = {"config_hash": "x", "command": "unlearn", "options": {"method": "npo"}}
+    summary = {"after": {"model_utility": value}, "run": {"status": "utility_floor", "method": "npo"}, "cost": {}}
+    _folder(tmp_path, "stopped", run=record, training={"round": 7, "status": "utility_floor"}, metrics=summary)
+    killed = _folder(tmp_path, "killed", run=record)
+    _folder(tmp_path, "fit", run=record | {"command": "train"}, training={"round": 9, "status": "finished"})
+    _folder(tmp_path, "compared", metrics={"a": {"model_utility": value}})
+    _folder(tmp_path, "table", benchmark={})
+    _folder(tmp_path, "cache", run=record)
+    _folder(tmp_path, "strange")
+    assert {run.name: (run.command, run.status) for run in past_runs(str(tmp_path))} == {
+        "stopped": ("unlearn", "utility_floor"),
+        "killed": ("unlearn", "interrupted"),
+        "fit": ("train", "finished"),
+        "compared": ("evaluate", "finished"),
+        "table": ("benchmark", "finished"),
+    }
+    with locked(killed):
+        assert cli.main(["runs", "--storage", str(tmp_path)]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "running" in lines["killed"]
+    assert "0.5" in lines["stopped"]
+    assert cli.main(["show", "compared", "--storage", str(tmp_path)]) == 0
+    assert "0.500 [0.400, 0.600]" in capsys.readouterr().out
+    assert cli.main(["report", "fit", "--storage", str(tmp_path)]) == 2
+    assert "fit has no report" in capsys.readouterr().err
+    assert cli.main(["show", "kiled", "--storage", str(tmp_path)]) == 2
+    assert "Did you mean killed?" in capsys.readouterr().err
+    assert cli.main(["runs", "--storage", str(tmp_path / "nowhere")]) == 2
