@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import Any
 
 
@@ -38,12 +39,37 @@ ELASTIC = tuple(
 """Options for machines and fault tolerance: they may change when a run is resumed."""
 
 
+DATE = "2024-07-26"
+"""Default of `data.format.date`."""
 ADDED = {"task": "causal_lm", "overwrite": False, "export": {"dtype": "auto", "weights": "merged"}}
 """Options that were added later -> the earlier behaviour; with this value they do not change hashes."""
+ADDED_WITHIN = {
+    "data.*.kind": (None, "qa"),
+    "data.format.text": ("text",),
+    "data.format.messages": ("messages",),
+    "data.format.min_characters": (0,),
+    "data.format.stride": (None,),
+    "data.format.packed": (False,),
+    "*data.format.date": (DATE,),
+    "data.truncate": ("retain", "allow"),
+    "evaluation.sets.forget_choice": (None,),
+    "evaluation.sets.retain_choice": (None,),
+    "evaluation.sets.choice_scoring": ("letters",),
+}
+"""The same inside sections: pattern of the flat name -> values. data.truncate refuses rows and changes none; `allow`
+truncates them as before."""
 
 
-DATE = "2024-07-26"
-"""Default of `data.format.date`, added later: with it the section is hashed as before."""
+def without_added(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options without those of ADDED_WITHIN that have such a value."""
+    kept = {}
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        earlier = (values for pattern, values in ADDED_WITHIN.items() if fnmatchcase(name, pattern))
+        if not isinstance(value, dict | list) and value in next(earlier, ()):
+            continue
+        kept[key] = without_added(value, f"{name}.") if isinstance(value, dict) else value
+    return kept
 
 
 def config_hash(config: Any, *extra: str, ignore: Iterable[str] = WHERE_KEPT) -> str:
@@ -60,20 +86,8 @@ def config_hash(config: Any, *extra: str, ignore: Iterable[str] = WHERE_KEPT) ->
         if key not in ignored
     }
     content = {key: value for key, value in content.items() if key not in ADDED or value != ADDED[key]}
-    content = _without(content, "date", DATE)
-    text = json.dumps([content, *extra], sort_keys=True)
+    text = json.dumps([without_added(content), *extra], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _without(content: Any, name: str, value: Any) -> Any:
-    """Nested content without an option of sections `format` that has this value."""
-    if not isinstance(content, dict):
-        return content
-    kept = {key: _without(item, name, value) for key, item in content.items()}
-    fmt = kept.get("format")
-    if isinstance(fmt, dict) and fmt.get(name) == value:
-        kept["format"] = {key: item for key, item in fmt.items() if key != name}
-    return kept
 
 
 def outcome_hash(config: Any, *extra: str) -> str:

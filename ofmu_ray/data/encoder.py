@@ -10,6 +10,15 @@ import pyarrow as pa
 from ofmu_ray.data.row_checks import Problems
 
 
+class Piece(NamedTuple):
+    """A part of a text: the window of a document, the turn of a chat."""
+
+    identity: tuple[str, str]
+    """Texts that identify the whole."""
+    number: int
+    """Of the part, from 1."""
+
+
 class EncodedRow(NamedTuple):
     """A row ready for training."""
 
@@ -21,6 +30,10 @@ class EncodedRow(NamedTuple):
     """How much was truncated."""
     identity: tuple[str, str]
     """Texts that identify the row, for duplicates and overlap."""
+    piece: int | None = None
+    """If a row of the source becomes several: the number of this one, from 1."""
+    others: tuple[Piece, ...] = ()
+    """What else is in the row, if it holds parts of several texts."""
 
 
 class Encoder(Protocol):
@@ -41,16 +54,25 @@ class Encoder(Protocol):
     ) -> Iterator[tuple[int, EncodedRow]]:
         """(index, row) of every usable (place, cells); the others are added to `problems`."""
 
+    # optional: def stream(self, name: str) -> Encoder
+    # the encoder of one stream, where they differ
+
+
+def stream_encoder(encoder: Encoder, name: str) -> Encoder:
+    """The encoder of a stream."""
+    of = getattr(encoder, "stream", None)
+    return encoder if of is None else of(name)
+
 
 BOOKKEEPING = pa.schema(
     [
         ("length", pa.int32()),
         ("cut", pa.int32()),
-        ("exact", pa.binary(16)),
-        ("normalised", pa.binary(16)),
+        ("exact", pa.binary()),
+        ("normalised", pa.binary()),
     ]
 )
-"""Columns of an encoded row that only the driver reads."""
+"""Columns of an encoded row that only the driver reads. The digests are of 16 bytes each, one for every text in it."""
 
 
 def encoded_schema(payload: pa.Schema) -> pa.Schema:

@@ -45,6 +45,8 @@ class Metric:
     values: Values | None = None
     always: bool = False
     """Listed, as absent with the reason, where the set has no rows."""
+    only: Callable[[pa.Table], bool] | None = None
+    """Whether it is listed for these rows; None: for all."""
     figures: Callable[[Inputs], Mapping[str, MetricValue]] | None = None
     """Computes it, and others that share the work, where it is no mean over rows."""
     needs: frozenset[str] = frozenset()
@@ -150,7 +152,8 @@ def _computed(inputs: Inputs) -> Iterator[tuple[str, MetricValue]]:
     done: dict[Any, Mapping[str, MetricValue]] = {}
     for one in metrics():
         if one.values is not None and one.set is not None:
-            if one.always or inputs.rows(one.set).num_rows:
+            rows = inputs.rows(one.set)
+            if one.always or (rows.num_rows and (one.only is None or one.only(rows))):
                 yield one.name, inputs.mean(one)
         elif one.figures is not None:
             if one.figures not in done:

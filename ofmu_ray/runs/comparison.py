@@ -118,15 +118,17 @@ def _tokenizer(config: EvaluateConfig) -> str:
 
 
 def _evaluator(config: EvaluateConfig, storage: str) -> Evaluator:
+    tokenizer = _tokenizer(config)
+    reader = ModelConfig(path=tokenizer, trust_remote_code=config.trust_remote_code)
     return Evaluator(
         config.evaluation,
         config.data,
-        _tokenizer(config),
+        tokenizer,
         join(storage, "cache"),
         config.seed,
         config.report.reveal_text,
         config.trust_remote_code,
-        sets=read_sets(config.evaluation, config.data),
+        sets=read_sets(config.evaluation, config.data, reader),
         own_tokenizers=config.tokenizer is None,
     )
 

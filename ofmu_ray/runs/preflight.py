@@ -229,9 +229,17 @@ def _check_head(address: str) -> None:
 
 def check_method(task: Task, config: UnlearnConfig) -> None:
     """Raise UserError if the method's losses need what the task does not have."""
+    from ofmu_ray.features.protocol import Tokens
     from ofmu_ray.methods import build_method
 
-    missing = build_method(config.method_options).asks - task.offers
+    method = build_method(config.method_options)
+    for need in method.needs:
+        if isinstance(need.feature, Tokens) and config.data.kind(need.stream) == "text":
+            raise UserError(
+                f"method = {config.method} gives questions other answers, but data.{need.stream} has texts "
+                "(kind = text): choose another method, or questions with answers"
+            )
+    missing = method.asks - task.offers
     if missing:
         forget_loss = getattr(config.method_options, "forget_loss", None)
         loss = f" with {config.method}.forget_loss = {forget_loss}" if forget_loss else ""

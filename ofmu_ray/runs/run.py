@@ -225,6 +225,7 @@ def _work(this_run: Run, config: UnlearnConfig, evaluation: Evaluation, encoder:
             private={name: join(this_run.home, TOKENS) for name in config.sources if this_run.is_private(name)},
             overlap=config.data.overlap,
             duplicates=config.data.duplicates,
+            whole=config.data.whole,
         )
         this_run.claim.note_sources(prepared.sources)
         digest = outcome_hash(config, *(stream.fingerprint for stream in prepared.streams.values()))
@@ -325,6 +326,7 @@ def _fitted(this_run: Run, config: TrainConfig) -> Outcome:
             this_run.storage,
             private={"train": join(home, TOKENS)},
             duplicates=config.data.duplicates,
+            whole=config.data.whole,
         )
         this_run.claim.note_sources(prepared.sources)
         stream = prepared.streams["train"]

@@ -15,7 +15,7 @@ from typing import Any
 from ofmu_ray import progress
 from ofmu_ray.cluster.join import join_cluster, run_paths
 from ofmu_ray.config import LABELS, WHERE_KEPT, SweepConfig, flatten, to_dict
-from ofmu_ray.config.values import ADDED
+from ofmu_ray.config.values import ADDED, without_added
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.evaluator import Evaluator
 from ofmu_ray.metrics.fronts import plain
@@ -151,7 +151,7 @@ def _digest(config: SweepConfig, space: Space) -> str:
     content = _determining(config)
     base = {name: value for name, value in content["base"].items() if name not in WHERE_KEPT}
     export = {name: value for name, value in base.pop("export").items() if name != "max_shard_size"}
-    content["base"] = base if export == ADDED["export"] else base | {"export": export}
+    content["base"] = without_added(base if export == ADDED["export"] else base | {"export": export})
     kept = {name: value for name, value in content.items() if name not in (*WHERE_KEPT, "space_file")}
     text = json.dumps([kept, results.space_rows(space)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Causal language models on rows of question and answer: the built-in task."""
+"""Causal language models on questions with answers, documents or chats: the built-in task."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from ofmu_ray.config import DataConfig, ExportConfig, ModelConfig, TrainDataConfig, UnlearnConfig
-    from ofmu_ray.data.answer_encoder import AnswerEncoder
+    from ofmu_ray.data.kinds import StreamEncoders
     from ofmu_ray.evaluation.evaluator import Evaluator
     from ofmu_ray.models.unread import Unread
     from ofmu_ray.models.weights import Weights
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class CausalLM:
-    """Models of transformers; only the answer's tokens have a loss."""
+    """Models of transformers. The tokens of answers (of documents, of the assistant's turns) have a loss."""
 
     offers = frozenset({"answers"})
 
@@ -40,10 +40,10 @@ class CausalLM:
             note("model", f"{type(shape).__name__[:-6]} has no {config.attention} attention; eager is used instead")
         return empty_model(shape, config)
 
-    def encoder(self, processor: Any, data: DataConfig | TrainDataConfig) -> AnswerEncoder:
-        from ofmu_ray.data.answer_encoder import AnswerEncoder
+    def encoder(self, processor: Any, data: DataConfig | TrainDataConfig) -> StreamEncoders:
+        from ofmu_ray.data.kinds import StreamEncoders
 
-        return AnswerEncoder(processor, data.format)
+        return StreamEncoders.of(processor, data.format, {name: data.kind(name) for name in data.sources})
 
     def evaluation(self, config: UnlearnConfig, storage: PathLike) -> Evaluator:
         from ofmu_ray.evaluation.evaluator import Evaluator
