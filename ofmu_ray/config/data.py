@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
+from ofmu_ray.config.images import ImagesConfig, SplitConfig
 from ofmu_ray.config.ranges import not_negative, positive, require
 from ofmu_ray.config.values import DATE
 from ofmu_ray.errors import UserError
@@ -24,9 +25,11 @@ class SourceConfig:
     path: str | list[str] | None = None
     """File, folder, glob or URI (local, s3://, gs://) of JSON (Lines or an array), Parquet, CSV, TSV or plain text, or
     a list of those; builtin:people/NAME; a folder of save_to_disk; or a hub name, as owner/name, with configuration and
-    split as owner/name:configuration:split."""
-    format: Literal["auto", "json", "parquet", "csv", "tsv", "text", "hub"] = "auto"
-    """auto: by suffix (.json is JSON Lines or an array; also .jsonl.gz and the like)."""
+    split as owner/name:configuration:split. Images: also builtin:digits/train or test, or a folder with one per
+    class."""
+    format: Literal["auto", "json", "parquet", "csv", "tsv", "text", "hub", "images"] = "auto"
+    """auto: by suffix (.json is JSON Lines or an array; also .jsonl.gz and the like). images: a folder with a folder of
+    images for each class."""
     kind: Kind | None = None
     """What the rows are, if not data.format.kind."""
     hub_config: str | None = None
@@ -51,6 +54,22 @@ class SourceConfig:
         positive(section, self, "limit")
         given = bool(self.paths) and all(self.paths)
         require(given, f"{section}.path", self.path, "a file, folder, glob, URI or hub name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartConfig(SourceConfig):
+    """One of the two parts that `data.split` makes of a source."""
+
+    split: SplitConfig
+    label: str
+    """Column of the class."""
+    forgotten: bool
+    """The rows to forget, or the others."""
+
+    @classmethod
+    def of(cls, source: SourceConfig, split: SplitConfig, label: str, *, forgotten: bool) -> PartConfig:
+        """A part of `source`."""
+        return cls(**vars(source), split=split, label=label, forgotten=forgotten)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +133,14 @@ class DataConfig:
     holdout: SourceConfig | None = None
     """Rows like the forget rows that the model has never seen: they set how far to forget (ofmu.forget_level). null:
     none, except that the built-in forget rows have built-in ones."""
+    test: SourceConfig | None = None
+    """Test rows of image classification; null: none."""
+    split: SplitConfig | None = None
+    """Forget and retain rows as parts of the rows of data.retain (data.forget is not read); null: two sources."""
     format: FormatConfig = field(default_factory=FormatConfig)
     """How a row becomes tokens."""
+    images: ImagesConfig = field(default_factory=ImagesConfig)
+    """How a row becomes an image and its class."""
     overlap: Literal["error", "drop", "allow"] = "error"
     """Rows in both forget and retain (exact, or after normalising case and spaces). drop: from retain."""
     duplicates: Literal["error", "drop", "allow"] = "allow"
@@ -125,6 +150,9 @@ class DataConfig:
     be forgotten; error: refuse them; allow: truncate forget rows too."""
 
     def __post_init__(self) -> None:
+        if self.split is not None:
+            self.split.check()
+            object.__setattr__(self, "forget", self.retain)
         for name, source in self.sources.items():
             source.check(f"data.{name}")
         if self.format.packed and "drop" in (self.overlap, self.duplicates):
@@ -147,7 +175,10 @@ class DataConfig:
     def sources(self) -> dict[str, SourceConfig]:
         """The configured sources by stream name."""
         builtin = SourceConfig(path=BUILTIN_HOLDOUT) if self.forget.path == BUILTIN_FORGET else None
-        named = {"forget": self.forget, "retain": self.retain, "holdout": self.holdout or builtin}
+        named = {"forget": self.forget, "retain": self.retain, "holdout": self.holdout or builtin, "test": self.test}
+        if self.split is not None:
+            for name in ("forget", "retain"):
+                named[name] = PartConfig.of(self.retain, self.split, self.images.label, forgotten=name == "forget")
         return {name: source for name, source in named.items() if source is not None}
 
 
@@ -159,8 +190,12 @@ class TrainDataConfig:
     """Folder or URI that relative data paths start from; null: the working directory."""
     train: SourceConfig = field(default_factory=lambda: SourceConfig(path="builtin:people/full.jsonl"))
     """Rows to train on."""
+    split: SplitConfig | None = None
+    """Leave out the rows that this split of data.train forgets: what a retrained model is trained on. null: none."""
     format: FormatConfig = field(default_factory=FormatConfig)
     """How a row becomes tokens."""
+    images: ImagesConfig = field(default_factory=ImagesConfig)
+    """How a row becomes an image and its class."""
     duplicates: Literal["error", "drop", "allow"] = "allow"
     """Duplicate rows; allow keeps and reports them."""
 
@@ -169,6 +204,8 @@ class TrainDataConfig:
 
     def __post_init__(self) -> None:
         self.train.check("data.train")
+        if self.split is not None:
+            self.split.check()
 
     @property
     def sources(self) -> dict[str, SourceConfig]:
@@ -183,3 +220,10 @@ class TrainDataConfig:
     def whole(self) -> frozenset[str]:
         """Streams whose rows must not be truncated."""
         return frozenset({"train"} if self.truncate == "error" else ())
+
+    @property
+    def source(self) -> SourceConfig:
+        """The rows to train on, without those that `split` forgets."""
+        if self.split is None:
+            return self.train
+        return PartConfig.of(self.train, self.split, self.images.label, forgotten=False)

@@ -10,7 +10,7 @@ from ofmu_ray.config.ranges import positive, require
 from ofmu_ray.errors import UserError
 
 BUILTIN_TARGET = "builtin:people/target"
-Precision = Literal["fp32", "bf16", "bf16_autocast"]
+Precision = Literal["fp32", "tf32", "bf16", "bf16_autocast"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,8 @@ class ModelConfig:
     tokenizer: str | None = None
     """Tokenizer directory or hub name; null: the model's own."""
     precision: Precision = "fp32"
-    """fp32; bf16 (bf16 weights, fp32 master copy); bf16_autocast (fp32 weights, bf16 passes, fp32 differences)."""
+    """fp32; tf32 (fp32 weights, TF32 products on a GPU, fp32 differences); bf16 (bf16 weights, fp32 master copy);
+    bf16_autocast (fp32 weights, bf16 passes, fp32 differences)."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention implementation; exact curvature needs eager."""
     gradient_checkpointing: bool = False

@@ -41,6 +41,7 @@ class Encoder(Protocol):
 
     payload: pa.Schema
     """Columns that it writes."""
+    # optional: task: str, the task whose models give features of these rows; else causal_lm
 
     @property
     def columns(self) -> Sequence[str]:
@@ -80,6 +81,15 @@ def encoded_schema(payload: pa.Schema) -> pa.Schema:
     return pa.schema([("row_id", pa.string()), *payload, *BOOKKEEPING])
 
 
+STORED = ("pixels",)
+"""Payload columns that a batch plan does not repeat: its readers look them up by row id."""
+
+
+def plan_columns(names: Sequence[str]) -> list[str]:
+    """row_id and the payload columns of a file that a batch plan holds."""
+    return [name for name in payload_columns(names) if name not in STORED]
+
+
 def payload_columns(names: Sequence[str]) -> list[str]:
-    """row_id and the payload columns of a file: the columns of a batch plan."""
+    """row_id and the payload columns of a file."""
     return [name for name in names if name not in BOOKKEEPING.names]

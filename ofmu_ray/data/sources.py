@@ -13,14 +13,15 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
-from ofmu_ray.config import SourceConfig
+from ofmu_ray.config import PartConfig, SourceConfig
+from ofmu_ray.data import image_files
 from ofmu_ray.data.row_files import ROW_FILES, UnreadableRow, read_file, row_file
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage import is_uri, join, locate, without_credentials
@@ -39,13 +40,17 @@ SLICE_ROWS = 20_000
 """Rows of a fragment of a hub data set."""
 
 
+Rows = Iterator[tuple[int, dict[str, Any] | UnreadableRow]]
+"""(row number from 1, row)."""
+
+
 @dataclass(frozen=True)
 class Fragment:
     """One task's worth of rows of a source."""
 
     stream: str
     kind: str
-    """json, csv, tsv, text, parquet, or table: rows in memory."""
+    """json, csv, tsv, text, parquet, images, or table: rows in memory."""
     path: str
     """Local path or URI of the file; for a data set, its name or folder."""
     file: int | None = None
@@ -56,6 +61,10 @@ class Fragment:
     rows: int | None = None
     """Read at most this many rows."""
     table: pa.Table | None = None
+    files: tuple[tuple[str, str], ...] = ()
+    """Of `images`: (path, class) of each row."""
+    part: PartConfig | None = None
+    """Read only the rows of this part of the source."""
     identity: str = ""
     """What the content hash covers: sha256 of the bytes, or size and modification time on an object store."""
 
@@ -76,10 +85,11 @@ def fragments(source: SourceConfig, root: str | None, *, stream: str, option: st
     if not source.paths:
         raise UserError(f"{option}.path is not set: give a file, folder, glob, URI or hub data set")
     source = _named(source)
-    folder = _under(root, _builtin(source.paths[0]))
-    if _is_hub(source, root):
+    if source.format == "images" or (source.path or "") in image_files.DIGITS:
+        pieces = _image_fragments(source, root, stream, option)
+    elif _is_hub(source, root):
         pieces = _hub_fragments(source, stream, option)
-    elif isinstance(source.path, str) and any(os.path.isfile(os.path.join(folder, name)) for name in ON_DISK):
+    elif (folder := _saved_folder(source, root)) is not None:
         pieces = _saved_fragments(folder, source, stream, option)
     else:
         paths = [file for path in source.paths for file in _expand(_under(root, _builtin(path)), option)]
@@ -88,23 +98,56 @@ def fragments(source: SourceConfig, root: str | None, *, stream: str, option: st
         pieces = [piece for path, number in pairs for piece in _file_fragments(path, number, source, stream, option)]
     if not pieces:
         raise UserError(f"{option}.path = {source.shown}: no rows")
-    return pieces if source.limit is None else list(_limited(pieces, source.limit))
+    pieces = pieces if source.limit is None else list(_limited(pieces, source.limit))
+    return [replace(piece, part=source) for piece in pieces] if isinstance(source, PartConfig) else pieces
 
 
-def read(fragment: Fragment, columns: list[str] | None = None) -> Iterator[tuple[int, dict[str, Any] | UnreadableRow]]:
+def read(fragment: Fragment, columns: list[str] | None = None) -> Rows:
     """(row number from 1, row) of each row; a row that cannot be read is an `UnreadableRow`."""
-    from_file = fragment.kind in ROW_FILES
-    rows = read_file(fragment.kind, fragment.path) if from_file else _read_table(fragment, columns)
-    return rows if fragment.rows is None else itertools.islice(rows, fragment.rows)
+    if fragment.kind == "images":
+        rows: Rows = image_files.read(fragment.files, fragment.first_row)
+    else:
+        from_file = fragment.kind in ROW_FILES
+        rows = read_file(fragment.kind, fragment.path) if from_file else _read_table(fragment, columns)
+    rows = rows if fragment.rows is None else itertools.islice(rows, fragment.rows)
+    part = fragment.part
+    return rows if part is None else (row for row in rows if in_part(part, row[1], f"{fragment.file}/{row[0]}"))
+
+
+def in_part(part: PartConfig, row: dict[str, Any] | UnreadableRow, place: str) -> bool:
+    """Whether a row belongs to a part: by its class, or by a hash of the seed and its place, about `share` of all."""
+    split = part.split
+    if split.share is not None:
+        digest = hashlib.blake2b(f"{split.seed}/{place}".encode(), digest_size=8).digest()
+        forgotten = int.from_bytes(digest, "big") < split.share * 2**64
+    else:
+        label = row.get(part.label) if isinstance(row, dict) else None
+        forgotten = label in split.classes or str(label) in split.classes
+    return forgotten == part.forgotten
 
 
 def fingerprint(pieces: list[Fragment]) -> str:
     """Hex digest of the fragments' content, first row numbers and row limits."""
-    content = [[f.kind, f.file, f.first_row, f.row_group, f.rows, f.identity] for f in pieces]
+    content: list[list[Any]] = [[f.kind, f.file, f.first_row, f.row_group, f.rows, f.identity] for f in pieces]
+    for entry, piece in zip(content, pieces, strict=True):
+        entry += [] if piece.part is None else [asdict(piece.part.split), piece.part.forgotten]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------ finding
+
+
+def _image_fragments(source: SourceConfig, root: str | None, stream: str, option: str) -> list[Fragment]:
+    if source.path in image_files.DIGITS:
+        table = image_files.digits(str(source.path))
+        return [Fragment(stream, "table", str(source.path), table=table, identity=f"scikit-learn {source.path}")]
+    [path] = source.paths if len(source.paths) == 1 else [""]
+    pieces = image_files.found(_under(root, path), f"{option}.path")
+    starts = itertools.accumulate((len(piece) for piece, _ in pieces), initial=1)
+    return [
+        Fragment(stream, "images", path, first_row=start, files=piece, identity=identity)
+        for start, (piece, identity) in zip(starts, pieces, strict=False)
+    ]
 
 
 def _builtin(path: str) -> str:
@@ -120,6 +163,14 @@ def _under(root: str | None, path: str) -> str:
     if root is None or "://" in path or os.path.isabs(path):
         return path
     return join(root, path)
+
+
+def _saved_folder(source: SourceConfig, root: str | None) -> str | None:
+    """The folder of a data set that `datasets` saved; None: it is something else."""
+    if not isinstance(source.path, str):
+        return None
+    folder = _under(root, _builtin(source.path))
+    return folder if any(os.path.isfile(os.path.join(folder, name)) for name in ON_DISK) else None
 
 
 def _named(source: SourceConfig) -> SourceConfig:

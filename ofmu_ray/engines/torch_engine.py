@@ -18,9 +18,10 @@ from ofmu_ray.models.unread import Unread
 class TorchEngine(VectorEngine):
     """One process, one device (the module's). `loss_fn(module, batch)` returns a mean loss or (sum, count).
 
-    precision: fp32 (float64 modules stay float64), bf16 (bf16 weights, fp32 masters) or bf16_autocast (fp32 weights;
-    bf16 autocast in passes that enter no finite difference). offload="optimizer" keeps the optimiser moments in host
-    memory between steps. The parameters of `module` become views of one buffer, into which `unread` ones are read.
+    precision: fp32 (float64 modules stay float64), bf16 (bf16 weights, fp32 masters), or bf16_autocast and tf32 (fp32
+    weights; bf16 autocast, or TF32 products on CUDA, in passes that enter no finite difference). offload="optimizer"
+    keeps the optimiser moments in host memory between steps. The parameters of `module` become views of one buffer,
+    into which `unread` ones are read.
     """
 
     offers_exact = True

@@ -14,6 +14,7 @@ import torch
 
 from ofmu_ray.config import OptimizerConfig
 from ofmu_ray.engines.loop_optimizer import LoopOptimizer
+from ofmu_ray.engines.products import fp32_products
 from ofmu_ray.engines.protocol import Batch, Kind, Loop, Loss, PassAccount, Vector, sum_and_count
 from ofmu_ray.engines.shards import Shards, trainable_parameters
 from ofmu_ray.errors import UserError
@@ -90,7 +91,7 @@ class VectorEngine:
         """Gradient and value of the mean loss over the global batch; see `protocol.Engine.gradient`.
 
         Every rank must pass the same number of micro-batches. `differenced`: the pass enters a finite difference, so
-        bf16_autocast runs it in fp32 (like every pass inside `displaced`).
+        bf16_autocast and tf32 run it in fp32 (like every pass inside `displaced`).
 
         Raises UserError if no token of the global batch has a loss, and on the first pass if a trainable parameter gets
         no gradient.
@@ -99,9 +100,10 @@ class VectorEngine:
         shards = self.shards
         shards.clear_gradients()
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, count, tokens
-        with self._every_gradient_arrives():
+        exact = differenced or bool(self._displacements)
+        with self._every_gradient_arrives(), fp32_products(self.precision, exact=exact):
             for micro in micro_batches(batch, self.device):
-                with self._autocast(not differenced and not self._displacements):
+                with self._autocast(not exact):
                     value, count = sum_and_count(loss(shards.forward_module, micro))
                 shards.backward(value)
                 sums += batch_sums(value, count, micro, self.device)
@@ -127,7 +129,7 @@ class VectorEngine:
         training = self.module.training
         self.module.eval()
         try:
-            with torch.no_grad(), self._autocast(True):
+            with torch.no_grad(), fp32_products(self.precision, exact=False), self._autocast(True):
                 return [fn(self.shards.forward_module, micro) for micro in micro_batches(batch, self.device)]
         finally:
             self.module.train(training)

@@ -9,3 +9,4 @@ from ofmu_ray.metrics import inference as inference
 from ofmu_ray.metrics import probes as probes
 from ofmu_ray.metrics import aggregate as aggregate
 from ofmu_ray.metrics import under_attack as under_attack
+from ofmu_ray.metrics import classification as classification

@@ -40,6 +40,8 @@ class Metric:
     better: Better
     group: Group
     """Heading under which reports show it."""
+    rows: Literal["texts", "images"] = "texts"
+    """The kind of rows that it is computed for."""
     set: str | None = None
     """The set of rows that it is a mean over."""
     values: Values | None = None
@@ -79,6 +81,11 @@ class Inputs:
     def options(self) -> dict[str, int]:
         """Of the intervals."""
         return {"samples": self.samples, "seed": self.seed}
+
+    @property
+    def kind(self) -> str:
+        """texts or images."""
+        return "images" if "predicted" in self.table.column_names else "texts"
 
     def rows(self, name: str) -> pa.Table:
         """The rows of a set."""
@@ -151,6 +158,8 @@ def compute(inputs: Inputs) -> dict[str, Any]:
 def _computed(inputs: Inputs) -> Iterator[tuple[str, MetricValue]]:
     done: dict[Any, Mapping[str, MetricValue]] = {}
     for one in metrics():
+        if one.rows != inputs.kind:
+            continue
         if one.values is not None and one.set is not None:
             rows = inputs.rows(one.set)
             if one.always or (rows.num_rows and (one.only is None or one.only(rows))):

@@ -38,6 +38,8 @@ class Device:
 
     flops: float
     """Achieved FLOP/s of matrix products in the run's precision."""
+    fp32_flops: float
+    """The same in fp32, for passes that enter a difference (unless the weights are bf16)."""
     bytes_per_second: float
     operation_seconds: float
     """Minimum time of one operation (kernel launch, dispatch)."""
@@ -54,7 +56,9 @@ class GPU:
     bytes_per_second: float
 
     def device(self, precision: str, efficiency: float) -> Device:
-        return Device((self.fp32 if precision == "fp32" else self.bf16) * efficiency, self.bytes_per_second * 0.8, 8e-6)
+        rates = {"fp32": self.fp32, "tf32": self.bf16 / 2}  # TF32: half of bf16 on every data sheet
+        flops, fp32 = rates.get(precision, self.bf16), self.fp32
+        return Device(flops * efficiency, fp32 * efficiency, self.bytes_per_second * 0.8, 8e-6)
 
 
 # NVIDIA's data sheets of the SXM variants (L4, L40S: PCIe)
@@ -138,7 +142,8 @@ class RoundTime:
 
 def pass_seconds(trace: PassTrace, device: Device) -> float:
     """Roofline time of a micro-batch: compute plus memory traffic, at least the kernel launches."""
-    return max(trace.flops / device.flops + trace.bytes_moved / device.bytes_per_second,
+    flops = device.fp32_flops if trace.precision == "fp32" else device.flops
+    return max(trace.flops / flops + trace.bytes_moved / device.bytes_per_second,
                trace.operations * device.operation_seconds)  # fmt: skip
 
 

@@ -24,6 +24,8 @@ def planned(config: PlanConfig) -> dict[str, Any]:
     from ofmu_ray.planning.propose import Target, propose
     from ofmu_ray.planning.setup import Planner, link_of
 
+    if config.task != "causal_lm":
+        raise UserError(f"task = {config.task!r}: memory and time are planned for language models only")
     options, training = config.plan, config.training
     gpu = GPUS[options.gpu] if options.gpu else None
     cuda = gpu is not None or options.gpu_memory is not None or training.gpus > 0

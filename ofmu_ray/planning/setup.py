@@ -186,8 +186,7 @@ class Planner:
             known: dict[Any, PassTrace] = {}
             traces: dict[int, PassTrace] = {}
             for index, one in enumerate(done.passes):
-                # bf16_autocast runs passes for differences in fp32
-                precision = "fp32" if one.differenced and self.model.precision == "bf16_autocast" else config.precision
+                precision = "fp32" if one.differenced and config.precision != "bf16" else config.precision
                 same = (one.kind, getattr(one.loss, "__func__", one.loss), precision)
                 if same not in known:
                     known[same] = trace_pass(module, one.loss, one.batch.micro[0], precision)

@@ -107,6 +107,8 @@ class PassTrace:
     """FLOPs of matrix products and attention, forward and backward."""
     bytes_moved: float
     operations: int
+    precision: str
+    """What its matrix products run in: model.precision, or fp32 in a pass that enters a difference."""
 
     @property
     def peak_bytes(self) -> int:
@@ -195,7 +197,9 @@ def trace_pass(
     for elements, live in sorted(moments.items(), reverse=True):
         if not kept or live > kept[-1].activation_bytes:
             kept.append(MemoryPoint(live, elements))
-    return PassTrace(tuple(reversed(kept)), forward, logits, meter.flops, meter.bytes_moved, meter.operations)
+    return PassTrace(
+        tuple(reversed(kept)), forward, logits, meter.flops, meter.bytes_moved, meter.operations, precision
+    )
 
 
 def _logits_bytes(module: Any, micro: Mapping[str, Any]) -> int:

@@ -96,7 +96,9 @@ def _kept(config: RequestsConfig, ledger: Ledger, gone: set[str]) -> dict[str, l
     named = replace(evaluation.sets, forget=None, probes=[], holdout=None)
     train = config.requests.train  # stands in for sets that are dropped below or have no file
     found: dict[str, list[Row]] = read_sets(
-        replace(evaluation, sets=named), replace(data, forget=replace(train, limit=1), retain=replace(train, limit=1))
+        replace(evaluation, sets=named),
+        replace(data, forget=replace(train, limit=1), retain=replace(train, limit=1)),
+        config.model,
     )
     found.pop("forget")
     if named.retain is None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ofmu_ray import progress
 from ofmu_ray.config import ModelConfig, TrainConfig, UnlearnConfig, outcome_hash
+from ofmu_ray.errors import UserError
 from ofmu_ray.models.checks import placed
 from ofmu_ray.runs.claims import Claim
 from ofmu_ray.runs.job import REQUESTED, TOKENS, Spec, make_job, remove_text, with_references
@@ -215,6 +216,7 @@ def _concluded(this_run: Run, config: UnlearnConfig, results: RunResults, handle
 def _work(this_run: Run, config: UnlearnConfig, evaluation: Evaluation, encoder: Encoder, handle: Any) -> RunResults:
     """Prepare the data, evaluate, run the rounds, evaluate again."""
     from ofmu_ray.data.prepare import prepare_streams
+    from ofmu_ray.reporting.image_section import images_of
 
     with this_run.phase("data"):
         prepared = prepare_streams(
@@ -257,6 +259,7 @@ def _work(this_run: Run, config: UnlearnConfig, evaluation: Evaluation, encoder:
         data=prepared.report.to_json(),
         seconds=this_run.seconds,
         plan=plan.fingerprint,
+        images=images_of(evaluation, tables, config.report.samples),
     )
 
 
@@ -311,16 +314,16 @@ def _fitted(this_run: Run, config: TrainConfig) -> Outcome:
     from ofmu_ray.data.prepare import prepare_streams
 
     home = this_run.home
-    model = config.model or _initial_model(config, home)
     task = task_named(config.task)
+    model = config.model or _initial_model(task, config, home)
     encoder = task.encoder(task.check_model(model), config.data)
     with _tracked(this_run, {"ofmu.kind": "train"}) as handle:
         if not this_run.here:
-            rows_at = source_paths("data.train", config.data.train, config.data.root)
+            rows_at = source_paths("data.train", config.data.source, config.data.root)
             join_cluster(config.training, this_run.storage, model_paths(model) | rows_at)
             check_task_on_nodes(config.task)
         prepared = prepare_streams(
-            {"train": config.data.train},
+            {"train": config.data.source},
             config.data.root,
             encoder,
             this_run.storage,
@@ -356,11 +359,11 @@ def _train_cost(summary: dict[str, Any]) -> dict[str, Any]:
     return {name: summary[name] for name in ("train_seconds", "peak_memory_bytes")} | counts
 
 
-def _initial_model(config: TrainConfig, home: str) -> ModelConfig:
-    """A Llama from the scratch options with seeded random weights, saved next to the run's model."""
+def _initial_model(task: Any, config: TrainConfig, home: str) -> ModelConfig:
+    """The task's model from scratch with seeded random weights, saved next to the run's model."""
     folder = join(home, "initial")
+    if not hasattr(task, "initial"):
+        raise UserError(f"model is not set, and task = {config.task!r} makes none from scratch: set --model.path")
     if not is_whole(folder):
-        from ofmu_ray.models.initial import write_initial_model
-
-        write_initial_model(folder, config)
+        task.initial(folder, config)
     return ModelConfig(path=folder)

@@ -11,7 +11,7 @@ from ofmu_ray.tasks.protocol import Task
 if TYPE_CHECKING:
     import torch
 
-    from ofmu_ray.config import DataConfig, ExportConfig, ModelConfig, TrainDataConfig, UnlearnConfig
+    from ofmu_ray.config import DataConfig, ExportConfig, ModelConfig, TrainConfig, TrainDataConfig, UnlearnConfig
     from ofmu_ray.data.kinds import StreamEncoders
     from ofmu_ray.evaluation.evaluator import Evaluator
     from ofmu_ray.models.unread import Unread
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class CausalLM:
     """Models of transformers. The tokens of answers (of documents, of the assistant's turns) have a loss."""
 
-    offers = frozenset({"answers"})
+    offers = frozenset({"answers", "texts"})
 
     def check_model(self, config: ModelConfig, option: str = "model.path") -> Any:
         from ofmu_ray.models.checks import check_model
@@ -49,6 +49,12 @@ class CausalLM:
         from ofmu_ray.evaluation.evaluator import Evaluator
 
         return Evaluator.of(config, storage)
+
+    def initial(self, folder: str, config: TrainConfig) -> None:
+        """A Llama from the scratch options with seeded random weights."""
+        from ofmu_ray.models.initial import write_initial_model
+
+        write_initial_model(folder, config)
 
     def load(self, config: ModelConfig) -> tuple[torch.nn.Module, Any]:
         from ofmu_ray.models.loading import load_causal_lm

@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load
 
 from ofmu_ray.cluster.watchdog import Watchdog
+from ofmu_ray.data.sidecar import parameter_files
 from ofmu_ray.engines.protocol import Engine, Loss
 from ofmu_ray.errors import UserError
 from ofmu_ray.methods.protocol import run_round
 from ofmu_ray.models.unread import Unread
+from ofmu_ray.storage import open_mapped
 from ofmu_ray.tasks import loaded, task_named
 from ofmu_ray.training import checkpoint, integrity
 from ofmu_ray.training.checkpoint import LoopState
@@ -34,13 +37,20 @@ class Worker:
     ):
         torch.manual_seed(job.seed)
         self.job, self.session = job, session
+        if session.device.type == "cuda":  # a process may do many runs, and must not report the peak of another
+            torch.cuda.reset_peak_memory_stats(session.device)
         self.task = task_named(job.task)
         self.module, self.processor, unread, note = loaded(self.task, job.model)
         self.collate = self.task.collate(self.processor)
         self.method = job.build_method()
+        if hasattr(self.task, "normalisation"):
+            self.task.normalisation(self.module, unlearns=self.method.unlearns, workers=session.world)
         self.method.freeze(self.module)
         self.engine = build_engine(job, self.module, self.task.loss, session.device, unread)
         self.method.start(self.engine)
+        for name, path in parameter_files(job.sidecars).items():
+            with open_mapped(path) as file:
+                self.method.given(name, self.engine, load(file.read()))  # type: ignore[attr-defined]
         rows, ranks = job.utility_rows, (session.rank, session.world)
         self.probe = UtilityProbe(self.task, self.collate, rows, *ranks) if rows else None
         self.progress = progress
@@ -148,7 +158,7 @@ class Worker:
         seconds = time.perf_counter() - started
         state.round += 1
         state.train_seconds += seconds
-        state.peak_memory_bytes = max(state.peak_memory_bytes, peak_memory_bytes())
+        state.peak_memory_bytes = max(state.peak_memory_bytes, peak_memory_bytes(self.session.device))
 
         passes = self.engine.account.gradient_passes
         for name in values:
@@ -372,8 +382,8 @@ def build_engine(
     )
 
 
-def peak_memory_bytes() -> int:
-    """Peak memory of this process: allocated on the CUDA device, else the resident set."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory of this process: allocated on its CUDA device, else the resident set."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
