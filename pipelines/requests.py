@@ -6,13 +6,12 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
 
 from ofmu_ray.config.requests import RequestsConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.progress import listening
 from pipelines import requests_intake, requests_service, requests_work
-from pipelines.parse import fail, parse
+from pipelines.parse import PlainParser, fail, parse
 from pipelines.terminal import Terminal
 
 PROG = "ofmu requests"
@@ -35,9 +34,20 @@ SUBCOMMANDS: dict[str, Subcommand] = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+def _divided(parser: argparse.ArgumentParser, words: list[str]) -> tuple[list[str], list[str]]:
+    """(the command's own words, the configuration's). An option of the configuration takes the word that follows it,
+    which argparse would mistake for a positional argument."""
+    own: list[str] = []
+    rest: list[str] = []
+    position = 0
+    while position < len(words):
+        name, mark, _ = words[position].partition("=")
+        foreign = name.startswith("--") and name not in parser._option_string_actions
+        following = words[position + 1 : position + 2]
+        count = 2 if foreign and not mark and following and not following[0].startswith("--") else 1
+        (rest if foreign else own).extend(words[position : position + count])
+        position += count
+    return own, rest
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,10 +62,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(f"unknown command {words[0]!r}. Commands: {', '.join(SUBCOMMANDS)}")
         command = SUBCOMMANDS[words[0]]
         prog = f"{PROG} {words[0]}"
-        parser = _Parser(prog=prog, description=command.help, allow_abbrev=False)
+        parser = PlainParser(prog=prog, description=command.help)
         parser.epilog = "All options of `ofmu unlearn` and of section requests can be given too, or --config FILE."
         command.declare(parser)
-        options, rest = parser.parse_known_args(words[1:])
+        own, rest = _divided(parser, words[1:])
+        options = parser.parse_args(own)
         with listening(Terminal()):
             return command.run(options, parse(RequestsConfig, rest, PROG))  # one parser for all: it takes a second
     except (UserError, KeyboardInterrupt) as error:

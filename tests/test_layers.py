@@ -95,7 +95,7 @@ def test_models_are_made_in_one_room() -> None:
 
 def test_pipelines_are_thin() -> None:
     lines = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "pipelines").glob("*.py")}
-    assert sum(lines.values()) <= 1500, lines
+    assert sum(lines.values()) <= 1900, lines
 
 
 SAME_NAMES = {"__init__", "protocol", "registry"}

@@ -12,9 +12,10 @@ from typing import Any
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
-from ofmu_ray.errors import UserError
+from ofmu_ray.errors import StorageError, UserError
 from ofmu_ray.requests.schema import REVISION
 
 LOCK = 0x6F666D75
@@ -36,9 +37,9 @@ def opened(uri: str) -> Engine:
             raise ArgumentError(backend)
         if backend == "sqlite":
             _private_folder(url.database)
-        engine = create_engine(
-            url, hide_parameters=True, **({"connect_args": {"timeout": BUSY_SECONDS}} if backend == "sqlite" else {})
-        )
+        waits: dict[str, Any] = {"connect_args": {"timeout": BUSY_SECONDS}} if backend == "sqlite" else {}
+        # a connection for each of the service's forty threads; statements in errors come without their values
+        engine = create_engine(url, hide_parameters=True, max_overflow=40, pool_timeout=BUSY_SECONDS, **waits)
     except (ArgumentError, NoSuchModuleError):
         shown = uri if "@" not in uri else uri.partition("://")[0] + "://..."
         raise UserError(
@@ -87,7 +88,7 @@ def _one_writer(engine: Engine) -> None:
 @contextmanager
 def writing(engine: Engine) -> Iterator[Session]:
     """A transaction that no other writer of the ledger overlaps, on any machine."""
-    with engine.connect().execution_options(write=True) as connection, connection.begin():
+    with _answering(), engine.connect().execution_options(write=True) as connection, connection.begin():
         if engine.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": LOCK})
         with Session(connection, expire_on_commit=False) as session:
@@ -99,8 +100,18 @@ def writing(engine: Engine) -> Iterator[Session]:
 def reading(engine: Engine) -> Iterator[Session]:
     """A transaction that sees one state of the ledger."""
     options = {} if engine.dialect.name == "sqlite" else {"isolation_level": "REPEATABLE READ"}
-    with engine.connect().execution_options(**options) as connection, Session(connection) as session:
+    with _answering(), engine.connect().execution_options(**options) as connection, Session(connection) as session:
         yield session
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """A database that is gone, full or locked for too long is a StorageError."""
+    try:
+        yield
+    except (OperationalError, PoolTimeout) as error:
+        reason = _first_line(error) if isinstance(error, OperationalError) else "too many calls at once"
+        raise StorageError(f"requests.ledger: the database does not answer ({reason}); try again") from None
 
 
 def upgrade(engine: Engine) -> None:

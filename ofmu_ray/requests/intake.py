@@ -16,7 +16,7 @@ from ofmu_ray.data import row_checks, sources
 from ofmu_ray.data.row_checks import Problems
 from ofmu_ray.errors import UserError
 from ofmu_ray.requests.ledger import Ledger
-from ofmu_ray.requests.records import Request
+from ofmu_ray.requests.records import Request, new_id
 from ofmu_ray.requests.vault import Vault, master_key
 
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}")
@@ -100,6 +100,7 @@ def submit(config: RequestsConfig, ledger: Ledger, submission: Submission, by: s
     _refuse(config, submission, found)
     counts = {"matched": len(found.rows), "searched": found.searched}
     counts |= {"given": len(submission.rows)} if submission.rows is not None else {}
+    proposed = new_id()
     request = ledger.add(
         submission.key,
         content,
@@ -108,8 +109,9 @@ def submit(config: RequestsConfig, ledger: Ledger, submission: Submission, by: s
         data=found.data,
         by=by,
         detail={"selector": sorted(submission.where)} | counts if submission.where else counts,
+        request_id=proposed,
     )
-    return request, True
+    return request, request.id == proposed  # another client may have been faster
 
 
 def by_columns(config: RequestsConfig, where: Mapping[str, str]) -> Found:

@@ -26,7 +26,7 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.requests import lease
 from ofmu_ray.requests.chain import Event, append, check_chain
 from ofmu_ray.requests.database import forget_pages, opened, reading, writing
-from ofmu_ray.requests.records import Request, as_request, identity, record_of
+from ofmu_ray.requests.records import Request, as_request, identity, new_id, record_of
 from ofmu_ray.requests.schema import (
     CertificateRecord,
     EventRecord,
@@ -105,6 +105,7 @@ class Ledger:
         data: str = "",
         by: str = "",
         detail: Mapping[str, Any] | None = None,
+        request_id: str | None = None,
     ) -> Request:
         """Record a request and accept it; the same key with the same content gives the request that exists.
 
@@ -113,6 +114,7 @@ class Ledger:
             content: what was asked, as submitted (JSON values): its keyed hash decides whether it is the same.
             rows: the rows found for it, with the fields `question`, `answer` and what else is to be kept (JSON values).
             detail: counts and names for the log, no text.
+            request_id: its id if it is new (`new_id`); so the caller can tell.
 
         Raises:
             KeyTaken: the key belongs to other content.
@@ -122,7 +124,7 @@ class Ledger:
         with writing(self.engine) as session:
             if (found := self._by_key(session, key, content_hash)) is not None:
                 return found
-            now, name = self.clock(), f"req-{uuid.uuid4().hex[:20]}"
+            now, name = self.clock(), request_id or new_id()
             digest = hashlib.sha256("".join(row_hashes).encode()).hexdigest()
             record = RequestRecord(
                 id=name, key=key, content_hash=content_hash, state="received", created=now, deadline=now + deadline,

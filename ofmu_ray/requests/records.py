@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -40,6 +41,11 @@ class Request:
             name: value.isoformat(timespec="seconds") if isinstance(value, datetime) else value
             for name, value in vars(self).items()
         }
+
+
+def new_id() -> str:
+    """A random id."""
+    return f"req-{uuid.uuid4().hex[:20]}"
 
 
 def record_of(session: Session, request_id: str) -> RequestRecord:
