@@ -54,6 +54,7 @@ ADDED_WITHIN: dict[str, tuple[Any, ...]] = {
     "data.format.date": (DATE,),
     "data.truncate": ("retain", "allow"),
     "data.split": (None,),
+    "data.test": (None,),
     "*.milestones": ([0.5, 0.75],),
     "*.step_factor": (0.1,),
     "evaluation.sets.test": (None,),
