@@ -251,8 +251,10 @@ def test_chats_need_a_chat_template(tokenizer: Any) -> None:
 def test_new_options_change_no_hash() -> None:
     """Those of a run from before they existed."""
     assert outcome_hash(UnlearnConfig()) == outcome_hash(
-        apply_overrides(UnlearnConfig(), {"data.truncate": "allow", "data.forget.kind": "qa"})
+        apply_overrides(UnlearnConfig(), {"data.truncate": "allow", "data.format.kind": "qa"})
     )
+    texts = apply_overrides(UnlearnConfig(), {"data.format.kind": "text"})
+    assert outcome_hash(texts) != outcome_hash(apply_overrides(texts, {"data.retain.kind": "qa"}))
     for changes in ({"data.format.kind": "text"}, {"data.retain.kind": "text"}, {"data.format.stride": 8}):
         assert outcome_hash(apply_overrides(UnlearnConfig(), changes)) != outcome_hash(UnlearnConfig())
 

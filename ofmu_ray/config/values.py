@@ -44,7 +44,8 @@ ADDED = {"task": "causal_lm", "overwrite": False, "export": {"dtype": "auto", "w
 DATE = "2024-07-26"
 """Default of `data.format.date`."""
 ADDED_WITHIN: dict[str, tuple[Any, ...]] = {
-    "data.*.kind": (None, "qa"),
+    "data.format.kind": ("qa",),
+    "data.*.kind": (None,),
     "data.format.text": ("text",),
     "data.format.messages": ("messages",),
     "data.format.min_characters": (0,),
