@@ -112,16 +112,12 @@ def read_config(path: str, option: str = "model.path", *, trust_remote_code: boo
     """
     import transformers
 
-    try:
+    with does_not_load(path, option):
         source = model_source(path, option)
         base = adapter_base(source)
         if base is not None:
             source = model_source(base, option)
         return transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except UserError:
-        raise
-    except Exception as error:  # OSError, ValueError, KeyError and transformers' own
-        raise UserError(f"{option} = {path!r}: the model does not load: {_one_line(error)}") from None
 
 
 def empty_model(shape: Any, config: ModelConfig, device: str = "meta") -> torch.nn.Module:
