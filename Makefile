@@ -9,7 +9,7 @@ PYTEST = $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loads
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install install-dev quickstart requests-demo models models-smollm2 unit test test-all lint types audit docs format lock clean
+.PHONY: install install-dev quickstart requests-demo models models-smollm2 unit test test-all gpu-check lint types audit docs format lock clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -59,6 +59,10 @@ test: install-dev
 # before an issue is called done: every fault, nodes, jobs, plans, smoke runs of the benchmarks
 test-all: install-dev
 	$(PYTEST) $(PYTEST_ARGS)
+
+# on a machine with an NVIDIA GPU: tests and measurements, as gpu.json (docs/gpu.md)
+gpu-check: install-dev
+	$(BIN)/python -m benchmarks.gpu --minutes 9 --out gpu.json
 
 lint: install-dev
 	$(BIN)/ruff check .

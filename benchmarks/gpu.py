@@ -126,13 +126,13 @@ def run_tests(device: str) -> dict[str, Any]:
         found: dict[str, Any] = {"status": done.returncode, "device": device, "output": done.stdout[-4000:]}
         if not report.exists():
             return found | {"errors": done.stderr[-4000:]}
-        found["tests"] = [test_of(case) for case in ElementTree.parse(report).iter("testcase")]
+        found["tests"] = [outcome_of(case) for case in ElementTree.parse(report).iter("testcase")]
     for outcome in ("passed", "failed", "skipped"):
         found[outcome] = sum(test["outcome"] == outcome for test in found["tests"])
     return found
 
 
-def test_of(case: ElementTree.Element) -> dict[str, Any]:
+def outcome_of(case: ElementTree.Element) -> dict[str, Any]:
     """One test: outcome, seconds, and what it measured (record_property)."""
     test: dict[str, Any] = {"name": case.get("name"), "seconds": float(case.get("time", 0)), "outcome": "passed"}
     for child in case:
@@ -152,7 +152,7 @@ def watch(args: argparse.Namespace, deadline: float) -> None:
     """Start processes for the steps until all are done or the time is over."""
     words = [sys.executable, "-m", "benchmarks.gpu", "--out", str(args.out), "--device", args.device]
     words += ["--smoke"] if args.smoke else []
-    planning = subprocess.Popen(["nice", *words, "--plan"], cwd=ROOT, stderr=subprocess.DEVNULL)
+    planning = subprocess.Popen(["nice", *words, "--plan", "--only", *args.steps], cwd=ROOT, stderr=subprocess.DEVNULL)
     log = args.out.with_suffix(".log")
     shown: set[str] = set()
     try:
@@ -179,8 +179,7 @@ def watch(args: argparse.Namespace, deadline: float) -> None:
             if set(content["steps"]) == known:  # the process ended before any step
                 print(f"no step could start (status {worker.returncode}): {tail(log)}", flush=True)
                 break
-        with_time_left = max(0.0, deadline - time.time())
-        planning.wait(timeout=with_time_left)
+        planning.wait(timeout=max(0.0, deadline - time.time()))
     except subprocess.TimeoutExpired:
         pass
     finally:
@@ -218,10 +217,12 @@ def plan(args: argparse.Namespace) -> None:
     from benchmarks.gpu_steps import predictions
 
     name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-    known: dict[str, Any] = {}
-    for cell, found in predictions(cells(args.smoke), name, args.smoke):
+    place = args.out.with_suffix(".plan.json")
+    known: dict[str, Any] = json.loads(place.read_text()) if place.exists() else {}
+    wanted = [cell for cell in cells(args.smoke) if cell.name in args.only and cell.name not in known]
+    for cell, found in predictions(wanted, name, args.smoke):
         known[cell] = found
-        write(args.out.with_suffix(".plan.json"), known)
+        write(place, known)
 
 
 def merged(out: Path) -> dict[str, Any]:
