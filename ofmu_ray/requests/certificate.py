@@ -96,9 +96,16 @@ def verify(path: str | Path, public_key: str | Path, model: str | Path | None = 
 
 
 def _check_gates(path: str | Path, gates: Iterable[Mapping[str, Any]]) -> None:
-    open_gates = [str(gate["name"]) for gate in gates if gate["result"] not in ("passed", "skipped")]
+    open_gates = [str(gate["name"]) for gate in gates if gate["result"] != "skipped" and not _keeps(gate)]
     if open_gates:
         raise NotVerified(f"{path}: gates that did not pass: {', '.join(open_gates)}")
+
+
+def _keeps(gate: Mapping[str, Any]) -> bool:
+    """Whether a gate passed, and its interval says so."""
+    below = gate.get("at_most") is None or (gate["high"] is not None and gate["high"] <= gate["at_most"])
+    above = gate.get("at_least") is None or (gate["low"] is not None and gate["low"] >= gate["at_least"])
+    return bool(gate["result"] == "passed" and below and above)
 
 
 def _check_model(path: str | Path, content: Mapping[str, Any], model: str | Path) -> None:
