@@ -247,7 +247,7 @@ class Batch:
         path = report(self.storage, self.name, self.requests, base, attempts)
         last = attempts[-1] if attempts else None
         why = "every recipe made a model that was withdrawn"
-        if last is not None:
+        if last is not None and last.verdict != "passed":
             why = last.words
         self._to("verifying" if self.state == "verifying" else "running", {})
         self.ledger.move(self.ids, "needs_review", {"why": why, "report": path}, owner=self.owner)
