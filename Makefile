@@ -9,7 +9,7 @@ PYTEST = $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loads
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install install-dev quickstart models models-smollm2 unit test test-all gpu-check lint types audit docs format lock clean
+.PHONY: install install-dev quickstart requests-demo models models-smollm2 unit test test-all gpu-check lint types audit docs format lock clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -33,6 +33,10 @@ $(VENV)/.installed-smollm2: $(VENV)/.installed
 
 quickstart: install
 	$(BIN)/ofmu quickstart
+
+# from "delete my data" to a signed certificate, and back
+requests-demo: install
+	$(BIN)/python -m benchmarks.requests_demo --out build/requests-demo
 
 # rebuild the models that ship with the project, from the corpus and a seed
 models: install

@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": "compare models: metrics, probes, attacks",
     "sweep": "tune a method's options by an explicit rule",
     "benchmark": "compare methods at equal compute: methods x splits x seeds",
+    "requests": "take in, work off and prove requests to forget",
     "submit": "run a command as a job on a Ray cluster",
     "plan": "estimate memory, time and cost of an unlearn run",
     "runs": "list what is in the storage, and how far it got",

@@ -77,3 +77,16 @@ def shared_dir() -> Path:
     if not (path / "golden").is_dir():
         pytest.skip("no ../shared beside the checkout: TOFU and the golden logs are not part of the repository")
     return path
+
+
+IMAGE_METHODS = ("boundary_shrink", "random_labels", "salun")
+"""Methods that ask for classes; language models have none (tests/test_images.py checks the list)."""
+
+
+def _text_methods() -> list[str]:
+    from ofmu_ray.config import METHODS
+
+    return [name for name in METHODS if name not in IMAGE_METHODS]
+
+
+TEXT_METHODS = _text_methods()

@@ -14,8 +14,9 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import TEXT_METHODS
 
-from ofmu_ray.config import METHODS, BenchmarkConfig, OptimizerConfig, TrainingConfig, apply_overrides
+from ofmu_ray.config import BenchmarkConfig, OptimizerConfig, TrainingConfig, apply_overrides
 from ofmu_ray.engines import TorchEngine
 from ofmu_ray.evaluation.evaluator import Evaluator
 from ofmu_ray.evaluation.sample import spread
@@ -210,7 +211,11 @@ def test_tables_report_and_mlflow(finished):
         (["--rule.utility", "model_utilty"], "Did you mean model_utility"),
         (["--splits", "{x: {data.forget.path: nowhere.jsonl}}", "--rule.objective", "ks_statistic"], "nowhere.jsonl"),
         (["--tuning.spaces", "{npo: {npo.lr: 'loguniform(1e-4, 1e-2)'}}"], "unknown option npo.lr"),
-        (["--methods", "[npo, lite]", "--budget.amount", "5e9"], "one round of lite on people costs"),
+        pytest.param(
+            ["--methods", "[npo, lite]", "--budget.amount", "5e9"],
+            "one round of lite on people costs",
+            marks=pytest.mark.full,  # starts Ray: a minute
+        ),
         (["--tuning.max_new_tokens", "0"], "tuning.max_new_tokens = 0"),
     ],
 )
@@ -228,7 +233,7 @@ def test_every_method_keeps_the_budget_and_its_cost_is_foreseen(tmp_path, local_
     from ofmu_ray.data.prepare import prepare_streams
     from ofmu_ray.models.loading import load_tokenizer
 
-    labels = {name: ({"npo.retain_loss": "kl"} if name == "npo" else {}) | {"method": name} for name in METHODS}
+    labels = {name: ({"npo.retain_loss": "kl"} if name == "npo" else {}) | {"method": name} for name in TEXT_METHODS}
     labels["ofmu"] |= {"ofmu.inner_steps": 2}
     config = BenchmarkConfig(methods=list(labels), labels={f"my_{k}": v for k, v in labels.items()})
     base = apply_overrides(config.run("people", "my_npo"), {**OPTIONS["base"], "evaluation.max_rows": 2})
@@ -240,7 +245,7 @@ def test_every_method_keeps_the_budget_and_its_cost_is_foreseen(tmp_path, local_
     data = SplitData(
         "people", str(tmp_path / "b"), prepared, Evaluator.of(base, tmp_path), None, "of the test", base.model
     )
-    for name in METHODS:
+    for name in TEXT_METHODS:
         run = apply_overrides(base, {**labels[name], "evaluation.max_new_tokens": 0})
         trial = Trial(
             method=name, split="people", phase="cost", trial=0, config=run, options={}, budget_unit="flops", budget=0.0

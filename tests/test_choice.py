@@ -17,11 +17,12 @@ from evaluation_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ofmu_ray.attacks import multiple_choice as choice
 from ofmu_ray.attacks.lm_eval import run_lm_eval
-from ofmu_ray.attacks.multiple_choice import ChoiceRow, choice_figures, choice_rows, choice_table, prompt
 from ofmu_ray.config import SourceConfig
+from ofmu_ray.data.choices import ChoiceRow, choice_rows
 from ofmu_ray.errors import UserError
+from ofmu_ray.evaluation import multiple_choice as choice
+from ofmu_ray.evaluation.multiple_choice import choice_figures, choice_table, prompt
 
 CELLS = [
     {

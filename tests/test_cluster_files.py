@@ -22,7 +22,7 @@ from pipelines.parse import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = ["cluster.yaml", "cluster/on_premise.yaml"]
-KUBERNETES = ["cluster/kuberay/rayjob.yaml", "cluster/kuberay/raycronjob.yaml", "cluster/kuberay/cronjob.yaml"]
+KUBERNETES = [f"cluster/kuberay/{name}.yaml" for name in ("rayjob", "raycronjob", "cronjob", "requests")]
 DOCKERFILE = (ROOT / "cluster/Dockerfile").read_text()
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
 

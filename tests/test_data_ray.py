@@ -132,7 +132,7 @@ MISTAKES = {
     "not text": ([{**GOOD, "answer": [SECRET]}], ["1 row: list instead of text in column 'answer'"]),
     "broken json": ([GOOD, f'{{"question": "{SECRET}"'], ["1 row: not JSON", "(forget.jsonl row 2)"]),
     "half a character": ([{**GOOD, "answer": "\ud800"}], ["1 row: half of a surrogate pair in column 'answer'"]),
-    "array": ([json.dumps([GOOD])], ["1 row: not a JSON object (one per line is expected)"]),
+    "array": ([json.dumps([[GOOD]])], ["1 row: not a JSON object (forget.jsonl row 1)"]),
     "only prompt": (
         [GOOD, {**GOOD, "question": SECRET * 300}],
         ["1 row: only the prompt fits within data.format.max_length = 512", "row 2"],
@@ -160,7 +160,7 @@ def test_all_problems_of_all_sources_come_in_one_message(tmp_path: Path, tokeniz
     with pytest.raises(UserError) as caught:
         prepare(tmp_path, tokenizer, rows, duplicates="error")
     text = str(caught.value)
-    assert "1 row: not JSON (one object per line is expected) (forget.jsonl row 2)" in text
+    assert "1 row: not JSON (one object per line, or an array of them, is expected) (forget.jsonl row 2)" in text
     assert "1 row: int instead of text in column 'answer' (forget.jsonl row 3)" in text
     assert "1 row: empty text in column 'question' (retain.jsonl row 2)" in text
     assert "data.forget: 1 duplicate row (forget-4)" in text

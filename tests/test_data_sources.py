@@ -73,7 +73,7 @@ def test_hub_data_set_from_a_local_script_free_folder(tmp_path: Path, monkeypatc
         (SourceConfig(path=None), "data.forget.path is not set"),
         (SourceConfig(path="missing.jsonl"), "no such file"),
         (SourceConfig(path="nobody/nothing"), "neither a file or folder here nor a hub data set"),
-        (SourceConfig(path="x.csv"), "--data.forget.format json or parquet"),
+        (SourceConfig(path="x.rows"), "--data.forget.format to one of json, csv, tsv, text, parquet"),
         (SourceConfig(path="x.csv", format="parquet"), "not a Parquet file"),
         (SourceConfig(path="sftp://host/x.jsonl"), "not a location"),
     ],
@@ -82,7 +82,8 @@ def test_mistakes_name_option_and_remedy(
     source: SourceConfig, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "x.csv").write_text("question,answer\n")
+    for name in ("x.csv", "x.rows"):
+        (tmp_path / name).write_text("question,answer\n")
     with pytest.raises(UserError, match=said):
         sources.fragments(source, None, stream="forget", option="data.forget")
 

@@ -154,3 +154,16 @@ def test_pickle_gives_the_same_tokens_and_the_fingerprint_follows_the_layout() -
 def test_mistakes_are_reported(tokenizer: PreTrainedTokenizerFast, config: FormatConfig, said: str) -> None:
     with pytest.raises(UserError, match=said):
         Template(tokenizer, config)
+
+
+def test_a_prompt_never_has_the_current_date() -> None:
+    """Templates ask for it by a function or, in Llama 3.1's, take a variable; tokens must be the same tomorrow."""
+    dated = "{{ bos_token }}{{ strftime_now('%d %b %Y') }} {{ date_string }} " + SPACE_AT_END.removeprefix(
+        "{{ bos_token }}"
+    )
+    first, second = (Template(build(chat=dated), FormatConfig(**options)) for options in ({}, {"date": "2025-01-31"}))
+    assert "26 Jul 2024 26 Jul 2024 " in first.before
+    assert "31 Jan 2025 31 Jan 2025 " in second.before
+    assert first.fingerprint() != second.fingerprint()
+    with pytest.raises(UserError, match=r"data\.format\.date = '2024-13-01'"):
+        FormatConfig(date="2024-13-01")

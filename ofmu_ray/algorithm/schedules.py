@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 FLOOR = 0.1
 
-Decay = Literal["constant", "linear", "cosine"]
+Decay = Literal["constant", "linear", "cosine", "step"]
 
 
 class Rate(Protocol):
@@ -19,12 +20,20 @@ class Rate(Protocol):
     def warmup_fraction(self) -> float: ...
     @property
     def decay(self) -> Decay: ...
+    @property
+    def milestones(self) -> Sequence[float]: ...
+    @property
+    def step_factor(self) -> float: ...
 
 
 def learning_rate(rate: Rate, done: int, rounds: int | None) -> float:
     """Learning rate of the round after `done` of `rounds` rounds (None: unknown, so no schedule: `lr`)."""
     if rounds is None:
         return rate.lr
+    if rate.decay == "step":
+        warm = warmup_then("constant", done, rounds, math.ceil(rate.warmup_fraction * rounds))
+        passed = sum(done >= round(milestone * rounds) for milestone in rate.milestones)
+        return rate.lr * warm * rate.step_factor**passed
     return rate.lr * warmup_then(rate.decay, done, rounds, math.ceil(rate.warmup_fraction * rounds))
 
 

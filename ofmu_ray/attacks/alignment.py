@@ -11,13 +11,14 @@ problem. The cosine compares coordinate by coordinate, which is meaningful only 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from ofmu_ray.attacks.texts import answer_texts
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.rows import EvaluationRow
 from ofmu_ray.evaluation.scoring import length_sorted
@@ -45,13 +46,10 @@ def alignment_texts(sets: Mapping[str, Sequence[EvaluationRow]], template: Any) 
     """The answers of each set; plus `SET_paraphrase`, the paraphrased answers, for a set whose rows all have one."""
     texts = {}
     for name, rows in sets.items():
-        answers = {name: [row.answer for row in rows]}
-        paraphrases = [row.paraphrase for row in rows if row.paraphrase is not None]
-        if paraphrases and len(paraphrases) == len(rows):
-            answers[f"{name}_paraphrase"] = paraphrases
-        for part, part_answers in answers.items():
-            encoded = template.encode_rows([row.question for row in rows], part_answers)
-            texts[part] = [(row.input_ids, row.prompt_tokens) for row in encoded]
+        texts[name] = answer_texts(rows, template)
+        paraphrased = [replace(row, answer=row.paraphrase) for row in rows if row.paraphrase is not None]
+        if paraphrased and len(paraphrased) == len(rows):
+            texts[f"{name}_paraphrase"] = answer_texts(paraphrased, template)
     return texts
 
 

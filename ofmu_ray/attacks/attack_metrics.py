@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ofmu_ray.attacks.curves import areas, row_curves
-from ofmu_ray.attacks.multiple_choice import choice_figures
 from ofmu_ray.attacks.prefix import worst_case
+from ofmu_ray.evaluation.multiple_choice import choice_figures
 from ofmu_ray.metrics.functions import FloatArray
 from ofmu_ray.metrics.intervals import Clusters, MetricValue, mean_figure
 

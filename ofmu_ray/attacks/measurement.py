@@ -114,7 +114,7 @@ def _gradient_norm(check: Check, model: Any) -> pa.Table:
 
 
 def _choice(check: Check, model: Any) -> pa.Table:
-    from ofmu_ray.attacks.multiple_choice import choice_table
+    from ofmu_ray.evaluation.multiple_choice import choice_table
 
     (rows,) = check.rows.values()
     return choice_table(model, check.model.tokenizer, rows, batch_size=check.batch_size, **check.options)

@@ -17,9 +17,9 @@ import torch
 
 from ofmu_ray.attacks.texts import answer_texts, measured
 from ofmu_ray.config.robustness import QuantiseOptions
+from ofmu_ray.data.template import Template
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.rows import EvaluationRow
-from ofmu_ray.evaluation.scorer import RowTemplate
 from ofmu_ray.evaluation.scoring import mean_nll
 from ofmu_ray.models.loading import pretrained
 
@@ -29,7 +29,7 @@ BitsAndBytes = Literal["bnb_int8", "bnb_nf4"]
 
 def quantisation_attack(
     model: Any,
-    template: RowTemplate,
+    template: Template,
     rows: Sequence[EvaluationRow],
     options: QuantiseOptions,
     *,

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 
+from ofmu_ray.data.template import Template
 from ofmu_ray.errors import UserError
+from ofmu_ray.evaluation.layouts import row_tokens
 from ofmu_ray.evaluation.rows import EvaluationRow
-from ofmu_ray.evaluation.scorer import RowTemplate
 from ofmu_ray.metrics.functions import FloatArray, probability
 from ofmu_ray.models.answers import Text
 
 
-def answer_texts(rows: Sequence[EvaluationRow], template: RowTemplate) -> list[Text]:
-    """Each row's question and right answer. Raises UserError, naming the row, if no answer token is left."""
-    encoded = template.encode_rows([row.question for row in rows], [row.answer for row in rows])
+def answer_texts(rows: Sequence[EvaluationRow], template: Template) -> list[Text]:
+    """Each row's question and right answer, or its passage.
+
+    Raises UserError, naming the row, if no answer token is left.
+    """
+    right = [replace(row, paraphrase=None, wrong=()) for row in rows]
+    encoded = [tokens.texts[0] for tokens in row_tokens(right, template)]
     for row, text in zip(rows, encoded, strict=True):
         if text.only_prompt:
             raise UserError(

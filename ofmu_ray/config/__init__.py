@@ -16,6 +16,7 @@ from ofmu_ray.config.data import (
     BUILTIN_FORGET,
     DataConfig,
     FormatConfig,
+    PartConfig,
     SourceConfig,
     TrainDataConfig,
 )
@@ -23,6 +24,11 @@ from ofmu_ray.config.evaluation import (
     EvaluationConfig,
     EvaluationSetsConfig,
     ProbeConfig,
+)
+from ofmu_ray.config.images import (
+    ClassifierConfig,
+    ImagesConfig,
+    SplitConfig,
 )
 from ofmu_ray.config.method_sections import (
     LABELS,
@@ -90,6 +96,7 @@ __all__ = [
     "AblationConfig",
     "BenchmarkConfig",
     "BudgetConfig",
+    "ClassifierConfig",
     "DataConfig",
     "EarlyConfig",
     "EvaluationConfig",
@@ -97,12 +104,14 @@ __all__ = [
     "ExportConfig",
     "FinetuneConfig",
     "FormatConfig",
+    "ImagesConfig",
     "LoraConfig",
     "MethodConfig",
     "MethodName",
     "ModelConfig",
     "OneLoopConfig",
     "OptimizerConfig",
+    "PartConfig",
     "Precision",
     "ProbeConfig",
     "ReportConfig",
@@ -112,6 +121,7 @@ __all__ = [
     "SelectConfig",
     "SharedBaseConfig",
     "SourceConfig",
+    "SplitConfig",
     "StopConfig",
     "SweepConfig",
     "TrackingConfig",

@@ -24,7 +24,7 @@ class ChoiceConfig:
     name: str
     """Name in the report."""
     path: str
-    """File, folder, glob or URI of JSON Lines or Parquet, or a hub name (cais/wmdp)."""
+    """File, folder, glob or URI of JSON or Parquet, or a hub name (cais/wmdp)."""
     format: Literal["auto", "json", "parquet", "hub"] = "auto"
     """auto: by suffix. A hub name is recognised only without data.root; with data.root, set `hub`."""
     hub_config: str | None = None

@@ -37,6 +37,13 @@ class EvaluationSetsConfig:
     holdout: str | None = "auto"
     """Rows like the forget rows that no model has seen, for membership inference; null: no membership metrics. auto:
     the built-in rows for `ofmu evaluate` with built-in data, else null."""
+    forget_choice: str | None = None
+    """Multiple-choice questions about what should be forgotten (WMDP's cais/wmdp:wmdp-bio:test); null: none."""
+    retain_choice: str | None = None
+    """Multiple-choice questions of general knowledge (MMLU's cais/mmlu:all:test); null: none. Of more than max_rows,
+    evenly spread ones count."""
+    choice_scoring: Literal["letters", "cloze"] = "letters"
+    """letters: likelihood of A, B, ... after the listed choices; cloze: mean log-likelihood of each choice's text."""
     probes: list[ProbeConfig] | Literal["auto"] = "auto"
     """Hard probes of the same knowledge: paraphrased, multi-hop or cross-lingual questions. auto: as for holdout."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ofmu_ray.config.ranges import not_negative, positive, require
@@ -30,12 +30,19 @@ class OptimizerConfig:
     """Decoupled weight decay per step, times lr."""
     warmup_fraction: float = 0.0
     """Fraction of the rounds over which the learning rate rises linearly from 0 (0 to 1)."""
-    decay: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate schedule after the warm-up; linear and cosine end at a tenth of lr in the last round."""
+    decay: Literal["constant", "linear", "cosine", "step"] = "constant"
+    """Learning rate schedule after the warm-up; linear and cosine end at a tenth of lr in the last round; step: times
+    step_factor at each of the milestones."""
+    milestones: list[float] = field(default_factory=lambda: [0.5, 0.75])
+    """With decay step: where the rate falls, as fractions of the rounds (0 to 1), rising."""
+    step_factor: float = 0.1
+    """With decay step: the factor at each milestone."""
 
     def check(self, section: str) -> None:
         """Checks ranges. The owner calls it, because only the owner knows the option's full name."""
-        positive(section, self, "lr", "clip", "eps")
+        positive(section, self, "lr", "clip", "eps", "step_factor")
+        rising = all(0 < a < b for a, b in zip(self.milestones, [*self.milestones[1:], 1.0], strict=False))
+        require(rising, f"{section}.milestones", self.milestones, "rising numbers between 0 and 1")
         not_negative(section, self, "weight_decay")
         require(0 <= self.warmup_fraction < 1, f"{section}.warmup_fraction", self.warmup_fraction, "in [0, 1)")
         for name in ("momentum", "beta1", "beta2"):

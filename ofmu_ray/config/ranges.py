@@ -29,7 +29,7 @@ def not_negative(section: str, config: object, *names: str) -> None:
             require(ok, f"{section}.{name}", value, "0 or more")
 
 
-RESERVED = ("cache", "mlartifacts", "mlflow.db")
+RESERVED = ("cache", "mlartifacts", "mlflow.db", "requests")
 """What a storage contains besides runs."""
 LONGEST_NAME = 128
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ofmu_ray.config.data import BUILTIN_FORGET, DataConfig, SourceConfig, TrainDataConfig
 from ofmu_ray.config.evaluation import EvaluationConfig, ProbeConfig
+from ofmu_ray.config.images import ClassifierConfig
 from ofmu_ray.config.method_sections import METHODS, MethodName
 from ofmu_ray.config.methods import FinetuneConfig, MethodConfig
 from ofmu_ray.config.models import BUILTIN_TARGET, ExportConfig, ModelConfig, ScratchConfig
@@ -180,6 +181,8 @@ class TrainConfig:
     """Shape of a model from scratch (if model is null)."""
     tokenizer: str | None = None
     """Tokenizer directory or hub name for a model from scratch; null: learned from the rows."""
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    """Shape of an image classifier from scratch (task image_classification, if model is null)."""
     data: TrainDataConfig = field(default_factory=TrainDataConfig)
     """Rows to train on."""
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)

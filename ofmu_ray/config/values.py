@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import Any
 
 
@@ -40,6 +41,28 @@ ELASTIC = tuple(
 
 ADDED = {"task": "causal_lm", "overwrite": False, "export": {"dtype": "auto", "weights": "merged"}}
 """Options that were added later -> the earlier behaviour; with this value they do not change hashes."""
+DATE = "2024-07-26"
+"""Default of `data.format.date`."""
+ADDED_WITHIN: dict[str, tuple[Any, ...]] = {
+    "data.*.kind": (None, "qa"),
+    "data.format.text": ("text",),
+    "data.format.messages": ("messages",),
+    "data.format.min_characters": (0,),
+    "data.format.stride": (None,),
+    "data.format.packed": (False,),
+    "data.format.date": (DATE,),
+    "data.truncate": ("retain", "allow"),
+    "data.split": (None,),
+    "data.test": (None,),
+    "*.milestones": ([0.5, 0.75],),
+    "*.step_factor": (0.1,),
+    "evaluation.sets.test": (None,),
+    "evaluation.sets.forget_choice": (None,),
+    "evaluation.sets.retain_choice": (None,),
+    "evaluation.sets.choice_scoring": ("letters",),
+}
+"""The same inside sections, also of `base`: pattern of the flat name -> values. data.truncate refuses rows and changes
+none; `allow` truncates them as before."""
 
 
 def config_hash(config: Any, *extra: str, ignore: Iterable[str] = WHERE_KEPT) -> str:
@@ -56,8 +79,24 @@ def config_hash(config: Any, *extra: str, ignore: Iterable[str] = WHERE_KEPT) ->
         if key not in ignored
     }
     content = {key: value for key, value in content.items() if key not in ADDED or value != ADDED[key]}
-    text = json.dumps([content, *extra], sort_keys=True)
+    text = json.dumps([without_added(content), *extra], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def without_added(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options without those that have a value of ADDED_WITHIN, or, of image classification, their defaults."""
+    from ofmu_ray.config.images import ClassifierConfig, ImagesConfig
+
+    images, classifier = dataclasses.asdict(ImagesConfig()), dataclasses.asdict(ClassifierConfig())
+    earlier = ADDED_WITHIN | {"data.images": (images,), "classifier": (classifier,)}
+    kept = {}
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        patterns = (form for form in earlier if fnmatchcase(name, form) or fnmatchcase(name, f"*.{form}"))
+        if any(value in earlier[form] for form in patterns):
+            continue
+        kept[key] = without_added(value, f"{name}.") if isinstance(value, dict) else value
+    return kept
 
 
 def outcome_hash(config: Any, *extra: str) -> str:

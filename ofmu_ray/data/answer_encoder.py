@@ -12,7 +12,7 @@ import pyarrow as pa
 from ofmu_ray.config import FormatConfig
 from ofmu_ray.data.encoder import EncodedRow
 from ofmu_ray.data.row_checks import Problems, pair
-from ofmu_ray.data.template import Template
+from ofmu_ray.data.template import Encoded, Template
 
 _CODE = ("answer_encoder.py", "template.py")
 
@@ -48,8 +48,16 @@ class AnswerEncoder:
         ]
         encoded = self.template.encode_rows([texts[0] for _, _, texts in good], [texts[1] for _, _, texts in good])
         for (index, place, texts), row in zip(good, encoded, strict=True):
-            if row.only_prompt:
-                limit = f"data.format.max_length = {config.max_length}"
-                problems.add(f"only the prompt fits within {limit}; raise it or drop these rows", place)
-                continue
-            yield index, EncodedRow((row.input_ids, row.prompt_tokens), len(row.input_ids), row.cut, texts)
+            for done in encoded_rows(row, texts, config, problems, place):
+                yield index, done
+
+
+def encoded_rows(
+    row: Encoded, identity: tuple[str, str], config: FormatConfig, problems: Problems, place: str
+) -> Iterator[EncodedRow]:
+    """The row, unless it is only prompt, which is added to `problems`."""
+    if row.only_prompt:
+        limit = f"data.format.max_length = {config.max_length}"
+        problems.add(f"only the prompt fits within {limit}; raise it or drop these rows", place)
+    else:
+        yield EncodedRow((row.input_ids, row.prompt_tokens), len(row.input_ids), row.cut, identity)

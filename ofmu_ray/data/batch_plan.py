@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ofmu_ray.cluster.map_tasks import running_ray
-from ofmu_ray.data.encoder import payload_columns
+from ofmu_ray.data.encoder import plan_columns
 from ofmu_ray.data.order import batch_order, shard_slots
 from ofmu_ray.data.prepare import TokenisedStream
 from ofmu_ray.storage import (
@@ -244,7 +244,7 @@ def _explode(batch: dict[str, np.ndarray], *, chunk_rows: int, files: int) -> pa
 def _spread(part: str, slots: Slots, chunk_rows: int, files: int) -> pa.Table:
     """The rows of one part, repeated once per place, with their `position` and the number of their file."""
     filesystem, path = locate(part)
-    names = payload_columns(pq.read_schema(path, filesystem=filesystem).names)
+    names = plan_columns(pq.read_schema(path, filesystem=filesystem).names)
     table = pq.read_table(path, columns=names, filesystem=filesystem)
     table = table.take(pa.array(slots.row))
     table = table.append_column("position", pa.array(slots.position))

@@ -11,7 +11,7 @@ import torch
 
 from ofmu_ray.data.batch import IGNORED, Batch
 from ofmu_ray.data.batch_plan import Plan
-from ofmu_ray.data.shard_files import read_pieces, shard_files
+from ofmu_ray.data.shard_files import Reading, read_pieces, shard_files
 from ofmu_ray.data.sidecar import Sidecar, open_sidecars
 
 Rows = Sequence[Mapping[str, Any]]
@@ -30,6 +30,7 @@ def local_rounds(
     micro_batch_size: int | None = None,
     collate: Collate,
     sidecars: Mapping[str, str] | None = None,
+    reading: Reading | None = None,
 ) -> Iterator[RoundBatches]:
     """The batches of `stream.rounds`, read with pyarrow in this process: the reference, and the path without Ray."""
     tables = (
@@ -38,6 +39,9 @@ def local_rounds(
         for table in [pa.concat_tables(read_pieces(path))]
         for at in range(0, table.num_rows, plan.rows_per_round)
     )
+    if reading is not None:
+        complete = reading
+        tables = (complete(table, plan) for table in tables)
     options: dict[str, Any] = {"micro_batch_size": micro_batch_size, "collate": collate, "sidecars": sidecars}
     yield from assemble(tables, plan, start_round=start_round, **options)
 

@@ -1,15 +1,22 @@
-"""Evaluation rows in TOFU's layout. They are read and checked on the driver, because these sets are small."""
+"""Evaluation rows: questions in TOFU's layout, passages of documents, turns of chats.
+
+They are read and checked on the driver, because these sets are small.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ofmu_ray.config import FormatConfig, SourceConfig
+from ofmu_ray.config.data import Kind
 from ofmu_ray.data import row_checks as checks
 from ofmu_ray.data import sources
+from ofmu_ray.data.chats import chat_of
 from ofmu_ray.data.row_checks import Problems
 from ofmu_ray.data.sources import UnreadableRow
+from ofmu_ray.data.windows import TextLayout
 
 PARAPHRASED, PERTURBED = "paraphrased_answer", "perturbed_answer"
 
@@ -23,8 +30,15 @@ def evaluation_rows(
     option: str = "evaluation.sets",
     fmt: FormatConfig | None = None,
     cluster: int | str | None = None,
+    kind: Kind | None = "qa",
+    layout: Callable[[], TextLayout] | None = None,
 ) -> list[dict[str, Any]]:
     """Rows {row_id, question, answer[, paraphrased_answer: str][, perturbed_answer: list[str]][, cluster: str]}.
+
+    `kind`: what the rows are; None: `fmt.kind`, but questions if they have a column of questions. Of kind text, a row
+    is a passage: a window of a document by `layout`, its first half as `question` and its second as `answer`, `kind`,
+    and `ends`, whether the document ends there. Of kind messages, it is a turn of the assistant: `turns` before it, the
+    last of which is also the `question`, and `kind`. Passages of a document, and turns of a chat, are a cluster.
 
     `cluster`: which rows belong together: n for n consecutive rows, or a column. Clusters are numbered in order of
     appearance; the column's content is not used, because it may name a person.
@@ -48,6 +62,51 @@ def evaluation_rows(
             else:
                 raw.append((place, row))
                 rows.append({"row_id": piece.row_id(number)})
+    if kind is None:
+        kind = "qa" if any({fmt.question, "question"} & set(cells) for _, cells in raw) else fmt.kind
+    if kind == "qa":
+        _questions(rows, raw, fmt, cluster, problems)
+    else:
+        parts = _passages(raw, fmt, layout, problems) if kind == "text" else _turns(raw, fmt, problems)
+        rows = [
+            {"row_id": f"{rows[index]['row_id']}.{number}", **part, "kind": kind, "cluster": str(index)}
+            for index, number, part in itertools.islice(parts, limit)
+        ]
+    problems.empty = not raw and not problems.counts
+    checks.refuse({option: (config.shown, problems)})
+    return rows
+
+
+_Raw = Sequence[tuple[str, Mapping[str, Any]]]
+_Part = tuple[int, int, dict[str, Any]]
+"""(index of the row, number of the part from 1, columns)."""
+
+
+def _passages(
+    raw: _Raw, fmt: FormatConfig, layout: Callable[[], TextLayout] | None, problems: Problems
+) -> Iterator[_Part]:
+    assert layout is not None, "passages are cut by a tokenizer"
+    cutter = layout()
+    for index, (place, cells) in enumerate(raw):
+        text = checks.document(cells, fmt, problems, place)
+        for number, (first, second, ends) in enumerate(() if text is None else cutter.passages(text), start=1):
+            yield index, number, {"question": first, "answer": second, "ends": ends}
+
+
+def _turns(raw: _Raw, fmt: FormatConfig, problems: Problems) -> Iterator[_Part]:
+    for index, (place, cells) in enumerate(raw):
+        chat = chat_of(cells, fmt, problems, place)
+        for number, at in enumerate(() if chat is None else chat.answers, start=1):
+            assert chat is not None
+            turns = chat.turns[:at]
+            question = turns[-1]["content"] if turns else ""
+            yield index, number, {"question": question, "answer": chat.turns[at]["content"], "turns": turns}
+
+
+def _questions(
+    rows: list[dict[str, Any]], raw: _Raw, fmt: FormatConfig, cluster: int | str | None, problems: Problems
+) -> None:
+    """Fill in the rows."""
     extras = [column for column in (PARAPHRASED, PERTURBED) if any(cells.get(column) is not None for _, cells in raw)]
     groups: dict[str, int] = {}
     for index, ((place, cells), out) in enumerate(zip(raw, rows, strict=True)):
@@ -58,9 +117,6 @@ def evaluation_rows(
             problems.add(f"column {cluster!r} (evaluation.clusters) is missing", place)
         elif cluster is not None:
             out["cluster"] = str(groups.setdefault(str(cells[cluster]), len(groups)))
-    problems.empty = not raw and not problems.counts
-    checks.refuse({option: (config.shown, problems)})
-    return rows
 
 
 def _fill(

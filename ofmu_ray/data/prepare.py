@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import json
-from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,8 +17,7 @@ from ofmu_ray.cluster.map_tasks import running_ray
 from ofmu_ray.config import SourceConfig
 from ofmu_ray.data import row_checks as checks
 from ofmu_ray.data import sources
-from ofmu_ray.data.answer_encoder import AnswerEncoder
-from ofmu_ray.data.encoder import Encoder
+from ofmu_ray.data.encoder import Encoder, stream_encoder
 from ofmu_ray.data.row_checks import DataReport, OverlapReport, Policy, Problems, StreamReport
 from ofmu_ray.data.template import Template
 from ofmu_ray.data.tokenise import Columns, Part, PartJob, encode_fragment, load_columns, take_rows
@@ -34,7 +33,7 @@ from ofmu_ray.storage import (
 )
 
 MARKER = "stream.json"
-_CODE = ("sources.py", "row_checks.py", "encoder.py", "tokenise.py")
+_CODE = ("sources.py", "row_files.py", "row_checks.py", "encoder.py", "tokenise.py")
 
 
 @dataclass(frozen=True)
@@ -61,12 +60,15 @@ class PreparedData:
     streams: dict[str, TokenisedStream]
     report: DataReport
     encoder: Encoder
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Digest of each source's content (`sources.fingerprint`), by stream."""
 
     @property
     def template(self) -> Template:
         """The layout of texts. Only language models have one."""
-        assert isinstance(self.encoder, AnswerEncoder), "these rows are not texts"
-        return self.encoder.template
+        template = getattr(self.encoder, "template", None)
+        assert isinstance(template, Template), "these rows are not texts"
+        return template
 
 
 def spread(rows: np.ndarray, most: int) -> np.ndarray:
@@ -93,18 +95,19 @@ def prepare_streams(
     private: Mapping[str, str] | None = None,
     overlap: Policy = "error",
     duplicates: Policy = "allow",
+    whole: Collection[str] = (),
 ) -> PreparedData:
     """Check and encode every source (option `data.<name>`), or reuse the result of an earlier run.
 
     Tokens go to `<storage>/cache/data/<hash of content, encoder and this code>/`, where other runs can reuse them.
     Tokens of the streams in `private` go to the given folder, under the same hash: a run whose data must not outlive it
     deletes its own folder and nobody else's tokens. The work runs on Ray if it is up, else in this process. Overlap is
-    that of the streams `forget` and `retain`, if both are given.
+    that of the streams `forget` and `retain`, if both are given. Rows of the streams in `whole` must not be truncated.
 
     Raises UserError with all problems of all sources in one message.
     """
     pieces = {name: _fragments(name, source, root) for name, source in sources.items()}
-    keys = {name: _key(name, fragments, encoder) for name, fragments in pieces.items()}
+    keys = {name: _key(name, fragments, stream_encoder(encoder, name)) for name, fragments in pieces.items()}
     shared = join(absolute(storage), "cache", "data")
     folders = {name: join(absolute((private or {}).get(name, shared)), key) for name, key in keys.items()}
     with ExitStack() as stack:
@@ -117,18 +120,31 @@ def prepare_streams(
         columns = {name: load_columns(places[name], [n for n, _ in files]) for name, files in parts.items()}
         shown = {name: source.shown for name, source in sources.items()}
         overlaps = _Overlaps(shown, places, parts, columns, overlap, duplicates)
-        overlaps.refuse(problems)
+        overlaps.refuse(problems, whole)
         report = DataReport(
             streams={name: overlaps.report(name) for name in sources},
             overlap=overlaps.overlap,
             tokenizer_sha256=encoder.fingerprint(),
         )
     streams = {name: _stream(name, folders[name], keys[name], overlaps) for name in sources}
-    return PreparedData(streams, report, encoder)
+    return PreparedData(streams, report, encoder, _contents(pieces))
 
 
 def _fragments(name: str, source: SourceConfig, root: str | None) -> list[sources.Fragment]:
     return sources.fragments(source, root, stream=name, option=f"data.{name}")
+
+
+def _contents(pieces: Mapping[str, list[sources.Fragment]]) -> dict[str, str]:
+    return {name: sources.fingerprint(fragments) for name, fragments in pieces.items()}
+
+
+def source_contents(named: Mapping[str, SourceConfig], root: str | None) -> dict[str, str]:
+    """`PreparedData.sources` of the sources as they are now, of those that can be read."""
+    found = {}
+    for name, source in named.items():
+        with suppress(UserError):
+            found[name] = sources.fingerprint(_fragments(name, source, root))
+    return found
 
 
 def _key(name: str, pieces: list[sources.Fragment], encoder: Encoder) -> str:
@@ -187,6 +203,11 @@ def _stream(name: str, folder: str, key: str, overlaps: _Overlaps) -> TokenisedS
     return TokenisedStream(name, folder, tuple(overlaps.parts[name]), rows, lengths, fingerprint)
 
 
+def _repeats(columns: Columns) -> checks.Repeats:
+    again = checks.repeats(columns.exact, columns.normalised)
+    return checks.Repeats(columns.any(again.exact), columns.any(again.normalised))
+
+
 class _Overlaps:
     """Duplicates and overlap of tokenised streams, and the remaining rows."""
 
@@ -201,7 +222,7 @@ class _Overlaps:
     ) -> None:
         self.shown, self.places, self.parts, self.columns = shown, places, parts, columns
         self.policies = overlap, duplicates
-        self.repeats = {name: checks.repeats(c.exact, c.normalised) for name, c in columns.items()}
+        self.repeats = {name: _repeats(c) for name, c in columns.items()}
         self.used = {name: np.ones(len(c.lengths), dtype=bool) for name, c in columns.items()}
         self.overlap: OverlapReport | None = None
         if duplicates == "drop":
@@ -209,17 +230,22 @@ class _Overlaps:
                 self.used[name] &= ~again.normalised
         if {"forget", "retain"} <= set(columns):
             forget, retain = columns["forget"], columns["retain"]
-            shared = np.isin(retain.normalised, forget.normalised)
-            exact = int(np.isin(retain.exact, forget.exact).sum())
+            shared = retain.any(np.isin(retain.normalised, forget.normalised))
+            exact = int(retain.any(np.isin(retain.exact, forget.exact)).sum())
             some = self._ids("retain", np.flatnonzero(shared)[: checks.SHOWN])
             self.overlap = OverlapReport(exact=exact, normalised=int(shared.sum()), row_ids=some)
             if overlap == "drop":
                 self.used["retain"] &= ~shared
 
-    def refuse(self, problems: dict[str, Problems]) -> None:
+    def refuse(self, problems: dict[str, Problems], whole: Collection[str]) -> None:
         """Raise one UserError with all problems, if there are any."""
         overlap, duplicates = self.policies
         extra = []
+        for name in sorted(self.columns.keys() & set(whole)):
+            lost = self.columns[name].cut
+            long = np.flatnonzero(lost)
+            if len(long):
+                extra.append(checks.long_line(name, self._ids(name, long[: checks.SHOWN]), lost[long]))
         if duplicates == "error":
             for name, again in self.repeats.items():
                 if count := int(again.normalised.sum()):

@@ -11,6 +11,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -25,9 +26,15 @@ SHOWN = 5
 _SPACES = re.compile(r"\s+")
 
 
+@lru_cache(maxsize=1)  # the windows of a document follow each other
 def digests(question: str, answer: str) -> tuple[bytes, bytes]:
     """16-byte digests of a row, as is and after normalising (NFKC, case, white space)."""
     return _digest(question, answer), _digest(normalise(question), normalise(answer))
+
+
+def of_piece(digest: bytes, number: int | None) -> bytes:
+    """The digest of a part, from that of the whole; the first part's is that of the whole."""
+    return digest if number in (None, 1) else hashlib.blake2b(b"%d" % number + digest, digest_size=16).digest()
 
 
 def normalise(text: str) -> str:
@@ -81,14 +88,15 @@ def cell(row: Mapping[str, Any], column: str, option: str | None, problems: Prob
         problems.add(f"{type(row[column]).__name__} instead of text in column {column!r}", place)
     elif not row[column].strip():
         problems.add(f"empty text in column {column!r}", place)
-    elif not _encodable(row[column]):
+    elif not encodable(row[column]):
         problems.add(f"half of a surrogate pair in column {column!r}", place)
     else:
         return str(row[column])
     return None
 
 
-def _encodable(text: str) -> bool:
+def encodable(text: str) -> bool:
+    """Whether the text is valid in UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:  # valid in JSON, but not in UTF-8 or for tokenizers
@@ -101,6 +109,14 @@ def pair(row: Mapping[str, Any], fmt: FormatConfig, problems: Problems, place: s
     question = cell(row, fmt.question, "data.format.question", problems, place)
     answer = cell(row, fmt.answer, "data.format.answer", problems, place)
     return None if question is None or answer is None else (question, answer)
+
+
+def document(row: Mapping[str, Any], fmt: FormatConfig, problems: Problems, place: str) -> str | None:
+    """The text of a row; None if it is shorter than `min_characters`, or after adding its problem."""
+    text = row.get(fmt.text)
+    if isinstance(text, str) and len(text) < fmt.min_characters:
+        return None
+    return cell(row, fmt.text, "data.format.text", problems, place)
 
 
 def refuse(problems: Mapping[str, tuple[str, Problems]], extra: Iterable[str] = ()) -> None:
@@ -188,6 +204,16 @@ def duplicate_line(option: str, ids: list[str], count: int) -> str:
     return (
         f"{option}: {_times(count, 'duplicate row')} ({_some(ids, count)}); "
         "remove them, or --data.duplicates drop | allow"
+    )
+
+
+def long_line(stream: str, ids: list[str], lost: np.ndarray) -> str:
+    """`lost`: tokens beyond max_length of each row that has some."""
+    doing = "forgotten" if stream == "forget" else "learned"
+    return (
+        f"data.{stream}: {_times(len(lost), 'row')} longer than data.format.max_length ({_some(ids, len(lost))}): "
+        f"{int(lost.sum())} tokens would not be {doing}; raise it, or --data.truncate allow"
+        + (", or cut documents into windows with --data.format.kind text" if stream == "forget" else "")
     )
 
 

@@ -92,6 +92,14 @@ def open_sidecars(folders: Mapping[str, str] | None) -> dict[str, Sidecar]:
     return {stream: Sidecar(folder) for stream, folder in (folders or {}).items()}
 
 
+def parameter_files(folders: Mapping[str, str] | None) -> dict[str, str]:
+    """Name -> file of the tensors by parameter in sidecars (stream -> folder)."""
+    files: dict[str, str] = {}
+    for folder in (folders or {}).values():
+        files |= json.loads(read_text(join(folder, MARKER))).get("parameters", {})
+    return files
+
+
 class SidecarContent:
     """The content of a sidecar to be written."""
 
@@ -99,6 +107,8 @@ class SidecarContent:
         self.tables: dict[str, str] = {}
         self.keys: dict[str, str] = {}
         self.texts: dict[str, dict[str, Any]] = {}
+        self.parameters: dict[str, str] = {}
+        """Name -> safetensors file of tensors shaped like the model's parameters."""
 
     def add_table(self, name: str, key: str, folder: str) -> None:
         """Add a table of values, called `key` in a micro-batch."""

@@ -1,7 +1,7 @@
 """Split sources into fragments: pieces of a data set that one task reads independently.
 
-A JSON Lines file is one fragment, a Parquet file one per row group, a hub data set one per slice. A fragment knows the
-number of its first row, so row ids do not depend on who reads what.
+A file of JSON, CSV, TSV or plain text is one fragment, a Parquet file one per row group, a data set of the hub or of
+`save_to_disk` one per slice. A fragment knows the number of its first row, so row ids do not depend on who reads what.
 """
 
 from __future__ import annotations
@@ -11,30 +11,37 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
-from ofmu_ray.config import SourceConfig
+from ofmu_ray.config import PartConfig, SourceConfig
+from ofmu_ray.data import image_files
+from ofmu_ray.data.row_files import ROW_FILES, UnreadableRow, read_file, row_file
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage import is_uri, join, locate, without_credentials
 from ofmu_ray.storage.hub import unreachable
 from ofmu_ray.storage.trouble import refusal
 
-JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+__all__ = ["Fragment", "UnreadableRow", "fingerprint", "fragments", "read"]
+
 PARQUET_SUFFIXES = (".parquet", ".pq")
-HUB_SLICE_ROWS = 20_000
+SUFFIXES = (*(suffix for suffixes in ROW_FILES.values() for suffix in suffixes), *PARQUET_SUFFIXES)
+ON_DISK = ("dataset_info.json", "dataset_dict.json")
+"""A folder with one of these is a data set that `datasets` saved (`save_to_disk`)."""
+HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+):([\w.-]+)(?::([\w.%:\[\]-]+))?", re.ASCII)
+"""A hub data set with its configuration, and perhaps its split: owner/name:configuration:split."""
+SLICE_ROWS = 20_000
+"""Rows of a fragment of a hub data set."""
 
 
-@dataclass(frozen=True)
-class UnreadableRow:
-    """A row that could not be read; without its text."""
-
-    kind: str
+Rows = Iterator[tuple[int, dict[str, Any] | UnreadableRow]]
+"""(row number from 1, row)."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +49,10 @@ class Fragment:
     """One task's worth of rows of a source."""
 
     stream: str
-    kind: Literal["json", "parquet", "table"]
+    kind: str
+    """json, csv, tsv, text, parquet, images, or table: rows in memory."""
     path: str
-    """Local path or URI of the file; for a hub data set, its name."""
+    """Local path or URI of the file; for a data set, its name or folder."""
     file: int | None = None
     """Number of the file in its source (from 1); None if the source is one file."""
     first_row: int = 1
@@ -53,6 +61,10 @@ class Fragment:
     rows: int | None = None
     """Read at most this many rows."""
     table: pa.Table | None = None
+    files: tuple[tuple[str, str], ...] = ()
+    """Of `images`: (path, class) of each row."""
+    part: PartConfig | None = None
+    """Read only the rows of this part of the source."""
     identity: str = ""
     """What the content hash covers: sha256 of the bytes, or size and modification time on an object store."""
 
@@ -72,8 +84,13 @@ def fragments(source: SourceConfig, root: str | None, *, stream: str, option: st
     """
     if not source.paths:
         raise UserError(f"{option}.path is not set: give a file, folder, glob, URI or hub data set")
-    if _is_hub(source, root):
+    source = _named(source)
+    if source.format == "images" or (source.path or "") in image_files.DIGITS:
+        pieces = _image_fragments(source, root, stream, option)
+    elif _is_hub(source, root):
         pieces = _hub_fragments(source, stream, option)
+    elif (folder := _saved_folder(source, root)) is not None:
+        pieces = _saved_fragments(folder, source, stream, option)
     else:
         paths = [file for path in source.paths for file in _expand(_under(root, _builtin(path)), option)]
         numbers: list[int | None] = [None] if len(paths) == 1 else list(range(1, len(paths) + 1))
@@ -81,22 +98,56 @@ def fragments(source: SourceConfig, root: str | None, *, stream: str, option: st
         pieces = [piece for path, number in pairs for piece in _file_fragments(path, number, source, stream, option)]
     if not pieces:
         raise UserError(f"{option}.path = {source.shown}: no rows")
-    return pieces if source.limit is None else list(_limited(pieces, source.limit))
+    pieces = pieces if source.limit is None else list(_limited(pieces, source.limit))
+    return [replace(piece, part=source) for piece in pieces] if isinstance(source, PartConfig) else pieces
 
 
-def read(fragment: Fragment, columns: list[str] | None = None) -> Iterator[tuple[int, dict[str, Any] | UnreadableRow]]:
+def read(fragment: Fragment, columns: list[str] | None = None) -> Rows:
     """(row number from 1, row) of each row; a row that cannot be read is an `UnreadableRow`."""
-    rows = _read_json(fragment) if fragment.kind == "json" else _read_table(fragment, columns)
-    return rows if fragment.rows is None else itertools.islice(rows, fragment.rows)
+    if fragment.kind == "images":
+        rows: Rows = image_files.read(fragment.files, fragment.first_row)
+    else:
+        from_file = fragment.kind in ROW_FILES
+        rows = read_file(fragment.kind, fragment.path) if from_file else _read_table(fragment, columns)
+    rows = rows if fragment.rows is None else itertools.islice(rows, fragment.rows)
+    part = fragment.part
+    return rows if part is None else (row for row in rows if in_part(part, row[1], f"{fragment.file}/{row[0]}"))
+
+
+def in_part(part: PartConfig, row: dict[str, Any] | UnreadableRow, place: str) -> bool:
+    """Whether a row belongs to a part: by its class, or by a hash of the seed and its place, about `share` of all."""
+    split = part.split
+    if split.share is not None:
+        digest = hashlib.blake2b(f"{split.seed}/{place}".encode(), digest_size=8).digest()
+        forgotten = int.from_bytes(digest, "big") < split.share * 2**64
+    else:
+        label = row.get(part.label) if isinstance(row, dict) else None
+        forgotten = label in split.classes or str(label) in split.classes
+    return forgotten == part.forgotten
 
 
 def fingerprint(pieces: list[Fragment]) -> str:
     """Hex digest of the fragments' content, first row numbers and row limits."""
-    content = [[f.kind, f.file, f.first_row, f.row_group, f.rows, f.identity] for f in pieces]
+    content: list[list[Any]] = [[f.kind, f.file, f.first_row, f.row_group, f.rows, f.identity] for f in pieces]
+    for entry, piece in zip(content, pieces, strict=True):
+        entry += [] if piece.part is None else [asdict(piece.part.split), piece.part.forgotten]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------ finding
+
+
+def _image_fragments(source: SourceConfig, root: str | None, stream: str, option: str) -> list[Fragment]:
+    if source.path in image_files.DIGITS:
+        table = image_files.digits(str(source.path))
+        return [Fragment(stream, "table", str(source.path), table=table, identity=f"scikit-learn {source.path}")]
+    [path] = source.paths if len(source.paths) == 1 else [""]
+    pieces = image_files.found(_under(root, path), f"{option}.path")
+    starts = itertools.accumulate((len(piece) for piece, _ in pieces), initial=1)
+    return [
+        Fragment(stream, "images", path, first_row=start, files=piece, identity=identity)
+        for start, (piece, identity) in zip(starts, pieces, strict=False)
+    ]
 
 
 def _builtin(path: str) -> str:
@@ -114,6 +165,23 @@ def _under(root: str | None, path: str) -> str:
     return join(root, path)
 
 
+def _saved_folder(source: SourceConfig, root: str | None) -> str | None:
+    """The folder of a data set that `datasets` saved; None: it is something else."""
+    if not isinstance(source.path, str):
+        return None
+    folder = _under(root, _builtin(source.path))
+    return folder if any(os.path.isfile(os.path.join(folder, name)) for name in ON_DISK) else None
+
+
+def _named(source: SourceConfig) -> SourceConfig:
+    """The source with the configuration and split that its path may name (owner/name:configuration:split)."""
+    named = HUB_NAME.fullmatch(source.path) if isinstance(source.path, str) else None
+    if named is None or source.format not in ("auto", "hub") or os.path.exists(str(source.path)):
+        return source
+    name, config, split = named.groups()
+    return replace(source, path=name, format="hub", hub_config=config, hub_split=split or source.hub_split)
+
+
 def _is_hub(source: SourceConfig, root: str | None) -> bool:
     path = source.path or ""
     if isinstance(path, list):
@@ -121,7 +189,7 @@ def _is_hub(source: SourceConfig, root: str | None) -> bool:
     if source.format != "auto":
         return source.format == "hub"
     plain = not (is_uri(path) or path.startswith(("builtin:", ".", "~")) or os.path.isabs(path) or "*" in path)
-    known = path.endswith((*JSON_SUFFIXES, *PARQUET_SUFFIXES))
+    known = path.endswith(SUFFIXES)
     return plain and not known and root is None and path.count("/") == 1 and not os.path.exists(path)
 
 
@@ -133,7 +201,7 @@ def _expand(path: str, option: str) -> list[str]:
             base = inside[: min(inside.find(mark) for mark in "*[" if mark in inside)].rpartition("/")[0]
             files = [p for p in _walk(filesystem, base) if fnmatch.fnmatch(p, inside)]
         elif filesystem.get_file_info(inside).type == pafs.FileType.Directory:
-            files = [p for p in _walk(filesystem, inside) if p.endswith((*JSON_SUFFIXES, *PARQUET_SUFFIXES))]
+            files = [p for p in _walk(filesystem, inside) if p.endswith(SUFFIXES)]
         else:
             files = [inside] if filesystem.get_file_info(inside).type == pafs.FileType.File else []
     except OSError as error:
@@ -142,8 +210,8 @@ def _expand(path: str, option: str) -> list[str]:
         raise UserError(f"{option}.path = {shown}: {reason}") from None
     if not files:
         raise UserError(
-            f"{option}.path = {without_credentials(path)}: no such file; give a JSON Lines or Parquet file, "
-            "a folder or glob of them, an s3:// or gs:// URI, or a hub data set with --" + option + ".format hub"
+            f"{option}.path = {without_credentials(path)}: no such file; give a file of JSON, Parquet, CSV or "
+            "text, a folder or glob of them, an s3:// or gs:// URI, or a hub data set with --" + option + ".format hub"
         )
     return [_full(path, inside, p) for p in sorted(files)]
 
@@ -170,14 +238,15 @@ def _file_fragments(
     path: str, number: int | None, source: SourceConfig, stream: str, option: str
 ) -> Iterator[Fragment]:
     plain = without_credentials(path)
-    kind = source.format
+    kind: str = source.format
     if kind == "auto":
-        kind = "parquet" if plain.endswith(PARQUET_SUFFIXES) else "json" if plain.endswith(JSON_SUFFIXES) else "auto"
+        kind = "parquet" if plain.endswith(PARQUET_SUFFIXES) else row_file(plain) or "auto"
     if kind == "auto":
-        raise UserError(f"{option}.path = {plain}: unknown suffix; set --{option}.format json or parquet")
+        choices = ", ".join([*ROW_FILES, "parquet"])
+        raise UserError(f"{option}.path = {plain}: unknown suffix; set --{option}.format to one of {choices}")
     identity = _identity(path)
-    if kind == "json":
-        yield Fragment(stream, "json", path, number, identity=identity)
+    if kind in ROW_FILES:
+        yield Fragment(stream, kind, path, number, identity=identity)
         return
     filesystem, inside = locate(path, f"{option}.path")
     try:
@@ -215,13 +284,36 @@ def _hub_fragments(source: SourceConfig, stream: str, option: str) -> list[Fragm
             f"{option}.path = {name}: neither a file or folder here nor a hub data set that can be loaded "
             f"({type(error).__name__}) with {asked}; check the names, the network or the offline cache"
         ) from None
-    rows = table.with_format("arrow")[:]
-    starts = range(0, max(rows.num_rows, 1), HUB_SLICE_ROWS)
-    slices = [rows.slice(start, HUB_SLICE_ROWS) for start in starts]
-    identity = str(table._fingerprint)
+    return _slices(table, name, stream)
+
+
+def _saved_fragments(folder: str, source: SourceConfig, stream: str, option: str) -> list[Fragment]:
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(folder)
+    except Exception as error:  # a damaged folder raises many types of errors
+        reason = f"a folder of datasets' save_to_disk that cannot be read ({type(error).__name__})"
+        raise UserError(f"{option}.path = {source.shown}: {reason}") from None
+    if isinstance(saved, datasets.DatasetDict):
+        if source.hub_split not in saved:
+            splits = ", ".join(map(str, saved))
+            raise UserError(
+                f"{option}.hub_split = {source.hub_split!r}: {source.shown} has no such split, only {splits}"
+            )
+        saved = saved[source.hub_split]
+    return _slices(saved, folder, stream)
+
+
+def _slices(data: Any, name: str, stream: str) -> list[Fragment]:
+    """Fragments of a data set of `datasets`."""
+    rows = data.with_format("arrow")[:]
+    starts = range(0, max(rows.num_rows, 1), SLICE_ROWS)
     return [
-        Fragment(stream, "table", name, None, start + 1, table=part, identity=identity)
-        for start, part in zip(starts, slices, strict=True)
+        Fragment(
+            stream, "table", name, None, start + 1, table=rows.slice(start, SLICE_ROWS), identity=str(data._fingerprint)
+        )
+        for start in starts
     ]
 
 
@@ -237,33 +329,6 @@ def _limited(pieces: list[Fragment], limit: int) -> Iterator[Fragment]:
 
 
 # ------------------------------------------------------------------------------------------------------ reading
-
-
-def _read_json(fragment: Fragment) -> Iterator[tuple[int, dict[str, Any] | UnreadableRow]]:
-    filesystem, path = locate(fragment.path)
-    with filesystem.open_input_stream(path, buffer_size=1 << 20) as file:
-        for number, line in enumerate(_lines(file), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-                yield number, UnreadableRow("not JSON (one object per line is expected)")
-                continue
-            yield (
-                number,
-                row if isinstance(row, dict) else UnreadableRow("not a JSON object (one per line is expected)"),
-            )
-
-
-def _lines(file: Any) -> Iterator[bytes]:
-    """Lines of an Arrow stream; the last one may lack its newline."""
-    rest = b""
-    while chunk := file.read(1 << 20):
-        *complete, rest = (rest + chunk).split(b"\n")
-        yield from complete
-    if rest:
-        yield rest
 
 
 def _read_table(fragment: Fragment, columns: list[str] | None) -> Iterator[tuple[int, dict[str, Any] | UnreadableRow]]:

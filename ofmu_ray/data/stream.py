@@ -16,7 +16,7 @@ from ray.data import DataIterator
 from ofmu_ray.cluster.nodes import here, on
 from ofmu_ray.data.batch_plan import Plan
 from ofmu_ray.data.batches import Collate, RoundBatches, assemble
-from ofmu_ray.data.shard_files import read_ahead, shard_files
+from ofmu_ray.data.shard_files import Reading, read_ahead, shard_files
 
 STORE_SHARE = 0.25
 """Share of a node's object store for its shards. Ray Data overshoots: at 0.5 it reached 0.85."""
@@ -24,20 +24,28 @@ BLOCKS = 16
 """Minimum number of blocks in a shard's part of the store: a few are always in flight."""
 
 
-def shard_iterator(plan: Plan, shard: int, start_round: int = 0, readers: int = 1) -> DataIterator:
+def shard_iterator(
+    plan: Plan, shard: int, start_round: int = 0, readers: int = 1, reading: Reading | None = None
+) -> DataIterator:
     """Ray Data iterator over one shard from the file that contains `start_round`, in order, two files at a time.
 
     It runs in the process that iterates (the shard of a Ray Train worker is its rank). Its tasks run on the node of
     that process, so rows cross the network once. They request no CPU, because they must run while training workers
     occupy every core. `readers`: shards that are read on this node and share its object store. Ray Data treats each as
     a separate execution and would let it fill half of the cluster's object store: unread rows would be spilled to disk
-    and fetched again.
+    and fetched again. `reading` completes the rows, in these tasks.
     """
     items = [{"path": path} for path in shard_files(plan, shard, start_round)]
     ahead = ray.data.TaskPoolStrategy(size=min(2, len(items)))
     data = ray.data.from_items(items, override_num_blocks=len(items))
     data = data.map_batches(
-        read_ahead, batch_size=1, batch_format="numpy", num_cpus=0, compute=ahead, scheduling_strategy=on(here())
+        read_ahead,
+        fn_kwargs={"plan": plan, "reading": reading},
+        batch_size=1,
+        batch_format="numpy",
+        num_cpus=0,
+        compute=ahead,
+        scheduling_strategy=on(here()),
     )
     limit = STORE_SHARE * here().resources["object_store_memory"] / readers
     options = data.context.execution_options

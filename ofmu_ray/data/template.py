@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from ofmu_ray.config import FormatConfig
 from ofmu_ray.errors import UserError
 
+LAYOUT = ("question", "answer", "template", "prompt_template", "system_prompt", "max_length")
+"""Options that decide the layout."""
 _QUESTION, _ANSWER = "qzquestionzq", "qzanswerzq"  # placeholders that no chat template changes
+
+
+Chat = Sequence[Mapping[str, str]]
+"""Turns: {role, content}."""
 
 
 class Encoded(NamedTuple):
@@ -66,9 +72,19 @@ class Template:
 
     def encode_rows(self, questions: Sequence[str], answers: Sequence[str]) -> list[Encoded]:
         """Encode all rows at once (a fast tokenizer uses several threads)."""
-        if not questions:
+        return self.encode_prompted([self._prompt(question) for question in questions], answers)
+
+    def encode_chats(self, chats: Sequence[Chat], answers: Sequence[str]) -> list[Encoded]:
+        """The same for the assistant's answers to chats, the turns before each answer.
+
+        Raises UserError: the tokenizer has no chat template, or it rejects a chat.
+        """
+        return self.encode_prompted([self.chat_prompt(chat) for chat in chats], answers)
+
+    def encode_prompted(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Encoded]:
+        """The same for prompts that are already laid out."""
+        if not prompts:
             return []
-        prompts = [self._prompt(question) for question in questions]
         heads = [prompt.rstrip(" ") for prompt in prompts]
         tails = [p[len(h) :] + a.strip() for p, h, a in zip(prompts, heads, answers, strict=True)]
         distinct = list(dict.fromkeys(heads))  # in evaluation a question has many answers
@@ -83,11 +99,36 @@ class Template:
             rows.append(self._row(self._with_bos(head), answer_ids))
         return rows
 
+    def chat_prompt(self, chat: Chat) -> str:
+        """The text before the assistant's next turn. Raises UserError as `encode_chats`, without the chat's text."""
+        self.check_chats()
+        system = self.config.system_prompt
+        turns = [dict(turn) for turn in chat]
+        if system and not (turns and turns[0]["role"] == "system"):
+            turns.insert(0, {"role": "system", "content": system})
+        try:
+            prompt = self._render(turns, generate=True)
+        except Exception as error:  # as in _chat
+            roles = ", ".join(turn["role"] for turn in turns[:4]) + (", ..." if len(turns) > 4 else "")
+            raise UserError(
+                f"the tokenizer's chat template rejects the turns ({roles}) with {type(error).__name__}"
+            ) from None
+        return prompt.rstrip(" ") + self.between[len(self.between.rstrip(" ")) :]
+
+    def check_chats(self) -> None:
+        """Raise UserError if the tokenizer has no chat template."""
+        if not self._uses_chat():
+            raise UserError(
+                "data.format.kind = messages needs the tokenizer's chat template: set data.format.template to auto, or "
+                "name a tokenizer with one (model.tokenizer)"
+            )
+
     def fingerprint(self) -> str:
         """Hex digest of everything that determines how text becomes tokens."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         vocabulary = backend.to_str() if backend else json.dumps(sorted(self.tokenizer.get_vocab().items()))
-        layout = [self.before, self.between, self.bos, self.eos, self.pad, asdict(self.config)]
+        options = {name: getattr(self.config, name) for name in LAYOUT}
+        layout = [self.before, self.between, self.bos, self.eos, self.pad, options]
         return hashlib.sha256(json.dumps([vocabulary, layout]).encode()).hexdigest()
 
     def _row(self, prompt: list[int], answer: list[int]) -> Encoded:
@@ -148,6 +189,14 @@ class Template:
         natural = _ANSWER in full and between.rstrip(" ") == after.rstrip(" ")
         return before, between if natural else after
 
-    def _render(self, turns: list[dict[str, str]], *, generate: bool) -> str:
-        text: str = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate)
+    def _render(self, turns: Sequence[Mapping[str, str]], *, generate: bool) -> str:
+        """The conversation as the chat template writes it, on the configured date (some templates ask for today's)."""
+        day = datetime.fromisoformat(self.config.date)
+        text: str = self.tokenizer.apply_chat_template(
+            list(turns),
+            tokenize=False,
+            add_generation_prompt=generate,
+            strftime_now=day.strftime,
+            date_string=day.strftime("%d %b %Y"),
+        )
         return text

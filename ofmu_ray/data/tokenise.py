@@ -10,12 +10,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ofmu_ray.data.encoder import BOOKKEEPING, Encoder, encoded_schema, payload_columns
-from ofmu_ray.data.row_checks import Problems, digests
+from ofmu_ray.data.encoder import (
+    BOOKKEEPING,
+    EncodedRow,
+    Encoder,
+    Piece,
+    encoded_schema,
+    payload_columns,
+    stream_encoder,
+)
+from ofmu_ray.data.row_checks import Problems, digests, of_piece
 from ofmu_ray.data.sources import Fragment, UnreadableRow, read
 from ofmu_ray.storage import join, locate
 
 BATCH_ROWS = 1024
+DIGEST = 16
+"""Bytes."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,7 @@ def encode_fragment(job: PartJob, encoder: Encoder) -> Part:
     part = Part(job.fragment.stream, job.target.partition("?")[0].rpartition("/")[2])
     filesystem, path = locate(job.target)
     schema = encoded_schema(encoder.payload)
+    encoder = stream_encoder(encoder, job.fragment.stream)
     rows = read(job.fragment, list(encoder.columns))
     with pq.ParquetWriter(path, schema, filesystem=filesystem) as writer:
         while chunk := list(itertools.islice(rows, BATCH_ROWS)):
@@ -64,10 +75,20 @@ def _table(fragment: Fragment, chunk: list[Any], encoder: Encoder, problems: Pro
     placed = [(_place(fragment, number), row) for number, row in readable]
     for index, row in encoder.encode(placed, problems):
         row_id = fragment.row_id(readable[index][0])
-        values = (row_id, *row.payload, row.length, row.cut, *digests(*row.identity))
+        if row.piece is not None:
+            row_id += f".{row.piece}"
+        values = (row_id, *row.payload, row.length, row.cut, *_digests(row))
         for name, value in zip(schema.names, values, strict=True):
             columns[name].append(value)
     return pa.table(columns, schema=schema)
+
+
+def _digests(row: EncodedRow) -> tuple[bytes, bytes]:
+    """The exact and the normalised digests of all texts in a row, 16 bytes each."""
+    pieces = [Piece(row.identity, row.piece or 1), *row.others]
+    pairs = [tuple(of_piece(digest, number) for digest in digests(*identity)) for identity, number in pieces]
+    exact, normalised = (b"".join(each) for each in zip(*pairs, strict=True))
+    return exact, normalised
 
 
 def _place(fragment: Fragment, number: int) -> str:
@@ -85,9 +106,15 @@ class Columns:
     cut: np.ndarray
     """int32 [rows], tokens lost to max_length."""
     exact: np.ndarray
-    """S16 [rows]."""
+    """S16 [texts]."""
     normalised: np.ndarray
-    """S16 [rows]."""
+    """S16 [texts]."""
+    row: np.ndarray
+    """int64 [texts], the row of each text; a row holds several if documents are packed."""
+
+    def any(self, texts: np.ndarray) -> np.ndarray:
+        """bool [rows]: whether any of a row's texts is marked in `texts`, bool [texts]."""
+        return np.bincount(self.row[texts], minlength=len(self.lengths)) > 0
 
 
 def load_columns(folder: str, parts: list[str]) -> Columns:
@@ -95,7 +122,10 @@ def load_columns(folder: str, parts: list[str]) -> Columns:
     table = pa.concat_tables([_read(folder, part, [*BOOKKEEPING.names, "prompt_tokens"]) for part in parts])
     lengths, cut = (table[name].to_numpy() for name in ("length", "cut"))
     prompts = table["prompt_tokens"].to_numpy() if "prompt_tokens" in table.column_names else np.zeros_like(lengths)
-    return Columns(lengths, prompts, cut, *(_digest_array(table[name]) for name in ("exact", "normalised")))
+    exact, normalised = (table[name].to_pylist() for name in ("exact", "normalised"))
+    texts = np.array([len(each) // DIGEST for each in exact], dtype=np.int64)
+    exact, normalised = (np.frombuffer(b"".join(each), dtype=f"S{DIGEST}") for each in (exact, normalised))
+    return Columns(lengths, prompts, cut, exact, normalised, np.repeat(np.arange(len(texts)), texts))
 
 
 def take_rows(folder: str, parts: list[str], rows: np.ndarray, columns: list[str] | None = None) -> pa.Table:
@@ -121,7 +151,3 @@ def _read(folder: str, part: str, columns: list[str] | None) -> pa.Table:
         if columns is not None:
             names = [name for name in columns if name in file.schema_arrow.names]
         return file.read(names)
-
-
-def _digest_array(column: pa.ChunkedArray) -> np.ndarray:
-    return np.array(column.to_pylist(), dtype="S16")

@@ -74,9 +74,12 @@ def parameters_up_to(module: torch.nn.Module, layer: int) -> list[torch.nn.Param
     handles = [part.register_forward_pre_hook(note) for part in module.modules()]
     handles.append(decoder_layers(module)[layer].register_forward_hook(stop))
     try:
-        two = torch.ones(1, 2, dtype=torch.long, device=next(module.parameters()).device)
-        with torch.no_grad():
-            layer_output(module, {"input_ids": two, "attention_mask": two}, layer)
+        device = next(module.parameters()).device
+        two = torch.ones(1, 2, dtype=torch.long, device=device)
+        # a skeleton on the meta device has no values: transformers reads those of any mask but one of four dimensions
+        mask = torch.zeros(1, 1, 2, 2, device=device)
+        with torch.no_grad(), _up_to(module, layer):
+            unwrapped(module).base_model(input_ids=two, attention_mask=mask, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ofmu_ray.assets import resolve_builtin
-from ofmu_ray.config import DataConfig, EvaluationConfig, FormatConfig, SourceConfig, UnlearnConfig
+from ofmu_ray.config import DataConfig, EvaluationConfig, FormatConfig, ModelConfig, SourceConfig, UnlearnConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.sample import RowSample
 from ofmu_ray.models.source import model_source
 from ofmu_ray.storage import PathLike, join
 
+CHOICE_SETS = ("forget_choice", "retain_choice")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 """A folder with one of these files contains a tokenizer."""
 
@@ -51,7 +53,7 @@ class Evaluator:
             config.seed,
             config.report.reveal_text,
             config.model.trust_remote_code,
-            sets=read_sets(config.evaluation, config.data) if config.evaluation.enabled else {},
+            sets=read_sets(config.evaluation, config.data, config.model) if config.evaluation.enabled else {},
         )
 
     def table(self, model: str | None, label: str) -> Any:
@@ -105,14 +107,16 @@ class Evaluator:
 
     def check_vocabulary(self, model: str, option: str) -> None:
         """Raises UserError if the rows have tokens unknown to the model: the tokenizer is not the model's."""
+        from ofmu_ray.evaluation.layouts import row_tokens
         from ofmu_ray.evaluation.rows import evaluation_rows
 
         template, known = self.loading(model).template, self.model_config(model).vocab_size
         if len(template.tokenizer) <= known:
             return
-        rows = [row for name, raw in self.sets.items() for row in evaluation_rows(name, raw, self.row_format)]
-        pairs = [(row.question, text) for row in rows for text in row.texts]
-        encoded = template.encode_rows([question for question, _ in pairs], [text for _, text in pairs])
+        sets = [
+            evaluation_rows(name, raw, self.row_format) for name, raw in self.sets.items() if name not in CHOICE_SETS
+        ]
+        encoded = [text for rows in sets for tokens in row_tokens(rows, template) for text in tokens.texts]
         largest = max(max(row.input_ids) for row in encoded)
         if largest >= known:
             raise UserError(
@@ -189,13 +193,20 @@ def has_tokenizer(model: str) -> bool:
     return not folder.is_dir() or any((folder / name).exists() for name in TOKENIZER_FILES)
 
 
-def read_sets(evaluation: EvaluationConfig, data: DataConfig) -> dict[str, list[dict[str, Any]]]:
-    """The checked rows of every set in the configuration.
+def read_sets(evaluation: EvaluationConfig, data: DataConfig, model: ModelConfig) -> dict[str, list[dict[str, Any]]]:
+    """The checked rows of every set in the configuration; the model's tokenizer cuts documents into passages.
 
     Raises:
         UserError: a missing file, or unusable rows, with all problems of a file.
     """
     from ofmu_ray.data.evaluation_rows import evaluation_rows
+
+    @cache
+    def layout() -> Any:
+        from ofmu_ray.data.windows import TextLayout
+        from ofmu_ray.models.loading import load_tokenizer
+
+        return TextLayout(load_tokenizer(model), data.format)
 
     sets, limit, question = evaluation.sets, evaluation.max_rows, data.format.question
     sources: dict[str, tuple[str, str | SourceConfig | None, str]] = {
@@ -209,7 +220,7 @@ def read_sets(evaluation: EvaluationConfig, data: DataConfig) -> dict[str, list[
             option = f"evaluation.sets.probes.{probe.name}.{side}"
             sources[f"{probe.name}_{side}"] = option, getattr(probe, side), probe.question
     clusters = evaluation.clusters if isinstance(evaluation.clusters, dict) else {}
-    return {
+    return _choice_sets(evaluation, data.root) | {
         name: evaluation_rows(
             source,
             data.root,
@@ -218,7 +229,35 @@ def read_sets(evaluation: EvaluationConfig, data: DataConfig) -> dict[str, list[
             option=option,
             fmt=replace(data.format, question=column),
             cluster=clusters.get(name),
+            kind=data.kind(name) if option == f"data.{name}" else None,
+            layout=layout,
         )
         for name, (option, source, column) in sources.items()
         if source is not None
     }
+
+
+def _choice_sets(evaluation: EvaluationConfig, root: str | None) -> dict[str, list[dict[str, Any]]]:
+    """The multiple-choice questions of the configuration: {choice, question, answer, kind}."""
+    from ofmu_ray.data.choices import choice_rows
+    from ofmu_ray.evaluation.sample import spread
+
+    sets = {}
+    for name in CHOICE_SETS:
+        path = getattr(evaluation.sets, name)
+        if path is not None:
+            rows = choice_rows(SourceConfig(path=path), root, name=name, option=f"evaluation.sets.{name}")
+            chosen = [rows[index] for index in spread(len(rows), evaluation.max_rows)]
+            if len({row.cluster for row in chosen}) == 1:  # one subject: its rows are resampled one by one
+                chosen = [replace(row, cluster=None) for row in chosen]
+            sets[name] = [
+                {
+                    "row_id": row.row_id,
+                    "question": row.question,
+                    "answer": row.choices[row.answer],
+                    "kind": evaluation.sets.choice_scoring,
+                    "choice": asdict(row),
+                }
+                for row in chosen
+            ]
+    return sets

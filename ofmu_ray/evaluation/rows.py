@@ -1,4 +1,4 @@
-"""Evaluation rows in TOFU's layout, and the table of a model's values on them."""
+"""Evaluation rows, and the table of a model's values on them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from ofmu_ray.config import FormatConfig
+from ofmu_ray.config.data import Kind
+from ofmu_ray.data.choices import ChoiceRow, Scoring
 from ofmu_ray.errors import UserError
 from ofmu_ray.metrics import functions as metrics
 
@@ -35,7 +37,10 @@ MEASURED = pa.schema(
         ("answer_matches", pa.list_(pa.bool_())),  # whether the token was the most likely one
         ("answer_zscores", pa.list_(pa.float64())),  # Min-K++: log p, standardised over the vocabulary
         ("answer_zlib_bytes", pa.int32()),  # of the answer's text in UTF-8, compressed
-        ("cluster", pa.string()),  # rows that the bootstrap draws together (one person, one author)
+        ("cluster", pa.string()),  # rows that the bootstrap draws together (one person, one author, one document)
+        ("correct", pa.bool_()),  # multiple choice: whether the right one was chosen
+        ("chance", pa.float64()),  # multiple choice: 1 / number of choices
+        ("kind", pa.string()),  # text: the "answer" is the whole passage, the generation continues its first half
     ]
 )
 """Values per row and model (this is what the cache stores)."""
@@ -45,7 +50,10 @@ MEASURED = pa.schema(
 class EvaluationRow:
     """One question with its right answer and, if the set has them, a paraphrase and wrong answers.
 
-    `cluster`: rows of one cluster are not independent (the rows of one person); None: an independent row.
+    `cluster`: rows of one cluster are not independent (the rows of one person); None: an independent row. Of kind text,
+    `question` and `answer` are the halves of a passage, and `ends` says whether its document ends with it. Of kind
+    messages, `turns` are the chat before the answer: (role, content). Of kind letters or cloze, `choice` is a
+    multiple-choice question, scored so.
     """
 
     set: str
@@ -55,10 +63,19 @@ class EvaluationRow:
     paraphrase: str | None = None
     wrong: tuple[str, ...] = ()
     cluster: str | None = None
+    kind: Kind | Scoring = "qa"
+    ends: bool = True
+    turns: tuple[tuple[str, str], ...] = ()
+    choice: ChoiceRow | None = None
 
     @property
     def row_id(self) -> str:
         return f"{self.set}-{self.index}"
+
+    @property
+    def scored(self) -> str:
+        """The text whose tokens are scored."""
+        return self.question + self.answer if self.kind == "text" else self.answer
 
     @property
     def texts(self) -> list[str]:
@@ -72,7 +89,9 @@ def is_private(set_name: str) -> bool:
 
 
 def evaluation_rows(name: str, rows: Sequence[Mapping[str, Any]], fmt: FormatConfig) -> list[EvaluationRow]:
-    """The checked rows of a set. Questions and answers are in the columns of `data.format`, or in TOFU's.
+    """The checked rows of a set, as `ofmu_ray.data.evaluation_rows` gives them.
+
+    Questions and answers are in the columns of `data.format`, or in TOFU's.
 
     Raises UserError, naming the row by id, for an empty set, a missing column, or a cell that is not a text.
     """
@@ -82,6 +101,17 @@ def evaluation_rows(name: str, rows: Sequence[Mapping[str, Any]], fmt: FormatCon
 
 
 def _row(name: str, index: int, row: Mapping[str, Any], fmt: FormatConfig) -> EvaluationRow:
+    if "choice" in row:
+        choice = ChoiceRow(**{**row["choice"], "choices": tuple(row["choice"]["choices"])})
+        right = choice.choices[choice.answer]
+        return EvaluationRow(
+            name, index, choice.question, right, cluster=choice.cluster, kind=row["kind"], choice=choice
+        )
+    if row.get("kind", "qa") != "qa":  # passages and turns have been checked where they were cut
+        turns = tuple((turn["role"], turn["content"]) for turn in row.get("turns", ()))
+        texts, ends = (row["question"], row["answer"]), row.get("ends", True)
+        return EvaluationRow(name, index, *texts, cluster=row["cluster"], kind=row["kind"], ends=ends, turns=turns)
+
     def text(value: object, column: str) -> str:
         if isinstance(value, str) and value.strip():
             return value
@@ -123,7 +153,8 @@ def with_row_metrics(measured: pa.Table) -> pa.Table:
     has_correct = options | ~measured["paraphrase_nll"].is_null().to_numpy()
     probability = np.where(options, metrics.options_probability(nll, wrong), metrics.probability(nll))
     ratio = metrics.truth_ratio(np.where(options, nll, paraphrase), wrong)
-    lacks_options, lacks_ratio = options & ~has_wrong, ~(has_wrong & has_correct)
+    unscored = measured["answer_nll"].is_null().to_numpy()
+    lacks_options, lacks_ratio = options & ~has_wrong | unscored, ~(has_wrong & has_correct)
     table = measured.append_column("probability", pa.array(probability, mask=lacks_options))
     return table.append_column("truth_ratio", pa.array(ratio, mask=lacks_ratio))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ofmu_ray.data.batch import IGNORED, REFUSAL
-from ofmu_ray.features.protocol import FeatureContext, Row, Tokens, Values
+from ofmu_ray.features.protocol import FeatureContext, Row, Tokens, Values, vocabulary
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,7 +46,7 @@ class LogProbabilities(Values):
     key = "reference_logprobs"
 
     def shape(self, config: Any) -> tuple[int, ...]:
-        return (config.vocab_size,)
+        return (vocabulary(config),)
 
     def measure(self, module: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
         from ofmu_ray.models.answers import answers

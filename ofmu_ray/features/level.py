@@ -27,9 +27,10 @@ def measured(level: str, prepared: PreparedData, model: ModelConfig, cache: str)
 
 def unigram_entropy(prepared: PreparedData, most: int = 10_000) -> float:
     """Entropy of the tokens of retain answers (nats) over at most `most` rows: the loss of a model that knows only the
-    token frequencies."""
+    token (or class) frequencies."""
     stream = prepared.streams["retain"]
-    rows = ChosenRows(stream, spread(stream.rows, most)).rows
-    tokens = np.concatenate([row["input_ids"][row["prompt_tokens"] :] for row in rows])
+    rows = ChosenRows(stream, spread(stream.rows, most), ["input_ids", "prompt_tokens", "label"]).rows
+    images = "label" in rows[0]
+    tokens = np.concatenate([[row["label"]] if images else row["input_ids"][row["prompt_tokens"] :] for row in rows])
     share = np.unique(tokens, return_counts=True)[1] / len(tokens)
     return float(-(share * np.log(share)).sum())

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from ofmu_ray.features.reference import Reference, ReferenceModel
 
 Row = Mapping[str, Any]
-"""row_id, input_ids, prompt_tokens."""
+"""row_id and the payload: input_ids and prompt_tokens, or pixels and label."""
+IMAGE_TOKENS = 16
+"""What an image counts in a forward pass of limited tokens."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,11 @@ class Values:
 
     def width(self, config: Any) -> int:
         """Numbers that a forward pass keeps per answer token."""
-        return int(config.vocab_size)
+        return vocabulary(config)
+
+    def resolved(self, settings: FeatureContext) -> Self:
+        """A copy whose fields, with model and rows, determine the values."""
+        return self
 
     def check(self, module: torch.nn.Module) -> None:
         """Raise UserError if the model cannot provide them."""
@@ -96,14 +102,35 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class ParameterValues:
+    """A tensor per trained parameter, from all rows of a stream, for the method's `given`; deleted with the run."""
+
+    name: ClassVar[str]
+
+    def compute(self, reference: Reference, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        """The tensors, on the CPU."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
 class Need:
     """A feature of a stream's rows; with `of`, values at these tokens instead of the answer's."""
 
     stream: str
-    feature: Values | Tokens
+    feature: Values | Tokens | ParameterValues
     of: Tokens | None = None
 
 
 def answer_tokens(row: Row) -> int:
-    """Tokens of a row's answer, EOS included."""
-    return len(row["input_ids"]) - int(row["prompt_tokens"])
+    """Tokens of a row's answer, EOS included; an image's class is one."""
+    return len(row["input_ids"]) - int(row["prompt_tokens"]) if "input_ids" in row else 1
+
+
+def row_tokens(row: Row) -> int:
+    """Tokens of a row, which limit the rows of a forward pass."""
+    return len(row["input_ids"]) if "input_ids" in row else IMAGE_TOKENS
+
+
+def vocabulary(config: Any) -> int:
+    """Number of tokens, or of classes, that a model predicts."""
+    return int(getattr(config, "vocab_size", None) or config.num_labels)

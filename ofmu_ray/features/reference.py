@@ -29,7 +29,6 @@ from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.cluster.map_tasks import device_kind, map_tasks, runs_here
 from ofmu_ray.config import ModelConfig
 from ofmu_ray.data.batch_plan import Plan, places
-from ofmu_ray.data.batches import collate
 from ofmu_ray.data.prepare import PreparedData, TokenisedStream, spread
 from ofmu_ray.data.sidecar import SidecarContent, StoredValues, has_table, new_table, read_rows
 from ofmu_ray.data.tokenise import take_rows
@@ -37,10 +36,20 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.generation import stop_ids
 from ofmu_ray.features import refusals
 from ofmu_ray.features.builtin import NLL
-from ofmu_ray.features.protocol import FeatureContext, Need, Row, Tokens, Values, answer_tokens
-from ofmu_ray.models.loading import load_causal_lm, read_config
+from ofmu_ray.features.protocol import (
+    FeatureContext,
+    Need,
+    ParameterValues,
+    Row,
+    Tokens,
+    Values,
+    answer_tokens,
+    row_tokens,
+)
+from ofmu_ray.models.loading import read_config
 from ofmu_ray.models.source import model_fingerprint, weights_folder
-from ofmu_ray.storage import is_file, join
+from ofmu_ray.storage import atomic_write, is_file, join
+from ofmu_ray.tasks import task_named
 
 BATCH_TOKENS = 4096
 """Tokens of a forward pass, padding counted."""
@@ -52,7 +61,7 @@ activation, at most 2e-4 of any probability."""
 
 _LOGITS_AT_ONCE = 1 << 25  # elements of one forward pass: 128 MiB of fp32
 _CODE = ("features/reference.py", "engines/layers.py", "models/answers.py", "evaluation/generation.py")
-_ROW = ["row_id", "input_ids", "prompt_tokens"]
+_ROW = ["input_ids", "prompt_tokens", "pixels", "label"]
 
 
 def write_references(
@@ -77,7 +86,7 @@ def write_references(
     if not needs:
         return {}
     settings = settings or FeatureContext()
-    source = ReferenceModel(model, cache, private or join(folder, "private"), settings.method)
+    source = ReferenceModel(model, cache, private or join(folder, "private"), settings.method, task_of(prepared))
     folders = {}
     for stream in dict.fromkeys(need.stream for need in needs):
         tokenised = prepared.streams[stream]
@@ -94,8 +103,10 @@ def write_references(
         for need in (need for need in needs if need.stream == stream):
             if isinstance(need.feature, Tokens):
                 sidecar.add_texts(need.feature.prefix, written(need.feature), need.feature.count)
+            elif isinstance(need.feature, ParameterValues):
+                sidecar.parameters[need.feature.name] = source.parameters(need.feature, chosen)
             elif need.of is None:
-                table = source.table(need.feature, stream, chosen.rows, chosen.key)
+                table = source.table(need.feature.resolved(settings), stream, chosen.rows, chosen.key)
                 sidecar.add_table(need.feature.name, need.feature.key, table)
             else:
                 path, prefix = written(need.of), need.of.prefix
@@ -113,23 +124,31 @@ def stream_losses(prepared: PreparedData, name: str, model: ModelConfig, cache: 
     """
     stream = prepared.streams[name]
     chosen = ChosenRows(stream, spread(stream.rows, most))
-    folder = ReferenceModel(model, cache, "", name).table(NLL, name, chosen.rows, chosen.key)
+    folder = ReferenceModel(model, cache, "", name, task_of(prepared)).table(NLL, name, chosen.rows, chosen.key)
     sums = StoredValues(folder).rows([row["row_id"] for row in chosen.rows]).double().numpy()
     return np.asarray(sums / np.array([answer_tokens(row) for row in chosen.rows]))
 
 
-class ChosenRows:
-    """The rows of a stream that the run uses."""
+def task_of(prepared: PreparedData) -> str:
+    """The task whose models give features of these rows."""
+    return getattr(prepared.encoder, "task", "causal_lm")
 
-    def __init__(self, stream: TokenisedStream, at: np.ndarray) -> None:
+
+class ChosenRows:
+    """The rows of a stream that the run uses; `columns`: those of them to read that there are."""
+
+    def __init__(self, stream: TokenisedStream, at: np.ndarray, columns: Sequence[str] = _ROW) -> None:
         self.key = _digest(stream.fingerprint, hashlib.sha256(at.tobytes()).hexdigest())
-        self.rows: list[Row] = take_rows(stream.folder, [name for name, _ in stream.parts], at, _ROW).to_pylist()
+        self.rows: list[Row] = take_rows(
+            stream.folder, [name for name, _ in stream.parts], at, ["row_id", *columns]
+        ).to_pylist()
 
 
 class ReferenceModel:
     """The model before any step, and where its tables are stored."""
 
-    def __init__(self, model: ModelConfig, cache: str, private: str, method: str) -> None:
+    def __init__(self, model: ModelConfig, cache: str, private: str, method: str, task: str = "causal_lm") -> None:
+        self.task = task
         self.model = replace(model, lora=None, freeze=[], gradient_checkpointing=False)
         self.cache, self.private, self.method = join(cache, "reference"), private, method
         self.weights = weights_folder(resolve_builtin(model.path))
@@ -152,6 +171,16 @@ class ReferenceModel:
             refusals.write_refusals(path, tokens.rows(self, chosen.rows, prepared.template))
         return path
 
+    def parameters(self, feature: ParameterValues, chosen: ChosenRows) -> str:
+        """Path of the tensors by parameter, computed in this process if missing."""
+        from safetensors.torch import save
+
+        path = join(self.private, f"{_digest(self.fingerprint, _identity(feature), chosen.key)}.safetensors")
+        if not is_file(path):
+            reference = Reference(self.task, self.model, device_kind())
+            atomic_write(path, save(feature.compute(reference, chosen.rows)))
+        return path
+
     def table(self, feature: Values, stream: str, rows: Sequence[Row], rows_key: str) -> str:
         """Folder of the table, computed if missing."""
         key = _digest(self.fingerprint, _identity(feature), rows_key)
@@ -165,7 +194,7 @@ class ReferenceModel:
         self._refuse_large(feature, stream, int(entries.sum()), shape, bytes_fp32 // 2)
         about = {"quantity": feature.name, **asdict(feature), "stream": stream, "dtype": dtype}
         with new_table(folder, [row["row_id"] for row in rows], entries, shape, dtype, about) as (values, starts):
-            lengths = np.array([len(row["input_ids"]) for row in rows])
+            lengths = np.array([row_tokens(row) for row in rows])
             wide = np.array([answer_tokens(row) for row in rows]) * feature.width(self.config)
             for number, piece in self.read(feature, rows, lengths, wide, f"{feature.name} of {stream}"):
                 values[starts[number] : starts[number] + entries[number]] = piece
@@ -188,7 +217,7 @@ class ReferenceModel:
         jobs = [[rows[number] for number in numbers] for numbers in batches]
         flops = 2 * sum(file.stat().st_size for file in self.weights.glob("*.safetensors")) / 4 * lengths.sum()
         with progress.bar(f"reference {title}", len(rows), "row") as bar:
-            make = partial(_reader, self.model, reading, device_kind())
+            make = partial(_reader, self.task, self.model, reading, device_kind())
             for number, results in enumerate(map(make(), jobs)) if runs_here(flops) else map_tasks(make, jobs):
                 yield from zip(batches[number], results, strict=True)
                 bar.update(len(batches[number]))
@@ -219,12 +248,17 @@ class Reading(Protocol):
 class Reference:
     """The reference model in memory."""
 
-    def __init__(self, model: ModelConfig, device: str) -> None:
-        self.module, tokenizer = load_causal_lm(model)
+    def __init__(self, task: str, model: ModelConfig, device: str) -> None:
+        made = task_named(task)
+        self.module, self.processor = made.load(model)
         self.module.to(device).eval()
-        self.stop = stop_ids(self.module, tokenizer)
-        self.device, self.pad_id = torch.device(device), tokenizer.pad_token_id
+        self.collate, self.device, self.loss = made.collate(self.processor), torch.device(device), made.loss
         self.autocast = model.precision == "bf16_autocast"
+
+    @functools.cached_property
+    def stop(self) -> frozenset[int]:
+        """The tokens that end a text."""
+        return stop_ids(self.module, self.processor)
 
     @torch.no_grad()
     def of(self, reading: Reading, rows: Sequence[Row]) -> list[np.ndarray]:
@@ -234,14 +268,16 @@ class Reference:
 
     def collated(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         """A micro-batch on the model's device."""
-        return {name: tensor.to(self.device) for name, tensor in collate(rows, self.pad_id).items()}
+        return {name: tensor.to(self.device) for name, tensor in self.collate(rows).items()}
 
 
-def _reader(model: ModelConfig, reading: Reading, device: str) -> Callable[[Sequence[Row]], list[np.ndarray]]:
-    return partial(Reference(model, device).of, reading)
+def _reader(
+    task: str, model: ModelConfig, reading: Reading, device: str
+) -> Callable[[Sequence[Row]], list[np.ndarray]]:
+    return partial(Reference(task, model, device).of, reading)
 
 
-def _identity(feature: Values | Tokens) -> str:
+def _identity(feature: Values | Tokens | ParameterValues) -> str:
     """What determines its values, apart from model and rows."""
     kind = type(feature)
     return json.dumps([kind.__qualname__, inspect.getsource(kind), asdict(feature)], sort_keys=True)

@@ -58,6 +58,10 @@ class AltPO(Weighted[AltPOConfig]):
     }
 
     @property
+    def asks(self) -> frozenset[str]:
+        return frozenset({"answers", "texts"})
+
+    @property
     def needs(self) -> tuple[Need, ...]:
         config = self.config
         temperature = config.temperature or (2.0 if config.prompt is None else 1.0)

@@ -39,6 +39,10 @@ class CEU(OneLoop[CEUConfig]):
     options = CEUConfig
     space: ClassVar[Ranges] = {"optimizer.lr": RATE}
 
+    @property
+    def asks(self) -> frozenset[str]:
+        return frozenset({"answers", "texts"} if self.config.skip_tokens else {"answers"})
+
     def forget_loss(self, module: torch.nn.Module, micro: Mapping[str, Any]) -> LossParts:
         from ofmu_ray.algorithm.losses import distilled_without_truth
         from ofmu_ray.models.answers import answers

@@ -56,6 +56,10 @@ class DPO(Weighted[DPOConfig]):
     }
 
     @property
+    def asks(self) -> frozenset[str]:
+        return frozenset({"answers", "texts"})
+
+    @property
     def needs(self) -> tuple[Need, ...]:
         refusals = Refusals(self.config.refusals)
         own = (Need("forget", NLL), Need("forget", refusals), Need("forget", NLL, of=refusals))

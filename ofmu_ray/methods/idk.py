@@ -37,6 +37,10 @@ class IDK(Weighted[IDKConfig]):
     }
 
     @property
+    def asks(self) -> frozenset[str]:
+        return frozenset({"answers", "texts"})
+
+    @property
     def needs(self) -> tuple[Need, ...]:
         return (Need("forget", Refusals(self.config.refusals)), *super().needs)
 

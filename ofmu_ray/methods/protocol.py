@@ -46,6 +46,9 @@ class Method(Protocol):
     def start(self, engine: Engine) -> None:
         """Called once, on the reference model, before a checkpoint is restored. Collective."""
 
+    # optional: def given(self, name: str, engine: Engine, parameters: Mapping[str, torch.Tensor]) -> None
+    # after `start`: the tensors of a `ParameterValues` that it needs, by the names of parameters. Collective.
+
     def batches_per_round(self) -> dict[str, int]:
         """Global batches per round and stream; the batch plan contains exactly these."""
 

@@ -70,6 +70,10 @@ class RMU(OneLoop[RMUConfig]):
         self.target = torch.empty(0)
 
     @property
+    def asks(self) -> frozenset[str]:
+        return frozenset({"texts"})
+
+    @property
     def needs(self) -> tuple[Need, ...]:
         return (Need("retain", Activations(self.config.layer)),) if self.retain_weight > 0 else ()
 

@@ -33,6 +33,11 @@ def clusters_of(rows: pa.Table) -> np.ndarray | None:
     return np.array([f"row {row}" if name is None else f"cluster {name}" for row, name in enumerate(names)])
 
 
+def of_texts(rows: pa.Table) -> bool:
+    """Whether the rows are passages of documents, not questions with answers."""
+    return "kind" in rows.column_names and rows.num_rows > 0 and rows["kind"][0].as_py() == "text"
+
+
 def finite(rows: pa.Table, name: str, column: str) -> FloatArray | str:
     """The column [rows], NaN if a row lacks it; or why the set `name` has no usable values."""
     if column not in rows.column_names:
@@ -41,6 +46,8 @@ def finite(rows: pa.Table, name: str, column: str) -> FloatArray | str:
     if missing.all():
         if column not in _ANSWERS:
             return f"the {name} rows lack {column}"
+        if of_texts(rows):
+            return f"not applicable: the {name} rows are texts, without right and wrong answers"
         need = "perturbed_answer" if name in ("real_authors", "world_facts") else "paraphrased_answer, perturbed_answer"
         return f"the {name} rows lack the columns it needs ({need})"
     values = np.asarray(rows[column].cast(pa.float64()).fill_null(0.0).to_numpy(), dtype=np.float64)

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 FloatArray = NDArray[np.float64]
 
-METRIC_VERSION = 2
+METRIC_VERSION = 3
 """Part of every evaluation cache key: increment it when the meaning of a per-row value changes."""
 
 _LARGEST_EXPONENT = 700.0  # exp() overflows float64 above; such ratios are clipped, their order does not matter

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ofmu_ray.metrics import memorisation
-from ofmu_ray.metrics.columns import clusters_of, finite, of_tokens, rows_of
+from ofmu_ray.metrics.columns import clusters_of, finite, of_texts, of_tokens, rows_of
 from ofmu_ray.metrics.degeneration import MEASURES, Bounds, SoundRange, ngram_variety
 from ofmu_ray.metrics.functions import FloatArray
 from ofmu_ray.metrics.intervals import MetricValue
@@ -115,7 +115,8 @@ def damaged_words(table: pa.Table, retrained: pa.Table | None, failed: Sequence[
     if counts[0] is None:
         return None
     repeating, empty, rows = counts[0]
-    text = f"answers to forget prompts: {repeating} of {rows} repeat themselves"
+    what = "continuations of forget texts" if of_texts(rows_of(table, "forget")) else "answers to forget prompts"
+    text = f"{what}: {repeating} of {rows} repeat themselves"
     text += f", {empty} are empty" if empty else ""
     if len(counts) > 1 and counts[1] is not None:
         text += f"; the retrained model: {counts[1][0]}" + (f", {counts[1][1]} empty" if counts[1][1] else "")

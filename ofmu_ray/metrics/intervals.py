@@ -7,6 +7,7 @@ of weights, how often each row was drawn; clusters differ in size, so every mean
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -210,6 +211,25 @@ def over_seeds(values: Sequence[float]) -> MetricValue:
 
     half = float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
     return MetricValue(mean, mean - half, mean + half, n)
+
+
+def difference_figure(one: MetricValue, other: MetricValue) -> MetricValue:
+    """one - other of two independent values, with the interval built from theirs; absent if one of them is.
+
+    MOVER: Zou and Donner 2008, https://doi.org/10.1002/sim.3095. For values of the same rows it is too wide.
+    """
+    for value in (one, other):
+        if value.value is None:
+            return value
+    assert one.value is not None
+    assert other.value is not None
+    difference, n = one.value - other.value, (one.n or 0) + (other.n or 0)
+    if one.low is None or one.high is None or other.low is None or other.high is None:
+        lacking = one if one.low is None or one.high is None else other
+        return MetricValue(difference, n=n, reason=lacking.reason or "one of the two values has no interval")
+    below = math.hypot(one.value - one.low, other.high - other.value)
+    above = math.hypot(one.high - one.value, other.value - other.low)
+    return MetricValue(difference, difference - below, difference + above, n)
 
 
 # -------------------------------------------------------------------------------------------------------- resamples

@@ -78,7 +78,7 @@ class Resamples:
 
     def __init__(self, reference: pa.Table, *, samples: int = 1000, seed: int = 0) -> None:
         self.sets: dict[str, SetWeights] = {}
-        for number, name in enumerate(SETS):
+        for number, name in enumerate((*SETS, "test", "test_forgotten")):
             rows = _ordered(reference, name)
             if rows.num_rows:
                 clusters = clusters_of(rows)

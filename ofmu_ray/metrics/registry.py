@@ -40,11 +40,15 @@ class Metric:
     better: Better
     group: Group
     """Heading under which reports show it."""
+    rows: Literal["texts", "images"] = "texts"
+    """The kind of rows that it is computed for."""
     set: str | None = None
     """The set of rows that it is a mean over."""
     values: Values | None = None
     always: bool = False
     """Listed, as absent with the reason, where the set has no rows."""
+    only: Callable[[pa.Table], bool] | None = None
+    """Whether it is listed for these rows; None: for all."""
     figures: Callable[[Inputs], Mapping[str, MetricValue]] | None = None
     """Computes it, and others that share the work, where it is no mean over rows."""
     needs: frozenset[str] = frozenset()
@@ -77,6 +81,11 @@ class Inputs:
     def options(self) -> dict[str, int]:
         """Of the intervals."""
         return {"samples": self.samples, "seed": self.seed}
+
+    @property
+    def kind(self) -> str:
+        """texts or images."""
+        return "images" if "predicted" in self.table.column_names else "texts"
 
     def rows(self, name: str) -> pa.Table:
         """The rows of a set."""
@@ -149,8 +158,11 @@ def compute(inputs: Inputs) -> dict[str, Any]:
 def _computed(inputs: Inputs) -> Iterator[tuple[str, MetricValue]]:
     done: dict[Any, Mapping[str, MetricValue]] = {}
     for one in metrics():
+        if one.rows != inputs.kind:
+            continue
         if one.values is not None and one.set is not None:
-            if one.always or inputs.rows(one.set).num_rows:
+            rows = inputs.rows(one.set)
+            if one.always or (rows.num_rows and (one.only is None or one.only(rows))):
                 yield one.name, inputs.mean(one)
         elif one.figures is not None:
             if one.figures not in done:

@@ -53,8 +53,15 @@ def answers(
 ) -> Answers:
     """Run the model and select its predictions of the labelled tokens.
 
-    `batch` as in `logits_at`, plus labels: int64 [rows, positions], -100 means no loss. `labels` overrides them.
+    `batch` as in `logits_at`, plus labels: int64 [rows, positions], -100 means no loss. `labels` overrides them. The
+    class of an image is an answer of one token: see `models.classifiers`.
     """
+    if "pixels" in batch:
+        from ofmu_ray.models.classifiers import class_logits
+
+        labels = (batch[f"{prefix}labels"] if labels is None else labels)[:, 1]
+        labelled = labels != IGNORED
+        return Answers(class_logits(module, batch)[labelled], labels[labelled], labelled.nonzero()[:, 0], len(labels))
     labels = (batch[f"{prefix}labels"] if labels is None else labels)[:, 1:]
     labelled = labels != IGNORED
     logits_tv = logits_at(module, batch, functional.pad(labelled, (0, 1)), prefix)

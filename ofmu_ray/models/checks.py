@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,19 +26,32 @@ def check_model(config: ModelConfig, option: str = "model.path") -> Any:
     from ofmu_ray.models.loading import load_tokenizer, read_config
     from ofmu_ray.models.unread import check_stored
 
+    path = check_stored_model(config, option, check_folder)
+    shape = read_config(config.path, option, trust_remote_code=config.trust_remote_code)
+    check_causal(shape, config, option)
+    if Path(path).is_dir():
+        check_stored(shape, Path(path), config, option)
+    return load_tokenizer(config)
+
+
+def check_stored_model(config: ModelConfig, option: str, check: Callable[[Path, str], None] | None = None) -> str:
+    """Check that a model is there and its weights are safetensors; returns its place on this machine or the hub.
+
+    `check`: called with a local folder and the option, before its weights are looked at.
+
+    Raises:
+        UserError: no such folder, no answer from the hub, no weights, or unreadable weights.
+    """
     check_place(config.path, option)
     try:
         path = model_source(config.path, option)
     except StorageError as error:  # before the start this is the user's mistake
         raise UserError(str(error)) from None
     if Path(path).is_dir():
-        check_folder(Path(path), option)
+        if check is not None:
+            check(Path(path), option)
         _check_weights(Path(path), option, config.trust_remote_code)
-    shape = read_config(config.path, option, trust_remote_code=config.trust_remote_code)
-    check_causal(shape, config, option)
-    if Path(path).is_dir():
-        check_stored(shape, Path(path), config, option)
-    return load_tokenizer(config)
+    return path
 
 
 def check_place(path: str, option: str) -> None:

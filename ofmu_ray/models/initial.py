@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ofmu_ray.config import ModelConfig, TrainConfig
+from ofmu_ray.errors import UserError
 from ofmu_ray.storage import PathLike, atomic_dir
 
 
@@ -52,12 +53,16 @@ def _tokenizer(config: TrainConfig) -> Any:
     from ofmu_ray.data.vocabulary import build_tokenizer
 
     form = config.data.format
+    if config.data.kind("train") == "messages":
+        raise UserError("data.format.kind = messages: a vocabulary has no chat template; name a tokenizer with one")
+    names = [form.text] if config.data.kind("train") == "text" else [form.question, form.answer]
+    layout = "{text}" if len(names) == 1 else form.prompt_template.replace("{question}", "{text}")
     pieces = sources.fragments(config.data.train, config.data.root, stream="train", option="data.train")
-    rows = (row for piece in pieces for _, row in sources.read(piece, [form.question, form.answer]))
+    rows = (row for piece in pieces for _, row in sources.read(piece, names))
     # data preparation refuses unreadable and incomplete rows, with their numbers
     texts = (
-        form.prompt_template.replace("{question}", str(row[form.question])) + " " + str(row[form.answer])
+        " ".join([layout.replace("{text}", str(row[names[0]])), *(str(row[name]) for name in names[1:])])
         for row in rows
-        if isinstance(row, dict) and form.question in row and form.answer in row
+        if isinstance(row, dict) and set(names) <= row.keys()
     )
     return build_tokenizer(texts, config.scratch.vocab_size, max_length=config.scratch.max_length)

@@ -71,7 +71,7 @@ def pretrained(path: str, option: str = "model.path", **options: Any) -> Any:
 
 
 @contextmanager
-def does_not_load(path: str, option: str) -> Iterator[None]:
+def does_not_load(path: str, option: str, kind: str = "a causal language model") -> Iterator[None]:
     """Turn errors of transformers inside the block into a UserError that names `option`."""
     try:
         yield
@@ -80,7 +80,7 @@ def does_not_load(path: str, option: str) -> Iterator[None]:
     except Exception as error:  # a broken directory may raise OSError, KeyError, ValueError, SafetensorError
         raise UserError(
             f"{option} = {path!r} does not load: {_one_line(error)}. It must be a Hugging Face model directory or hub "
-            "name of a causal language model with safetensors weights"
+            f"name of {kind} with safetensors weights"
         ) from error
 
 

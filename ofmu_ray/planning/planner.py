@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ofmu_ray.config.plan import PlanConfig, parsed_bytes
 from ofmu_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from ofmu_ray.data.encoder import Encoder
 
 
 def planned(config: PlanConfig) -> dict[str, Any]:
@@ -21,6 +24,8 @@ def planned(config: PlanConfig) -> dict[str, Any]:
     from ofmu_ray.planning.propose import Target, propose
     from ofmu_ray.planning.setup import Planner, link_of
 
+    if config.task != "causal_lm":
+        raise UserError(f"task = {config.task!r}: memory and time are planned for language models only")
     options, training = config.plan, config.training
     gpu = GPUS[options.gpu] if options.gpu else None
     cuda = gpu is not None or options.gpu_memory is not None or training.gpus > 0
@@ -61,32 +66,30 @@ def _rows(config: PlanConfig) -> dict[str, Any]:
     if config.plan.row_tokens:
         tokens = config.plan.row_tokens
         return {stream: Rows(tokens, float(tokens), tokens // 3) for stream in ("forget", "retain")}
-    from ofmu_ray.data.template import Template
+    from ofmu_ray.data.kinds import StreamEncoders
     from ofmu_ray.models.loading import load_tokenizer
 
-    template = Template(load_tokenizer(config.model), config.data.format)
-    return {stream: _counted(config, stream, template) for stream in ("forget", "retain")}
+    kinds = {stream: config.data.kind(stream) for stream in ("forget", "retain")}
+    encoders = StreamEncoders.of(load_tokenizer(config.model), config.data.format, kinds)
+    return {stream: _counted(config, stream, encoders.stream(stream)) for stream in kinds}
 
 
-def _counted(config: PlanConfig, stream: str, template: Any) -> Any:
+def _counted(config: PlanConfig, stream: str, encoder: Encoder) -> Any:
     """Token counts from the first rows of a stream."""
     from ofmu_ray.data import sources
+    from ofmu_ray.data.row_checks import Problems
     from ofmu_ray.planning.setup import Rows
 
     data = config.data
-    texts = []
+    columns = list(encoder.columns)
     fragments = sources.fragments(getattr(data, stream), data.root, stream=stream, option=f"data.{stream}")
-    columns = [data.format.question, data.format.answer]
     every = (row for piece in fragments for _, row in sources.read(piece, columns))
-    for row in itertools.islice(every, config.plan.sample_rows):
-        if isinstance(row, dict) and all(isinstance(row.get(name), str) for name in columns):
-            texts.append([row[name] for name in columns])
-    if not texts:
+    sample = itertools.islice(every, config.plan.sample_rows)
+    rows = [row for _, row in encoder.encode([("", row) for row in sample if isinstance(row, dict)], Problems())]
+    if not rows:
         raise UserError(f"data.{stream}: no row with columns {columns} to count tokens; set --plan.row_tokens")
-    encoded = template.encode_rows([q for q, _ in texts], [a for _, a in texts])
-    lengths = [len(row.input_ids) for row in encoded]
-    prompts = sum(row.prompt_tokens for row in encoded) / len(encoded)
-    return Rows(max(lengths), sum(lengths) / len(lengths), prompts)
+    prompts = sum(row.payload[1] for row in rows) / len(rows)
+    return Rows(max(row.length for row in rows), sum(row.length for row in rows) / len(rows), prompts)
 
 
 def _process_bytes() -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ofmu_ray.data.batch import IGNORED
-from ofmu_ray.features.protocol import Need, Tokens
+from ofmu_ray.features.protocol import Need, ParameterValues, Tokens
 
 
 def parameter_counts(module: torch.nn.Module) -> tuple[int, int]:
@@ -34,6 +34,8 @@ def micro_batch(
     batch = _texts(rows, tokens, prompt)
     answer = rows * (tokens - prompt)
     for need in needs:
+        if isinstance(need.feature, ParameterValues):
+            continue
         texts, values = (need.feature, None) if isinstance(need.feature, Tokens) else (need.of, need.feature)
         prefix = "" if texts is None else texts.prefix
         if prefix:

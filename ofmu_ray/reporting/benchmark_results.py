@@ -18,7 +18,11 @@ from ofmu_ray.metrics.rule import Goal
 from ofmu_ray.reporting.benchmark_settings import BenchmarkSettings
 
 REFERENCES = ("target", "retrained")
-FIRST_METRICS = ("forget_quality", "ks_statistic", "aggregate", "model_utility", "forget_truth_ratio")
+FIRST_METRICS = (
+    *("forget_quality", "ks_statistic", "aggregate", "model_utility", "forget_truth_ratio"),
+    *("average_gap", "unlearning_accuracy", "remaining_accuracy", "testing_accuracy", "mia_efficacy"),
+)
+"""Of texts, and of images: shown first, where they were measured."""
 
 
 @dataclass(frozen=True)

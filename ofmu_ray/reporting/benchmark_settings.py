@@ -40,6 +40,8 @@ class BenchmarkSettings:
     """Draws of the second round of tuning, per method and split."""
     samples: int = 1000
     """Resamples of the rows."""
+    references: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Split -> model (target, retrained) -> its metrics, as in metrics.json."""
 
     @classmethod
     def of(cls, written: Mapping[str, Any]) -> BenchmarkSettings:
@@ -61,6 +63,7 @@ class BenchmarkSettings:
             goals={split: _goal(goal) for split, goal in (written.get("goals") or {}).items()},
             draws=(config.get("tuning") or {}).get("trials"),
             refine=int((config.get("tuning") or {}).get("refine") or 0),
+            references=written.get("references") or {},
             samples=(base.get("evaluation") or {}).get("bootstrap_samples") or 1000,
         )
 

@@ -119,7 +119,10 @@ def _verdict_words(verdict: Verdict | None) -> str:
 def _reference_cell(benchmark: BenchmarkData, results: SplitResults, name: str, model: str) -> Cell:
     draws = results.references[model].get("ks_statistic" if name == "forget_quality" else name)
     resamples = benchmark.resamples(results.split)
-    if draws is None or resamples is None:
+    if draws is None:  # not a mean over rows: as it was measured
+        measured = benchmark.settings.references.get(results.split, {}).get(model, {}).get(name) or {}
+        return Cell(formats.number(measured.get("value")))
+    if resamples is None:
         return Cell("–")
     if name == "forget_quality":
         return Cell(formats.number(metrics.exact_ks_p_value(draws.value, len(resamples.sets["forget"].rows))))

@@ -50,6 +50,7 @@ def write_model_card(
         name=name,
         front=_front_matter(config, method),
         method=method,
+        images=config.get("task") == "image_classification",
         base=(config.get("model") or {}).get("path"),
         options=_yaml({method: config[method]} if method in config else {}),
         seed=config.get("seed"),
@@ -69,7 +70,7 @@ def _front_matter(config: Mapping[str, Any], method: str) -> str:
     unlearned = method != "finetune"
     front: dict[str, Any] = {
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "image-classification" if config.get("task") == "image_classification" else "text-generation",
         "tags": ["ofmu-ray", *(["machine-unlearning", method] if unlearned else [])],
     }
     base = str((config.get("model") or {}).get("path") or "")

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ofmu_ray.evaluation.rows import is_private
-from ofmu_ray.reporting import formats, plots, samples
+from ofmu_ray.reporting import formats, image_section, plots, samples
 from ofmu_ray.storage import PathLike, atomic_write
 
 
@@ -35,6 +35,8 @@ class ReportData:
     """Model (before, after, retrained) -> per-row values, a pyarrow table; None values are skipped."""
     texts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """Row id -> (question, answer); forget rows' texts are shown only with `reveal_text`."""
+    images: image_section.Images | None = None
+    """Of image classifiers: classes and pictures."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """The data report: ``streams``, ``overlap``, ``tokenizer_sha256``."""
     manifest: Mapping[str, Any] = field(default_factory=dict)
@@ -94,7 +96,11 @@ def _context(data: ReportData) -> dict[str, Any]:
         "truth_ratios": plots.truth_ratio_panel(ratios, tests.get("after")) if ratios else None,
         "tests": tests,
         "panels": plots.series_panels(data.series),
-        "samples": samples.sample_rows(tables, data.texts, data.samples, reveal=data.reveal_text),
+        "samples": {}
+        if data.images
+        else samples.sample_rows(tables, data.texts, data.samples, reveal=data.reveal_text),
+        "pictures": image_section.image_samples(tables, data.images, data.samples) if data.images else {},
+        "confusion": image_section.confusion_lines(tables, data.images.classes) if data.images else [],
         "is_private": is_private,
         "degeneration": samples.degeneration(tables),
         "phases": _phases(data.cost),
@@ -144,11 +150,13 @@ def _header(data: ReportData) -> list[tuple[str, str]]:
 
 
 def _headline(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The two metrics that the field reports first, before and after."""
+    """The two metrics that the field of texts, or of images, reports first, before and after."""
     rows = []
     for name, words in (
         ("forget_quality", "p-value of the KS test against the retrained model"),
         ("model_utility", "harmonic mean of nine scores on what should be kept"),
+        ("average_gap", "mean distance of UA, RA, TA and MIA from the retrained model's, in percentage points"),
+        ("testing_accuracy", "percent of the test rows"),
     ):
         cells = {model: formats.cell((metrics.get(model) or {}).get(name)) for model in formats.MODELS}
         if any(cell.value is not None for cell in cells.values()):

@@ -99,6 +99,8 @@ def _by_set(table: Any) -> dict[str, dict[str, Row]]:
     """set -> row id -> row, in the table's order."""
     sets: dict[str, dict[str, Row]] = {}
     for row in table.to_pylist():
+        if row.get("correct") is not None:
+            continue  # multiple choice: nothing is generated
         sets.setdefault(row["set"], {})[row["row_id"]] = row
     return sets
 

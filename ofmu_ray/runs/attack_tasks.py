@@ -65,7 +65,7 @@ class Checks:
         if checks.gradient_norm:
             yield Wanted(GRADIENT_NORM, GRADIENT_NORM, {}, self._rows("forget", "holdout"))
         for number, choice in enumerate(checks.choice):
-            from ofmu_ray.attacks.multiple_choice import choice_rows
+            from ofmu_ray.data.choices import choice_rows
 
             source = SourceConfig(
                 path=choice.path,
@@ -213,6 +213,12 @@ def _check_relearn(options: RelearnOptions, evaluator: Evaluator) -> None:
 
 
 def _check_prefix(options: PrefixOptions, evaluator: Evaluator) -> None:
+    for name in ("forget", "retain"):
+        if evaluator.sets[name][0].get("kind", "qa") != "qa":
+            raise UserError(
+                f"checks.prefix asks questions in other words, but the {name} rows are not questions: remove it, or "
+                f"name questions with evaluation.sets.{name}"
+            )
     rows = len(evaluator.sets["retain"])
     if options.shots > rows:
         raise UserError(f"checks.prefix.shots = {options.shots}: there are {rows} retain rows to draw from; lower it")

@@ -13,7 +13,7 @@ from ofmu_ray.runs.claims import RECORD, is_running
 from ofmu_ray.storage import absolute, is_file, join, locate, name_of, read_text
 
 HEADLINE = ("forget_quality", "model_utility")
-NO_RUNS = ("cache", "mlartifacts")
+NO_RUNS = ("cache", "mlartifacts", "requests")
 """Folders of a storage that belong to all runs."""
 
 

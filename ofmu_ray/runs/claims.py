@@ -8,11 +8,11 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ofmu_ray.config import ELASTIC, WHERE_KEPT, flatten
+from ofmu_ray.config import ELASTIC, WHERE_KEPT, SourceConfig, flatten
 from ofmu_ray.errors import StorageError, UserError
 from ofmu_ray.runs.job import remove_text
 from ofmu_ray.storage import (
@@ -48,7 +48,11 @@ class Claim:
     options: Mapping[str, Any]
     """The configuration as it may be shown, nested."""
     overwrite: bool = False
-    """Whether a run of this command with other options may be deleted."""
+    """Whether a run of this command with other options or rows may be deleted."""
+    sources: Mapping[str, SourceConfig] = field(default_factory=dict)
+    """What the run reads, by stream: a finished run belongs to its rows, too."""
+    root: str | None = None
+    """Base folder for relative paths of `sources`."""
 
     def check(self) -> bool:
         """Whether the folder is this configuration's or nobody's; False: another run's, to be overwritten.
@@ -65,12 +69,37 @@ class Claim:
             raise UserError(
                 f"name = {name_of(self.home)!r}: an evaluation or a benchmark has this name; choose another --name"
             )
-        if recorded is None or recorded["config_hash"] == self.config_hash:
+        if recorded is None:
             return True
         command = recorded.get("command", self.command)
+        if recorded["config_hash"] != self.config_hash:
+            difference = self._difference(recorded, command)
+        elif changed := self._changed(recorded):
+            difference = (
+                f"this run is finished, and its rows have changed since ({', '.join(changed)}): it says nothing about "
+                "the new ones; choose another --name, or --overwrite to delete that run"
+            )
+        else:
+            return True
         if self.overwrite and command == self.command:
             return False
-        raise UserError(f"name = {name_of(self.home)!r}: {self._difference(recorded, command)}")
+        raise UserError(f"name = {name_of(self.home)!r}: {difference}")
+
+    def _changed(self, recorded: Mapping[str, Any]) -> list[str]:
+        """Sources of a finished run that are there with another content. An unfinished run takes up the new rows."""
+        known = recorded.get("sources")
+        last = "training.json" if self.command == "train" else "metrics.json"
+        if not known or not is_file(join(self.home, last)):
+            return []
+        from ofmu_ray.data.prepare import source_contents
+
+        now = source_contents(self.sources, self.root)
+        return [f"data.{name}" for name, content in now.items() if known.get(name, content) != content]
+
+    def note_sources(self, contents: Mapping[str, str]) -> None:
+        """Record what was read (`PreparedData.sources`), while the folder is held."""
+        record = {**(_recorded(self.home) or {}), "sources": dict(contents)}
+        atomic_write(join(self.home, RECORD), json.dumps(record) + "\n")
 
     def _difference(self, recorded: Mapping[str, Any], command: str) -> str:
         if command != self.command:

@@ -59,7 +59,8 @@ def _compare(config: EvaluateConfig, command: Sequence[str]) -> Comparison:
         _check(path, _option(label), evaluator)
     checks = Checks(config, evaluator, models)
     join_cluster(TrainingConfig(), storage, {_option(label): [path] for label, path in models.items()})
-    handle = tracking.start(config.tracking, storage, name_of(home), public(config), {"ofmu.kind": "evaluate"})
+    tags, record = {"ofmu.kind": "evaluate"}, join(home, tracking.RECORD)
+    handle = tracking.start(config.tracking, storage, name_of(home), public(config), tags, record=record)
     status: Any = "FAILED"
     try:
         tables = {label: evaluator.table(path, label) for label, path in models.items()}
@@ -117,15 +118,17 @@ def _tokenizer(config: EvaluateConfig) -> str:
 
 
 def _evaluator(config: EvaluateConfig, storage: str) -> Evaluator:
+    tokenizer = _tokenizer(config)
+    reader = ModelConfig(path=tokenizer, trust_remote_code=config.trust_remote_code)
     return Evaluator(
         config.evaluation,
         config.data,
-        _tokenizer(config),
+        tokenizer,
         join(storage, "cache"),
         config.seed,
         config.report.reveal_text,
         config.trust_remote_code,
-        sets=read_sets(config.evaluation, config.data),
+        sets=read_sets(config.evaluation, config.data, reader),
         own_tokenizers=config.tokenizer is None,
     )
 

@@ -6,15 +6,18 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ofmu_ray.config import (
+    DataConfig,
     ExportConfig,
     MethodConfig,
     ModelConfig,
     StopConfig,
     TrainConfig,
+    TrainDataConfig,
     TrainingConfig,
     UnlearnConfig,
 )
 from ofmu_ray.storage import join, remove_file, remove_folder
+from ofmu_ray.tasks import task_named
 
 if TYPE_CHECKING:
     from ofmu_ray.data.batch_plan import Plan
@@ -25,6 +28,8 @@ WATCHED = "watched.parquet"
 PLAN = "plan"
 SIDECARS = "sidecars"
 TOKENS = "tokens"
+REQUESTED = "requested"
+"""Rows that a pipeline wrote for this run only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +47,14 @@ class Spec:
     seed: int = 0
     root: str | None = None
     """Base folder for relative paths of the method's own files."""
+    data: DataConfig | TrainDataConfig | None = None
+    """How rows are read."""
 
     @classmethod
     def of(cls, config: UnlearnConfig | TrainConfig, model: ModelConfig) -> Spec:
         """The spec of a command's configuration."""
         common: dict[str, Any] = {name: getattr(config, name) for name in ("task", "training", "export", "seed")}
-        common["model"] = model
+        common |= {"model": model, "data": config.data}
         if isinstance(config, TrainConfig):
             return cls(method_name="finetune", method=config.finetune, root=config.data.root, **common)
         options = config.method_options
@@ -92,10 +99,15 @@ def make_job(
         export=spec.export,
         utility_rows=watched,
     )
+    batches = job.build_method().batches_per_round()
+    reading = getattr(task_named(spec.task), "reading", None)
+    if reading is not None:
+        streams = {name: prepared.streams[name] for name in batches}
+        job = replace(job, reading=reading(streams, prepared.encoder, spec.data, spec.seed))
     plan = write_plan(
         prepared.streams,
         job.plan_dir,
-        batches_per_round=job.build_method().batches_per_round(),
+        batches_per_round=batches,
         rounds=spec.training.rounds,
         batch_size=spec.training.batch_size,
         workers=spec.training.workers,
@@ -129,7 +141,7 @@ def with_references(
 
 
 def remove_text(folder: str) -> None:
-    """Delete tokens, batch plan, sidecars and watched rows: they contain text that must not outlive a run."""
-    for name in (TOKENS, PLAN, SIDECARS):
+    """Delete tokens, batch plan, sidecars, watched and requested rows: text in them must not outlive a run."""
+    for name in (TOKENS, PLAN, SIDECARS, REQUESTED):
         remove_folder(join(folder, name))
     remove_file(join(folder, WATCHED))

@@ -227,17 +227,30 @@ def _check_head(address: str) -> None:
         ) from None
 
 
+KINDS = {"answers": "a language model", "texts": "a language model", "classes": "a classifier"}
+"""What offers what methods ask for."""
+
+
 def check_method(task: Task, config: UnlearnConfig) -> None:
     """Raise UserError if the method's losses need what the task does not have."""
+    from ofmu_ray.features.protocol import Tokens
     from ofmu_ray.methods import build_method
 
-    missing = build_method(config.method_options).asks - task.offers
+    method = build_method(config.method_options)
+    for need in method.needs:
+        if isinstance(need.feature, Tokens) and config.data.kind(need.stream) == "text":
+            raise UserError(
+                f"method = {config.method} gives questions other answers, but data.{need.stream} has texts "
+                "(kind = text): choose another method, or questions with answers"
+            )
+    missing = method.asks - task.offers
     if missing:
         forget_loss = getattr(config.method_options, "forget_loss", None)
         loss = f" with {config.method}.forget_loss = {forget_loss}" if forget_loss else ""
+        words = ", ".join(f"{name} of {KINDS[name]}" for name in sorted(missing))
         raise UserError(
-            f"method = {config.method}{loss} needs {', '.join(sorted(missing))} of a language model, which task = "
-            f"{config.task!r} does not have: choose another method, or for ofmu --ofmu.forget_loss nll"
+            f"method = {config.method}{loss} needs {words}, which task = {config.task!r} does not have: choose another "
+            "method, or for ofmu --ofmu.forget_loss nll"
         )
 
 
@@ -272,7 +285,8 @@ def check_sources(data: DataConfig) -> None:
     """Check that the sources exist and differ; their rows are checked when they are tokenised."""
     from ofmu_ray.data import sources
 
-    if data.forget == data.retain and data.forget.paths and data.overlap != "allow":
+    named = data.sources
+    if named["forget"] == named["retain"] and data.forget.paths and data.overlap != "allow":
         raise UserError(
             f"data.forget and data.retain are the same rows ({data.forget.shown}): name what the model should keep "
             "with --data.retain.path"

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from ofmu_ray import progress
 from ofmu_ray.config import ModelConfig, TrainConfig, UnlearnConfig, outcome_hash
+from ofmu_ray.errors import UserError
 from ofmu_ray.models.checks import placed
 from ofmu_ray.runs.claims import Claim
-from ofmu_ray.runs.job import TOKENS, Spec, make_job, remove_text, with_references
+from ofmu_ray.runs.job import REQUESTED, TOKENS, Spec, make_job, remove_text, with_references
 from ofmu_ray.runs.outcome import Outcome, cost_of, read_trained, read_unlearned
 from ofmu_ray.runs.preflight import (
     check_machine,
@@ -68,7 +69,15 @@ class Run:
     @property
     def claim(self) -> Claim:
         """What claims the run's name."""
-        return Claim(self.home, self.kind, self.digest, public(self.config), self.config.overwrite)
+        config = self.config
+        sources = {"train": config.data.source} if isinstance(config, TrainConfig) else config.sources
+        options = public(config)
+        return Claim(self.home, self.kind, self.digest, options, config.overwrite, sources, config.data.root)
+
+    def is_private(self, stream: str) -> bool:
+        """Whether tokens of a stream go with the run: forget rows, and files that a pipeline wrote for this run."""
+        own = join(self.home, REQUESTED)
+        return stream == "forget" or any(path.startswith(own) for path in self.claim.sources[stream].paths)
 
     @cached_property
     def here(self) -> bool:
@@ -130,7 +139,9 @@ def _tracked(this_run: Run, tags: dict[str, str]) -> Iterator[Any]:
     from ofmu_ray import tracking
 
     config = this_run.config
-    handle = tracking.start(config.tracking, this_run.storage, name_of(this_run.home), public(config), tags)
+    record = join(this_run.home, tracking.RECORD)
+    name = name_of(this_run.home)
+    handle = tracking.start(config.tracking, this_run.storage, name, public(config), tags, record=record)
     try:
         with tracking.system_metrics(handle, enabled=config.tracking.system_metrics):
             yield handle
@@ -205,6 +216,7 @@ def _concluded(this_run: Run, config: UnlearnConfig, results: RunResults, handle
 def _work(this_run: Run, config: UnlearnConfig, evaluation: Evaluation, encoder: Encoder, handle: Any) -> RunResults:
     """Prepare the data, evaluate, run the rounds, evaluate again."""
     from ofmu_ray.data.prepare import prepare_streams
+    from ofmu_ray.reporting.image_section import images_of
 
     with this_run.phase("data"):
         prepared = prepare_streams(
@@ -212,10 +224,12 @@ def _work(this_run: Run, config: UnlearnConfig, evaluation: Evaluation, encoder:
             config.data.root,
             encoder,
             this_run.storage,
-            private={"forget": join(this_run.home, TOKENS)},
+            private={name: join(this_run.home, TOKENS) for name in config.sources if this_run.is_private(name)},
             overlap=config.data.overlap,
             duplicates=config.data.duplicates,
+            whole=config.data.whole,
         )
+        this_run.claim.note_sources(prepared.sources)
         digest = outcome_hash(config, *(stream.fingerprint for stream in prepared.streams.values()))
         spec = this_run.spec(placed(config.model))
         job, plan = make_job(spec, prepared, this_run.home, this_run.cache, digest)
@@ -245,6 +259,7 @@ def _work(this_run: Run, config: UnlearnConfig, evaluation: Evaluation, encoder:
         data=prepared.report.to_json(),
         seconds=this_run.seconds,
         plan=plan.fingerprint,
+        images=images_of(evaluation, tables, config.report.samples),
     )
 
 
@@ -299,22 +314,24 @@ def _fitted(this_run: Run, config: TrainConfig) -> Outcome:
     from ofmu_ray.data.prepare import prepare_streams
 
     home = this_run.home
-    model = config.model or _initial_model(config, home)
     task = task_named(config.task)
+    model = config.model or _initial_model(task, config, home)
     encoder = task.encoder(task.check_model(model), config.data)
     with _tracked(this_run, {"ofmu.kind": "train"}) as handle:
         if not this_run.here:
-            rows_at = source_paths("data.train", config.data.train, config.data.root)
+            rows_at = source_paths("data.train", config.data.source, config.data.root)
             join_cluster(config.training, this_run.storage, model_paths(model) | rows_at)
             check_task_on_nodes(config.task)
         prepared = prepare_streams(
-            {"train": config.data.train},
+            {"train": config.data.source},
             config.data.root,
             encoder,
             this_run.storage,
             private={"train": join(home, TOKENS)},
             duplicates=config.data.duplicates,
+            whole=config.data.whole,
         )
+        this_run.claim.note_sources(prepared.sources)
         stream = prepared.streams["train"]
         rounds = max(1, math.ceil(config.epochs * len(stream.rows) / config.training.batch_size))
         progress.note("data", f"{len(stream.rows)} rows, {rounds} steps of {config.training.batch_size} rows")
@@ -342,11 +359,11 @@ def _train_cost(summary: dict[str, Any]) -> dict[str, Any]:
     return {name: summary[name] for name in ("train_seconds", "peak_memory_bytes")} | counts
 
 
-def _initial_model(config: TrainConfig, home: str) -> ModelConfig:
-    """A Llama from the scratch options with seeded random weights, saved next to the run's model."""
+def _initial_model(task: Any, config: TrainConfig, home: str) -> ModelConfig:
+    """The task's model from scratch with seeded random weights, saved next to the run's model."""
     folder = join(home, "initial")
+    if not hasattr(task, "initial"):
+        raise UserError(f"model is not set, and task = {config.task!r} makes none from scratch: set --model.path")
     if not is_whole(folder):
-        from ofmu_ray.models.initial import write_initial_model
-
-        write_initial_model(folder, config)
+        task.initial(folder, config)
     return ModelConfig(path=folder)

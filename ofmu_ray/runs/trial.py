@@ -255,6 +255,8 @@ def job_of(trial: Trial, data: SplitData, work: Path) -> WorkerJob:
 
 def _mean_tokens(plan_dir: str) -> dict[str, float]:
     """Mean number of tokens of each stream's rows in a plan."""
+    import pyarrow.compute as pc
+
     from ofmu_ray.data.batch_plan import read_plan
     from ofmu_ray.data.shard_files import read_pieces, shard_files
 
@@ -264,9 +266,11 @@ def _mean_tokens(plan_dir: str) -> dict[str, float]:
     for shard in range(plan.workers):
         for path in shard_files(plan, shard):
             for table in read_pieces(path):
-                for position, ids in zip(table["position"].to_pylist(), table["input_ids"].to_pylist(), strict=True):
-                    tokens[order[position % plan.rows_per_round]].append(len(ids))
-    return {name: sum(lengths) / len(lengths) for name, lengths in tokens.items() if lengths}
+                texts = "input_ids" in table.column_names  # an image counts as one token
+                lengths = pc.list_value_length(table["input_ids"]).to_pylist() if texts else [1] * len(table)
+                for position, length in zip(table["position"].to_pylist(), lengths, strict=True):
+                    tokens[order[position % plan.rows_per_round]].append(length)
+    return {name: sum(counts) / len(counts) for name, counts in tokens.items() if counts}
 
 
 # ------------------------------------------------------------------------------------------------------ evaluation

@@ -76,6 +76,7 @@ def prepare(
         private={"forget": str(folder / PRIVATE / "tokens")},
         overlap=base.data.overlap,
         duplicates=base.data.duplicates,
+        whole=base.data.whole,
     )
     tables = {
         model: evaluator.table(path, f"{model} {name}")

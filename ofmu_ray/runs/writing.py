@@ -35,6 +35,8 @@ class RunResults:
     """Wall-clock seconds by phase."""
     plan: str
     """Fingerprint of the batch sequence."""
+    images: Any = None
+    """Of image classifiers: ofmu_ray.reporting.image_section.Images."""
 
 
 def write(
@@ -85,6 +87,7 @@ def write(
             series=training["series"],
             tables=tables,
             texts=results.texts,
+            images=results.images,
             data=results.data,
             manifest=manifest,
             command=list(command),

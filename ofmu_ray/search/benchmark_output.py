@@ -202,7 +202,7 @@ def _labelled(table: Any, values: tuple[str, str, str, int | None, int | None]) 
     """A run's rows with identifying columns in front, and without the generations."""
     import pyarrow as pa
 
-    table = table.drop_columns(["generated"])
+    table = table.drop_columns([name for name in ("generated",) if name in table.column_names])
     kinds = (pa.string(), pa.string(), pa.string(), pa.int32(), pa.int64())
     for place, (name, value, kind) in enumerate(
         zip(("method", "split", "phase", "trial", "seed"), values, kinds, strict=True)
@@ -236,6 +236,7 @@ def log_child(
             "ofmu.status": result["status"],
             "ofmu.message": result.get("message", ""),
         },
+        record=f"{marker}-id",
     )
     costs = {name: result[name] for name in COSTS if result.get(name) is not None}
     failed = result["status"] == "failed"

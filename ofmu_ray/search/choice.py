@@ -15,8 +15,8 @@ import yaml
 from ofmu_ray.config import UnlearnConfig, apply_overrides, to_dict
 from ofmu_ray.metrics.fronts import plain
 from ofmu_ray.runs.trial import model_path
-from ofmu_ray.search.ledger import Ledger, ranked
 from ofmu_ray.search.priors import narrowed, text_of
+from ofmu_ray.search.trial_ledger import Ledger, ranked
 from ofmu_ray.storage import atomic_dir, atomic_write
 
 BEST = "best"

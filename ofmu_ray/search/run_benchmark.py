@@ -71,7 +71,8 @@ def benchmark(config: BenchmarkConfig, command: Sequence[str] = ()) -> Benchmark
     folder = storage / config.name
     refuse_taken(folder)
     tags = {"ofmu.kind": "benchmark"}
-    handle = tracking.start(config.base.tracking, str(storage), config.name, public(config), tags)
+    record = folder / tracking.RECORD
+    handle = tracking.start(config.base.tracking, str(storage), config.name, public(config), tags, record=record)
     status: Any = "FAILED"
     files: list[Path] = []
     try:

@@ -15,7 +15,7 @@ from typing import Any
 from ofmu_ray import progress
 from ofmu_ray.cluster.join import join_cluster, run_paths
 from ofmu_ray.config import LABELS, WHERE_KEPT, SweepConfig, flatten, to_dict
-from ofmu_ray.config.values import ADDED
+from ofmu_ray.config.values import ADDED, without_added
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.evaluator import Evaluator
 from ofmu_ray.metrics.fronts import plain
@@ -29,10 +29,10 @@ from ofmu_ray.search import sweep_output as results
 from ofmu_ray.search.benchmark_output import duration
 from ofmu_ray.search.capacity import check_disk, concurrency
 from ofmu_ray.search.judging import goal_of, reference_value
-from ofmu_ray.search.ledger import Ledger
 from ofmu_ray.search.priors import parse_priors
 from ofmu_ray.search.spaces import Space, read_space, space_for
 from ofmu_ray.search.suggest import Search, without_other_batches
+from ofmu_ray.search.trial_ledger import Ledger
 
 MAY_CHANGE = ("select", "keep_models", "concurrency", "retry_failed")
 """Options that may change between two starts of a sweep; the number of trials may change, too."""
@@ -108,7 +108,8 @@ def sweep(config: SweepConfig, command: Sequence[str] = ()) -> SweepOutcome:
     claim = Claim(str(folder), "sweep", digest, _determining(config))
     claim.check()
     tags = {"ofmu.kind": "sweep", "ofmu.config_hash": digest}
-    handle = tracking.start(run.tracking, str(storage), config.name, _determining(config), tags)
+    record = folder / tracking.RECORD
+    handle = tracking.start(run.tracking, str(storage), config.name, _determining(config), tags, record=record)
     status: Any = "FAILED"
     files: list[Path] = []
     complete = False
@@ -150,7 +151,7 @@ def _digest(config: SweepConfig, space: Space) -> str:
     content = _determining(config)
     base = {name: value for name, value in content["base"].items() if name not in WHERE_KEPT}
     export = {name: value for name, value in base.pop("export").items() if name != "max_shard_size"}
-    content["base"] = base if export == ADDED["export"] else base | {"export": export}
+    content["base"] = without_added(base if export == ADDED["export"] else base | {"export": export})
     kept = {name: value for name, value in content.items() if name not in (*WHERE_KEPT, "space_file")}
     text = json.dumps([kept, results.space_rows(space)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

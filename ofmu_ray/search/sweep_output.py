@@ -17,9 +17,9 @@ from ofmu_ray.runs.trial import result_path
 from ofmu_ray.search.benchmark_output import COSTS, duration, machine
 from ofmu_ray.search.choice import BEST, SweepChoice, plane, priors, sound_only
 from ofmu_ray.search.judging import marks
-from ofmu_ray.search.ledger import Ledger, ranked
 from ofmu_ray.search.priors import text_of
 from ofmu_ray.search.spaces import Space
+from ofmu_ray.search.trial_ledger import Ledger, ranked
 from ofmu_ray.storage import atomic_write
 
 # ----------------------------------------------------------------------------------------------------------- tables

@@ -24,7 +24,7 @@ from ofmu_ray.config import EarlyConfig, TrackingConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.metrics.fronts import plain
 from ofmu_ray.runs.trial import TrialHooks, run_trial, write_failure
-from ofmu_ray.search.ledger import Ledger
+from ofmu_ray.search.trial_ledger import Ledger
 
 POLL_SECONDS = 0.1
 
@@ -209,7 +209,8 @@ def child_run(
     }
     name = f"{ledger.config.name}/{number:04d}"
     try:
-        return mlflow.start(tracking, str(ledger.folder.parent), name, options, tags)
+        record = ledger.folder / "mlflow" / f"{number:04d}.json"
+        return mlflow.start(tracking, str(ledger.folder.parent), name, options, tags, record=record)
     except UserError:
         return None
 

@@ -1,4 +1,4 @@
-"""Causal language models on rows of question and answer: the built-in task."""
+"""Causal language models on questions with answers, documents or chats: the built-in task."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ofmu_ray.tasks.protocol import Task
 if TYPE_CHECKING:
     import torch
 
-    from ofmu_ray.config import DataConfig, ExportConfig, ModelConfig, TrainDataConfig, UnlearnConfig
-    from ofmu_ray.data.answer_encoder import AnswerEncoder
+    from ofmu_ray.config import DataConfig, ExportConfig, ModelConfig, TrainConfig, TrainDataConfig, UnlearnConfig
+    from ofmu_ray.data.kinds import StreamEncoders
     from ofmu_ray.evaluation.evaluator import Evaluator
     from ofmu_ray.models.unread import Unread
     from ofmu_ray.models.weights import Weights
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 class CausalLM:
-    """Models of transformers; only the answer's tokens have a loss."""
+    """Models of transformers. The tokens of answers (of documents, of the assistant's turns) have a loss."""
 
-    offers = frozenset({"answers"})
+    offers = frozenset({"answers", "texts"})
 
     def check_model(self, config: ModelConfig, option: str = "model.path") -> Any:
         from ofmu_ray.models.checks import check_model
@@ -40,15 +40,21 @@ class CausalLM:
             note("model", f"{type(shape).__name__[:-6]} has no {config.attention} attention; eager is used instead")
         return empty_model(shape, config)
 
-    def encoder(self, processor: Any, data: DataConfig | TrainDataConfig) -> AnswerEncoder:
-        from ofmu_ray.data.answer_encoder import AnswerEncoder
+    def encoder(self, processor: Any, data: DataConfig | TrainDataConfig) -> StreamEncoders:
+        from ofmu_ray.data.kinds import StreamEncoders
 
-        return AnswerEncoder(processor, data.format)
+        return StreamEncoders.of(processor, data.format, {name: data.kind(name) for name in data.sources})
 
     def evaluation(self, config: UnlearnConfig, storage: PathLike) -> Evaluator:
         from ofmu_ray.evaluation.evaluator import Evaluator
 
         return Evaluator.of(config, storage)
+
+    def initial(self, folder: str, config: TrainConfig) -> None:
+        """A Llama from the scratch options with seeded random weights."""
+        from ofmu_ray.models.initial import write_initial_model
+
+        write_initial_model(folder, config)
 
     def load(self, config: ModelConfig) -> tuple[torch.nn.Module, Any]:
         from ofmu_ray.models.loading import load_causal_lm

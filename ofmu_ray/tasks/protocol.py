@@ -41,6 +41,9 @@ class Evaluation(Protocol):
         The section `run` is merged into the run's: `degenerate` (bool or None) and `generations` (a sentence or None).
         """
 
+    # optional: classes: Sequence[str], and def pictures(self, row_ids: Sequence[str]) -> dict[str, bytes]
+    # names of the classes, and PNGs of the rows that may be shown, for the report of an image classifier
+
     def texts(self) -> dict[str, tuple[str, str]]:
         """Row id -> (question, answer) for the report's samples; {} if rows are not text, or private."""
 
@@ -49,7 +52,8 @@ class Task(Protocol):
     """A kind of model and rows."""
 
     offers: frozenset[str]
-    """What methods' losses may rely on: `answers` (token predictions of a language model)."""
+    """What methods may rely on: `answers` (predictions of labelled tokens, or of classes), `texts` (rows are texts, of
+    a model with decoder layers), `classes` (an answer is one of few classes)."""
 
     # ------------------------------------------------------------------------------------------------- on the driver
 
@@ -73,6 +77,12 @@ class Task(Protocol):
     def evaluation(self, config: UnlearnConfig, storage: PathLike) -> Evaluation:
         """The evaluation of a run; reads its rows and refuses unusable ones before any worker starts."""
 
+    # optional: def initial(self, folder: str, config: TrainConfig) -> None
+    # write the model that `ofmu train` starts from without `model`
+
+    # optional: def reading(self, streams, encoder: Encoder, data: DataConfig | TrainDataConfig, seed: int) -> Reading
+    # what adds the payload columns that a plan does not hold (data.encoder.STORED) to its rows as they are read
+
     # ------------------------------------------------------------------------------------------------- on the workers
 
     def load(self, config: ModelConfig) -> tuple[torch.nn.Module, Any]:
@@ -80,6 +90,9 @@ class Task(Protocol):
 
     # optional: def load_unread(self, config: ModelConfig) -> tuple[torch.nn.Module, Any, Unread] | str
     # the same, where the engine reads the weights and a ZeRO-3 worker only its share of them; or why it cannot
+
+    # optional: def normalisation(self, module: torch.nn.Module, *, unlearns: bool, workers: int) -> None
+    # decide what batch normalisation does, before the engine is built
 
     def copy(self, module: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> torch.nn.Module:
         """A model like the module with these weights, in eval mode; the module may be sharded or wrapped."""

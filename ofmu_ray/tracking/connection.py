@@ -123,6 +123,19 @@ def impatient(retries: int = 0, timeout_seconds: int = ANSWER_SECONDS) -> Iterat
                 os.environ[name] = value
 
 
+@contextmanager
+def creation_lock(uri: str) -> Iterator[None]:
+    """Lets one driver at a time create the tables of a SQLite database."""
+    file = sqlite_file(uri)
+    if file is None:
+        yield
+        return
+    from filelock import FileLock
+
+    with FileLock(f"{file}.lock"):
+        yield
+
+
 def _scheme(uri: str) -> str:
     """postgresql+psycopg2://... -> postgresql; a word without a scheme (databricks) -> itself."""
     return uri.partition(":")[0].partition("+")[0].lower()

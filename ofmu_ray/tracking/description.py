@@ -46,7 +46,8 @@ def headline(summary: Mapping[str, Any]) -> str:
     run = summary["run"]
     after = summary.get("after") or {}
     lines = [f"`{run['method']}`, {run['rounds']} rounds: {run['status']}"]
-    for name, label in (("forget_quality", "forget quality"), ("model_utility", "model utility")):
+    shown = (("forget_quality", "forget quality"), ("model_utility", "model utility"), ("average_gap", "average gap"))
+    for name, label in shown:
         value = (after.get(name) or {}).get("value")
         lines += [] if value is None else [f"{label} {value:.3g}"]
     lines += [text for text in (run["message"], run.get("forgetting"), run.get("generations")) if text]

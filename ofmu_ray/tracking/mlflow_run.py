@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shlex
@@ -15,13 +16,15 @@ from typing import Any, Literal
 
 from ofmu_ray.config import ELASTIC, WHERE_KEPT, TrackingConfig, flatten
 from ofmu_ray.errors import UserError
-from ofmu_ray.storage import is_uri, join, local_path
+from ofmu_ray.storage import PathLike, atomic_write, is_file, is_uri, join, local_path, read_text
 from ofmu_ray.tracking import connection
 from ofmu_ray.tracking.description import EXPERIMENT_KIND
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 RUN_NAME_TAG = "ofmu.run_name"
+RECORD = "mlflow.json"
+"""File of a run's folder that keeps the id of its MLflow run."""
 LONGEST_VALUE = 6000  # MLflow's limit of a parameter's value, in characters
 PARAMETERS_PER_CALL = 100  # MLflow's limit
 METRICS_PER_CALL = 1000  # MLflow's limit
@@ -46,9 +49,9 @@ def start(
     params: Mapping[str, Any],
     tags: Mapping[str, str] | None = None,
     *,
-    resume: bool = True,
+    record: PathLike | None = None,
 ) -> RunHandle:
-    """Create the run with its parameters, or find the run of this name and resume it.
+    """Create the run with its parameters, or resume the one that `record` names.
 
     The driver calls it once, before any worker starts: concurrent first use of a fresh SQLite file fails, so this
     creates the database and the experiment, under a lock shared by all drivers on this machine.
@@ -57,8 +60,9 @@ def start(
         params: the complete configuration, nested or flat; values are logged as JSON (strings unchanged), cut to
             6000 characters.
         tags: additional tags, e.g. the code version; overwritten on resumption.
-        resume: resume the latest run of this name if its parameters match (storage and reporting may differ); False:
-            always create a new run.
+        record: file that keeps the run's id, in the folder of what is tracked: a start with the same parameters
+            (storage and reporting may differ) resumes that run. Equal names alone are different runs. None: always a
+            new run.
 
     Raises:
         UserError: MLflow is not reachable within seconds or does not respond in 30 seconds, or the experiment was
@@ -72,12 +76,15 @@ def start(
     values = {name: _text(value) for name, value in flatten(dict(params)).items()}
     own_tags = {**(tags or {}), RUN_NAME_TAG: run_name}
     try:
-        with connection.impatient(), _lock(uri):
+        with connection.impatient(), connection.creation_lock(uri):
             client = connection.client(uri)  # creates the tables of a fresh database
             experiment_id = _experiment(client, config.experiment, uri, storage)
-        run = _find(client, experiment_id, run_name, values) if resume else None
+        run = None if record is None else _recorded(client, experiment_id, record, values)
         if run is None:
             run = client.create_run(experiment_id, run_name=run_name, tags=own_tags)
+            if record is not None:
+                entry = {"run_id": run.info.run_id, "parameters": _digest(values)}
+                atomic_write(record, json.dumps(entry) + "\n")
         else:
             client.update_run(run.info.run_id, status="RUNNING")
             for key, value in own_tags.items():
@@ -171,19 +178,6 @@ def open_command(handle: RunHandle) -> str:
 # ------------------------------------------------------------------------------------------------------- creation
 
 
-@contextmanager
-def _lock(uri: str) -> Iterator[None]:
-    """Lets one driver at a time create the tables of a SQLite database."""
-    file = connection.sqlite_file(uri)
-    if file is None:
-        yield
-        return
-    from filelock import FileLock
-
-    with FileLock(f"{file}.lock"):
-        yield
-
-
 def _experiment(client: Any, name: str, uri: str, storage: str) -> str:
     from mlflow.exceptions import MlflowException
 
@@ -214,20 +208,38 @@ def _artifact_location(uri: str, storage: str) -> str:
     return (file.parent / "mlartifacts").as_uri() if file is not None else join(storage, "mlartifacts")
 
 
-def _find(client: Any, experiment_id: str, run_name: str, values: Mapping[str, str]) -> Any | None:
-    """The latest run of this name, if the parameters that determine the run are the same."""
-    quote = '"' if "'" in run_name else "'"  # MLflow's filters have no escapes
-    query = f"tags.`{RUN_NAME_TAG}` = {quote}{run_name}{quote}"
-    runs = client.search_runs([experiment_id], query, max_results=1, order_by=["attributes.start_time DESC"])
-    if not runs:
+def recorded_run(record: PathLike) -> str | None:
+    """The id of the run that a file keeps; None: no such file."""
+    return str(json.loads(read_text(record))["run_id"]) if is_file(record) else None
+
+
+def _recorded(client: Any, experiment_id: str, record: PathLike, values: Mapping[str, str]) -> Any | None:
+    """The recorded run, if the parameters that determine it are the same and this experiment has it."""
+    from mlflow.exceptions import MlflowException
+
+    if not is_file(record):
         return None
-    logged = runs[0].data.params
-    differing = [
-        name
+    entry = json.loads(read_text(record))
+    if entry["parameters"] != _digest(values):
+        return None
+    try:
+        run = client.get_run(entry["run_id"])
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # another database
+            return None
+        raise
+    there = run.info.lifecycle_stage == "active" and str(run.info.experiment_id) == experiment_id
+    return run if there else None
+
+
+def _digest(values: Mapping[str, str]) -> str:
+    """Hash of the parameters that determine a run."""
+    kept = {
+        name: value
         for name, value in values.items()
-        if name.partition(".")[0] not in WHERE_KEPT and name not in ELASTIC and logged.get(name, value) != value
-    ]
-    return None if differing else runs[0]
+        if name.partition(".")[0] not in WHERE_KEPT and name not in ELASTIC
+    }
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _log_params(client: Any, run: Any, values: Mapping[str, str]) -> None:

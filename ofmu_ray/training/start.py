@@ -32,7 +32,7 @@ def worker_loop(config: dict[str, Any]) -> None:
     plan = read_plan(job.plan_dir)
 
     def source(start: int, options: dict[str, Any]) -> Iterable[dict[str, list[Any]]]:
-        shard = shard_iterator(plan, session.rank, start, readers=session.neighbours)
+        shard = shard_iterator(plan, session.rank, start, readers=session.neighbours, reading=job.reading)
         return rounds(shard, plan, start_round=start, **options)
 
     worker.run(source)
@@ -59,5 +59,5 @@ def run_local(job: WorkerJob, reports: Reports | None = None) -> Worker:
     assert job.training.workers == 1, "run_local is for one worker"
     worker = Worker(job, LocalSession(job.run_dir, job.training.keep_checkpoints, gpu=job.training.gpus > 0), reports)
     plan = read_plan(job.plan_dir)
-    worker.run(lambda start, options: local_rounds(plan, 0, start_round=start, **options))
+    worker.run(lambda start, options: local_rounds(plan, 0, start_round=start, reading=job.reading, **options))
     return worker

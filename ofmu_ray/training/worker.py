@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load
 
 from ofmu_ray.cluster.watchdog import Watchdog
+from ofmu_ray.data.sidecar import parameter_files
 from ofmu_ray.engines.protocol import Engine, Loss
 from ofmu_ray.errors import UserError
 from ofmu_ray.methods.protocol import run_round
 from ofmu_ray.models.unread import Unread
+from ofmu_ray.storage import open_mapped
 from ofmu_ray.tasks import loaded, task_named
 from ofmu_ray.training import checkpoint, integrity
 from ofmu_ray.training.checkpoint import LoopState
@@ -41,9 +44,14 @@ class Worker:
         self.module, self.processor, unread, note = loaded(self.task, job.model)
         self.collate = self.task.collate(self.processor)
         self.method = job.build_method()
+        if hasattr(self.task, "normalisation"):
+            self.task.normalisation(self.module, unlearns=self.method.unlearns, workers=session.world)
         self.method.freeze(self.module)
         self.engine = build_engine(job, self.module, self.task.loss, session.device, unread)
         self.method.start(self.engine)
+        for name, path in parameter_files(job.sidecars).items():
+            with open_mapped(path) as file:
+                self.method.given(name, self.engine, load(file.read()))  # type: ignore[attr-defined]
         rows, ranks = job.utility_rows, (session.rank, session.world)
         self.probe = UtilityProbe(self.task, self.collate, rows, *ranks) if rows else None
         self.progress = progress

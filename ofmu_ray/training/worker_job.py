@@ -35,6 +35,8 @@ class WorkerJob:
     tracking: Any = None
     """ofmu_ray.tracking.RunHandle; None: no tracking."""
 
+    reading: Any = None
+    """Completes the rows of the plan as they are read (ofmu_ray.data.shard_files.Reading); None: they are complete."""
     sidecars: Mapping[str, str] = field(default_factory=dict)
     """Stream -> folder of precomputed features of its rows (ofmu_ray.data.sidecar)."""
     start_from: str | None = None

@@ -1,0 +1,115 @@
+"""Options of `ofmu requests`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+from ofmu_ray.config.data import SourceConfig
+from ofmu_ray.config.promotion import PromotionConfig
+from ofmu_ray.config.ranges import positive, require
+from ofmu_ray.config.runs import UnlearnConfig
+from ofmu_ray.errors import UserError
+from ofmu_ray.storage import is_uri, join
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceOptions:
+    """The HTTP service."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; anything but loopback belongs behind a proxy that ends TLS."""
+    port: int = 8321
+    """Port to listen on; 0: any free one."""
+    largest_body: int = 262_144
+    """Largest body of a request (bytes)."""
+    rate: int = 600
+    """Requests per minute and token (of unknown tokens: per address)."""
+
+    def __post_init__(self) -> None:
+        positive("requests.service", self, "largest_body", "rate")
+        require(0 <= self.port < 65536, "requests.service.port", self.port, "from 0 to 65535")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestOptions:
+    """Requests to forget: where they are kept, and what is accepted."""
+
+    ledger: str | None = None
+    """sqlite:///FILE or postgresql+psycopg://USER@HOST/DATABASE; null: sqlite:///STORAGE/requests/ledger.db."""
+    key_file: str | None = None
+    """File with the master key, 32 bytes in base64; null: STORAGE/requests/master.key, or requests.key_env."""
+    key_env: str | None = None
+    """Environment variable with the master key, which a secret store fills; takes precedence over the file."""
+    train: SourceConfig = field(default_factory=lambda: SourceConfig(path="builtin:people/full.jsonl"))
+    """The training data of the model, in which requested rows are looked up."""
+    deadline: str = "30d"
+    """Time to answer a request (d, h, m or s); GDPR gives a month."""
+    keep_rows: str = "90d"
+    """How long after its promotion a request's texts stay readable, for checks that they are still forgotten."""
+    lease_seconds: int = 300
+    """How long a processor holds the ledger without renewing."""
+    largest_share: float = 0.5
+    """Largest share of the training data that one request may name."""
+    service: ServiceOptions = field(default_factory=ServiceOptions)
+    """The HTTP service."""
+    promotion: PromotionConfig = field(default_factory=PromotionConfig)
+    """Gates, recipes, registry and signing keys."""
+
+    def __post_init__(self) -> None:
+        positive("requests", self, "lease_seconds")
+        duration("requests.deadline", self.deadline)
+        duration("requests.keep_rows", self.keep_rows)
+        require(0 < self.largest_share <= 1, "requests.largest_share", self.largest_share, "in (0, 1]")
+        self.train.check("requests.train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestsConfig(UnlearnConfig):
+    """`ofmu requests`: all options of `ofmu unlearn`, which works the requests off, and section requests."""
+
+    requests: RequestOptions = field(default_factory=RequestOptions)
+    """Requests to forget."""
+
+    @property
+    def ledger_uri(self) -> str:
+        """`requests.ledger`, or the default in the storage; UserError for a storage at a URI."""
+        if self.requests.ledger is not None:
+            return self.requests.ledger
+        require(not is_uri(self.storage), "requests.ledger", None, "set, because storage is a URI: use PostgreSQL")
+        return f"sqlite:///{self.requests_folder}/ledger.db"
+
+    @property
+    def key_file(self) -> str | None:
+        """`requests.key_file`, or the default in the storage."""
+        if self.requests.key_file is not None or is_uri(self.storage):
+            return self.requests.key_file
+        return f"{self.requests_folder}/master.key"
+
+    @property
+    def signing_keys(self) -> str:
+        """`requests.promotion.keys`, or the default in the storage; UserError for a storage at a URI."""
+        if self.requests.promotion.keys is not None:
+            return self.requests.promotion.keys
+        require(not is_uri(self.storage), "requests.promotion.keys", None, "set, because storage is a URI")
+        return f"{self.requests_folder}/keys"
+
+    @property
+    def requests_folder(self) -> str:
+        """Where the ledger and what belongs to it are kept."""
+        return join(self.storage, "requests")
+
+
+_UNITS = {"d": "days", "h": "hours", "m": "minutes", "s": "seconds"}
+
+
+def duration(option: str, text: str) -> timedelta:
+    """'30d', '12h', '90m', '10s' -> a time span; UserError naming the option otherwise.
+
+    The text is not repeated: it may come from outside.
+    """
+    match = re.fullmatch(r"\s*(\d{1,6})\s*([dhms])\s*", text)
+    if match is None:
+        raise UserError(f"{option}: must be a number and d, h, m or s, such as 30d")
+    return timedelta(**{_UNITS[match[2]]: int(match[1])})

@@ -1,0 +1,121 @@
+"""Metrics of image classifiers, as OPTML-Group/Unlearn-Saliency defines them (docs/metrics.md); in percent.
+
+Columns by row: label and predicted (numbers of classes), confidence (softmax probability of the true class). Sets:
+forget, retain, test (of class-wise forgetting: test rows of the other classes) and test_forgotten (those of the
+forgotten classes).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from ofmu_ray.metrics.functions import FloatArray
+from ofmu_ray.metrics.intervals import MetricValue, mean_figure
+from ofmu_ray.metrics.registry import NEEDS_RETRAINED, Inputs, Metric, register
+
+MATCHED = ("unlearning_accuracy", "remaining_accuracy", "testing_accuracy", "mia_efficacy")
+"""What should be near the retrained model's value; `average_gap` is the mean distance."""
+_known: dict[str, NDArray[np.bool_]] = {}
+_KEPT = 64
+
+
+def right(rows: pa.Table, name: str) -> FloatArray:
+    """100 for each row classified right, else 0 [rows]."""
+    same = rows["predicted"].to_numpy() == rows["label"].to_numpy()
+    return np.asarray(100.0 * same, dtype=np.float64)
+
+
+def wrong(rows: pa.Table, name: str) -> FloatArray:
+    """100 for each row classified wrong, else 0 [rows]."""
+    return 100.0 - right(rows, name)
+
+
+def called_non_members(retain: FloatArray, test: FloatArray, forget: FloatArray) -> NDArray[np.bool_]:
+    """Which forget rows a classifier of confidences takes for rows that were not trained on, [forget].
+
+    A support vector machine (RBF, C 3, gamma "auto") fitted on the confidences of the first n retain rows (members)
+    and of the n test rows (others). [retain], [test], [forget].
+    """
+    from sklearn.svm import SVC
+
+    key = hashlib.sha256(b"/".join(np.ascontiguousarray(part).tobytes() for part in (retain, test, forget))).hexdigest()
+    if key not in _known:
+        members = retain[: len(test)]
+        values = np.concatenate([members, test])[:, None]
+        truth = np.concatenate([np.ones(len(members)), np.zeros(len(test))])
+        machine = SVC(C=3, gamma="auto", kernel="rbf").fit(values, truth)
+        if len(_known) >= _KEPT:
+            _known.clear()
+        _known[key] = machine.predict(forget[:, None]) == 0
+    return _known[key]
+
+
+def mia_efficacy(inputs: Inputs) -> MetricValue:
+    """Share of forget rows that look like rows that were not trained on, with the interval over forget rows."""
+    sets = {name: inputs.rows(name) for name in ("retain", "test", "forget")}
+    missing = [name for name, rows in sets.items() if not rows.num_rows]
+    if missing:
+        return MetricValue.absent(f"no {missing[0]} rows were evaluated (data.{missing[0]})")
+    confidence = {name: rows["confidence"].to_numpy().astype(np.float64) for name, rows in sets.items()}
+    broken = [name for name, values in confidence.items() if not np.isfinite(values).all()]
+    if broken:
+        return MetricValue.absent(f"the model's output is not finite on {broken[0]} rows")
+    others = called_non_members(confidence["retain"], confidence["test"], confidence["forget"])
+    return mean_figure(
+        np.asarray(100.0 * others, dtype=np.float64), name="mia_efficacy", samples=inputs.samples, seed=inputs.seed
+    )
+
+
+def against_retrained(inputs: Inputs) -> Mapping[str, MetricValue]:
+    """mia_efficacy and average_gap, which share the support vector machine."""
+    own = mia_efficacy(inputs)
+    figures = {"mia_efficacy": own}
+    if inputs.retrained is None:
+        return figures | {"average_gap": MetricValue.absent(NEEDS_RETRAINED)}
+    other = Inputs(inputs.retrained, None, 1, inputs.seed)
+    pairs = [(own, mia_efficacy(other))]
+    for one in _MEANS[:3]:
+        pairs.append((inputs.mean(one), other.mean(one)))
+    reasons = [value.reason for pair in pairs for value in pair if value.value is None]
+    if reasons:
+        return figures | {"average_gap": MetricValue.absent(str(reasons[0]))}
+    gaps = [abs((one.value or 0.0) - (two.value or 0.0)) for one, two in pairs]
+    reason = "a mean of four distances: no interval"
+    return figures | {"average_gap": MetricValue(float(np.mean(gaps)), n=own.n, reason=reason)}
+
+
+def confusion(rows: pa.Table, classes: int) -> NDArray[np.int64]:
+    """How many rows of each class are predicted as each, int64 [true classes, predicted classes]."""
+    places = rows["label"].to_numpy() * classes + rows["predicted"].to_numpy()
+    return np.bincount(places, minlength=classes * classes).reshape(classes, classes)
+
+
+def _mean(name: str, label: str, kept: str, values: Callable[[pa.Table, str], FloatArray], forgets: bool) -> Metric:
+    return Metric(
+        name=name, label=label, better="retrained", group="Forgetting" if forgets else "Utility", rows="images",
+        set=kept, values=values, paired="mean", headline=True,
+    )  # fmt: skip
+
+
+_MEANS = (
+    _mean("unlearning_accuracy", "Unlearning accuracy (UA)", "forget", wrong, True),
+    _mean("remaining_accuracy", "Remaining accuracy (RA)", "retain", right, False),
+    _mean("testing_accuracy", "Testing accuracy (TA)", "test", right, False),
+    _mean("forgotten_class_accuracy", "Test accuracy, forgotten class", "test_forgotten", right, True),
+)
+register(
+    *_MEANS,
+    Metric(
+        name="mia_efficacy", label="MIA efficacy", better="retrained", group="Membership inference", rows="images",
+        figures=against_retrained, headline=True,
+    ),
+    Metric(
+        name="average_gap", label="Average gap", better="low", group="Forgetting", rows="images",
+        figures=against_retrained, needs=frozenset({"retrained"}), headline=True,
+    ),
+)  # fmt: skip

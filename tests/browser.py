@@ -1,0 +1,109 @@
+"""Headless Chromium over its debugging pipe, with JavaScript off: what a person could do with a keyboard."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+WIDTH, HEIGHT = 1200, 900
+
+
+class Browser:
+    """One page of a running browser."""
+
+    def __init__(self, reading: int, writing: int) -> None:
+        self._in, self._out = os.fdopen(reading, "rb"), os.fdopen(writing, "wb", buffering=0)
+        self._number = 0
+        self._session: str | None = None
+        self._events: list[dict[str, Any]] = []
+        target = self.send("Target.createTarget", url="about:blank", width=WIDTH, height=HEIGHT)["targetId"]
+        self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.send("Page.enable")
+        self.send("Emulation.setScriptExecutionDisabled", value=True)
+
+    def _message(self) -> dict[str, Any]:
+        parts = []
+        while (byte := self._in.read(1)) != b"\0":
+            assert byte, "the browser is gone"
+            parts.append(byte)
+        message: dict[str, Any] = json.loads(b"".join(parts))
+        return message
+
+    def send(self, method: str, **parameters: Any) -> Any:
+        """The result of a command."""
+        self._number += 1
+        message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
+        if self._session:
+            message["sessionId"] = self._session
+        self._out.write(json.dumps(message).encode() + b"\0")
+        while (answer := self._message()).get("id") != self._number:
+            self._events.append(answer)
+        assert "error" not in answer, f"{method}: {answer.get('error')}"
+        return answer["result"]
+
+    def _loaded(self) -> None:
+        while all(one.get("method") != "Page.loadEventFired" for one in self._events):
+            self._events.append(self._message())
+        self._events.clear()
+
+    def open(self, url: str) -> None:
+        self._events.clear()
+        self.send("Page.navigate", url=url)
+        self._loaded()
+
+    def type(self, text: str) -> None:
+        """Into the field that has the focus, ended by Enter; waits for the page that follows."""
+        self.send("Input.insertText", text=text)
+        self._events.clear()
+        for kind in ("keyDown", "keyUp"):
+            self.send("Input.dispatchKeyEvent", type=kind, key="Enter", windowsVirtualKeyCode=13, text="\r")
+        self._loaded()
+
+    def text(self) -> str:
+        """The page as its accessibility tree reads."""
+        nodes = self.send("Accessibility.getFullAXTree")["nodes"]
+        return "\n".join(str(node["name"].get("value", "")) for node in nodes if node.get("name"))
+
+    def picture(self, path: Path) -> bytes:
+        """A PNG of the window."""
+        data = base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"])
+        path.write_bytes(data)
+        return data
+
+
+@contextmanager
+def browser(folder: Path) -> Iterator[Browser]:
+    """A browser with an empty profile in `folder`."""
+    assert CHROMIUM is not None
+    to_browser, writing = os.pipe()
+    reading, from_browser = os.pipe()
+
+    def as_three_and_four() -> None:
+        spare = os.dup(from_browser)  # it may be 3 itself
+        os.dup2(to_browser, 3)
+        os.dup2(spare, 4)
+
+    command = [
+        *(CHROMIUM, "--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--no-first-run"),
+        *("--disable-dev-shm-usage", f"--user-data-dir={folder / 'profile'}", f"--window-size={WIDTH},{HEIGHT}"),
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, close_fds=False,
+        preexec_fn=as_three_and_four, env={**os.environ, "HOME": str(folder)},
+    )  # fmt: skip
+    os.close(to_browser)
+    os.close(from_browser)
+    try:
+        yield Browser(reading, writing)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -1,0 +1,225 @@
+"""Requests worked off for real: recipes, gates, promotion, certificate, a kill, rollback, two processors."""
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from requests_world import CRIPPLED, STRONG, World, pairs, people, write_rows
+
+from ofmu_ray.errors import UserError
+from ofmu_ray.requests import ladder
+from ofmu_ray.requests.certificate import NotVerified, verify
+from ofmu_ray.requests.ledger import Ledger
+from ofmu_ray.requests.process import ProcessingFailed, process
+from ofmu_ray.requests.registry import Registry
+from ofmu_ray.requests.renewal import drop_dead
+from ofmu_ray.runs import writing
+
+pytestmark = pytest.mark.system
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Person 0 was promoted by the second recipe; then a processor was killed as it promoted person 1."""
+    world = World.made(tmp_path_factory.mktemp("world"), [CRIPPLED, STRONG])
+    world.add(0)
+    assert world.call("process") == 0, world.said[-1]
+    world.add(1)
+    world.killed(at_alias)
+    return world
+
+
+def at_alias(kill: Callable[[], None]) -> None:
+    """Between the alias and the ledger."""
+    move = Ledger.move
+
+    def moved(self: Ledger, ids: Any, state: Any, *arguments: Any, **options: Any) -> Any:
+        if state == "promoted":
+            kill()
+        return move(self, ids, state, *arguments, **options)
+
+    Ledger.move = moved  # type: ignore[method-assign]
+
+
+def test_the_ladder_goes_on_until_all_gates_pass(world: World) -> None:
+    said = next(text for text in world.said if "promoted" in text)
+    assert "crippled: failed: forget_probability against holdout" in said
+    with world.ledger() as ledger:
+        first = ledger.all()[0]
+        assert first.state == "promoted"
+        states = [event.event for event in ledger.events(first.id)]
+        assert states == ["received", "accepted", "scheduled", "running", "verifying", "running", "verifying",
+                          "promoted"]  # fmt: skip
+        version = ledger.events(first.id)[-1].detail["version"]
+        document = ledger.certificate(first.id)
+    made = world.registry.version(version)
+    assert (made.number, made.replaces, made.tags["ofmu.requests"]) == ("2", "1", first.id)
+    assert made.run_id
+    path = world.storage / "requests" / "certificates" / f"{first.batch}.json"
+    assert path.read_text() == document
+    content = verify(path, world.storage / "requests" / "keys", made.path).content
+    with pytest.raises(NotVerified, match="weights"):
+        verify(path, world.storage / "requests" / "keys", world.registry.version("1").path)
+    assert [one["verdict"] for one in content["attempts"]] == ["failed", "passed"]
+    assert {gate["result"] for gate in content["gates"]} == {"passed", "skipped"}
+    assert content["data"]["forget"] == {"rows": 8}
+    assert content["data"]["retain"]["rows"] == 948
+    with world.ledger() as ledger:
+        row = pairs(people("forget"), 0)[3]
+        assert ledger.hashes.row(row["question"], row["answer"]) in content["requests"][0]["rows"]
+
+
+def test_a_processor_killed_after_the_alias_moved_is_resumed(world: World) -> None:
+    with world.ledger() as ledger:
+        second = ledger.all()[1]
+        assert second.state == "verifying"
+        assert ledger.holder() is not None
+    assert world.registry.champion().number == "3"
+    (outcome,) = process(world.config)
+    assert (outcome.state, outcome.version, outcome.requests) == ("promoted", "3", [second.id])
+    assert (world.registry.champion().number, world.registry.previous().number) == ("3", "2")
+    with world.ledger() as ledger:
+        assert [event.event for event in ledger.events(second.id)].count("promoted") == 1
+        assert ledger.audit() == []
+    gates = verify(outcome.certificate, world.storage / "requests" / "keys").content["gates"]
+    persistence = [gate for gate in gates if "earlier" in gate["name"]]
+    assert [gate["result"] for gate in persistence] == ["passed"] * 2  # together, and the one request on its own
+    assert process(world.config) == []
+
+
+def test_no_text_of_a_request_is_left_anywhere(world: World) -> None:
+    needles = [text for person in (0, 1) for row in pairs(people("forget"), person) for text in row.values()]
+    assert world.leaks(needles) == []
+    tables = [pq.read_table(path) for path in world.storage.rglob("*.parquet")]
+    encoded = [one for one in tables if "input_ids" in one.column_names]
+    tokens = {row.partition("-")[0] for one in encoded for row in one["row_id"].to_pylist()}
+    assert tokens == {"holdout"}  # not of rows that are kept either: somebody may request them tomorrow
+    assert not [one for one in tables if "generated" in one.column_names]
+    assert not list(world.storage.rglob("requested"))
+    leak = world.storage / "requests" / "server.log"
+    leak.write_text(f"GET /{needles[5]}")
+    assert world.leaks(needles) == [str(leak)]
+    leak.unlink()
+
+
+def test_a_rollback_reopens_what_the_version_satisfied(world: World) -> None:
+    """And the recipe that made the withdrawn model is not tried again: the crippled one fails, a person decides."""
+    with world.ledger() as ledger:
+        first, second = ledger.all()
+    assert world.call("rollback", "--reason", "wrong answers") == 0
+    assert "version 3 is withdrawn, version 2 is the champion" in world.said[-1]
+    with world.ledger() as ledger:
+        assert (ledger.get(first.id).state, ledger.get(second.id).state) == ("promoted", "accepted")
+        assert ledger.get(second.id).deadline == second.deadline
+    assert (world.registry.champion().number, world.registry.previous().number) == ("2", "1")
+    assert world.call("process") == 1
+    assert "needs_review" in world.said[-1]
+    assert world.state(second.id) == "needs_review"
+    assert world.registry.champion().number == "2"
+    page = next((world.storage / "requests" / "reports").glob("*.html")).read_text()
+    assert "needs review" in page
+    assert "forget_probability against holdout" in page
+    assert world.call("retry", second.id) == 0
+    assert world.state(second.id) == "accepted"
+
+
+def test_of_two_processors_one_works_and_the_other_says_so(world: World) -> None:
+    """A processor of another machine keeps its lease; one of this machine that is gone does not."""
+    with world.ledger() as ledger:
+        before = [event.hash for event in ledger.events()]
+        taken = ledger.take("elsewhere/1/2/3", 60)
+        assert taken
+        assert world.call("process") == 0
+        assert "elsewhere/1/2/3 is processing" in world.said[-1]
+        with pytest.raises(UserError, match="is processing"):
+            ledger.move(taken[0].id, "running")
+        ledger.move([one.id for one in taken], "accepted", owner="elsewhere/1/2/3")
+        ledger.release("elsewhere/1/2/3")
+        ledger.take(f"{socket.gethostname()}/{os.getpid()}/0.00/gone", 60)
+        assert len(ledger.events()) > len(before)
+    with world.ledger() as ledger:
+        assert drop_dead(ledger) == f"{socket.gethostname()}/{os.getpid()}/0.00/gone"
+        assert ledger.holder() is None
+
+
+def test_an_unforeseen_error_says_where_and_never_what(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise ValueError("Seraul Trajoath was born in Peibrux.")
+
+    monkeypatch.setattr(ladder, "write_sources", broken)
+    with pytest.raises(ProcessingFailed) as caught:
+        process(world.config)
+    assert "ValueError in test_process.py, line " in str(caught.value)
+    chain = [caught.value, caught.value.__cause__, caught.value.__context__]
+    assert not [one for one in chain if "Peibrux" in str(one)]
+    with world.ledger() as ledger:
+        assert ledger.all()[1].state == "failed"
+
+
+# --------------------------------------------------------------------------------------------------------- all phases
+
+
+def at_promotion(kill: Callable[[], None]) -> None:
+    """Before the alias of a version that replaces another (the first one is promoted at the start)."""
+    promote = Registry.promote
+    Registry.promote = (  # type: ignore[method-assign]
+        lambda self, version: kill() if version.replaces else promote(self, version)
+    )
+
+
+def patched(where: Any, name: str) -> Callable[[Callable[[], None]], None]:
+    """Kill where a function is called."""
+    return lambda kill: setattr(where, name, lambda *_, **__: kill())
+
+
+PHASES = {
+    "taken": patched(ladder.Batch, "work_off"),
+    "rows written": patched(ladder, "run"),
+    "trained": patched(writing, "write"),
+    "gates decided": patched(ladder.Batch, "_registered"),
+    "version registered": at_promotion,
+    "alias moved": at_alias,
+    "ledger moved": patched(ladder, "publish"),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_kill_in_any_phase_loses_and_doubles_nothing(phase: str, tmp_path: Path) -> None:
+    world = World.made(tmp_path, [STRONG])
+    requests = [world.add(person) for person in (0, 1)]
+    world.killed(PHASES[phase])
+    process(world.config)
+    with world.ledger() as ledger:
+        assert [ledger.get(one).state for one in requests] == ["promoted"] * 2
+        events = [[event.event for event in ledger.events(one)] for one in requests]
+        assert [kinds.count("promoted") for kinds in events] == [1, 1]
+        assert ledger.audit() == []
+        assert ledger.holder() is None
+        batch = ledger.get(requests[0]).batch
+    champion = world.registry.champion()
+    assert (champion.batch, champion.replaces) == (batch, "1")
+    certificate = world.storage / "requests" / "certificates" / f"{batch}.json"
+    assert verify(certificate, world.storage / "requests" / "keys", champion.path).model
+    needles = [text for person in (0, 1) for row in pairs(people("forget"), person) for text in row.values()]
+    assert world.leaks(needles) == []
+
+
+@pytest.mark.full
+def test_retain_rows_that_paraphrase_an_earlier_request_are_caught(tmp_path: Path) -> None:
+    """Person 0 is forgotten; then rows that say the same join the training data, and the next batch learns them."""
+    world = World.made(tmp_path, [STRONG])
+    first = world.add(0)
+    assert world.call("process") == 0, world.said[-1]
+    said_again = pairs(people("probes_paraphrase_forget"), 0)
+    train = tmp_path / "train.jsonl"
+    write_rows(train, [*people("full")[:40], *pairs(people("forget"), 1), *said_again * 20])
+    second = world.add(1)
+    assert world.call("process") == 1, world.said[-1]
+    assert "of earlier requests" in world.said[-1]
+    assert (world.state(first), world.state(second)) == ("promoted", "needs_review")
+    assert world.registry.champion().number == "2"

@@ -1,0 +1,149 @@
+"""`ofmu requests`: from a command line to the ledger, and what is refused before anything is written."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from requests_server import PEOPLE, ROWS_EACH, private, training_data
+
+from ofmu_ray.config.requests import RequestsConfig, duration
+from ofmu_ray.errors import UserError
+from pipelines import cli, requests
+from pipelines.parse import parse
+
+parsed = functools.cache(parse)
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs `ofmu requests ...` over a storage of its own; (status, output, errors)."""
+    # reading all options takes half a second of CPU time: the same ones are read once
+    monkeypatch.setattr(requests, "parse", lambda kind, words, prog: parsed(kind, tuple(words), prog))
+    config = tmp_path / "nightly.yaml"
+    config.write_text(f"storage: {tmp_path}/runs\nrequests: {{train: {{path: {training_data(tmp_path)}}}}}\n")
+
+    def call(*words: str) -> tuple[int, str, str]:
+        status = cli.main(["requests", words[0], "--config", str(config), *words[1:]])
+        shown = capsys.readouterr()
+        return status, shown.out, shown.err
+
+    assert call("init")[0] == 0
+    return call
+
+
+def test_a_person_from_request_to_report(run: Run) -> None:
+    status, out, _ = run("add", "--key", "ticket-1", "--where", "subject_id=3", "--deadline", "10d", "--json")
+    request = json.loads(out)
+    assert (status, request["new"], request["row_count"], request["state"]) == (0, True, ROWS_EACH, "accepted")
+    assert "(was there)" in run("add", "--key", "ticket-1", "--where", "subject_id=3", "--deadline", "10d")[1]
+    status, _, err = run("add", "--key", "ticket-1", "--where", "subject_id=4")
+    assert (status, "asks for something else" in err) == (2, True)
+    assert run("add", "--key", "ticket-2", "--where", "subject_id=3", "country=X")[0] == 0
+
+    assert [one["key"] for one in json.loads(run("list", "--json")[1])] == ["ticket-1", "ticket-2"]
+    assert run("list", "--state", "promoted")[1] == "no requests\n"
+    status, out, _ = run("show", request["id"])
+    assert (status, "kept encrypted" in out, "selector=['subject_id'] matched=4" in out) == (0, True, False)
+    assert "matched=4" in out
+    assert run("report")[1] == "accepted 2\n"
+    head = json.loads(run("audit", "--json")[1])
+    assert (head["entries"], head["problems"]) == (4, [])
+
+    second = json.loads(run("list", "--json")[1])[1]["id"]
+    assert run("cancel", second, "--superseded-by", request["id"])[1] == f"{second}  superseded\n"
+    assert "destroyed" in run("show", second)[1]
+    status, _, err = run("cancel", second)
+    assert (status, "this state is final" in err) == (2, True)
+    assert run("audit", "--known", head["head"])[0] == 0
+    status, out, _ = run("audit", "--known", "0" * 64)
+    assert (status, "is gone" in out) == (1, True)
+    assert run("expire")[1] == "nothing to destroy\n"
+
+
+def test_rows_of_any_file(run: Run, tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist([private(1), private(2)]), tmp_path / "rows.parquet")
+    assert "2 rows" in run("add", "--key", "parquet", "--rows", str(tmp_path / "rows.parquet"))[1]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(private(PEOPLE)) + "\n")
+    status, _, err = run("add", "--key", "unknown", "--rows", str(tmp_path / "rows.jsonl"))
+    assert (status, f"({PEOPLE * ROWS_EACH} rows) matches the text of any given row" in err) == (2, True)
+    (tmp_path / "rows.jsonl").write_text('{"question": "Qx1Zebra"}\nno JSON\n')
+    status, _, err = run("add", "--key", "broken", "--rows", str(tmp_path / "rows.jsonl"))
+    assert status == 2
+    assert "rows-1" in err
+    assert "rows-2" in err
+    assert "Zebra" not in err
+
+
+REFUSED = [
+    (["add", "--key", "k"], "one of the arguments --rows --where is required"),
+    (["add", "--where", "subject_id=1"], "--key"),
+    (["add", "--key", "k/k", "--where", "subject_id=1"], "letters, digits"),
+    (["add", "--key", "k", "--where", "subject_id"], "COLUMN=VALUE"),
+    (["add", "--key", "k", "--where", "subject_id=1", "subject_id=2"], "one condition per column"),
+    (["add", "--key", "k", "--where", "subject=1"], "Did you mean subject_id?"),
+    (["add", "--key", "k", "--where", "subject_id=77"], "nothing to forget"),
+    (["add", "--key", "k", "--where", "country=X"], "200 of 200 rows match, more than requests.largest_share"),
+    (["add", "--key", "k", "--where", "subject_id=1", "--deadline", "soon"], "such as 30d"),
+    (["add", "--key", "k", "--rows", "none.jsonl"], "no such file"),
+    (["add", "--key", "k", "--where", "a=1", "--requests.train.path", "none.jsonl"], "requests.train.path"),
+    (["add", "--key", "k", "--where", "subject_id=1", "--requests.key_file", "none"], "ofmu requests init"),
+    (["add", "--key", "k", "--where", "subject_id=1", "--requests.key_env", "OFMU_NONE"], "not set"),
+    (["show", "req-1"], "there is none with this id"),
+    (["cancel", "req-1"], "there is none with this id"),
+    (["list", "--state", "gone"], "invalid choice"),
+    (["list", "--requests.leger", "x"], "Did you mean requests.ledger?"),
+    (["list", "--storage", "s3://bucket/x"], "use PostgreSQL"),
+    (["lst"], "Commands: init, add"),
+    (["token", "revoke"], "revoke ID"),
+    (["token", "create", "--scopes", "read"], "--name"),
+    (["token", "create", "--name", "x", "--scopes", "all"], "submit, read, operate"),
+]
+
+
+def test_what_is_refused_is_not_written(run: Run, tmp_path: Path) -> None:
+    for words, reason in REFUSED:
+        status, out, err = run(*words)
+        assert (status, out) == (2, ""), words
+        assert reason in err, (words, err)
+    assert json.loads(run("audit", "--json")[1])["entries"] == 0
+
+
+def test_tokens_are_shown_once(run: Run, tmp_path: Path) -> None:
+    made = json.loads(run("token", "create", "--name", "crm", "--scopes", "submit", "read", "--json")[1])
+    assert run("token", "list")[1].startswith(f"{made['id']}  crm  read,submit  until ")
+    assert "revoked" in run("token", "revoke", made["id"])[1]
+    files = [path.read_bytes() for path in (tmp_path / "runs/requests").iterdir()]
+    assert not any(made["token"].encode() in content for content in files)
+
+
+def test_help_lists_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["requests", "--help"]) == 0
+    assert "withdraw a request" in capsys.readouterr().out
+    assert cli.main(["requests"]) == 2
+
+
+def test_files_are_their_owners_alone(run: Run, tmp_path: Path) -> None:
+    run("add", "--key", "k", "--where", "subject_id=1")
+    for path in (tmp_path / "runs/requests").iterdir():
+        assert not path.stat().st_mode & 0o077, path
+    assert not os.stat(tmp_path / "runs/requests").st_mode & 0o077
+
+
+@pytest.mark.parametrize("text", ["", "30", "d", "1.5d", "-1d", "1w", "9999999d"])
+def test_durations(text: str) -> None:
+    assert duration("x", " 90 m ").total_seconds() == 5400
+    with pytest.raises(UserError, match="x: must be"):
+        duration("x", text)
+
+
+def test_a_runs_name_cannot_be_that_of_the_ledger() -> None:
+    with pytest.raises(UserError, match="the storage uses it"):
+        RequestsConfig(name="requests")
