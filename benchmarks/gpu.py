@@ -62,11 +62,14 @@ def work(args: argparse.Namespace) -> int:
 
     from benchmarks import gpu_device
 
-    device = torch.device(args.device)
+    device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     content = read(args.out)
-    content["about"] = content["about"] or gpu_device.about(device)
+    try:
+        content["about"] = content["about"] or gpu_device.about(device)
+    except Exception as error:
+        content["about"] = {"error": repr(error)}
     for name in args.steps:
         if name in content["steps"]:
             continue
@@ -119,13 +122,22 @@ def run_tests(device: str) -> dict[str, Any]:
     """The tests marked `gpu`, in a process of their own: an error of CUDA would break this one."""
     with TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        words = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--timeout", "100", "-o", "addopts="]
+        words = ["-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", "--timeout", "100", "-o", "addopts="]
         command = [sys.executable, *words, "--junitxml", str(report), str(ROOT / "tests/test_gpu.py")]
         environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=230)
-        found: dict[str, Any] = {"status": done.returncode, "device": device, "output": done.stdout[-4000:]}
+        output = Path(folder, "output.txt")
+        with output.open("w") as file:
+            running = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+            try:
+                status: int | None = running.wait(timeout=230)
+            except subprocess.TimeoutExpired:
+                running.kill()
+                running.wait()
+                status = None
+        text = output.read_text(errors="replace")
+        found: dict[str, Any] = {"status": status, "device": device, "output": text[-6000:], "tests": []}
         if not report.exists():
-            return found | {"errors": done.stderr[-4000:]}
+            return found
         found["tests"] = [outcome_of(case) for case in ElementTree.parse(report).iter("testcase")]
     for outcome in ("passed", "failed", "skipped"):
         found[outcome] = sum(test["outcome"] == outcome for test in found["tests"])

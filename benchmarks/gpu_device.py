@@ -24,7 +24,20 @@ class Poisoned(RuntimeError):
 
 def about(device: torch.device) -> dict[str, Any]:
     """The machine, and which of this project's dependencies it lacks."""
-    names = ("ray", "deepspeed", "transformers", "accelerate", "peft", "mlflow", "rouge-score", "pytest", "numpy")
+    names = (
+        "ray",
+        "deepspeed",
+        "transformers",
+        "accelerate",
+        "peft",
+        "mlflow",
+        "rouge-score",
+        "pytest",
+        "numpy",
+        "hjson",
+        "py-cpuinfo",
+        "nltk",
+    )
     versions = {}
     for name in names:
         try:

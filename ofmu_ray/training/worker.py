@@ -38,6 +38,7 @@ class Worker:
         torch.manual_seed(job.seed)
         self.job, self.session = job, session
         if session.device.type == "cuda":  # a process may do many runs, and must not report the peak of another
+            torch.cuda.init()  # type: ignore[no-untyped-call]  # the reset does not
             torch.cuda.reset_peak_memory_stats(session.device)
         self.task = task_named(job.task)
         self.module, self.processor, unread, note = loaded(self.task, job.model)
