@@ -25,9 +25,11 @@ class Browser:
         self._number = 0
         self._session: str | None = None
         self._events: list[dict[str, Any]] = []
-        target = self.send("Target.createTarget", url="about:blank", width=WIDTH, height=HEIGHT)["targetId"]
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         self.send("Page.enable")
+        size = {"width": WIDTH, "height": HEIGHT, "deviceScaleFactor": 1, "mobile": False}
+        self.send("Emulation.setDeviceMetricsOverride", **size)
         self.send("Emulation.setScriptExecutionDisabled", value=True)
 
     def _message(self) -> dict[str, Any]:

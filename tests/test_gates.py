@@ -81,7 +81,7 @@ def test_one_earlier_request_that_comes_back_fails_alone() -> None:
 
 
 def test_membership_counts_earlier_rows_as_members() -> None:
-    gate = GateConfig(metric="mia_loss_auc", rows="earlier", at_most=0.6)
+    gate = GateConfig(metric="mia_loss_auc", rows="earlier", at_most=0.8)
     assert results([gate], table(forget=LOW, holdout=LOW, **{EARLIER: LOW}), earlier=["a"] * 16)[0] == "passed"
     assert results([gate], table(forget=LOW, holdout=LOW, **{EARLIER: HIGH}), earlier=["a"] * 16)[0] == "failed"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from ofmu_ray.errors import UserError
 
 LAYOUT = ("question", "answer", "template", "prompt_template", "system_prompt", "max_length")
 """Options that decide the layout."""
+_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _QUESTION, _ANSWER = "qzquestionzq", "qzanswerzq"  # placeholders that no chat template changes
 
 
@@ -192,11 +194,13 @@ class Template:
     def _render(self, turns: Sequence[Mapping[str, str]], *, generate: bool) -> str:
         """The conversation as the chat template writes it, on the configured date (some templates ask for today's)."""
         day = datetime.fromisoformat(self.config.date)
+        # transformers passes no functions to templates, so the calls become what they would return
+        template = _TODAY.sub(lambda call: repr(day.strftime(call[2])), self.tokenizer.get_chat_template())
         text: str = self.tokenizer.apply_chat_template(
             list(turns),
+            chat_template=template,
             tokenize=False,
             add_generation_prompt=generate,
-            strftime_now=day.strftime,
             date_string=day.strftime("%d %b %Y"),
         )
         return text

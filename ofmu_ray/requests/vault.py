@@ -70,7 +70,7 @@ def master_key(key_file: str | None, key_env: str | None) -> bytes:
 
 def write_master_key(path: str) -> bool:
     """Write a new master key that only its owner can read; False if the file exists already."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
