@@ -114,13 +114,15 @@ class World:
         assert self.call("add", "--rows", str(self.folder / f"person{person}.jsonl"), "--key", f"person-{person}") == 0
         return self.said[-1].split()[0]
 
-    def killed(self, patch: Callable[[Callable[[], None]], None]) -> None:
-        """`process` in a forked process that `patch` makes kill itself with SIGKILL (it gets the function to call)."""
+    def killed(
+        self, patch: Callable[[Callable[[], None]], None], work: Callable[[RequestsConfig], object] = process
+    ) -> None:
+        """`work` in a forked process that `patch` makes kill itself with SIGKILL (it gets the function to call)."""
         child = os.fork()
         if child == 0:
             try:
                 patch(lambda: os.kill(os.getpid(), signal.SIGKILL))
-                process(self.config)
+                work(self.config)
             finally:
                 os._exit(3)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL

@@ -14,7 +14,7 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.requests import ladder
 from ofmu_ray.requests.certificate import NotVerified, verify
 from ofmu_ray.requests.ledger import Ledger
-from ofmu_ray.requests.process import ProcessingFailed, process
+from ofmu_ray.requests.process import ProcessingFailed, process, rollback
 from ofmu_ray.requests.registry import Registry
 from ofmu_ray.requests.renewal import drop_dead
 from ofmu_ray.runs import writing
@@ -110,6 +110,9 @@ def test_a_rollback_reopens_what_the_version_satisfied(world: World) -> None:
     """And the recipe that made the withdrawn model is not tried again: the crippled one fails, a person decides."""
     with world.ledger() as ledger:
         first, second = ledger.all()
+    # killed with the version marked and the alias not moved: the next one finishes it, and withdraws no second version
+    world.killed(patched(Registry, "withdraw"), lambda config: rollback(config, "wrong answers"))
+    assert world.registry.champion().number == "3"
     assert world.call("rollback", "--reason", "wrong answers") == 0
     assert "version 3 is withdrawn, version 2 is the champion" in world.said[-1]
     with world.ledger() as ledger:
