@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ofmu_ray.config import SweepConfig, UnlearnConfig, outcome_hash
+from ofmu_ray.config import ModelConfig, SweepConfig, UnlearnConfig, outcome_hash
 from ofmu_ray.errors import StorageError, UserError
+from ofmu_ray.models.loading import load_tokenizer
 from ofmu_ray.runs.claims import Claim, locked
 from ofmu_ray.runs.preflight import public
 from ofmu_ray.storage import explained
@@ -301,3 +302,29 @@ def test_attention_falls_back_to_eager(family, tmp_path):
     assert (kernel, notes) == (
         ("sdpa", []) if family == "Llama" else ("eager", [f"{family} has no sdpa attention; eager is used instead"])
     )
+
+
+# ------------------------------------------------------------------------------------------- rows that do not fit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"max_position_embeddings": 32}, "data.forget: its longest row has 38 tokens, but {path} has 32 positions"),
+        ({"vocab_size": 100}, "'{path}': the tokenizer has 1024 tokens, the model 100"),
+    ],
+    ids=["positions", "vocabulary"],
+)
+def test_rows_that_a_model_has_no_place_for(shape, message, tmp_path, capsys):
+    import transformers
+
+    tokenizer = load_tokenizer(ModelConfig(path="builtin:people/target"))
+    sizes = {"vocab_size": len(tokenizer), "n_embd": 8, "n_layer": 1, "n_head": 1, **shape}
+    path = tmp_path / "gpt2"
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    words = ["--model.path", str(path), "--evaluation.enabled", "false", "--evaluation.retrained", "null"]
+    assert cli.main(["unlearn", *words, "--storage", str(tmp_path / "runs"), "--name", "r"]) == 2
+    assert message.format(path=path) in capsys.readouterr().err
+    assert not (tmp_path / "runs/r").exists()

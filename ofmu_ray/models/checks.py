@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ def check_model(config: ModelConfig, option: str = "model.path") -> Any:
 
     Raises:
         UserError: no such folder, no answer from the hub, no weights, unreadable weights, not a causal language model,
-            no tokenizer, or a tokenizer without EOS.
+            no tokenizer, a tokenizer without EOS, or one with more tokens than the model.
     """
     from ofmu_ray.models.loading import load_tokenizer, read_config
     from ofmu_ray.models.unread import check_stored
@@ -31,7 +31,32 @@ def check_model(config: ModelConfig, option: str = "model.path") -> Any:
     check_causal(shape, config, option)
     if Path(path).is_dir():
         check_stored(shape, Path(path), config, option)
-    return load_tokenizer(config)
+    tokenizer = load_tokenizer(config)
+    tokens, known = len(tokenizer), shape.get_text_config().vocab_size
+    if tokens > known:
+        raise UserError(
+            f"{option} = {config.path!r}: the tokenizer has {tokens} tokens, the model {known}: name the model's own "
+            "with model.tokenizer, or resize the model's embeddings (resize_token_embeddings)"
+        )
+    return tokenizer
+
+
+def check_lengths(config: ModelConfig, longest: Mapping[str, int]) -> None:
+    """Check that rows fit into the model's positions. `longest`: stream -> tokens of its longest row.
+
+    Raises:
+        UserError: a row does not; names its stream.
+    """
+    from ofmu_ray.models.loading import read_config
+
+    shape = read_config(config.path, trust_remote_code=config.trust_remote_code)
+    positions = getattr(shape.get_text_config(), "max_position_embeddings", None)
+    for stream, tokens in longest.items():
+        if positions is not None and tokens > positions:
+            raise UserError(
+                f"data.{stream}: its longest row has {tokens} tokens, but {config.path} has {positions} positions: set "
+                f"--data.format.max_length {positions}"
+            )
 
 
 def check_stored_model(config: ModelConfig, option: str, check: Callable[[Path, str], None] | None = None) -> str:

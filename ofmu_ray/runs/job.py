@@ -83,6 +83,9 @@ def make_job(
     from ofmu_ray.data.prepare import write_sample
     from ofmu_ray.training.worker_job import WorkerJob
 
+    check = getattr(task_named(spec.task), "check_rows", None)
+    if check is not None:
+        check(spec.model, {name: int(stream.lengths.max()) for name, stream in prepared.streams.items()})
     watched = None
     if spec.stop.utility_floor is not None:
         watched = write_sample(prepared.streams["retain"], spec.stop.sample, join(folder, WATCHED))

@@ -29,6 +29,11 @@ class CausalLM:
 
         return check_model(config, option)
 
+    def check_rows(self, config: ModelConfig, longest: Mapping[str, int]) -> None:
+        from ofmu_ray.models.checks import check_lengths
+
+        check_lengths(config, longest)
+
     def skeleton(self, config: ModelConfig) -> torch.nn.Module | None:
         from ofmu_ray.models.causal import attention_of
         from ofmu_ray.models.loading import empty_model, read_config

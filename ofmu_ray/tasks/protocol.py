@@ -64,6 +64,9 @@ class Task(Protocol):
             UserError: it is not usable; names `option`.
         """
 
+    # optional: def check_rows(self, config: ModelConfig, longest: Mapping[str, int]) -> None
+    # raise UserError if the longest row of a stream (tokens) does not fit the model
+
     def skeleton(self, config: ModelConfig) -> torch.nn.Module | None:
         """The model as `load` returns it, without weights (meta device), for checks; None: not offered.
 
