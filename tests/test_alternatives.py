@@ -89,7 +89,7 @@ def test_batches_workers_and_the_second_time_change_nothing(
     monkeypatch.setattr(reference, "BATCH_TOKENS", 1)  # a text at a time
     one_by_one = stored(computed(few, tmp_path, workers=2)[1])
     assert one_by_one == stored(finished[2])
-    monkeypatch.setattr(reference, "load_causal_lm", lambda _: pytest.fail("the model was loaded again"))
+    monkeypatch.setattr(reference, "task_named", lambda _: pytest.fail("the model was loaded again"))
     assert computed(few, finished[0])[1] == finished[2]
     monkeypatch.undo()
     other = stored(computed(few, tmp_path / "other", seed=1)[1])
