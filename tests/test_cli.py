@@ -20,6 +20,7 @@ from ofmu_ray.config import (
     to_dict,
 )
 from ofmu_ray.config.evaluate import EvaluateConfig
+from ofmu_ray.config.requests import RequestsConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.methods.ofmu import OFMUConfig
 from pipelines import cli
@@ -90,6 +91,7 @@ def test_hash_ignores_where_a_run_is_stored_and_nothing_else():
 @pytest.mark.parametrize("path", sorted((ROOT / "pipelines/configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_configs_parse(path):
     commands = {"evaluate": EvaluateConfig, "benchmark": BenchmarkConfig, "sweep": SweepConfig}
+    commands["requests"] = RequestsConfig
     usual = TrainConfig if "finetune" in yaml.safe_load(path.read_text()) else UnlearnConfig
     kind = commands.get(path.stem.partition("_")[0], usual)
     assert to_dict(parse(kind, ["--config", str(path)], "x"))

@@ -150,7 +150,7 @@ def test_values_do_not_depend_on_batches(
 
 def test_a_second_run_takes_the_cache(finished: Any, prepared: PreparedData, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = finished[0]
-    monkeypatch.setattr(reference, "load_causal_lm", lambda _: pytest.fail("the model was loaded again"))
+    monkeypatch.setattr(reference, "task_named", lambda _: pytest.fail("the model was loaded again"))
     plan = planned(prepared, folder / "plan")
     places = {"cache": str(folder / "cache"), "settings": FeatureContext("npo")}
     again = write_references(NEEDS, prepared, plan, TARGET, folder=str(folder / "run"), **places)  # a resumed run
