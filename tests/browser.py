@@ -93,6 +93,8 @@ def browser(folder: Path) -> Iterator[Browser]:
         spare = os.dup(from_browser)  # it may be 3 itself
         os.dup2(to_browser, 3)
         os.dup2(spare, 4)
+        for pipe in (3, 4):  # dup2 leaves a descriptor that has its number already as it was: closed on exec
+            os.set_inheritable(pipe, True)
 
     command = [
         *(CHROMIUM, "--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--no-first-run"),
