@@ -112,7 +112,7 @@ def test_its_options_are_those_of_the_command_line(house: Path) -> None:
         "forget_weight": 1.0, "retain_weight": 3.0, "retain_loss": "nll", "scale": 1.0, "preset": "fast",
         "optimizer": None,
     }  # fmt: skip
-    helped = " ".join(run(house, *words[:3], "--help").stdout.split())
+    helped = " ".join(run(house, *words[:3], "--help", "all").stdout.split())
     assert "Fading ascent (nobody, never): --fading CONFIG" in helped
     assert "Nats over which it fades. (type: float, default: 2.0)" in helped
     wrong = run(house, *words, "--fading.scalle", "1")
