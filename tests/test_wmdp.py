@@ -67,7 +67,7 @@ def arguments(root: Path, storage: Path, prefix: str = "") -> list[str]:
     return [word for name, value in named.items() for word in (f"--{name}", str(value))]
 
 
-@pytest.mark.parametrize("method", ["rmu", "ofmu"])
+@pytest.mark.parametrize("method", ["rmu", pytest.param("ofmu", marks=pytest.mark.full)])
 def test_a_run_in_the_real_layout(method: str, root: Path, tmp_path: Path) -> None:
     given = ["--config", str(CONFIGS / "wmdp_bio.yaml"), *arguments(root, tmp_path), "--method", method]
     config = parse(UnlearnConfig, [*given, "--evaluation.sets.forget_choice", "wmdp-bio"], "x")
