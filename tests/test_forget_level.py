@@ -174,7 +174,7 @@ def written_stream(folder, name: str, rows: list[dict[str, object]]) -> Tokenise
 def test_level_from_holdout_rows_and_from_frequencies(tmp_path) -> None:
     holdout = written_stream(tmp_path / "holdout", "holdout", ROWS)  # type: ignore[arg-type]
     retain = written_stream(tmp_path / "retain", "retain", [{"input_ids": [3, 3, 5, 5, 6, 7], "prompt_tokens": 2}])
-    prepared = types.SimpleNamespace(streams={"retain": retain, "holdout": holdout})
+    prepared = types.SimpleNamespace(streams={"retain": retain, "holdout": holdout}, encoder=None)
     model = ModelConfig(path=resolve_builtin("builtin:people/target"))
     module, batch = tiny_model()
     losses = [float(row.mean()) for row in token_losses(module, batch)]

@@ -81,7 +81,7 @@ def encoded_schema(payload: pa.Schema) -> pa.Schema:
     return pa.schema([("row_id", pa.string()), *payload, *BOOKKEEPING])
 
 
-STORED = ("pixels",)
+STORED = ("image_pixels",)
 """Payload columns that a batch plan does not repeat: its readers look them up by row id."""
 
 

@@ -32,7 +32,7 @@ class ImageEncoder:
         self.numbers = {name: number for number, name in enumerate(self.classes)}
         side = config.size or size
         self.shape = (side, side, channels)
-        self.payload = pa.schema([("pixels", pa.binary(side * side * channels)), ("label", pa.int32())])
+        self.payload = pa.schema([("image_pixels", pa.binary(side * side * channels)), ("label", pa.int32())])
 
     @property
     def columns(self) -> tuple[str, str]:

@@ -36,7 +36,7 @@ def pixel_table(stream: TokenisedStream, shape: tuple[int, int, int]) -> str:
     with new_table(folder, ids, ones, shape, "uint8", {"quantity": "pixels"}) as (values, _):
         at = 0
         for name, count in stream.parts:
-            column = take_rows(stream.folder, [name], np.arange(count), ["pixels"])["pixels"]
+            column = take_rows(stream.folder, [name], np.arange(count), ["image_pixels"])["image_pixels"]
             for chunk in column.chunks:
                 pixels = np.frombuffer(b"".join(chunk.to_pylist()), dtype=np.uint8)
                 values[at : at + len(chunk)] = pixels.reshape(len(chunk), *shape)
@@ -75,7 +75,7 @@ class ImageReading:
         pixels = augmented(pixels, draws(ids, rounds, self.seed), padding=self.padding, flip=self.flip)
         size = int(np.prod(pixels.shape[1:]))
         column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), len(ids), [None, pa.py_buffer(pixels)])
-        return table.append_column("pixels", column)
+        return table.append_column("image_pixels", column)
 
 
 def draws(ids: list[str], rounds: np.ndarray, seed: int) -> np.ndarray:

@@ -61,7 +61,7 @@ activation, at most 2e-4 of any probability."""
 
 _LOGITS_AT_ONCE = 1 << 25  # elements of one forward pass: 128 MiB of fp32
 _CODE = ("features/reference.py", "engines/layers.py", "models/answers.py", "evaluation/generation.py")
-_ROW = ["input_ids", "prompt_tokens", "pixels", "label"]
+_ROW = ["input_ids", "prompt_tokens", "image_pixels", "label"]
 
 
 def write_references(

@@ -100,8 +100,8 @@ class ImageProcessor:
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Rows of `pixels` and `label` as a micro-batch: pixels uint8 [rows, height, width, channels] and labels int64
         [rows, 2], whose first column stands for the image and has no loss."""
-        side = int((len(rows[0]["pixels"]) // self.channels) ** 0.5)
-        pixels = stacked([row["pixels"] for row in rows], (side, side, self.channels))
+        side = int((len(rows[0]["image_pixels"]) // self.channels) ** 0.5)
+        pixels = stacked([row["image_pixels"] for row in rows], (side, side, self.channels))
         labels = torch.tensor([[IGNORED, int(row["label"])] for row in rows])
         return {"pixels": torch.from_numpy(pixels.copy()), "labels": labels}
 
