@@ -2,9 +2,7 @@
 
 import io
 import json
-import os
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +14,6 @@ from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config.requests import RequestsConfig
 from ofmu_ray.requests.intake import open_ledger
 from ofmu_ray.requests.ledger import Ledger
-from ofmu_ray.requests.process import process
 from ofmu_ray.requests.registry import Registry
 from pipelines import cli
 from pipelines.parse import parse
@@ -113,19 +110,6 @@ class World:
         """Request a person's rows; the request's id."""
         assert self.call("add", "--rows", str(self.folder / f"person{person}.jsonl"), "--key", f"person-{person}") == 0
         return self.said[-1].split()[0]
-
-    def killed(
-        self, patch: Callable[[Callable[[], None]], None], work: Callable[[RequestsConfig], object] = process
-    ) -> None:
-        """`work` in a forked process that `patch` makes kill itself with SIGKILL (it gets the function to call)."""
-        child = os.fork()
-        if child == 0:
-            try:
-                patch(lambda: os.kill(os.getpid(), signal.SIGKILL))
-                work(self.config)
-            finally:
-                os._exit(3)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
     def state(self, request: str) -> str:
         with self.ledger() as ledger:

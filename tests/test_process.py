@@ -2,22 +2,19 @@
 
 import os
 import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from requests_kill import PHASES, WITHDRAWAL, kill_in
 from requests_world import CRIPPLED, STRONG, World, pairs, people, write_rows
 
 from ofmu_ray.errors import UserError
 from ofmu_ray.requests import ladder
 from ofmu_ray.requests.certificate import NotVerified, verify
-from ofmu_ray.requests.ledger import Ledger
-from ofmu_ray.requests.process import ProcessingFailed, process, rollback
-from ofmu_ray.requests.registry import Registry
+from ofmu_ray.requests.process import ProcessingFailed, process
 from ofmu_ray.requests.renewal import drop_dead
-from ofmu_ray.runs import writing
 
 pytestmark = pytest.mark.system
 
@@ -29,20 +26,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     world.add(0)
     assert world.call("process") == 0, world.said[-1]
     world.add(1)
-    world.killed(at_alias)
+    kill_in(world, "alias moved")
     return world
-
-
-def at_alias(kill: Callable[[], None]) -> None:
-    """Between the alias and the ledger."""
-    move = Ledger.move
-
-    def moved(self: Ledger, ids: Any, state: Any, *arguments: Any, **options: Any) -> Any:
-        if state == "promoted":
-            kill()
-        return move(self, ids, state, *arguments, **options)
-
-    Ledger.move = moved  # type: ignore[method-assign]
 
 
 def test_the_ladder_goes_on_until_all_gates_pass(world: World) -> None:
@@ -111,7 +96,7 @@ def test_a_rollback_reopens_what_the_version_satisfied(world: World) -> None:
     with world.ledger() as ledger:
         first, second = ledger.all()
     # killed with the version marked and the alias not moved: the next one finishes it, and withdraws no second version
-    world.killed(patched(Registry, "withdraw"), lambda config: rollback(config, "wrong answers"))
+    kill_in(world, WITHDRAWAL)
     assert world.registry.champion().number == "3"
     assert world.call("rollback", "--reason", "wrong answers") == 0
     assert "version 3 is withdrawn, version 2 is the champion" in world.said[-1]
@@ -166,36 +151,12 @@ def test_an_unforeseen_error_says_where_and_never_what(world: World, monkeypatch
 # --------------------------------------------------------------------------------------------------------- all phases
 
 
-def at_promotion(kill: Callable[[], None]) -> None:
-    """Before the alias of a version that replaces another (the first one is promoted at the start)."""
-    promote = Registry.promote
-    Registry.promote = (  # type: ignore[method-assign]
-        lambda self, version: kill() if version.replaces else promote(self, version)
-    )
-
-
-def patched(where: Any, name: str) -> Callable[[Callable[[], None]], None]:
-    """Kill where a function is called."""
-    return lambda kill: setattr(where, name, lambda *_, **__: kill())
-
-
-PHASES = {
-    "taken": patched(ladder.Batch, "work_off"),
-    "rows written": patched(ladder, "run"),
-    "trained": patched(writing, "write"),
-    "gates decided": patched(ladder.Batch, "_registered"),
-    "version registered": at_promotion,
-    "alias moved": at_alias,
-    "ledger moved": patched(ladder, "publish"),
-}
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_kill_in_any_phase_loses_and_doubles_nothing(phase: str, tmp_path: Path) -> None:
     world = World.made(tmp_path, [STRONG])
     requests = [world.add(person) for person in (0, 1)]
-    world.killed(PHASES[phase])
+    kill_in(world, phase)
     process(world.config)
     with world.ledger() as ledger:
         assert [ledger.get(one).state for one in requests] == ["promoted"] * 2
