@@ -308,23 +308,15 @@ def test_attention_falls_back_to_eager(family, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("shape", "message"),
-    [
-        ({"max_position_embeddings": 32}, "data.forget: its longest row has 38 tokens, but {path} has 32 positions"),
-        ({"vocab_size": 100}, "'{path}': the tokenizer has 1024 tokens, the model 100"),
-    ],
-    ids=["positions", "vocabulary"],
-)
-def test_rows_that_a_model_has_no_place_for(shape, message, tmp_path, capsys):
+def test_rows_longer_than_a_models_positions(tmp_path, capsys):
     import transformers
 
     tokenizer = load_tokenizer(ModelConfig(path="builtin:people/target"))
-    sizes = {"vocab_size": len(tokenizer), "n_embd": 8, "n_layer": 1, "n_head": 1, **shape}
+    sizes = {"vocab_size": len(tokenizer), "n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 32}
     path = tmp_path / "gpt2"
     transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(path)
     tokenizer.save_pretrained(path)
     words = ["--model.path", str(path), "--evaluation.enabled", "false", "--evaluation.retrained", "null"]
     assert cli.main(["unlearn", *words, "--storage", str(tmp_path / "runs"), "--name", "r"]) == 2
-    assert message.format(path=path) in capsys.readouterr().err
+    assert f"data.forget: its longest row has 38 tokens, but {path} has 32 positions" in capsys.readouterr().err
     assert not (tmp_path / "runs/r").exists()

@@ -21,7 +21,7 @@ def check_model(config: ModelConfig, option: str = "model.path") -> Any:
 
     Raises:
         UserError: no such folder, no answer from the hub, no weights, unreadable weights, not a causal language model,
-            no tokenizer, a tokenizer without EOS, or one with more tokens than the model.
+            no tokenizer, or a tokenizer without EOS.
     """
     from ofmu_ray.models.loading import load_tokenizer, read_config
     from ofmu_ray.models.unread import check_stored
@@ -31,14 +31,7 @@ def check_model(config: ModelConfig, option: str = "model.path") -> Any:
     check_causal(shape, config, option)
     if Path(path).is_dir():
         check_stored(shape, Path(path), config, option)
-    tokenizer = load_tokenizer(config)
-    tokens, known = len(tokenizer), shape.get_text_config().vocab_size
-    if tokens > known:
-        raise UserError(
-            f"{option} = {config.path!r}: the tokenizer has {tokens} tokens, the model {known}: name the model's own "
-            "with model.tokenizer, or resize the model's embeddings (resize_token_embeddings)"
-        )
-    return tokenizer
+    return load_tokenizer(config)
 
 
 def check_lengths(config: ModelConfig, longest: Mapping[str, int]) -> None:
