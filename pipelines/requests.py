@@ -51,7 +51,7 @@ def _divided(parser: argparse.ArgumentParser, words: list[str]) -> tuple[list[st
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 0, 2 for a user's mistake, 1 for a failure (audit: problems found; another processor at work)."""
+    """Exit status 0, 2 for a user's mistake, 1 for a failure (such as problems that `audit` found)."""
     words = sys.argv[1:] if arguments is None else arguments
     if not words or words[0] in ("-h", "--help"):
         print(f"usage: {PROG} COMMAND [options of the command] [--config FILE] [--requests.option VALUE ...]\n")

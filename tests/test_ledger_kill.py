@@ -5,12 +5,15 @@ Whatever it reported as done is there, the next process goes on, and no request 
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -48,34 +51,39 @@ def work(ledger: Ledger, owner: str, done: Callable[[str], None]) -> None:
     done("destroy")
 
 
+def until_killed(uri: str, at: int, said: Connection) -> None:
+    """The process that is killed at its point number `at`; says what it has done, and with -1 how many points."""
+    with Ledger(uri, Vault(MASTER), Clock()) as ledger:
+        points = 0
+
+        def point(*_: object) -> None:
+            nonlocal points
+            points += 1
+            if points == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        for name in ("before_cursor_execute", "commit", "checkin"):
+            event.listen(ledger.engine, name, point)
+        work(ledger, "first", said.send)
+        if at < 0:
+            said.send(str(points))
+
+
 def doomed(uri: str, at: int) -> list[str]:
-    """What a process that is killed at its point number `at` reported as done; -1: the number of points instead."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            with Ledger(uri, Vault(MASTER), Clock()) as ledger:
-                points = 0
-
-                def point(*_: object) -> None:
-                    nonlocal points
-                    points += 1
-                    if points == at:
-                        os.kill(os.getpid(), signal.SIGKILL)
-
-                for name in ("before_cursor_execute", "commit", "checkin"):
-                    event.listen(ledger.engine, name, point)
-                work(ledger, "first", lambda what: os.write(writing, f"{what}\n".encode()) and None)
-                if at < 0:
-                    os.write(writing, f"{points}\n".encode())
-            os._exit(0)
-        finally:
-            os._exit(1)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        lines = pipe.read().split("\n")[:-1]
-    status = os.waitpid(child, 0)[1]
-    assert status == (0 if at < 0 else signal.SIGKILL), f"point {at}: {status}"
+    """What a process that is killed at its point number `at` reported as done; -1: the number of points, too."""
+    # not a fork of this process: beside threads of Ray and torch, it can wait for their locks forever
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    reading, writing = context.Pipe(duplex=False)
+    child = context.Process(target=until_killed, args=(uri, at, writing))
+    child.start()
+    writing.close()
+    lines = []
+    with suppress(EOFError):
+        while True:
+            lines.append(reading.recv())
+    child.join()
+    assert child.exitcode == (0 if at < 0 else -signal.SIGKILL), f"point {at}: {child.exitcode}"
     return lines
 
 
