@@ -229,6 +229,7 @@ def test_what_mlflow_did_not_take_is_delivered_at_the_next_start(tmp_path: Path,
     assert tags["mlflow.note.content"] == "`ofmu`, 4 rounds: finished\n\nforget quality 0.42\n\nsane"
     (data_set,) = run.inputs.dataset_inputs
     assert (data_set.dataset.name, json.loads(data_set.dataset.profile)) == ("forget", {"rows": 7})
+    assert data_set.dataset.digest == handle.run_id, "rows to forget cannot be guessed from it"
     (output,) = run.outputs.model_outputs
     model = client.get_logged_model(output.model_id)
     assert (model.name, model.tags["ofmu.path"]) == ("v1-0", f"{tmp_path}/model")

@@ -11,7 +11,7 @@ from typing import Any
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import DataConfig, EvaluationConfig, FormatConfig, ModelConfig, SourceConfig, UnlearnConfig
 from ofmu_ray.errors import UserError
-from ofmu_ray.evaluation.sample import RowSample
+from ofmu_ray.evaluation.sample import RowSample, figures_of
 from ofmu_ray.models.source import model_source
 from ofmu_ray.storage import PathLike, join
 
@@ -150,13 +150,7 @@ class Evaluator:
 
     def figures(self, table: Any, retrained: Any) -> dict[str, Any] | None:
         """Metrics of a model, each {"value", "low", "high", "n"} or {"value": null, "reason"}; None without a table."""
-        if table is None:
-            return None
-        from ofmu_ray.metrics.summary import summarise
-
-        retrained = retrained if self.sample is None else self.sample.cut(retrained)
-        metrics = summarise(table, retrained, bootstrap_samples=self.evaluation.bootstrap_samples, seed=self.seed)
-        return {name: metric.to_json() for name, metric in metrics.items()}
+        return figures_of(table, retrained, self.sample, self.evaluation.bootstrap_samples, self.seed)
 
     def verdict(self, tables: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
         """OpenUnlearning's aggregate of the unlearned model, and whether its answers to forget prompts are degenerate.

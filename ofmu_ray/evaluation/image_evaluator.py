@@ -25,7 +25,7 @@ from ofmu_ray.data.row_checks import Problems, refuse
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.cache import TableCache
 from ofmu_ray.evaluation.rows import is_private
-from ofmu_ray.evaluation.sample import RowSample
+from ofmu_ray.evaluation.sample import RowSample, figures_of
 from ofmu_ray.storage import PathLike, join
 
 CHUNK = 2000
@@ -165,13 +165,7 @@ class ImageEvaluator:
 
     def figures(self, table: pa.Table | None, retrained: pa.Table | None) -> dict[str, Any] | None:
         """Metrics of a model; None without a table."""
-        if table is None:
-            return None
-        from ofmu_ray.metrics.summary import summarise
-
-        retrained = retrained if self.sample is None else self.sample.cut(retrained)
-        metrics = summarise(table, retrained, bootstrap_samples=self.evaluation.bootstrap_samples, seed=self.seed)
-        return {name: metric.to_json() for name, metric in metrics.items()}
+        return figures_of(table, retrained, self.sample, self.evaluation.bootstrap_samples, self.seed)
 
     def verdict(self, tables: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Nothing beyond the metrics."""

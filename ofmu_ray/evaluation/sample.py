@@ -48,3 +48,16 @@ def spread(rows: int, count: int | None) -> Sequence[int]:
     if count is None or count >= rows:
         return range(rows)
     return [index * rows // count for index in range(count)]
+
+
+def figures_of(
+    table: Any, retrained: Any, sample: RowSample | None, bootstrap_samples: int, seed: int
+) -> dict[str, Any] | None:
+    """Metrics of a model as plain values; None without a table. `retrained`: its table of all rows."""
+    if table is None:
+        return None
+    from ofmu_ray.metrics.summary import summarise
+
+    retrained = retrained if sample is None else sample.cut(retrained)
+    metrics = summarise(table, retrained, bootstrap_samples=bootstrap_samples, seed=seed)
+    return {name: metric.to_json() for name, metric in metrics.items()}

@@ -86,7 +86,7 @@ class Claim:
         raise UserError(f"name = {name_of(self.home)!r}: {difference}")
 
     def _changed(self, recorded: Mapping[str, Any]) -> list[str]:
-        """Sources of a finished run that are there with another content. An unfinished run takes up the new rows."""
+        """Sources of a finished run that are there with another content. An unfinished run uses the new rows."""
         known = recorded.get("sources")
         last = "training.json" if self.command == "train" else "metrics.json"
         if not known or not is_file(join(self.home, last)):
