@@ -129,7 +129,9 @@ def _refuse_empty(file: ConfigFile, known: list[str]) -> None:
         for key, value in content.items() if isinstance(content, dict) else ():
             name = f"{prefix}{key}"
             if value == {} and not any(option == name or option.startswith(f"{name}.") for option in known):
-                raise UserError(f"unknown option {name} in the configuration.{_close(name, known)} All options: --help")
+                raise UserError(
+                    f"unknown option {name} in the configuration.{_close(name, known)} All options: --help all"
+                )
             if name not in known or any(
                 option.startswith(f"{name}.") for option in known
             ):  # not the value of an option
@@ -143,18 +145,18 @@ def _explained(message: str, known: list[str]) -> str:
     message = " ".join(message.split())
     if match := re.search(r"unrecognized arguments: (\S+)", message, re.IGNORECASE):
         word = match[1].removeprefix("--").split("=")[0]
-        return f"unknown option --{word}.{_close(word, known)} All options: --help"
+        return f"unknown option --{word}.{_close(word, known)} All options: --help all"
     if match := re.search(r"[Gg]roup '(.+?)' does not accept option '(.+?)'", message):
         word = f"{match[1]}.{match[2]}"
-        return f"unknown option {word} in the configuration.{_close(word, known)} All options: --help"
+        return f"unknown option {word} in the configuration.{_close(word, known)} All options: --help all"
     if match := re.search(r"Parser key \"(.+?)\":.*? Option '(.+?)' is not accepted", message):
-        return f"unknown option {match[1]}.{match[2]} in the configuration. All options: --help"
+        return f"unknown option {match[1]}.{match[2]} in the configuration. All options: --help all"
     if match := re.search(r"Parser key \"(.+?)\": Expected a typing\.Literal\[(.*?)\]\. Got value: (.+)", message):
         choices = [choice.strip("' ") for choice in match[2].split(",")]
         hint = close_match(match[3], choices)
         return f"{match[1]} = {match[3]}: no such choice.{hint} Use one of {', '.join(choices)}"
     if match := re.search(r"does not accept (?:nested )?(?:key|option)s? '(.+?)'", message):
-        return f"unknown option {match[1]} in the configuration.{_close(match[1], known)} All options: --help"
+        return f"unknown option {match[1]} in the configuration.{_close(match[1], known)} All options: --help all"
     return message
 
 
