@@ -35,7 +35,8 @@ from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import EvaluationConfig, FormatConfig
 from ofmu_ray.data.template import Template
 from ofmu_ray.evaluation.rows import EvaluationRow, evaluation_rows, with_row_metrics
-from ofmu_ray.evaluation.scorer import Result, Scorer, assemble, plan
+from ofmu_ray.evaluation.scorer import Scorer
+from ofmu_ray.evaluation.units import Result, assemble, plan
 from ofmu_ray.metrics.membership import reference_score
 from ofmu_ray.models.tree import tree_of
 

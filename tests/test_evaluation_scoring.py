@@ -15,7 +15,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from ofmu_ray.config import FormatConfig
 from ofmu_ray.data.template import Template
 from ofmu_ray.evaluation import generation, row_pass, scoring
-from ofmu_ray.evaluation.scorer import Scorer, Unit
+from ofmu_ray.evaluation.scorer import Scorer
+from ofmu_ray.evaluation.units import Unit
 from ofmu_ray.metrics.rouge import rouge_l_recall
 from ofmu_ray.models import tree
 

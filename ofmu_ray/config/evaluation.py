@@ -44,6 +44,20 @@ class EvaluationSetsConfig:
     evenly spread ones count."""
     choice_scoring: Literal["letters", "cloze"] = "letters"
     """letters: likelihood of A, B, ... after the listed choices; cloze: mean log-likelihood of each choice's text."""
+    forget_verbatim: str | None = None
+    """MUSE's texts to continue (verbmem: prompt, gt); null: none."""
+    forget_knowledge: str | None = None
+    """MUSE's questions about what should be forgotten (knowmem: question, answer); null: none."""
+    forget_examples: str | None = None
+    """Questions with answers that precede each of forget_knowledge; null: none."""
+    retain_knowledge: str | None = None
+    """MUSE's questions about what should be kept; null: none."""
+    retain_examples: str | None = None
+    """Questions with answers that precede each of retain_knowledge; null: none."""
+    forget_documents: str | None = None
+    """MUSE's documents that should be forgotten, for its PrivLeak (privleak); null: none."""
+    holdout_documents: str | None = None
+    """The same of documents that no model has seen; null: none."""
     probes: list[ProbeConfig] | Literal["auto"] = "auto"
     """Hard probes of the same knowledge: paraphrased, multi-hop or cross-lingual questions. auto: as for holdout."""
 

@@ -61,6 +61,7 @@ ADDED_WITHIN: dict[str, tuple[Any, ...]] = {
     "evaluation.sets.forget_choice": (None,),
     "evaluation.sets.retain_choice": (None,),
     "evaluation.sets.choice_scoring": ("letters",),
+    **{f"evaluation.sets.*_{name}": (None,) for name in ("verbatim", "knowledge", "examples", "documents")},
 }
 """The same inside sections, also of `base`: pattern of the flat name -> values. data.truncate refuses rows and changes
 none; `allow` truncates them as before."""

@@ -18,6 +18,7 @@ from ofmu_ray.data.row_checks import Problems
 from ofmu_ray.data.sources import UnreadableRow
 from ofmu_ray.data.windows import TextLayout
 
+Cells = Mapping[str, Any]
 PARAPHRASED, PERTURBED = "paraphrased_answer", "perturbed_answer"
 
 
@@ -51,17 +52,10 @@ def evaluation_rows(
     fmt = fmt or FormatConfig()
     problems = Problems()
     rows: list[dict[str, Any]] = []
-    raw: list[tuple[str, Mapping[str, Any]]] = []
-    for piece in sources.fragments(config, root, stream=name, option=option):
-        for number, row in sources.read(piece):
-            if limit is not None and len(raw) == limit:
-                break
-            place = f"row {number}" if piece.file is None else f"file {piece.file} row {number}"
-            if isinstance(row, UnreadableRow):
-                problems.add(row.kind, place)
-            else:
-                raw.append((place, row))
-                rows.append({"row_id": piece.row_id(number)})
+    raw: list[tuple[str, Cells]] = []
+    for row_id, place, cells in readable(config, root, name, option, problems, limit):
+        raw.append((place, cells))
+        rows.append({"row_id": row_id})
     if kind is None:
         kind = "qa" if any({fmt.question, "question"} & set(cells) for _, cells in raw) else fmt.kind
     if kind == "qa":
@@ -77,7 +71,24 @@ def evaluation_rows(
     return rows
 
 
-_Raw = Sequence[tuple[str, Mapping[str, Any]]]
+def readable(
+    source: SourceConfig, root: str | None, name: str, option: str, problems: Problems, limit: int | None = None
+) -> Iterator[tuple[str, str, Cells]]:
+    """(row id, place for messages, cells) of the first `limit` rows that can be read; adds the others to `problems`."""
+    read = 0
+    for piece in sources.fragments(source, root, stream=name, option=option):
+        for number, row in sources.read(piece):
+            if read == limit:
+                return
+            place = f"row {number}" if piece.file is None else f"file {piece.file} row {number}"
+            if isinstance(row, UnreadableRow):
+                problems.add(row.kind, place)
+            else:
+                read += 1
+                yield piece.row_id(number), place, row
+
+
+_Raw = Sequence[tuple[str, Cells]]
 _Part = tuple[int, int, dict[str, Any]]
 """(index of the row, number of the part from 1, columns)."""
 

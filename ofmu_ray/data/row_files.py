@@ -24,7 +24,7 @@ ROW_FILES = {
 }
 """Kind -> suffixes."""
 TEXT = "text"
-"""The column of a plain text file, which is one row."""
+"""The column of a plain text file, which is one row, and of the texts of a JSON array."""
 
 _LARGEST_CELL = 2**31 - 1
 _WHITE = b" \t\r\n"
@@ -79,7 +79,7 @@ def _decoded(content: bytes) -> dict[str, Any] | UnreadableRow:
 
 
 def _json(file: Any) -> Iterator[Row]:
-    """JSON Lines, or one array of objects."""
+    """JSON Lines, or one array of objects, or of texts (each a document)."""
     lines = _lines(file)
     first = next((line for line in itertools.islice(lines, 1)), b"")
     if first.removeprefix(b"\xef\xbb\xbf").lstrip(_WHITE)[:1] == b"[":
@@ -103,7 +103,7 @@ def _array(content: bytes) -> Iterator[Row]:
         yield 1, UnreadableRow("not JSON (the file starts an array that cannot be read to its end)")
         return
     for number, row in enumerate(rows, start=1):
-        yield number, _object(row)
+        yield number, {TEXT: row} if isinstance(row, str) else _object(row)
 
 
 def _object(row: Any) -> dict[str, Any] | UnreadableRow:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ofmu_ray.cluster.map_tasks import device_kind, map_tasks, runs_here
 from ofmu_ray.data.template import Template
-from ofmu_ray.evaluation.scorer import Result, Scorer, Unit
+from ofmu_ray.evaluation.scorer import Scorer
+from ofmu_ray.evaluation.units import Result, Unit
 from ofmu_ray.models.loading import pretrained
 
 if TYPE_CHECKING:

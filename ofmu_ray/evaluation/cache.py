@@ -54,7 +54,10 @@ class EvaluationCache(TableCache):
 
     def load(self, key: str) -> pa.Table | None:
         table = super().load(key)
-        return None if table is None else table.cast(MEASURED)
+        if table is None:
+            return None
+        # stored before a column was added: its rows have none of it
+        return pa.concat_tables([MEASURED.empty_table(), table], promote_options="permissive").cast(MEASURED)
 
     def save(self, key: str, table: pa.Table) -> None:
         super().save(key, without_private_text(table))

@@ -107,15 +107,15 @@ class Evaluator:
 
     def check_vocabulary(self, model: str, option: str) -> None:
         """Raises UserError if the rows have tokens unknown to the model: the tokenizer is not the model's."""
+        from ofmu_ray.data.muse_sets import MUSE_SETS
         from ofmu_ray.evaluation.layouts import row_tokens
         from ofmu_ray.evaluation.rows import evaluation_rows
 
         template, known = self.loading(model).template, self.model_config(model).vocab_size
         if len(template.tokenizer) <= known:
             return
-        sets = [
-            evaluation_rows(name, raw, self.row_format) for name, raw in self.sets.items() if name not in CHOICE_SETS
-        ]
+        plain = [name for name in self.sets if name not in {*CHOICE_SETS, *MUSE_SETS}]
+        sets = [evaluation_rows(name, self.sets[name], self.row_format) for name in plain]
         encoded = [text for rows in sets for tokens in row_tokens(rows, template) for text in tokens.texts]
         largest = max(max(row.input_ids) for row in encoded)
         if largest >= known:
@@ -194,6 +194,7 @@ def read_sets(evaluation: EvaluationConfig, data: DataConfig, model: ModelConfig
         UserError: a missing file, or unusable rows, with all problems of a file.
     """
     from ofmu_ray.data.evaluation_rows import evaluation_rows
+    from ofmu_ray.data.muse_sets import muse_sets
 
     @cache
     def layout() -> Any:
@@ -214,21 +215,25 @@ def read_sets(evaluation: EvaluationConfig, data: DataConfig, model: ModelConfig
             option = f"evaluation.sets.probes.{probe.name}.{side}"
             sources[f"{probe.name}_{side}"] = option, getattr(probe, side), probe.question
     clusters = evaluation.clusters if isinstance(evaluation.clusters, dict) else {}
-    return _choice_sets(evaluation, data.root) | {
-        name: evaluation_rows(
-            source,
-            data.root,
-            limit,
-            name=name,
-            option=option,
-            fmt=replace(data.format, question=column),
-            cluster=clusters.get(name),
-            kind=data.kind(name) if option == f"data.{name}" else None,
-            layout=layout,
-        )
-        for name, (option, source, column) in sources.items()
-        if source is not None
-    }
+    return (
+        _choice_sets(evaluation, data.root)
+        | muse_sets(sets, data.root, limit)
+        | {
+            name: evaluation_rows(
+                source,
+                data.root,
+                limit,
+                name=name,
+                option=option,
+                fmt=replace(data.format, question=column),
+                cluster=clusters.get(name),
+                kind=data.kind(name) if option == f"data.{name}" else None,
+                layout=layout,
+            )
+            for name, (option, source, column) in sources.items()
+            if source is not None
+        }
+    )
 
 
 def _choice_sets(evaluation: EvaluationConfig, root: str | None) -> dict[str, list[dict[str, Any]]]:

@@ -16,6 +16,8 @@ from torch.nn import functional
 from transformers import GenerationConfig
 
 from ofmu_ray.evaluation.scoring import length_sorted
+from ofmu_ray.metrics.degeneration import ngram_entropy
+from ofmu_ray.metrics.functions import repetition
 
 _COMPACT_BELOW = 0.7  # below this share of unfinished texts, finished ones leave the batch
 
@@ -127,6 +129,17 @@ def generate_batch(
             ids_bt = output.sequences[kept]
             mask_bt = functional.pad(mask_bt[kept], (0, ids_bt.shape[1] - mask_bt.shape[1]), value=1)
     return texts
+
+
+def generation_columns(text: str, tokens: Sequence[int]) -> dict[str, Any]:
+    """The columns that any generation has (`rows.MEASURED`)."""
+    return {
+        "generated": text.strip(),
+        "generated_tokens": len(tokens),
+        "generated_empty": not text.strip(),
+        "repetition": repetition(tokens),
+        "generated_entropy": ngram_entropy(tokens),
+    }
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

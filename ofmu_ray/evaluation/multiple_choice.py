@@ -98,9 +98,9 @@ def choice_figures(table: pa.Table, *, samples: int, seed: int, name: str) -> di
 
 def _encoded(tokenizer: Any, prompts: Sequence[str], answers: Sequence[Sequence[str]]) -> list[list[Text]]:
     """(ids of prompt, space and answer; number of prompt tokens) of each answer to each prompt."""
-    heads = _tokens(tokenizer, list(prompts))
+    heads = usual_tokens(tokenizer, list(prompts))
     pairs = [(text, answer) for text, row_answers in zip(prompts, answers, strict=True) for answer in row_answers]
-    full_ids = iter(_tokens(tokenizer, [f"{text} {answer.strip()}" for text, answer in pairs]))
+    full_ids = iter(usual_tokens(tokenizer, [f"{text} {answer.strip()}" for text, answer in pairs]))
     encoded: list[list[Text]] = []
     for head, row_answers in zip(heads, answers, strict=True):
         options: list[Text] = []
@@ -113,7 +113,7 @@ def _encoded(tokenizer: Any, prompts: Sequence[str], answers: Sequence[Sequence[
     return encoded
 
 
-def _tokens(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+def usual_tokens(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     ids: list[list[int]] = tokenizer(texts)["input_ids"]
     end = tokenizer.eos_token_id
     closes = bool(tokenizer("a")["input_ids"][-1] == end) and end is not None

@@ -12,6 +12,7 @@ import pyarrow as pa
 from ofmu_ray.config import FormatConfig
 from ofmu_ray.config.data import Kind
 from ofmu_ray.data.choices import ChoiceRow, Scoring
+from ofmu_ray.data.muse_sets import MuseKind
 from ofmu_ray.errors import UserError
 from ofmu_ray.metrics import functions as metrics
 
@@ -41,6 +42,7 @@ MEASURED = pa.schema(
         ("correct", pa.bool_()),  # multiple choice: whether the right one was chosen
         ("chance", pa.float64()),  # multiple choice: 1 / number of choices
         ("kind", pa.string()),  # text: the "answer" is the whole passage, the generation continues its first half
+        ("rouge_l_f", pa.float64()),  # MUSE's continuations and answers: F-measure, words not stemmed
     ]
 )
 """Values per row and model (this is what the cache stores)."""
@@ -53,7 +55,7 @@ class EvaluationRow:
     `cluster`: rows of one cluster are not independent (the rows of one person); None: an independent row. Of kind text,
     `question` and `answer` are the halves of a passage, and `ends` says whether its document ends with it. Of kind
     messages, `turns` are the chat before the answer: (role, content). Of kind letters or cloze, `choice` is a
-    multiple-choice question, scored so.
+    multiple-choice question, scored so. Of MUSE's kinds (`muse_sets`), `turns` are examples: (question, answer).
     """
 
     set: str
@@ -63,7 +65,7 @@ class EvaluationRow:
     paraphrase: str | None = None
     wrong: tuple[str, ...] = ()
     cluster: str | None = None
-    kind: Kind | Scoring = "qa"
+    kind: Kind | Scoring | MuseKind = "qa"
     ends: bool = True
     turns: tuple[tuple[str, str], ...] = ()
     choice: ChoiceRow | None = None
@@ -107,10 +109,11 @@ def _row(name: str, index: int, row: Mapping[str, Any], fmt: FormatConfig) -> Ev
         return EvaluationRow(
             name, index, choice.question, right, cluster=choice.cluster, kind=row["kind"], choice=choice
         )
-    if row.get("kind", "qa") != "qa":  # passages and turns have been checked where they were cut
-        turns = tuple((turn["role"], turn["content"]) for turn in row.get("turns", ()))
+    if row.get("kind", "qa") != "qa":  # passages, turns and MUSE's rows have been checked where they were read
+        turns = row.get("examples") or [(turn["role"], turn["content"]) for turn in row.get("turns", ())]
         texts, ends = (row["question"], row["answer"]), row.get("ends", True)
-        return EvaluationRow(name, index, *texts, cluster=row["cluster"], kind=row["kind"], ends=ends, turns=turns)
+        cluster = row.get("cluster")
+        return EvaluationRow(name, index, *texts, cluster=cluster, kind=row["kind"], ends=ends, turns=tuple(turns))
 
     def text(value: object, column: str) -> str:
         if isinstance(value, str) and value.strip():

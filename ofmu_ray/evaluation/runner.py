@@ -16,7 +16,8 @@ from ofmu_ray.data.template import Template
 from ofmu_ray.evaluation.actors import Loading, run_units
 from ofmu_ray.evaluation.cache import EvaluationCache, cache_key
 from ofmu_ray.evaluation.rows import EvaluationRow, evaluation_rows, is_private, with_row_metrics, without_private_text
-from ofmu_ray.evaluation.scorer import Result, Scorer, Unit, assemble, plan
+from ofmu_ray.evaluation.scorer import Scorer
+from ofmu_ray.evaluation.units import Result, Unit, assemble, plan
 from ofmu_ray.metrics.summary import summarise
 from ofmu_ray.models.loading import load_tokenizer
 from ofmu_ray.models.source import base_folder, model_fingerprint, weights_folder

@@ -1,4 +1,4 @@
-"""ROUGE-L recall with the words and stems of rouge_score, as in the published TOFU results."""
+"""ROUGE-L with the words of rouge_score: recall of stems as in the published TOFU results, MUSE's F-measure."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class _CachedStemmer:
 
 
 @lru_cache(maxsize=1 << 12)
-def _words(text: str) -> tuple[str, ...]:
+def _words(text: str, stemmed: bool = True) -> tuple[str, ...]:
     from rouge_score.tokenize import tokenize
 
-    return tuple(tokenize(text, _CachedStemmer))
+    return tuple(tokenize(text, _CachedStemmer if stemmed else None))
 
 
 def rouge_l_recall(references: Sequence[str], generated: Sequence[str]) -> list[float]:
@@ -37,6 +37,15 @@ def rouge_l_recall(references: Sequence[str], generated: Sequence[str]) -> list[
     words (another script) scores 0. Equal to rouge_score's `rougeL` with `use_stemmer=True`.
     """
     return [_recall(_words(reference), _words(text)) for reference, text in zip(references, generated, strict=True)]
+
+
+def rouge_l_f(references: Sequence[str], generated: Sequence[str]) -> list[float]:
+    """2 x longest common subsequence / words of both texts, per pair, in [0, 1].
+
+    Equal to rouge_score's `rougeL.fmeasure` with `use_stemmer=False`.
+    """
+    pairs = [(_words(one, False), _words(two, False)) for one, two in zip(references, generated, strict=True)]
+    return [2 * common_subsequence(*pair) / max(len(pair[0]) + len(pair[1]), 1) for pair in pairs]
 
 
 def _recall(reference: tuple[str, ...], generated: tuple[str, ...]) -> float:

@@ -99,8 +99,8 @@ def _by_set(table: Any) -> dict[str, dict[str, Row]]:
     """set -> row id -> row, in the table's order."""
     sets: dict[str, dict[str, Row]] = {}
     for row in table.to_pylist():
-        if row.get("correct") is not None:
-            continue  # multiple choice: nothing is generated
+        if row.get("correct") is not None or row.get("kind") == "document":
+            continue  # nothing is generated
         sets.setdefault(row["set"], {})[row["row_id"]] = row
     return sets
 
@@ -110,8 +110,7 @@ def _generation(row: Row, shown: bool) -> Generation:
 
 
 def _rouge(row: Row) -> float | None:
-    value: float | None = row.get("rouge_l_recall", row.get("rouge"))
-    return value
+    return next((row[name] for name in ("rouge_l_recall", "rouge_l_f", "rouge") if row.get(name) is not None), None)
 
 
 def _mean(rows: list[Row], column: str) -> float | None:

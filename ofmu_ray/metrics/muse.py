@@ -1,0 +1,78 @@
+"""MUSE's metrics (Shi et al. 2024, arXiv 2407.06460) as its release computes them: percentages, and PrivLeak."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+
+from ofmu_ray.metrics.columns import finite, rows_of, same_rows
+from ofmu_ray.metrics.functions import FloatArray
+from ofmu_ray.metrics.intervals import MetricValue, attack_figures, privleak_figure
+from ofmu_ray.metrics.membership import min_k
+from ofmu_ray.metrics.registry import NEEDS_RETRAINED, Inputs, Metric, register
+
+DOCUMENTS = ("forget_documents", "holdout_documents")
+
+
+def rouge_l(rows: pa.Table, name: str) -> FloatArray | str:
+    """100 x ROUGE-L F-measure."""
+    values = finite(rows, name, "rouge_l_f")
+    return values if isinstance(values, str) else 100.0 * values
+
+
+def privacy(inputs: Inputs) -> Mapping[str, MetricValue]:
+    """muse_min_k_auc and muse_privleak of whole documents; {} without them.
+
+    The AUC is the release's, P(a holdout document is likelier than a forget one): 0 if forget documents are plainly
+    members. PrivLeak = 100 (AUC - retrained AUC) / retrained AUC, which is `membership.privleak` of 1 - AUC.
+    """
+    rows = [inputs.rows(name) for name in DOCUMENTS]
+    if not any(those.num_rows for those in rows):
+        return {}
+    for those, name in zip(rows, DOCUMENTS, strict=True):
+        if not those.num_rows:
+            reason = f"no {name} were evaluated (evaluation.sets.{name})"
+            return dict.fromkeys(("muse_min_k_auc", "muse_privleak"), MetricValue.absent(reason))
+    forget, holdout = (_scores(those) for those in rows)
+    auc, _ = attack_figures(holdout, forget, name="muse_min_k", **inputs.options)
+    return {"muse_min_k_auc": auc, "muse_privleak": _privleak(inputs, rows, (forget, holdout))}
+
+
+def _privleak(inputs: Inputs, rows: list[pa.Table], scores: tuple[FloatArray, FloatArray]) -> MetricValue:
+    if inputs.retrained is None:
+        return MetricValue.absent(NEEDS_RETRAINED)
+    others = [rows_of(inputs.retrained, name) for name in DOCUMENTS]
+    if not all(same_rows(*pair) for pair in zip(rows, others, strict=True)):
+        return MetricValue.absent("the retrained model was evaluated on other documents")
+    return privleak_figure(scores, (_scores(others[0]), _scores(others[1])), name="muse_privleak", **inputs.options)
+
+
+def _scores(rows: pa.Table) -> FloatArray:
+    """Min-40 % of each document, [rows]: higher is less likely."""
+    return np.array([min_k(logprobs) for logprobs in rows["answer_logprobs"].to_pylist()], dtype=np.float64)
+
+
+register(
+    Metric(
+        name="muse_verbatim", label="MUSE verbatim memorisation", better="retrained", group="Forgetting",
+        set="forget_verbatim", values=rouge_l, needs=frozenset({"forget_verbatim"}), paired="mean", headline=True,
+    ),
+    Metric(
+        name="muse_forget_knowledge", label="MUSE knowledge memorisation", better="retrained", group="Forgetting",
+        set="forget_knowledge", values=rouge_l, needs=frozenset({"forget_knowledge"}), paired="mean", headline=True,
+    ),
+    Metric(
+        name="muse_retain_knowledge", label="MUSE utility (knowledge to keep)", better="high", group="Utility",
+        set="retain_knowledge", values=rouge_l, needs=frozenset({"retain_knowledge"}), paired="mean", headline=True,
+    ),
+    Metric(
+        name="muse_min_k_auc", label="MUSE Min-40 % AUC", better="retrained", group="Membership inference",
+        figures=privacy, needs=frozenset(DOCUMENTS),
+    ),
+    Metric(
+        name="muse_privleak", label="MUSE PrivLeak", better="zero", group="Membership inference", figures=privacy,
+        needs=frozenset({*DOCUMENTS, "retrained"}), headline=True,
+    ),
+)  # fmt: skip

@@ -1,0 +1,261 @@
+"""MUSE: its metrics against a second, plain implementation, in a run from files in the layout of its release."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from evaluation_models import tiny_model, tiny_tokenizer
+from rouge_score.rouge_scorer import RougeScorer
+from sklearn.metrics import roc_auc_score
+from transformers import AutoModelForCausalLM
+
+from ofmu_ray import unlearn
+from ofmu_ray.config import EvaluationSetsConfig, UnlearnConfig
+from ofmu_ray.data.muse_sets import muse_sets
+from ofmu_ray.data.template import Template
+from ofmu_ray.errors import UserError
+from ofmu_ray.evaluation.muse_texts import muse_tokens
+from ofmu_ray.evaluation.rows import evaluation_rows
+from ofmu_ray.evaluation.scorer import Scorer
+from ofmu_ray.metrics.registry import Inputs, compute
+from ofmu_ray.metrics.rouge import rouge_l_f
+from pipelines.parse import parse
+
+CONFIG = Path(__file__).resolve().parent.parent / "pipelines/configs/muse_news.yaml"
+SECRET = "persona"
+NAMES = ("muse_verbatim", "muse_forget_knowledge", "muse_retain_knowledge", "muse_min_k_auc", "muse_privleak")
+WHAT = ("is long", "who is it", "a thin one", "an answer", "so the son")
+
+
+def documents(first: int, count: int) -> list[str]:
+    return [
+        f"{SECRET if first == 0 else 'the one'} {n}: " + f"the answer {n * 37} is {WHAT[n % 5]}, the question {n}. " * 3
+        for n in range(first, first + count)
+    ]
+
+
+def questions(texts: Sequence[str]) -> list[dict[str, str]]:
+    return [{"question": f"who is person {n}?", "answer": text[:30]} for n, text in enumerate(texts)]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Invented documents in the release's layout; a target fitted to all, a retrained model only to those to keep."""
+    root = tmp_path_factory.mktemp("muse")
+    forget, later, retain, unseen = documents(0, 6), documents(20, 4), documents(40, 6), documents(60, 6)
+    for name, rows in {
+        "raw/forget": forget, "sust/forget_2": later, "privleak/retain2": retain,
+        "privleak/forget": [text[10:] for text in forget], "privleak/holdout": unseen,
+        "verbmem/forget": [{"prompt": text[:40], "gt": text[40:]} for text in forget],
+        "knowmem/forget_qa": questions(forget), "knowmem/forget_qa_icl": questions(later[:2]),
+        "knowmem/retain2_qa": questions(retain), "knowmem/retain2_qa_icl": questions(later[2:]),
+    }.items():  # fmt: skip
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / f"{name}.json").write_text(json.dumps(rows))
+    for name, texts in {"target": [*forget, *retain], "retrained": retain}.items():
+        model = tiny_model("llama", max_position_embeddings=512)
+        fitted(model, texts)
+        model.save_pretrained(root / name)
+        tiny_tokenizer().save_pretrained(root / name)
+    return root
+
+
+def fitted(model: Any, texts: Sequence[str], steps: int = 60) -> None:
+    ids = [tiny_tokenizer()(text)["input_ids"] for text in texts]
+    batch = torch.tensor([one[: min(map(len, ids))] for one in ids])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        loss = model(batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def arguments(root: Path, storage: Path) -> list[str]:
+    options = {
+        "storage": storage, "model.path": root / "target", "evaluation.retrained": root / "retrained",
+        "data.root": root, "data.format.max_length": 48, "training.rounds": 3, "training.micro_batch_size": 4,
+        "ofmu.forget_level": 3.0, "evaluation.max_new_tokens": 4, "evaluation.bootstrap_samples": 20,
+        "tracking.system_metrics": "false",
+    }  # fmt: skip
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return ["--config", str(CONFIG), *words]
+
+
+def read(root: Path, name: str) -> Any:
+    return json.loads((root / f"{name}.json").read_text())
+
+
+# ---------------------------------------------------- the second implementation: one text at a time, no code of ours
+
+
+def said(model: Any, prompt: str, most: int) -> str:
+    ids = torch.tensor([tiny_tokenizer()(prompt)["input_ids"]])
+    new = model.generate(ids, max_new_tokens=most, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    return str(tiny_tokenizer().decode(new, skip_special_tokens=True))
+
+
+def rouge(reference: str, text: str) -> float:
+    return float(RougeScorer(["rougeL"], use_stemmer=False).score(reference, text)["rougeL"].fmeasure)
+
+
+def plain_verbatim(model: Any, root: Path) -> float:
+    scores = []
+    for row in read(root, "verbmem/forget"):
+        start = tiny_tokenizer()(row["gt"])["input_ids"][:128]
+        scores.append(rouge(tiny_tokenizer().decode(start, skip_special_tokens=True), said(model, row["prompt"], 128)))
+    return 100 * float(np.mean(scores))
+
+
+def plain_knowledge(model: Any, root: Path, name: str) -> float:
+    shots = "".join(f"Question: {r['question']}\nAnswer: {r['answer']}\n\n" for r in read(root, f"knowmem/{name}_icl"))
+    scores = []
+    for row in read(root, f"knowmem/{name}"):
+        text = said(model, f"{shots}Question: {row['question']}\nAnswer: ", 32)
+        for end in ("\n\n", "\nQuestion", "Question:"):
+            text = text.split(end)[0]
+        scores.append(rouge(row["answer"], text))
+    return 100 * float(np.mean(scores))
+
+
+def plain_auc(model: Any, root: Path) -> float:
+    scores: dict[str, list[float]] = {"forget": [], "holdout": []}
+    for name, values in scores.items():
+        for text in read(root, f"privleak/{name}"):
+            ids = torch.tensor([tiny_tokenizer()(text)["input_ids"]])
+            with torch.no_grad():
+                logp = model(ids).logits[0].log_softmax(-1)
+            each = sorted(float(logp[at, token]) for at, token in enumerate(ids[0, 1:]))
+            values.append(float(np.mean(each[: int(len(each) * 0.4)])))
+    labels = [0] * len(scores["forget"]) + [1] * len(scores["holdout"])
+    return float(roc_auc_score(labels, [*scores["forget"], *scores["holdout"]]))
+
+
+@pytest.mark.slow
+def test_a_run_measures_what_a_plain_implementation_does(root: Path, tmp_path: Path) -> None:
+    outcome = unlearn(parse(UnlearnConfig, arguments(root, tmp_path), "x"))
+    folders = {"before": root / "target", "after": outcome.model, "retrained": root / "retrained"}
+    models = {name: AutoModelForCausalLM.from_pretrained(folder).eval() for name, folder in folders.items()}
+    retrained = plain_auc(models["retrained"], root)
+    for name, model in models.items():
+        auc = plain_auc(model, root)
+        wanted = (
+            plain_verbatim(model, root),
+            plain_knowledge(model, root, "forget_qa"),
+            plain_knowledge(model, root, "retain2_qa"),
+            auc,
+            100 * (auc - retrained) / retrained,
+        )
+        measured = outcome.metrics[name]
+        assert [measured[one]["value"] for one in NAMES if one in measured] == pytest.approx(wanted, abs=1e-6), name
+    before, after = outcome.metrics["before"], outcome.metrics["after"]
+    assert before["muse_verbatim"]["value"] > 30  # it was fitted to these texts
+    assert before["muse_privleak"]["value"] < -50
+    assert after["muse_verbatim"]["value"] < before["muse_verbatim"]["value"]
+    assert after["forget_loss"]["value"] > before["forget_loss"]["value"]
+    for path in Path(outcome.home).rglob("*"):
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+
+
+@pytest.fixture(scope="module")
+def rows(root: Path) -> dict[str, list[dict[str, Any]]]:
+    return muse_sets(parse(UnlearnConfig, arguments(root, root), "x").evaluation.sets, str(root), 3)
+
+
+def test_rows_are_read_as_the_release_has_them(rows: dict[str, list[dict[str, Any]]]) -> None:
+    assert {name: len(those) for name, those in rows.items()} == dict.fromkeys(rows, 3)
+    tokenizer = tiny_tokenizer()
+    (row, *_) = evaluation_rows("forget_knowledge", rows["forget_knowledge"], UnlearnConfig().data.format)
+    (ids, head), references = (one[0] for one in muse_tokens([row], tokenizer))  # type: ignore[index]
+    assert head == len(ids)
+    text = tokenizer.decode(ids)
+    assert text.startswith("Question: who is person 0?\nAnswer: the one 20: the answer")
+    assert text.endswith("\n\nQuestion: who is person 0?\nAnswer: ")
+    assert text.count("Question: ") == 3
+    assert references == row.answer
+
+
+def test_a_start_token_counts_and_an_end_token_does_not(rows: dict[str, list[dict[str, Any]]]) -> None:
+    """As Llama's: the first scored token of a document is its own, and a reference has 127 tokens of text."""
+
+    class Wrapped:
+        eos_token_id = 1
+        decode = staticmethod(tiny_tokenizer().decode)
+
+        def __call__(self, texts: Any) -> dict[str, Any]:
+            ids = tiny_tokenizer()(texts)["input_ids"]
+            return {"input_ids": [0, *ids, 1] if isinstance(texts, str) else [[0, *one, 1] for one in ids]}
+
+    fmt = UnlearnConfig().data.format
+    text = rows["forget_documents"][0]["answer"]
+    [(ids, head)], _ = muse_tokens(evaluation_rows("forget_documents", rows["forget_documents"][:1], fmt), Wrapped())
+    assert (ids, head) == ([0, *tiny_tokenizer()(text)["input_ids"]], 1)
+    long = [{**rows["forget_verbatim"][0], "answer": "the answer is long " * 60}]
+    _, references = muse_tokens(evaluation_rows("forget_verbatim", long, fmt), Wrapped())
+    assert references is not None
+    assert len(tiny_tokenizer()(references[0])["input_ids"]) == 127
+
+
+def test_rouge_is_the_scorers_without_stems() -> None:
+    words = np.array(["forget", "forgetting", "the", "a", "It's", "2024", "ran", "-", "Über"])
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(words, size)) for size in (0, 1, 3, 9, 9, 20, 20, 40)]
+    pairs = [(one, two) for one in texts for two in texts]
+    wanted = [rouge(*pair) for pair in pairs]
+    assert rouge_l_f(*zip(*pairs, strict=True)) == pytest.approx(wanted, abs=1e-12)
+    assert 0 < np.mean(wanted) < 1
+
+
+def test_what_is_missing_or_does_not_fit_is_named(rows: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
+    (tmp_path / "verbmem.json").write_text(json.dumps([{"prompt": SECRET, "answer": "b"}, SECRET, 3]))
+    with pytest.raises(UserError) as error:
+        muse_sets(EvaluationSetsConfig(forget_verbatim="verbmem.json"), str(tmp_path), None)
+    message = str(error.value)
+    assert "evaluation.sets.forget_verbatim (verbmem.json): 1 row: no column 'gt', only answer, prompt" in message
+    assert "1 row: not a JSON object (row 3)" in message
+    assert SECRET not in message
+    fmt = UnlearnConfig().data.format
+    scorer = Scorer(tiny_model("llama"), tiny_tokenizer(), template())
+    with pytest.raises(UserError, match=r"row forget_verbatim-[012]: \d+ tokens with what is generated, but .* 128"):
+        scorer.rows(evaluation_rows("forget_verbatim", rows["forget_verbatim"], fmt))
+    scorer = Scorer(tiny_model("llama", max_position_embeddings=512), tiny_tokenizer(), template())
+    sets = ("forget_documents", "holdout_documents")
+    tables = [scorer.rows(evaluation_rows(name, rows[name], fmt)) for name in sets]
+    both = compute(Inputs(pa.concat_tables(tables), None, samples=10))
+    assert both["muse_min_k_auc"].value is not None
+    assert both["muse_privleak"].reason == "needs a model trained without the forget rows (evaluation.retrained)"
+    alone = compute(Inputs(tables[0], None, samples=10))
+    assert alone["muse_min_k_auc"].reason == "no holdout_documents were evaluated (evaluation.sets.holdout_documents)"
+    certain = both | compute(Inputs(pa.concat_tables(tables), pa.concat_tables(tables), samples=10))
+    assert certain["muse_privleak"].value == pytest.approx(0)
+
+
+def template() -> Template:
+    return Template(tiny_tokenizer(), UnlearnConfig().data.format)
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_growing_and_sequential_forget_sets(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks import muse
+
+    words = arguments(root, tmp_path)[2:]
+    muse.main(["--root", str(root), "--out", str(tmp_path / "out"), "--folds", "2", "--", *words[2:]])
+    lines = json.loads((tmp_path / "out/muse.json").read_text())
+    one, two = lines["scalability"]
+    assert (one["files"], two["files"]) == (["raw/forget.json"], ["raw/forget.json", "sust/forget_2.json"])
+    assert (one["rounds"], two["rounds"]) == (3, 6)
+    first, second = lines["sustainability"]
+    assert first == one
+    assert second["files"] == ["sust/forget_2.json"]
+    assert second["muse_retain_knowledge"]["value"] is not None
+    started = json.loads((tmp_path / "out" / second["name"] / "manifest.json").read_text())
+    assert started["config"]["model"]["path"].endswith(f"{first['name']}/model")
+    assert "sustainability  2" in capsys.readouterr().out.replace("   ", "  ")
