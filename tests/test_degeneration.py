@@ -182,6 +182,29 @@ def test_samples_are_chosen_by_damage() -> None:
     assert shown("retain", [1.0] * 3, [1.0] * 3, [0.0] * 3) == ["retain-0", "retain-1"]
 
 
+def test_samples_of_texts_are_continuations() -> None:
+    """The end of what the model read, and the beginning of how the text goes on."""
+    long, more = "the beginning " + "x" * 200 + " the end", "goes on" + "y" * 700
+    table = pa.table({"row_id": ["retain-0"], "set": ["retain"], "kind": ["text"], "generated": ["goes off"]})
+    (sample,) = sample_rows({"after": table}, {"retain-0": (long, more)}, 2, reveal=False)["retain"]
+    assert sample.continues
+    assert sample.question is not None
+    assert sample.answer is not None
+    assert sample.question.startswith("…x")
+    assert sample.question.endswith("x the end")
+    assert (sample.answer[:7], sample.answer[-2:], len(sample.answer)) == ("goes on", "y…", 601)
+    (plain,) = sample_rows(
+        {"after": table.set_column(2, "kind", [["qa"]])}, {"retain-0": (long, more)}, 2, reveal=False
+    )["retain"]
+    assert (plain.question, plain.answer, plain.continues) == (long, more, False)
+    private = pa.table({"row_id": ["forget-0"], "set": ["forget"], "kind": ["text"], "generated": ["secret"]})
+    (hidden,) = sample_rows({"after": private}, {"forget-0": (long, more)}, 2, reveal=False)["forget"]
+    assert (hidden.row_id, hidden.question, hidden.answer, hidden.generations["after"].text) == (
+        "forget-0",
+        *[None] * 3,
+    )
+
+
 def test_the_terminal_gives_intervals_their_values_digits_and_a_reason_for_what_is_missing() -> None:
     def metric(value: float | None, *bounds: float) -> dict:
         return {"value": value, "low": bounds[0], "high": bounds[1]} if bounds else {"value": None, "reason": "no rows"}

@@ -10,6 +10,11 @@ from typing import Any
 from ofmu_ray.evaluation.rows import is_private
 from ofmu_ray.metrics.generations import damage
 
+CONTINUED = frozenset({"text", "verbatim"})
+"""Kinds of rows whose generations continue a text."""
+BEFORE, AFTER = 160, 600
+"""Characters of a continued text that are shown."""
+
 Row = dict[str, Any]
 
 
@@ -29,8 +34,12 @@ class Sample:
 
     row_id: str
     question: str | None
+    """Of a continuation: the end of the text before it."""
     answer: str | None
+    """Of a continuation: as much of the text as the generations are compared with, about."""
     generations: dict[str, Generation]
+    continues: bool = False
+    """The generations continue a text."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +79,16 @@ def sample_rows(
         for row_id in ids:
             question, answer = texts.get(row_id, (None, None)) if shown else (None, None)
             rows = {model: sets[name][row_id] for model, sets in by_model.items() if row_id in sets.get(name, {})}
+            continues = any(row.get("kind") in CONTINUED for row in rows.values())
+            if continues and question and answer:
+                question, answer = _cut(question[::-1], BEFORE)[::-1], _cut(answer, AFTER)
             generations = {model: _generation(row, shown) for model, row in rows.items()}
-            samples[name].append(Sample(row_id, question, answer, generations))
+            samples[name].append(Sample(row_id, question, answer, generations, continues))
     return {name: rows for name, rows in samples.items() if rows}
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def _damage(by_model: Mapping[str, Mapping[str, Mapping[str, Row]]], name: str, row_id: str) -> float:
