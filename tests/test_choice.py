@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import ROOT
 from evaluation_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -89,6 +90,34 @@ def test_one_token_letters_take_one_forward_and_one_position_per_row(rows: list[
     choice_table(model, _tokenizer(), rows, batch_size=8)
     handle.remove()
     assert shapes == [(8, 320), (6, 320)]
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_accuracy_on_two_hundred_questions_of_mmlu_is_the_harness_s() -> None:
+    """Its prompts and scores written out from the data set's own columns: log p of " A" to " D" after the prompt."""
+    path = ROOT.parent / "shared/data/mmlu/test.parquet"
+    if not path.is_file():
+        pytest.skip("no ../shared/data/mmlu beside the checkout: MMLU is not part of the repository")
+    cells = pq.read_table(path).to_pylist()
+    at = [index * len(cells) // 200 for index in range(200)]
+    right: dict[str, list[bool]] = {}
+    model, tokenizer = tiny_model(), _tokenizer()
+    model.config.max_position_embeddings = 1 << 15
+    for cell in (cells[index] for index in at):
+        options = "".join(f"{letter}. {text}\n" for letter, text in zip("ABCD", cell["choices"], strict=True))
+        about = cell["subject"].replace("_", " ")
+        text = f"The following are multiple choice questions (with answers) about {about}.\n\n"
+        text += f"{cell['question'].strip()}\n{options}Answer:"
+        scores = [sum(_slow(model, tokenizer, text, f" {letter}")) for letter in "ABCD"]
+        right.setdefault(cell["subject"], []).append(int(np.argmax(scores)) == cell["answer"])
+    weighted = sum(len(answers) * float(np.mean(answers)) for answers in right.values()) / 200  # as its group mmlu
+    rows = choice_rows(SourceConfig(path=str(path)), name="mmlu", option="o")
+    table = choice_table(model, tokenizer, [rows[index] for index in at])
+    figures = choice_figures(table, samples=10, seed=0, name="mmlu")["accuracy"]
+    assert figures.value == pytest.approx(weighted, abs=1e-12)
+    assert (figures.n, len(right) > 50) == (200, True)
+    assert 0.1 < weighted < 0.5
 
 
 def test_cloze_scores_the_mean_over_the_texts_tokens(rows: list[ChoiceRow]) -> None:

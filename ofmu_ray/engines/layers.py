@@ -15,13 +15,13 @@ DEFAULT_LAYER = 7
 """RMU's default layer (OpenUnlearning's rmu.yaml)."""
 
 
-def chosen_layer(wanted: int | None, layers: int) -> int:
+def chosen_layer(wanted: int | None, layers: int, option: str = "rmu.layer") -> int:
     """The layer's number, from 0: `wanted`, else 7, or the middle layer of a model with fewer than 8 layers.
 
     Raises UserError if the model has no such layer.
     """
     if wanted is not None and wanted >= layers:
-        raise UserError(f"rmu.layer = {wanted}: the model has layers 0 to {layers - 1}")
+        raise UserError(f"{option} = {wanted}: the model has layers 0 to {layers - 1}")
     if wanted is not None:
         return wanted
     return DEFAULT_LAYER if layers > DEFAULT_LAYER else (layers - 1) // 2

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from ofmu_ray.data.prepare import PreparedData
     from ofmu_ray.data.template import Template
     from ofmu_ray.features.reference import Reference, ReferenceModel
 
@@ -103,9 +104,14 @@ class Tokens:
 
 @dataclass(frozen=True)
 class ParameterValues:
-    """A tensor per trained parameter, from all rows of a stream, for the method's `given`; deleted with the run."""
+    """Named tensors from all rows of a stream, such as one per trained parameter, for the method's `given`; deleted
+    with the run."""
 
     name: ClassVar[str]
+
+    def resolved(self, settings: FeatureContext, prepared: PreparedData) -> Self:
+        """A copy whose fields, with model and rows, determine the tensors. Raises UserError."""
+        return self
 
     def compute(self, reference: Reference, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         """The tensors, on the CPU."""

@@ -104,7 +104,8 @@ def write_references(
             if isinstance(need.feature, Tokens):
                 sidecar.add_texts(need.feature.prefix, written(need.feature), need.feature.count)
             elif isinstance(need.feature, ParameterValues):
-                sidecar.parameters[need.feature.name] = source.parameters(need.feature, chosen)
+                tensors = need.feature.resolved(settings, prepared)
+                sidecar.parameters[tensors.name] = source.parameters(tensors, chosen)
             elif need.of is None:
                 table = source.table(need.feature.resolved(settings), stream, chosen.rows, chosen.key)
                 sidecar.add_table(need.feature.name, need.feature.key, table)
@@ -172,7 +173,7 @@ class ReferenceModel:
         return path
 
     def parameters(self, feature: ParameterValues, chosen: ChosenRows) -> str:
-        """Path of the tensors by parameter, computed in this process if missing."""
+        """Path of the named tensors, computed in this process if missing."""
         from safetensors.torch import save
 
         path = join(self.private, f"{_digest(self.fingerprint, _identity(feature), chosen.key)}.safetensors")

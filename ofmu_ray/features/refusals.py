@@ -12,9 +12,8 @@ import pyarrow.parquet as pq
 
 from ofmu_ray.config import SourceConfig
 from ofmu_ray.data import row_checks as checks
-from ofmu_ray.data import sources
+from ofmu_ray.data.evaluation_rows import readable
 from ofmu_ray.data.row_checks import Problems
-from ofmu_ray.data.sources import UnreadableRow
 from ofmu_ray.data.template import Template
 from ofmu_ray.features.protocol import Row
 from ofmu_ray.storage import atomic_write
@@ -23,21 +22,22 @@ BUILTIN = "builtin:refusals.jsonl"
 
 
 def read_refusals(path: str | None, root: str | None, option: str) -> list[str]:
-    """The refusals of a file with a column `answer` (None: the built-in ones).
+    """The refusals of a file with a column `answer` (None: the built-in ones). Raises UserError as `read_texts`."""
+    return read_texts(path or BUILTIN, root, option, "answer")
+
+
+def read_texts(path: str, root: str | None, option: str, column: str) -> list[str]:
+    """The texts in a column of a file.
 
     Raises UserError with every problem of the file; `option` names it.
     """
-    source = SourceConfig(path=path or BUILTIN)
-    problems, refusals = Problems(), []
-    for piece in sources.fragments(source, root, stream="refusals", option=option):
-        for number, row in sources.read(piece, ["answer"]):
-            if isinstance(row, UnreadableRow):
-                problems.add(row.kind, f"row {number}")
-            elif (text := checks.cell(row, "answer", None, problems, f"row {number}")) is not None:
-                refusals.append(text)
-    problems.empty = not refusals and not problems.counts
+    source, problems, texts = SourceConfig(path=path), Problems(), []
+    for _, place, cells in readable(source, root, column, option, problems):
+        if (text := checks.cell(cells, column, None, problems, place)) is not None:
+            texts.append(text)
+    problems.empty = not texts and not problems.counts
     checks.refuse({option: (source.shown, problems)})
-    return refusals
+    return texts
 
 
 def chosen(row_id: str, count: int, seed: int) -> int:

@@ -32,7 +32,6 @@ def micro_batch(
     """
     text = shape.get_text_config()
     batch = _texts(rows, tokens, prompt)
-    answer = rows * (tokens - prompt)
     for need in needs:
         if isinstance(need.feature, ParameterValues):
             continue
@@ -41,7 +40,7 @@ def micro_batch(
         if prefix:
             batch |= {prefix + name: tensor for name, tensor in _texts(rows, tokens, prompt).items()}
         if values is not None:
-            entries = answer if values.per_token else rows
+            entries = rows * values.entries({"input_ids": range(tokens), "prompt_tokens": prompt})
             batch[prefix + values.key] = torch.empty((entries, *values.shape(text)), device="meta")
             if module is not None:
                 values.check(module)  # fails now if the model has no such layer
