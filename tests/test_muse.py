@@ -16,21 +16,36 @@ from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM
 
-from ofmu_ray import unlearn
-from ofmu_ray.config import EvaluationSetsConfig, UnlearnConfig
+from ofmu_ray.config import (
+    DataConfig,
+    EvaluationConfig,
+    EvaluationSetsConfig,
+    FormatConfig,
+    ModelConfig,
+    SourceConfig,
+)
+from ofmu_ray.config.runs import resolved
 from ofmu_ray.data.muse_sets import muse_sets
 from ofmu_ray.data.template import Template
 from ofmu_ray.errors import UserError
+from ofmu_ray.evaluation.evaluator import Evaluator, read_sets
 from ofmu_ray.evaluation.muse_texts import muse_tokens
 from ofmu_ray.evaluation.rows import evaluation_rows
 from ofmu_ray.evaluation.scorer import Scorer
 from ofmu_ray.metrics.registry import Inputs, compute
 from ofmu_ray.metrics.rouge import rouge_l_f
-from pipelines.parse import parse
 
-CONFIG = Path(__file__).resolve().parent.parent / "pipelines/configs/muse_news.yaml"
 SECRET = "persona"
 NAMES = ("muse_verbatim", "muse_forget_knowledge", "muse_retain_knowledge", "muse_min_k_auc", "muse_privleak")
+SETS = EvaluationSetsConfig(
+    forget_verbatim="verbmem/forget.json",
+    forget_knowledge="knowmem/forget_qa.json",
+    forget_examples="knowmem/forget_qa_icl.json",
+    retain_knowledge="knowmem/retain2_qa.json",
+    retain_examples="knowmem/retain2_qa_icl.json",
+    forget_documents="privleak/forget.json",
+    holdout_documents="privleak/holdout.json",
+)
 WHAT = ("is long", "who is it", "a thin one", "an answer", "so the son")
 
 
@@ -49,7 +64,7 @@ def questions(texts: Sequence[str]) -> list[dict[str, str]]:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Invented documents in the release's layout; a target fitted to all, a retrained model only to those to keep."""
     root = tmp_path_factory.mktemp("muse")
-    forget, later, retain, unseen = documents(0, 6), documents(20, 4), documents(40, 6), documents(60, 6)
+    forget, later, retain, unseen = documents(0, 5), documents(20, 4), documents(40, 5), documents(60, 5)
     for name, rows in {
         "raw/forget": forget, "sust/forget_2": later, "privleak/retain2": retain,
         "privleak/forget": [text[10:] for text in forget], "privleak/holdout": unseen,
@@ -78,15 +93,13 @@ def fitted(model: Any, texts: Sequence[str], steps: int = 60) -> None:
         optimizer.zero_grad()
 
 
-def arguments(root: Path, storage: Path) -> list[str]:
-    options = {
-        "storage": storage, "model.path": root / "target", "evaluation.retrained": root / "retrained",
-        "data.root": root, "data.format.max_length": 48, "training.rounds": 3, "training.micro_batch_size": 4,
-        "ofmu.forget_level": 3.0, "evaluation.max_new_tokens": 4, "evaluation.bootstrap_samples": 20,
-        "tracking.system_metrics": "false",
+def options(root: Path) -> list[str]:
+    named = {
+        "model.path": root / "target", "evaluation.retrained": root / "retrained", "data.format.max_length": 48,
+        "training.rounds": 3, "training.micro_batch_size": 4, "ofmu.forget_level": 3.0,
+        "evaluation.max_new_tokens": 4, "evaluation.bootstrap_samples": 20, "tracking.system_metrics": "false",
     }  # fmt: skip
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    return ["--config", str(CONFIG), *words]
+    return [word for name, value in named.items() for word in (f"--{name}", str(value))]
 
 
 def read(root: Path, name: str) -> Any:
@@ -139,40 +152,53 @@ def plain_auc(model: Any, root: Path) -> float:
 
 
 @pytest.mark.slow
-def test_a_run_measures_what_a_plain_implementation_does(root: Path, tmp_path: Path) -> None:
-    outcome = unlearn(parse(UnlearnConfig, arguments(root, tmp_path), "x"))
-    folders = {"before": root / "target", "after": outcome.model, "retrained": root / "retrained"}
-    models = {name: AutoModelForCausalLM.from_pretrained(folder).eval() for name, folder in folders.items()}
-    retrained = plain_auc(models["retrained"], root)
-    for name, model in models.items():
-        auc = plain_auc(model, root)
-        wanted = (
-            plain_verbatim(model, root),
-            plain_knowledge(model, root, "forget_qa"),
-            plain_knowledge(model, root, "retain2_qa"),
-            auc,
-            100 * (auc - retrained) / retrained,
-        )
-        measured = outcome.metrics[name]
-        assert [measured[one]["value"] for one in NAMES if one in measured] == pytest.approx(wanted, abs=1e-6), name
-    before, after = outcome.metrics["before"], outcome.metrics["after"]
-    assert before["muse_verbatim"]["value"] > 30  # it was fitted to these texts
-    assert before["muse_privleak"]["value"] < -50
-    assert after["muse_verbatim"]["value"] < before["muse_verbatim"]["value"]
-    assert after["forget_loss"]["value"] > before["forget_loss"]["value"]
-    for path in Path(outcome.home).rglob("*"):
-        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+def test_metrics_are_those_of_a_plain_implementation(root: Path, tmp_path: Path) -> None:
+    evaluator, models = evaluator_of(root, tmp_path), {}
+    for name in ("target", "retrained"):
+        models[name] = AutoModelForCausalLM.from_pretrained(root / name).eval()
+    tables = {name: evaluator.table(str(root / name), name) for name in models}
+    measured = evaluator.figures(tables["target"], tables["retrained"]) or {}
+    auc, retrained = (plain_auc(model, root) for model in models.values())
+    wanted = (
+        plain_verbatim(models["target"], root),
+        plain_knowledge(models["target"], root, "forget_qa"),
+        plain_knowledge(models["target"], root, "retain2_qa"),
+        auc,
+        100 * (auc - retrained) / retrained,
+    )
+    assert [measured[name]["value"] for name in NAMES] == pytest.approx(wanted, abs=1e-6)
+    assert measured["muse_verbatim"]["value"] > 30  # it was fitted to these texts
+    assert measured["muse_privleak"]["value"] < -50
+    assert measured["muse_verbatim"]["n"] == 5
+    lost = evaluator.figures(tables["retrained"], tables["retrained"]) or {}
+    assert lost["muse_verbatim"]["value"] < measured["muse_verbatim"]["value"]
+    assert lost["muse_privleak"]["value"] == pytest.approx(0)
+    hidden = [row for row in tables["target"].to_pylist() if row["set"].startswith("forget") and row["generated"]]
+    assert not hidden
+
+
+def evaluator_of(root: Path, storage: Path) -> Evaluator:
+    evaluation = EvaluationConfig(max_new_tokens=4, bootstrap_samples=20, batch_size=4, sets=SETS)
+    data = DataConfig(
+        root=str(root),
+        forget=SourceConfig(path="raw/forget.json"),
+        retain=SourceConfig(path="privleak/retain2.json"),
+        format=FormatConfig(kind="text", max_length=48),
+    )
+    model = ModelConfig(path=str(root / "target"))
+    evaluation = resolved(evaluation, data, model.path)
+    return Evaluator(evaluation, data, model.path, storage / "cache", sets=read_sets(evaluation, data, model))
 
 
 @pytest.fixture(scope="module")
 def rows(root: Path) -> dict[str, list[dict[str, Any]]]:
-    return muse_sets(parse(UnlearnConfig, arguments(root, root), "x").evaluation.sets, str(root), 3)
+    return muse_sets(SETS, str(root), 3)
 
 
 def test_rows_are_read_as_the_release_has_them(rows: dict[str, list[dict[str, Any]]]) -> None:
     assert {name: len(those) for name, those in rows.items()} == dict.fromkeys(rows, 3)
     tokenizer = tiny_tokenizer()
-    (row, *_) = evaluation_rows("forget_knowledge", rows["forget_knowledge"], UnlearnConfig().data.format)
+    (row, *_) = evaluation_rows("forget_knowledge", rows["forget_knowledge"], FormatConfig())
     (ids, head), references = (one[0] for one in muse_tokens([row], tokenizer))  # type: ignore[index]
     assert head == len(ids)
     text = tokenizer.decode(ids)
@@ -193,7 +219,7 @@ def test_a_start_token_counts_and_an_end_token_does_not(rows: dict[str, list[dic
             ids = tiny_tokenizer()(texts)["input_ids"]
             return {"input_ids": [0, *ids, 1] if isinstance(texts, str) else [[0, *one, 1] for one in ids]}
 
-    fmt = UnlearnConfig().data.format
+    fmt = FormatConfig()
     text = rows["forget_documents"][0]["answer"]
     [(ids, head)], _ = muse_tokens(evaluation_rows("forget_documents", rows["forget_documents"][:1], fmt), Wrapped())
     assert (ids, head) == ([0, *tiny_tokenizer()(text)["input_ids"]], 1)
@@ -221,7 +247,7 @@ def test_what_is_missing_or_does_not_fit_is_named(rows: dict[str, list[dict[str,
     assert "evaluation.sets.forget_verbatim (verbmem.json): 1 row: no column 'gt', only answer, prompt" in message
     assert "1 row: not a JSON object (row 3)" in message
     assert SECRET not in message
-    fmt = UnlearnConfig().data.format
+    fmt = FormatConfig()
     scorer = Scorer(tiny_model("llama"), tiny_tokenizer(), template())
     with pytest.raises(UserError, match=r"row forget_verbatim-[012]: \d+ tokens with what is generated, but .* 128"):
         scorer.rows(evaluation_rows("forget_verbatim", rows["forget_verbatim"], fmt))
@@ -238,16 +264,16 @@ def test_what_is_missing_or_does_not_fit_is_named(rows: dict[str, list[dict[str,
 
 
 def template() -> Template:
-    return Template(tiny_tokenizer(), UnlearnConfig().data.format)
+    return Template(tiny_tokenizer(), FormatConfig())
 
 
 @pytest.mark.full
 @pytest.mark.slow
 def test_growing_and_sequential_forget_sets(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The shipped configuration: three runs in files of the release's layout."""
     from benchmarks import muse
 
-    words = arguments(root, tmp_path)[2:]
-    muse.main(["--root", str(root), "--out", str(tmp_path / "out"), "--folds", "2", "--", *words[2:]])
+    muse.main(["--root", str(root), "--out", str(tmp_path / "out"), "--folds", "2", "--", *options(root)])
     lines = json.loads((tmp_path / "out/muse.json").read_text())
     one, two = lines["scalability"]
     assert (one["files"], two["files"]) == (["raw/forget.json"], ["raw/forget.json", "sust/forget_2.json"])
@@ -258,4 +284,12 @@ def test_growing_and_sequential_forget_sets(root: Path, tmp_path: Path, capsys: 
     assert second["muse_retain_knowledge"]["value"] is not None
     started = json.loads((tmp_path / "out" / second["name"] / "manifest.json").read_text())
     assert started["config"]["model"]["path"].endswith(f"{first['name']}/model")
-    assert "sustainability  2" in capsys.readouterr().out.replace("   ", "  ")
+    assert capsys.readouterr().out.count("sustainability") == 2
+    home = tmp_path / "out" / one["name"]
+    metrics = json.loads((home / "metrics.json").read_text())
+    before, after = metrics["before"], metrics["after"]
+    assert after["forget_loss"]["value"] > before["forget_loss"]["value"]
+    assert after["muse_verbatim"]["value"] < before["muse_verbatim"]["value"]
+    assert metrics["retrained"]["muse_verbatim"]["value"] is not None
+    for path in home.rglob("*"):
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
