@@ -43,7 +43,10 @@ def chains(base: UnlearnConfig, folds: int) -> dict[str, list[dict[str, Any]]]:
                 changes["name"] = f"{base.name}_1"  # the same run in both
             else:
                 changes["evaluation.retrained"] = None
-                changes |= {"training.rounds": k * base.training.rounds} if growing else {"model.path": model}
+            if growing:
+                changes["training.rounds"] = k * base.training.rounds
+            else:
+                changes["model.path"] = model
             outcome = run(apply_overrides(base, changes))
             model = outcome.model
             line = {"k": k, "files": files, "name": outcome.name, "status": outcome.status, "rounds": outcome.rounds}

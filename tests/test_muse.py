@@ -199,13 +199,13 @@ def test_rows_are_read_as_the_release_has_them(rows: dict[str, list[dict[str, An
     assert {name: len(those) for name, those in rows.items()} == dict.fromkeys(rows, 3)
     tokenizer = tiny_tokenizer()
     (row, *_) = evaluation_rows("forget_knowledge", rows["forget_knowledge"], FormatConfig())
-    (ids, head), references = (one[0] for one in muse_tokens([row], tokenizer))  # type: ignore[index]
+    [(ids, head)], references = muse_tokens([row], tokenizer)
     assert head == len(ids)
     text = tokenizer.decode(ids)
     assert text.startswith("Question: who is person 0?\nAnswer: the one 20: the answer")
     assert text.endswith("\n\nQuestion: who is person 0?\nAnswer: ")
     assert text.count("Question: ") == 3
-    assert references == row.answer
+    assert references == [row.answer]
 
 
 def test_a_start_token_counts_and_an_end_token_does_not(rows: dict[str, list[dict[str, Any]]]) -> None:

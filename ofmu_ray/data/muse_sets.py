@@ -33,12 +33,12 @@ def muse_sets(sets: EvaluationSetsConfig, root: str | None, limit: int | None) -
 
     Raises UserError with every problem of a file.
     """
-    found = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     for name, kind in MUSE_SETS.items():
         path = getattr(sets, name)
         if path is None:
             continue
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"row_id": row_id, "question": texts[0] if len(texts) > 1 else "", "answer": texts[-1], "kind": kind}
             for row_id, texts in _read(path, root, name, _COLUMNS[kind], limit)
         ]

@@ -127,7 +127,7 @@ class RefusalDirection(ParameterValues):
             last = batch["attention_mask"].sum(1) - 1
             with torch.no_grad():
                 hidden_rtd = layer_output(reference.module, batch, layer)
-            sums.append(hidden_rtd[range(len(rows)), last].double().sum(0).cpu())
+            sums.append(hidden_rtd[torch.arange(len(rows), device=last.device), last].double().sum(0).cpu())
         return torch.stack(sums).sum(0) / len(prompts)
 
 

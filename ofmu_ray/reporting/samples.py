@@ -126,7 +126,9 @@ def _generation(row: Row, shown: bool) -> Generation:
 
 
 def _rouge(row: Row) -> float | None:
-    return next((row[name] for name in ("rouge_l_recall", "rouge_l_f", "rouge") if row.get(name) is not None), None)
+    values = (row.get(name) for name in ("rouge_l_recall", "rouge_l_f", "rouge"))
+    value: float | None = next((value for value in values if value is not None), None)
+    return value
 
 
 def _mean(rows: list[Row], column: str) -> float | None:
