@@ -240,12 +240,12 @@ def test_rouge_is_the_scorers_without_stems() -> None:
 
 
 def test_what_is_missing_or_does_not_fit_is_named(rows: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
-    (tmp_path / "verbmem.json").write_text(json.dumps([{"prompt": SECRET, "answer": "b"}, SECRET, 3]))
+    (tmp_path / "verbmem.json").write_text(json.dumps([{"prompt": SECRET, "answer": "b"}, 3]))
     with pytest.raises(UserError) as error:
         muse_sets(EvaluationSetsConfig(forget_verbatim="verbmem.json"), str(tmp_path), None)
     message = str(error.value)
     assert "evaluation.sets.forget_verbatim (verbmem.json): 1 row: no column 'gt', only answer, prompt" in message
-    assert "1 row: not a JSON object (row 3)" in message
+    assert "1 row: not a JSON object (row 2)" in message
     assert SECRET not in message
     fmt = FormatConfig()
     scorer = Scorer(tiny_model("llama"), tiny_tokenizer(), template())
