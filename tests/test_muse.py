@@ -292,4 +292,4 @@ def test_growing_and_sequential_forget_sets(root: Path, tmp_path: Path, capsys: 
     assert after["muse_privleak"]["value"] == pytest.approx(-100)
     assert metrics["retrained"]["muse_verbatim"]["value"] is not None
     for path in home.rglob("*"):
-        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+        assert not path.is_file() or f"{SECRET} 1: ".encode() not in path.read_bytes(), path
