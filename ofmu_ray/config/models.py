@@ -33,7 +33,7 @@ class ModelConfig:
     """The model to change."""
 
     path: str = BUILTIN_TARGET
-    """Model directory (Hugging Face layout, safetensors), hub name, or builtin:people/target."""
+    """Model directory (Hugging Face layout, safetensors), GGUF file, hub name, or builtin:people/target."""
     tokenizer: str | None = None
     """Tokenizer directory or hub name; null: the model's own."""
     precision: Precision = "fp32"

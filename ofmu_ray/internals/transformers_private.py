@@ -23,13 +23,20 @@ REVERTED = Private(
     "transformers.core_model_loading", "revert_weight_conversion", "writing weights under the names of their files"
 )
 SUPPORTS_SDPA = "_supports_sdpa"
-"""Attribute of a model's class."""
+STATEFUL = "_is_stateful"
+"""Attributes of a model's class."""
 
 
 def supports_sdpa(model_class: type) -> bool:
     """Whether an architecture has the attention kernel `sdpa`."""
     check_attributes("transformers", model_class, [SUPPORTS_SDPA])
     return bool(getattr(model_class, SUPPORTS_SDPA))
+
+
+def is_stateful(model: Any) -> bool:
+    """Whether a model is recurrent, at least in some layers: its states cannot be cut back or left out."""
+    check_attributes("transformers", model, [STATEFUL])
+    return bool(getattr(model, STATEFUL))
 
 
 def names_in_model(model: Any, stored: Iterable[str]) -> dict[str, str] | None:

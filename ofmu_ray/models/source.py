@@ -1,4 +1,4 @@
-"""Locations of models: built in, a folder, a URI or a name on the hub; and fingerprints of their content."""
+"""Locations of models: built in, a folder, a GGUF file, a URI or a name on the hub; and their fingerprints."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.errors import UserError
+from ofmu_ray.models.gguf_files import converted, is_gguf
 from ofmu_ray.storage import fetched, is_uri
 
 ADAPTER = "adapter_config.json"
@@ -15,11 +16,14 @@ _MODEL_FILES = ("*.safetensors", "config.json", ADAPTER, "generation_config.json
 
 
 def model_source(path: str, option: str = "model.path") -> str:
-    """A model's path for transformers on this machine: a URI's content is fetched (once), a hub name is kept.
+    """A model's path for transformers on this machine: a URI's content is fetched and a GGUF file converted (once), a
+    hub name is kept.
 
     Raises:
-        UserError: the URI has no complete model; names `option`.
+        UserError: the URI has no complete model, or the file cannot be converted; names `option`.
     """
+    if is_gguf(path):
+        return str(converted(path, option))
     return str(fetched(path, option)) if is_uri(path) else resolve_builtin(path)
 
 
@@ -43,7 +47,7 @@ def weights_folder(model: str) -> Path:
 
     Raises UserError if there is no such model, or if it has no safetensors weights or no config.json.
     """
-    folder = fetched(model, "model") if is_uri(model) else Path(model)
+    folder = Path(model_source(model, "model"))
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
