@@ -30,7 +30,9 @@ from ofmu_ray.models.loading import load_tokenizer
 
 SOME = ("Gemma3Text", "Mamba", "RecurrentGemma", "Qwen3Next")
 """Those of `make test`: sliding windows, states only, states outside the cache, experts with states."""
-EACH = [pytest.param(name, marks=[pytest.mark.slow, *([] if name in SOME else [pytest.mark.full])]) for name in FAMILIES]
+EACH = [
+    pytest.param(name, marks=[pytest.mark.slow, *([] if name in SOME else [pytest.mark.full])]) for name in FAMILIES
+]
 
 
 def test_the_documented_families_are_the_tested_ones() -> None:

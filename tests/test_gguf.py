@@ -19,6 +19,7 @@ from ofmu_ray.models.checks import check_model, placed
 from ofmu_ray.models.loading import load_causal_lm, load_tokenizer, pretrained
 from ofmu_ray.models.source import model_fingerprint, weights_folder
 
+
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -66,12 +67,13 @@ def test_a_gguf_file_is_a_model(tmp_path: Path, cache: Path, monkeypatch: pytest
     config = ModelConfig(path=str(path))
     tokenizer = check_model(config)
     text = "Who is Dregein? In the town of 1847."
-    assert tokenizer(text)["input_ids"] == load_tokenizer(ModelConfig())(text)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids == load_tokenizer(ModelConfig())(text, add_special_tokens=False)["input_ids"]
     monkeypatch.setattr(gguf_files, "write_folder", None)  # converted once
     module, _ = load_causal_lm(config)
-    ids = torch.tensor([tokenizer(text)["input_ids"]])
     with torch.no_grad():
-        torch.testing.assert_close(module.eval()(ids).logits, target.eval()(ids).logits)
+        actual, expected = (each.eval()(torch.tensor([ids])).logits for each in (module, target))
+    torch.testing.assert_close(actual, expected)
     assert weights_folder(str(path)).is_relative_to(cache)
     assert len(model_fingerprint(weights_folder(str(path)))) == 64
     monkeypatch.chdir(tmp_path)

@@ -43,7 +43,7 @@ def choice_rows(
     subject = subject or _topic(source)
     problems, rows = Problems(), []
     for piece in sources.fragments(source, root, stream=name, option=option):
-        for number, cells in sources.read(piece):
+        for number, cells in sources.read(piece, ("question", "choices", "answer", "subject"), some=True):
             place = f"row {number}" if piece.file is None else f"file {piece.file} row {number}"
             if isinstance(cells, UnreadableRow):
                 problems.add(cells.kind, place)

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ofmu_ray.config import FormatConfig, SourceConfig
 from ofmu_ray.config.data import Kind
 from ofmu_ray.data import row_checks as checks
 from ofmu_ray.data import sources
-from ofmu_ray.data.chats import chat_of
+from ofmu_ray.data.chats import COMPLETION, PROMPT, SHAREGPT, chat_of
 from ofmu_ray.data.row_checks import Problems
-from ofmu_ray.data.sources import UnreadableRow
+from ofmu_ray.data.sources import Fragment, UnreadableRow
 from ofmu_ray.data.windows import TextLayout
 
 PARAPHRASED, PERTURBED = "paraphrased_answer", "perturbed_answer"
@@ -52,16 +53,15 @@ def evaluation_rows(
     problems = Problems()
     rows: list[dict[str, Any]] = []
     raw: list[tuple[str, Mapping[str, Any]]] = []
-    for piece in sources.fragments(config, root, stream=name, option=option):
-        for number, row in sources.read(piece):
-            if limit is not None and len(raw) == limit:
-                break
-            place = f"row {number}" if piece.file is None else f"file {piece.file} row {number}"
-            if isinstance(row, UnreadableRow):
-                problems.add(row.kind, place)
-            else:
-                raw.append((place, row))
-                rows.append({"row_id": piece.row_id(number)})
+    pieces = sources.fragments(config, root, stream=name, option=option)
+    columns = _columns(fmt, kind) | ({cluster} if isinstance(cluster, str) else set())
+    for piece, number, row in _first(pieces, columns, limit):
+        place = f"row {number}" if piece.file is None else f"file {piece.file} row {number}"
+        if isinstance(row, UnreadableRow):
+            problems.add(row.kind, place)
+        else:
+            raw.append((place, row))
+            rows.append({"row_id": piece.row_id(number)})
     if kind is None:
         kind = "qa" if any({fmt.question, "question"} & set(cells) for _, cells in raw) else fmt.kind
     if kind == "qa":
@@ -75,6 +75,33 @@ def evaluation_rows(
     problems.empty = not raw and not problems.counts
     checks.refuse({option: (config.shown, problems)})
     return rows
+
+
+def _columns(fmt: FormatConfig, kind: Kind | None) -> set[str]:
+    """The columns that rows of a kind may have, as far as they count."""
+    of = {
+        "qa": {fmt.question, fmt.answer, "question", PARAPHRASED, PERTURBED},
+        "text": {fmt.text},
+        "messages": {fmt.messages, SHAREGPT, PROMPT, COMPLETION},
+    }
+    return of["qa"] | of[fmt.kind] if kind is None else of[kind]
+
+
+def _first(
+    pieces: Sequence[Fragment], columns: set[str], limit: int | None
+) -> Iterator[tuple[Fragment, int, dict[str, Any] | UnreadableRow]]:
+    """(fragment, number, row) of the first rows: no more are read."""
+    left = limit
+    for piece in pieces:
+        if left is not None and piece.part is None:
+            piece = replace(piece, rows=left if piece.rows is None else min(left, piece.rows))
+        for number, row in sources.read(piece, columns, some=True):
+            if left == 0:
+                return
+            left = None if left is None else left - 1
+            yield piece, number, row
+        if left == 0:
+            return
 
 
 _Raw = Sequence[tuple[str, Mapping[str, Any]]]
