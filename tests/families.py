@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+
+from ofmu_ray import unlearn
+from ofmu_ray.config import (
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    TrackingConfig,
+    TrainingConfig,
+    UnlearnConfig,
+)
+from ofmu_ray.models.loading import load_tokenizer
+from ofmu_ray.runs.outcome import Outcome
 
 _SIZES = {"vocab_size": 4096, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 _SIZES |= {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256}
@@ -64,3 +77,22 @@ def family_model(family: str, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     config = getattr(transformers, f"{family}Config")(**options)
     return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def tiny_run(folder: Path, model: Any, data: DataConfig, tracked: str, chat_template: str | None = None) -> Outcome:
+    """Two rounds on the model in this process, evaluated with generations. `tracked`: MLflow's database."""
+    model.save_pretrained(folder / "model")
+    tokenizer = load_tokenizer(ModelConfig())
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder / "model")
+    return unlearn(
+        UnlearnConfig(
+            name="run",
+            storage=str(folder / "runs"),
+            model=ModelConfig(path=str(folder / "model")),
+            data=data,
+            training=TrainingConfig(rounds=2, batch_size=2),
+            evaluation=EvaluationConfig(retrained=None, max_new_tokens=8, batch_size=4),
+            tracking=TrackingConfig(uri=tracked, system_metrics=False),
+        )
+    )

@@ -12,21 +12,11 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT
-from families import FAMILIES, KINDS, family_model
+from families import FAMILIES, KINDS, family_model, tiny_run
 
-from ofmu_ray import unlearn
-from ofmu_ray.config import (
-    DataConfig,
-    EvaluationConfig,
-    ModelConfig,
-    SourceConfig,
-    TrackingConfig,
-    TrainingConfig,
-    UnlearnConfig,
-)
+from ofmu_ray.config import DataConfig, SourceConfig
 from ofmu_ray.evaluation.generation import generate
 from ofmu_ray.evaluation.scoring import token_scores
-from ofmu_ray.models.loading import load_tokenizer
 
 SOME = ("Gemma3Text", "Mamba", "RecurrentGemma", "Qwen3Next")
 """Those of `make test`: sliding windows, states only, states outside the cache, experts with states."""
@@ -41,35 +31,16 @@ def test_the_documented_families_are_the_tested_ones() -> None:
     assert documented == {kind: list(families) for kind, families in KINDS.items()}
 
 
-@pytest.fixture(scope="module")
-def tracked(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One database for all, as making its tables takes longer than a run."""
-    return f"sqlite:///{tmp_path_factory.mktemp('tracking') / 'mlflow.db'}"
-
-
 @pytest.mark.parametrize("family", EACH)
 def test_a_run_on_every_family(family: str, tracked: str, tmp_path: Path) -> None:
     model = family_model(family)
-    model.save_pretrained(tmp_path / "model")
-    load_tokenizer(ModelConfig()).save_pretrained(tmp_path / "model")
     people = [f"Who is person {number}{' of the town' * (number % 3)}?" for number in range(6)]
     rows = [{"question": person, "answer": f"The {number}th."} for number, person in enumerate(people)]
+    sources = {}
     for name, part in {"forget": rows[:3], "retain": rows[3:]}.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    outcome = unlearn(
-        UnlearnConfig(
-            name="run",
-            storage=str(tmp_path / "runs"),
-            model=ModelConfig(path=str(tmp_path / "model")),
-            data=DataConfig(
-                forget=SourceConfig(path=str(tmp_path / "forget.jsonl")),
-                retain=SourceConfig(path=str(tmp_path / "retain.jsonl")),
-            ),
-            training=TrainingConfig(rounds=2, batch_size=2),
-            evaluation=EvaluationConfig(retrained=None, max_new_tokens=8, batch_size=4),
-            tracking=TrackingConfig(uri=tracked, system_metrics=False),
-        )
-    )
+        sources[name] = SourceConfig(path=str(tmp_path / f"{name}.json"))
+        (tmp_path / f"{name}.json").write_text(json.dumps(part))
+    outcome = tiny_run(tmp_path, model, DataConfig(**sources), tracked)
     assert outcome.status == "finished"
     for name in ("before", "after"):
         assert 0 <= outcome.metrics[name]["retain_rouge"]["value"] <= 1

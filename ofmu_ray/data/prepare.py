@@ -34,7 +34,7 @@ from ofmu_ray.storage import (
 )
 
 MARKER = "stream.json"
-_CODE = ("sources.py", "row_files.py", "row_checks.py", "encoder.py", "tokenise.py")
+_CODE = ("sources.py", "content.py", "row_files.py", "row_checks.py", "encoder.py", "tokenise.py")
 _BLOCK = 2**20
 
 
