@@ -15,7 +15,7 @@ from ofmu_ray.cluster.map_tasks import running_ray
 from ofmu_ray.data import row_checks as checks
 from ofmu_ray.data.tokenise import DIGEST, read_part
 
-BUCKET_ROWS = 1_000_000
+BUCKET_ROWS = 250_000
 """Rows of all streams for which one bucket is enough; this process compares them. More buckets are tasks on Ray."""
 
 

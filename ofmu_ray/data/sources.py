@@ -293,8 +293,9 @@ def _slices(data: Any, name: str, stream: str) -> list[Fragment]:
     Other nodes may not have them, so on several nodes the rows travel.
     """
     from ofmu_ray.cluster.map_tasks import running_ray
+    from ofmu_ray.cluster.nodes import alive
 
-    shared = running_ray() is None or len(running_ray().nodes()) == 1
+    shared = running_ray() is None or len(alive()) == 1
     count, identity = len(data), str(data._fingerprint)
     data = data.with_format("arrow")
     pieces = []

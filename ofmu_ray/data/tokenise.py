@@ -27,6 +27,7 @@ from ofmu_ray.storage import join, locate
 BATCH_ROWS = 1024
 DIGEST = 16
 """Bytes."""
+_GROUPS = 16
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,15 @@ def _existing(file: pq.ParquetFile, columns: list[str] | None) -> list[str]:
 def _taken(file: pq.ParquetFile, rows: np.ndarray, columns: list[str] | None) -> pa.Table:
     meta, names = file.metadata, _existing(file, columns)
     stops = np.cumsum([meta.row_group(number).num_rows for number in range(meta.num_row_groups)], dtype=np.int64)
-    groups, which = np.unique(np.searchsorted(stops, rows, side="right"), return_inverse=True)
-    sizes = np.diff(stops, prepend=0)[groups]
-    skipped = stops[groups] - np.cumsum(sizes)  # rows of the file before a group that are not read
-    table = file.read_row_groups(groups.tolist(), columns=names)
-    return table.take(pa.array(rows - skipped[which] if len(rows) else rows))
+    which = np.searchsorted(stops, rows, side="right")  # the row group of each row
+    groups, starts = np.unique(which, return_index=True)
+    pieces = [file.schema_arrow.empty_table().select(names)]
+    for at in range(0, len(groups), _GROUPS):  # a few groups in memory at a time
+        some = groups[at : at + _GROUPS]
+        end = starts[at + _GROUPS] if at + _GROUPS < len(groups) else len(rows)
+        sizes = np.diff(stops, prepend=0)[some]
+        skipped = stops[some] - np.cumsum(sizes)  # rows before a group that are not read
+        mine = slice(starts[at], end)
+        local = rows[mine] - skipped[np.searchsorted(some, which[mine])]
+        pieces.append(file.read_row_groups(some.tolist(), columns=names).take(pa.array(local)))
+    return pa.concat_tables(pieces)
