@@ -75,7 +75,7 @@ def _bucket(job: tuple[int, int], streams: Sequence[StoredStream]) -> dict[str, 
     """The rows of `Matches` by stream, of one bucket's texts."""
     texts = {stream.name: _texts(stream, *job) for stream in streams}
     none = np.empty(0, dtype=np.int64)
-    found = {}
+    found: dict[str, tuple[np.ndarray, ...]] = {}
     for name, own in texts.items():
         again = checks.repeats(own.exact, own.normalised)
         shared_exact = shared = none

@@ -346,6 +346,6 @@ def _batches(fragment: Fragment, wanted: set[str], some: bool) -> tuple[Iterator
     if file is not None:
         return file.iter_batches(most, row_groups=[fragment.row_group], columns=chosen), names
     if not isinstance(table, pa.Table):
-        start, count = fragment.first_row - 1, fragment.rows or fragment.size
+        start, count = fragment.first_row - 1, fragment.rows or fragment.size or 0
         table = table.select_columns(chosen)[start : start + count]
     return iter(table.select(chosen).to_batches(max_chunksize=most)), names
