@@ -17,6 +17,7 @@ TWO_RANKS = [
     *(Case(stage, model) for model in ("llama", "neox", "qwen2") for stage in (0, 2, 3)),
     *(Case(stage, precision=p) for p in ("bf16", "bf16_autocast") for stage in (0, 2, 3)),
     *(Case(stage, variant=v) for v in ("tied", "frozen", "lora", "checkpointed") for stage in (0, 2, 3)),
+    *(Case(stage, precision="bf16", variant="lora") for stage in (0, 2, 3)),
     Case(2, offload="optimizer"),
 ]
 ONE_RANK = [Case(stage) for stage in (0, 2, 3)]
@@ -48,6 +49,9 @@ def judge(case: Case, results: dict[str, Any], world: int) -> None:
     assert results["accumulated"] < ACCUMULATED[case.precision]
     assert results["account"]
     assert results["names"]
+    rounded = case.precision == "bf16"
+    assert results["trained"] == {"torch.bfloat16" if rounded and case.variant != "lora" else "torch.float32"}
+    assert results["frozen"] <= {"torch.bfloat16" if rounded else "torch.float32"}
     assert results["restored"]
     assert results["restored_nested"]
     assert results["gradient_again"]

@@ -59,7 +59,7 @@ class ExportConfig:
     """Type of the weights; auto: as in the files of model.path. What is evaluated is the exported model."""
     weights: Literal["merged", "adapter"] = "merged"
     """With model.lora. merged: the adapters are added to the weights; adapter: they alone, as peft loads them (auto:
-    in the type they were trained in)."""
+    fp32)."""
     max_shard_size: str = "5GB"
     """Largest file; also what export needs of host memory, and of local disk for a storage at a URI."""
 
