@@ -42,7 +42,7 @@ def cases(folder: Path) -> dict[str, Export]:
         Export("bf16", str(folder), stored=BF16),
         Export("asked", str(folder), options=ExportConfig(dtype="fp16", max_shard_size=SHARD)),
         Export("merged", str(folder), lora=LoraConfig(rank=2)),
-        Export("adapter", str(folder), lora=LoraConfig(rank=2), options=adapter),
+        Export("adapter", str(folder), stored=BF16, precision="bf16", lora=LoraConfig(rank=2), options=adapter),
     ]
     return {case.name: case for case in made}
 
@@ -80,7 +80,7 @@ def test_two_ranks_write_what_save_pretrained_writes(name: str, exported: Any, t
 
 
 @pytest.mark.system
-def test_the_adapter_alone_is_loaded_by_peft_and_evaluated_with_its_base(exported: Any) -> None:
+def test_the_adapter_alone_is_loaded_by_peft_and_evaluated_with_its_base(exported: Any, tmp_path: Path) -> None:
     import peft
 
     made, known = exported
@@ -95,10 +95,18 @@ def test_the_adapter_alone_is_loaded_by_peft_and_evaluated_with_its_base(exporte
         torch.testing.assert_close(merged[key], value)
         torch.testing.assert_close(loaded[key], value)
     assert read_config(str(folder)).vocab_size == base.config.vocab_size
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "../adapter-in"
+    assert {value.dtype for value in tensors(folder).values()} == {torch.float32}
     before = model_fingerprint(folder)
     file = source(case) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\0")
     assert model_fingerprint(folder) != before  # another base is another model
+    Path(case.folder).rename(tmp_path / "moved")  # both
+    assert read_config(str(tmp_path / "moved/adapter")).vocab_size == base.config.vocab_size
+    (tmp_path / "moved/adapter").rename(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"adapter_config\.json names '\.\./adapter-in' as the base of this adapter"):
+        read_config(str(tmp_path / "adapter"))
+    (tmp_path / "moved").rename(case.folder)
 
 
 @pytest.mark.system

@@ -181,6 +181,13 @@ def widen(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 66}))
 
 
+def quantise_a_tensor(folder: Path) -> None:
+    file = sorted(folder.glob("model-*.safetensors"))[0]
+    tensors = load_file(file)
+    name = next(name for name, value in tensors.items() if value.dim() == 2)
+    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, file)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -190,6 +197,7 @@ def widen(folder: Path) -> None:
         (cut_a_file, r"model-00002\S+ is not a readable safetensors file"),
         (lose_a_tensor, r"model-\S+ has no tensor 'model\.norm\.weight', which model\S+ says it has"),
         (lose_it_from_the_index, r"no file in \S+ has the tensor 'model\.norm\.weight' of this model"),
+        (quantise_a_tensor, r"\S+ has '\S+' as F8_E4M3, and config\.json no way to read that: give a copy"),
         (widen, r"\S+ has 'model\S+' of shape \[\d+, \d+\], but config\.json asks for \["),
     ],
 )
@@ -200,3 +208,16 @@ def test_damage_is_named_before_any_worker_starts(damage: Any, message: str, tmp
     damage(tmp_path)
     with pytest.raises(UserError, match=message):
         check_model(config)
+
+
+def test_a_quantised_model_is_refused_where_it_is_trained(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    scheme = {"quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "config.json").write_text(json.dumps(config | scheme))
+    trained = ModelConfig(path=str(tmp_path), tokenizer=TOKENIZER)
+    check_model(trained)  # may be evaluated
+    with pytest.raises(
+        UserError, match=r"model\.path = \S+: its weights are quantised \(fp8\), which no engine trains"
+    ):
+        TASK.skeleton(trained)

@@ -19,7 +19,6 @@ from ofmu_ray.algorithm.steps import Steps
 from ofmu_ray.config import LoraConfig, OptimizerConfig
 from ofmu_ray.engines import TorchEngine
 from ofmu_ray.methods.ofmu import OFMU, OFMUConfig
-from ofmu_ray.models.answers import causal_lm_loss
 from ofmu_ray.models.loading import add_lora
 
 SGD = OptimizerConfig(name="sgd", lr=1e-3, clip=None)
@@ -34,18 +33,18 @@ BF16_FP32 = {
 """Passes of a round with T = 5 (first_order: 3 + 8)."""
 
 
-class Watched:
-    """The task's loss; records what its matrix products are in."""
+def watched(module: Any) -> list[str]:
+    """What the matrix products of each forward pass from now on are in."""
+    seen: list[str] = []
 
-    def __init__(self) -> None:
-        self.seen: list[str] = []
-
-    def __call__(self, module: torch.nn.Module, micro: Any) -> Any:
+    def look(*_: Any) -> None:
         product = torch.ones(2, 2) @ torch.ones(2, 2)
         fp32 = {"highest": "fp32", "high": "tf32"}[torch.get_float32_matmul_precision()]
-        self.seen.append("bf16" if product.dtype == torch.bfloat16 else fp32)
+        seen.append("bf16" if product.dtype == torch.bfloat16 else fp32)
         assert torch.backends.cudnn.allow_tf32 == (fp32 == "tf32")
-        return causal_lm_loss(module, micro)
+
+    module.model.layers[0].register_forward_pre_hook(look)
+    return seen
 
 
 def round_of(engine: TorchEngine, method: OFMU) -> None:
@@ -55,17 +54,17 @@ def round_of(engine: TorchEngine, method: OFMU) -> None:
 @pytest.mark.parametrize("precision", ["bf16_autocast", "tf32"])
 @pytest.mark.parametrize(("preset", "difference"), BF16_FP32)
 def test_passes_of_a_preset_by_precision(preset: Any, difference: Any, precision: Any) -> None:
-    """In the account, and as the loss sees them; a round that checks its steps first runs these in fp32 too."""
-    watched, low = Watched(), precision.removesuffix("_autocast")
-    engine = TorchEngine(tiny_model(), watched, inner=SGD, outer=SGD, precision=precision)
+    """In the account, and as the model sees them, in a round without checks of steps (the second)."""
+    low = precision.removesuffix("_autocast")
+    engine = TorchEngine(tiny_model(), inner=SGD, outer=SGD, precision=precision)
     level = 50.0 if preset == "first_order" else None
     method = OFMU(OFMUConfig.from_preset(preset, difference=difference, forget_level=level))
     round_of(engine, method)  # checks steps
-    before, watched.seen = Counter(engine.account.precisions), []
+    before, seen = Counter(engine.account.precisions), watched(engine.module)
     round_of(engine, method)
     expected = +Counter(dict(zip((low, "fp32"), BF16_FP32[preset, difference], strict=True)))
     assert Counter(engine.account.precisions) - before == expected
-    assert Counter(watched.seen) == expected
+    assert Counter(seen) == expected
     saved = engine.account.state()
     engine.account.load({name: value for name, value in saved.items() if name != "precisions"})  # an older checkpoint
     assert engine.account.precisions == {}

@@ -50,6 +50,17 @@ def check_causal(shape: Any, config: ModelConfig, option: str = "model.path") ->
         raise _refused(option, config.path, ", ".join(named) or type(shape).__name__)
 
 
+def check_trainable(shape: Any, config: ModelConfig) -> None:
+    """Raise UserError if the weights of the model to change are quantised. `shape`: its configuration."""
+    scheme = getattr(shape, "quantization_config", None)
+    if scheme is not None:
+        method = scheme.get("quant_method") if isinstance(scheme, dict) else getattr(scheme, "quant_method", None)
+        raise UserError(
+            f"model.path = {config.path!r}: its weights are quantised ({method}), which no engine trains: give a copy of "
+            "the model in fp32, bf16 or fp16"
+        )
+
+
 def _refused(option: str, path: str, what: str) -> UserError:
     return UserError(
         f"{option} = {path!r}: {what} is not a causal language model; give one that AutoModelForCausalLM loads "

@@ -177,5 +177,6 @@ def _export_adapter(
     )
     settings = copy.deepcopy(module.peft_config["default"])
     settings.inference_mode = True
-    settings.base_model_name_or_path = model.path if is_uri(model.path) else resolve_builtin(model.path)
+    local = not is_uri(model.path) and Path(model.path).is_dir()
+    settings.base_model_name_or_path = folder.relative(model.path) if local else model.path
     settings.save_pretrained(str(folder.path))

@@ -6,7 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from ofmu_ray.assets import resolve_builtin
+from ofmu_ray.assets import PREFIX, resolve_builtin
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage import fetched, is_uri
 
@@ -24,11 +24,26 @@ def model_source(path: str, option: str = "model.path") -> str:
 
 
 def adapter_base(source: str | Path) -> str | None:
-    """Path or hub name of the model that the adapter alone (peft) in a local folder belongs to; None: no adapter."""
+    """Path or hub name of the model that the adapter alone (peft) in a local folder belongs to; None: no adapter.
+
+    A relative path starts at the adapter's folder, or else, as peft has it, at the working directory.
+
+    Raises:
+        UserError: a path that leads nowhere.
+    """
     settings = Path(source) / ADAPTER
     if not settings.is_file() or (Path(source) / "config.json").is_file():
         return None
     base: str = json.loads(settings.read_text())["base_model_name_or_path"]
+    if is_uri(base) or base.startswith(PREFIX):
+        return base
+    if (beside := Path(source) / base).is_dir():
+        return str(beside.resolve())
+    if base.startswith((".", "/", "~")) and not Path(base).is_dir():
+        raise UserError(
+            f"{settings} names {base!r} as the base of this adapter, and no such folder is there: move the two together, "
+            "or correct base_model_name_or_path"
+        )
     return base
 
 

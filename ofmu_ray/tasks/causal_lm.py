@@ -35,12 +35,13 @@ class CausalLM:
         check_lengths(config, longest)
 
     def skeleton(self, config: ModelConfig) -> torch.nn.Module | None:
-        from ofmu_ray.models.causal import attention_of
+        from ofmu_ray.models.causal import attention_of, check_trainable
         from ofmu_ray.models.loading import empty_model, read_config
 
         if config.trust_remote_code:
             return None
         shape = read_config(config.path)
+        check_trainable(shape, config)
         if attention_of(shape, config) != config.attention:
             note("model", f"{type(shape).__name__[:-6]} has no {config.attention} attention; eager is used instead")
         return empty_model(shape, config)
