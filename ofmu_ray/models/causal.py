@@ -56,8 +56,8 @@ def check_trainable(shape: Any, config: ModelConfig) -> None:
     if scheme is not None:
         method = scheme.get("quant_method") if isinstance(scheme, dict) else getattr(scheme, "quant_method", None)
         raise UserError(
-            f"model.path = {config.path!r}: its weights are quantised ({method}), which no engine trains: give a copy of "
-            "the model in fp32, bf16 or fp16"
+            f"model.path = {config.path!r}: its weights are quantised ({method}), which no engine trains: give a copy "
+            "of the model in fp32, bf16 or fp16"
         )
 
 

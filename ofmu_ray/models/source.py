@@ -41,7 +41,7 @@ def adapter_base(source: str | Path) -> str | None:
         return str(beside.resolve())
     if base.startswith((".", "/", "~")) and not Path(base).is_dir():
         raise UserError(
-            f"{settings} names {base!r} as the base of this adapter, and no such folder is there: move the two together, "
+            f"{settings} names {base!r} as the base of this adapter, and no such folder is there: move both together, "
             "or correct base_model_name_or_path"
         )
     return base

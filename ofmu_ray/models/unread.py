@@ -152,8 +152,8 @@ def matched(module: Any, tensors: Mapping[str, Stored], folder: Path, option: st
             )
         if parameter.is_floating_point() and not entry.trainable:
             raise UserError(
-                f"{option}: {entry.file} has {entry.name!r} as {entry.dtype}, and config.json no way to read that: give "
-                "a copy of the model in fp32, bf16 or fp16"
+                f"{option}: {entry.file} has {entry.name!r} as {entry.dtype}, and config.json no way to read that: "
+                "give a copy of the model in fp32, bf16 or fp16"
             )
         found |= dict.fromkeys(tied, entry)
     return found
