@@ -231,6 +231,7 @@ def test_fp16_that_overflows_and_options_that_do_not_fit_are_refused(
         ExportConfig(max_shard_size="5 GB")
 
 
+@pytest.mark.full
 @pytest.mark.system
 def test_a_kill_within_the_export_leaves_no_model_and_the_same_command_resumes(tmp_path: Path) -> None:
     child = multiprocessing.get_context("spawn").Process(target=fit_and_die_in_the_export, args=(tmp_path,))
