@@ -164,10 +164,10 @@ def computed(shape: str, ranks: int, stored_bytes: int = 2) -> dict[str, Any]:
 
     `stored_bytes`: of an element in the files, bf16 by default, trained with precision bf16.
     """
+    from huggingface_hub import split_torch_state_dict_into_shards
+
     from ofmu_ray.engines.deepspeed_engine import PERSISTENT_BELOW
     from ofmu_ray.models.stored import share
-
-    from huggingface_hub import split_torch_state_dict_into_shards
 
     model = model_of(shape, "meta").bfloat16()
     sizes = [parameter.numel() for parameter in model.parameters()]
