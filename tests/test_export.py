@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.internals.transformers_private import saved_names
 from ofmu_ray.models.exporting import export_causal_lm
 from ofmu_ray.models.loading import load_causal_lm, pretrained, read_config
-from ofmu_ray.models.source import model_fingerprint
+from ofmu_ray.models.source import adapter_base, correct_base, model_fingerprint
 from ofmu_ray.models.weights import Weights
 from ofmu_ray.training.start import fit_here
 
@@ -101,6 +102,11 @@ def test_the_adapter_alone_is_loaded_by_peft_and_evaluated_with_its_base(exporte
     file = source(case) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\0")
     assert model_fingerprint(folder) != before  # another base is another model
+    copy = tmp_path / "a sweep's/best"
+    shutil.copytree(folder, copy, copy_function=os.link)
+    correct_base(copy, adapter_base(folder))
+    assert adapter_base(copy) == adapter_base(folder) == str(source(case).resolve())
+    shutil.rmtree(copy)
     Path(case.folder).rename(tmp_path / "moved")  # both
     assert read_config(str(tmp_path / "moved/adapter")).vocab_size == base.config.vocab_size
     (tmp_path / "moved/adapter").rename(tmp_path / "adapter")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ofmu_ray.assets import PREFIX, resolve_builtin
 from ofmu_ray.errors import UserError
-from ofmu_ray.storage import fetched, is_uri
+from ofmu_ray.storage import NewFolder, fetched, is_uri
 
 ADAPTER = "adapter_config.json"
 _MODEL_FILES = ("*.safetensors", "config.json", ADAPTER, "generation_config.json", "*.py")
@@ -45,6 +45,16 @@ def adapter_base(source: str | Path) -> str | None:
             "or correct base_model_name_or_path"
         )
     return base
+
+
+def correct_base(folder: Path, base: str | None) -> None:
+    """Make the relative path of a copied or moved adapter lead to its base; `base`: `adapter_base` of the original."""
+    if base is None or not Path(base).is_dir():
+        return
+    settings = folder / ADAPTER
+    content = json.loads(settings.read_text()) | {"base_model_name_or_path": NewFolder(folder).relative(base)}
+    settings.unlink()  # it may be a hard link
+    settings.write_text(json.dumps(content, indent=2, sort_keys=True))
 
 
 def base_folder(folder: Path) -> Path:
