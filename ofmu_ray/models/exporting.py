@@ -57,7 +57,9 @@ def export_causal_lm(
 
 
 def exported_as_is(module: torch.nn.Module, model: ModelConfig, options: ExportConfig) -> bool:
-    """Whether the exported weights are to the bit those of the module."""
+    """Whether the exported weights are to the bit those of the module (fp32 adapters: but for their sum's rounding)."""
+    if model.lora is not None and model.precision == "bf16":
+        return False  # the sum is rounded to bf16
     weights = Weights(module, lambda _: nullcontext(), keep=False)
     types = Types(weights.shapes, model, options)
     return options.weights == "merged" and all(types.of(name) == t.dtype for name, t in weights.shapes.items())
