@@ -19,7 +19,9 @@ class HostMoments:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: Any = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pinned: dict[tuple[int, str], torch.Tensor] = {}
 
     def to_device(self, states: States) -> None:

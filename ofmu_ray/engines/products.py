@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ def fp32_products(precision: str, *, exact: bool) -> Iterator[None]:
     With `precision` tf32 they are TF32 (10 bits of mantissa), unless `exact`: a difference would divide their rounding
     by its step. torch allows TF32 in convolutions unless it is told otherwise.
     """
-    cudnn = torch.backends.cudnn
+    cudnn: Any = torch.backends.cudnn
     before = torch.get_float32_matmul_precision(), cudnn.conv.fp32_precision
     allowed = precision == "tf32" and not exact
     torch.set_float32_matmul_precision("high" if allowed else "highest")
