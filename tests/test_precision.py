@@ -108,7 +108,8 @@ def grad_sim(engine: TorchEngine, curvature: Any) -> Vector:
     """grad Sim as a round computes it."""
     products: list[Vector] = []
     g_f, g_r = (
-        engine.gradient(BATCHES[kind], differenced=curvature.ends_at_base(kind))[0] for kind in ("forget", "retain")
+        engine.gradient(BATCHES[kind], kind=kind, differenced=curvature.ends_at_base(kind))[0]
+        for kind in ("forget", "retain")
     )
     _, u, w = similarity_gradient(g_f, g_r)
     for kind, base, direction in (("forget", g_f, u), ("retain", g_r, w)):

@@ -29,7 +29,9 @@ class LoopOptimizer:
         self.factor = 1.0
         """Factor on the learning rate of all further steps."""
         # one for both loops, as a SharedBaseConfig shares moments
-        self._host = None if not offload else beside._host if beside else HostMoments(masters[0].device)
+        self._host: HostMoments | None = None
+        if offload:
+            self._host = beside._host if beside else HostMoments(masters[0].device)
         # parameters that share the masters' storage: a step writes through
         self._parameters: list[torch.Tensor] = [torch.nn.Parameter(master, requires_grad=True) for master in masters]
         self._beside = beside
