@@ -98,6 +98,8 @@ def measure(case: Case, rank: int, world: int) -> dict[str, Any]:
     results["dot"] = abs(engine.dot((g, g))[0] / reference.dot((h, h))[0] - 1)
     results["shard"] = sum(t.numel() for t in g) / engine.numel
     results["account"] = engine.account == reference.account
+    results["trained"] = {str(parameter.dtype) for parameter in engine._trainable}
+    results["frozen"] = {str(p.dtype) for p in engine.module.parameters() if not p.requires_grad}
     results["names"] = engine.trainable_names == reference.trainable_names
 
     g_parts, value_parts = engine.gradient(halves)

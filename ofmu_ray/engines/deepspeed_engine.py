@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from ofmu_ray.config import OptimizerConfig, Precision
 from ofmu_ray.engines.protocol import Kind, Loss, Vector
-from ofmu_ray.engines.shards import FlatShards, Shards, fill_frozen, trainable_parameters
+from ofmu_ray.engines.shards import FlatShards, Shards, fill_frozen, trainable_parameters, trains_adapters
 from ofmu_ray.engines.vector_engine import VectorEngine
 from ofmu_ray.errors import UserError
 from ofmu_ray.models.stored import share
@@ -103,6 +103,11 @@ class DeepSpeedEngine(VectorEngine):
         parameters = [parameter for _, parameter in trainable_parameters(module)]
         if precision != "bf16":
             module.float()
+        elif trains_adapters(module):  # DeepSpeed's bf16 would round them too
+            for parameter in module.parameters():
+                if not parameter.requires_grad and parameter.is_floating_point():
+                    parameter.data = parameter.data.bfloat16()
+            precision = "fp32"
         options: dict[str, Any] = {
             "model": module,
             # never stepped: only defines what DeepSpeed partitions

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ofmu_ray.config import OptimizerConfig, SharedBaseConfig
+from ofmu_ray.engines.host_moments import HostMoments
 from ofmu_ray.engines.protocol import Vector
 
 _CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
@@ -27,7 +28,10 @@ class LoopOptimizer:
         self.config = config
         self.factor = 1.0
         """Factor on the learning rate of all further steps."""
-        self._offload = offload
+        # one for both loops, as a SharedBaseConfig shares moments
+        self._host: HostMoments | None = None
+        if offload:
+            self._host = beside._host if beside else HostMoments(masters[0].device)
         # parameters that share the masters' storage: a step writes through
         self._parameters: list[torch.Tensor] = [torch.nn.Parameter(master, requires_grad=True) for master in masters]
         self._beside = beside
@@ -57,7 +61,8 @@ class LoopOptimizer:
             torch._foreach_mul_(vector, clip / (norm + _CLIP_EPSILON))
         if self.config.name == "sgd" and self.config.weight_decay:
             torch._foreach_mul_(self._parameters, 1 - nominal * self.factor * self.config.weight_decay)
-        self._move_moments(to_parameters=True)
+        if self._host is not None:
+            self._host.to_device(self._states())
         for parameter, gradient in zip(self._parameters, vector, strict=True):
             parameter.grad = gradient
         for group in self._optimizer.param_groups:
@@ -65,7 +70,8 @@ class LoopOptimizer:
         self._optimizer.step()
         self.lr = nominal
         self._optimizer.zero_grad(set_to_none=True)
-        self._move_moments(to_parameters=False)
+        if self._host is not None:
+            self._host.to_host(self._states())
 
     @property
     def lr(self) -> float:
@@ -79,34 +85,33 @@ class LoopOptimizer:
         for group in self._optimizer.param_groups:
             group["lr"] = value
 
-    def _move_moments(self, *, to_parameters: bool) -> None:
-        if not self._offload:
-            return
+    def _states(self) -> list[tuple[torch.Tensor, dict[str, Any]]]:
         states = [*self._optimizer.state.items()]
         if self._beside and isinstance(self.config, SharedBaseConfig):
             states += self._beside._optimizer.state.items()
-        for parameter, state in states:
-            device = parameter.device if to_parameters else torch.device("cpu")
-            for name, value in state.items():
-                if isinstance(value, torch.Tensor) and value.numel() > 1:  # not the step counter
-                    state[name] = value.to(device)
+        return states
 
     def first_moment(self) -> Vector | None:
         """AdamW's running mean of the (clipped) gradients, on the parameters' device; None before the first step."""
         states = [self._optimizer.state.get(parameter, {}) for parameter in self._parameters]
         if not all("exp_avg" in state for state in states):
             return None
+        if self._host is not None:
+            self._host.wait()
         return [state["exp_avg"].to(p.device) for state, p in zip(states, self._parameters, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """A copy in host memory."""
+        if self._host is not None:
+            self._host.wait(host=True)
         state: dict[str, Any] = _to_host(self._optimizer.state_dict())
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`, bit for bit."""
         self._optimizer.load_state_dict(copy.deepcopy(state))
-        self._move_moments(to_parameters=False)
+        if self._host is not None:
+            self._host.to_host(self._states())
 
 
 class SharedBaseAdamW(torch.optim.Optimizer):

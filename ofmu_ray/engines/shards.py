@@ -66,6 +66,11 @@ def trainable_parameters(module: torch.nn.Module) -> list[tuple[str, torch.nn.Pa
     return named
 
 
+def trains_adapters(module: torch.nn.Module) -> bool:
+    """Whether LoRA adapters are trained (then nothing else is). They stay fp32 beside bf16 weights."""
+    return all(".lora_" in name for name, _ in trainable_parameters(module))
+
+
 def fill_frozen(module: torch.nn.Module, unread: Unread | None) -> None:
     """Read the frozen parameters, which no flat buffer holds."""
     for parameter in module.parameters():
@@ -101,12 +106,14 @@ class FlatShards(Shards):
         exact = all(parameter.dtype == torch.float64 for parameter in parameters)
         full = torch.float64 if exact else torch.float32
         dtype = torch.bfloat16 if bf16_weights else full
+        rounded = bf16_weights and not trains_adapters(module)
+        trained = dtype if rounded else full
         fill_frozen(module, unread)
         for parameter in module.parameters():  # frozen ones; buffers (rotary frequencies) keep their precision
             if parameter.is_floating_point() and not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
         sizes = [parameter.numel() for parameter in parameters]
-        weights = torch.empty(sum(sizes), dtype=dtype, device=parameters[0].device)
+        weights = torch.empty(sum(sizes), dtype=trained, device=parameters[0].device)
         for parameter, view in zip(parameters, torch.split(weights, sizes), strict=True):
             if unread is not None and parameter in unread:
                 unread.read(parameter, view)
@@ -115,13 +122,13 @@ class FlatShards(Shards):
             parameter.data = view.view(parameter.shape)  # frees what it had
         if world_size > 1:
             dist.broadcast(weights, src=0)
-        master = weights.float() if bf16_weights else weights
+        master = weights.float() if rounded else weights
         self.masters = [master]
         self._weights = weights
         self._parameters = parameters
         self._sizes = sizes
         self._gradients = torch.zeros_like(weights)
-        self._accumulated = torch.zeros_like(master) if bf16_weights else self._gradients
+        self._accumulated = torch.zeros_like(master) if rounded else self._gradients
         self._bind_views()
         self.layout = {"layout": "replicated", "numel": master.numel(), "dtype": str(full)}
 

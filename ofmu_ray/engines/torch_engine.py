@@ -68,7 +68,7 @@ class TorchEngine(VectorEngine):
             sums += batch_sums(value, count, micro, self.device)
         if total is None:
             raise UserError("the batch has no micro-batches")
-        _, count_all = self._account_pass(sums, kind)
+        _, count_all = self._account_pass(sums, kind, exact=True)
         mean = total / count_all
         gradients = torch.autograd.grad(mean, self._trainable, create_graph=True)
         return mean, list(gradients)

@@ -6,10 +6,10 @@ import hashlib
 import json
 from pathlib import Path
 
-from ofmu_ray.assets import resolve_builtin
+from ofmu_ray.assets import PREFIX, resolve_builtin
 from ofmu_ray.errors import UserError
 from ofmu_ray.models.gguf_files import converted, is_gguf
-from ofmu_ray.storage import fetched, is_uri
+from ofmu_ray.storage import NewFolder, fetched, is_uri
 
 ADAPTER = "adapter_config.json"
 _MODEL_FILES = ("*.safetensors", "config.json", ADAPTER, "generation_config.json", "*.py")
@@ -28,12 +28,37 @@ def model_source(path: str, option: str = "model.path") -> str:
 
 
 def adapter_base(source: str | Path) -> str | None:
-    """Path or hub name of the model that the adapter alone (peft) in a local folder belongs to; None: no adapter."""
+    """Path or hub name of the model that the adapter alone (peft) in a local folder belongs to; None: no adapter.
+
+    A relative path starts at the adapter's folder, or else, as peft has it, at the working directory.
+
+    Raises:
+        UserError: a path that leads nowhere.
+    """
     settings = Path(source) / ADAPTER
     if not settings.is_file() or (Path(source) / "config.json").is_file():
         return None
     base: str = json.loads(settings.read_text())["base_model_name_or_path"]
+    if is_uri(base) or base.startswith(PREFIX):
+        return base
+    if (beside := Path(source) / base).is_dir():
+        return str(beside.resolve())
+    if base.startswith((".", "/", "~")) and not Path(base).is_dir():
+        raise UserError(
+            f"{settings} names {base!r} as the base of this adapter, and no such folder is there: move both together, "
+            "or correct base_model_name_or_path"
+        )
     return base
+
+
+def correct_base(folder: Path, base: str | None) -> None:
+    """Make the relative path of a copied or moved adapter lead to its base; `base`: `adapter_base` of the original."""
+    if base is None or not Path(base).is_dir():
+        return
+    settings = folder / ADAPTER
+    content = json.loads(settings.read_text()) | {"base_model_name_or_path": NewFolder(folder).relative(base)}
+    settings.unlink()  # it may be a hard link
+    settings.write_text(json.dumps(content, indent=2, sort_keys=True))
 
 
 def base_folder(folder: Path) -> Path:

@@ -94,6 +94,7 @@ def cost_of(training: Mapping[str, Any], seconds: Mapping[str, float] | None = N
     counts = training["account"]
     return {
         "gradient_passes": counts["gradient_passes"],
+        "precisions": counts.get("precisions", {}),
         "tokens": counts["tokens"],
         "flops": counts["flops"],
         "updates": counts["updates"],

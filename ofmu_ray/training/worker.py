@@ -41,7 +41,7 @@ class Worker:
             torch.cuda.init()  # type: ignore[no-untyped-call]  # the reset does not
             torch.cuda.reset_peak_memory_stats(session.device)
         self.task = task_named(job.task)
-        self.module, self.processor, unread, note = loaded(self.task, job.model)
+        self.module, self.processor, unread, notes = loaded(self.task, job.model)
         self.collate = self.task.collate(self.processor)
         self.method = job.build_method()
         if hasattr(self.task, "normalisation"):
@@ -61,7 +61,7 @@ class Worker:
         self.resumed = False
         """Whether the state comes from a checkpoint of this run."""
         self.state = self._begin()
-        self.state.notes += [note] if note else []
+        self.state.notes += notes
         self._exchange_notes()
 
     def _begin(self) -> LoopState:
