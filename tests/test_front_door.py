@@ -1,5 +1,6 @@
 """Mistakes at the front door: one message, status 2, nothing started and nothing written; names and their locks."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -17,6 +18,7 @@ from ofmu_ray.errors import StorageError, UserError
 from ofmu_ray.models.loading import load_tokenizer
 from ofmu_ray.runs.claims import Claim, locked
 from ofmu_ray.runs.preflight import public
+from ofmu_ray.runs.run import Run, as_begun
 from ofmu_ray.storage import explained
 from pipelines import cli
 from pipelines.parse import parse
@@ -172,6 +174,18 @@ def test_a_taken_name_says_which_options_differ_and_can_be_overwritten(tmp_path)
     assert "overwrite" not in json.loads((tmp_path / "r/run.json").read_text())["options"]
     with pytest.raises(UserError, match="an `ofmu unlearn` has this name"):
         Claim(str(tmp_path / "r"), "train", "x", {}, overwrite=True).check()
+
+
+def test_a_run_that_began_before_an_option_goes_on_as_it_was(tmp_path):
+    fresh = UnlearnConfig(name="r", storage=str(tmp_path), method="npo")
+    assert not fresh.training.decay_norms
+    earlier = dataclasses.replace(fresh, training=dataclasses.replace(fresh.training, decay_norms=True))
+    run = Run(fresh, str(tmp_path), outcome_hash(fresh))
+    assert as_begun(run) is run
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/run.json").write_text(json.dumps({"config_hash": outcome_hash(earlier), "command": "unlearn"}))
+    assert as_begun(run).config == earlier
+    assert as_begun(run).claim.check()
 
 
 def test_overwrite_is_a_flag_and_no_part_of_the_outcome():

@@ -63,7 +63,7 @@ def test_a_public_repository_takes_a_model_only_if_asked(hub: Hub) -> None:
 def test_a_push_that_fails_says_where_the_model_is(hub: Hub, tmp_path: Path) -> None:
     model(tmp_path / "model")
     hub.broken = True
-    with pytest.raises(StorageError, match="it is in .*model, and the same command pushes it again"):
+    with pytest.raises(StorageError, match=r"it is in .*model, and the same command pushes it again"):
         push(tmp_path / "model", "someone/m", public=False)
 
 
@@ -76,7 +76,13 @@ def test_a_push_that_fails_says_where_the_model_is(hub: Hub, tmp_path: Path) -> 
     ],
 )
 def test_a_push_is_refused_before_the_start(
-    name: str, token: str, message: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str,
+    token: str,
+    message: str,
+    hub: Hub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", token)
     assert cli.main(["unlearn", "--push-to-hub", name, "--storage", str(tmp_path / "runs")]) == 2

@@ -34,7 +34,7 @@ def record(name: str, index: int) -> dict[str, Any]:
         "paraphrase_nll": None if options else 0.9 + 0.2 * index,
         "wrong_nll": [1.0 + 0.1 * index, 1.5, 2.0][: 3 if options else 2],
         "rouge_l_recall": 0.2 + 0.1 * index,
-        "answer_matches": [False] * (tokens - index if tokens > 1 else 1) + [True] * (index if tokens > 1 else 0) + [True],
+        "answer_matches": [*([False] if tokens == 1 else [False] * 4 + [True] * index), True],
         "answer_zscores": [-0.1 * t for t in range(tokens + 1)],
         "answer_zlib_bytes": 20 + index,
         "kind": "qa",

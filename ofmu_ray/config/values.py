@@ -92,10 +92,9 @@ def without_added(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
     images, classifier = dataclasses.asdict(ImagesConfig()), dataclasses.asdict(ClassifierConfig())
     earlier = ADDED_WITHIN | {"data.images": (images,), "classifier": (classifier,)}
-    if "training" in content and not any(
-        value for name, value in flatten(content).items() if name.endswith(".weight_decay")
-    ):
-        earlier["training.decay_norms"] = (True, False)
+    decays = any(value for name, value in flatten(content).items() if name.endswith(".weight_decay"))
+    if "decay_norms" in content.get("training", {}) and not decays:  # without weight decay it changes nothing
+        content = content | {"training": content["training"] | {"decay_norms": True}}
     kept = {}
     for key, value in content.items():
         name = f"{prefix}{key}"

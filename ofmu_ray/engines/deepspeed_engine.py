@@ -45,9 +45,9 @@ class DeepSpeedEngine(VectorEngine):
     rank ever has a complete gradient or fp32 vector. Stages 1 and 2 are identical here: stage 1 would keep complete
     gradients until the optimiser step, but here every pass ends in a sharded vector.
 
-    Precision, `offload`, `loss_fn`, `decay_norms` and `unread` are as in `TorchEngine`; at stage 3 a rank reads only its shares of
-    `unread` parameters. A loss calls the module that it is given (DeepSpeed's wrapper), which has the model's
-    attributes.
+    Precision, `offload`, `loss_fn`, `decay_norms` and `unread` are as in `TorchEngine`; at stage 3 a rank reads only
+    its shares of `unread` parameters. A loss calls the module that it is given (DeepSpeed's wrapper), which has the
+    model's attributes.
 
     Raises UserError without a process group, and for operations that need double backward.
     """

@@ -39,7 +39,7 @@ class LoopOptimizer:
         # parameters that share the masters' storage: a step writes through
         self._parameters: list[torch.Tensor] = [torch.nn.Parameter(master, requires_grad=True) for master in masters]
         self._beside = beside
-        # torch's weight_decay for SGD is not decoupled, and its AdamW has one for all elements of a master: `step` decays
+        # torch's decay for SGD is not decoupled, and its AdamW's is for all elements of a master: then `step` decays
         by_torch = decayed is None and config.name == "adamw" and not isinstance(config, SharedBaseConfig)
         self._torch_decay = config.weight_decay if by_torch else 0.0
         self._decayed = self._parameters if decayed is None else list(decayed)

@@ -126,7 +126,7 @@ def run(
     with progress.listening(active_listener), explained(config.storage):
         storage = prepare_storage(config.storage)
         config = replace(config, training=check_machine(config.training))
-        this_run = _as_begun(Run(config, storage, outcome_hash(config), command))
+        this_run = as_begun(Run(config, storage, outcome_hash(config), command))
         config = this_run.config
         ours = this_run.claim.check()
         if config.export.push_to_hub is not None:
@@ -140,7 +140,7 @@ def run(
         return _pushed(outcome, config.export)
 
 
-def _as_begun(this_run: Run) -> Run:
+def as_begun(this_run: Run) -> Run:
     """The run; with `training.decay_norms` if it began before that option, when weight decay was for all parameters."""
     config = replace(this_run.config, training=replace(this_run.config.training, decay_norms=True))
     earlier = replace(this_run, config=config, digest=outcome_hash(config))

@@ -17,7 +17,7 @@ def check_push(name: str, *, public: bool) -> None:
         UserError: not a name for the hub, no token or a wrong one, no answer, or a public repository without `public`.
     """
     from huggingface_hub import HfApi, constants, get_token
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
     from huggingface_hub.utils import validate_repo_id
 
     shown = f"{OPTION} = {name!r}"
