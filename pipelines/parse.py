@@ -148,8 +148,8 @@ def _explained(message: str, known: list[str]) -> str:
     """jsonargparse's message on one line, with the closest known option for a misspelt one."""
     message = " ".join(message.split())
     if match := re.search(r"unrecognized arguments: (\S+)", message, re.IGNORECASE):
-        word = match[1].removeprefix("--").split("=")[0]
-        return f"unknown option --{word}.{_close(word, known)} All options: --help all"
+        word = match[1].split("=")[0]
+        return f"unknown option {word}.{_close(word.lstrip('-'), known)} All options: --help all"
     if match := re.search(r"[Gg]roup '(.+?)' does not accept option '(.+?)'", message):
         word = f"{match[1]}.{match[2]}"
         return f"unknown option {word} in the configuration.{_close(word, known)} All options: --help all"
