@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from statistics import harmonic_mean, mean
@@ -14,6 +15,7 @@ from ofmu_ray.config.evaluate import EvaluateConfig
 from ofmu_ray.evaluation.rows import MEASURED, with_row_metrics
 from ofmu_ray.metrics.peer_names import SMALL, peer_values
 from ofmu_ray.metrics.summary import summarise
+from pipelines import cli
 from pipelines.evaluate import peer_table
 from pipelines.parse import parse
 
@@ -103,3 +105,41 @@ def test_the_option_and_its_table(tmp_path: Path) -> None:
         ["OpenUnlearning's", "name", "target", "retrained"],
         ["forget_Q_A_Prob", "0.9877", "0.1"],
     ]
+
+
+@pytest.mark.slow
+def test_a_small_evaluation_needs_no_ray_and_its_cache_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ray
+
+    from ofmu_ray.cluster import connect
+    from ofmu_ray.evaluation.actors import Loading
+
+    ray.shutdown()  # another file's
+
+    def never(*_: object) -> None:
+        raise AssertionError("not needed")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(connect, "_start", never)
+    words = [
+        "evaluate",
+        "--name",
+        "e",
+        "--storage",
+        str(tmp_path),
+        "--peer-names",
+        "--tracking.system_metrics",
+        "false",
+    ]
+    words += ["--evaluation.max_rows", "4", "--evaluation.max_new_tokens", "4", "--evaluation.bootstrap_samples", "20"]
+    assert cli.main(words) == 0
+    first = (tmp_path / "e/peer_names.json").read_text()
+    values = json.loads(first)
+    assert values["retrained"]["forget_quality"] == 1.0
+    assert values["target"]["forget_Q_A_Prob"] > values["retrained"]["forget_Q_A_Prob"]
+    assert "forget_Q_A_Prob" in capsys.readouterr().out
+    monkeypatch.setattr(Loading, "scorer", never)
+    assert cli.main(words) == 0
+    assert (tmp_path / "e/peer_names.json").read_text() == first

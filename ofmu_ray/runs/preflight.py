@@ -145,7 +145,10 @@ def wants_ray() -> bool:
 
     Otherwise `map_tasks` starts it for what is too much for this process, and a cache is read without it.
     """
-    return "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ or _gpus_here() > 1
+    from ofmu_ray.cluster.map_tasks import running_ray
+
+    given = "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ or running_ray() is not None
+    return given or _gpus_here() > 1
 
 
 def public(config: Any) -> dict[str, Any]:
