@@ -62,7 +62,8 @@ def script(commands: Mapping[str, Any]) -> str:
     """The completion script; `commands`: the names of all commands."""
     options, limited = [], dict[str, list[str]]()
     for command in CONFIGURATIONS:
-        parser = parser_for(configuration(command), f"ofmu {command}")
+        kind: Any = configuration(command)
+        parser = parser_for(kind, f"ofmu {command}")
         known = [word for word in parser._option_string_actions if word.startswith("--")]
         short = [word for word, name in SHORT.items() if name in known]
         options.append(_case([command, "quickstart"] if command == "unlearn" else [command], [*short, *known]))

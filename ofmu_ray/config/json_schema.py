@@ -18,14 +18,14 @@ def schema_of(config_class: type[Any]) -> dict[str, Any]:
     for name, definition in definitions.items():
         definition["additionalProperties"] = False
         texts = {
-            one.arg_name: one.description
+            one.arg_name: " ".join((one.description or "").split())
             for base in classes[name].__mro__[-2::-1]
             for one in parse_from_object(base).params
         }
         for option, entry in definition["properties"].items():
             entry.pop("title", None)
             if texts.get(option):
-                entry["description"] = " ".join(texts[option].split())
+                entry["description"] = texts[option]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
