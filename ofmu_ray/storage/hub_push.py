@@ -18,7 +18,7 @@ def check_push(name: str, *, public: bool) -> None:
     """
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-    from huggingface_hub.utils._validators import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     shown = f"{OPTION} = {name!r}"
     try:
