@@ -26,10 +26,13 @@ CONFIGURATIONS = {
     "requests": "ofmu_ray.config.requests:RequestsConfig",
 }
 """Command -> where its configuration is declared."""
+ALONE = (*FLAGS, "--help", "--open")
+"""Options without a value."""
 SCRIPT = """\
 # bash completion of `ofmu`, written by `ofmu completion`
 _ofmu() {{
   local current="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}" words=""
+  COMPREPLY=()
   if [ "$COMP_CWORD" = 1 ]; then
     words="{commands}"
   else
@@ -37,7 +40,8 @@ _ofmu() {{
       *" --config") words="{shipped}" ;;
       "show "*|"report "*) words="$(ls runs 2>/dev/null) --storage --open" ;;
 {choices}
-      *" --"*) ;;
+      {flags}) ;;
+      *" --"*) return ;;
     esac
     if [ -z "$words" ]; then
       case "${{COMP_WORDS[1]}}" in
@@ -72,6 +76,7 @@ def script(commands: Mapping[str, Any]) -> str:
                 limited.setdefault(" ".join(values), []).append(f'*" {word}"')
     return SCRIPT.format(
         commands=" ".join(commands),
+        flags="|".join(f'*" {word}"' for word in (*ALONE, *SHORT) if SHORT.get(word, word) in ALONE),
         shipped=" ".join(sorted(path.stem for path in SHIPPED.glob("*.yaml"))),
         choices="\n".join(_case(dict.fromkeys(words), values.split(), 6) for values, words in limited.items()),
         options="\n".join(options),
