@@ -63,6 +63,10 @@ class ExportConfig:
     fp32)."""
     max_shard_size: str = "5GB"
     """Largest file; also what export needs of host memory, and of local disk for a storage at a URI."""
+    push_to_hub: str | None = None
+    """Push the finished model to this repository on the Hugging Face hub (OWNER/NAME); `--push-to-hub` for short."""
+    hub_public: bool = False
+    """Whether everybody may load what is pushed."""
 
     def __post_init__(self) -> None:
         sized = re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", self.max_shard_size) is not None

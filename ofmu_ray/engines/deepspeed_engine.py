@@ -45,9 +45,9 @@ class DeepSpeedEngine(VectorEngine):
     rank ever has a complete gradient or fp32 vector. Stages 1 and 2 are identical here: stage 1 would keep complete
     gradients until the optimiser step, but here every pass ends in a sharded vector.
 
-    Precision, `offload`, `loss_fn` and `unread` are as in `TorchEngine`; at stage 3 a rank reads only its shares of
-    `unread` parameters. A loss calls the module that it is given (DeepSpeed's wrapper), which has the model's
-    attributes.
+    Precision, `offload`, `loss_fn`, `decay_norms` and `unread` are as in `TorchEngine`; at stage 3 a rank reads only
+    its shares of `unread` parameters. A loss calls the module that it is given (DeepSpeed's wrapper), which has the
+    model's attributes.
 
     Raises UserError without a process group, and for operations that need double backward.
     """
@@ -62,6 +62,7 @@ class DeepSpeedEngine(VectorEngine):
         zero_stage: Literal[0, 1, 2, 3] = 2,
         precision: Precision = "fp32",
         offload: str = "none",
+        decay_norms: bool = True,
         micro_batch_size: int = 1,
         unread: Unread | None = None,
     ) -> None:
@@ -81,7 +82,14 @@ class DeepSpeedEngine(VectorEngine):
             if precision == "bf16_autocast":
                 self._autocast_inside(module)
         super().__init__(
-            module, shards, loss_fn=loss_fn, inner=inner, outer=outer, precision=precision, offload=offload
+            module,
+            shards,
+            loss_fn=loss_fn,
+            inner=inner,
+            outer=outer,
+            precision=precision,
+            offload=offload,
+            decay_norms=decay_norms,
         )
 
     def _zero_shards(

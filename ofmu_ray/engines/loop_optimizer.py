@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,10 +21,17 @@ class LoopOptimizer:
 
     Both rules are elementwise, so stepping on shards equals stepping on the complete vector. The moments belong to one
     loop (those that a SharedBaseConfig shares, to `beside`). With `offload` they stay in host memory between steps.
+    `decayed`: views of the parts of the masters that weight decay shrinks; None: all of them.
     """
 
     def __init__(
-        self, masters: Vector, config: OptimizerConfig, *, offload: bool = False, beside: LoopOptimizer | None = None
+        self,
+        masters: Vector,
+        config: OptimizerConfig,
+        *,
+        offload: bool = False,
+        beside: LoopOptimizer | None = None,
+        decayed: Sequence[torch.Tensor] | None = None,
     ) -> None:
         self.config = config
         self.factor = 1.0
@@ -35,6 +43,10 @@ class LoopOptimizer:
         # parameters that share the masters' storage: a step writes through
         self._parameters: list[torch.Tensor] = [torch.nn.Parameter(master, requires_grad=True) for master in masters]
         self._beside = beside
+        # torch's decay for SGD is not decoupled, and its AdamW's is for all elements of a master: then `step` decays
+        by_torch = decayed is None and config.name == "adamw" and not isinstance(config, SharedBaseConfig)
+        self._torch_decay = config.weight_decay if by_torch else 0.0
+        self._decayed = self._parameters if decayed is None else list(decayed)
         self._optimizer = self._build()
 
     def _build(self) -> torch.optim.Optimizer:
@@ -42,14 +54,14 @@ class LoopOptimizer:
         if isinstance(config, SharedBaseConfig):
             common = self._beside._optimizer if self._beside else None
             return SharedBaseAdamW(self._parameters, config, common)
-        if config.name == "sgd":  # torch's weight_decay for SGD is not decoupled: `step` does it
+        if config.name == "sgd":
             return torch.optim.SGD(self._parameters, lr=config.lr, momentum=config.momentum, foreach=True)
         return torch.optim.AdamW(
             self._parameters,
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             eps=config.eps,
-            weight_decay=config.weight_decay,
+            weight_decay=self._torch_decay,
             fused=True,
         )
 
@@ -59,8 +71,8 @@ class LoopOptimizer:
         clip, nominal = self.config.clip, self.lr
         if clip is not None and norm > clip:
             torch._foreach_mul_(vector, clip / (norm + _CLIP_EPSILON))
-        if self.config.name == "sgd" and self.config.weight_decay:
-            torch._foreach_mul_(self._parameters, 1 - nominal * self.factor * self.config.weight_decay)
+        if self.config.weight_decay and not self._torch_decay and self._decayed:
+            torch._foreach_mul_(self._decayed, 1 - nominal * self.factor * self.config.weight_decay)
         if self._host is not None:
             self._host.to_device(self._states())
         for parameter, gradient in zip(self._parameters, vector, strict=True):
@@ -121,7 +133,7 @@ class SharedBaseAdamW(torch.optim.Optimizer):
     bias correction of a moment that starts at 0; b^ and c^ are taken before the step:
 
         m <- beta1 m + (1 - beta1) (g - b^)        v <- beta2 v + (1 - beta2) (g^2 - c^)
-        theta <- (1 - lr decay) theta - lr (m^ + b^) / (sqrt|v^ + c^| + eps)
+        theta <- theta - lr (m^ + b^) / (sqrt|v^ + c^| + eps), after `LoopOptimizer` has decayed it
         b <- base_beta1 b + (1 - base_beta1) g     c <- base_beta2 c + (1 - base_beta2) g^2
     """
 
@@ -149,7 +161,6 @@ class SharedBaseAdamW(torch.optim.Optimizer):
             own["v"].lerp_(g.square() - c, 1 - config.beta2)
             first = _corrected(own["m"], config.beta1, own["steps"]) + b
             second = _corrected(own["v"], config.beta2, own["steps"]) + c
-            parameter.mul_(1 - lr * config.weight_decay)
             parameter.addcdiv_(first, second.abs_().sqrt_().add_(config.eps), value=-lr)
             base["base_steps"] += 1
             base["b"].lerp_(g, 1 - config.base_beta1)

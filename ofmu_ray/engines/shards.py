@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -46,6 +46,25 @@ class Shards(ABC):
     @abstractmethod
     def gradient_sums(self, scale: float) -> Vector:
         """`scale` times the gradient summed over ranks and micro-batches since `clear_gradients`, in new tensors."""
+
+    @abstractmethod
+    def parts(self, master: int) -> Iterator[tuple[torch.nn.Parameter, int, int]]:
+        """(parameter, start, end) of each piece of a parameter in a master, in order."""
+
+    def matrices(self) -> list[torch.Tensor]:
+        """Views of the masters' elements that belong to parameters of two and more dimensions; neighbours are one."""
+        views = []
+        for index, master in enumerate(self.masters):
+            begin = end = 0
+            for parameter, first, last in self.parts(index):
+                if len(getattr(parameter, "ds_shape", parameter.shape)) < 2:
+                    continue
+                if first != end:
+                    views.append(master[begin:end])
+                    begin = first
+                end = last
+            views.append(master[begin:end])
+        return [view for view in views if view.numel()]
 
     @abstractmethod
     def gathered(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[object]:
@@ -165,6 +184,12 @@ class FlatShards(Shards):
     @torch.no_grad()
     def gradient_sums(self, scale: float) -> Vector:
         return [self._accumulated * scale] if self.world_size == 1 else [self.all_reduce(self._accumulated * scale)]
+
+    def parts(self, master: int) -> Iterator[tuple[torch.nn.Parameter, int, int]]:
+        at = 0
+        for parameter, size in zip(self._parameters, self._sizes, strict=True):
+            yield parameter, at, at + size
+            at += size
 
     def gathered(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[object]:
         return nullcontext()

@@ -48,6 +48,7 @@ class VectorEngine:
         outer: OptimizerConfig | None,
         precision: str,
         offload: str,
+        decay_norms: bool,
     ) -> None:
         disable_dropout(module)
         self.module = module
@@ -63,8 +64,11 @@ class VectorEngine:
         """Number of trainable parameters of the complete model."""
         self._numel_all = sum(_numel(parameter) for parameter in module.parameters())
         offloaded = offload == "optimizer"
-        first = LoopOptimizer(shards.masters, inner or OptimizerConfig(), offload=offloaded)
-        second = LoopOptimizer(shards.masters, outer or OptimizerConfig(), offload=offloaded, beside=first)
+        decayed = None if decay_norms else shards.matrices()
+        first = LoopOptimizer(shards.masters, inner or OptimizerConfig(), offload=offloaded, decayed=decayed)
+        second = LoopOptimizer(
+            shards.masters, outer or OptimizerConfig(), offload=offloaded, beside=first, decayed=decayed
+        )
         self._optimizers: dict[Loop, LoopOptimizer] = {"inner": first, "outer": second}
         self._displacements: list[tuple[Vector, float]] = []
         self._saved: Vector | None = None

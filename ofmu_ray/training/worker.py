@@ -361,26 +361,23 @@ def build_engine(
         module = module.to(device)
     else:
         unread.place(module, device)
-    precision, offload = job.model.precision, training.offload
+    options: dict[str, Any] = {
+        "loss_fn": loss,
+        "inner": inner,
+        "outer": outer,
+        "precision": job.model.precision,
+        "offload": training.offload,
+        "decay_norms": training.decay_norms,
+        "unread": unread,
+    }
     if training.single:
         from ofmu_ray.engines import TorchEngine
 
-        return TorchEngine(
-            module, loss_fn=loss, inner=inner, outer=outer, precision=precision, offload=offload, unread=unread
-        )
+        return TorchEngine(module, **options)
     from ofmu_ray.engines import DeepSpeedEngine
 
-    return DeepSpeedEngine(
-        module,
-        loss_fn=loss,
-        inner=inner,
-        outer=outer,
-        zero_stage=training.zero_stage,
-        precision=precision,
-        offload=offload,
-        micro_batch_size=training.micro_batch_size or training.batch_size // training.workers,
-        unread=unread,
-    )
+    micro = training.micro_batch_size or training.batch_size // training.workers
+    return DeepSpeedEngine(module, zero_stage=training.zero_stage, micro_batch_size=micro, **options)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
