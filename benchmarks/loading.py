@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ofmu_ray.config import ModelConfig
+from ofmu_ray.config import ExportConfig, ModelConfig
 
 MIB = 2**20
 SHAPES: dict[str, dict[str, Any]] = {
@@ -160,15 +160,20 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def computed(shape: str, ranks: int, stored_bytes: int = 2) -> dict[str, Any]:
-    """What each rank of a ZeRO-3 run would read and hold, from the functions that decide it: nothing is loaded.
+    """What each rank of a ZeRO-3 run would read, hold and write, from the functions that decide it: nothing is loaded.
 
     `stored_bytes`: of an element in the files, bf16 by default, trained with precision bf16.
     """
+    from huggingface_hub import split_torch_state_dict_into_shards
+
     from ofmu_ray.engines.deepspeed_engine import PERSISTENT_BELOW
     from ofmu_ray.models.stored import share
 
-    parameters = list(model_of(shape, "meta").parameters())
-    sizes = [parameter.numel() for parameter in parameters]
+    model = model_of(shape, "meta").bfloat16()
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    weights = model.state_dict()
+    split = split_torch_state_dict_into_shards(weights, max_shard_size=ExportConfig().max_shard_size)
+    files = [sum(weights[name].nbytes for name in names) for names in split.filename_to_tensors.values()]
     small = sum(size for size in sizes if size <= PERSISTENT_BELOW)
     elements = []
     for rank in range(ranks):
@@ -186,6 +191,9 @@ def computed(shape: str, ranks: int, stored_bytes: int = 2) -> dict[str, Any]:
         "bf16_weights_of_a_rank_gb": (max(elements) + small) * 2 * gb,
         "fp32_masters_of_a_rank_gb": max(elements) * 4 * gb,
         "largest_tensor_gb": max(sizes) * 2 * gb,
+        "written_gb": sum(files) * gb,  # by rank 0, one file at a time
+        "files": len(files),
+        "largest_file_gb": max(files) * gb,
     }
 
 

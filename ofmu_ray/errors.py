@@ -21,6 +21,12 @@ class StorageError(UserError):
     status = 1
 
 
+class StartError(UserError):
+    """Ray does not start on this machine now; nothing is wrong with the command."""
+
+    status = 1
+
+
 def user_error_within(error: BaseException | None) -> UserError | None:
     """The UserError inside an error that Ray wrapped, if there is one."""
     return next((cause for cause in causes(error) if isinstance(cause, UserError)), None)

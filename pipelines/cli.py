@@ -28,6 +28,8 @@ COMMANDS = {
     "show": "print the results of a run",
     "report": "print the path of a report; --open shows it in a browser",
     "metrics": "metrics from evaluation logs of other programs",
+    "schema": "print a JSON schema of a command's configuration, for editors",
+    "completion": "print a script that completes commands and options in bash",
 }
 
 
@@ -56,6 +58,10 @@ def main(arguments: list[str] | None = None) -> int:
         from pipelines import past
 
         return past.main(words[1:], words[0])
+    if words[0] in ("schema", "completion"):
+        from pipelines import editors
+
+        return editors.main(words[1:], words[0], COMMANDS)
     status: int = importlib.import_module(f"pipelines.{words[0]}").main(words[1:])
     return status
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 
 from ofmu_ray.config.evaluate import EvaluateConfig
 from ofmu_ray.errors import UserError
@@ -10,7 +11,7 @@ from ofmu_ray.progress import listening
 from ofmu_ray.runs.comparison import compare
 from ofmu_ray.storage import join
 from pipelines.parse import fail, parse
-from pipelines.terminal import Terminal, metrics_table, say
+from pipelines.terminal import Terminal, metrics_table, plain_table, say
 
 PROG = "ofmu evaluate"
 
@@ -24,9 +25,20 @@ def main(arguments: list[str] | None = None) -> int:
     except (UserError, KeyboardInterrupt) as error:
         return fail(error, PROG)
     print(metrics_table(comparison.metrics, list(comparison.metrics)))
+    if comparison.peer:
+        print(f"\n{peer_table(comparison.peer)}\n")
     say(f"report  {join(comparison.home, 'report.html')}")
     say(f"mlflow  {comparison.mlflow}")
     return 0
+
+
+def peer_table(models: Mapping[str, Mapping[str, float | None]]) -> str:
+    """Metrics under OpenUnlearning's names, model by model; without those that no model has."""
+    names = dict.fromkeys(name for values in models.values() for name in values)
+    rows = [(name, *(values.get(name) for values in models.values())) for name in names]
+    shown = [tuple("" if cell is None else cell if isinstance(cell, str) else f"{cell:.4g}" for cell in row)
+             for row in rows if any(cell is not None for cell in row[1:])]  # fmt: skip
+    return plain_table([("OpenUnlearning's name", *models), *shown])
 
 
 if __name__ == "__main__":

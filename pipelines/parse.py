@@ -18,6 +18,8 @@ from pipelines import help
 from pipelines.config_files import ConfigFile, read_files, runs_as_base, sections, with_shipped
 
 Config = TypeVar("Config")
+FLAGS = ("--overwrite", "--peer_names")
+SHORT = {"--push-to-hub": "--export.push_to_hub", "--peer-names": "--peer_names"}
 
 
 class PlainParser(argparse.ArgumentParser):
@@ -86,9 +88,11 @@ def parse(config_class: type[Config], arguments: Sequence[str], prog: str) -> Co
 
 
 def _with_value(words: Sequence[str], index: int) -> list[str]:
-    """`--overwrite` alone means true."""
-    alone = words[index] == "--overwrite" and (index + 1 == len(words) or words[index + 1].startswith("-"))
-    return [words[index], "true"] if alone else [words[index]]
+    """A flag alone means true; some options have a short form."""
+    name, equals, value = words[index].partition("=")
+    name = SHORT.get(name, name)
+    alone = name in FLAGS and not equals and (index + 1 == len(words) or words[index + 1].startswith("-"))
+    return [name, "true"] if alone else [f"{name}{equals}{value}"]
 
 
 def _refuse_unused(config: Any, words: Sequence[str], files: Sequence[ConfigFile]) -> None:
@@ -144,8 +148,8 @@ def _explained(message: str, known: list[str]) -> str:
     """jsonargparse's message on one line, with the closest known option for a misspelt one."""
     message = " ".join(message.split())
     if match := re.search(r"unrecognized arguments: (\S+)", message, re.IGNORECASE):
-        word = match[1].removeprefix("--").split("=")[0]
-        return f"unknown option --{word}.{_close(word, known)} All options: --help all"
+        word = match[1].split("=")[0]
+        return f"unknown option {word}.{_close(word.lstrip('-'), known)} All options: --help all"
     if match := re.search(r"[Gg]roup '(.+?)' does not accept option '(.+?)'", message):
         word = f"{match[1]}.{match[2]}"
         return f"unknown option {word} in the configuration.{_close(word, known)} All options: --help all"

@@ -20,6 +20,8 @@ def main(arguments: list[str] | None = None) -> int:
         outcome = run(parse(TrainConfig, words, PROG), Terminal(), [*PROG.split(), *words])
     except (UserError, KeyboardInterrupt) as error:
         return fail(error, PROG)
+    if outcome.hub:
+        say(f"hub     {outcome.hub}")
     if outcome.reused:
         say(f"{outcome.name} is finished; model: {outcome.model}")
         return 0

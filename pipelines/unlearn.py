@@ -42,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     if outcome.reused:
         say(f"{outcome.name} is already finished; --name NEW runs it again\n")
     show(outcome)
+    if outcome.hub:
+        say(f"hub     {outcome.hub}")
     if outcome.message:
         say(f"stopped {outcome.message}")
     return 0 if outcome.finished else 1

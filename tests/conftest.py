@@ -79,6 +79,12 @@ def shared_dir() -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One database of MLflow for a file's runs, as making its tables takes longer than a tiny run."""
+    return f"sqlite:///{tmp_path_factory.mktemp('tracking') / 'mlflow.db'}"
+
+
 IMAGE_METHODS = ("boundary_shrink", "random_labels", "salun")
 """Methods that ask for classes; language models have none (tests/test_images.py checks the list)."""
 

@@ -24,7 +24,7 @@ from ofmu_ray.config import LoraConfig, OptimizerConfig
 
 Measure = Callable[[Any, int, int], dict[str, Any]]
 INNER = OptimizerConfig(name="sgd", lr=0.05, clip=1.0, momentum=0.5)
-OUTER = OptimizerConfig(name="adamw", lr=1e-3, clip=None, weight_decay=0.01, eps=1e-4)
+OUTER = OptimizerConfig(name="adamw", lr=1e-3, clip=None, weight_decay=0.3, eps=1e-4)
 LENGTHS = [[9, 12, 7, 10], [5, 30, 28, 16]]  # rows by rank: the ranks' token counts differ
 
 
@@ -83,6 +83,7 @@ def measure(case: Case, rank: int, world: int) -> dict[str, Any]:
     from ofmu_ray.engines import Batch, DeepSpeedEngine, TorchEngine
 
     options: dict[str, Any] = {"inner": INNER, "outer": OUTER, "precision": case.precision, "offload": case.offload}
+    options["decay_norms"] = case.variant == "tied"
     engine = DeepSpeedEngine(build_module(case), zero_stage=case.stage, **options)
     reference = TorchEngine(build_module(case), **options)
     mine = token_batch(LENGTHS[rank], seed=rank)
@@ -98,6 +99,8 @@ def measure(case: Case, rank: int, world: int) -> dict[str, Any]:
     results["dot"] = abs(engine.dot((g, g))[0] / reference.dot((h, h))[0] - 1)
     results["shard"] = sum(t.numel() for t in g) / engine.numel
     results["account"] = engine.account == reference.account
+    results["trained"] = {str(parameter.dtype) for parameter in engine._trainable}
+    results["frozen"] = {str(p.dtype) for p in engine.module.parameters() if not p.requires_grad}
     results["names"] = engine.trainable_names == reference.trainable_names
 
     g_parts, value_parts = engine.gradient(halves)

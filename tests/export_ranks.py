@@ -14,7 +14,7 @@ import torch.distributed as dist
 from engine_models import tiny_model, token_batch
 
 from ofmu_ray.assets import resolve_builtin
-from ofmu_ray.config import ExportConfig, LoraConfig, ModelConfig, OptimizerConfig
+from ofmu_ray.config import ExportConfig, LoraConfig, ModelConfig, OptimizerConfig, Precision
 from ofmu_ray.models.exporting import export_causal_lm
 from ofmu_ray.models.loading import load_causal_lm
 from ofmu_ray.storage import new_folder
@@ -34,6 +34,7 @@ class Export:
     model: str = "llama"
     tie: bool = False
     stored: torch.dtype = torch.float32
+    precision: Precision = "fp32"
     lora: LoraConfig | None = None
     options: ExportConfig = DEFAULT
 
@@ -60,14 +61,14 @@ def export(case: Export, rank: int, world: int) -> dict[str, Any]:
     if rank == 0:
         write_source(case)
     dist.barrier()
-    config = ModelConfig(path=str(source(case)), attention="eager", lora=case.lora)
+    config = ModelConfig(path=str(source(case)), attention="eager", precision=case.precision, lora=case.lora)
     torch.manual_seed(0)
     module, tokenizer = load_causal_lm(config)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if "lora_B" in name:  # initially zero
                 parameter.normal_(std=0.1)
-    engine = DeepSpeedEngine(module, zero_stage=3, inner=SGD, outer=SGD)
+    engine = DeepSpeedEngine(module, zero_stage=3, precision=case.precision, inner=SGD, outer=SGD)
     engine.apply(engine.gradient(token_batch([9, 12], seed=rank))[0], "inner")
     readable = engine.readable_weights()
     if rank == 0:

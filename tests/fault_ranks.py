@@ -93,10 +93,12 @@ def start(part: Part, rank: int, world: int) -> dict[str, Any]:
     except KeyboardInterrupt:
         assert part.interrupt
     state, counts = worker.state, worker.engine.account.state()
+    newest = sorted((folder / "run/train").glob("round_*"))[-1]
     same = [None] * world
     dist.all_gather_object(same, (first, state.notes))
     result = {
         "first": first,
+        "bytes": [shard.stat().st_size for shard in sorted(newest.glob("rank_*.pt"))],
         "notes": state.notes,
         "agreed": all_ranks(all(one == same[0] for one in same)),
         "weights": worker.engine.full_weights(),

@@ -5,7 +5,10 @@ Rank functions for `engine_ranks.run_ranks`; tests/test_loading.py judges.
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,7 +88,7 @@ def measure(case: Loading, rank: int, world: int) -> dict[str, Any]:
     engine.load_state_dict(before)
     resumed = everything(engine, rank)
     engine.close()
-    stored = sum(file.stat().st_size for file in __import__("pathlib").Path(case.folder).glob("*.safetensors"))
+    stored = sum(file.stat().st_size for file in Path(case.folder).glob("*.safetensors"))
     bytes_read = torch.tensor([float(read) if r == rank else 0.0 for r in range(world)])
     dist.all_reduce(bytes_read)
     return {
@@ -99,3 +102,31 @@ def measure(case: Loading, rank: int, world: int) -> dict[str, Any]:
 
 def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return len(a) == len(b) and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def fit_and_die(folder: Path, where: str) -> None:
+    """A run without Ray that kills itself after the checkpoint of round 4, or while the tenth tensor is read."""
+    from fault_job import make_job
+
+    from ofmu_ray.models.stored import Stored
+    from ofmu_ray.training import checkpoint
+    from ofmu_ray.training.start import fit_here
+
+    save, read, done = checkpoint.save, Stored.read, []
+
+    def save_and_die(state: Any, *rest: Any) -> None:
+        save(state, *rest)
+        if state.round == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def read_and_die(self: Stored, target: torch.Tensor, start: int) -> int:
+        done.append(self.name)
+        if len(done) == 10:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, target, start)
+
+    if where == "round":
+        checkpoint.save = save_and_die
+    else:
+        Stored.read = read_and_die  # type: ignore[method-assign]
+    fit_here(make_job(folder), "run")

@@ -88,6 +88,14 @@ def test_hash_ignores_where_a_run_is_stored_and_nothing_else():
     assert outcome_hash(base) != outcome_hash(UnlearnConfig(training=TrainingConfig(batch_size=4)))
 
 
+def test_an_option_that_came_later_leaves_hashes_as_they_were():
+    decaying = TrainingConfig(decay_norms=True)
+    assert outcome_hash(UnlearnConfig()) == outcome_hash(UnlearnConfig(training=decaying)) == "81207cfedf6124a1"
+    assert outcome_hash(UnlearnConfig(method="npo", training=decaying)) == "954d89c342c93a40", "as before the option"
+    assert outcome_hash(UnlearnConfig(method="npo")) != "954d89c342c93a40"
+    assert config_hash(EvaluateConfig()) == "53632136bbb6443d"
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "pipelines/configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_configs_parse(path):
     commands = {"evaluate": EvaluateConfig, "benchmark": BenchmarkConfig, "sweep": SweepConfig}

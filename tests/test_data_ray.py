@@ -195,6 +195,16 @@ def test_overlap_and_duplicates_are_dropped_or_kept_on_request(tmp_path: Path, t
         prepare(tmp_path, tokenizer, {"forget": [GOOD], "retain": [GOOD]}, overlap="drop")
 
 
+def test_tasks_find_what_one_process_finds(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {"forget": made(6, "a"), "retain": [*made(20, "b"), *made(3, "a"), *made(5, "b")]}
+    one = prepare(tmp_path, tokenizer, rows, overlap="drop", duplicates="drop")
+    monkeypatch.setattr("ofmu_ray.data.repeats.BUCKET_ROWS", 5)
+    many = prepare(tmp_path, tokenizer, rows, overlap="drop", duplicates="drop")
+    assert many.report == one.report
+    assert (one.report.overlap.normalised, one.report.streams["retain"].normalised_duplicates) == (3, 5)
+    assert many.streams["retain"].rows.tolist() == one.streams["retain"].rows.tolist() == list(range(20))
+
+
 def test_tokens_are_reused_until_something_changes(tmp_path: Path, tokenizer: Any) -> None:
     rows = {"train": made(5, "it")}
     first = prepare(tmp_path, tokenizer, rows)

@@ -18,6 +18,7 @@ TWO_RANKS = [
     *(Case(stage, model) for model in ("llama", "neox", "qwen2") for stage in (0, 2, 3)),
     *(Case(stage, precision=p) for p in ("bf16", "bf16_autocast") for stage in (0, 2, 3)),
     *(Case(stage, variant=v) for v in ("tied", "frozen", "lora", "checkpointed") for stage in (0, 2, 3)),
+    *(Case(stage, precision="bf16", variant="lora") for stage in (0, 2, 3)),
     Case(2, offload="optimizer"),
 ]
 ONE_RANK = [Case(stage) for stage in (0, 2, 3)]
@@ -29,6 +30,8 @@ TOLERANCES: dict[str, dict[str, float]] = {
     "bf16": {"loss": 1e-6, "gradient": 5e-3, "dot": 1e-4, "displaced": 5e-4, "nested": 5e-4, "weights": 3e-2},
     "bf16_autocast": {"loss": 1e-6, "gradient": 1e-3, "dot": 1e-4, "displaced": 1e-4, "nested": 1e-4, "weights": 3e-3},
 }
+# Adapters' gradients are small beside the rounding of the bf16 base, whose products stage 3 takes by another kernel.
+ADAPTERS_BESIDE_BF16 = TOLERANCES["bf16"] | {"gradient": 3e-2, "dot": 1e-2, "weights": 1e-1}
 ACCUMULATED = {"fp32": 1e-6, "bf16": 1e-2, "bf16_autocast": 1e-2}  # other shapes, other kernels' rounding
 
 
@@ -48,12 +51,16 @@ def quick(case: Case) -> bool:
 
 
 def judge(case: Case, results: dict[str, Any], world: int) -> None:
-    for name, tolerance in TOLERANCES[case.precision].items():
+    rounded = case.precision == "bf16"
+    tolerances = ADAPTERS_BESIDE_BF16 if rounded and case.variant == "lora" else TOLERANCES[case.precision]
+    for name, tolerance in tolerances.items():
         assert results[name] <= tolerance, f"{name}: {results[name]:.2e} > {tolerance:.0e}"
     assert results["norm"] < 1e-6
     assert results["accumulated"] < ACCUMULATED[case.precision]
     assert results["account"]
     assert results["names"]
+    assert results["trained"] == {"torch.bfloat16" if rounded and case.variant != "lora" else "torch.float32"}
+    assert results["frozen"] <= {"torch.bfloat16" if rounded else "torch.float32"}
     assert results["restored"]
     assert results["restored_nested"]
     assert results["gradient_again"]

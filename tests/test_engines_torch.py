@@ -166,6 +166,41 @@ def test_sgd_decays_weights_apart_from_the_gradient() -> None:
     torch.testing.assert_close(engine.shards.masters[0], expected, rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+@pytest.mark.parametrize("decays", [True, False])
+def test_norms_and_biases_are_decayed_only_if_asked(rule: str, decays: bool) -> None:
+    config = OptimizerConfig(name=rule, lr=0.1, weight_decay=0.5, clip=None)  # type: ignore[arg-type]
+    module = tiny_model()
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    engine = TorchEngine(module, inner=config, decay_norms=decays)
+    engine.apply([torch.zeros_like(master) for master in engine.shards.masters], "inner")
+    shrunk = {name for name, parameter in module.named_parameters() if not torch.equal(parameter, before[name])}
+    assert shrunk == {name for name in before if decays or before[name].dim() > 1}
+    assert any("norm" in name for name in before)
+    for name in shrunk:
+        torch.testing.assert_close(module.get_parameter(name).detach(), before[name] * (1 - 0.1 * 0.5))
+
+
+def test_decay_without_norms_equals_torchs_parameter_groups() -> None:
+    config = OptimizerConfig(name="adamw", lr=0.01, clip=None, weight_decay=0.3)
+    reference = mlp(torch.float64)
+    groups = [
+        {"params": [p for p in reference.parameters() if p.dim() > 1], "weight_decay": 0.3},
+        {"params": [p for p in reference.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.01)
+    engine = TorchEngine(mlp(torch.float64), squares, inner=config, decay_norms=False)
+    for step in range(3):
+        batch = rows(6, seed=step, dtype=torch.float64)
+        optimizer.zero_grad()
+        loss, count = squares(reference, batch)
+        (loss / count).backward()
+        optimizer.step()
+        engine.apply(engine.gradient(batch)[0], "inner")
+    expected = torch.cat([p.detach().reshape(-1) for p in reference.parameters()])
+    torch.testing.assert_close(engine.shards.masters[0], expected)
+
+
 def test_loops_keep_their_own_moments() -> None:
     config = OptimizerConfig(name="sgd", lr=0.1, momentum=0.9, clip=None)
     one = [torch.ones(3, dtype=torch.float64)]

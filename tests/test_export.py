@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.internals.transformers_private import saved_names
 from ofmu_ray.models.exporting import export_causal_lm
 from ofmu_ray.models.loading import load_causal_lm, pretrained, read_config
-from ofmu_ray.models.source import model_fingerprint
+from ofmu_ray.models.source import adapter_base, correct_base, model_fingerprint
 from ofmu_ray.models.weights import Weights
 from ofmu_ray.training.start import fit_here
 
@@ -42,7 +43,7 @@ def cases(folder: Path) -> dict[str, Export]:
         Export("bf16", str(folder), stored=BF16),
         Export("asked", str(folder), options=ExportConfig(dtype="fp16", max_shard_size=SHARD)),
         Export("merged", str(folder), lora=LoraConfig(rank=2)),
-        Export("adapter", str(folder), lora=LoraConfig(rank=2), options=adapter),
+        Export("adapter", str(folder), stored=BF16, precision="bf16", lora=LoraConfig(rank=2), options=adapter),
     ]
     return {case.name: case for case in made}
 
@@ -80,7 +81,7 @@ def test_two_ranks_write_what_save_pretrained_writes(name: str, exported: Any, t
 
 
 @pytest.mark.system
-def test_the_adapter_alone_is_loaded_by_peft_and_evaluated_with_its_base(exported: Any) -> None:
+def test_the_adapter_alone_is_loaded_by_peft_and_evaluated_with_its_base(exported: Any, tmp_path: Path) -> None:
     import peft
 
     made, known = exported
@@ -95,10 +96,23 @@ def test_the_adapter_alone_is_loaded_by_peft_and_evaluated_with_its_base(exporte
         torch.testing.assert_close(merged[key], value)
         torch.testing.assert_close(loaded[key], value)
     assert read_config(str(folder)).vocab_size == base.config.vocab_size
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "../adapter-in"
+    assert {value.dtype for value in tensors(folder).values()} == {torch.float32}
     before = model_fingerprint(folder)
     file = source(case) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\0")
     assert model_fingerprint(folder) != before  # another base is another model
+    copy = tmp_path / "a sweep's/best"
+    shutil.copytree(folder, copy, copy_function=os.link)
+    correct_base(copy, adapter_base(folder))
+    assert adapter_base(copy) == adapter_base(folder) == str(source(case).resolve())
+    shutil.rmtree(copy)
+    Path(case.folder).rename(tmp_path / "moved")  # both
+    assert read_config(str(tmp_path / "moved/adapter")).vocab_size == base.config.vocab_size
+    (tmp_path / "moved/adapter").rename(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"adapter_config\.json names '\.\./adapter-in' as the base of this adapter"):
+        read_config(str(tmp_path / "adapter"))
+    (tmp_path / "moved").rename(case.folder)
 
 
 @pytest.mark.system
@@ -223,6 +237,7 @@ def test_fp16_that_overflows_and_options_that_do_not_fit_are_refused(
         ExportConfig(max_shard_size="5 GB")
 
 
+@pytest.mark.full
 @pytest.mark.system
 def test_a_kill_within_the_export_leaves_no_model_and_the_same_command_resumes(tmp_path: Path) -> None:
     child = multiprocessing.get_context("spawn").Process(target=fit_and_die_in_the_export, args=(tmp_path,))

@@ -216,9 +216,23 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         return Part(stage, str(folder / f"{name}{stage}"), **options)
 
     starts = [
-        (2, [*(part(stage, "fewer", interrupt=True) for stage in STAGES), part(2, "same", interrupt=True)]),
+        (
+            2,
+            [
+                *(part(stage, "fewer", interrupt=True) for stage in STAGES),
+                *(part(s, "same", interrupt=True) for s in (0, 2)),
+            ],
+        ),
         (1, [*(part(stage, "fewer") for stage in STAGES), *(part(stage, "more", interrupt=True) for stage in STAGES)]),
-        (2, [*(part(stage, "more") for stage in STAGES), part(2, "same", damage=True), part(2, "undisturbed")]),
+        (
+            2,
+            [
+                *(part(stage, "more") for stage in STAGES),
+                part(0, "same"),
+                part(2, "same", damage=True),
+                part(2, "undisturbed"),
+            ],
+        ),
     ]
     by_part: dict[str, dict[str, Any]] = {}
     for number, (world, parts) in enumerate(starts):
@@ -252,6 +266,18 @@ def test_a_run_resumes_with_another_number_of_workers(name: str, stage: int, ran
     )  # fmt: skip
     assert [row["round"] for row in resumed["series"]] == list(range(1, ROUNDS + 1))
     assert resumed["account"] == whole["account"]
+
+
+@pytest.mark.system
+def test_ranks_that_have_the_same_write_it_once(ranks: dict[str, dict[str, Any]]) -> None:
+    """At stage 0; both of the ranks that go on read it."""
+    before, resumed, whole = ranks["same0-begun"], ranks["same0-whole"], ranks["undisturbed2-whole"]
+    first, other = before["bytes"]
+    assert other < 4096 < first / 4
+    assert min(ranks["same2-begun"]["bytes"]) > first / 4
+    assert (resumed["first"], resumed["notes"], resumed["agreed"]) == (4, [], True)
+    moved = distance(before["weights"], whole["weights"])
+    assert distance(resumed["weights"], whole["weights"]) <= TOLERANCE * moved
 
 
 @pytest.mark.system

@@ -1,5 +1,6 @@
 """Mistakes at the front door: one message, status 2, nothing started and nothing written; names and their locks."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -13,10 +14,11 @@ import pytest
 import yaml
 
 from ofmu_ray.config import ModelConfig, SweepConfig, UnlearnConfig, outcome_hash
-from ofmu_ray.errors import StorageError, UserError
+from ofmu_ray.errors import StartError, StorageError, UserError
 from ofmu_ray.models.loading import load_tokenizer
 from ofmu_ray.runs.claims import Claim, locked
 from ofmu_ray.runs.preflight import public
+from ofmu_ray.runs.run import Run, as_begun
 from ofmu_ray.storage import explained
 from pipelines import cli
 from pipelines.parse import parse
@@ -67,7 +69,41 @@ MISTAKES = {
         ["--model.path", "runs/tofu_target/model"],
         "'runs/tofu_target/model': no such folder; run `ofmu train` first",
     ),
+    "abbreviated option": (["--ofmu.inner_step", "3"], "--ofmu.inner_step. Did you mean ofmu.inner_steps?"),
+    "abbreviated section": (["--train.rounds", "3"], "--train.rounds. Did you mean training.rounds?"),
+    "one dash": (["-name", "x"], "unknown option -name. Did you mean name?"),
+    "shipped configuration misspelt": (["--config", "tofu_forget5"], "Did you mean tofu_forget05?"),
+    "help on nothing": (["--help", "ofmuu"], "--help ofmuu: no such section. Did you mean ofmu?"),
+    "unknown method": (["--method", "npoo"], "method = npoo: no such choice. Did you mean npo?"),
+    "unknown stage": (["--training.zero_stage", "4"], "training.zero_stage"),
+    "text for a number": (["--training.rounds", "many"], "training.rounds"),
+    "no rounds": (["--training.rounds", "0"], "training.rounds = 0: must be greater than 0"),
+    "shared GPU": (["--training.workers=2", "--training.gpus_per_worker=0.5"], "NCCL does not let workers share a GPU"),
+    "seed too large": (["--seed", str(2**70)], "must be from 0 to 2^63 - 1"),
+    "absolute name": (["--name", "/x"], "name = '/x': must be a folder's name"),
+    "empty name": (["--name", ""], "name = '': must be a folder's name"),
+    "adapter of no adapters": (
+        ["--export.weights", "adapter"],
+        "export.weights = adapter, but no adapters are trained",
+    ),
+    "size in words": (["--export.max_shard_size", "big"], "export.max_shard_size = 'big': must be a number and a unit"),
+    "option of ofmu unlearn": (["train", "--method", "npo"], "unknown option --method"),
+    "heads that do not divide": (["train", "--scratch.heads", "3"], "scratch.heads = 3: must be a divisor"),
+    "no epochs": (["train", "--epochs", "0"], "epochs = 0"),
+    "reserved label": (["evaluate", "--models", "{retrained: x}"], "models.retrained: give the retrained model as"),
+    "label with a space": (["evaluate", "--models", "{a b: x}"], "models = 'a b': must be labelled with"),
+    "model to evaluate": (["evaluate", "--models", "{a: ./nowhere}"], "models.a = './nowhere': no such folder"),
+    "evaluation switched off": (["evaluate", "--evaluation.enabled", "false"], "this command only evaluates"),
+    "run that is not there": (["show", "nothing"], "no such folder; give the --storage of your runs"),
+    "report of no run": (["report", "nothing"], "no such folder; give the --storage of your runs"),
+    "show without a name": (["show"], "required: name"),
+    "log that is not there": (["metrics", "tofu", "--log", "nowhere.json"], "nowhere.json"),
+    "format of logs": (["metrics", "muse", "--log", "x"], "invalid choice: 'muse'"),
+    "schema of no command": (["schema", "unlern"], "invalid choice: 'unlern'"),
+    "request's command": (["requests", "frobnicate"], "unknown command 'frobnicate'. Commands:"),
 }
+"""What is typed (after `unlearn`, if it names no command) -> a part of the message."""
+WITHOUT_STORAGE = ("metrics", "schema", "requests")
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -76,7 +112,9 @@ def test_a_mistake_is_one_message_before_anything_starts(mistake, tmp_path, caps
     monkeypatch.chdir(tmp_path)
     for name, content in FILES.items():
         Path(name).write_bytes(content)
-    assert cli.main(["unlearn", *words, "--storage", "runs"]) == 2
+    words = words if words[0] in cli.COMMANDS else ["unlearn", *words]
+    storage = [] if words[0] in WITHOUT_STORAGE else ["--storage", "runs"]
+    assert cli.main([*words, *storage]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -88,6 +126,20 @@ def test_a_dead_ray_address(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     assert cli.main(["unlearn", "--storage", str(tmp_path)]) == 2
     assert "RAY_ADDRESS = '127.0.0.1:9': no Ray head answers there" in capsys.readouterr().err
+
+
+def test_a_ray_that_does_not_start_is_one_message(monkeypatch):
+    from ofmu_ray.cluster import connect
+
+    def busy(**_: object) -> None:
+        raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(connect.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(connect.ray, "init", busy)
+    with pytest.raises(StartError, match="Ray did not start on this machine in time") as caught:
+        connect.connect(1)
+    assert caught.value.status == 1
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "sweep", "benchmark"])
@@ -172,6 +224,18 @@ def test_a_taken_name_says_which_options_differ_and_can_be_overwritten(tmp_path)
     assert "overwrite" not in json.loads((tmp_path / "r/run.json").read_text())["options"]
     with pytest.raises(UserError, match="an `ofmu unlearn` has this name"):
         Claim(str(tmp_path / "r"), "train", "x", {}, overwrite=True).check()
+
+
+def test_a_run_that_began_before_an_option_goes_on_as_it_was(tmp_path):
+    fresh = UnlearnConfig(name="r", storage=str(tmp_path), method="npo")
+    assert not fresh.training.decay_norms
+    earlier = dataclasses.replace(fresh, training=dataclasses.replace(fresh.training, decay_norms=True))
+    run = Run(fresh, str(tmp_path), outcome_hash(fresh))
+    assert as_begun(run) is run
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/run.json").write_text(json.dumps({"config_hash": outcome_hash(earlier), "command": "unlearn"}))
+    assert as_begun(run).config == earlier
+    assert as_begun(run).claim.check()
 
 
 def test_overwrite_is_a_flag_and_no_part_of_the_outcome():

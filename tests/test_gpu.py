@@ -185,6 +185,12 @@ def test_offloaded_moments_lie_in_host_memory_and_change_nothing(place: Place) -
     }
     assert devices == {"cpu"}
     assert torch.equal(here.weights()[0], there.weights()[0])
+    kept, moved = (one.first_moment("outer") for one in (here, there))
+    assert kept is not None
+    assert moved is not None
+    assert torch.equal(kept[0], moved[0])
+    saved = [one.state_dict()["optimizers"]["outer"]["state"][0]["exp_avg_sq"] for one in (here, there)]
+    assert torch.equal(*saved)
 
 
 @pytest.fixture
@@ -229,8 +235,8 @@ def test_weights_go_from_file_to_device_to_file_unchanged(
     from ofmu_ray.storage import new_folder
 
     config, task = ModelConfig(), task_named("causal_lm")
-    module, processor, unread, note = loaded(task, config)
-    assert unread is not None, note
+    module, processor, unread, notes = loaded(task, config)
+    assert unread is not None, notes
     unread.place(module, torch.device(place.device))
     if stage is None:
         engine: Any = TorchEngine(module, unread=unread)

@@ -55,6 +55,13 @@ def test_architectures_say_whether_they_have_sdpa() -> None:
     assert not transformers_private.supports_sdpa(transformers.BloomForCausalLM)
 
 
+def test_architectures_say_whether_they_are_recurrent() -> None:
+    import transformers
+
+    assert transformers_private.is_stateful(transformers.MambaForCausalLM)
+    assert not transformers_private.is_stateful(transformers.LlamaForCausalLM)
+
+
 def test_the_list_of_checkpoints_is_one_that_ray_train_reads() -> None:
     text = ray_private.checkpoint_list(["a", "b"])
     state = ray_private.SNAPSHOT.get().parse_raw(text)

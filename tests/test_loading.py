@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,10 @@ import pytest
 import torch
 from engine_models import tiny_model
 from engine_ranks import run_ranks
-from loading_ranks import Loading, measure, whole
+from fault_job import make_job
+from loading_ranks import Loading, fit_and_die, measure, whole
 from safetensors.torch import load_file, save_file
+from transformers.utils import is_flash_attn_2_available
 
 from ofmu_ray.config import ModelConfig
 from ofmu_ray.engines import TorchEngine
@@ -23,6 +28,7 @@ from ofmu_ray.models.stored import share, stored_tensors
 from ofmu_ray.models.unread import load_unread
 from ofmu_ray.tasks import loaded
 from ofmu_ray.tasks.causal_lm import TASK
+from ofmu_ray.training.start import fit_here
 
 TOKENIZER = "builtin:people/target"
 CASES = [
@@ -125,12 +131,28 @@ def test_what_is_stored_in_another_form_is_loaded_whole(tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     transformers.MixtralForCausalLM(transformers.MixtralConfig(**options, **sizes)).save_pretrained(tmp_path)
     config = ModelConfig(path=str(tmp_path), tokenizer=TOKENIZER)
-    module, _, unread, note = loaded(TASK, config)
+    module, _, unread, (note,) = loaded(TASK, config)
     assert unread is None
-    assert note is not None
     assert "every worker loads the whole model first (its tensors are stored in another form)" in note
     expected = load_causal_lm(config)[0].state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in module.state_dict().items())
+
+
+def test_flash_attention_falls_back_with_a_note(tmp_path: Path) -> None:
+    tiny_model("qwen2", tie=True).save_pretrained(tmp_path)
+    config = ModelConfig(path=str(tmp_path), tokenizer=TOKENIZER, attention="flash_attention_2")
+    reasons = {
+        "bf16": "flash-attn is not installed here, or there is no GPU",
+        "fp32": "flash_attention_2 computes in bf16 and model.precision = fp32 has passes in fp32",
+    }
+    for precision, reason in reasons.items():
+        module, _, _, notes = loaded(TASK, replace(config, precision=precision))  # type: ignore[arg-type]
+        if precision == "bf16" and is_flash_attn_2_available():
+            assert notes == []
+        else:
+            assert notes == [f"{reason}; sdpa attention is used instead"]
+            assert module.config._attn_implementation == "sdpa"  # type: ignore[union-attr]
+    assert loaded(TASK, replace(config, attention="sdpa"))[3] == []
 
 
 def test_both_names_of_a_tied_parameter_are_stored(tmp_path: Path) -> None:
@@ -181,6 +203,13 @@ def widen(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 66}))
 
 
+def quantise_a_tensor(folder: Path) -> None:
+    file = sorted(folder.glob("model-*.safetensors"))[0]
+    tensors = load_file(file)
+    name = next(name for name, value in tensors.items() if value.dim() == 2)
+    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, file)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -190,6 +219,7 @@ def widen(folder: Path) -> None:
         (cut_a_file, r"model-00002\S+ is not a readable safetensors file"),
         (lose_a_tensor, r"model-\S+ has no tensor 'model\.norm\.weight', which model\S+ says it has"),
         (lose_it_from_the_index, r"no file in \S+ has the tensor 'model\.norm\.weight' of this model"),
+        (quantise_a_tensor, r"\S+ has '\S+' as F8_E4M3, and config\.json no way to read that: give a copy"),
         (widen, r"\S+ has 'model\S+' of shape \[\d+, \d+\], but config\.json asks for \["),
     ],
 )
@@ -200,3 +230,53 @@ def test_damage_is_named_before_any_worker_starts(damage: Any, message: str, tmp
     damage(tmp_path)
     with pytest.raises(UserError, match=message):
         check_model(config)
+
+
+def test_a_quantised_model_is_refused_where_it_is_trained(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    scheme = {"quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "config.json").write_text(json.dumps(config | scheme))
+    trained = ModelConfig(path=str(tmp_path), tokenizer=TOKENIZER)
+    check_model(trained)  # may be evaluated
+    with pytest.raises(
+        UserError, match=r"model\.path = \S+: its weights are quantised \(fp8\), which no engine trains"
+    ):
+        TASK.skeleton(trained)
+
+
+@pytest.mark.full
+@pytest.mark.system
+def test_a_kill_while_a_resumed_run_reads_its_model_changes_nothing(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    multiprocessing.set_forkserver_preload(["rank_imports"])
+    for where in ("round", "load", "load"):
+        child = context.Process(target=fit_and_die, args=(tmp_path, where))
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL, where
+    fit_here(make_job(tmp_path), "run")
+    fit_here(make_job(tmp_path, name="undisturbed"), "undisturbed")
+    series = [json.loads((tmp_path / name / "training.json").read_text()) for name in ("run", "undisturbed")]
+    assert [one["round"] for one in series] == [8, 8]
+    files = [
+        {path.name: path.read_bytes() for path in (tmp_path / name / "model").iterdir()}
+        for name in ("run", "undisturbed")
+    ]
+    assert files[0] == files[1]
+    assert any(name.endswith(".safetensors") for name in files[0])
+
+
+@pytest.mark.slow
+def test_a_llama_of_70_billion_on_eight_nodes() -> None:
+    """What each of 64 ranks reads, holds and writes, by the functions that cut and split; nothing is loaded."""
+    from benchmarks.loading import computed
+
+    found = computed("70b", 64)
+    assert found["parameters"] == 70_553_706_496
+    least, most = found["read_by_a_rank_gb"]
+    assert least <= found["whole_gb"] / 64 <= most < 1.001 * found["whole_gb"] / 64
+    assert found["bf16_weights_of_a_rank_gb"] + found["fp32_masters_of_a_rank_gb"] < 7
+    assert found["written_gb"] == pytest.approx(found["whole_gb"])
+    assert found["largest_file_gb"] <= 5
+    assert found["files"] >= found["whole_gb"] / 5

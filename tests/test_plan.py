@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import transformers
 from conftest import ROOT, TEXT_METHODS
 from engine_models import tiny_model, token_batch
 
-from ofmu_ray.config import METHODS, LoraConfig, ModelConfig, TrainingConfig
+from ofmu_ray.config import METHODS, ExportConfig, LoraConfig, ModelConfig, TrainingConfig
 from ofmu_ray.engines import Batch, TorchEngine
 from ofmu_ray.errors import UserError
 from ofmu_ray.methods import build_method
@@ -184,6 +185,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert content["model"]["parameters"] == 541_536
     assert content["round"]["gradient_passes"] == {"forget": 3, "retain": 8}
     assert content["run"]["gradient_passes"] == {"forget": 30, "retain": 80}
+    assert content["round"]["precisions"] == {"fp32": 11}
+    assert content["loading"]["read_bytes_per_rank"] == content["export"]["written_bytes"] == 4 * 541_536
     assert cli.main([*words, "--ofmu.preset", "lite", "--plan.json", str(out)]) == 0
     lite = json.loads(out.read_text())
     assert lite["round"]["gradient_passes"] == {"forget": 9, "retain": 4}  # auto, at most
@@ -204,9 +207,60 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "finite_difference" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("preset", ["lite", "full"])
+def test_passes_of_bf16_autocast_are_priced_as_they_run(preset: Any) -> None:
+    """Those of a real round between checks, with central differences; fp32 passes at the fp32 rate."""
+    method = OFMUConfig.from_preset(preset, difference="central")
+    planner = _planner(tiny_model().config, method=method, precision="bf16_autocast")
+    estimate = planner.estimate(planner.given())
+    ran = Counter(trace.precision for trace in estimate.traces.values())
+    assert ran == {"lite": {"bf16_autocast": 7, "fp32": 6}, "full": {"bf16_autocast": 12, "fp32": 36}}[preset]
+    gpu, link = GPUS["H100-80GB"], LINKS["nvlink"]
+    slow = replace(gpu, fp32=gpu.fp32 / 1e9)  # then nothing but fp32 passes takes time
+    fp32 = sum(trace.flops for trace in estimate.traces.values() if trace.precision == "fp32")
+    seconds = estimate.time(slow.device("bf16_autocast", 1.0), link).passes
+    assert seconds == pytest.approx(fp32 * estimate.layout.micro_batches / slow.fp32, rel=1e-3)
+
+
+def test_bytes_of_loading_and_export_are_those_of_the_files(tmp_path: Path) -> None:
+    """A bf16 model, read by a real engine and exported; shares of ZeRO-3; an adapter alone."""
+    from contextlib import nullcontext
+
+    from safetensors.torch import load_file
+
+    from ofmu_ray import storage
+    from ofmu_ray.models.exporting import export_causal_lm
+    from ofmu_ray.models.loading import load_tokenizer
+    from ofmu_ray.models.unread import load_unread
+    from ofmu_ray.models.weights import Weights
+
+    tiny_model("llama", tie=True).bfloat16().save_pretrained(tmp_path / "in")
+    config = ModelConfig(path=str(tmp_path / "in"), tokenizer="builtin:people/target")
+    result = load_unread(config)
+    assert not isinstance(result, str)
+    module, unread = result
+    TorchEngine(module, unread=unread)
+    planner = _planner(tiny_model("llama", tie=True).config, stored=torch.bfloat16)
+    files = planner.estimate(planner.given()).files
+    assert files.read == files.model == unread.bytes_read
+    with storage.new_folder(tmp_path / "out") as folder:
+        weights = Weights(module, lambda _: nullcontext(), keep=True)
+        export_causal_lm(module, load_tokenizer(config), weights, folder, config, ExportConfig())
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    assert files.written == sum(value.nbytes for value in load_file(file).values())
+    cut = planner.estimate(replace(planner.given(), zero_stage=3, workers=2)).files
+    assert files.read / 2 <= cut.read < files.read / 2 + 2 * len(list(module.parameters()))
+    adapter = ExportConfig(weights="adapter")
+    planner = _planner(tiny_model().config, precision="bf16", stored=torch.bfloat16, export=adapter)
+    alone = planner.estimate(replace(planner.given(), lora=LoraConfig(rank=2)))
+    assert alone.files.written == alone.files.held == 4 * alone.sizes.trainable
+    assert alone.files.model == 2 * (alone.sizes.total - alone.sizes.trainable)
+
+
 def _planner(
-    shape: Any, *, method: Any = None, batch_size: int = 2, precision: Any = "fp32", row_tokens: int = 24
-) -> Planner:
+    shape: Any, *, method: Any = None, batch_size: int = 2, precision: Any = "fp32", row_tokens: int = 24,
+    **files: Any,
+) -> Planner:  # fmt: skip
     rows = Rows(row_tokens, float(row_tokens), row_tokens // 3)
     return Planner(
         shape,
@@ -215,4 +269,5 @@ def _planner(
         TrainingConfig(batch_size=batch_size),
         {"forget": rows, "retain": rows},
         "cuda",
+        **files,
     )

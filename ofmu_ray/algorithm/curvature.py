@@ -24,13 +24,19 @@ TINY = 1e-30
 # The difference of grad Phi divides the rounding noise of its inner differences by a step again, so the penalty's
 # curvature needs longer steps than grad Phi alone (docs/decisions.md: error against triple backward, by step).
 NESTED_STEP_RATIO = {"forward": 10.0, "central": 3.0}
+# Rounding of relative size e in g_f and g_r turns u and w by e / sin(g_f, g_r). bf16 autocast has e = 3 %, and the
+# bound on the error of grad Sim is 5 %.
+ALIGNED = 0.75
 
 
 class Curvature(Protocol):
     """Products with the Hessians of one loss and of Phi."""
 
-    differenced: bool
-    """Whether base gradients enter a difference (the engine then computes them as exactly as it can)."""
+    def ends_at_base(self, product: Product) -> bool:
+        """Whether the next difference for this product has the gradient at theta as an end.
+
+        The engine then computes that gradient as exactly as it can. Otherwise it only gives the direction.
+        """
 
     def hessian_vector(
         self, batch: Any, kind: Kind, base: Vector, direction: Vector, norm: float, *, penalty: bool = False
@@ -55,13 +61,14 @@ class Curvature(Protocol):
 class FiniteDifference:
     """Differences of first-order gradients. Works with every engine and attention kernel."""
 
-    differenced = True
-
     def __init__(self, space: ParameterSpace, difference: Literal["forward", "central"], relative_step: float):
         self.space = space
         self.difference: Literal["forward", "central"] = difference
         self.relative_step = relative_step
         self.step = relative_step * space.parameters_norm()
+
+    def ends_at_base(self, product: Product) -> bool:
+        return self.difference == "forward"
 
     def hessian_vector(
         self, batch: Any, kind: Kind, base: Vector, direction: Vector, norm: float, *, penalty: bool = False
@@ -95,12 +102,21 @@ class MeasuredDifference:
     Between checks, a product costs a forward or a central difference; its last check decides which.
     """
 
-    differenced = True
-
     def __init__(self, space: ParameterSpace, steps: Steps, *, nested: bool = False):
         self.space, self.steps, self._nested = space, steps, nested
         self.theta = space.parameters_norm()
         self._errors: dict[Product, float] = {}
+
+    def ends_at_base(self, product: Product) -> bool:
+        """Also where a check is planned, or where rounding of g_f and g_r would spoil the directions."""
+        step = self.steps.products.get(product)
+        if step is None or not step.central or abs(self.steps.cosine) > ALIGNED:
+            return True
+        return not self._inside(product) and self.steps.planned(step)
+
+    def _inside(self, product: Product) -> bool:
+        """Whether the product is part of a grad Phi that is itself differenced."""
+        return self._nested and product != "penalty"
 
     def hessian_vector(
         self, batch: Any, kind: Kind, base: Vector, direction: Vector, norm: float, *, penalty: bool = False
@@ -128,11 +144,13 @@ class MeasuredDifference:
         if norm < TINY:
             self._errors[product] = 0.0
             return [torch.zeros_like(x) for x in direction]
-        inside = self._nested and product != "penalty"
+        inside = self._inside(product)
         curved = None
         if not inside:
             gradient = math.sqrt(self.space.dot((base, base))[0])
             if self.steps.due(product, gradient):
+                if self.space.mixed and not self.ends_at_base(product):
+                    base = function()  # |g| has changed: the check was not planned
                 curved = self._check(product, function, base, direction, norm, gradient)
         step = self.steps.products[product]
         self._errors[product] = norm * step.error
@@ -225,11 +243,13 @@ def _sum_and_difference(
 class Exact:
     """Double and triple backward, single process, eager attention. The reference for the differences."""
 
-    differenced = False
-
     def __init__(self, space: ParameterSpace, similarity: Similarity):
         self.space = space
         self.similarity = similarity
+
+    def ends_at_base(self, product: Product) -> bool:
+        """Nothing is differenced."""
+        return False
 
     def hessian_vector(
         self, batch: Any, kind: Kind, base: Vector, direction: Vector, norm: float, *, penalty: bool = False

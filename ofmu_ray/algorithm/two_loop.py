@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 
 from ofmu_ray.algorithm.curvature import Curvature, Exact, FiniteDifference, MeasuredDifference
 from ofmu_ray.algorithm.similarity import Similarity, SimilarityCoefficients, similarity_coefficients
-from ofmu_ray.algorithm.space import ParameterSpace, Vector, add_, combine, scale_
+from ofmu_ray.algorithm.space import Kind, ParameterSpace, Vector, add_, combine, scale_
 from ofmu_ray.algorithm.steps import Difference, Steps
 
 LEVEL_TOLERANCE = 1e-5
@@ -112,7 +112,9 @@ def two_loop_round(
     for t in range(options.inner_steps):
         last = t == options.inner_steps - 1
         batch = next(forget)
-        enters = curvature.differenced and (phi.stale(t) or (last and lagged))
+        enters = (phi.stale(t) and curvature.ends_at_base("forget")) or (
+            last and lagged and curvature.ends_at_base("penalty")
+        )
         g_f, stats.forget_loss = space.gradient(batch, kind="forget", differenced=enters)
         if level is not None and stats.forget_loss >= level * (1 - LEVEL_TOLERANCE):
             stats.skipped_ascents = (stats.skipped_ascents or 0) + 1
@@ -133,13 +135,13 @@ def two_loop_round(
 
     for s in range(options.outer_steps):
         batch = next(retain)
-        enters = curvature.differenced and s == 0 and penalise and not lagged
+        if s == 0 and penalise and not lagged and options.penalty_curvature == "full":
+            phi = phi.nested()
+        enters = s == 0 and penalise and not lagged and phi.penalty_ends_at("retain")
         g_r, loss = space.gradient(batch, kind="retain", differenced=enters)
         if s == 0:
             stats.retain_loss = loss
             if penalise and not lagged:
-                if options.penalty_curvature == "full":
-                    phi = phi.nested()
                 penalty = phi.penalty(next(forget), batch, g_r, rho, stats)
             if penalty is not None:
                 stats.penalty_ratio = _ratio(stats.penalty_norm, math.sqrt(space.dot((g_r, g_r))[0]))
@@ -236,7 +238,7 @@ class _Phi:
             self._record_errors(g_f)
             return
         batch = retain_batch()
-        g_r, _ = self.space.gradient(batch, kind="retain", differenced=self.curvature.differenced)
+        g_r, _ = self.space.gradient(batch, kind="retain", differenced=self.curvature.ends_at_base("retain"))
         self._sim, retain_half = self._similarity_gradient(forget_batch, batch, g_f, g_r)
         self._record_errors(g_f)
         if self.options.reuse_retain_gradient and len(_refresh_steps(self.options)) > 1:
@@ -250,11 +252,18 @@ class _Phi:
         sim, forget = map(math.sqrt, self.space.dot((self._sim, self._sim), (g_f, g_f)))
         self.errors = _ratio(error, sim), _ratio(self.options.beta * error, forget)
 
+    def penalty_ends_at(self, kind: Kind) -> bool:
+        """Whether the gradient of this loss at theta is an end of a difference in `penalty`."""
+        ends = self.curvature.ends_at_base
+        refreshes = self._refreshes_for_penalty() and ends(kind)
+        whole = self.options.penalty_curvature == "full"  # differences grad Phi, which both are part of
+        return refreshes or ((whole or kind == "forget") and ends("penalty"))
+
     def penalty(self, forget_batch: Any, retain_batch: Any, g_r: Vector, rho: float, stats: RoundStats) -> Vector:
         """2 rho (Hess Phi)(grad Phi) at theta, where g_r = grad L_r. Curvature of Phi (`full`) or of L_f alone."""
         space, options = self.space, self.options
-        g_f, _ = space.gradient(forget_batch, kind="forget", differenced=self.curvature.differenced)
-        if options.beta > 0 and (options.penalty_curvature == "full" or not self._keeps_sim()):
+        g_f, _ = space.gradient(forget_batch, kind="forget", differenced=self.penalty_ends_at("forget"))
+        if self._refreshes_for_penalty():
             self._sim = None
             self._sim, _ = self._similarity_gradient(forget_batch, retain_batch, g_f, g_r)
         if options.penalty_curvature == "forget" or options.beta == 0:
@@ -274,8 +283,9 @@ class _Phi:
         self.cosine = cosine
         return _scaled_penalty(space, curved, norm, rho, stats)
 
-    def _keeps_sim(self) -> bool:
-        return self._sim is not None and self.options.decorrelate_every is None
+    def _refreshes_for_penalty(self) -> bool:
+        keeps = self._sim is not None and self.options.decorrelate_every is None
+        return self.options.beta > 0 and (self.options.penalty_curvature == "full" or not keeps)
 
     def _coefficients(self, g_f: Vector, g_r: Vector) -> SimilarityCoefficients:
         ff, fr, rr = self.space.dot((g_f, g_f), (g_f, g_r), (g_r, g_r))

@@ -14,7 +14,7 @@ import yaml
 
 from ofmu_ray import progress
 from ofmu_ray.cluster.nodes import alive, cluster_room, share_words
-from ofmu_ray.errors import UserError
+from ofmu_ray.errors import StartError, UserError
 from ofmu_ray.internals.ray_private import loopback_only
 
 WORKER_ENVIRONMENT = {
@@ -78,12 +78,20 @@ def _start(cpus: float) -> None:
         given = _job_environment()
         environment = {"env_vars": {name: value for name, value in WORKER_ENVIRONMENT.items() if name not in given}}
         with loopback_only() if local else nullcontext():
-            ray.init(
-                include_dashboard=False if local else None,
-                log_to_driver=False,
-                logging_level="ERROR",
-                runtime_env=environment,
-            )
+            try:
+                ray.init(
+                    include_dashboard=False if local else None,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    runtime_env=environment,
+                )
+            except Exception as error:  # Ray raises no other kind
+                if "timed out during startup" not in str(error):
+                    raise
+                raise StartError(
+                    "Ray did not start on this machine in time: it is too busy or short of memory; the same command "
+                    "tries again, and `ofmu unlearn` with one worker and --training.engine torch needs no Ray"
+                ) from error
 
 
 def worker_environment(cpus: float) -> dict[str, str]:

@@ -88,6 +88,8 @@ class EvaluateConfig:
     """Sets of rows, the retrained model, generation, intervals."""
     checks: ChecksConfig = field(default_factory=ChecksConfig)
     """Further measurements."""
+    peer_names: bool = False
+    """Also write peer_names.json: the metrics under OpenUnlearning's names and by its conventions."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """MLflow."""
     report: ReportConfig = field(default_factory=ReportConfig)

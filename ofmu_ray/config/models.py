@@ -33,14 +33,15 @@ class ModelConfig:
     """The model to change."""
 
     path: str = BUILTIN_TARGET
-    """Model directory (Hugging Face layout, safetensors), hub name, or builtin:people/target."""
+    """Model directory (Hugging Face layout, safetensors), GGUF file, hub name, or builtin:people/target."""
     tokenizer: str | None = None
     """Tokenizer directory or hub name; null: the model's own."""
     precision: Precision = "fp32"
     """fp32; tf32 (fp32 weights, TF32 products on a GPU, fp32 differences); bf16 (bf16 weights, fp32 master copy);
     bf16_autocast (fp32 weights, bf16 passes, fp32 differences)."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention implementation; exact curvature needs eager."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation; exact curvature needs eager. flash_attention_2 needs precision bf16, a GPU and the
+    package flash-attn; without them the run takes sdpa and says so."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass (less memory, about a third more time)."""
     lora: LoraConfig | None = None
@@ -59,9 +60,13 @@ class ExportConfig:
     """Type of the weights; auto: as in the files of model.path. What is evaluated is the exported model."""
     weights: Literal["merged", "adapter"] = "merged"
     """With model.lora. merged: the adapters are added to the weights; adapter: they alone, as peft loads them (auto:
-    in the type they were trained in)."""
+    fp32)."""
     max_shard_size: str = "5GB"
     """Largest file; also what export needs of host memory, and of local disk for a storage at a URI."""
+    push_to_hub: str | None = None
+    """Push the finished model to this repository on the Hugging Face hub (OWNER/NAME); `--push-to-hub` for short."""
+    hub_public: bool = False
+    """Whether everybody may load what is pushed."""
 
     def __post_init__(self) -> None:
         sized = re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", self.max_shard_size) is not None

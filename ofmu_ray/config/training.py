@@ -40,6 +40,8 @@ class TrainingConfig:
     the interface with the node's address in the Ray cluster."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage: what is sharded over the workers."""
+    decay_norms: bool = False
+    """Whether weight decay also shrinks norms and biases (parameters with fewer than two dimensions)."""
     offload: Literal["none", "optimizer"] = "none"
     """optimizer: keep the optimisers' moments in host memory between steps."""
     rounds: int = 20

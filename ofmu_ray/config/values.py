@@ -26,7 +26,8 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-WHERE_KEPT = ("name", "storage", "overwrite", "tracking", "report", "export.max_shard_size")
+EXPORT_PLACES = ("max_shard_size", "push_to_hub", "hub_public")
+WHERE_KEPT = ("name", "storage", "overwrite", "tracking", "report", *(f"export.{name}" for name in EXPORT_PLACES))
 """Options for where a run is stored and how it is shown."""
 
 ELASTIC = tuple(
@@ -39,7 +40,7 @@ ELASTIC = tuple(
 """Options for machines and fault tolerance: they may change when a run is resumed."""
 
 
-ADDED = {"task": "causal_lm", "overwrite": False, "export": {"dtype": "auto", "weights": "merged"}}
+ADDED = {"task": "causal_lm", "overwrite": False, "peer_names": False, "export": {"dtype": "auto", "weights": "merged"}}
 """Options that were added later -> the earlier behaviour; with this value they do not change hashes."""
 DATE = "2024-07-26"
 """Default of `data.format.date`."""
@@ -55,6 +56,7 @@ ADDED_WITHIN: dict[str, tuple[Any, ...]] = {
     "data.truncate": ("retain", "allow"),
     "data.split": (None,),
     "data.test": (None,),
+    "training.decay_norms": (True,),
     "*.milestones": ([0.5, 0.75],),
     "*.step_factor": (0.1,),
     "evaluation.sets.test": (None,),
@@ -91,6 +93,9 @@ def without_added(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
     images, classifier = dataclasses.asdict(ImagesConfig()), dataclasses.asdict(ClassifierConfig())
     earlier = ADDED_WITHIN | {"data.images": (images,), "classifier": (classifier,)}
+    decays = any(value for name, value in flatten(content).items() if name.endswith(".weight_decay"))
+    if "decay_norms" in content.get("training", {}) and not decays:  # without weight decay it changes nothing
+        content = content | {"training": content["training"] | {"decay_norms": True}}
     kept = {}
     for key, value in content.items():
         name = f"{prefix}{key}"

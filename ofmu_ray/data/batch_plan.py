@@ -23,6 +23,7 @@ from ofmu_ray.cluster.map_tasks import running_ray
 from ofmu_ray.data.encoder import plan_columns
 from ofmu_ray.data.order import batch_order, shard_slots
 from ofmu_ray.data.prepare import TokenisedStream
+from ofmu_ray.data.tokenise import part_columns, take_part
 from ofmu_ray.storage import (
     absolute,
     is_file,
@@ -243,10 +244,7 @@ def _explode(batch: dict[str, np.ndarray], *, chunk_rows: int, files: int) -> pa
 
 def _spread(part: str, slots: Slots, chunk_rows: int, files: int) -> pa.Table:
     """The rows of one part, repeated once per place, with their `position` and the number of their file."""
-    filesystem, path = locate(part)
-    names = plan_columns(pq.read_schema(path, filesystem=filesystem).names)
-    table = pq.read_table(path, columns=names, filesystem=filesystem)
-    table = table.take(pa.array(slots.row))
+    table = take_part(part, slots.row, plan_columns(part_columns(part)))
     table = table.append_column("position", pa.array(slots.position))
     return table.append_column("group", pa.array(slots.shard.astype(np.int64) * files + slots.position // chunk_rows))
 

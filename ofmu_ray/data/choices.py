@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from ofmu_ray.config import SourceConfig
 from ofmu_ray.data import row_checks as checks
-from ofmu_ray.data.evaluation_rows import readable
+from ofmu_ray.data import sources
 from ofmu_ray.data.row_checks import Problems
+from ofmu_ray.data.sources import UnreadableRow
 
 Scoring = Literal["letters", "cloze"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -41,9 +42,13 @@ def choice_rows(
     """
     subject = subject or _topic(source)
     problems, rows = Problems(), []
-    for row_id, place, cells in readable(source, root, name, option, problems):
-        if row := _row(cells, row_id, subject, problems, place):
-            rows.append(row)
+    for piece in sources.fragments(source, root, stream=name, option=option):
+        for number, cells in sources.read(piece, ("question", "choices", "answer", "subject"), some=True):
+            place = f"row {number}" if piece.file is None else f"file {piece.file} row {number}"
+            if isinstance(cells, UnreadableRow):
+                problems.add(cells.kind, place)
+            elif row := _row(cells, piece.row_id(number), subject, problems, place):
+                rows.append(row)
     problems.empty = not rows and not problems.counts
     checks.refuse({option: (source.shown, problems)})
     return rows

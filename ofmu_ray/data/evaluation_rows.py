@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ofmu_ray.config import FormatConfig, SourceConfig
 from ofmu_ray.config.data import Kind
 from ofmu_ray.data import row_checks as checks
 from ofmu_ray.data import sources
-from ofmu_ray.data.chats import chat_of
+from ofmu_ray.data.chats import COMPLETION, PROMPT, SHAREGPT, chat_of
 from ofmu_ray.data.row_checks import Problems
-from ofmu_ray.data.sources import UnreadableRow
+from ofmu_ray.data.sources import Fragment, UnreadableRow
 from ofmu_ray.data.windows import TextLayout
 
-Cells = Mapping[str, Any]
 PARAPHRASED, PERTURBED = "paraphrased_answer", "perturbed_answer"
 
 
@@ -52,10 +52,16 @@ def evaluation_rows(
     fmt = fmt or FormatConfig()
     problems = Problems()
     rows: list[dict[str, Any]] = []
-    raw: list[tuple[str, Cells]] = []
-    for row_id, place, cells in readable(config, root, name, option, problems, limit):
-        raw.append((place, cells))
-        rows.append({"row_id": row_id})
+    raw: list[tuple[str, Mapping[str, Any]]] = []
+    pieces = sources.fragments(config, root, stream=name, option=option)
+    columns = _columns(fmt, kind) | ({cluster} if isinstance(cluster, str) else set())
+    for piece, number, row in _first(pieces, columns, limit):
+        place = f"row {number}" if piece.file is None else f"file {piece.file} row {number}"
+        if isinstance(row, UnreadableRow):
+            problems.add(row.kind, place)
+        else:
+            raw.append((place, row))
+            rows.append({"row_id": piece.row_id(number)})
     if kind is None:
         kind = "qa" if any({fmt.question, "question"} & set(cells) for _, cells in raw) else fmt.kind
     if kind == "qa":
@@ -71,9 +77,36 @@ def evaluation_rows(
     return rows
 
 
+def _columns(fmt: FormatConfig, kind: Kind | None) -> set[str]:
+    """The columns that rows of a kind may have, as far as they count."""
+    of = {
+        "qa": {fmt.question, fmt.answer, "question", PARAPHRASED, PERTURBED},
+        "text": {fmt.text},
+        "messages": {fmt.messages, SHAREGPT, PROMPT, COMPLETION},
+    }
+    return of["qa"] | of[fmt.kind] if kind is None else of[kind]
+
+
+def _first(
+    pieces: Sequence[Fragment], columns: set[str], limit: int | None
+) -> Iterator[tuple[Fragment, int, dict[str, Any] | UnreadableRow]]:
+    """(fragment, number, row) of the first rows: no more are read."""
+    left = limit
+    for piece in pieces:
+        if left is not None and piece.part is None:
+            piece = replace(piece, rows=left if piece.rows is None else min(left, piece.rows))
+        for number, row in sources.read(piece, columns, some=True):
+            if left == 0:
+                return
+            left = None if left is None else left - 1
+            yield piece, number, row
+        if left == 0:
+            return
+
+
 def readable(
     source: SourceConfig, root: str | None, name: str, option: str, problems: Problems, limit: int | None = None
-) -> Iterator[tuple[str, str, Cells]]:
+) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """(row id, place for messages, cells) of the first `limit` rows that can be read; adds the others to `problems`."""
     read = 0
     for piece in sources.fragments(source, root, stream=name, option=option):
@@ -88,7 +121,7 @@ def readable(
                 yield piece.row_id(number), place, row
 
 
-_Raw = Sequence[tuple[str, Cells]]
+_Raw = Sequence[tuple[str, Mapping[str, Any]]]
 _Part = tuple[int, int, dict[str, Any]]
 """(index of the row, number of the part from 1, columns)."""
 

@@ -26,9 +26,9 @@ def batch_order(lengths: np.ndarray, batches: int, batch_size: int, *, seed: int
     need = batches * batch_size
     order = np.empty(need, dtype=np.int64)
     at = 0
-    for epoch in _epochs(lengths, batch_size, seed, stream):
-        take = min(len(epoch), need - at)
-        order[at : at + take] = epoch[:take]
+    for piece in _pieces(lengths, batch_size, seed, stream):
+        take = min(len(piece), need - at)
+        order[at : at + take] = piece[:take]
         at += take
         if at == need:
             return order.reshape(batches, batch_size)
@@ -48,21 +48,26 @@ def shard_slots(lengths: np.ndarray, workers: int) -> np.ndarray:
     return longest_first[:, dealt.T.ravel()]
 
 
-def _epochs(lengths: np.ndarray, batch_size: int, seed: int, stream: str) -> Iterator[np.ndarray]:
+def _pieces(lengths: np.ndarray, batch_size: int, seed: int, stream: str) -> Iterator[np.ndarray]:
+    """The epochs, piece by piece: a plan may need a small part of one."""
     rows = len(lengths)
     open_batch = np.empty(0, dtype=np.int64)  # rows of the unfinished batch from the last epoch
     for epoch in itertools.count():
         rng = np.random.default_rng(_entropy(seed, stream, epoch))
-        shuffled = rng.permutation(rows)
+        shuffled = rng.permutation(np.arange(rows, dtype=np.int32 if rows < 2**31 else np.int64))  # half the memory
         head, rest = _complete(open_batch, shuffled, -len(open_batch) % batch_size)
         full = len(rest) // batch_size * batch_size
-        yield np.concatenate([head, *_windows(rest[:full], lengths, batch_size, rng), rest[full:]])
+        yield head
+        yield from _windows(rest[:full], lengths, batch_size, rng)
+        yield rest[full:]
         unfinished = np.concatenate([open_batch, head])
         open_batch = rest[full:] if len(rest) else unfinished[len(unfinished) // batch_size * batch_size :]
 
 
 def _complete(open_batch: np.ndarray, shuffled: np.ndarray, missing: int) -> tuple[np.ndarray, np.ndarray]:
     """The rows that complete an unfinished batch, preferring rows that are not in it yet, and the other rows."""
+    if not missing:
+        return shuffled[:0], shuffled
     counts = np.bincount(open_batch, minlength=len(shuffled))
     chosen = np.argsort(counts[shuffled], kind="stable")[:missing]
     rest = np.ones(len(shuffled), dtype=bool)

@@ -18,9 +18,10 @@ from ofmu_ray.config import SourceConfig
 from ofmu_ray.data import row_checks as checks
 from ofmu_ray.data import sources
 from ofmu_ray.data.encoder import Encoder, stream_encoder
+from ofmu_ray.data.repeats import StoredStream, digests_of, find_matches
 from ofmu_ray.data.row_checks import DataReport, OverlapReport, Policy, Problems, StreamReport
 from ofmu_ray.data.template import Template
-from ofmu_ray.data.tokenise import Columns, Part, PartJob, encode_fragment, load_columns, take_rows
+from ofmu_ray.data.tokenise import Part, PartJob, encode_fragment, read_part, take_rows
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage import (
     absolute,
@@ -33,7 +34,8 @@ from ofmu_ray.storage import (
 )
 
 MARKER = "stream.json"
-_CODE = ("sources.py", "row_files.py", "row_checks.py", "encoder.py", "tokenise.py")
+_CODE = ("sources.py", "content.py", "row_files.py", "row_checks.py", "encoder.py", "tokenise.py")
+_BLOCK = 2**20
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class TokenisedStream:
     parts: tuple[tuple[str, int], ...]
     """(file name, rows) of each part, in order."""
     rows: np.ndarray
-    """int64 [used rows], indices over all parts, without dropped duplicates and overlaps."""
+    """int32 (int64 where needed) [used rows], indices over all parts, without dropped duplicates and overlaps."""
     lengths: np.ndarray
     """int32 [used rows], tokens of each."""
     fingerprint: str
@@ -116,10 +118,9 @@ def prepare_streams(
         for name in todo:
             places[name] = stack.enter_context(published(folders[name], MARKER))
         problems = _tokenise({name: pieces[name] for name in todo}, places, encoder)
-        parts = {name: _parts(place) for name, place in places.items()}
-        columns = {name: load_columns(places[name], [n for n, _ in files]) for name, files in parts.items()}
+        stored = {name: StoredStream(name, place, tuple(_parts(place))) for name, place in places.items()}
         shown = {name: source.shown for name, source in sources.items()}
-        overlaps = _Overlaps(shown, places, parts, columns, overlap, duplicates)
+        overlaps = _Overlaps(shown, stored, overlap, duplicates)
         overlaps.refuse(problems, whole)
         report = DataReport(
             streams={name: overlaps.report(name) for name in sources},
@@ -196,60 +197,88 @@ def _parts(folder: str) -> list[tuple[str, int]]:
 
 
 def _stream(name: str, folder: str, key: str, overlaps: _Overlaps) -> TokenisedStream:
-    rows = np.flatnonzero(overlaps.used[name])
-    used = hashlib.sha256(rows.tobytes()).hexdigest()
-    fingerprint = hashlib.sha256(f"{key}{used}".encode()).hexdigest()
-    lengths = overlaps.columns[name].lengths[rows]
-    return TokenisedStream(name, folder, tuple(overlaps.parts[name]), rows, lengths, fingerprint)
+    rows, lengths = overlaps.rows(name), overlaps.scans[name].lengths
+    digest = hashlib.sha256()
+    for start in range(0, len(rows), _BLOCK):
+        digest.update(rows[start : start + _BLOCK].astype(np.int64).tobytes())
+    fingerprint = hashlib.sha256(f"{key}{digest.hexdigest()}".encode()).hexdigest()
+    lengths = lengths if len(rows) == len(lengths) else lengths[rows]
+    return TokenisedStream(name, folder, overlaps.stored[name].parts, rows, lengths, fingerprint)
 
 
-def _repeats(columns: Columns) -> checks.Repeats:
-    again = checks.repeats(columns.exact, columns.normalised)
-    return checks.Repeats(columns.any(again.exact), columns.any(again.normalised))
+@dataclass
+class _Scan:
+    """What reading a stream's bookkeeping part by part leaves."""
+
+    lengths: np.ndarray
+    """int32 [rows]."""
+    sha256: str
+    """Digest of all normalised digests."""
+    prompt_tokens: int = 0
+    """Of used rows, as the next."""
+    cut_rows: int = 0
+    lost: int = 0
+    """Tokens beyond max_length of all rows."""
+    long: list[int] = field(default_factory=list)
+    """The first few rows that lost some, used or not."""
+    all_long: int = 0
+
+
+def _scan(stream: StoredStream, used: np.ndarray) -> _Scan:
+    scan, digest, first = _Scan(np.empty(stream.rows, dtype=np.int32), ""), hashlib.sha256(), 0
+    for name, rows in stream.parts:
+        table = read_part(stream.folder, name, ["length", "cut", "normalised", "prompt_tokens"])
+        mine, cut = used[first : first + rows], table["cut"].to_numpy()
+        scan.lengths[first : first + rows] = table["length"].to_numpy()
+        digest.update(digests_of(table["normalised"])[1].tobytes())
+        if "prompt_tokens" in table.column_names:
+            scan.prompt_tokens += int(table["prompt_tokens"].to_numpy()[mine].sum(dtype=np.int64))
+        long = np.flatnonzero(cut)
+        scan.cut_rows += int((cut[mine] > 0).sum())
+        scan.all_long += len(long)
+        scan.lost += int(cut.sum(dtype=np.int64))
+        scan.long += (first + long[: checks.SHOWN - len(scan.long)]).tolist()
+        first += rows
+    scan.sha256 = digest.hexdigest()
+    return scan
 
 
 class _Overlaps:
     """Duplicates and overlap of tokenised streams, and the remaining rows."""
 
     def __init__(
-        self,
-        shown: dict[str, str],
-        places: dict[str, str],
-        parts: dict[str, list[tuple[str, int]]],
-        columns: dict[str, Columns],
-        overlap: Policy,
-        duplicates: Policy,
+        self, shown: dict[str, str], stored: dict[str, StoredStream], overlap: Policy, duplicates: Policy
     ) -> None:
-        self.shown, self.places, self.parts, self.columns = shown, places, parts, columns
+        self.shown, self.stored = shown, stored
         self.policies = overlap, duplicates
-        self.repeats = {name: _repeats(c) for name, c in columns.items()}
-        self.used = {name: np.ones(len(c.lengths), dtype=bool) for name, c in columns.items()}
+        self.matches = find_matches(list(stored.values()))
+        self.used = {name: np.ones(stream.rows, dtype=bool) for name, stream in stored.items()}
         self.overlap: OverlapReport | None = None
         if duplicates == "drop":
-            for name, again in self.repeats.items():
-                self.used[name] &= ~again.normalised
-        if {"forget", "retain"} <= set(columns):
-            forget, retain = columns["forget"], columns["retain"]
-            shared = retain.any(np.isin(retain.normalised, forget.normalised))
-            exact = int(retain.any(np.isin(retain.exact, forget.exact)).sum())
-            some = self._ids("retain", np.flatnonzero(shared)[: checks.SHOWN])
-            self.overlap = OverlapReport(exact=exact, normalised=int(shared.sum()), row_ids=some)
+            for name, found in self.matches.items():
+                self.used[name][found.normalised] = False
+        if {"forget", "retain"} <= stored.keys():
+            shared = self.matches["retain"].shared
+            exact = len(self.matches["retain"].shared_exact)
+            some = self._ids("retain", shared[: checks.SHOWN])
+            self.overlap = OverlapReport(exact=exact, normalised=len(shared), row_ids=some)
             if overlap == "drop":
-                self.used["retain"] &= ~shared
+                self.used["retain"][shared] = False
+        self.scans = {name: _scan(stream, self.used[name]) for name, stream in stored.items()}
 
     def refuse(self, problems: dict[str, Problems], whole: Collection[str]) -> None:
         """Raise one UserError with all problems, if there are any."""
         overlap, duplicates = self.policies
         extra = []
-        for name in sorted(self.columns.keys() & set(whole)):
-            lost = self.columns[name].cut
-            long = np.flatnonzero(lost)
-            if len(long):
-                extra.append(checks.long_line(name, self._ids(name, long[: checks.SHOWN]), lost[long]))
+        for name in sorted(self.stored.keys() & set(whole)):
+            scan = self.scans[name]
+            if scan.all_long:
+                ids = self._ids(name, np.array(scan.long, dtype=np.int64))
+                extra.append(checks.long_line(name, ids, scan.all_long, scan.lost))
         if duplicates == "error":
-            for name, again in self.repeats.items():
-                if count := int(again.normalised.sum()):
-                    ids = self._ids(name, np.flatnonzero(again.normalised)[: checks.SHOWN])
+            for name, found in self.matches.items():
+                if count := len(found.normalised):
+                    ids = self._ids(name, found.normalised[: checks.SHOWN])
                     extra.append(checks.duplicate_line(f"data.{name}", ids, count))
         if overlap == "error" and self.overlap and self.overlap.normalised:
             extra.append(checks.overlap_line(self.overlap))
@@ -258,28 +287,37 @@ class _Overlaps:
             if not used.any():
                 raise UserError(f"data.{name}: no row is left after dropping duplicates and overlap")
 
+    def rows(self, name: str) -> np.ndarray:
+        """The used rows, int32 if that suffices."""
+        used = self.used[name]
+        small = len(used) < 2**31
+        if used.all():
+            return np.arange(len(used), dtype=np.int32 if small else np.int64)
+        return np.flatnonzero(used).astype(np.int32 if small else np.int64)
+
     def report(self, name: str) -> StreamReport:
-        columns, used, again = self.columns[name], self.used[name], self.repeats[name]
-        dropped = np.flatnonzero(~used)
-        lengths = columns.lengths[used].astype(np.int64)
+        scan, used, found = self.scans[name], self.used[name], self.matches[name]
+        tokens = int(scan.lengths.sum(dtype=np.int64, where=used))
         return StreamReport(
             source=self.shown[name],
             rows=len(used),
             used_rows=int(used.sum()),
-            tokens=int(lengths.sum()),
-            label_tokens=int((lengths - columns.prompt_tokens[used]).sum()),
-            truncated_rows=int((columns.cut[used] > 0).sum()),
-            longest=int(lengths.max()),
-            exact_duplicates=int(again.exact.sum()),
-            normalised_duplicates=int(again.normalised.sum()),
-            dropped=len(dropped),
-            dropped_ids=self._ids(name, dropped[:1000]),
-            sha256=hashlib.sha256(columns.normalised.tobytes()).hexdigest(),
+            tokens=tokens,
+            label_tokens=tokens - scan.prompt_tokens,
+            truncated_rows=scan.cut_rows,
+            longest=int(scan.lengths.max(where=used, initial=0)),
+            exact_duplicates=len(found.exact),
+            normalised_duplicates=len(found.normalised),
+            dropped=int(len(used) - used.sum()),
+            dropped_ids=self._ids(name, np.flatnonzero(~used)[:1000]),
+            sha256=scan.sha256,
         )
 
     def _ids(self, name: str, rows: np.ndarray) -> list[str]:
         if not len(rows):
             return []
-        table = take_rows(self.places[name], [part for part, _ in self.parts[name]], rows, ["row_id"])
-        ids: list[str] = table["row_id"].to_pylist()
+        stream = self.stored[name]
+        ids: list[str] = take_rows(stream.folder, [part for part, _ in stream.parts], rows, ["row_id"])[
+            "row_id"
+        ].to_pylist()
         return ids

@@ -207,12 +207,12 @@ def duplicate_line(option: str, ids: list[str], count: int) -> str:
     )
 
 
-def long_line(stream: str, ids: list[str], lost: np.ndarray) -> str:
-    """`lost`: tokens beyond max_length of each row that has some."""
+def long_line(stream: str, ids: list[str], count: int, lost: int) -> str:
+    """`count` rows have `lost` tokens beyond max_length."""
     doing = "forgotten" if stream == "forget" else "learned"
     return (
-        f"data.{stream}: {_times(len(lost), 'row')} longer than data.format.max_length ({_some(ids, len(lost))}): "
-        f"{int(lost.sum())} tokens would not be {doing}; raise it, or --data.truncate allow"
+        f"data.{stream}: {_times(count, 'row')} longer than data.format.max_length ({_some(ids, count)}): "
+        f"{lost} tokens would not be {doing}; raise it, or --data.truncate allow"
         + (", or cut documents into windows with --data.format.kind text" if stream == "forget" else "")
     )
 

@@ -6,15 +6,16 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from ofmu_ray.storage import locate, without_credentials
 
-_PACKED = ("", ".gz", ".bz2", ".zst")  # pyarrow decompresses by suffix
+PACKED = (".gz", ".bz2", ".zst")
+"""Suffixes by which pyarrow decompresses."""
 ROW_FILES = {
-    kind: tuple(f".{name}{packed}" for name in names for packed in _PACKED)
+    kind: tuple(f".{name}{packed}" for name in names for packed in ("", *PACKED))
     for kind, names in {
         "json": ("json", "jsonl", "ndjson"),
         "csv": ("csv",),
@@ -27,7 +28,7 @@ TEXT = "text"
 """The column of a plain text file, which is one row, and of the texts of a JSON array."""
 
 _LARGEST_CELL = 2**31 - 1
-_WHITE = b" \t\r\n"
+_WHITE, _MARK = b" \t\r\n", b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,30 @@ def row_file(path: str) -> str | None:
     return next((kind for kind, suffixes in ROW_FILES.items() if path.endswith(suffixes)), None)
 
 
-def read_file(kind: str, path: str) -> Iterator[Row]:
+def starts_array(path: str) -> bool:
+    """Whether a JSON file is one array of objects, not lines."""
+    filesystem, inside = locate(path)
+    with filesystem.open_input_stream(inside, compression=None) as file:
+        while chunk := file.read(1 << 12):
+            if start := chunk.removeprefix(_MARK).lstrip(_WHITE):
+                return bool(start[:1] == b"[")
+    return False
+
+
+def read_file(kind: str, path: str, span: tuple[int, int] | None = None, first: int = 1) -> Iterator[Row]:
     """(row number from 1, row) of each row; in JSON Lines the number is the line's.
+
+    `span`: first byte, and the one after the last, of the lines to read of JSON Lines, the first of which is number
+    `first`.
 
     All cells of CSV and TSV are texts; the first line names the columns.
     """
     number = 0
     try:
-        for number, row in _read(kind, path):
+        for number, row in _read(kind, path) if span is None else _range(path, span, first):
             yield number, row
     except OSError:
-        if not without_credentials(path).endswith(_PACKED[1:]):
+        if not without_credentials(path).endswith(PACKED):
             raise
         yield number + 1, UnreadableRow("cannot be decompressed")
 
@@ -71,6 +85,13 @@ def _read(kind: str, path: str) -> Iterator[Row]:
             yield from _table(file, "\t" if kind == "tsv" else ",")
 
 
+def _range(path: str, span: tuple[int, int], first: int) -> Iterator[Row]:
+    filesystem, inside = locate(path)
+    start, stop = span
+    with filesystem.open_input_file(inside) as file:
+        yield from _rows(_lines(file.get_stream(start, stop - start)), first)
+
+
 def _decoded(content: bytes) -> dict[str, Any] | UnreadableRow:
     try:
         return {TEXT: content.decode("utf-8-sig")}
@@ -82,10 +103,14 @@ def _json(file: Any) -> Iterator[Row]:
     """JSON Lines, or one array of objects, or of texts (each a document)."""
     lines = _lines(file)
     first = next((line for line in itertools.islice(lines, 1)), b"")
-    if first.removeprefix(b"\xef\xbb\xbf").lstrip(_WHITE)[:1] == b"[":
+    if first.removeprefix(_MARK).lstrip(_WHITE)[:1] == b"[":
         yield from _array(b"\n".join([first, *lines]))
         return
-    for number, line in enumerate(itertools.chain([first], lines), start=1):
+    yield from _rows(itertools.chain([first], lines), 1)
+
+
+def _rows(lines: Iterable[bytes], first: int) -> Iterator[Row]:
+    for number, line in enumerate(lines, start=first):
         if not line.strip():
             continue
         try:

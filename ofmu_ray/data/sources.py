@@ -1,7 +1,8 @@
 """Split sources into fragments: pieces of a data set that one task reads independently.
 
-A file of JSON, CSV, TSV or plain text is one fragment, a Parquet file one per row group, a data set of the hub or of
-`save_to_disk` one per slice. A fragment knows the number of its first row, so row ids do not depend on who reads what.
+A file of CSV, TSV or plain text is one fragment, a local one of JSON Lines one per range of bytes, a Parquet file one
+per row group, a data set of the hub or of `save_to_disk` one per slice. A fragment knows the number of its first row,
+so row ids do not depend on who reads what. It names where its rows are and does not contain them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,10 +23,11 @@ from pyarrow import fs as pafs
 
 from ofmu_ray.config import PartConfig, SourceConfig
 from ofmu_ray.data import image_files
-from ofmu_ray.data.row_files import ROW_FILES, UnreadableRow, read_file, row_file
+from ofmu_ray.data.content import content
+from ofmu_ray.data.hub_sets import hub_set, saved_set
+from ofmu_ray.data.row_files import PACKED, ROW_FILES, UnreadableRow, read_file, row_file, starts_array
 from ofmu_ray.errors import UserError
 from ofmu_ray.storage import is_uri, join, locate, without_credentials
-from ofmu_ray.storage.hub import unreachable
 from ofmu_ray.storage.trouble import refusal
 
 __all__ = ["Fragment", "UnreadableRow", "fingerprint", "fragments", "read"]
@@ -38,6 +40,8 @@ HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+):([\w.-]+)(?::([\w.%:\[\]-]+))?", re.AS
 """A hub data set with its configuration, and perhaps its split: owner/name:configuration:split."""
 SLICE_ROWS = 20_000
 """Rows of a fragment of a hub data set."""
+BATCH_ROWS = 1024
+"""Rows read together."""
 
 
 Rows = Iterator[tuple[int, dict[str, Any] | UnreadableRow]]
@@ -57,10 +61,15 @@ class Fragment:
     """Number of the file in its source (from 1); None if the source is one file."""
     first_row: int = 1
     """Number of the fragment's first row in its file (from 1)."""
+    span: tuple[int, int] | None = None
+    """First byte, and the one after the last, of a range of JSON Lines."""
     row_group: int | None = None
+    size: int | None = None
+    """Number of its rows, where that is known without reading them."""
     rows: int | None = None
     """Read at most this many rows."""
-    table: pa.Table | None = None
+    table: Any = None
+    """A pyarrow table, or a data set of `datasets` whose `size` rows from `first_row` on these are."""
     files: tuple[tuple[str, str], ...] = ()
     """Of `images`: (path, class) of each row."""
     part: PartConfig | None = None
@@ -88,9 +97,9 @@ def fragments(source: SourceConfig, root: str | None, *, stream: str, option: st
     if source.format == "images" or (source.path or "") in image_files.DIGITS:
         pieces = _image_fragments(source, root, stream, option)
     elif _is_hub(source, root):
-        pieces = _hub_fragments(source, stream, option)
+        pieces = _slices(hub_set(source, option), str(source.path), stream)
     elif (folder := _saved_folder(source, root)) is not None:
-        pieces = _saved_fragments(folder, source, stream, option)
+        pieces = _slices(saved_set(folder, source, option), folder, stream)
     else:
         paths = [file for path in source.paths for file in _expand(_under(root, _builtin(path)), option)]
         numbers: list[int | None] = [None] if len(paths) == 1 else list(range(1, len(paths) + 1))
@@ -102,13 +111,18 @@ def fragments(source: SourceConfig, root: str | None, *, stream: str, option: st
     return [replace(piece, part=source) for piece in pieces] if isinstance(source, PartConfig) else pieces
 
 
-def read(fragment: Fragment, columns: list[str] | None = None) -> Rows:
-    """(row number from 1, row) of each row; a row that cannot be read is an `UnreadableRow`."""
+def read(fragment: Fragment, columns: Collection[str] | None = None, *, some: bool = False) -> Rows:
+    """(row number from 1, row) of each row; a row that cannot be read is an `UnreadableRow`.
+
+    `columns`: those to read of Parquet files and data sets. If one is missing, all are read, to show the user which
+    there are; with `some`, those that are missing are not needed, and those that are not read are null.
+    """
     if fragment.kind == "images":
         rows: Rows = image_files.read(fragment.files, fragment.first_row)
+    elif fragment.kind in ROW_FILES:
+        rows = read_file(fragment.kind, fragment.path, fragment.span, fragment.first_row)
     else:
-        from_file = fragment.kind in ROW_FILES
-        rows = read_file(fragment.kind, fragment.path) if from_file else _read_table(fragment, columns)
+        rows = _read_table(fragment, columns, some)
     rows = rows if fragment.rows is None else itertools.islice(rows, fragment.rows)
     part = fragment.part
     return rows if part is None else (row for row in rows if in_part(part, row[1], f"{fragment.file}/{row[0]}"))
@@ -128,8 +142,9 @@ def in_part(part: PartConfig, row: dict[str, Any] | UnreadableRow, place: str) -
 
 def fingerprint(pieces: list[Fragment]) -> str:
     """Hex digest of the fragments' content, first row numbers and row limits."""
-    content: list[list[Any]] = [[f.kind, f.file, f.first_row, f.row_group, f.rows, f.identity] for f in pieces]
-    for entry, piece in zip(content, pieces, strict=True):
+    whole = [f for f in pieces if f.span is None or f.span[0] == 0 or f.rows is not None]  # a file is hashed as a whole
+    content: list[list[Any]] = [[f.kind, f.file, f.first_row, f.row_group, f.rows, f.identity] for f in whole]
+    for entry, piece in zip(content, whole, strict=True):
         entry += [] if piece.part is None else [asdict(piece.part.split), piece.part.forgotten]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -244,77 +259,51 @@ def _file_fragments(
     if kind == "auto":
         choices = ", ".join([*ROW_FILES, "parquet"])
         raise UserError(f"{option}.path = {plain}: unknown suffix; set --{option}.format to one of {choices}")
-    identity = _identity(path)
-    if kind in ROW_FILES:
-        yield Fragment(stream, kind, path, number, identity=identity)
-        return
     filesystem, inside = locate(path, f"{option}.path")
+    read = content(inside) if isinstance(filesystem, pafs.LocalFileSystem) else None
+    identity = _remote_identity(path) if read is None else read.sha256
+    if kind in ROW_FILES:
+        split = read is not None and kind == "json" and not plain.endswith(PACKED) and not starts_array(path)
+        starts = read.ranges if read is not None and split else ((0, 1),)
+        stops = [*(start for start, _ in starts[1:]), None]
+        for (start, line), stop in zip(starts, stops, strict=True):
+            span = None if len(starts) == 1 else (start, stop or os.path.getsize(inside))
+            yield Fragment(stream, kind, path, number, line, span, identity=identity)
+        return
     try:
         groups = pq.ParquetFile(inside, filesystem=filesystem).metadata
     except (pa.ArrowInvalid, OSError):
         raise UserError(f"{option}.path = {plain}: not a Parquet file; set --{option}.format json") from None
     first = 1
     for group in range(groups.num_row_groups):
-        yield Fragment(stream, "parquet", path, number, first, group, identity=identity)
-        first += groups.row_group(group).num_rows
+        size = groups.row_group(group).num_rows
+        yield Fragment(stream, "parquet", path, number, first, row_group=group, size=size, identity=identity)
+        first += size
 
 
-def _identity(path: str) -> str:
+def _remote_identity(path: str) -> str:
     filesystem, inside = locate(path)
-    if isinstance(filesystem, pafs.LocalFileSystem):
-        with open(inside, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
     info = filesystem.get_file_info(inside)  # reading everything twice from an object store is too expensive
     return f"{without_credentials(path)}:{info.size}:{info.mtime_ns}"
 
 
-def _hub_fragments(source: SourceConfig, stream: str, option: str) -> list[Fragment]:
-    name = str(source.path)
-    reason = None if os.path.exists(name) else unreachable(name, "dataset")
-    asked = f"{option}.hub_config = {source.hub_config}, {option}.hub_split = {source.hub_split}"
-    if reason is not None:
-        raise UserError(f"{option}.path = {name}: neither a file or folder here nor a hub data set ({asked}): {reason}")
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        table = datasets.load_dataset(name, source.hub_config, split=source.hub_split)
-    except Exception as error:  # the hub client raises many types of errors: network, names, configurations, splits
-        raise UserError(
-            f"{option}.path = {name}: neither a file or folder here nor a hub data set that can be loaded "
-            f"({type(error).__name__}) with {asked}; check the names, the network or the offline cache"
-        ) from None
-    return _slices(table, name, stream)
-
-
-def _saved_fragments(folder: str, source: SourceConfig, stream: str, option: str) -> list[Fragment]:
-    import datasets
-
-    try:
-        saved = datasets.load_from_disk(folder)
-    except Exception as error:  # a damaged folder raises many types of errors
-        reason = f"a folder of datasets' save_to_disk that cannot be read ({type(error).__name__})"
-        raise UserError(f"{option}.path = {source.shown}: {reason}") from None
-    if isinstance(saved, datasets.DatasetDict):
-        if source.hub_split not in saved:
-            splits = ", ".join(map(str, saved))
-            raise UserError(
-                f"{option}.hub_split = {source.hub_split!r}: {source.shown} has no such split, only {splits}"
-            )
-        saved = saved[source.hub_split]
-    return _slices(saved, folder, stream)
-
-
 def _slices(data: Any, name: str, stream: str) -> list[Fragment]:
-    """Fragments of a data set of `datasets`."""
-    rows = data.with_format("arrow")[:]
-    starts = range(0, max(rows.num_rows, 1), SLICE_ROWS)
-    return [
-        Fragment(
-            stream, "table", name, None, start + 1, table=rows.slice(start, SLICE_ROWS), identity=str(data._fingerprint)
-        )
-        for start in starts
-    ]
+    """Fragments of a data set of `datasets`, which travels as the names of its files if it has any.
+
+    Other nodes may not have them, so on several nodes the rows travel.
+    """
+    from ofmu_ray.cluster.map_tasks import running_ray
+    from ofmu_ray.cluster.nodes import alive
+
+    shared = running_ray() is None or len(alive()) == 1
+    count, identity = len(data), str(data._fingerprint)
+    data = data.with_format("arrow")
+    pieces = []
+    for start in range(0, max(count, 1), SLICE_ROWS):
+        size = min(SLICE_ROWS, count - start)
+        table = data if shared else data[start : start + size]
+        pieces.append(Fragment(stream, "table", name, None, start + 1, size=size, table=table, identity=identity))
+    return pieces
 
 
 def _limited(pieces: list[Fragment], limit: int) -> Iterator[Fragment]:
@@ -323,7 +312,8 @@ def _limited(pieces: list[Fragment], limit: int) -> Iterator[Fragment]:
     for piece in pieces:
         if left <= 0:
             return
-        count = sum(1 for _ in read(replace(piece, rows=left), columns=[]))
+        known = piece.size is not None
+        count = min(left, piece.size or 0) if known else sum(1 for _ in read(replace(piece, rows=left)))
         yield replace(piece, rows=count)
         left -= count
 
@@ -331,16 +321,31 @@ def _limited(pieces: list[Fragment], limit: int) -> Iterator[Fragment]:
 # ------------------------------------------------------------------------------------------------------ reading
 
 
-def _read_table(fragment: Fragment, columns: list[str] | None) -> Iterator[tuple[int, dict[str, Any] | UnreadableRow]]:
-    table = fragment.table
+def _read_table(fragment: Fragment, columns: Collection[str] | None, some: bool) -> Rows:
+    batches, names = _batches(fragment, set(columns or ()), some)
+    number = fragment.first_row
+    for batch in batches:
+        unread = dict.fromkeys(name for name in names if name not in batch.schema.names)
+        for row in batch.to_pylist():
+            yield number, {**row, **unread}
+            number += 1
+
+
+def _batches(fragment: Fragment, wanted: set[str], some: bool) -> tuple[Iterator[pa.RecordBatch], list[str]]:
+    """The fragment's rows, those of `wanted` that it has, and the names of all its columns."""
+    table, file = fragment.table, None
     if table is None:
         filesystem, path = locate(fragment.path)
         file = pq.ParquetFile(path, filesystem=filesystem)
-        # if a wanted column is missing, read all, to show the user which columns the file has
-        complete = bool(columns) and set(columns or ()) <= set(file.schema_arrow.names)
-        table = file.read_row_group(fragment.row_group, columns=columns if complete else None)
-    number = fragment.first_row
-    for batch in table.to_batches(max_chunksize=1024):
-        for row in batch.to_pylist():
-            yield number, row
-            number += 1
+        names: list[str] = file.schema_arrow.names
+    else:
+        names = table.column_names
+    found = [name for name in names if name in wanted]
+    chosen = found if found and (some or len(found) == len(wanted)) else names
+    most = min(BATCH_ROWS, fragment.rows or BATCH_ROWS)
+    if file is not None:
+        return file.iter_batches(most, row_groups=[fragment.row_group], columns=chosen), names
+    if not isinstance(table, pa.Table):
+        start, count = fragment.first_row - 1, fragment.rows or fragment.size or 0
+        table = table.select_columns(chosen)[start : start + count]
+    return iter(table.select(chosen).to_batches(max_chunksize=most)), names

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ofmu_ray.data.encoder import (
-    BOOKKEEPING,
     EncodedRow,
     Encoder,
     Piece,
@@ -26,6 +27,7 @@ from ofmu_ray.storage import join, locate
 BATCH_ROWS = 1024
 DIGEST = 16
 """Bytes."""
+_GROUPS = 16
 
 
 @dataclass(frozen=True)
@@ -95,59 +97,63 @@ def _place(fragment: Fragment, number: int) -> str:
     return f"{fragment.name.rpartition('/')[2]} row {number}"
 
 
-@dataclass(frozen=True)
-class Columns:
-    """What the driver needs of an encoded stream: a few dozen bytes per row, no payload."""
-
-    lengths: np.ndarray
-    """int32 [rows], tokens of each row."""
-    prompt_tokens: np.ndarray
-    """int32 [rows], how many of them have no loss; 0 if the task has no prompts."""
-    cut: np.ndarray
-    """int32 [rows], tokens lost to max_length."""
-    exact: np.ndarray
-    """S16 [texts]."""
-    normalised: np.ndarray
-    """S16 [texts]."""
-    row: np.ndarray
-    """int64 [texts], the row of each text; a row holds several if documents are packed."""
-
-    def any(self, texts: np.ndarray) -> np.ndarray:
-        """bool [rows]: whether any of a row's texts is marked in `texts`, bool [texts]."""
-        return np.bincount(self.row[texts], minlength=len(self.lengths)) > 0
-
-
-def load_columns(folder: str, parts: list[str]) -> Columns:
-    """Lengths and digests of all rows, in order."""
-    table = pa.concat_tables([_read(folder, part, [*BOOKKEEPING.names, "prompt_tokens"]) for part in parts])
-    lengths, cut = (table[name].to_numpy() for name in ("length", "cut"))
-    prompts = table["prompt_tokens"].to_numpy() if "prompt_tokens" in table.column_names else np.zeros_like(lengths)
-    exact, normalised = (table[name].to_pylist() for name in ("exact", "normalised"))
-    texts = np.array([len(each) // DIGEST for each in exact], dtype=np.int64)
-    exact, normalised = (np.frombuffer(b"".join(each), dtype=f"S{DIGEST}") for each in (exact, normalised))
-    return Columns(lengths, prompts, cut, exact, normalised, np.repeat(np.arange(len(texts)), texts))
-
-
-def take_rows(folder: str, parts: list[str], rows: np.ndarray, columns: list[str] | None = None) -> pa.Table:
-    """Rows with these ascending indices over all parts, one part in memory at a time.
+def take_rows(folder: str, parts: Sequence[str], rows: np.ndarray, columns: list[str] | None = None) -> pa.Table:
+    """Rows with these ascending indices over all parts; only row groups that have some are read.
 
     `columns`: of the result; None: row_id and the payload.
     """
     pieces, first = [], 0
     for part in parts:
-        table = _read(folder, part, columns)
-        low, high = np.searchsorted(rows, [first, first + table.num_rows])
-        pieces.append(table.take(pa.array(rows[low:high] - first)))
-        first += table.num_rows
+        with _opened(join(folder, part)) as file:
+            count = file.metadata.num_rows
+            low, high = np.searchsorted(rows, [first, first + count])
+            pieces.append(_taken(file, rows[low:high] - first, columns))
+        first += count
     return pa.concat_tables(pieces)
 
 
-def _read(folder: str, part: str, columns: list[str] | None) -> pa.Table:
-    """Those of these columns that exist."""
-    filesystem, path = locate(join(folder, part))
-    with filesystem.open_input_file(path) as stream:
-        file = pq.ParquetFile(stream)
-        names = payload_columns(file.schema_arrow.names)
-        if columns is not None:
-            names = [name for name in columns if name in file.schema_arrow.names]
-        return file.read(names)
+def take_part(path: str, rows: np.ndarray, columns: list[str]) -> pa.Table:
+    """Rows of one part with these ascending indices, which may repeat."""
+    with _opened(path) as file:
+        return _taken(file, rows, columns)
+
+
+def read_part(folder: str, part: str, columns: list[str]) -> pa.Table:
+    """Those of these columns that exist, of all rows of a part."""
+    with _opened(join(folder, part)) as file:
+        return file.read(_existing(file, columns))
+
+
+def part_columns(path: str) -> list[str]:
+    """Names of a part's columns."""
+    with _opened(path) as file:
+        return list(file.schema_arrow.names)
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[pq.ParquetFile]:
+    filesystem, inside = locate(path)
+    with filesystem.open_input_file(inside) as stream:
+        yield pq.ParquetFile(stream)
+
+
+def _existing(file: pq.ParquetFile, columns: list[str] | None) -> list[str]:
+    names: list[str] = file.schema_arrow.names
+    return payload_columns(names) if columns is None else [name for name in columns if name in names]
+
+
+def _taken(file: pq.ParquetFile, rows: np.ndarray, columns: list[str] | None) -> pa.Table:
+    meta, names = file.metadata, _existing(file, columns)
+    stops = np.cumsum([meta.row_group(number).num_rows for number in range(meta.num_row_groups)], dtype=np.int64)
+    which = np.searchsorted(stops, rows, side="right")  # the row group of each row
+    groups, starts = np.unique(which, return_index=True)
+    pieces = [file.schema_arrow.empty_table().select(names)]
+    for at in range(0, len(groups), _GROUPS):  # a few groups in memory at a time
+        some = groups[at : at + _GROUPS]
+        end = starts[at + _GROUPS] if at + _GROUPS < len(groups) else len(rows)
+        sizes = np.diff(stops, prepend=0)[some]
+        skipped = stops[some] - np.cumsum(sizes)  # rows before a group that are not read
+        mine = slice(starts[at], end)
+        local = rows[mine] - skipped[np.searchsorted(some, which[mine])]
+        pieces.append(file.read_row_groups(some.tolist(), columns=names).take(pa.array(local)))
+    return pa.concat_tables(pieces)

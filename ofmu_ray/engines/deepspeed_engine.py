@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from ofmu_ray.config import OptimizerConfig, Precision
 from ofmu_ray.engines.protocol import Kind, Loss, Vector
-from ofmu_ray.engines.shards import FlatShards, Shards, fill_frozen, trainable_parameters
+from ofmu_ray.engines.shards import FlatShards, Shards, fill_frozen, trainable_parameters, trains_adapters
 from ofmu_ray.engines.vector_engine import VectorEngine
 from ofmu_ray.errors import UserError
 from ofmu_ray.models.stored import share
@@ -45,9 +45,9 @@ class DeepSpeedEngine(VectorEngine):
     rank ever has a complete gradient or fp32 vector. Stages 1 and 2 are identical here: stage 1 would keep complete
     gradients until the optimiser step, but here every pass ends in a sharded vector.
 
-    Precision, `offload`, `loss_fn` and `unread` are as in `TorchEngine`; at stage 3 a rank reads only its shares of
-    `unread` parameters. A loss calls the module that it is given (DeepSpeed's wrapper), which has the model's
-    attributes.
+    Precision, `offload`, `loss_fn`, `decay_norms` and `unread` are as in `TorchEngine`; at stage 3 a rank reads only
+    its shares of `unread` parameters. A loss calls the module that it is given (DeepSpeed's wrapper), which has the
+    model's attributes.
 
     Raises UserError without a process group, and for operations that need double backward.
     """
@@ -62,6 +62,7 @@ class DeepSpeedEngine(VectorEngine):
         zero_stage: Literal[0, 1, 2, 3] = 2,
         precision: Precision = "fp32",
         offload: str = "none",
+        decay_norms: bool = True,
         micro_batch_size: int = 1,
         unread: Unread | None = None,
     ) -> None:
@@ -81,7 +82,14 @@ class DeepSpeedEngine(VectorEngine):
             if precision == "bf16_autocast":
                 self._autocast_inside(module)
         super().__init__(
-            module, shards, loss_fn=loss_fn, inner=inner, outer=outer, precision=precision, offload=offload
+            module,
+            shards,
+            loss_fn=loss_fn,
+            inner=inner,
+            outer=outer,
+            precision=precision,
+            offload=offload,
+            decay_norms=decay_norms,
         )
 
     def _zero_shards(
@@ -103,6 +111,11 @@ class DeepSpeedEngine(VectorEngine):
         parameters = [parameter for _, parameter in trainable_parameters(module)]
         if precision != "bf16":
             module.float()
+        elif trains_adapters(module):  # DeepSpeed's bf16 would round them too
+            for parameter in module.parameters():
+                if not parameter.requires_grad and parameter.is_floating_point():
+                    parameter.data = parameter.data.bfloat16()
+            precision = "fp32"
         options: dict[str, Any] = {
             "model": module,
             # never stepped: only defines what DeepSpeed partitions

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ofmu_ray.config import OptimizerConfig, SharedBaseConfig
+from ofmu_ray.engines.host_moments import HostMoments
 from ofmu_ray.engines.protocol import Vector
 
 _CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
@@ -19,18 +21,32 @@ class LoopOptimizer:
 
     Both rules are elementwise, so stepping on shards equals stepping on the complete vector. The moments belong to one
     loop (those that a SharedBaseConfig shares, to `beside`). With `offload` they stay in host memory between steps.
+    `decayed`: views of the parts of the masters that weight decay shrinks; None: all of them.
     """
 
     def __init__(
-        self, masters: Vector, config: OptimizerConfig, *, offload: bool = False, beside: LoopOptimizer | None = None
+        self,
+        masters: Vector,
+        config: OptimizerConfig,
+        *,
+        offload: bool = False,
+        beside: LoopOptimizer | None = None,
+        decayed: Sequence[torch.Tensor] | None = None,
     ) -> None:
         self.config = config
         self.factor = 1.0
         """Factor on the learning rate of all further steps."""
-        self._offload = offload
+        # one for both loops, as a SharedBaseConfig shares moments
+        self._host: HostMoments | None = None
+        if offload:
+            self._host = beside._host if beside else HostMoments(masters[0].device)
         # parameters that share the masters' storage: a step writes through
         self._parameters: list[torch.Tensor] = [torch.nn.Parameter(master, requires_grad=True) for master in masters]
         self._beside = beside
+        # torch's decay for SGD is not decoupled, and its AdamW's is for all elements of a master: then `step` decays
+        by_torch = decayed is None and config.name == "adamw" and not isinstance(config, SharedBaseConfig)
+        self._torch_decay = config.weight_decay if by_torch else 0.0
+        self._decayed = self._parameters if decayed is None else list(decayed)
         self._optimizer = self._build()
 
     def _build(self) -> torch.optim.Optimizer:
@@ -38,14 +54,14 @@ class LoopOptimizer:
         if isinstance(config, SharedBaseConfig):
             common = self._beside._optimizer if self._beside else None
             return SharedBaseAdamW(self._parameters, config, common)
-        if config.name == "sgd":  # torch's weight_decay for SGD is not decoupled: `step` does it
+        if config.name == "sgd":
             return torch.optim.SGD(self._parameters, lr=config.lr, momentum=config.momentum, foreach=True)
         return torch.optim.AdamW(
             self._parameters,
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             eps=config.eps,
-            weight_decay=config.weight_decay,
+            weight_decay=self._torch_decay,
             fused=True,
         )
 
@@ -55,9 +71,10 @@ class LoopOptimizer:
         clip, nominal = self.config.clip, self.lr
         if clip is not None and norm > clip:
             torch._foreach_mul_(vector, clip / (norm + _CLIP_EPSILON))
-        if self.config.name == "sgd" and self.config.weight_decay:
-            torch._foreach_mul_(self._parameters, 1 - nominal * self.factor * self.config.weight_decay)
-        self._move_moments(to_parameters=True)
+        if self.config.weight_decay and not self._torch_decay and self._decayed:
+            torch._foreach_mul_(self._decayed, 1 - nominal * self.factor * self.config.weight_decay)
+        if self._host is not None:
+            self._host.to_device(self._states())
         for parameter, gradient in zip(self._parameters, vector, strict=True):
             parameter.grad = gradient
         for group in self._optimizer.param_groups:
@@ -65,7 +82,8 @@ class LoopOptimizer:
         self._optimizer.step()
         self.lr = nominal
         self._optimizer.zero_grad(set_to_none=True)
-        self._move_moments(to_parameters=False)
+        if self._host is not None:
+            self._host.to_host(self._states())
 
     @property
     def lr(self) -> float:
@@ -79,34 +97,33 @@ class LoopOptimizer:
         for group in self._optimizer.param_groups:
             group["lr"] = value
 
-    def _move_moments(self, *, to_parameters: bool) -> None:
-        if not self._offload:
-            return
+    def _states(self) -> list[tuple[torch.Tensor, dict[str, Any]]]:
         states = [*self._optimizer.state.items()]
         if self._beside and isinstance(self.config, SharedBaseConfig):
             states += self._beside._optimizer.state.items()
-        for parameter, state in states:
-            device = parameter.device if to_parameters else torch.device("cpu")
-            for name, value in state.items():
-                if isinstance(value, torch.Tensor) and value.numel() > 1:  # not the step counter
-                    state[name] = value.to(device)
+        return states
 
     def first_moment(self) -> Vector | None:
         """AdamW's running mean of the (clipped) gradients, on the parameters' device; None before the first step."""
         states = [self._optimizer.state.get(parameter, {}) for parameter in self._parameters]
         if not all("exp_avg" in state for state in states):
             return None
+        if self._host is not None:
+            self._host.wait()
         return [state["exp_avg"].to(p.device) for state, p in zip(states, self._parameters, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """A copy in host memory."""
+        if self._host is not None:
+            self._host.wait(host=True)
         state: dict[str, Any] = _to_host(self._optimizer.state_dict())
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`, bit for bit."""
         self._optimizer.load_state_dict(copy.deepcopy(state))
-        self._move_moments(to_parameters=False)
+        if self._host is not None:
+            self._host.to_host(self._states())
 
 
 class SharedBaseAdamW(torch.optim.Optimizer):
@@ -116,7 +133,7 @@ class SharedBaseAdamW(torch.optim.Optimizer):
     bias correction of a moment that starts at 0; b^ and c^ are taken before the step:
 
         m <- beta1 m + (1 - beta1) (g - b^)        v <- beta2 v + (1 - beta2) (g^2 - c^)
-        theta <- (1 - lr decay) theta - lr (m^ + b^) / (sqrt|v^ + c^| + eps)
+        theta <- theta - lr (m^ + b^) / (sqrt|v^ + c^| + eps), after `LoopOptimizer` has decayed it
         b <- base_beta1 b + (1 - base_beta1) g     c <- base_beta2 c + (1 - base_beta2) g^2
     """
 
@@ -144,7 +161,6 @@ class SharedBaseAdamW(torch.optim.Optimizer):
             own["v"].lerp_(g.square() - c, 1 - config.beta2)
             first = _corrected(own["m"], config.beta1, own["steps"]) + b
             second = _corrected(own["v"], config.beta2, own["steps"]) + c
-            parameter.mul_(1 - lr * config.weight_decay)
             parameter.addcdiv_(first, second.abs_().sqrt_().add_(config.eps), value=-lr)
             base["base_steps"] += 1
             base["b"].lerp_(g, 1 - config.base_beta1)

@@ -34,6 +34,8 @@ class PassAccount:
     """6 x parameters x tokens (forward 2, backward 4): the usual estimate, without attention."""
     updates: int = 0
     """Optimiser steps."""
+    precisions: dict[str, int] = field(default_factory=dict)
+    """Passes by the precision that they ran in. Those that enter a difference run in fp32, whatever model.precision."""
 
     def state(self) -> dict[str, Any]:
         return {
@@ -41,11 +43,13 @@ class PassAccount:
             "tokens": self.tokens,
             "flops": self.flops,
             "updates": self.updates,
+            "precisions": dict(self.precisions),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.gradient_passes = dict(state["gradient_passes"])
         self.tokens, self.flops, self.updates = int(state["tokens"]), float(state["flops"]), int(state["updates"])
+        self.precisions = dict(state.get("precisions", {}))
 
 
 class Engine(ParameterSpace, Protocol):

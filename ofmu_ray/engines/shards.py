@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -48,6 +48,25 @@ class Shards(ABC):
         """`scale` times the gradient summed over ranks and micro-batches since `clear_gradients`, in new tensors."""
 
     @abstractmethod
+    def parts(self, master: int) -> Iterator[tuple[torch.nn.Parameter, int, int]]:
+        """(parameter, start, end) of each piece of a parameter in a master, in order."""
+
+    def matrices(self) -> list[torch.Tensor]:
+        """Views of the masters' elements that belong to parameters of two and more dimensions; neighbours are one."""
+        views = []
+        for index, master in enumerate(self.masters):
+            begin = end = 0
+            for parameter, first, last in self.parts(index):
+                if len(getattr(parameter, "ds_shape", parameter.shape)) < 2:
+                    continue
+                if first != end:
+                    views.append(master[begin:end])
+                    begin = first
+                end = last
+            views.append(master[begin:end])
+        return [view for view in views if view.numel()]
+
+    @abstractmethod
     def gathered(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[object]:
         """Within the context the parameters are complete (for reading)."""
 
@@ -64,6 +83,11 @@ def trainable_parameters(module: torch.nn.Module) -> list[tuple[str, torch.nn.Pa
     if not named:
         raise UserError("the model has no trainable parameters: all are frozen; relax model.freeze")
     return named
+
+
+def trains_adapters(module: torch.nn.Module) -> bool:
+    """Whether LoRA adapters are trained (then nothing else is). They stay fp32 beside bf16 weights."""
+    return all(".lora_" in name for name, _ in trainable_parameters(module))
 
 
 def fill_frozen(module: torch.nn.Module, unread: Unread | None) -> None:
@@ -101,12 +125,14 @@ class FlatShards(Shards):
         exact = all(parameter.dtype == torch.float64 for parameter in parameters)
         full = torch.float64 if exact else torch.float32
         dtype = torch.bfloat16 if bf16_weights else full
+        rounded = bf16_weights and not trains_adapters(module)
+        trained = dtype if rounded else full
         fill_frozen(module, unread)
         for parameter in module.parameters():  # frozen ones; buffers (rotary frequencies) keep their precision
             if parameter.is_floating_point() and not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
         sizes = [parameter.numel() for parameter in parameters]
-        weights = torch.empty(sum(sizes), dtype=dtype, device=parameters[0].device)
+        weights = torch.empty(sum(sizes), dtype=trained, device=parameters[0].device)
         for parameter, view in zip(parameters, torch.split(weights, sizes), strict=True):
             if unread is not None and parameter in unread:
                 unread.read(parameter, view)
@@ -115,13 +141,13 @@ class FlatShards(Shards):
             parameter.data = view.view(parameter.shape)  # frees what it had
         if world_size > 1:
             dist.broadcast(weights, src=0)
-        master = weights.float() if bf16_weights else weights
+        master = weights.float() if rounded else weights
         self.masters = [master]
         self._weights = weights
         self._parameters = parameters
         self._sizes = sizes
         self._gradients = torch.zeros_like(weights)
-        self._accumulated = torch.zeros_like(master) if bf16_weights else self._gradients
+        self._accumulated = torch.zeros_like(master) if rounded else self._gradients
         self._bind_views()
         self.layout = {"layout": "replicated", "numel": master.numel(), "dtype": str(full)}
 
@@ -158,6 +184,12 @@ class FlatShards(Shards):
     @torch.no_grad()
     def gradient_sums(self, scale: float) -> Vector:
         return [self._accumulated * scale] if self.world_size == 1 else [self.all_reduce(self._accumulated * scale)]
+
+    def parts(self, master: int) -> Iterator[tuple[torch.nn.Parameter, int, int]]:
+        at = 0
+        for parameter, size in zip(self._parameters, self._sizes, strict=True):
+            yield parameter, at, at + size
+            at += size
 
     def gathered(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[object]:
         return nullcontext()

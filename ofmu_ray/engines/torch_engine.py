@@ -20,8 +20,8 @@ class TorchEngine(VectorEngine):
 
     precision: fp32 (float64 modules stay float64), bf16 (bf16 weights, fp32 masters), or bf16_autocast and tf32 (fp32
     weights; bf16 autocast, or TF32 products on CUDA, in passes that enter no finite difference). offload="optimizer"
-    keeps the optimiser moments in host memory between steps. The parameters of `module` become views of one buffer,
-    into which `unread` ones are read.
+    keeps the optimiser moments in host memory between steps. decay_norms=False: no weight decay for parameters with
+    fewer than two dimensions. The parameters of `module` become views of one buffer, into which `unread` ones are read.
     """
 
     offers_exact = True
@@ -36,6 +36,7 @@ class TorchEngine(VectorEngine):
         outer: OptimizerConfig | None = None,
         precision: Precision = "fp32",
         offload: str = "none",
+        decay_norms: bool = True,
         unread: Unread | None = None,
     ) -> None:
         super().__init__(
@@ -46,6 +47,7 @@ class TorchEngine(VectorEngine):
             outer=outer,
             precision=precision,
             offload=offload,
+            decay_norms=decay_norms,
         )
 
     def parameters(self) -> list[torch.Tensor]:
@@ -68,7 +70,7 @@ class TorchEngine(VectorEngine):
             sums += batch_sums(value, count, micro, self.device)
         if total is None:
             raise UserError("the batch has no micro-batches")
-        _, count_all = self._account_pass(sums, kind)
+        _, count_all = self._account_pass(sums, kind, exact=True)
         mean = total / count_all
         gradients = torch.autograd.grad(mean, self._trainable, create_graph=True)
         return mean, list(gradients)

@@ -48,10 +48,12 @@ class VectorEngine:
         outer: OptimizerConfig | None,
         precision: str,
         offload: str,
+        decay_norms: bool,
     ) -> None:
         disable_dropout(module)
         self.module = module
         self.precision = precision
+        self.mixed = precision in ("bf16_autocast", "tf32")
         self.loss_fn: Loss = loss_fn or causal_lm_loss
         self.account = PassAccount()
         self.shards = shards
@@ -62,8 +64,11 @@ class VectorEngine:
         """Number of trainable parameters of the complete model."""
         self._numel_all = sum(_numel(parameter) for parameter in module.parameters())
         offloaded = offload == "optimizer"
-        first = LoopOptimizer(shards.masters, inner or OptimizerConfig(), offload=offloaded)
-        second = LoopOptimizer(shards.masters, outer or OptimizerConfig(), offload=offloaded, beside=first)
+        decayed = None if decay_norms else shards.matrices()
+        first = LoopOptimizer(shards.masters, inner or OptimizerConfig(), offload=offloaded, decayed=decayed)
+        second = LoopOptimizer(
+            shards.masters, outer or OptimizerConfig(), offload=offloaded, beside=first, decayed=decayed
+        )
         self._optimizers: dict[Loop, LoopOptimizer] = {"inner": first, "outer": second}
         self._displacements: list[tuple[Vector, float]] = []
         self._saved: Vector | None = None
@@ -107,16 +112,18 @@ class VectorEngine:
                     value, count = sum_and_count(loss(shards.forward_module, micro))
                 shards.backward(value)
                 sums += batch_sums(value, count, micro, self.device)
-        loss_sum, total = self._account_pass(shards.all_reduce(sums), kind, work)
+        loss_sum, total = self._account_pass(shards.all_reduce(sums), kind, exact=exact, work=work)
         return shards.gradient_sums(1.0 / total), loss_sum / total
 
-    def _account_pass(self, sums: torch.Tensor, kind: Kind, work: float = 1.0) -> tuple[float, float]:
+    def _account_pass(self, sums: torch.Tensor, kind: Kind, *, exact: bool, work: float = 1.0) -> tuple[float, float]:
         loss_sum, total, tokens = sums.tolist()
         if not total:
             raise UserError(
                 "no token of this batch has a loss: all labels are masked (are there rows without an answer?)"
             )
         self.account.gradient_passes[kind] = self.account.gradient_passes.get(kind, 0) + 1
+        precision = "fp32" if self.mixed and exact else self.precision.removesuffix("_autocast")
+        self.account.precisions[precision] = self.account.precisions.get(precision, 0) + 1
         self.account.tokens += int(tokens)
         self.account.flops += _FLOPS_PER_TOKEN * self._numel_all * tokens * work
         return loss_sum, total

@@ -10,7 +10,7 @@ and sums are fp32 in every precision.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -75,6 +75,9 @@ class ZeroShards(Shards):
         for index, start, end in self._padding:
             sums[index][start:end].zero_()
         return sums
+
+    def parts(self, master: int) -> Iterator[tuple[torch.nn.Parameter, int, int]]:
+        yield from self._partitions.parts(master)
 
     @torch.no_grad()
     def refresh(self) -> None:

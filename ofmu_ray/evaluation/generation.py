@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers import GenerationConfig
 
 from ofmu_ray.evaluation.scoring import length_sorted
+from ofmu_ray.internals.transformers_private import is_stateful
 from ofmu_ray.metrics.degeneration import ngram_entropy
 from ofmu_ray.metrics.functions import repetition
 
@@ -91,13 +92,33 @@ def generate_batch(
 ) -> list[list[int]]:
     """`generate` for one batch of prompts; with `draws`, sampled instead of greedy.
 
-    Prompts are padded on the left. When many texts have ended, the others continue without them, with their part of the
-    cache.
+    Prompts are padded on the left, but those of recurrent models run beside prompts of their own length only: not all
+    of these leave padding out of their states. When many texts have ended, the others continue without them, with their
+    part of the cache, or read again if the model has states outside the cache.
     """
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     left = [int(min(most, room - len(prompt))) for prompt, most in zip(prompts, max_new_tokens, strict=True)]
     texts: list[list[int]] = [[] for _ in prompts]
-    live = [row for row, most in enumerate(left) if most > 0]
+    groups: dict[int, list[int]] = {}
+    for row, most in enumerate(left):
+        if most > 0:
+            groups.setdefault(len(prompts[row]) if is_stateful(model) else 0, []).append(row)
+    for rows in groups.values():
+        _extend(model, prompts, rows, left, texts, stop, draws, room)
+    return texts
+
+
+def _extend(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    live: list[int],
+    left: Sequence[int],
+    texts: list[list[int]],
+    stop: frozenset[int],
+    draws: Sampling | None,
+    room: float,
+) -> None:
+    """Fill in `texts` of the rows `live`."""
     ids_bt, mask_bt = _left_padded([prompts[row] for row in live], model.get_input_embeddings().weight.device)
     width, cache = ids_bt.shape[1], None
     while live:
@@ -124,11 +145,11 @@ def generate_batch(
         kept = [slot for slot, row in enumerate(live) if len(texts[row]) == new < left[row]]
         live = [live[slot] for slot in kept]
         if live:
-            cache = output.past_key_values
-            cache.batch_select_indices(torch.tensor(kept, device=ids_bt.device))
+            if not is_stateful(model):
+                cache = output.past_key_values
+                cache.reorder_cache(torch.tensor(kept, device=ids_bt.device))  # convolutions' states, too
             ids_bt = output.sequences[kept]
             mask_bt = functional.pad(mask_bt[kept], (0, ids_bt.shape[1] - mask_bt.shape[1]), value=1)
-    return texts
 
 
 def generation_columns(text: str, tokens: Sequence[int]) -> dict[str, Any]:

@@ -128,6 +128,16 @@ class ZeroTwo:
         """(master, start, end) of elements that belong to no parameter and may be nonzero."""
         return []  # zeros from the start, and their gradient is zero
 
+    def parts(self, master: int) -> Iterator[tuple[Any, int, int]]:
+        """(parameter, start, end) of each piece of a parameter in this rank's partition, in order."""
+        size, at = self.masters()[master].numel(), 0
+        begin = dist.get_rank() * size
+        for parameter in self.optimizer.bit16_groups[master]:
+            first, last = max(at, begin), min(at + parameter.numel(), begin + size)
+            if first < last:
+                yield parameter, first - begin, last - begin
+            at += parameter.numel()
+
     def pieces(self) -> list[tuple[int, int]]:
         """(elements, elements per rank) of each equally partitioned piece, in the masters' order."""
         groups = zip(self.optimizer.bit16_groups, self.masters(), strict=True)
@@ -161,17 +171,25 @@ class ZeroThree(ZeroTwo):
         return list(self.optimizer.fp32_partitioned_groups_flat)
 
     def padding(self) -> list[tuple[int, int, int]]:
-        rank = dist.get_rank()
-        slices = []
-        for index, group in enumerate(self.optimizer.fp16_groups):
-            offset = 0
-            for parameter in group:
-                size = parameter.partition_numel()
-                used = min(max(parameter.ds_numel - rank * size, 0), size)
-                if used < size:
-                    slices.append((index, offset + used, offset + size))
-                offset += size
-        return slices
+        return [
+            (index, start + used, start + size)
+            for index in range(len(self.optimizer.fp16_groups))
+            for _, start, used, size in self._places(index)
+            if used < size
+        ]
+
+    def parts(self, master: int) -> Iterator[tuple[Any, int, int]]:
+        for parameter, start, used, _ in self._places(master):
+            if used:
+                yield parameter, start, start + used
+
+    def _places(self, master: int) -> Iterator[tuple[Any, int, int, int]]:
+        """(parameter, start, elements, elements with padding) of each parameter's share in a master."""
+        rank, at = dist.get_rank(), 0
+        for parameter in self.optimizer.fp16_groups[master]:
+            size = parameter.partition_numel()
+            yield parameter, at, min(max(parameter.ds_numel - rank * size, 0), size), size
+            at += size
 
     def pieces(self) -> list[tuple[int, int]]:
         parameters = [parameter for group in self.optimizer.fp16_groups for parameter in group]

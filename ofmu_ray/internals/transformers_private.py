@@ -22,14 +22,27 @@ UNTIED = Private(
 REVERTED = Private(
     "transformers.core_model_loading", "revert_weight_conversion", "writing weights under the names of their files"
 )
-SUPPORTS_SDPA = "_supports_sdpa"
-"""Attribute of a model's class."""
+SUPPORTS_SDPA, SUPPORTS_FLASH = "_supports_sdpa", "_supports_flash_attn"
+STATEFUL = "_is_stateful"
+"""Attributes of a model's class."""
 
 
 def supports_sdpa(model_class: type) -> bool:
     """Whether an architecture has the attention kernel `sdpa`."""
     check_attributes("transformers", model_class, [SUPPORTS_SDPA])
     return bool(getattr(model_class, SUPPORTS_SDPA))
+
+
+def is_stateful(model: Any) -> bool:
+    """Whether a model is recurrent, at least in some layers: its states cannot be cut back or left out."""
+    check_attributes("transformers", model, [STATEFUL])
+    return bool(getattr(model, STATEFUL))
+
+
+def supports_flash(model_class: type) -> bool:
+    """Whether an architecture has the attention kernel `flash_attention_2`."""
+    check_attributes("transformers", model_class, [SUPPORTS_FLASH])
+    return bool(getattr(model_class, SUPPORTS_FLASH))
 
 
 def names_in_model(model: Any, stored: Iterable[str]) -> dict[str, str] | None:

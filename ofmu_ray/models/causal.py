@@ -8,7 +8,7 @@ from typing import Any
 
 from ofmu_ray.config import ModelConfig
 from ofmu_ray.errors import UserError
-from ofmu_ray.internals.transformers_private import supports_sdpa
+from ofmu_ray.internals.transformers_private import supports_flash, supports_sdpa
 
 NOT_GENERATIVE = ("MaskedLM", "PreTraining", "Classification", "QuestionAnswering", "MultipleChoice", "Prediction")
 """Ends of the names of classes that do not generate."""
@@ -50,6 +50,17 @@ def check_causal(shape: Any, config: ModelConfig, option: str = "model.path") ->
         raise _refused(option, config.path, ", ".join(named) or type(shape).__name__)
 
 
+def check_trainable(shape: Any, config: ModelConfig) -> None:
+    """Raise UserError if the weights of the model to change are quantised. `shape`: its configuration."""
+    scheme = getattr(shape, "quantization_config", None)
+    if scheme is not None:
+        method = scheme.get("quant_method") if isinstance(scheme, dict) else getattr(scheme, "quant_method", None)
+        raise UserError(
+            f"model.path = {config.path!r}: its weights are quantised ({method}), which no engine trains: give a copy "
+            "of the model in fp32, bf16 or fp16"
+        )
+
+
 def _refused(option: str, path: str, what: str) -> UserError:
     return UserError(
         f"{option} = {path!r}: {what} is not a causal language model; give one that AutoModelForCausalLM loads "
@@ -58,9 +69,31 @@ def _refused(option: str, path: str, what: str) -> UserError:
 
 
 def attention_of(shape: Any, config: ModelConfig) -> str:
-    """model.attention; `eager` where the architecture does not have the kernel `sdpa`."""
-    known = _model_class(shape)
-    return "eager" if known is not None and not supports_sdpa(known) else config.attention
+    """model.attention, or what this process takes instead: `eager` where the architecture has no `sdpa`."""
+    known, wanted = _model_class(shape), config.attention
+    if wanted == "flash_attention_2":
+        if _no_flash(known, config) is None:
+            return wanted
+        wanted = "sdpa"
+    return "eager" if known is not None and not supports_sdpa(known) else wanted
+
+
+def flash_note(shape: Any, config: ModelConfig) -> str | None:
+    """Why this process takes another attention than flash_attention_2; None: it does not, or was not asked to."""
+    reason = _no_flash(_model_class(shape), config) if config.attention == "flash_attention_2" else None
+    return None if reason is None else f"{reason}; {attention_of(shape, config)} attention is used instead"
+
+
+def _no_flash(known: Any, config: ModelConfig) -> str | None:
+    from transformers.utils import is_flash_attn_2_available
+
+    if config.precision != "bf16":
+        return f"flash_attention_2 computes in bf16 and model.precision = {config.precision} has passes in fp32"
+    if not is_flash_attn_2_available():
+        return "flash-attn is not installed here, or there is no GPU"
+    if known is not None and not supports_flash(known):
+        return f"{known.__name__} has no flash_attention_2"
+    return None
 
 
 def _model_class(shape: Any) -> Any:

@@ -11,6 +11,7 @@ from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import ModelConfig
 from ofmu_ray.errors import StorageError, UserError
 from ofmu_ray.models.causal import check_causal, check_folder
+from ofmu_ray.models.gguf_files import SUFFIX, is_gguf
 from ofmu_ray.models.source import model_source
 from ofmu_ray.storage import is_uri
 from ofmu_ray.storage.hub import unreachable
@@ -79,23 +80,24 @@ def check_place(path: str, option: str) -> None:
         UserError: there is neither.
     """
     local = resolve_builtin(path)
-    if is_uri(path) or Path(local).is_dir():
+    if is_uri(path) or is_gguf(path) or Path(local).is_dir():
         return
     # a hub name has at most one slash
-    if local.startswith((".", "/", "~")) or local.count("/") > 1 or (Path(local).parent.is_dir() and "/" in local):
+    here = local.startswith((".", "/", "~")) or local.endswith(SUFFIX)
+    if here or local.count("/") > 1 or (Path(local).parent.is_dir() and "/" in local):
         run = Path(local).parent.name
         hint = f"; run `ofmu train` first, with the configuration named {run}" if Path(local).name == "model" else ""
-        raise UserError(f"{option} = {path!r}: no such folder{hint}")
+        raise UserError(f"{option} = {path!r}: no such {'file' if path.endswith(SUFFIX) else 'folder'}{hint}")
     reason = unreachable(path, "model")
     if reason is not None:
         raise UserError(f"{option} = {path!r}: no such folder here, and as a name on the hub: {reason}")
 
 
 def placed(config: ModelConfig) -> ModelConfig:
-    """The same model with local folders as absolute paths, as workers have another working directory."""
+    """The same model with local paths as absolute ones, as workers have another working directory."""
 
     def absolute(path: str | None) -> str | None:
-        return str(Path(path).absolute()) if path is not None and Path(path).is_dir() else path
+        return str(Path(path).absolute()) if path is not None and Path(path).exists() else path
 
     return replace(config, path=absolute(config.path) or config.path, tokenizer=absolute(config.tokenizer))
 

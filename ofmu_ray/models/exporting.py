@@ -24,7 +24,7 @@ from ofmu_ray.models.weights import Weights, return_freed_memory
 from ofmu_ray.storage import NewFolder, is_uri, scratch
 
 METADATA = {"format": "pt"}
-_ASKED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -57,7 +57,9 @@ def export_causal_lm(
 
 
 def exported_as_is(module: torch.nn.Module, model: ModelConfig, options: ExportConfig) -> bool:
-    """Whether the exported weights are to the bit those of the module."""
+    """Whether the exported weights are to the bit those of the module (fp32 adapters: but for their sum's rounding)."""
+    if model.lora is not None and model.precision == "bf16":
+        return False  # the sum is rounded to bf16
     weights = Weights(module, lambda _: nullcontext(), keep=False)
     types = Types(weights.shapes, model, options)
     return options.weights == "merged" and all(types.of(name) == t.dtype for name, t in weights.shapes.items())
@@ -67,7 +69,7 @@ class Types:
     """The type that each weight is written in."""
 
     def __init__(self, shapes: Mapping[str, torch.Tensor], model: ModelConfig, options: ExportConfig):
-        self._shapes, self._asked = shapes, _ASKED.get(options.dtype)
+        self._shapes, self._asked = shapes, DTYPES.get(options.dtype)
         self._stored = {} if self._asked else stored_types(base_folder(weights_folder(resolve_builtin(model.path))))
         sizes: Counter[torch.dtype] = Counter()
         for dtype, numel in self._stored.values():
@@ -169,7 +171,7 @@ def _export_adapter(
     content = weights.adapters()
     if folder is None:
         return
-    wanted = _ASKED.get(options.dtype)
+    wanted = DTYPES.get(options.dtype)
     state = {name: _checked(name, value.to(wanted or value.dtype)) for name, value in content.items()}
     state = peft.get_peft_model_state_dict(module, state_dict=state, save_embedding_layers=False)
     save_file(
@@ -177,5 +179,6 @@ def _export_adapter(
     )
     settings = copy.deepcopy(module.peft_config["default"])
     settings.inference_mode = True
-    settings.base_model_name_or_path = model.path if is_uri(model.path) else resolve_builtin(model.path)
+    local = not is_uri(model.path) and Path(model.path).is_dir()
+    settings.base_model_name_or_path = folder.relative(model.path) if local else model.path
     settings.save_pretrained(str(folder.path))

@@ -165,7 +165,7 @@ def _one_line(error: Exception) -> str:
 
 
 def add_lora(module: torch.nn.Module, lora: LoraConfig) -> torch.nn.Module:
-    """The model with low-rank adapters (fp32 if the weights are); only they are trained."""
+    """The model with low-rank adapters, fp32 whatever its weights are; only they are trained."""
     import peft
 
     try:
@@ -178,7 +178,6 @@ def add_lora(module: torch.nn.Module, lora: LoraConfig) -> torch.nn.Module:
                 target_modules=lora.target_modules or "all-linear",
                 task_type="CAUSAL_LM",
             ),
-            autocast_adapter_dtype=False,
         )
     except ValueError as error:
         raise UserError(f"model.lora.target_modules = {lora.target_modules!r}: {_one_line(error)}") from error

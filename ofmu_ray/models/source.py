@@ -1,4 +1,4 @@
-"""Locations of models: built in, a folder, a URI or a name on the hub; and fingerprints of their content."""
+"""Locations of models: built in, a folder, a GGUF file, a URI or a name on the hub; and their fingerprints."""
 
 from __future__ import annotations
 
@@ -6,30 +6,59 @@ import hashlib
 import json
 from pathlib import Path
 
-from ofmu_ray.assets import resolve_builtin
+from ofmu_ray.assets import PREFIX, resolve_builtin
 from ofmu_ray.errors import UserError
-from ofmu_ray.storage import fetched, is_uri
+from ofmu_ray.models.gguf_files import converted, is_gguf
+from ofmu_ray.storage import NewFolder, fetched, is_uri
 
 ADAPTER = "adapter_config.json"
 _MODEL_FILES = ("*.safetensors", "config.json", ADAPTER, "generation_config.json", "*.py")
 
 
 def model_source(path: str, option: str = "model.path") -> str:
-    """A model's path for transformers on this machine: a URI's content is fetched (once), a hub name is kept.
+    """A model's path for transformers on this machine: a URI's content is fetched and a GGUF file converted (once), a
+    hub name is kept.
 
     Raises:
-        UserError: the URI has no complete model; names `option`.
+        UserError: the URI has no complete model, or the file cannot be converted; names `option`.
     """
+    if is_gguf(path):
+        return str(converted(path, option))
     return str(fetched(path, option)) if is_uri(path) else resolve_builtin(path)
 
 
 def adapter_base(source: str | Path) -> str | None:
-    """Path or hub name of the model that the adapter alone (peft) in a local folder belongs to; None: no adapter."""
+    """Path or hub name of the model that the adapter alone (peft) in a local folder belongs to; None: no adapter.
+
+    A relative path starts at the adapter's folder, or else, as peft has it, at the working directory.
+
+    Raises:
+        UserError: a path that leads nowhere.
+    """
     settings = Path(source) / ADAPTER
     if not settings.is_file() or (Path(source) / "config.json").is_file():
         return None
     base: str = json.loads(settings.read_text())["base_model_name_or_path"]
+    if is_uri(base) or base.startswith(PREFIX):
+        return base
+    if (beside := Path(source) / base).is_dir():
+        return str(beside.resolve())
+    if base.startswith((".", "/", "~")) and not Path(base).is_dir():
+        raise UserError(
+            f"{settings} names {base!r} as the base of this adapter, and no such folder is there: move both together, "
+            "or correct base_model_name_or_path"
+        )
     return base
+
+
+def correct_base(folder: Path, base: str | None) -> None:
+    """Make the relative path of a copied or moved adapter lead to its base; `base`: `adapter_base` of the original."""
+    if base is None or not Path(base).is_dir():
+        return
+    settings = folder / ADAPTER
+    content = json.loads(settings.read_text()) | {"base_model_name_or_path": NewFolder(folder).relative(base)}
+    settings.unlink()  # it may be a hard link
+    settings.write_text(json.dumps(content, indent=2, sort_keys=True))
 
 
 def base_folder(folder: Path) -> Path:
@@ -43,7 +72,7 @@ def weights_folder(model: str) -> Path:
 
     Raises UserError if there is no such model, or if it has no safetensors weights or no config.json.
     """
-    folder = fetched(model, "model") if is_uri(model) else Path(model)
+    folder = Path(model_source(model, "model"))
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 

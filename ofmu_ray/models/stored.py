@@ -22,7 +22,17 @@ class Stored:
     file: Path
     name: str
     shape: tuple[int, ...]
-    bytes_per_element: int
+    dtype: str
+    """As safetensors writes it: F32, BF16, F8_E4M3, I8 and so on."""
+
+    @property
+    def trainable(self) -> bool:
+        """Whether its values are weights: 8 bits and fewer mean nothing without their scales."""
+        return self.dtype in ("F64", "F32", "BF16", "F16")
+
+    @property
+    def bytes_per_element(self) -> int:
+        return _bytes(self.dtype)
 
     def read(self, target: torch.Tensor, start: int) -> int:
         """Copy the elements from `start` of the flattened tensor into the 1-D `target`; returns the bytes read.
@@ -93,7 +103,7 @@ def _tensors_of(file: Path, option: str) -> dict[str, Stored]:
             found = {}
             for name in weights.keys():  # noqa: SIM118 (not a dict)
                 part = weights.get_slice(name)
-                found[name] = Stored(file, name, tuple(part.get_shape()), _bytes(part.get_dtype()))
+                found[name] = Stored(file, name, tuple(part.get_shape()), part.get_dtype())
             return found
     except (SafetensorError, OSError) as error:
         raise UserError(f"{option}: {file} is not a readable safetensors file ({error})") from None

@@ -82,7 +82,7 @@ def check_stored(shape: Any, folder: Path, config: ModelConfig, option: str) -> 
     """Check that the files have every tensor of the model, by their headers. `shape`: from `read_config`.
 
     Raises:
-        UserError: a file or tensor is missing, or a tensor has another shape; names `option`.
+        UserError: a file or tensor is missing, or a tensor has another shape or is no weight; names `option`.
     """
     tensors = stored_tensors(folder, option)
     if _unusual(shape, folder, tensors) is None:
@@ -129,7 +129,7 @@ def matched(module: Any, tensors: Mapping[str, Stored], folder: Path, option: st
     A sentence instead: why transformers has to load it.
 
     Raises:
-        UserError: a parameter has no tensor, or one of another shape; names the file.
+        UserError: a parameter has no tensor, or one of another shape or of too few bits; names the file.
     """
     names = names_in_model(module, tensors)
     if names is None:
@@ -149,6 +149,11 @@ def matched(module: Any, tensors: Mapping[str, Stored], folder: Path, option: st
             raise UserError(
                 f"{option}: {entry.file} has {entry.name!r} of shape {list(entry.shape)}, but config.json asks for "
                 f"{list(parameter.shape)}"
+            )
+        if parameter.is_floating_point() and not entry.trainable:
+            raise UserError(
+                f"{option}: {entry.file} has {entry.name!r} as {entry.dtype}, and config.json no way to read that: "
+                "give a copy of the model in fp32, bf16 or fp16"
             )
         found |= dict.fromkeys(tied, entry)
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
@@ -37,9 +38,11 @@ def calibrated_time(
     """
     layers = _layers(planner.shape)
     passes = 0.0
-    for stream in {replayed.kind for replayed in estimate.round.passes}:
-        one, two = (_pass_seconds(planner, estimate, stream, count, clock) for count in (1, 2))
-        count = sum(replayed.kind == stream for replayed in estimate.round.passes)
+    ran = Counter(
+        (replayed.kind, estimate.traces[index].precision) for index, replayed in enumerate(estimate.round.passes)
+    )
+    for (stream, precision), count in ran.items():
+        one, two = (_pass_seconds(planner, estimate, stream, precision, depth, clock) for depth in (1, 2))
         passes += count * estimate.layout.micro_batches * max(one + (layers - 1) * (two - one), one)
     return RoundTime(
         passes, _vector_seconds(planner, estimate, clock), estimate.traffic.seconds(estimate.setup.workers, link)
@@ -54,7 +57,7 @@ def _layers(shape: Any) -> int:
 
 
 def _pass_seconds(
-    planner: Planner, estimate: Requirements, stream: str, layers: int, clock: Callable[[], float]
+    planner: Planner, estimate: Requirements, stream: str, precision: str, layers: int, clock: Callable[[], float]
 ) -> float:
     """Forward and backward pass of a micro-batch on a model with `layers` layers and random weights."""
     shape = copy.deepcopy(planner.shape)
@@ -70,13 +73,14 @@ def _pass_seconds(
     mask = torch.ones_like(micro["labels"])
     mask[0, -1] = 0  # batches usually have padding, which selects another attention kernel
     micro["attention_mask"] = mask
-    return _seconds(lambda: _run(module, micro), clock)
+    return _seconds(lambda: _run(module, micro, precision), clock)
 
 
-def _run(module: torch.nn.Module, micro: Any) -> None:
+def _run(module: torch.nn.Module, micro: Any, precision: str) -> None:
     from ofmu_ray.models.answers import causal_lm_loss
 
-    value, _ = sum_and_count(causal_lm_loss(module, micro))
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16_autocast"):
+        value, _ = sum_and_count(causal_lm_loss(module, micro))
     value.backward()  # type: ignore[no-untyped-call]
 
 

@@ -120,8 +120,9 @@ def round_traffic(layout: Layout, sizes: Sizes, done: Round) -> Traffic:
     """Traffic of one round: passes, new weights after every displacement and step, inner products."""
     total = pass_traffic(layout, sizes).times(len(done.passes))
     if layout.zero_stage:
-        renewed = sizes.persistent if layout.zero_stage == 3 else sizes.trainable
-        total += Traffic(all_gather=renewed * layout.weight_bytes, calls=1).times(done.refreshes)
+        persistent = sizes.persistent * layout.weight_bytes
+        renewed = persistent if layout.zero_stage == 3 else sizes.trainable * layout.trained_bytes
+        total += Traffic(all_gather=renewed, calls=1).times(done.refreshes)
         total += Traffic(all_reduce=8 * done.products, calls=done.dots)
     return total
 

@@ -34,11 +34,18 @@ class Layout:
     """Moments in host memory between steps."""
     micro_batches: int = 1
     """Per worker and batch."""
+    adapters: bool = False
+    """Only LoRA adapters are trained, in fp32."""
 
     @property
     def weight_bytes(self) -> int:
         """Bytes per element of the weights in forward passes."""
         return 2 if self.precision == "bf16" else FULL
+
+    @property
+    def trained_bytes(self) -> int:
+        """The same of what is trained."""
+        return FULL if self.adapters else self.weight_bytes
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,22 @@ class Sizes:
     """Elements of the largest parameter."""
     persistent: int = 0
     """Elements of parameters so small that stage 3 does not shard them."""
+    stored: tuple[int, ...] = ()
+    """Elements of each parameter that is in the model's files (adapters are not)."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Bytes between a model's files and the ranks, without the files' headers."""
+
+    model: int = 0
+    """The weights of the model that comes in."""
+    read: int = 0
+    """Of these by one rank, the one that reads most."""
+    written: int = 0
+    """The exported weights, by rank 0."""
+    held: int = 0
+    """Of these in host memory at a time: the largest file."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +98,9 @@ Traces = Mapping[int, PassTrace]
 
 
 def peaks(
-    layout: Layout, sizes: Sizes, done: Round, traces: Traces, base: int = 0, file_bytes: int = 5 * 10**9
+    layout: Layout, sizes: Sizes, done: Round, traces: Traces, base: int = 0, files: Files | None = None
 ) -> dict[str, Peak]:
-    """The peaks of a round, a checkpoint and the export.
-
-    `base`: bytes of the process before all that; `file_bytes`: of a file of the exported model.
+    """The peaks of loading, a round, a checkpoint and the export; `base`: bytes of the process before all that.
 
     A checkpoint copies masters and moments to host memory, the export one file of weights (rank 0). On CUDA this is not
     device memory, and both phases are skipped.
@@ -88,14 +109,14 @@ def peaks(
     moments = [parts.between(done.peak)]
     for index, replayed in enumerate(done.passes):
         moments += parts.during(replayed, traces[index])
-    phases = {"round": max(moments, key=lambda peak: peak.bytes)}
+    phases = {"loading": parts.loading(), "round": max(moments, key=lambda peak: peak.bytes)}
     if layout.device == "cpu":
         rest = LiveVectors(0, done.peak.saved, done.peak.moments)
         shard = parts.vector
         copies = {"copies for the checkpoint": int((1 + rest.moments) * shard)}
         phases["checkpoint"] = Peak("checkpoint", {**parts.resident(rest), **copies})
-        file = min(file_bytes, sizes.total * FULL)
-        phases["export"] = Peak("export", {**parts.resident(rest), "a file of weights": file})
+        held = {"a file of weights": (files or Files()).held}
+        phases["export"] = Peak("export", {**parts.resident(rest), **held})
     return phases
 
 
@@ -114,15 +135,16 @@ class _Parts:
 
     def resident(self, live: LiveVectors) -> dict[str, int]:
         """Memory that stays between passes."""
-        layout, sizes, w = self.layout, self.sizes, self.layout.weight_bytes
+        layout, sizes, trained = self.layout, self.sizes, self.layout.trained_bytes
         own = {"process": self.base}
+        weights = (sizes.total - sizes.trainable) * layout.weight_bytes + sizes.trainable * trained
         if layout.zero_stage == 0:
-            own["weights"] = sizes.total * w
-            own["gradients"] = sizes.trainable * (w + (FULL if w < FULL else 0))
-            own["master weights"] = sizes.trainable * FULL if w < FULL else 0  # otherwise the weights
+            own["weights"] = weights
+            own["gradients"] = sizes.trainable * (trained + (FULL if trained < FULL else 0))
+            own["master weights"] = sizes.trainable * FULL if trained < FULL else 0  # otherwise the weights
         else:
             sharded = layout.zero_stage == 3
-            own["weights"] = -(-sizes.total // layout.workers) * w if sharded else sizes.total * w
+            own["weights"] = -(-weights // layout.workers) if sharded else weights
             own["master weights"] = self.vector
             own["gradients"] = self.vector if sharded else 0
             # stage 2 frees its bucket after a pass, stage 3 keeps it
@@ -134,10 +156,17 @@ class _Parts:
         return own
 
     def _bucket(self) -> int:
-        element = FULL if self.layout.zero_stage == 3 else self.layout.weight_bytes
+        element = FULL if self.layout.zero_stage == 3 else self.layout.trained_bytes
         # on a CPU, allocated memory that is never written does not count
         elements = REDUCE_BUCKET if self.layout.device == "cuda" else min(REDUCE_BUCKET, self.sizes.trainable)
         return elements * element
+
+    def loading(self) -> Peak:
+        """The engine is built, and the largest parameter is read last; DeepSpeed has made its gradient shard."""
+        own = self.resident(LiveVectors(0, 0, 0))
+        if self.layout.zero_stage:
+            own |= {"gradients": self.vector, "gradient bucket": 0}
+        return Peak("loading", {**own, "largest parameter": self.sizes.largest * self.layout.weight_bytes})
 
     def between(self, live: LiveVectors) -> Peak:
         """Linear algebra; with offload, the moments of the stepping loop are on the device."""
@@ -164,7 +193,7 @@ class _Parts:
             return
         yield Peak("forward", {**start, "activations": trace.forward_bytes})
         for moment in trace.moments:
-            written = layout.weight_bytes * moment.gradients_done
+            written = layout.trained_bytes * moment.gradients_done
             bucket = min(written, self._bucket()) if layout.device == "cpu" else self._bucket()
             yield Peak("backward", {**start, "gradient bucket": bucket, "activations": moment.activation_bytes})
         # with all gradients in the bucket: this rank's averages, and one more shard while they are computed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,8 @@ def planned(config: PlanConfig) -> dict[str, Any]:
     shape = read_config(config.model.path, trust_remote_code=config.model.trust_remote_code)
     planner = Planner(
         shape, config.model, config.method_options, training, rows, "cuda" if cuda else "cpu",
-        base=0 if cuda else _process_bytes(), file_bytes=parsed_bytes(config.export.max_shard_size),
+        base=0 if cuda else _process_bytes(), stored=_stored(shape), export=config.export,
+        file_bytes=parsed_bytes(config.export.max_shard_size),
     )  # fmt: skip
     workers = options.gpus or training.workers
     name, link = link_of(options.link, workers, options.gpus_per_node, "cuda" if cuda else "cpu")
@@ -58,6 +60,14 @@ def planned(config: PlanConfig) -> dict[str, Any]:
 
         time, reason = calibrated_time(planner, estimate, link), None
     return _described(config, estimate, rows, time, reason, usable, name)
+
+
+def _stored(shape: Any) -> Any:
+    """The type of the weights in the model's files, as config.json has it."""
+    import torch
+
+    stored = getattr(shape, "dtype", None)
+    return stored if isinstance(stored, torch.dtype) else torch.float32
 
 
 def _rows(config: PlanConfig) -> dict[str, Any]:
@@ -129,8 +139,17 @@ def _described(
             "components": {name: size for name, size in estimate.peak.components.items() if size},
             "phases": {name: peak.bytes for name, peak in estimate.phases.items()},
         },
+        "loading": {
+            "model_bytes": estimate.files.model,
+            "read_bytes_per_rank": estimate.files.read,
+            "peak_bytes": estimate.phases["loading"].bytes,
+        },
+        "export": {"written_bytes": estimate.files.written, "held_bytes": estimate.files.held},
         "round": {
             "gradient_passes": dict(estimate.passes),
+            "precisions": dict(
+                Counter(trace.precision.removesuffix("_autocast") for trace in estimate.traces.values())
+            ),
             "updates": estimate.updates,
             "tokens": estimate.tokens,
             "flops": estimate.flops,

@@ -77,6 +77,7 @@ class PlanSpace:
 
     def __init__(self, module: torch.nn.Module, optimizers: tuple[OptimizerConfig, OptimizerConfig], precision: str):
         self.module, self.precision, self.loss_fn = module, precision, causal_lm_loss
+        self.mixed = precision in ("bf16_autocast", "tf32")
         self.account = PassAccount()
         self.meter = Meter(grown=self._grown)
         self.round = Round()

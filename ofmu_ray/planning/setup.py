@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ofmu_ray.config import LoraConfig, MethodConfig, ModelConfig, TrainingConfig
+import torch
+
+from ofmu_ray.config import ExportConfig, LoraConfig, MethodConfig, ModelConfig, TrainingConfig
 from ofmu_ray.engines.deepspeed_engine import PERSISTENT_BELOW
 from ofmu_ray.methods import build_method
+from ofmu_ray.models.exporting import DTYPES
 from ofmu_ray.models.loading import empty_model
+from ofmu_ray.models.stored import share
 from ofmu_ray.planning.cost import (
     LINKS,
     Device,
@@ -21,7 +25,7 @@ from ofmu_ray.planning.cost import (
     round_traffic,
     vector_seconds,
 )
-from ofmu_ray.planning.memory import Layout, Peak, Sizes, highest, peaks
+from ofmu_ray.planning.memory import Files, Layout, Peak, Sizes, highest, peaks
 from ofmu_ray.planning.replay import Round, replay
 from ofmu_ray.planning.shapes import micro_batch, parameter_counts
 from ofmu_ray.planning.trace import Meter, PassTrace, trace_pass
@@ -81,6 +85,7 @@ class Requirements:
     """Per round, as the run reports them."""
     traffic: Traffic
     """Per round and rank."""
+    files: Files
     round: Round = field(repr=False)
     traces: Mapping[int, PassTrace] = field(repr=False)
     layout: Layout = field(repr=False)
@@ -116,11 +121,14 @@ class Planner:
         rows: Mapping[str, Rows],
         device: Literal["cpu", "cuda"],
         base: int = 0,
+        stored: torch.dtype = torch.float32,
+        export: ExportConfig | None = None,
         file_bytes: int = 5 * 10**9,
     ):
+        """`stored`: of the weights in the files; `file_bytes`: `export.max_shard_size` as a number."""
         self.shape, self.model, self.method, self.training = shape, model, method, training
         self.rows, self.device, self.base = rows, device, base
-        self.file_bytes = file_bytes
+        self.stored, self.export, self.file_bytes = stored, export or ExportConfig(), file_bytes
         self._traced: dict[tuple[bool, LoraConfig | None, int], tuple[Sizes, Round, dict[int, PassTrace]]] = {}
 
     def given(self) -> SetUp:
@@ -145,22 +153,40 @@ class Planner:
             precision=self.model.precision,
             offload=setup.offload == "optimizer",
             micro_batches=self.training.batch_size // setup.workers // setup.micro_batch_size,
+            adapters=setup.lora is not None,
         )
+        files = self._files(layout, sizes)
         passes = {kind: sum(p.kind == kind for p in done.passes) for kind in ("forget", "retain")}
         batch = self.training.batch_size
         tokens = sum(count * batch * self.rows[kind].mean for kind, count in passes.items())
         return Requirements(
             setup=setup,
-            phases=peaks(layout, sizes, done, traces, self.base, self.file_bytes),
+            phases=peaks(layout, sizes, done, traces, self.base, files),
             sizes=sizes,
             passes=passes,
             updates=sum(done.steps.values()),
             tokens=tokens,
             flops=flops_as_reported(sizes, tokens),
             traffic=round_traffic(layout, sizes, done),
+            files=files,
             round=done,
             traces=traces,
             layout=layout,
+        )
+
+    def _files(self, layout: Layout, sizes: Sizes) -> Files:
+        """Loading as models/unread.py reads, and export as models/exporting.py writes."""
+        whole = sum(sizes.stored)
+        cut = layout.workers if layout.zero_stage == 3 else 1
+        read = sum(stop - start for start, stop in (share(size, 0, cut) for size in sizes.stored))
+        alone = self.export.weights == "adapter" and layout.adapters
+        asked = DTYPES.get(self.export.dtype, torch.float32 if alone else self.stored)
+        written = (sizes.trainable if alone else whole) * asked.itemsize
+        return Files(
+            model=whole * self.stored.itemsize,
+            read=read * self.stored.itemsize,
+            written=written,
+            held=written if alone else min(written, self.file_bytes),
         )
 
     def _trace(self, setup: SetUp) -> tuple[Sizes, Round, dict[int, PassTrace]]:
@@ -193,7 +219,9 @@ class Planner:
                 traces[index] = known[same]
             total, trainable = parameter_counts(module)
             counts = [parameter.numel() for parameter in module.parameters()]
-            sizes = Sizes(total, trainable, max(counts), sum(n for n in counts if n < PERSISTENT_BELOW))
+            stored = tuple(p.numel() for name, p in module.named_parameters() if ".lora_" not in name)
+            small = sum(n for n in counts if n < PERSISTENT_BELOW)
+            sizes = Sizes(total, trainable, max(counts), small, stored)
             self._traced[key] = sizes, done, traces
         return self._traced[key]
 

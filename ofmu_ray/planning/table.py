@@ -29,11 +29,20 @@ def lines(plan: Mapping[str, Any]) -> Iterator[str]:
     fits = f" of {_bytes(memory['usable_bytes'])} usable" if memory["usable_bytes"] else ""
     yield f"  {'total':28} {_bytes(memory['peak_bytes']):>10}{fits}"
     yield ""
+    loading, export = plan["loading"], plan["export"]
+    yield (
+        f"loading  {_bytes(loading['read_bytes_per_rank'])} read by each worker of {_bytes(loading['model_bytes'])}, "
+        f"{_bytes(loading['peak_bytes'])} of memory at most"
+    )
+    yield f"export   {_bytes(export['written_bytes'])} written, {_bytes(export['held_bytes'])} of host memory at a time"
+    yield ""
     one, run = plan["round"], plan["run"]
     yield f"{'':30} {'round':>12} {'run':>12}   ({run['rounds']} rounds)"
     for kind in ("forget", "retain"):
         passes = one["gradient_passes"][kind], run["gradient_passes"][kind]
         yield f"  {kind + ' gradient passes':28} {passes[0]:>12} {passes[1]:>12}"
+    ran = ", ".join(f"{count} in {name}" for name, count in sorted(one["precisions"].items()))
+    yield f"  {'passes by precision':28} {'':>12} {'':>12}   {ran} a round"
     yield f"  {'tokens':28} {_count(one['tokens']):>12} {_count(run['tokens']):>12}"
     yield f"  {'FLOPs (6 x parameters)':28} {one['flops']:>12.2e} {run['flops']:>12.2e}"
     sent = one["sent_bytes_per_rank"]

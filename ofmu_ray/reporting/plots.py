@@ -93,7 +93,8 @@ def series_panels(series: Sequence[Mapping[str, float]]) -> list[Panel]:
     for plot in plots:
         lines = {text: _line(series, name) for name, text in plot.names.items() if name in present}
         lines = {text: line for text, line in lines.items() if len(line[0])}
-        if lines:
+        unused = plot.from_zero and not any(any(values) for _, values in lines.values())  # a penalty that is off
+        if lines and not unused:
             panels.append(_series_panel(plot, lines))
     return panels
 

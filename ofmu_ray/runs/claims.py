@@ -63,6 +63,11 @@ class Claim:
         _refuse_running(self.home)
         return self._is_ours()
 
+    def began(self) -> bool:
+        """Whether a run with these options has this name."""
+        recorded = _recorded(self.home)
+        return recorded is not None and recorded["config_hash"] == self.config_hash
+
     def _is_ours(self) -> bool:
         recorded = _recorded(self.home)
         if recorded is None and is_file(join(self.home, "metrics.json")):
@@ -253,7 +258,9 @@ def _recorded(home: PathLike) -> dict[str, Any] | None:
 def _determining(options: Mapping[str, Any]) -> dict[str, Any]:
     flat = flatten(dict(options))
     return {
-        name: value for name, value in flat.items() if name not in ELASTIC and name.partition(".")[0] not in WHERE_KEPT
+        name: value
+        for name, value in flat.items()
+        if name not in (*ELASTIC, *WHERE_KEPT) and name.partition(".")[0] not in WHERE_KEPT
     }
 
 

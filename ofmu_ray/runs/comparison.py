@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from ofmu_ray.assets import resolve_builtin
-from ofmu_ray.cluster.join import join_cluster
 from ofmu_ray.config import ModelConfig, TrainingConfig, config_hash
 from ofmu_ray.config.evaluate import RETRAINED, EvaluateConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.evaluator import Evaluator, has_tokenizer, read_sets
+from ofmu_ray.metrics.peer_names import peer_values
 from ofmu_ray.models.checks import check_model, check_place
 from ofmu_ray.runs.attack_tasks import Checks
 from ofmu_ray.runs.claims import refuse_taken
-from ofmu_ray.runs.preflight import prepare_storage, public
+from ofmu_ray.runs.preflight import prepare_storage, public, wants_ray
 from ofmu_ray.runs.writing import write_rows
 from ofmu_ray.storage import atomic_write, explained, join, local_file, name_of, scratch
 
@@ -31,6 +31,8 @@ class Comparison:
     """Model -> metric -> {"value", "low", "high", "n"} or {"value": null, "reason"}."""
     checks: dict[str, Any]
     """Attack or probe -> model -> metric, as `metrics`."""
+    peer: dict[str, dict[str, float | None]]
+    """Model -> OpenUnlearning's name -> value; empty without `peer_names`."""
     mlflow: str
     """How to look at it in MLflow."""
 
@@ -58,7 +60,10 @@ def _compare(config: EvaluateConfig, command: Sequence[str]) -> Comparison:
     for label, path in models.items():
         _check(path, _option(label), evaluator)
     checks = Checks(config, evaluator, models)
-    join_cluster(TrainingConfig(), storage, {_option(label): [path] for label, path in models.items()})
+    if wants_ray():
+        from ofmu_ray.cluster.join import join_cluster
+
+        join_cluster(TrainingConfig(), storage, {_option(label): [path] for label, path in models.items()})
     tags, record = {"ofmu.kind": "evaluate"}, join(home, tracking.RECORD)
     handle = tracking.start(config.tracking, storage, name_of(home), public(config), tags, record=record)
     status: Any = "FAILED"
@@ -70,6 +75,10 @@ def _compare(config: EvaluateConfig, command: Sequence[str]) -> Comparison:
         further = checks.metrics()
         mlflow = tracking.open_command(handle)
         files = _write(home, config, evaluator, models, tables, metrics, further, command, mlflow)
+        peer = {label: peer_values(tables[label], metrics[label]) for label in models} if config.peer_names else {}
+        if peer:
+            atomic_write(join(home, "peer_names.json"), json.dumps(peer, indent=2) + "\n")
+            files.append("peer_names.json")
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -80,7 +89,7 @@ def _compare(config: EvaluateConfig, command: Sequence[str]) -> Comparison:
         with scratch() as place:
             artifacts = [local_file(join(home, name), place) for name in files] if done else []
             tracking.finish(handle, metrics=logged, artifacts=artifacts, status=status)
-    return Comparison(home, metrics, further, mlflow)
+    return Comparison(home, metrics, further, peer, mlflow)
 
 
 def _models(config: EvaluateConfig) -> dict[str, str]:

@@ -33,6 +33,8 @@ class Outcome:
     """The section `run` of metrics.json: name, method, notes, paths, whether generations are degenerate."""
     reused: bool = False
     """Whether the run had finished before, and nothing was run."""
+    hub: str = ""
+    """Where the model was pushed to (export.push_to_hub)."""
     delivered: bool = True
     """Whether MLflow has everything; if not, the next start of the run sends the rest."""
 
@@ -94,6 +96,7 @@ def cost_of(training: Mapping[str, Any], seconds: Mapping[str, float] | None = N
     counts = training["account"]
     return {
         "gradient_passes": counts["gradient_passes"],
+        "precisions": counts.get("precisions", {}),
         "tokens": counts["tokens"],
         "flops": counts["flops"],
         "updates": counts["updates"],

@@ -140,6 +140,17 @@ def needs_no_ray(training: TrainingConfig, home: str) -> bool:
     return here
 
 
+def wants_ray() -> bool:
+    """Whether work without workers joins or starts Ray at once: a cluster is given, or there are several GPUs here.
+
+    Otherwise `map_tasks` starts it for what is too much for this process, and a cache is read without it.
+    """
+    from ofmu_ray.cluster.map_tasks import running_ray
+
+    given = "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ or running_ray() is not None
+    return given or _gpus_here() > 1
+
+
 def public(config: Any) -> dict[str, Any]:
     """A configuration that MLflow, manifest, report and model card may show: URIs without user, password and query."""
 

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ofmu_ray import progress
-from ofmu_ray.config import ModelConfig, TrainConfig, UnlearnConfig, outcome_hash
+from ofmu_ray.config import ExportConfig, ModelConfig, TrainConfig, UnlearnConfig, outcome_hash
 from ofmu_ray.errors import UserError
 from ofmu_ray.models.checks import placed
 from ofmu_ray.runs.claims import Claim
@@ -33,7 +34,18 @@ from ofmu_ray.runs.preflight import (
     public,
 )
 from ofmu_ray.runs.writing import RunResults
-from ofmu_ray.storage import atomic_write, drop_copies, explained, is_whole, join, name_of, remove_folder
+from ofmu_ray.storage import (
+    atomic_write,
+    drop_copies,
+    explained,
+    fetched,
+    is_uri,
+    is_whole,
+    join,
+    name_of,
+    remove_folder,
+)
+from ofmu_ray.storage.hub_push import check_push, push
 from ofmu_ray.tasks import task_named
 
 if TYPE_CHECKING:
@@ -114,13 +126,32 @@ def run(
     with progress.listening(active_listener), explained(config.storage):
         storage = prepare_storage(config.storage)
         config = replace(config, training=check_machine(config.training))
-        this_run = Run(config, storage, outcome_hash(config), command)
+        this_run = as_begun(Run(config, storage, outcome_hash(config), command))
+        config = this_run.config
         ours = this_run.claim.check()
+        if config.export.push_to_hub is not None:
+            check_push(config.export.push_to_hub, public=config.export.hub_public)
         if isinstance(config, TrainConfig):
-            trained = read_trained(this_run.home, reused=True) if ours else None
-            return trained or _observed(this_run, lambda: _train(this_run, config))
-        finished = _finished(this_run, config) if ours else None
-        return finished or _observed(this_run, lambda: _unlearn(this_run, config))
+            outcome = read_trained(this_run.home, reused=True) if ours else None
+            outcome = outcome or _observed(this_run, lambda: _train(this_run, config))
+        else:
+            outcome = _finished(this_run, config) if ours else None
+            outcome = outcome or _observed(this_run, lambda: _unlearn(this_run, config))
+        return _pushed(outcome, config.export)
+
+
+def as_begun(this_run: Run) -> Run:
+    """The run; with `training.decay_norms` if it began before that option, when weight decay was for all parameters."""
+    config = replace(this_run.config, training=replace(this_run.config.training, decay_norms=True))
+    earlier = replace(this_run, config=config, digest=outcome_hash(config))
+    return earlier if earlier.digest != this_run.digest and earlier.claim.began() else this_run
+
+
+def _pushed(outcome: Outcome, export: ExportConfig) -> Outcome:
+    if export.push_to_hub is None or not outcome.finished:
+        return outcome
+    folder = fetched(outcome.model, "storage") if is_uri(outcome.model) else Path(outcome.model)
+    return replace(outcome, hub=push(folder, export.push_to_hub, public=export.hub_public))
 
 
 def _observed(this_run: Run, work: Callable[[], Outcome]) -> Outcome:

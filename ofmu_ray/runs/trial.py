@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ofmu_ray.config import ModelConfig, UnlearnConfig, config_hash, flatten, to_dict
 from ofmu_ray.errors import user_error_within
+from ofmu_ray.models.source import adapter_base, correct_base
 from ofmu_ray.runs.job import Spec, make_job, with_references
 from ofmu_ray.storage import atomic_write
 from ofmu_ray.tasks import task_named
@@ -216,7 +217,9 @@ def _run(trial: Trial, data: SplitData, work: Path, local: bool, watch: TrialHoo
         result["figures"] = evaluation.figures(table, data.retrained)
         clock.lap("evaluation_seconds")
         if watch is not None:
-            _move(work / "model", model_path(data.folder, trial.key(data)))
+            base = adapter_base(work / "model")
+            _move(work / "model", kept := model_path(data.folder, trial.key(data)))
+            correct_base(kept, base)
     return result | clock.laps
 
 

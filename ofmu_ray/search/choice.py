@@ -14,6 +14,7 @@ import yaml
 
 from ofmu_ray.config import UnlearnConfig, apply_overrides, to_dict
 from ofmu_ray.metrics.fronts import plain
+from ofmu_ray.models.source import adapter_base, correct_base
 from ofmu_ray.runs.trial import model_path
 from ofmu_ray.search.priors import narrowed, text_of
 from ofmu_ray.search.trial_ledger import Ledger, ranked
@@ -105,6 +106,7 @@ def export(ledger: Ledger, outcome: SweepChoice, retrained: Any) -> None:
     model = model_path(folder, ledger.key(number))
     with atomic_dir(folder / BEST / "model") as folder_in_progress:
         shutil.copytree(model, folder_in_progress, dirs_exist_ok=True, copy_function=_linked)
+        correct_base(folder_in_progress, adapter_base(model))
     evaluator = replace(ledger.data.evaluator, evaluation=config.evaluation, seed=config.seed)
     table = evaluator.table(str(folder / BEST / "model"), "best")
     outcome.metrics = evaluator.figures(table, retrained)

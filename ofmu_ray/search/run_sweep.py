@@ -15,7 +15,7 @@ from typing import Any
 from ofmu_ray import progress
 from ofmu_ray.cluster.join import join_cluster, run_paths
 from ofmu_ray.config import LABELS, WHERE_KEPT, SweepConfig, flatten, to_dict
-from ofmu_ray.config.values import ADDED, without_added
+from ofmu_ray.config.values import ADDED, EXPORT_PLACES, without_added
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.evaluator import Evaluator
 from ofmu_ray.metrics.fronts import plain
@@ -150,7 +150,7 @@ def _determining(config: SweepConfig) -> dict[str, Any]:
 def _digest(config: SweepConfig, space: Space) -> str:
     content = _determining(config)
     base = {name: value for name, value in content["base"].items() if name not in WHERE_KEPT}
-    export = {name: value for name, value in base.pop("export").items() if name != "max_shard_size"}
+    export = {name: value for name, value in base.pop("export").items() if name not in EXPORT_PLACES}
     content["base"] = without_added(base if export == ADDED["export"] else base | {"export": export})
     kept = {name: value for name, value in content.items() if name not in (*WHERE_KEPT, "space_file")}
     text = json.dumps([kept, results.space_rows(space)], sort_keys=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -62,6 +63,12 @@ class NewFolder:
     path: Path
     """Where to put its files."""
 
+    def relative(self, path: str) -> str:
+        """`path` from here, so that both may move together; as it is if nothing but the root is above both."""
+        here, there = self.path.absolute(), Path(path).absolute()
+        common = Path(os.path.commonpath([here, there]))
+        return str(there) if common == Path(common.anchor) else os.path.relpath(there, here)
+
     def flush(self) -> None:
         """Nothing more will be written to the files in `path`: at a URI they are uploaded and deleted here.
 
@@ -74,6 +81,9 @@ class NewFolder:
 class _Upload(NewFolder):
     target: PathLike
     files: Files = field(default_factory=dict)
+
+    def relative(self, path: str) -> str:
+        return str(Path(path).absolute())  # at a URI there is no way to a local folder
 
     def flush(self) -> None:
         with explained(self.target):

@@ -55,13 +55,14 @@ def task_named(name: str) -> Task:
     return task
 
 
-def loaded(task: Task, config: ModelConfig) -> tuple[torch.nn.Module, Any, Unread | None, str | None]:
-    """The task's model and processor; the weights that the engine has still to read, or why there are none (or None).
+def loaded(task: Task, config: ModelConfig) -> tuple[torch.nn.Module, Any, Unread | None, list[str]]:
+    """The task's model and processor; the weights that the engine has still to read, if any; notes for the user.
 
     A task without `load_unread` loads its models whole.
     """
+    notes: list[str] = task.remarks(config) if hasattr(task, "remarks") else []
     load_unread = getattr(task, "load_unread", None)
     result = None if load_unread is None else load_unread(config)
     if result is None or isinstance(result, str):
-        return *task.load(config), None, result
-    return *result, None
+        return *task.load(config), None, notes + ([result] if result else [])
+    return *result, notes

@@ -35,14 +35,15 @@ class CausalLM:
         check_lengths(config, longest)
 
     def skeleton(self, config: ModelConfig) -> torch.nn.Module | None:
-        from ofmu_ray.models.causal import attention_of
+        from ofmu_ray.models.causal import attention_of, check_trainable
         from ofmu_ray.models.loading import empty_model, read_config
 
         if config.trust_remote_code:
             return None
         shape = read_config(config.path)
-        if attention_of(shape, config) != config.attention:
-            note("model", f"{type(shape).__name__[:-6]} has no {config.attention} attention; eager is used instead")
+        check_trainable(shape, config)
+        if config.attention == "sdpa" and attention_of(shape, config) == "eager":
+            note("model", f"{type(shape).__name__[:-6]} has no sdpa attention; eager is used instead")
         return empty_model(shape, config)
 
     def encoder(self, processor: Any, data: DataConfig | TrainDataConfig) -> StreamEncoders:
@@ -65,6 +66,14 @@ class CausalLM:
         from ofmu_ray.models.loading import load_causal_lm
 
         return load_causal_lm(config)
+
+    def remarks(self, config: ModelConfig) -> list[str]:
+        """What of the model's options this process cannot do."""
+        from ofmu_ray.models.causal import flash_note
+        from ofmu_ray.models.loading import read_config
+
+        remark = flash_note(read_config(config.path, trust_remote_code=config.trust_remote_code), config)
+        return [remark] if remark else []
 
     def load_unread(self, config: ModelConfig) -> tuple[torch.nn.Module, Any, Unread] | str:
         """`load` without reading the weights, or why this model has to be loaded whole."""

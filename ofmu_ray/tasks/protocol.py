@@ -94,6 +94,9 @@ class Task(Protocol):
     # optional: def load_unread(self, config: ModelConfig) -> tuple[torch.nn.Module, Any, Unread] | str
     # the same, where the engine reads the weights and a ZeRO-3 worker only its share of them; or why it cannot
 
+    # optional: def remarks(self, config: ModelConfig) -> list[str]
+    # what of the model's options this worker cannot do, for the notes of a run
+
     # optional: def normalisation(self, module: torch.nn.Module, *, unlearns: bool, workers: int) -> None
     # decide what batch normalisation does, before the engine is built
 

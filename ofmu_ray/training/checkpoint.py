@@ -1,6 +1,7 @@
 """Sharded checkpoints: one file per rank, and the loop's state as readable JSON.
 
-A checkpoint is a folder with `rank_00000.pt` ... (the rank's fp32 weights and both optimisers' moments), `state.json`
+A checkpoint is a folder with `rank_00000.pt` ... (the rank's fp32 weights and both optimisers' moments; if all ranks
+have the same, as at ZeRO stage 0, the others' files contain only the buffers, which may differ), `state.json`
 (cursor, method state, cost, reason of the checkpoint), `series.jsonl` (the per-round metrics so far, so a resumed run
 has one history) and `manifest.json` (sizes and checksums of all files). It contains no code: the ranks' files are read
 as tensors and plain values only.
@@ -76,6 +77,8 @@ def save(state: LoopState, engine: Engine, method: Method, session: Session) -> 
 
 def _write(folder: Path, state: LoopState, engine: Engine, method: Method, session: Session) -> None:
     shard = engine.state_dict()
+    if session.rank and _replicated(engine):
+        shard = {name: shard[name] for name in ("buffers", "account")}
     with explained(folder, "temporary files"):
         with _shard(folder, session.rank).open("wb", buffering=0) as file:  # otherwise torch hides a full disk
             torch.save(shard, file)
@@ -122,7 +125,10 @@ def restore(folder: Path, engine: Engine, method: Method, session: Session, conf
         )
     workers = integrity.read_workers(folder)
     if workers == session.world:
-        engine.load_state_dict(read_shard(_shard(folder, session.rank)))
+        shard = read_shard(_shard(folder, session.rank))
+        if "masters" not in shard:
+            shard = {**read_shard(_shard(folder, 0)), **shard}
+        engine.load_state_dict(shard)
     else:
         states = [read_shard(_shard(folder, rank)) for rank in range(workers)]
         engine.load_state_dict(reshard(states, engine.layout))
@@ -154,6 +160,11 @@ def read_shard(path: Path) -> dict[str, Any]:
             f"({type(error).__name__}): find out where it comes from, or start over with another --name"
         ) from None
     return content
+
+
+def _replicated(engine: Engine) -> bool:
+    """Whether every rank has all weights and moments."""
+    return "pieces" not in engine.layout
 
 
 def _shard(folder: Path, rank: int) -> Path:

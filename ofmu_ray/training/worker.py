@@ -41,7 +41,7 @@ class Worker:
             torch.cuda.init()  # type: ignore[no-untyped-call]  # the reset does not
             torch.cuda.reset_peak_memory_stats(session.device)
         self.task = task_named(job.task)
-        self.module, self.processor, unread, note = loaded(self.task, job.model)
+        self.module, self.processor, unread, notes = loaded(self.task, job.model)
         self.collate = self.task.collate(self.processor)
         self.method = job.build_method()
         if hasattr(self.task, "normalisation"):
@@ -61,7 +61,7 @@ class Worker:
         self.resumed = False
         """Whether the state comes from a checkpoint of this run."""
         self.state = self._begin()
-        self.state.notes += [note] if note else []
+        self.state.notes += notes
         self._exchange_notes()
 
     def _begin(self) -> LoopState:
@@ -361,26 +361,23 @@ def build_engine(
         module = module.to(device)
     else:
         unread.place(module, device)
-    precision, offload = job.model.precision, training.offload
+    options: dict[str, Any] = {
+        "loss_fn": loss,
+        "inner": inner,
+        "outer": outer,
+        "precision": job.model.precision,
+        "offload": training.offload,
+        "decay_norms": training.decay_norms,
+        "unread": unread,
+    }
     if training.single:
         from ofmu_ray.engines import TorchEngine
 
-        return TorchEngine(
-            module, loss_fn=loss, inner=inner, outer=outer, precision=precision, offload=offload, unread=unread
-        )
+        return TorchEngine(module, **options)
     from ofmu_ray.engines import DeepSpeedEngine
 
-    return DeepSpeedEngine(
-        module,
-        loss_fn=loss,
-        inner=inner,
-        outer=outer,
-        zero_stage=training.zero_stage,
-        precision=precision,
-        offload=offload,
-        micro_batch_size=training.micro_batch_size or training.batch_size // training.workers,
-        unread=unread,
-    )
+    micro = training.micro_batch_size or training.batch_size // training.workers
+    return DeepSpeedEngine(module, zero_stage=training.zero_stage, micro_batch_size=micro, **options)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

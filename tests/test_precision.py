@@ -1,0 +1,158 @@
+"""What each pass of a round runs in: differences in fp32, everything else as model.precision says."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from engine_models import tiny_model, token_batch
+
+from ofmu_ray.algorithm import similarity_gradient
+from ofmu_ray.algorithm.curvature import Exact, MeasuredDifference
+from ofmu_ray.algorithm.space import Vector, combine
+from ofmu_ray.algorithm.steps import Steps
+from ofmu_ray.config import LoraConfig, OptimizerConfig
+from ofmu_ray.engines import TorchEngine
+from ofmu_ray.methods.ofmu import OFMU, OFMUConfig
+from ofmu_ray.models.loading import add_lora
+
+SGD = OptimizerConfig(name="sgd", lr=1e-3, clip=None)
+BATCHES = {"forget": token_batch([9, 12], seed=0), "retain": token_batch([11, 8], seed=1)}
+BF16_FP32 = {
+    ("first_order", "forward"): (11, 0),
+    ("lite", "forward"): (4, 6),  # 3 inner and the outer gradient; both ends of three differences
+    ("lite", "central"): (7, 6),  # the gradients in the middle give directions only
+    ("full", "forward"): (0, 28),
+    ("full", "central"): (12, 36),
+}
+"""Passes of a round with T = 5 (first_order: 3 + 8)."""
+
+
+def watched(module: Any) -> list[str]:
+    """What the matrix products of each forward pass from now on are in."""
+    seen: list[str] = []
+
+    def look(*_: Any) -> None:
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+        fp32 = {"highest": "fp32", "high": "tf32"}[torch.get_float32_matmul_precision()]
+        seen.append("bf16" if product.dtype == torch.bfloat16 else fp32)
+        assert torch.backends.cudnn.allow_tf32 == (fp32 == "tf32")
+
+    module.model.layers[0].register_forward_pre_hook(look)
+    return seen
+
+
+def round_of(engine: TorchEngine, method: OFMU) -> None:
+    method.round(engine, [BATCHES["forget"]], [BATCHES["retain"]])
+
+
+@pytest.mark.parametrize("precision", ["bf16_autocast", "tf32"])
+@pytest.mark.parametrize(("preset", "difference"), BF16_FP32)
+def test_passes_of_a_preset_by_precision(preset: Any, difference: Any, precision: Any) -> None:
+    """In the account, and as the model sees them, in a round without checks of steps (the second)."""
+    low = precision.removesuffix("_autocast")
+    engine = TorchEngine(tiny_model(), inner=SGD, outer=SGD, precision=precision)
+    level = 50.0 if preset == "first_order" else None
+    method = OFMU(OFMUConfig.from_preset(preset, difference=difference, forget_level=level))
+    round_of(engine, method)  # checks steps
+    before, seen = Counter(engine.account.precisions), watched(engine.module)
+    round_of(engine, method)
+    expected = +Counter(dict(zip((low, "fp32"), BF16_FP32[preset, difference], strict=True)))
+    assert Counter(engine.account.precisions) - before == expected
+    assert Counter(seen) == expected
+    saved = engine.account.state()
+    engine.account.load({name: value for name, value in saved.items() if name != "precisions"})  # an older checkpoint
+    assert engine.account.precisions == {}
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", True)
+
+
+def test_a_check_that_was_not_planned_takes_its_gradient_again_in_fp32() -> None:
+    """|g| has changed fourfold, as the rounded gradient shows."""
+    for precision, more in (("fp32", 0), ("bf16_autocast", 1)):
+        engine = TorchEngine(tiny_model(), precision=precision)  # type: ignore[arg-type]
+        steps = Steps("central", check_every=100)
+        curvature = MeasuredDifference(engine, steps)
+        assert curvature.ends_at_base("forget")
+        grad_sim(engine, curvature)
+        assert not curvature.ends_at_base("forget")
+        step = steps.products["forget"]
+        before = engine.account.gradient_passes["forget"]
+        step.gradient *= 10
+        grad_sim(engine, curvature)
+        assert steps.products["forget"] is not step
+        passes = engine.account.gradient_passes["forget"] - before
+        assert passes >= 1 + more + 4
+        assert (passes - 1 - more) % 2 == 0  # pairs
+
+
+def test_nearly_parallel_gradients_are_taken_in_fp32() -> None:
+    engine, steps = TorchEngine(tiny_model(), precision="bf16_autocast"), Steps("central")
+    curvature = MeasuredDifference(engine, steps)
+    grad_sim(engine, curvature)
+    for cosine, exact in ((0.5, False), (-0.9, True), (0.8, True)):
+        steps.cosine = cosine
+        assert curvature.ends_at_base("retain") == exact
+    method = OFMU(OFMUConfig.from_preset("lite"))
+    method.steps.cosine = 0.3
+    other = OFMU(OFMUConfig.from_preset("lite"))
+    other.load_state_dict(method.state_dict())
+    assert other.steps.cosine == 0.3
+
+
+def grad_sim(engine: TorchEngine, curvature: Any) -> Vector:
+    """grad Sim as a round computes it."""
+    products: list[Vector] = []
+    g_f, g_r = (
+        engine.gradient(BATCHES[kind], kind=kind, differenced=curvature.ends_at_base(kind))[0]
+        for kind in ("forget", "retain")
+    )
+    _, u, w = similarity_gradient(g_f, g_r)
+    for kind, base, direction in (("forget", g_f, u), ("retain", g_r, w)):
+        norm = math.sqrt(engine.dot((direction, direction))[0])
+        products.append(curvature.hessian_vector(BATCHES[kind], kind, base, list(direction), norm))
+    return combine(1.0, products[0], 1.0, products[1])
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("difference", ["forward", "central"])
+def test_grad_sim_keeps_its_bound_under_autocast(difference: Any, adapted: bool) -> None:
+    """Between checks, against double backward in float64."""
+    module = tiny_model()
+    if adapted:
+        module = add_lora(module, LoraConfig(rank=2))
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1)
+    exact = TorchEngine(copy.deepcopy(module).double())
+    expected = grad_sim(exact, Exact(exact, "cosine"))[0]
+    for precision, bound in (("fp32", 0.02), ("bf16_autocast", 0.05)):
+        engine = TorchEngine(copy.deepcopy(module), precision=precision)  # type: ignore[arg-type]
+        curvature = MeasuredDifference(engine, Steps(difference))
+        grad_sim(engine, curvature)
+        found = grad_sim(engine, curvature)[0]
+        error = float((found.double() - expected).norm() / expected.norm())
+        assert error < bound, (precision, error)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_adapters_stay_fp32_beside_bf16_weights(adapted: bool) -> None:
+    make: Callable[[], torch.nn.Module] = lambda: tiny_model().bfloat16()  # noqa: E731
+    module = add_lora(make(), LoraConfig(rank=2)) if adapted else make()
+    engine = TorchEngine(module, precision="bf16")
+    dtypes = {parameter.requires_grad: parameter.dtype for parameter in engine.module.parameters()}
+    assert dtypes == ({True: torch.float32, False: torch.bfloat16} if adapted else {True: torch.bfloat16})
+    assert engine.weights()[0].dtype == torch.float32
+    start = engine.weights()[0]
+    gradient, _ = engine.gradient(BATCHES["forget"])
+    assert float(gradient[0].norm()) > 0
+    # a step too small for bf16 reaches the weights that the passes read
+    with engine.displaced([torch.ones_like(start)], 1e-6):
+        read = torch.cat([p.detach().reshape(-1) for p in engine.module.parameters() if p.requires_grad])
+        moved = read.float() - start
+        assert bool((moved != 0).all()) == adapted
