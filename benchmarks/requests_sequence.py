@@ -4,10 +4,11 @@
     python -m benchmarks.requests_sequence tofu --out build/sequence --json benchmarks/requests_sequence.json \
         --data TOFU --model runs/tofu_target/model --retrained runs/tofu_retain90/model --seeds 0
 
-people: ten requests, each one invented person of the built-in corpus (eight rows): the six of the forget set and retained
-people whose facts occur in no other row. tofu: forget01, the rest of forget05, the rest of forget10. All ways end with
-the same rows forgotten. The pipeline itself does the work (`ofmu requests process`, one recipe), in this process and
-without Ray; retraining fits the model again without the rows. What is done already is read: the same command goes on.
+people: ten requests, each one invented person of the built-in corpus (eight rows): the six of the forget set and
+retained people whose facts occur in no other row. tofu: forget01, the rest of forget05, the rest of forget10. All ways
+end with the same rows forgotten. The pipeline itself does the work (`ofmu requests process`, one recipe), in this
+process and without Ray; retraining fits the model again without the rows. What is done already is read: the same
+command goes on.
 """
 
 from __future__ import annotations

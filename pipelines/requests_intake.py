@@ -192,9 +192,7 @@ def expire(options: argparse.Namespace, config: RequestsConfig) -> int:
 
 
 def _rekey(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--new-key-file", metavar="FILE", help="the new key; default: made, and put in requests.key_file"
-    )
+    parser.add_argument("--new-key-file", metavar="FILE", help="the new key; default: made, in requests.key_file")
     parser.add_argument("--new-key-env", metavar="NAME", help="environment variable with the new key")
     _json(parser)
 

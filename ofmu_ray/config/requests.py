@@ -75,9 +75,7 @@ class RequestsConfig(UnlearnConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.task != "causal_lm":
-            raise UserError(
-                f"task = {self.task}: requests forget questions and answers of a language model, nothing else"
-            )
+            raise UserError(f"task = {self.task}: requests forget questions and answers of language models")
         for option, kind in (("requests.train", self.requests.train.kind), ("data.format", self.data.format.kind)):
             if kind not in (None, "qa"):
                 raise UserError(

@@ -104,7 +104,7 @@ def prepare_streams(
     Tokens of the streams in `private` go to the given folder, under the same hash: a run whose data must not outlive it
     deletes its own folder and nobody else's tokens. The work runs on Ray if it is up, else in this process. Overlap is
     that of the streams `forget` and `retain`, if both are given. Rows of the streams in `whole` must not be truncated.
-    Of the streams in `salted`, whose files have a secret in them, the report has the digest of the files and not that of
+    Of the streams in `salted`, whose files have a secret in them, the report has the digest of the files, not that of
     the rows, from which these could be guessed.
 
     Raises UserError with all problems of all sources in one message.

@@ -46,8 +46,8 @@ def rekey(config: RequestsConfig, by: str, *, to_file: str | None = None, to_env
     file = config.key_file if options.key_env is None else None
     if not given and file is None:
         raise UserError(
-            f"requests.key_env = {options.key_env}: the new key cannot be written there; store it elsewhere and name it: "
-            "--new-key-env or --new-key-file"
+            f"requests.key_env = {options.key_env}: the new key cannot be written there; store it elsewhere and name "
+            "it: --new-key-env or --new-key-file"
         )
     if not given:
         assert file is not None

@@ -153,7 +153,7 @@ class RowHashes:
         return self._hex(b"content\x00" + canonical(content).encode())
 
     def salt(self, batch: str) -> str:
-        """A secret of a batch, the same each time: in a file of rows it makes digests of the file impossible to guess."""
+        """A secret of a batch, the same each time: with it in a file of rows, digests of the file cannot be guessed."""
         return self._hex(b"salt\x00" + batch.encode())
 
     def _hex(self, message: bytes) -> str:
