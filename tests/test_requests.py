@@ -52,7 +52,7 @@ def test_a_person_from_request_to_report(run: Run) -> None:
     assert [one["key"] for one in json.loads(run("list", "--json")[1])] == ["ticket-1", "ticket-2"]
     assert run("list", "--state", "promoted")[1] == "no requests\n"
     shown = json.loads(run("show", request["id"], "--json")[1])
-    assert [shown[name] for name in ("id", "key", "state", "rows")] == [request["id"], "ticket-1", "accepted", ROWS_EACH]
+    assert (shown["id"], shown["key"], shown["rows"]) == (request["id"], "ticket-1", ROWS_EACH)
     status, out, _ = run("show", request["id"])
     assert (status, "kept encrypted" in out, "selector=['subject_id'] matched=4" in out) == (0, True, False)
     assert "matched=4" in out
