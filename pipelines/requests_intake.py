@@ -191,6 +191,28 @@ def expire(options: argparse.Namespace, config: RequestsConfig) -> int:
     return 0
 
 
+def _rekey(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--new-key-file", metavar="FILE", help="the new key; default: made, in requests.key_file")
+    parser.add_argument("--new-key-env", metavar="NAME", help="environment variable with the new key")
+    _json(parser)
+
+
+def rekey(options: argparse.Namespace, config: RequestsConfig) -> int:
+    """Replace the master key; the old one opens nothing afterwards."""
+    from ofmu_ray.requests.rekey import rekey as replaced
+
+    if options.new_key_file is not None and options.new_key_env is not None:
+        raise UserError("--new-key-file, --new-key-env: give one of them")
+    done = replaced(config, operator(), to_file=options.new_key_file, to_env=options.new_key_env)
+    if options.json:
+        _print(vars(done))
+        return 0
+    print(f"{done.keys} keys wrapped by {done.place}; the old master key is of no use any more")
+    if not done.configured:
+        print(f"set requests.{'key_env' if options.new_key_env else 'key_file'} to it")
+    return 0
+
+
 COMMANDS = {
     "init": ("create the ledger and its master key", _none, init),
     "add": ("record a request: rows, or a selector over columns of the training data", _add, add),
@@ -199,5 +221,6 @@ COMMANDS = {
     "cancel": ("withdraw a request", _cancel, cancel),
     "audit": ("check the log's chain", _audit, audit),
     "report": ("counts by state, deadlines at risk", _json, report),
+    "rekey": ("replace the master key", _rekey, rekey),
     "expire": ("destroy the texts of requests that requests.keep_rows has passed for", _expire, expire),
 }

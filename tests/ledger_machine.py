@@ -151,6 +151,16 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.ledger.renew(owner, LEASE_SECONDS) == self.lease[1]
 
     @rule(owner=OWNERS)
+    def hold(self, owner: str) -> None:
+        if self.held_by_other(owner):
+            with pytest.raises(LeaseHeld):
+                self.ledger.hold(owner, LEASE_SECONDS)
+            return
+        self.ledger.hold(owner, LEASE_SECONDS)
+        self.lease = (owner, self.clock.now + timedelta(seconds=LEASE_SECONDS))
+        self.ledger.check_lease(owner)
+
+    @rule(owner=OWNERS)
     def release(self, owner: str) -> None:
         self.ledger.release(owner)
         if self.lease is not None and self.lease[0] == owner:

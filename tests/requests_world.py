@@ -2,13 +2,13 @@
 
 import io
 import json
-from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from leak_scan import leaks
 
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config.requests import RequestsConfig
@@ -54,9 +54,12 @@ class World:
 
     @classmethod
     def made(
-        cls, folder: Path, recipes: list[dict[str, Any]], more_rows: list[dict[str, str]] | None = None
+        cls, folder: Path, recipes: list[dict[str, Any]], training: dict[str, Any] | None = None, **requests: Any
     ) -> "World":
-        """With a ledger and a signing key. The people 0 to 5 are those of the built-in forget rows."""
+        """With a ledger and a signing key. The people 0 to 5 are those of the built-in forget rows.
+
+        `training`, `requests`: more options of these sections.
+        """
         world = cls(folder)
         write_rows(folder / "train.jsonl", people("full")[::-1])  # rows to forget would be the first to be evaluated
         for person in range(6):
@@ -65,7 +68,7 @@ class World:
         config = {
             "storage": str(world.storage),
             "ofmu": {"forget_loss": "bounded_row"},
-            "training": {"engine": "torch", "batch_size": 8, "checkpoint_every": 4},
+            "training": {"engine": "torch", "batch_size": 8, "checkpoint_every": 4, **(training or {})},
             "evaluation": {
                 "enabled": False, "sets": none, "max_rows": 24, "max_new_tokens": 8, "bootstrap_samples": 100,
             },
@@ -75,6 +78,7 @@ class World:
                 "promotion": {
                     "gates": GATES, "recipes": recipes, "relearn": {"rows": 4, "steps": [1], "batch_size": 4},
                 },
+                **requests,
             },
         }  # fmt: skip
         (folder / "requests.yaml").write_text(yaml.safe_dump(config))
@@ -117,8 +121,6 @@ class World:
 
     def leaks(self, needles: list[str]) -> list[str]:
         """Files below the storage that contain one of the texts, and `said` if the output does."""
-        found = [str(path) for path in self._files() if any(one.encode() in path.read_bytes() for one in needles)]
-        return found + (["said"] if any(one in text for text in self.said for one in needles) else [])
-
-    def _files(self) -> Iterator[Path]:
-        return (path for path in self.storage.rglob("*") if path.is_file())
+        return leaks([self.storage], needles) + (
+            ["said"] if any(one in text for text in self.said for one in needles) else []
+        )

@@ -86,6 +86,13 @@ def test_membership_counts_earlier_rows_as_members() -> None:
     assert results([gate], table(forget=LOW, holdout=LOW, **{EARLIER: HIGH}), earlier=["a"] * 16)[0] == "failed"
 
 
+def test_rows_less_likely_than_unseen_ones_are_told_apart_too() -> None:
+    """By default: over-forgotten rows are as easy to recognise as remembered ones."""
+    (gate,) = (gate for gate in PromotionConfig().gates if gate.metric == "mia_min_k_auc")
+    for forget, result in ((LOW, "passed"), (HIGH, "failed"), ([1e-6, 2e-6] * 8, "failed")):
+        assert results([gate], table(forget=forget, holdout=LOW)) == [result]
+
+
 def test_against_a_retrained_model_rows_are_paired() -> None:
     gate = GateConfig(metric="forget_probability", against="retrained", at_most=0.05, at_least=-0.05)
     near = [one + 0.01 for one in LOW]

@@ -1,5 +1,6 @@
 """Requests worked off for real: recipes, gates, promotion, certificate, a kill, rollback, two processors."""
 
+import hashlib
 import os
 import socket
 from pathlib import Path
@@ -7,13 +8,18 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from leak_scan import leaks
 from requests_kill import PHASES, WITHDRAWAL, kill_in
 from requests_world import CRIPPLED, STRONG, World, pairs, people, write_rows
 
+from ofmu_ray.config import SourceConfig
+from ofmu_ray.data.row_checks import digests
+from ofmu_ray.data.sources import fingerprint, fragments
 from ofmu_ray.errors import UserError
 from ofmu_ray.requests import ladder
 from ofmu_ray.requests.certificate import NotVerified, verify
 from ofmu_ray.requests.process import ProcessingFailed, process
+from ofmu_ray.requests.registry import Registry, Version
 from ofmu_ray.requests.renewal import drop_dead
 
 pytestmark = pytest.mark.system
@@ -76,7 +82,15 @@ def test_a_processor_killed_after_the_alias_moved_is_resumed(world: World) -> No
     assert process(world.config) == []
 
 
-def test_no_text_of_a_request_is_left_anywhere(world: World) -> None:
+def guesses(rows: list[dict[str, str]], folder: Path) -> list[str]:
+    """Digests that somebody who guesses a request's rows can compute: of a file of them, as a source, of the rows."""
+    write_rows(folder / "forget.jsonl", rows)
+    pieces = fragments(SourceConfig(path=str(folder / "forget.jsonl")), None, stream="forget", option="x")
+    content = b"".join(digests(row["question"], row["answer"])[1] for row in rows)
+    return [pieces[0].identity, fingerprint(pieces), hashlib.sha256(content).hexdigest()]
+
+
+def test_no_text_of_a_request_is_left_anywhere(world: World, tmp_path: Path) -> None:
     needles = [text for person in (0, 1) for row in pairs(people("forget"), person) for text in row.values()]
     assert world.leaks(needles) == []
     tables = [pq.read_table(path) for path in world.storage.rglob("*.parquet")]
@@ -85,19 +99,28 @@ def test_no_text_of_a_request_is_left_anywhere(world: World) -> None:
     assert tokens == {"holdout"}  # not of rows that are kept either: somebody may request them tomorrow
     assert not [one for one in tables if "generated" in one.column_names]
     assert not list(world.storage.rglob("requested"))
+    assert leaks([world.storage], guesses(pairs(people("forget"), 0), tmp_path)) == []
     leak = world.storage / "requests" / "server.log"
     leak.write_text(f"GET /{needles[5]}")
     assert world.leaks(needles) == [str(leak)]
     leak.unlink()
 
 
-def test_a_rollback_reopens_what_the_version_satisfied(world: World) -> None:
+def test_a_rollback_reopens_what_the_version_satisfied(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the recipe that made the withdrawn model is not tried again: the crippled one fails, a person decides."""
     with world.ledger() as ledger:
         first, second = ledger.all()
     # killed with the version marked and the alias not moved: the next one finishes it, and withdraws no second version
     kill_in(world, WITHDRAWAL)
     assert world.registry.champion().number == "3"
+    withdraw = Registry.withdraw
+
+    def beside(self: Registry, version: Version) -> Version:
+        assert world.call("process") == 0
+        assert "is processing" in world.said[-1]  # the one that rolls back
+        return withdraw(self, version)
+
+    monkeypatch.setattr(Registry, "withdraw", beside)
     assert world.call("rollback", "--reason", "wrong answers") == 0
     assert "version 3 is withdrawn, version 2 is the champion" in world.said[-1]
     with world.ledger() as ledger:
@@ -123,6 +146,9 @@ def test_of_two_processors_one_works_and_the_other_says_so(world: World) -> None
         assert taken
         assert world.call("process") == 0
         assert "elsewhere/1/2/3 is processing" in world.said[-1]
+        assert world.call("rollback", "--reason", "wrong answers") == 1
+        assert "elsewhere/1/2/3 is processing" in world.said[-1]
+        assert not world.registry.champion().withdrawn
         with pytest.raises(UserError, match="is processing"):
             ledger.move(taken[0].id, "running")
         ledger.move([one.id for one in taken], "accepted", owner="elsewhere/1/2/3")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
 def test_a_person_from_request_to_report(run: Run) -> None:
     status, out, _ = run("add", "--key", "ticket-1", "--where", "subject_id=3", "--deadline", "10d", "--json")
     request = json.loads(out)
-    assert (status, request["new"], request["row_count"], request["state"]) == (0, True, ROWS_EACH, "accepted")
+    assert (status, request["new"], request["rows"], request["state"]) == (0, True, ROWS_EACH, "accepted")
     assert "(was there)" in run("add", "--key", "ticket-1", "--where", "subject_id=3", "--deadline", "10d")[1]
     status, _, err = run("add", "--key", "ticket-1", "--where", "subject_id=4")
     assert (status, "asks for something else" in err) == (2, True)
@@ -50,6 +51,8 @@ def test_a_person_from_request_to_report(run: Run) -> None:
 
     assert [one["key"] for one in json.loads(run("list", "--json")[1])] == ["ticket-1", "ticket-2"]
     assert run("list", "--state", "promoted")[1] == "no requests\n"
+    shown = json.loads(run("show", request["id"], "--json")[1])
+    assert (shown["id"], shown["key"], shown["rows"]) == (request["id"], "ticket-1", ROWS_EACH)
     status, out, _ = run("show", request["id"])
     assert (status, "kept encrypted" in out, "selector=['subject_id'] matched=4" in out) == (0, True, False)
     assert "matched=4" in out
@@ -101,6 +104,11 @@ REFUSED = [
     (["list", "--state", "gone"], "invalid choice"),
     (["list", "--requests.leger", "x"], "Did you mean requests.ledger?"),
     (["list", "--storage", "s3://bucket/x"], "use PostgreSQL"),
+    (["add", "--key", "k", "--rows", "x.jsonl", "--data.format.kind", "text"], "no documents or chats"),
+    (["init", "--requests.train.kind", "messages"], "requests.train.kind = messages: requests forget questions"),
+    (["process", "--task", "image_classification"], "task = image_classification"),
+    (["rekey", "--new-key-env", "A", "--new-key-file", "b"], "give one of them"),
+    (["rekey", "--new-key-env", "OFMU_NONE"], "not set"),
     (["lst"], "Commands: init, add"),
     (["token", "revoke"], "revoke ID"),
     (["token", "create", "--scopes", "read"], "--name"),
@@ -147,3 +155,18 @@ def test_durations(text: str) -> None:
 def test_a_runs_name_cannot_be_that_of_the_ledger() -> None:
     with pytest.raises(UserError, match="the storage uses it"):
         RequestsConfig(name="requests")
+
+
+@pytest.mark.parametrize("name", ["requests.cron", "requests_airflow.py", "kuberay/requests.yaml"])
+def test_schedulers_files_start_commands_that_exist(name: str, tmp_path: Path) -> None:
+    text = (Path(__file__).resolve().parent.parent / "cluster" / name).read_text()
+    if name.endswith(".py"):
+        compile(text, name, "exec")
+    calls = re.findall(r"^[^#\n]*ofmu requests (\w+) ([^\n\"']*)", text, re.MULTILINE)
+    assert "process" in dict(calls)
+    config = tmp_path / "requests.yaml"
+    config.write_text(f"storage: {tmp_path}\n")
+    for word, options in calls:
+        assert word in requests.SUBCOMMANDS
+        words = [str(config) if one.endswith("requests.yaml") else one for one in options.split()]
+        assert parse(RequestsConfig, words, "ofmu requests").storage

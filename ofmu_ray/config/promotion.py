@@ -69,7 +69,7 @@ def _gates() -> list[GateConfig]:
         holdout("forget_probability", at_most=0.2),
         holdout("forget_truth_ratio", at_least=-0.4, if_absent="skip"),
         holdout("forget_extraction_strength", at_most=0.25),
-        GateConfig(metric="mia_min_k_auc", at_most=0.8),
+        GateConfig(metric="mia_min_k_auc", at_least=0.2, at_most=0.8),
         holdout("forget_repetition", at_most=0.1),
         holdout("forget_empty", at_most=0.1),
         holdout("forget_ngram_variety", at_least=-0.1),

@@ -72,6 +72,17 @@ class RequestsConfig(UnlearnConfig):
     requests: RequestOptions = field(default_factory=RequestOptions)
     """Requests to forget."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task != "causal_lm":
+            raise UserError(f"task = {self.task}: requests forget questions and answers of language models")
+        for option, kind in (("requests.train", self.requests.train.kind), ("data.format", self.data.format.kind)):
+            if kind not in (None, "qa"):
+                raise UserError(
+                    f"{option}.kind = {kind}: requests forget questions and answers (kind qa), no documents or chats; "
+                    "`ofmu unlearn` forgets those"
+                )
+
     @property
     def ledger_uri(self) -> str:
         """`requests.ledger`, or the default in the storage; UserError for a storage at a URI."""

@@ -7,7 +7,7 @@ import importlib.resources
 import json
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -98,6 +98,7 @@ def prepare_streams(
     overlap: Policy = "error",
     duplicates: Policy = "allow",
     whole: Collection[str] = (),
+    salted: Collection[str] = (),
 ) -> PreparedData:
     """Check and encode every source (option `data.<name>`), or reuse the result of an earlier run.
 
@@ -105,6 +106,8 @@ def prepare_streams(
     Tokens of the streams in `private` go to the given folder, under the same hash: a run whose data must not outlive it
     deletes its own folder and nobody else's tokens. The work runs on Ray if it is up, else in this process. Overlap is
     that of the streams `forget` and `retain`, if both are given. Rows of the streams in `whole` must not be truncated.
+    Of the streams in `salted`, whose files have a secret in them, the report has the digest of the files, not that of
+    the rows, from which these could be guessed.
 
     Raises UserError with all problems of all sources in one message.
     """
@@ -128,7 +131,11 @@ def prepare_streams(
             tokenizer_sha256=encoder.fingerprint(),
         )
     streams = {name: _stream(name, folders[name], keys[name], overlaps) for name in sources}
-    return PreparedData(streams, report, encoder, _contents(pieces))
+    contents = _contents(pieces)
+    shown_as = {
+        name: replace(one, sha256=contents[name]) if name in salted else one for name, one in report.streams.items()
+    }
+    return PreparedData(streams, replace(report, streams=shown_as), encoder, contents)
 
 
 def _fragments(name: str, source: SourceConfig, root: str | None) -> list[sources.Fragment]:

@@ -152,7 +152,7 @@ class StreamReport:
     dropped_ids: list[str]
     """Ids of dropped rows, at most 1000."""
     sha256: str
-    """Digest of the normalised content of all rows, in order."""
+    """Digest of the normalised content of all rows, in order; of rows that a pipeline wrote, of its files."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -146,7 +146,10 @@ def _revision(connection: Connection) -> str | None:
 
 
 def forget_pages(engine: Engine) -> None:
-    """Empty SQLite's log, which still holds pages that were overwritten."""
+    """Remove what was overwritten: SQLite's log still holds such pages, PostgreSQL's tables dead rows."""
+    if engine.dialect.name == "postgresql":
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(text("VACUUM ofmu_payloads, ofmu_secrets"))
     if engine.dialect.name == "sqlite":
         with engine.connect() as connection:
             connection.rollback()

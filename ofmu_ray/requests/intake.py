@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ofmu_ray.config import FormatConfig, SourceConfig, close_match
@@ -17,18 +18,29 @@ from ofmu_ray.data.row_checks import Problems
 from ofmu_ray.errors import UserError
 from ofmu_ray.requests.ledger import Ledger
 from ofmu_ray.requests.records import Request, new_id
-from ofmu_ray.requests.vault import Vault, master_key
+from ofmu_ray.requests.vault import Vault, WrongKey, master_key
 
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}")
 LONGEST_REASON = 500
 MOST_CONDITIONS = 16
+NEXT_KEY = ".next"
+"""Suffix of a new master key until it takes the old one's place."""
 LONGEST_VALUE = 256
 
 
 def open_ledger(config: RequestsConfig, *, keyed: bool = True) -> Ledger:
     """The configured ledger. Without `keyed` no master key is needed, and no text can be written or read."""
-    uri = config.ledger_uri
-    return Ledger(uri, Vault(master_key(config.key_file, config.requests.key_env)) if keyed else None)
+    uri, key_file, key_env = config.ledger_uri, config.key_file, config.requests.key_env
+    if not keyed:
+        return Ledger(uri)
+    try:
+        return Ledger(uri, Vault(master_key(key_file, key_env)))
+    except WrongKey:
+        if key_env is None and Path(f"{key_file}{NEXT_KEY}").exists():
+            raise WrongKey(
+                f"requests.key_file = {key_file}: its replacement was cut off; `ofmu requests rekey` finishes it"
+            ) from None
+        raise
 
 
 @dataclass(frozen=True)

@@ -225,6 +225,7 @@ class Batch:
             )
         passed = next(one for one in attempts if one.weights == made.weights)
         key, document = certify(self.config, self.ledger, self.requests, base, made, passed, attempts, self.storage)
+        self.ledger.check_lease(self.owner)
         self.registry.promote(made)
         detail = {"version": made.number, "recipe": passed.recipe, "run": passed.run, "key": key}
         self.ledger.move(self.ids, "promoted", detail, owner=self.owner, certificate=document)

@@ -36,7 +36,7 @@ from ofmu_ray.requests.schema import (
     SecretRecord,
 )
 from ofmu_ray.requests.states import IN_WORK, WITHDRAWN, State, check_move
-from ofmu_ray.requests.vault import ROW_KEY, RowHashes, Vault
+from ofmu_ray.requests.vault import ROW_KEY, RowHashes, Vault, WrongKey
 
 
 class KeyTaken(UserError):
@@ -80,7 +80,14 @@ class Ledger:
                 if found is None:
                     found = SecretRecord(name=ROW_KEY, wrapped=vault.new_key(ROW_KEY))
                     session.add(found)
+        self._wrapped = found.wrapped
         return vault.unwrapped(ROW_KEY, found.wrapped)
+
+    def _check_master(self, session: Session) -> None:
+        """Refuse to wrap another key by a master key that was replaced since this process read it."""
+        found = session.get(SecretRecord, ROW_KEY)
+        if found is None or found.wrapped != self._wrapped:
+            raise WrongKey("requests.ledger: its master key was replaced; start this process again with the new one")
 
     @property
     def hashes(self) -> RowHashes:
@@ -118,12 +125,14 @@ class Ledger:
 
         Raises:
             KeyTaken: the key belongs to other content.
+            WrongKey: the master key was replaced since the ledger was opened.
         """
         content_hash = self.hashes.content(content)
         row_hashes = list(dict.fromkeys(self.hashes.row(row["question"], row["answer"]) for row in rows))
         with writing(self.engine) as session:
             if (found := self._by_key(session, key, content_hash)) is not None:
                 return found
+            self._check_master(session)
             now, name = self.clock(), request_id or new_id()
             digest = hashlib.sha256("".join(row_hashes).encode()).hexdigest()
             record = RequestRecord(
@@ -176,9 +185,9 @@ class Ledger:
     ) -> list[Request]:
         """Bring requests into a state, all or none, in one transaction.
 
-        `owner`: the processor that has them under its lease; without it a request in work cannot be moved while
-        somebody's lease holds. `detail` goes into the log: names, counts, figures, no text. `certificate`: a signed
-        document that becomes theirs in the same transaction.
+        `owner`: whoever has the lease; without it a request in work cannot be moved while somebody's lease holds.
+        `by`: whom the log names, if not the owner. `detail` goes into the log: names, counts, figures, no text.
+        `certificate`: a signed document that becomes theirs in the same transaction.
 
         Raises:
             UserError: no such request (UnknownRequest), the state must not follow.
@@ -189,7 +198,7 @@ class Ledger:
             if owner is not None or any(record.state in IN_WORK for record in records):
                 lease.fence(session, owner, self.clock())
             for record in records:
-                self._move(session, record, state, detail or {}, owner or by)
+                self._move(session, record, state, detail or {}, by or owner or "")
                 if certificate is not None:
                     session.merge(CertificateRecord(request_id=record.id, document=certificate, created=self.clock()))
             moved = [as_request(record) for record in records]
@@ -234,6 +243,20 @@ class Ledger:
             if not left:
                 lease.drop(session, owner)
             return [as_request(record) for record in left]
+
+    def hold(self, owner: str, lease_seconds: float) -> None:
+        """Take the lease without taking requests: nobody processes or rolls back at the same time.
+
+        Raises:
+            LeaseHeld: another owner has it.
+        """
+        with writing(self.engine) as session:
+            lease.hold(session, owner, self.clock(), lease_seconds)
+
+    def check_lease(self, owner: str) -> None:
+        """LeaseHeld if `owner` lost the lease: for what changes elsewhere, before it changes."""
+        with reading(self.engine) as session:
+            lease.fence(session, owner, self.clock())
 
     def renew(self, owner: str, lease_seconds: float, now: datetime | None = None) -> datetime:
         """Keep the lease for another `lease_seconds`; LeaseHeld if somebody else took it over."""

@@ -16,10 +16,9 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.requests.gate_tables import gate_cache
 from ofmu_ray.requests.intake import open_ledger
 from ofmu_ray.requests.ladder import Batch, BatchOutcome
-from ofmu_ray.requests.lease import LeaseHeld
 from ofmu_ray.requests.ledger import Ledger
 from ofmu_ray.requests.registry import Registry, Version
-from ofmu_ray.requests.renewal import drop_dead, owner_name, renewed
+from ofmu_ray.requests.renewal import leased
 from ofmu_ray.requests.statement import certificate_path, publish
 from ofmu_ray.runs.preflight import prepare_storage
 from ofmu_ray.storage import explained, is_file, remove_folder
@@ -39,25 +38,19 @@ def process(config: RequestsConfig) -> list[BatchOutcome]:
         UserError: a mistake in configuration or data, or the storage refuses; what was taken waits for the next start.
         ProcessingFailed: the requests of the batch are `failed`.
     """
-    owner, outcomes = owner_name(), []
+    outcomes, seconds = [], config.requests.lease_seconds
     with explained(config.storage):
         storage = prepare_storage(config.storage)
-        with open_ledger(config) as ledger:
+        with open_ledger(config) as ledger, leased(ledger, seconds) as owner:
             registry = _registry(config, storage)
-            finish_withdrawals(ledger, registry)
-            if (dead := drop_dead(ledger)) is not None:
-                progress.note("lease", f"taken over from {dead}, which is gone")
+            finish_withdrawals(ledger, registry, owner)
             _republish(config, storage, ledger)
-            seconds = config.requests.lease_seconds
             while taken := ledger.take(owner, seconds):
+                progress.note("batch", f"{taken[0].batch}: {len(taken)} requests")
                 try:
-                    with renewed(ledger, owner, seconds):
-                        progress.note("batch", f"{taken[0].batch}: {len(taken)} requests")
-                        outcomes.append(_worked_off(Batch(config, storage, ledger, registry, taken, owner)))
+                    outcomes.append(_worked_off(Batch(config, storage, ledger, registry, taken, owner)))
                 finally:
                     remove_folder(gate_cache(storage))
-                    ledger.release(owner)
-            ledger.release(owner)
             ledger.destroy_expired(duration("requests.keep_rows", config.requests.keep_rows))
     return outcomes
 
@@ -102,32 +95,31 @@ def rollback(config: RequestsConfig, reason: str) -> Withdrawal:
     """Withdraw the champion: the version before is in use again, and what the withdrawn one satisfied is open.
 
     Raises:
-        LeaseHeld: a processor is at work.
+        LeaseHeld: a processor or another rollback is at work.
         UserError: there is no version to go back to.
     """
     storage = prepare_storage(config.storage)
-    with open_ledger(config, keyed=False) as ledger:
+    with open_ledger(config, keyed=False) as ledger, leased(ledger, config.requests.lease_seconds) as owner:
         registry = _registry(config, storage)
-        drop_dead(ledger)
-        if (holder := ledger.holder()) is not None:
-            raise LeaseHeld(f"{holder[0]} is processing, until {holder[1]:%H:%M:%S} UTC if it does not go on: wait")
-        unfinished = finish_withdrawals(ledger, registry)
+        unfinished = finish_withdrawals(ledger, registry, owner)
         if unfinished is not None:  # a rollback that was killed; not a second one
             return unfinished
         champion = registry.champion()
         if champion is None or champion.replaces is None:
             raise UserError(f"{registry.name}: no promoted version is in use, so there is none to roll back to")
+        ledger.check_lease(owner)
         registry.mark_withdrawn(champion, reason)
-        done = finish_withdrawals(ledger, registry)
+        done = finish_withdrawals(ledger, registry, owner)
         assert done is not None
         return done
 
 
-def finish_withdrawals(ledger: Ledger, registry: Registry) -> Withdrawal | None:
-    """Do what is left of a rollback whose version is marked; None: nothing is. Can be repeated."""
+def finish_withdrawals(ledger: Ledger, registry: Registry, owner: str) -> Withdrawal | None:
+    """Do what is left of a rollback whose version is marked; None: nothing is. Can be repeated by who has the lease."""
     champion, marked = registry.champion(), registry.withdrawn()
     moved = None
     if champion is not None and champion.withdrawn:
+        ledger.check_lease(owner)
         moved, champion = champion, registry.withdraw(champion)
     batches = {one.batch: one for one in marked}
     promoted = [one for one in ledger.all(("promoted",)) if one.batch in batches]
@@ -139,7 +131,7 @@ def finish_withdrawals(ledger: Ledger, registry: Registry) -> Withdrawal | None:
         version = batches[request.batch or ""]
         detail = {"withdrawn": version.number, "withdrawn_recipe": _recipe(ledger, request.id)}
         readable = ledger.readable(request.id)
-        ledger.move(request.id, "accepted" if readable else "needs_review", detail, by="rollback")
+        ledger.move(request.id, "accepted" if readable else "needs_review", detail, owner=owner, by="rollback")
         (reopened if readable else for_review).append(request.id)
     last: Version = moved or max(batches.values(), key=lambda one: int(one.number))
     return Withdrawal(last.number, champion.number if champion else "none", reopened, for_review)

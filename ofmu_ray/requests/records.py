@@ -36,11 +36,11 @@ class Request:
     batch: str | None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; none of them is a text of the request."""
+        """Plain values; none of them is a text of the request. `rows`: how many it names."""
         return {
             name: value.isoformat(timespec="seconds") if isinstance(value, datetime) else value
             for name, value in vars(self).items()
-        }
+        } | {"rows": self.row_count}
 
 
 def new_id() -> str:

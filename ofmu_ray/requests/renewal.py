@@ -1,4 +1,4 @@
-"""The lease of the ledger while a batch is worked off: renewed by a thread, taken over from a dead process."""
+"""The lease of the ledger while somebody works on it: renewed by a thread, taken over from a dead process."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import psutil
 from sqlalchemy.exc import SQLAlchemyError
 
+from ofmu_ray import progress
 from ofmu_ray.requests.lease import LeaseHeld
 from ofmu_ray.requests.ledger import Ledger
 
@@ -43,6 +44,24 @@ def _started(process: int) -> str:
         return "" if found.status() == psutil.STATUS_ZOMBIE else f"{found.create_time():.2f}"
     except psutil.Error:
         return ""
+
+
+@contextmanager
+def leased(ledger: Ledger, seconds: float) -> Iterator[str]:
+    """Hold the lease in the block; the owner's name. Of a process of this machine that is gone, it is taken over.
+
+    Raises:
+        LeaseHeld: somebody else is at work.
+    """
+    if (dead := drop_dead(ledger)) is not None:
+        progress.note("lease", f"taken over from {dead}, which is gone")
+    owner = owner_name()
+    ledger.hold(owner, seconds)
+    try:
+        with renewed(ledger, owner, seconds):
+            yield owner
+    finally:
+        ledger.release(owner)
 
 
 @contextmanager

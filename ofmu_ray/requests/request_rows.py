@@ -25,6 +25,7 @@ from ofmu_ray.requests.records import Request
 from ofmu_ray.storage import is_uri, join, locate
 
 Row = dict[str, Any]
+SALT = "ofmu_salt"
 
 
 def gate_rows(config: RequestsConfig, ledger: Ledger, batch: Sequence[Request]) -> GateRows:
@@ -65,23 +66,28 @@ def write_sources(
 ) -> dict[str, str]:
     """Write the files that a run reads: `forget` and `retain`, JSON Lines that only their owner can read.
 
-    `before`: requests accepted later do not count, so that a batch that is resumed has the same rows.
+    `before`: requests accepted later do not count, so that a batch that is resumed has the same rows. The first row
+    has a secret (`SALT`) as well: the run's records keep digests of these files, from which few rows could be guessed.
     """
     fmt = config.data.format
     rows = _distinct(ledger, (row for request in batch for row in ledger.rows(request.id)))
     paths = {name: join(folder, f"{name}.jsonl") for name in ("forget", "retain")}
-    _write(paths["forget"], ((row["question"], row["answer"]) for row in rows), fmt)
-    _write(paths["retain"], retained(config, ledger, ledger.rows_requested(before)), fmt)
+    salt = ledger.hashes.salt(str(batch[0].batch))
+    _write(paths["forget"], ((row["question"], row["answer"]) for row in rows), fmt, salt)
+    _write(paths["retain"], retained(config, ledger, ledger.rows_requested(before)), fmt, salt)
     return paths
 
 
-def _write(path: str, pairs: Iterable[tuple[str, str]], fmt: FormatConfig) -> None:
+def _write(path: str, pairs: Iterable[tuple[str, str]], fmt: FormatConfig, salt: str) -> None:
     if not is_uri(path):
         Path(path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     filesystem, inside = locate(path)
     with filesystem.open_output_stream(inside) as file:
+        secret = {SALT: salt}
         for question, answer in pairs:
-            file.write(json.dumps({fmt.question: question, fmt.answer: answer}, ensure_ascii=False).encode() + b"\n")
+            row = {fmt.question: question, fmt.answer: answer, **secret}
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            secret = {}
 
 
 def _distinct(ledger: Ledger, rows: Iterable[Row]) -> list[Row]:

@@ -33,10 +33,17 @@ from ofmu_ray.requests.ledger import KeyTaken, Ledger
 from ofmu_ray.requests.records import Request as LedgerRequest
 from ofmu_ray.requests.records import UnknownRequest
 from ofmu_ray.requests.tokens import Token
+from ofmu_ray.requests.vault import WrongKey
 
 ID = re.compile(r"req-[0-9a-f]{20}")
 BEARER = HTTPBearer(auto_error=False)
-STATUS: dict[type[UserError], int] = {KeyTaken: 409, UnknownRequest: 404, LeaseHeld: 409, StorageError: 503}
+STATUS: dict[type[UserError], int] = {
+    KeyTaken: 409,
+    UnknownRequest: 404,
+    LeaseHeld: 409,
+    StorageError: 503,
+    WrongKey: 503,
+}
 """Other user errors are 422."""
 
 

@@ -101,7 +101,7 @@ def _content(
         ],
         "base": {"version": base.number, "weights": base.weights},
         "data": {
-            # no digest of what was forgotten: without a key, guesses of few rows could be tried against it
+            # no digest of what was forgotten: a keyed hash of each row stands in its place
             name: {"rows": stream["used_rows"]} | ({} if name == "forget" else {"sha256": stream["sha256"]})
             for name, stream in sorted(streams.items())
         },

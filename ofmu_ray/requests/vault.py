@@ -2,7 +2,7 @@
 
 The master key is 32 random bytes, base64, in a file or an environment variable. Destroying a request's data key makes
 its texts unreadable and leaves the request (NIST SP 800-88, cryptographic erase). A copy of the ledger from before
-still holds the wrapped key: replace the master key too (`rewrapped`) where such copies are kept.
+still holds the wrapped key: replace the master key too (`rekey`) where such copies are kept.
 """
 
 from __future__ import annotations
@@ -113,6 +113,14 @@ class Vault:
     def unwrapped(self, name: str, wrapped: bytes) -> bytes:
         return _opened(self._master, wrapped, f"key {name}")
 
+    def opens(self, name: str, wrapped: bytes) -> bool:
+        """Whether a key was wrapped by this master key."""
+        try:
+            self.unwrapped(name, wrapped)
+        except WrongKey:
+            return False
+        return True
+
     def rewrapped(self, name: str, wrapped: bytes, master: bytes) -> bytes:
         """The same key, wrapped by another master key."""
         return _sealed(master, self.unwrapped(name, wrapped), f"key {name}")
@@ -143,6 +151,10 @@ class RowHashes:
     def content(self, content: Mapping[str, Any]) -> str:
         """Hex HMAC-SHA256 of what was asked."""
         return self._hex(b"content\x00" + canonical(content).encode())
+
+    def salt(self, batch: str) -> str:
+        """A secret of a batch, the same each time: with it in a file of rows, digests of the file cannot be guessed."""
+        return self._hex(b"salt\x00" + batch.encode())
 
     def _hex(self, message: bytes) -> str:
         return hmac.new(self._key, message, hashlib.sha256).hexdigest()

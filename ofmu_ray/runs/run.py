@@ -86,10 +86,14 @@ class Run:
         options = public(config)
         return Claim(self.home, self.kind, self.digest, options, config.overwrite, sources, config.data.root)
 
+    def is_requested(self, stream: str) -> bool:
+        """Whether a pipeline wrote the files of a stream for this run."""
+        own = join(self.home, REQUESTED)
+        return any(path.startswith(own) for path in self.claim.sources[stream].paths)
+
     def is_private(self, stream: str) -> bool:
         """Whether tokens of a stream go with the run: forget rows, and files that a pipeline wrote for this run."""
-        own = join(self.home, REQUESTED)
-        return stream == "forget" or any(path.startswith(own) for path in self.claim.sources[stream].paths)
+        return stream == "forget" or self.is_requested(stream)
 
     @cached_property
     def here(self) -> bool:
@@ -259,6 +263,7 @@ def _work(this_run: Run, config: UnlearnConfig, evaluation: Evaluation, encoder:
             overlap=config.data.overlap,
             duplicates=config.data.duplicates,
             whole=config.data.whole,
+            salted=[name for name in config.sources if this_run.is_requested(name)],
         )
         this_run.claim.note_sources(prepared.sources)
         digest = outcome_hash(config, *(stream.fingerprint for stream in prepared.streams.values()))
