@@ -57,13 +57,16 @@ ADDED_WITHIN: dict[str, tuple[Any, ...]] = {
     "data.test": (None,),
     "*.milestones": ([0.5, 0.75],),
     "*.step_factor": (0.1,),
+    "evaluation.engine": ("auto", "live", "process"),
+    "evaluation.dtype": ("auto",),
+    "evaluation.device_map": (None, "auto"),
     "evaluation.sets.test": (None,),
     "evaluation.sets.forget_choice": (None,),
     "evaluation.sets.retain_choice": (None,),
     "evaluation.sets.choice_scoring": ("letters",),
 }
 """The same inside sections, also of `base`: pattern of the flat name -> values. data.truncate refuses rows and changes
-none; `allow` truncates them as before."""
+none; `allow` truncates them as before. Where an evaluation runs changes only its rounding."""
 
 
 def config_hash(config: Any, *extra: str, ignore: Iterable[str] = WHERE_KEPT) -> str:

@@ -78,7 +78,7 @@ def generate(
     return texts
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate_batch(
     model: Any,
     prompts: Sequence[Sequence[int]],

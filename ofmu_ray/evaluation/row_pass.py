@@ -54,7 +54,7 @@ def _batches(model: Any, trees: Sequence[Tree]) -> Iterator[list[int]]:
         yield batch
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _pass(model: Any, trees: Sequence[Tree], stop: frozenset[int], max_new_tokens: int) -> list[RowValues]:
     logits_nv = tree_logits(model, trees)
     first = np.cumsum([0] + [len(tree.tokens) - tree.prompt + 1 for tree in trees])  # each tree's first predictor

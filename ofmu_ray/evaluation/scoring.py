@@ -61,7 +61,7 @@ def token_scores(model: Any, texts: Sequence[Text], batch_size: int) -> list[Tok
     return [scores[position] for position in range(len(texts))]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _token_scores(model: Any, texts: Sequence[Text]) -> list[TokenScores]:
     if _too_large(model, texts):
         half = len(texts) // 2
@@ -107,7 +107,7 @@ def most_likely(logits_nv: torch.Tensor) -> torch.Tensor:
     return logits_nv.argmax(dim=-1)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _nll(model: Any, texts: Sequence[Text]) -> FloatArray:
     logits_nv, targets_n, counts = answer_logits(model, texts)
     nll_n = functional.cross_entropy(logits_nv.float(), targets_n, reduction="none").double().cpu()

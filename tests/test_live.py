@@ -1,0 +1,157 @@
+"""Evaluation by a run's workers, on the model that they hold together, gives what its export gives."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from engine_ranks import run_ranks
+from live_ranks import CONFIG, SETS, Case, evaluations
+from test_evaluation import _assert_same
+
+from ofmu_ray.config import (
+    EvaluationConfig,
+    LoraConfig,
+    ModelConfig,
+    TrainingConfig,
+    UnlearnConfig,
+    config_hash,
+    outcome_hash,
+)
+from ofmu_ray.errors import UserError
+from ofmu_ray.runs.who_evaluates import check_device_map, evaluates_live
+from ofmu_ray.tasks import task_named
+
+SHARDED = TrainingConfig(engine="deepspeed", workers=2, zero_stage=3)
+NAMES = ["trees", "plain", "rounded", "lora"]
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Case], dict[str, Any]]:
+    folder = str(tmp_path_factory.mktemp("live"))
+    made = [
+        Case("trees", folder),
+        Case("plain", folder, model="qwen2_sliding"),
+        Case("rounded", folder, stored=torch.bfloat16),
+        Case("lora", folder, lora=LoraConfig(rank=2)),
+    ]
+    return {case.name: case for case in made}, run_ranks(2, made, tmp_path_factory.mktemp("ranks"), evaluations)
+
+
+def table(case: Case, label: str) -> pa.Table:
+    found, seconds = case.live.table(label)
+    assert seconds > 0
+    return found
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("name", NAMES)
+def test_two_ranks_at_zero_3_evaluate_what_is_in_the_files(name: str, live: Any) -> None:
+    case, measured = live[0][name], live[1][name]
+    for label, folder in (("before", case.source), ("after", case.exported)):
+        expected = case.evaluator.table(str(folder), label)
+        _assert_same(table(case, label), expected, rel=2e-4)
+        retrained = case.evaluator.table(str(case.source), "retrained")
+        same = [case.evaluator.figures(rows, retrained) for rows in (table(case, label), expected)]
+        assert len(same[0]) > 30
+        for metric, value in same[1].items():
+            if value["value"] is not None:
+                assert same[0][metric]["value"] == pytest.approx(value["value"], rel=1e-3, abs=1e-4), metric
+    assert len({json.dumps(table(case, label)["answer_nll"].to_pylist()) for label in ("before", "after")}) == 2
+    assert table(case, "after")["set"].unique().to_pylist() == list(SETS)
+    assert measured["as_it_was"]
+    assert measured["in_training_mode"]
+    assert measured["whole"] == []
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("name", NAMES)
+def test_ranks_share_the_rows_and_step_together(name: str, live: Any) -> None:
+    first, second = live[1][name]["passes"]
+    assert first["own"] != second["own"]  # or nothing would be joined
+    assert first["all"] == second["all"]
+    assert first["all"] < first["own"] + second["own"]
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("name", NAMES)
+def test_stages_of_a_sweep_are_evaluated_by_all_ranks(name: str, live: Any) -> None:
+    case, measured = live[0][name], live[1][name]
+    expected = case.evaluator.figures(measured["middle"], None)
+    for metric, value in measured["figures"].items():
+        if value["value"] is not None:
+            assert value["value"] == pytest.approx(expected[metric]["value"], rel=1e-6), metric
+    assert not math.isnan(measured["figures"]["forget_probability"]["value"])
+
+
+@pytest.mark.system
+def test_the_workers_table_serves_the_cache(live: Any, tmp_path: Path) -> None:
+    case = live[0]["trees"]
+    evaluator = replace(case.evaluator, cache=tmp_path)
+    assert evaluator.stored(str(case.exported)) is None
+    evaluator.store(str(case.exported), table(case, "after"))
+    assert evaluator.stored(str(case.exported)).equals(table(case, "after"))
+    assert evaluator.table(str(case.exported), "after").equals(table(case, "after"))  # not run again
+    assert replace(evaluator, reveal_text=True).stored(str(case.exported)) is None  # a cache has no private text
+    other = replace(evaluator, evaluation=replace(CONFIG, dtype="bf16"))
+    assert other.stored(str(case.exported)) is None
+
+
+# ----------------------------------------------------------------------------------------------------- before a start
+
+
+def config(engine: str = "auto", precision: str = "fp32", **changes: Any) -> UnlearnConfig:
+    evaluation = EvaluationConfig(**({"engine": engine, "retrained": None} | changes))
+    return UnlearnConfig(model=ModelConfig(precision=precision), evaluation=evaluation)  # type: ignore[arg-type]
+
+
+def evaluation_of(made: UnlearnConfig, tmp_path: Path) -> Any:
+    return task_named(made.task).evaluation(made, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("made", "training", "wanted"),
+    [
+        (config(), SHARDED, True),
+        (config(), replace(SHARDED, zero_stage=2), False),
+        (config(), TrainingConfig(), False),
+        (config("live"), replace(SHARDED, zero_stage=2), True),
+        (config("live"), TrainingConfig(), True),
+        (config("process"), SHARDED, False),
+        (config(enabled=False), SHARDED, False),
+        (config(precision="bf16"), SHARDED, False),  # a CPU evaluates in fp32
+        (config(precision="bf16"), replace(SHARDED, gpus_per_worker=1.0), True),
+        (config(precision="bf16_autocast"), SHARDED, True),
+    ],
+)
+def test_who_evaluates(made: UnlearnConfig, training: TrainingConfig, wanted: bool, tmp_path: Path) -> None:
+    assert evaluates_live(made, training, evaluation_of(made, tmp_path)) is wanted
+
+
+def test_what_workers_cannot_evaluate_is_refused_before_the_start(tmp_path: Path) -> None:
+    made = config("live", "bf16")
+    with pytest.raises(UserError, match=r"evaluation.engine = live: the workers hold bf16.*--evaluation.engine process"):
+        evaluates_live(made, SHARDED, evaluation_of(made, tmp_path))
+    made = config("live", dtype="fp16")
+    with pytest.raises(UserError, match=r"hold fp32 weights, but evaluation.dtype = fp16; use --evaluation.dtype auto"):
+        evaluates_live(made, SHARDED, evaluation_of(made, tmp_path))
+    made = config("live")
+    with pytest.raises(UserError, match=r"task = 'causal_lm' evaluates only models that one process holds"):
+        evaluates_live(made, SHARDED, object())  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"evaluation.device_map = auto .* there is none: drop it"):
+        check_device_map(EvaluationConfig(device_map="auto"))
+
+
+def test_where_an_evaluation_runs_is_not_part_of_what_comes_out() -> None:
+    plain = UnlearnConfig()
+    for changes in ({"engine": "live"}, {"engine": "process"}, {"device_map": "auto"}):
+        other = replace(plain, evaluation=replace(plain.evaluation, **changes))
+        assert outcome_hash(other) == outcome_hash(plain)
+        assert config_hash(other) == config_hash(plain)
+    assert outcome_hash(replace(plain, evaluation=replace(plain.evaluation, dtype="bf16"))) != outcome_hash(plain)
