@@ -12,11 +12,15 @@ import pyarrow as pa
 import pytest
 import torch
 from engine_ranks import run_ranks
+from evaluation_models import tiny_model, tiny_tokenizer
 from live_ranks import CONFIG, SETS, Case, evaluations
 from test_evaluation import _assert_same
 
+from ofmu_ray.cluster import map_tasks
 from ofmu_ray.config import (
+    DataConfig,
     EvaluationConfig,
+    FormatConfig,
     LoraConfig,
     ModelConfig,
     TrainingConfig,
@@ -25,6 +29,9 @@ from ofmu_ray.config import (
     outcome_hash,
 )
 from ofmu_ray.errors import UserError
+from ofmu_ray.evaluation.evaluator import Evaluator
+from ofmu_ray.evaluation.rows import evaluation_rows
+from ofmu_ray.evaluation.runner import loading_of
 from ofmu_ray.runs.who_evaluates import check_device_map, evaluates_live
 from ofmu_ray.tasks import task_named
 
@@ -103,6 +110,52 @@ def test_the_workers_table_serves_the_cache(live: Any, tmp_path: Path) -> None:
     assert other.stored(str(case.exported)) is None
 
 
+# --------------------------------------------------------------------------------------------------------- alone
+
+
+@pytest.mark.slow
+def test_a_model_laid_out_by_accelerate_gives_the_same_values(tmp_path: Path) -> None:
+    """On this machine's only device; the hooks that move tensors between devices are there all the same."""
+    import accelerate
+
+    tiny_model("llama").save_pretrained(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    made = {
+        device_map: loading_of(tmp_path, tmp_path, FormatConfig(), max_new_tokens=12, device_map=device_map)
+        for device_map in (None, "auto")
+    }
+    plain, spread = (loading.scorer("cuda" if loading.device_map else "cpu") for loading in made.values())
+    assert spread.model.hf_device_map == {"": "cpu"}
+    accelerate.dispatch_model(spread.model, {"": "cpu"}, force_hooks=True)
+    assert spread.model._hf_hook is not None
+    assert spread.shares_prompts
+    rows = evaluation_rows("retain", SETS["retain"], FormatConfig())
+    _assert_same(spread.rows(rows, batch_size=2), plain.rows(rows, batch_size=2))
+    assert made[None].host_bytes == 4 * sum(parameter.numel() for parameter in plain.model.parameters())
+
+
+def test_models_of_a_comparison_have_one_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = {dtype: str(tmp_path / str(dtype)) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+    for dtype, folder in folders.items():
+        tiny_model("llama").to(dtype).save_pretrained(folder)
+    fp32, bf16, fp16 = folders.values()
+    data, auto = DataConfig(), EvaluationConfig()
+
+    def types(models: tuple[str, ...], evaluation: EvaluationConfig = auto, exported: str = "auto") -> set[torch.dtype]:
+        made = Evaluator(evaluation, data, bf16, tmp_path, models=models, exported=exported)
+        return {made.dtype(model) for model in models}
+
+    assert types((bf16, fp32)) == {torch.float32}
+    assert types((bf16,), EvaluationConfig(dtype="bf16")) == {torch.bfloat16}
+    monkeypatch.setattr(map_tasks, "device_kind", lambda: "cuda")
+    assert types((bf16,)) == {torch.bfloat16}
+    assert types((bf16, fp32)) == {torch.float32}
+    assert types((bf16, fp16)) == {torch.float32}  # neither holds the other's values
+    assert types((bf16,), exported="fp32") == {torch.float32}
+    assert types((fp32, bf16), EvaluationConfig(dtype="bf16")) == {torch.bfloat16}
+
+
 # ----------------------------------------------------------------------------------------------------- before a start
 
 
@@ -136,7 +189,9 @@ def test_who_evaluates(made: UnlearnConfig, training: TrainingConfig, wanted: bo
 
 def test_what_workers_cannot_evaluate_is_refused_before_the_start(tmp_path: Path) -> None:
     made = config("live", "bf16")
-    with pytest.raises(UserError, match=r"evaluation.engine = live: the workers hold bf16.*--evaluation.engine process"):
+    with pytest.raises(
+        UserError, match=r"engine = live: the workers hold bf16.*--evaluation.engine process"
+    ):
         evaluates_live(made, SHARDED, evaluation_of(made, tmp_path))
     made = config("live", dtype="fp16")
     with pytest.raises(UserError, match=r"hold fp32 weights, but evaluation.dtype = fp16; use --evaluation.dtype auto"):

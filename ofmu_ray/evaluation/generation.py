@@ -114,7 +114,7 @@ def generate_batch(
                     return_dict_in_generate=True,
                 ),
                 logits_processor=[_Drawn(draws, live, width)] if draws else [],
-                stopping_criteria=[_Finished([left[row] for row in live], stop, width)],
+                stopping_criteria=[_Finished([left[row] for row in live], stop, width, ids_bt.device)],
             )
         for row, tokens in zip(live, output.sequences[:, width:].tolist(), strict=True):
             texts[row] = list(itertools.takewhile(lambda token: token not in stop, tokens[: left[row]]))
@@ -123,7 +123,9 @@ def generate_batch(
         live = [live[slot] for slot in kept]
         if live:
             cache = output.past_key_values
-            cache.batch_select_indices(torch.tensor(kept, device=ids_bt.device))
+            # a model over several devices has its cache on all of them: only a CPU's indices suit each
+            where = "cpu" if hasattr(model, "hf_device_map") else ids_bt.device
+            cache.batch_select_indices(torch.tensor(kept, device=where))
             ids_bt = output.sequences[kept]
             mask_bt = functional.pad(mask_bt[kept], (0, ids_bt.shape[1] - mask_bt.shape[1]), value=1)
     return texts
@@ -140,13 +142,14 @@ def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tupl
 class _Finished:
     """A stopping criterion for `model.generate`: a text stops at its limit; all stop when few are unfinished."""
 
-    def __init__(self, left: Sequence[int], stop: frozenset[int], width: int) -> None:
-        self.left, self.stop, self.width = torch.tensor(left), torch.tensor(sorted(stop)), width
+    def __init__(self, left: Sequence[int], stop: frozenset[int], width: int, device: torch.device) -> None:
+        self.left, self.width = torch.tensor(left, device=device), width
+        self.stop = torch.tensor(sorted(stop), dtype=torch.long, device=device)
 
     def __call__(self, ids_bt: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
         new_bt = ids_bt[:, self.width :]
-        full_b = self.left.to(ids_bt.device) <= new_bt.shape[1]
-        going_b = ~(full_b | torch.isin(new_bt, self.stop.to(ids_bt.device)).any(1))
+        full_b = self.left <= new_bt.shape[1]
+        going_b = ~(full_b | torch.isin(new_bt, self.stop).any(1))
         few = going_b.float().mean() < _COMPACT_BELOW
         return full_b | few
 
