@@ -189,9 +189,7 @@ def test_who_evaluates(made: UnlearnConfig, training: TrainingConfig, wanted: bo
 
 def test_what_workers_cannot_evaluate_is_refused_before_the_start(tmp_path: Path) -> None:
     made = config("live", "bf16")
-    with pytest.raises(
-        UserError, match=r"engine = live: the workers hold bf16.*--evaluation.engine process"
-    ):
+    with pytest.raises(UserError, match=r"engine = live: the workers hold bf16.*--evaluation.engine process"):
         evaluates_live(made, SHARDED, evaluation_of(made, tmp_path))
     made = config("live", dtype="fp16")
     with pytest.raises(UserError, match=r"hold fp32 weights, but evaluation.dtype = fp16; use --evaluation.dtype auto"):

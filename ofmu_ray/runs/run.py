@@ -32,7 +32,7 @@ from ofmu_ray.runs.preflight import (
     prepare_storage,
     public,
 )
-from ofmu_ray.runs.who_evaluates import check_device_map, evaluates_live, held_type
+from ofmu_ray.runs.who_evaluates import check_device_map, evaluates_live, evaluation_of
 from ofmu_ray.runs.writing import RunResults
 from ofmu_ray.storage import atomic_write, drop_copies, explained, is_uri, is_whole, join, name_of, remove_folder
 from ofmu_ray.tasks import task_named
@@ -182,8 +182,7 @@ def _unlearn(this_run: Run, config: UnlearnConfig) -> Outcome:
     check_training(task, config)
     if config.evaluation.enabled and config.evaluation.retrained:
         task.check_model(ModelConfig(path=config.evaluation.retrained), "evaluation.retrained")
-    encoder, evaluation = task.encoder(processor, config.data), task.evaluation(config, this_run.storage)
-    evaluates_live(config, config.training, evaluation)  # refuses
+    encoder, evaluation = task.encoder(processor, config.data), evaluation_of(task, config, this_run.storage)
     tags = {"ofmu.kind": "unlearn", "ofmu.method": config.method, "ofmu.config_hash": this_run.digest}
     with this_run.claim.held():
         with _tracked(this_run, tags) as handle:
@@ -246,8 +245,6 @@ def _work(this_run: Run, config: UnlearnConfig, evaluation: Evaluation, encoder:
         live, before = _live(this_run, config, spec, evaluation)
         if live is None:
             before = evaluation.table(config.model.path, "before")
-        else:
-            evaluation = live.evaluation
         retrained = evaluation.table(config.evaluation.retrained, "retrained")
     with this_run.phase("training"):
         summary = _fit(this_run, replace(job, live=live))
@@ -281,11 +278,12 @@ def _live(this_run: Run, config: UnlearnConfig, spec: Spec, evaluation: Any) -> 
         return None, None
     from ofmu_ray.training.live import LiveEvaluation
 
-    evaluation = evaluation.in_type(held_type(config))
+    live = LiveEvaluation(folder=join(this_run.home, EVALUATED), evaluation=evaluation, before=True)
     before = evaluation.stored(config.model.path)
-    progress.note("evaluation", f"by the {spec.training.workers} workers, with the model that they hold")
-    folder = join(this_run.home, EVALUATED)
-    return LiveEvaluation(folder=folder, evaluation=evaluation, before=before is None), before
+    if before is None:
+        before, _ = live.table("before")  # of a run that resumes
+    progress.note("evaluation", f"by the run's workers ({spec.training.workers}), with the model that they hold")
+    return replace(live, before=before is None), before
 
 
 def _of_workers(this_run: Run, live: LiveEvaluation, model: str, label: str) -> Any:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ofmu_ray.config import ModelConfig, UnlearnConfig, config_hash, flatten, to_dict
 from ofmu_ray.errors import user_error_within
 from ofmu_ray.runs.job import EVALUATED, Spec, make_job, with_references
-from ofmu_ray.runs.who_evaluates import evaluates_live, held_type
+from ofmu_ray.runs.who_evaluates import evaluates_live
 from ofmu_ray.storage import atomic_write
 from ofmu_ray.tasks import task_named
 
@@ -175,7 +175,6 @@ def _run(trial: Trial, data: SplitData, work: Path, local: bool, watch: TrialHoo
     config = trial.config
     evaluation = data.evaluator.sampled(trial.rows, config.evaluation, config.seed)  # the rows that it is judged on
     if not local and trial.phase != "cost" and evaluates_live(config, job.training, evaluation):
-        evaluation = evaluation.in_type(held_type(config))
         job = replace(job, live=LiveEvaluation(folder=str(work / EVALUATED), evaluation=evaluation, before=False))
     if watch is not None:
         stages = Stages(

@@ -8,7 +8,20 @@ from ofmu_ray.config import EvaluationConfig, TrainingConfig, UnlearnConfig
 from ofmu_ray.errors import UserError
 
 if TYPE_CHECKING:
-    from ofmu_ray.tasks.protocol import Evaluation
+    from ofmu_ray.storage import PathLike
+    from ofmu_ray.tasks.protocol import Evaluation, Task
+
+
+def evaluation_of(task: Task, config: UnlearnConfig, storage: PathLike) -> Evaluation:
+    """The evaluation of a run: the task's; if the workers evaluate, all models in the type of the weights they hold.
+
+    Raises:
+        UserError: rows that cannot be used; evaluation.engine is live, and the workers cannot evaluate.
+    """
+    evaluation: Any = task.evaluation(config, storage)
+    live = evaluates_live(config, config.training, evaluation)
+    typed: Evaluation = evaluation.in_type(_held_type(config)) if live else evaluation
+    return typed
 
 
 def evaluates_live(config: UnlearnConfig, training: TrainingConfig, evaluation: Evaluation) -> bool:
@@ -27,13 +40,13 @@ def evaluates_live(config: UnlearnConfig, training: TrainingConfig, evaluation: 
     return reason is None
 
 
-def held_type(config: UnlearnConfig) -> str:
-    """The type of the weights that workers hold, and so of all models that are compared with theirs."""
+def _held_type(config: UnlearnConfig) -> str:
+    """The type of the weights that the workers' passes read."""
     return "bf16" if config.model.precision == "bf16" else "fp32"
 
 
 def _impossible(config: UnlearnConfig, training: TrainingConfig, evaluation: Any) -> str | None:
-    held, asked = held_type(config), config.evaluation.dtype
+    held, asked = _held_type(config), config.evaluation.dtype
     if not hasattr(evaluation, "shared_table"):
         return f"task = {config.task!r} evaluates only models that one process holds; use another task"
     if held == "bf16" and not training.gpus:
