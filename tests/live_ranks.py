@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -123,13 +124,16 @@ def evaluations(case: Case, rank: int, world: int) -> dict[str, Any]:
     with counted(module) as passes:
         case.live.begin(worker)
     step(engine, rank)
-    weights = engine.weights()
+    weights = engine.full_weights()
     stages = Stages(folder="", count=2, evaluation=case.evaluator, live=True)
     figures = stages.measure(TASK, engine, module, tokenizer, rank, worker.watchdog)
-    measured = {"passes": passes, "as_it_was": all(map(torch.equal, weights, engine.weights())), "figures": figures}
-    middle = shared_rows(case.evaluator, engine, tokenizer, worker.watchdog, "middle")
+    table = shared_rows(case.evaluator, engine, tokenizer, worker.watchdog, "stage")
+    again = engine.full_weights()
+    same = weights is None or all(torch.equal(value, again[name]) for name, value in weights.items())
+    measured = {"passes": passes, "as_it_was": same, "figures": plain(figures)}
+    measured |= {"expected": plain(case.evaluator.figures(table, None)), "in_training_mode": module.training}
     step(engine, rank)
-    measured |= {"middle": middle, "in_training_mode": module.training, "whole": whole_parameters(module)}
+    measured["whole"] = whole_parameters(module)
     readable = engine.readable_weights()
     with new_folder(case.exported) if rank == 0 else contextlib.nullcontext() as folder:
         export_causal_lm(module, tokenizer, readable, folder, config, ExportConfig())
@@ -144,15 +148,20 @@ def step(engine: Any, rank: int) -> None:
     engine.apply(engine.gradient(batch)[0], "inner")
 
 
+def plain(figures: Any) -> Any:
+    """Without numpy's numbers."""
+    return json.loads(json.dumps(figures))
+
+
 def whole_parameters(module: torch.nn.Module) -> list[str]:
     """Parameters that this rank holds completely."""
     return [name for name, parameter in module.named_parameters() if parameter.numel()]
 
 
 @contextlib.contextmanager
-def counted(module: torch.nn.Module) -> Iterator[list[Counter[str]]]:
+def counted(module: torch.nn.Module) -> Iterator[list[dict[str, int]]]:
     """Passes of every rank: all, and those for its own rows."""
-    found: list[Counter[str]] = []
+    found: list[dict[str, int]] = []
     mine: Counter[str] = Counter()
     hook = unwrapped(module).register_forward_hook(lambda *_: mine.update(all=1))
     leave = InStep.__exit__
@@ -169,4 +178,4 @@ def counted(module: torch.nn.Module) -> Iterator[list[Counter[str]]]:
         hook.remove()
     shares: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(shares, mine)
-    found += shares
+    found += map(dict, shares)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,12 +60,12 @@ def table(case: Case, label: str) -> pa.Table:
 @pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_at_zero_3_evaluate_what_is_in_the_files(name: str, live: Any) -> None:
     case, measured = live[0][name], live[1][name]
-    for label, folder in (("before", case.source), ("after", case.exported)):
+    for label, folder, other in (("before", case.source, case.exported), ("after", case.exported, case.source)):
         expected = case.evaluator.table(str(folder), label)
         _assert_same(table(case, label), expected, rel=2e-4)
-        retrained = case.evaluator.table(str(case.source), "retrained")
+        retrained = case.evaluator.table(str(other), "retrained")
         same = [case.evaluator.figures(rows, retrained) for rows in (table(case, label), expected)]
-        assert len(same[0]) > 30
+        assert len(same[0]) > 20
         for metric, value in same[1].items():
             if value["value"] is not None:
                 assert same[0][metric]["value"] == pytest.approx(value["value"], rel=1e-3, abs=1e-4), metric
@@ -89,12 +88,11 @@ def test_ranks_share_the_rows_and_step_together(name: str, live: Any) -> None:
 @pytest.mark.system
 @pytest.mark.parametrize("name", NAMES)
 def test_stages_of_a_sweep_are_evaluated_by_all_ranks(name: str, live: Any) -> None:
-    case, measured = live[0][name], live[1][name]
-    expected = case.evaluator.figures(measured["middle"], None)
-    for metric, value in measured["figures"].items():
+    figures, expected = live[1][name]["figures"], live[1][name]["expected"]
+    for metric, value in figures.items():
         if value["value"] is not None:
             assert value["value"] == pytest.approx(expected[metric]["value"], rel=1e-6), metric
-    assert not math.isnan(measured["figures"]["forget_probability"]["value"])
+    assert figures["forget_probability"]["value"] > 0
 
 
 @pytest.mark.system
