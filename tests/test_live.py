@@ -185,6 +185,13 @@ def test_who_evaluates(made: UnlearnConfig, training: TrainingConfig, wanted: bo
     assert evaluates_live(made, training, evaluation_of(made, tmp_path)) is wanted
 
 
+def test_no_worker_waits_for_another_ones_evaluation_between_rounds(tmp_path: Path) -> None:
+    made = config()
+    evaluation = evaluation_of(made, tmp_path)
+    for training, wanted in ((replace(SHARDED, zero_stage=0), True), (TrainingConfig(), False)):
+        assert evaluates_live(made, training, evaluation, on_the_way=True) is wanted
+
+
 def test_what_workers_cannot_evaluate_is_refused_before_the_start(tmp_path: Path) -> None:
     made = config("live", "bf16")
     with pytest.raises(UserError, match=r"engine = live: the workers hold bf16.*--evaluation.engine process"):

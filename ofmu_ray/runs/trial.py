@@ -182,7 +182,7 @@ def _run(trial: Trial, data: SplitData, work: Path, local: bool, watch: TrialHoo
             count=watch.stages,
             evaluation=evaluation,
             retrained=data.retrained,
-            live=job.live is not None,
+            live=not local and evaluates_live(config, job.training, evaluation, on_the_way=True),
         )
         job = replace(job, tracking=watch.tracking, stages=stages)
         if watch.parent is not None:

@@ -24,15 +24,19 @@ def evaluation_of(task: Task, config: UnlearnConfig, storage: PathLike) -> Evalu
     return typed
 
 
-def evaluates_live(config: UnlearnConfig, training: TrainingConfig, evaluation: Evaluation) -> bool:
+def evaluates_live(
+    config: UnlearnConfig, training: TrainingConfig, evaluation: Evaluation, *, on_the_way: bool = False
+) -> bool:
     """Whether the workers evaluate (evaluation.engine). `training`: with its engine and GPUs resolved.
+
+    `on_the_way`: between rounds, when several workers would otherwise wait for the one that does it.
 
     Raises:
         UserError: evaluation.engine is live, and they cannot.
     """
     wanted = config.evaluation.engine
-    cut = not training.single and training.zero_stage == 3 and training.workers > 1
-    if not config.evaluation.enabled or wanted == "process" or (wanted == "auto" and not cut):
+    needed = training.workers > 1 and (on_the_way or training.zero_stage == 3)
+    if not config.evaluation.enabled or wanted == "process" or (wanted == "auto" and not needed):
         return False
     reason = _impossible(config, training, evaluation)
     if reason is not None and wanted == "live":
