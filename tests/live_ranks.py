@@ -105,22 +105,36 @@ class Case:
         return Evaluator(CONFIG, data, str(self.source), cache, sets=SETS, models=(str(self.source),))
 
 
+def write_source(case: Case) -> None:
+    tiny_model(case.model).to(case.stored).save_pretrained(case.source)
+    tiny_tokenizer().save_pretrained(case.source)
+
+
+def worker_of(engine: Any, module: torch.nn.Module, tokenizer: Any, config: ModelConfig, rank: int) -> Any:
+    """What an evaluation needs of a worker, before its first round."""
+    return SimpleNamespace(
+        task=TASK,
+        module=module,
+        processor=tokenizer,
+        engine=engine,
+        job=SimpleNamespace(model=config, export=ExportConfig()),
+        watchdog=Watchdog(rank, None, None),
+        session=SimpleNamespace(rank=rank, device=torch.device("cpu")),
+        state=SimpleNamespace(round=0, status=""),
+    )
+
+
 def evaluations(case: Case, rank: int, world: int) -> dict[str, Any]:
     """What rank 0 knows: tables of the live model, passes of the ranks, and whether the model is as it was."""
     deepspeed_engine.PERSISTENT_BELOW = 0  # shard all parameters of this small model
     if rank == 0:
-        tiny_model(case.model).to(case.stored).save_pretrained(case.source)
-        tiny_tokenizer().save_pretrained(case.source)
+        write_source(case)
     dist.barrier()
     config = ModelConfig(path=str(case.source), lora=case.lora)
     torch.manual_seed(0)
     module, tokenizer = load_causal_lm(config)
     engine = deepspeed_engine.DeepSpeedEngine(module, zero_stage=3, inner=SGD, outer=SGD)
-    job = SimpleNamespace(model=config, export=ExportConfig())
-    worker: Any = SimpleNamespace(
-        task=TASK, module=module, processor=tokenizer, engine=engine, job=job, watchdog=Watchdog(rank, None, None),
-        session=SimpleNamespace(rank=rank, device=torch.device("cpu")), state=SimpleNamespace(round=0, status=""),
-    )  # fmt: skip
+    worker = worker_of(engine, module, tokenizer, config, rank)
     with counted(module) as passes:
         case.live.begin(worker)
     step(engine, rank)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from engine_ranks import run_ranks
 from evaluation_models import tiny_model, tiny_tokenizer
-from live_ranks import CONFIG, SETS, Case, evaluations
+from live_ranks import CONFIG, SETS, SGD, Case, evaluations, step, worker_of, write_source
 from test_evaluation import _assert_same
 
 from ofmu_ray.cluster import map_tasks
@@ -27,10 +27,12 @@ from ofmu_ray.config import (
     config_hash,
     outcome_hash,
 )
+from ofmu_ray.engines import TorchEngine
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.evaluator import Evaluator
 from ofmu_ray.evaluation.rows import evaluation_rows
 from ofmu_ray.evaluation.runner import loading_of
+from ofmu_ray.models.loading import load_causal_lm
 from ofmu_ray.runs.who_evaluates import check_device_map, evaluates_live
 from ofmu_ray.tasks import task_named
 
@@ -106,6 +108,32 @@ def test_the_workers_table_serves_the_cache(live: Any, tmp_path: Path) -> None:
     assert replace(evaluator, reveal_text=True).stored(str(case.exported)) is None  # a cache has no private text
     other = replace(evaluator, evaluation=replace(CONFIG, dtype="bf16"))
     assert other.stored(str(case.exported)) is None
+
+
+@pytest.mark.slow
+def test_one_process_evaluates_what_it_holds(tmp_path: Path) -> None:
+    case = Case("one", str(tmp_path), stored=torch.bfloat16)
+    write_source(case)
+    config = ModelConfig(path=str(case.source))
+    module, tokenizer = load_causal_lm(config)
+    engine = TorchEngine(module, inner=SGD, outer=SGD)
+    worker = worker_of(engine, module, tokenizer, config, 0)
+    case.live.begin(worker)
+    _assert_same(table(case, "before"), case.evaluator.table(str(case.source), "before"), rel=2e-4)
+    step(engine, 0)
+    weights = engine.full_weights()
+    assert weights is not None
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in weights.values())
+    worker.state.status = "stopped"
+    case.live.end(worker)
+    assert case.live.table("after") == (None, 0.0)
+    worker.state.status = "finished"
+    case.live.end(worker)
+    assert all(torch.equal(value, value.bfloat16().float()) for value in (engine.full_weights() or {}).values())
+    assert table(case, "after")["answer_nll"] != table(case, "before")["answer_nll"]
+    worker.state.round = 1
+    case.live.begin(worker)  # a run that resumes later is not before its first round
+    assert table(case, "before")["answer_nll"] != table(case, "after")["answer_nll"]
 
 
 # --------------------------------------------------------------------------------------------------------- alone
