@@ -35,6 +35,9 @@ from ofmu_ray.storage import PathLike
 
 __all__ = ["evaluate_live", "evaluate_model", "summarise"]
 
+Run = Callable[[Sequence[Unit]], Iterable[tuple[int, Result]]]
+"""Units -> (index of a unit, its values), every unit once."""
+
 
 def evaluate_model(
     model_dir: str | Path,
@@ -144,7 +147,7 @@ def evaluate_live(
     module.eval()
     try:
         scorer = Scorer(module, tokenizer, template, max_new_tokens=config.max_new_tokens)
-        run = partial(run_together, scorer) if together else scorer.run_all
+        run: Run = partial(run_together, scorer) if together else scorer.run_all
         return _table(rows, template, config, label, reveal_text, store, run)
     finally:
         module.train(training)
@@ -216,7 +219,7 @@ def _table(
     label: str,
     reveal_text: bool,
     store: Store | None,
-    run: Callable[[Sequence[Unit]], Iterable[tuple[int, Result]]],
+    run: Run,
 ) -> pa.Table:
     """The values of all sets, from the store if it has them."""
     keys: dict[str, str] = {}
@@ -242,7 +245,7 @@ def _measure(
     template: Template,
     batch_size: int,
     label: str,
-    run: Callable[[Sequence[Unit]], Iterable[tuple[int, Result]]],
+    run: Run,
 ) -> Iterator[tuple[str, pa.Table]]:
     """(set, table) as soon as the last unit of the set is done."""
     units = [unit for group in rows.values() for unit in plan(group, template, batch_size)]

@@ -124,12 +124,10 @@ class Checks:
                 self.tables[target] = stored
         make, checks = partial(_measurer, device), [check for _, check in missing]
         few = runs_here(sum(check.flops for check in checks))
-        place = {
-            "memory": 0 if device == "cuda" else max((check.host_bytes for check in checks), default=0),
-            "whole_nodes": self.config.evaluation.device_map is not None,
-        }
+        memory = 0 if device == "cuda" else max((check.host_bytes for check in checks), default=0)
+        apart = partial(map_tasks, memory=memory, whole_nodes=self.config.evaluation.device_map is not None)
         with progress.bar("checks", len(missing), "check") as bar:
-            for number, table in enumerate(map(make(), checks)) if few else map_tasks(make, checks, **place):
+            for number, table in enumerate(map(make(), checks)) if few else apart(make, checks):
                 target, check = missing[number]
                 cache.save(check.key(device), table)
                 self.tables[target] = table
