@@ -35,11 +35,11 @@ from ofmu_ray.models.exporting import export_causal_lm
 from ofmu_ray.models.loading import load_causal_lm
 from ofmu_ray.storage import new_folder
 from ofmu_ray.tasks.causal_lm import TASK
-from ofmu_ray.training.live import LiveEvaluation, shared_rows
+from ofmu_ray.training.live import LiveEvaluation
 from ofmu_ray.training.stages import Stages
 
 SGD = OptimizerConfig(name="sgd", lr=0.05, clip=None)
-CONFIG = EvaluationConfig(max_new_tokens=12, batch_size=1, bootstrap_samples=20)  # units of four rows
+CONFIG = EvaluationConfig(max_new_tokens=8, batch_size=1, bootstrap_samples=20)  # units of four rows
 
 
 def rows(count: int, wrong: int = 2) -> list[dict[str, Any]]:
@@ -63,18 +63,18 @@ def choices(count: int) -> list[dict[str, Any]]:
 
 
 SETS = {
-    "forget": rows(11, 3),
-    "retain": rows(6),
-    "real_authors": rows(4),
-    "world_facts": rows(5),
-    "holdout": rows(5),
-    "forget_choice": choices(5),
+    "forget": rows(6, 3),
+    "retain": rows(4),
+    "real_authors": rows(3),
+    "world_facts": rows(3),
+    "holdout": rows(3),
+    "forget_choice": choices(3),
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model that is trained for two steps, evaluated before, on the way, and after its export."""
+    """A model that is evaluated before its first step, on the way, and after its export."""
 
     name: str
     folder: str
@@ -137,21 +137,19 @@ def evaluations(case: Case, rank: int, world: int) -> dict[str, Any]:
     worker = worker_of(engine, module, tokenizer, config, rank)
     with counted(module) as passes:
         case.live.begin(worker)
-    step(engine, rank)
     weights = engine.full_weights()
     stages = Stages(folder="", count=2, evaluation=case.evaluator, live=True)
     figures = stages.measure(TASK, engine, module, tokenizer, rank, worker.watchdog)
-    table = shared_rows(case.evaluator, engine, tokenizer, worker.watchdog, "stage")
     again = engine.full_weights()
     same = weights is None or all(torch.equal(value, again[name]) for name, value in weights.items())
     measured = {"passes": passes, "as_it_was": same, "figures": plain(figures)}
-    measured |= {"expected": plain(case.evaluator.figures(table, None)), "in_training_mode": module.training}
+    measured["in_training_mode"] = module.training
     step(engine, rank)
     measured["whole"] = whole_parameters(module)
     readable = engine.readable_weights()
     with new_folder(case.exported) if rank == 0 else contextlib.nullcontext() as folder:
         export_causal_lm(module, tokenizer, readable, folder, config, ExportConfig())
-    worker.state.round = 2
+    worker.state.round = 1
     case.live.end(worker)
     engine.close()
     return measured

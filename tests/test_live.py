@@ -37,17 +37,15 @@ from ofmu_ray.runs.who_evaluates import check_device_map, evaluates_live
 from ofmu_ray.tasks import task_named
 
 SHARDED = TrainingConfig(engine="deepspeed", workers=2, zero_stage=3)
-NAMES = ["trees", "plain", "rounded", "lora"]
+NAMES = ["trees", "plain"]
 
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Case], dict[str, Any]]:
     folder = str(tmp_path_factory.mktemp("live"))
     made = [
-        Case("trees", folder),
-        Case("plain", folder, model="qwen2_sliding"),
-        Case("rounded", folder, stored=torch.bfloat16),
-        Case("lora", folder, lora=LoraConfig(rank=2)),
+        Case("trees", folder, stored=torch.bfloat16),  # rounded on export
+        Case("plain", folder, model="qwen2_sliding", lora=LoraConfig(rank=2)),  # a row's texts do not share a pass
     ]
     return {case.name: case for case in made}, run_ranks(2, made, tmp_path_factory.mktemp("ranks"), evaluations)
 
@@ -67,7 +65,7 @@ def test_two_ranks_at_zero_3_evaluate_what_is_in_the_files(name: str, live: Any)
         _assert_same(table(case, label), expected, rel=2e-4)
         retrained = case.evaluator.table(str(other), "retrained")
         same = [case.evaluator.figures(rows, retrained) for rows in (table(case, label), expected)]
-        assert len(same[0]) > 20
+        assert len(same[0]) > 20, same[0]
         for metric, value in same[1].items():
             if value["value"] is not None:
                 assert same[0][metric]["value"] == pytest.approx(value["value"], rel=1e-3, abs=1e-4), metric
@@ -90,7 +88,8 @@ def test_ranks_share_the_rows_and_step_together(name: str, live: Any) -> None:
 @pytest.mark.system
 @pytest.mark.parametrize("name", NAMES)
 def test_stages_of_a_sweep_are_evaluated_by_all_ranks(name: str, live: Any) -> None:
-    figures, expected = live[1][name]["figures"], live[1][name]["expected"]
+    case, figures = live[0][name], live[1][name]["figures"]
+    expected = case.evaluator.figures(table(case, "before"), None)
     for metric, value in figures.items():
         if value["value"] is not None:
             assert value["value"] == pytest.approx(expected[metric]["value"], rel=1e-6), metric
