@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import DataConfig, EvaluationConfig, FormatConfig, ModelConfig, SourceConfig, UnlearnConfig
@@ -151,7 +151,7 @@ class Evaluator:
         stored = widest_type(dict.fromkeys((*self.models, model)))
         return torch.promote_types(stored, TYPES.get(self.exported, stored))
 
-    def in_type(self, name: str) -> Evaluator:
+    def in_type(self, name: Literal["fp32", "bf16"]) -> Evaluator:
         """A copy that loads all models in this type: that of a model in memory."""
         return replace(self, evaluation=replace(self.evaluation, dtype=name))
 

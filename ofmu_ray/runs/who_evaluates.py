@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ofmu_ray.config import EvaluationConfig, TrainingConfig, UnlearnConfig
 from ofmu_ray.errors import UserError
@@ -44,7 +44,7 @@ def evaluates_live(
     return reason is None
 
 
-def _held_type(config: UnlearnConfig) -> str:
+def _held_type(config: UnlearnConfig) -> Literal["fp32", "bf16"]:
     """The type of the weights that the workers' passes read."""
     return "bf16" if config.model.precision == "bf16" else "fp32"
 
