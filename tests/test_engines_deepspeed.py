@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from engine_ranks import Case, run_ranks
+from tiers import asked, tiered
 
 from ofmu_ray.internals.deepspeed_private import check_contract
 
@@ -32,13 +33,18 @@ ACCUMULATED = {"fp32": 1e-6, "bf16": 1e-2, "bf16_autocast": 1e-2}  # other shape
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    return run_ranks(2, TWO_RANKS, tmp_path_factory.mktemp("two"))
+def two_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return run_ranks(2, asked(request, "test_two_ranks_equal_one_process"), tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    return run_ranks(1, ONE_RANK, tmp_path_factory.mktemp("one"))
+def one_rank(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return run_ranks(1, asked(request, "test_one_rank_equals_one_process"), tmp_path_factory.mktemp("one"))
+
+
+def quick(case: Case) -> bool:
+    """A plain model at every stage; everything else at stage 3, and what stage 2 alone has."""
+    return case.stage == 3 or case.offload == "optimizer" or (str(case) == str(Case(case.stage)) and case.stage != 1)
 
 
 def judge(case: Case, results: dict[str, Any], world: int) -> None:
@@ -58,12 +64,12 @@ def judge(case: Case, results: dict[str, Any], world: int) -> None:
     assert results["shard"] == pytest.approx(share, rel=0.01)  # alignment padding
 
 
-@pytest.mark.parametrize("case", TWO_RANKS, ids=str)
+@pytest.mark.parametrize("case", tiered(TWO_RANKS, quick), ids=str)
 def test_two_ranks_equal_one_process(case: Case, two_ranks: dict[str, dict[str, Any]]) -> None:
     judge(case, two_ranks[str(case)], world=2)
 
 
-@pytest.mark.parametrize("case", ONE_RANK, ids=str)
+@pytest.mark.parametrize("case", tiered(ONE_RANK, lambda case: case.stage == 3), ids=str)
 def test_one_rank_equals_one_process(case: Case, one_rank: dict[str, dict[str, Any]]) -> None:
     judge(case, one_rank[str(case)], world=1)
 

@@ -164,6 +164,7 @@ def test_a_killed_training_resumes_to_the_same_bits(storage: Path, monkeypatch: 
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_two_workers_train_the_same_model_as_one(storage: Path, local_ray: None) -> None:
     """Batch normalisation over both workers' rows; Ray Data reads and augments."""
     weights = []

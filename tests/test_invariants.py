@@ -17,6 +17,7 @@ import pytest
 import torch
 from engine_ranks import run_ranks
 from invariant_ranks import ROUNDS, Case, trajectory
+from tiers import asked, tiered
 
 pytestmark = pytest.mark.slow
 
@@ -55,19 +56,25 @@ PINNED = 3e-3
 """Of a metric: other processors' kernels over ten rounds."""
 
 
+def quick(case: Case) -> bool:
+    """Every stage with the full preset; everything else once, at the stage that shards most."""
+    return case.stage == 3 or (case.preset == "full" and case.stage != 1)
+
+
 @functools.cache
 def reference(case: Case) -> dict[str, Any]:
     return trajectory(case, 0, 1)
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    return run_ranks(2, TWO_RANKS, tmp_path_factory.mktemp("two"), trajectory)
+def two_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    cases = dict.fromkeys([TWO_RANKS[0], *asked(request, "test_two_ranks")])
+    return run_ranks(2, [*cases], tmp_path_factory.mktemp("two"), trajectory)
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    return run_ranks(1, ONE_RANK, tmp_path_factory.mktemp("one"), trajectory)
+def one_rank(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return run_ranks(1, asked(request, "test_one_rank"), tmp_path_factory.mktemp("one"), trajectory)
 
 
 def distance(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> float:
@@ -102,13 +109,13 @@ def test_one_process(case: Case) -> None:
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("case", ONE_RANK, ids=str)
+@pytest.mark.parametrize("case", tiered(ONE_RANK, lambda case: case.stage == 3), ids=str)
 def test_one_rank(case: Case, one_rank: dict[str, dict[str, Any]]) -> None:
     judge(case, one_rank[str(case)])
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("case", TWO_RANKS, ids=str)
+@pytest.mark.parametrize("case", tiered(TWO_RANKS, quick), ids=str)
 def test_two_ranks(case: Case, two_ranks: dict[str, dict[str, Any]]) -> None:
     result = two_ranks[str(case)]
     judge(case, result)

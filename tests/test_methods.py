@@ -17,6 +17,7 @@ import torch
 from engine_ranks import run_ranks
 from invariant_ranks import seeded_model
 from method_ranks import OPTIONS, ROUNDS, Case, batches, run, trajectory
+from tiers import asked, tiered
 
 from ofmu_ray import config
 from ofmu_ray.config import UnlearnConfig
@@ -182,8 +183,8 @@ def single_process(variant: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    return run_ranks(2, TWO_RANKS, tmp_path_factory.mktemp("methods"), trajectory)
+def two_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return run_ranks(2, asked(request, "test_two_ranks"), tmp_path_factory.mktemp("methods"), trajectory)
 
 
 def judge(case: Case, result: Mapping[str, Any]) -> None:
@@ -207,7 +208,7 @@ def test_micro_batches_and_resumption(case: Case) -> None:
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("case", TWO_RANKS, ids=str)
+@pytest.mark.parametrize("case", tiered(TWO_RANKS, lambda case: case.stage > 1), ids=str)
 def test_two_ranks(case: Case, two_ranks: dict[str, dict[str, Any]]) -> None:
     judge(case, two_ranks[str(case)])
 

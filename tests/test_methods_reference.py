@@ -24,6 +24,7 @@ from reference_ranks import (
     row_nll,
     trajectory,
 )
+from tiers import asked, tiered
 
 from ofmu_ray import config
 from ofmu_ray.engines.layers import layer_output, parameters_up_to
@@ -163,12 +164,12 @@ def test_micro_batches(variant: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    return run_ranks(2, TWO_RANKS, tmp_path_factory.mktemp("reference"), trajectory)
+def two_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return run_ranks(2, asked(request, "test_two_ranks"), tmp_path_factory.mktemp("reference"), trajectory)
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("case", TWO_RANKS, ids=str)
+@pytest.mark.parametrize("case", tiered(TWO_RANKS, lambda case: case.stage == 3), ids=str)
 def test_two_ranks(case: Case, two_ranks: dict[str, dict[str, Any]]) -> None:
     judge(case, two_ranks[str(case)])
 

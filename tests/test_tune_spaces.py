@@ -1,6 +1,7 @@
 """Search spaces, and the overrides by which draws, labels and splits change a configuration."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from ofmu_ray.config import LABELS, METHODS, BenchmarkConfig, SearchConfig, Unle
 from ofmu_ray.errors import UserError
 from ofmu_ray.metrics.rule import Goal
 from ofmu_ray.search.priors import at, text_of
+from ofmu_ray.search.run_benchmark import space_of
 from ofmu_ray.search.spaces import read_space, space_for
 from ofmu_ray.search.suggest import EarlierTrial, Search
+from pipelines.parse import parse
 from tune_spaces import (
     Choice,
     Integers,
@@ -26,6 +29,7 @@ from tune_spaces import (
 )
 
 BASE = UnlearnConfig()
+CONFIGS = Path(__file__).resolve().parent.parent / "pipelines/configs"
 LITE = space_for("ofmu_lite", BASE)
 
 
@@ -209,6 +213,13 @@ def test_a_term_is_optional():
     assert at(prior, 0.25) == 1e-4
     assert at(prior, 1 - 1e-12) == pytest.approx(1e-2)
     assert at(prior, 0.625) == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("benchmark_*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_benchmark_can_draw(path):
+    config = parse(BenchmarkConfig, ["--config", str(path)], "ofmu benchmark")
+    for label in config.methods:
+        assert space_of(config, label).draws(2, 0, config.run(next(iter(config.splits)), label))
 
 
 def test_spaces_from_files(tmp_path):
