@@ -14,6 +14,7 @@ from engine_ranks import run_ranks
 from evaluation_models import tiny_model, tiny_tokenizer
 from live_ranks import CONFIG, SETS, SGD, Case, evaluations, step, worker_of, write_source
 from test_evaluation import _assert_same
+from tiers import asked, tiered
 
 from ofmu_ray.cluster import map_tasks
 from ofmu_ray.config import (
@@ -37,16 +38,25 @@ from ofmu_ray.runs.who_evaluates import check_device_map, evaluates_live
 from ofmu_ray.tasks import task_named
 
 SHARDED = TrainingConfig(engine="deepspeed", workers=2, zero_stage=3)
-NAMES = ["trees", "plain"]
+NAMES = tiered(["trees", "plain"], quick=lambda name: name == "trees")
 
 
 @pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Case], dict[str, Any]]:
+def live(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Case], dict[str, Any]]:
+    tests = (
+        test_two_ranks_at_zero_3_evaluate_what_is_in_the_files,
+        test_ranks_share_the_rows_and_step_together,
+        test_stages_of_a_sweep_are_evaluated_by_all_ranks,
+    )
+    wanted = {"trees", *(name for test in tests for name in asked(request, test.__name__, "name"))}
     folder = str(tmp_path_factory.mktemp("live"))
     made = [
         Case("trees", folder, stored=torch.bfloat16),  # rounded on export
         Case("plain", folder, model="qwen2_sliding", lora=LoraConfig(rank=2)),  # a row's texts do not share a pass
     ]
+    made = [case for case in made if case.name in wanted]
     return {case.name: case for case in made}, run_ranks(2, made, tmp_path_factory.mktemp("ranks"), evaluations)
 
 
