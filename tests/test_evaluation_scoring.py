@@ -18,7 +18,7 @@ from ofmu_ray.evaluation import generation, row_pass, scoring
 from ofmu_ray.evaluation.scorer import Scorer
 from ofmu_ray.evaluation.units import Unit
 from ofmu_ray.metrics.rouge import rouge_l_recall
-from ofmu_ray.models import tree
+from ofmu_ray.models import room, tree
 
 pytestmark = pytest.mark.slow
 
@@ -109,7 +109,7 @@ def test_batches_with_many_logits_are_halved(template: Template, monkeypatch: py
     passes: list[int] = []
     plain = scoring._nll
     monkeypatch.setattr(scoring, "_nll", lambda model, part: passes.append(len(part)) or plain(model, part))
-    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 40 * model.config.vocab_size)
+    monkeypatch.setattr(room, "CPU_LOGITS", 40 * model.config.vocab_size)
     assert scoring.batch_nll(model, texts) == pytest.approx(whole, rel=1e-5)
     assert len(passes) > 2
     assert sum(passes) == len(texts)

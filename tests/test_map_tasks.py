@@ -19,7 +19,9 @@ import ray
 
 from ofmu_ray.cluster import map_tasks as module
 from ofmu_ray.cluster.map_tasks import ProcessDied, ProcessPool, map_tasks
+from ofmu_ray.cluster.nodes import Node
 from ofmu_ray.errors import UserError
+from ofmu_ray.internals import ray_private
 
 Answer = tuple[str, int, str]
 """Item, its number within the process, threads."""
@@ -138,6 +140,64 @@ def test_an_interrupt_ends_the_processes(tmp_path: Path) -> None:
         time.sleep(0.1)
     done.send_signal(signal.SIGINT)
     assert "gone" in done.communicate(timeout=300)[0]
+
+
+NODES = [
+    Node("a", "", {"CPU": 4.0, "GPU": 8.0, "memory": 100.0}),
+    Node("b", "", {"CPU": 4.0, "GPU": 4.0, "memory": 40.0}),
+]
+
+
+@pytest.mark.parametrize(
+    ("resource", "memory", "whole_nodes", "share", "places"),
+    [
+        ("CPU", 0, False, {"CPU": 1}, ["a", "b", "a", "b", "a", "b", "a", "b"]),
+        ("CPU", 30, False, {"CPU": 1, "memory": 30}, ["a", "b", "a", "a"]),
+        ("CPU", 500, False, {"CPU": 1, "memory": 100}, ["a"]),  # more than Ray counts: no process would ever start
+        ("GPU", 0, False, {"GPU": 1}, ["a", "b"] * 4),
+        ("GPU", 0, True, {"GPU": 8}, ["a"]),
+    ],
+)
+def test_a_process_asks_for_its_memory_and_gpus(
+    resource: str,
+    memory: int,
+    whole_nodes: bool,
+    share: dict[str, float],
+    places: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray_private, "free_resources", lambda: {node.id: node.resources for node in NODES})
+    assert module._share(NODES, resource, memory, whole_nodes) == share
+    assert module._free_places(NODES, share, 8) == (True, places)
+
+
+def test_a_process_waits_for_a_node_that_could_hold_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_private, "free_resources", lambda: {"b": {"GPU": 4.0}})
+    monkeypatch.setattr(module, "SETTLE_SECONDS", 0.0)
+    assert module._free_places(NODES[::-1], {"GPU": 8}, 3) == (False, ["a"])
+
+
+OWN = """
+import ray
+from ofmu_ray.cluster import map_tasks
+
+def make():
+    return lambda _: (map_tasks.has_own_gpu(), map_tasks.device_kind(), map_tasks.runs_here(1e30))
+
+ray.init(num_cpus=2, num_gpus=1)
+found = [(map_tasks.has_own_gpu(), map_tasks.runs_here(1e30))]
+for gpus in (1.0, 0.5, 0.0):
+    with map_tasks.ProcessPool(make, 1, gpus=gpus) as pool:
+        found += [value for _, value in pool.map([0])]
+print(found)
+"""
+
+
+@pytest.mark.full  # a Ray of its own, which counts a GPU
+def test_a_process_with_a_gpu_works_on_it_and_waits_for_no_other() -> None:
+    done = subprocess.run([sys.executable, "-c", OWN], stdout=subprocess.PIPE, text=True, timeout=300, check=True)
+    own, without = (True, "cuda", True), (False, "cuda", False)  # without: the cluster's GPU does the work
+    assert done.stdout.splitlines()[-1] == str([(False, False), own, own, without])
 
 
 def test_small_work_stays_here(local_ray: None) -> None:

@@ -246,11 +246,10 @@ def test_large_tables_are_half_precision_or_refused(
 
 def test_batches_hold_every_row_once_and_keep_their_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "BATCH_TOKENS", 100)
-    monkeypatch.setattr(reference, "_LOGITS_AT_ONCE", 2000)
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 150, size=200)
     wide = rng.integers(1, 2500, size=200)
-    batches = cut(lengths, wide)
+    batches = cut(lengths, wide, 2000)
     assert sorted(number for batch in batches for number in batch) == list(range(200))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * lengths[batch].max() <= 100

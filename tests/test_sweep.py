@@ -290,7 +290,7 @@ def test_a_population_continues_from_its_best(tmp_path, local_ray):
 
 @pytest.mark.full
 def test_trials_of_several_workers_are_evaluated_on_their_way(tmp_path, local_ray):
-    """ZeRO-3 on two workers through Ray Train: gathered for evaluations, with the same metrics as one worker."""
+    """ZeRO-3 on two workers through Ray Train, which evaluate their shards: the same metrics as one worker."""
     space = {"gradient_ascent.optimizer.lr": "choice(1e-3)"}
     search, early = {"kind": "random", "trials": 1}, {"kind": "median", "stages": 2}
     metrics = []

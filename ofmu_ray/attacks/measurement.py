@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from ofmu_ray.config.robustness import PrefixOptions, QuantiseOptions, RelearnOptions
 from ofmu_ray.evaluation.actors import Loading
@@ -47,8 +48,15 @@ class Check:
         models = [self.weights, self.model.template.fingerprint()]
         if self.reference is not None:
             models += [self.reference_weights, self.reference.template.fingerprint()]
-        content = [VERSION, self.kind, device, models, self.model.max_new_tokens, self.options, rows]
+        exact = self.model.dtype == torch.float32
+        arithmetic = device if exact and device == "cpu" else f"{device}/{self.model.dtype}"
+        content = [VERSION, self.kind, arithmetic, models, self.model.max_new_tokens, self.options, rows]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory for the weights of a process on a CPU."""
+        return self.model.host_bytes + (0 if self.reference is None else self.reference.host_bytes)
 
     @property
     def flops(self) -> float:

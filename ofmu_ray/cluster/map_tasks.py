@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Self, TypeVar
 
@@ -59,9 +59,9 @@ class _Try:
 class ProcessPool(Generic[Item, Result]):
     """Runs `make()` once in each process; it returns the function to call on items.
 
-    `size`: at most this many processes, each with `cpus` (one thread per CPU) and `gpus`; they start on demand and live
-    until `close`. `nodes`: ids of nodes to place them on in turn, while these are alive. `make` goes to the object
-    store once.
+    `size`: at most this many processes, each with `cpus` (one thread per CPU), `gpus` and `memory` (bytes that Ray sets
+    aside for it); they start on demand and live until `close`. `nodes`: ids of nodes to place them on in turn, while
+    these are alive. `make` goes to the object store once.
     """
 
     def __init__(
@@ -71,12 +71,14 @@ class ProcessPool(Generic[Item, Result]):
         *,
         cpus: float = 1.0,
         gpus: float = 0.0,
+        memory: int = 0,
         retries: int = 0,
         nodes: Sequence[str] = (),
     ) -> None:
         import ray
 
         self.size, self.cpus, self.gpus, self.retries, self.nodes = size, cpus, gpus, retries, nodes
+        self.memory = memory
         self._make = [ray.put(make)]
         self._idle: list[Any] = []
         self._running: dict[Any, tuple[Any, _Try]] = {}
@@ -135,6 +137,7 @@ class ProcessPool(Generic[Item, Result]):
         from ofmu_ray.cluster.connect import worker_environment
 
         options: dict[str, Any] = {"num_cpus": self.cpus, "num_gpus": self.gpus}
+        options |= {"memory": self.memory} if self.memory else {}
         if self.nodes:  # soft: another node, if this one dies
             node = self.nodes[self._started % len(self.nodes)]
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=True)
@@ -157,12 +160,15 @@ def map_tasks(
     *,
     most: int | None = None,
     nodes: Callable[[str], Sequence[Any]] | None = None,
+    memory: int = 0,
+    whole_nodes: bool = False,
 ) -> Iterator[tuple[int, Result]]:
     """(index, result) of every item in the order of completion: `ProcessPool.map` with one free CPU or GPU per
     process and at most `most` (8) processes.
 
-    `nodes`: the nodes to use, given the resource (CPU or GPU); default: all. If nothing is free there, a single process
-    shares a CPU with other work, or waits for a GPU.
+    `nodes`: the nodes to use, given the resource (CPU or GPU); default: all. `memory`: bytes of host memory that a
+    process takes. `whole_nodes`: a process takes all GPUs of a node. If nothing is free there, a single process shares
+    a CPU with other work, or waits for a GPU.
 
     Raises:
         ProcessDied: an item's process died, and so did those of its three retries.
@@ -174,10 +180,15 @@ def map_tasks(
         from ofmu_ray.cluster.connect import connect
 
         connect(1)
+    from ofmu_ray.cluster.nodes import alive
+
     resource = "GPU" if device_kind() == "cuda" else "CPU"
-    free, places = _free_places(resource, min(len(items), most or MOST_PROCESSES), nodes)
-    cpus, gpus = (0.0, 1.0) if resource == "GPU" else (float(free), 0.0)
-    with ProcessPool(make, len(places), cpus=cpus, gpus=gpus, retries=RETRIES, nodes=places) as pool:
+    candidates = alive() if nodes is None else nodes(resource)
+    share = _share(candidates, resource, memory, whole_nodes)
+    free, places = _free_places(candidates, share, min(len(items), most or MOST_PROCESSES))
+    cpus, gpus = (0.0, share["GPU"]) if resource == "GPU" else (float(free), 0.0)
+    asked = int(share.get("memory", 0)) if free else 0
+    with ProcessPool(make, len(places), cpus=cpus, gpus=gpus, memory=asked, retries=RETRIES, nodes=places) as pool:
         for number, result in pool.map(items):
             if isinstance(result, ProcessDied):
                 raise result
@@ -185,20 +196,29 @@ def map_tasks(
 
 
 def runs_here(flops: float) -> bool:
-    """Whether to run work of this size in this process: it is small for a CPU, or this process has the only GPU."""
+    """Whether to run work of this size in this process: it is small for a CPU, or this process has GPUs of its own.
+
+    A process that Ray gave a GPU, such as a trial, would otherwise wait for another one, and for itself on the last.
+    """
     if device_kind() == "cpu":
         return flops < SMALL_FLOPS
-    return running_ray() is None
+    return running_ray() is None or has_own_gpu()
 
 
 def device_kind() -> str:
-    """cuda if work will run on GPUs (of the cluster, or without Ray of this process), else cpu."""
+    """cuda if work will run on GPUs (of this process, or of the cluster), else cpu."""
     ray = running_ray()
     if ray is not None:
-        return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
+        return "cuda" if has_own_gpu() or ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def has_own_gpu() -> bool:
+    """Whether this is a process to which Ray gave a GPU, or a part of one."""
+    ray = running_ray()
+    return ray is not None and bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
 
 
 def running_ray() -> Any | None:
@@ -207,21 +227,32 @@ def running_ray() -> Any | None:
     return ray if ray is not None and ray.is_initialized() else None
 
 
-def _free_places(
-    resource: str, wanted: int, nodes: Callable[[str], Sequence[Any]] | None
-) -> tuple[bool, Sequence[str]]:
+def _share(candidates: Sequence[Any], resource: str, memory: int, whole_nodes: bool) -> dict[str, float]:
+    """What one process takes of a node. Of memory, never more than the largest node has: Ray counts only a part of it,
+    and a process that asks for more would wait forever."""
+    largest = max(int(node.resources.get(resource, 0)) for node in candidates)
+    share: dict[str, float] = {resource: max(1, largest) if whole_nodes and resource == "GPU" else 1}
+    most = max(int(node.resources.get("memory", 0)) for node in candidates)
+    return share | ({"memory": min(memory, most)} if memory and most else {})
+
+
+def _free_places(candidates: Sequence[Any], share: dict[str, float], wanted: int) -> tuple[bool, Sequence[str]]:
     """Whether anything is free, and a node id for each process (nodes in turn)."""
-    from ofmu_ray.cluster.nodes import alive
     from ofmu_ray.internals.ray_private import free_resources
 
-    candidates = alive() if nodes is None else nodes(resource)
-    wanted = max(1, min(wanted, sum(int(node.resources.get(resource, 0)) for node in candidates)))
+    wanted = max(1, min(wanted, sum(_fitting(node.resources, share) for node in candidates)))
     deadline = time.monotonic() + SETTLE_SECONDS
     while True:
         now = free_resources()
-        free = {node.id: int(now.get(node.id, {}).get(resource, 0)) for node in candidates}
+        free = {node.id: _fitting(now.get(node.id, {}), share) for node in candidates}
         places = [node for turn in range(max(free.values())) for node, count in free.items() if turn < count]
         if len(places) >= wanted or time.monotonic() > deadline:
             break
         time.sleep(0.1)
-    return bool(places), places[:wanted] or [candidates[0].id]
+    fits = [node.id for node in candidates if _fitting(node.resources, share)] or [candidates[0].id]
+    return bool(places), places[:wanted] or fits[:1]
+
+
+def _fitting(resources: Mapping[str, float], share: Mapping[str, float]) -> int:
+    """How many processes fit a node."""
+    return min(int(resources.get(name, 0) // part) for name, part in share.items())

@@ -90,6 +90,15 @@ class EvaluationConfig:
     """Rows per batch."""
     actors: int | None = None
     """Ray actors; null: one per free CPU (or GPU), at most 8."""
+    engine: Literal["auto", "live", "process"] = "auto"
+    """Who evaluates a run's own models. live: its workers, with the model that they hold, sharded or not, without a
+    second copy; process: processes that load the model whole. auto: on several workers, live at ZeRO-3 and for the
+    stages of a sweep, else process."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Type of the weights of all models that are compared. auto: fp32 on CPUs; on GPUs the widest that one of them is
+    stored in."""
+    device_map: Literal["auto"] | None = None
+    """auto: a process takes all GPUs of a node and lays one model over them (accelerate); null: a GPU has a model."""
     bootstrap_samples: int = 1000
     """Resamples of rows for the 95 % intervals."""
 

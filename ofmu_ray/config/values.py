@@ -59,6 +59,9 @@ ADDED_WITHIN: dict[str, tuple[Any, ...]] = {
     "training.decay_norms": (True,),
     "*.milestones": ([0.5, 0.75],),
     "*.step_factor": (0.1,),
+    "evaluation.engine": ("auto", "live", "process"),
+    "evaluation.dtype": ("auto",),
+    "evaluation.device_map": (None, "auto"),
     "evaluation.sets.test": (None,),
     "evaluation.sets.forget_choice": (None,),
     "evaluation.sets.retain_choice": (None,),
@@ -66,7 +69,7 @@ ADDED_WITHIN: dict[str, tuple[Any, ...]] = {
     **{f"evaluation.sets.*_{name}": (None,) for name in ("verbatim", "knowledge", "examples", "documents")},
 }
 """The same inside sections, also of `base`: pattern of the flat name -> values. data.truncate refuses rows and changes
-none; `allow` truncates them as before."""
+none; `allow` truncates them as before. Where an evaluation runs changes only its rounding."""
 
 
 def config_hash(config: Any, *extra: str, ignore: Iterable[str] = WHERE_KEPT) -> str:

@@ -142,6 +142,20 @@ class VectorEngine:
             self.module.train(training)
 
     @contextmanager
+    def reading(self) -> Iterator[torch.nn.Module]:
+        """The model, to be called without gradients, in evaluation mode and with its weights' own precision.
+
+        At ZeRO-3 each of its passes is collective.
+        """
+        training = self.module.training
+        self.module.eval()
+        try:
+            with torch.no_grad(), fp32_products(self.precision, exact=True):
+                yield self.module
+        finally:
+            self.module.train(training)
+
+    @contextmanager
     def _autocast(self, wanted: bool) -> Iterator[None]:
         enabled = wanted and self.precision == "bf16_autocast"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ofmu_ray.cluster.map_tasks import device_kind, map_tasks, runs_here
 from ofmu_ray.data.template import Template
 from ofmu_ray.evaluation.scorer import Scorer
 from ofmu_ray.evaluation.units import Result, Unit
+from ofmu_ray.models.exporting import stored_types
 from ofmu_ray.models.loading import pretrained
 
 if TYPE_CHECKING:
@@ -28,20 +31,32 @@ class Loading:
     tokenizer: Any
     template: Template
     max_new_tokens: int
+    dtype: torch.dtype = torch.float32
+    device_map: str | None = None
+    """auto: over all GPUs that the process has (accelerate)."""
     trust_remote_code: bool = False
 
     def scorer(self, device: str) -> Scorer:
-        """Loads the weights: fp32 on a CPU, as stored on a GPU.
+        """Loads the weights in `dtype`.
 
         Raises UserError if the folder contains no causal language model in safetensors.
         """
+        spread = self.device_map if device == "cuda" else None
         model = pretrained(
             self.model,
             "model",
-            dtype="auto" if device == "cuda" else "float32",
+            dtype=self.dtype,
             trust_remote_code=self.trust_remote_code,
+            **({} if spread is None else {"device_map": spread}),
         )
-        return Scorer(model.to(device).eval(), self.tokenizer, self.template, max_new_tokens=self.max_new_tokens)
+        if spread is None:  # accelerate has placed it otherwise
+            model = model.to(device)
+        return Scorer(model.eval(), self.tokenizer, self.template, max_new_tokens=self.max_new_tokens)
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory that a process on a CPU needs for the weights."""
+        return sum(numel for _, numel in stored_types(self.model).values()) * self.dtype.itemsize
 
 
 def run_units(units: Sequence[Unit], loading: Loading, actors: int | None) -> Iterator[tuple[int, Result]]:
@@ -55,7 +70,10 @@ def run_units(units: Sequence[Unit], loading: Loading, actors: int | None) -> It
         yield from loading.scorer(device_kind()).run_all(units)
         return
     make, nodes = partial(_runner, loading, device_kind()), partial(holders, loading.model)
-    yield from map_tasks(make, units, most=actors, nodes=nodes)
+    memory = 0 if device_kind() == "cuda" else loading.host_bytes
+    yield from map_tasks(
+        make, units, most=actors, nodes=nodes, memory=memory, whole_nodes=loading.device_map is not None
+    )
 
 
 def _runner(loading: Loading, device: str) -> Callable[[Unit], Result]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import DataConfig, EvaluationConfig, FormatConfig, ModelConfig, SourceConfig, UnlearnConfig
@@ -41,6 +41,10 @@ class Evaluator:
     """Evaluate a model that has a tokenizer with its own one, the others with `tokenizer`."""
     sample: RowSample | None = None
     """If `sets` are a sample of larger sets: the names of its rows there."""
+    models: tuple[str, ...] = ()
+    """The models that are compared with one another, for the number format of all."""
+    exported: str = "auto"
+    """The type that the run writes its model in (export.dtype)."""
 
     @classmethod
     def of(cls, config: UnlearnConfig, storage: PathLike) -> Evaluator:
@@ -54,6 +58,8 @@ class Evaluator:
             config.report.reveal_text,
             config.model.trust_remote_code,
             sets=read_sets(config.evaluation, config.data, config.model) if config.evaluation.enabled else {},
+            models=tuple(filter(None, (config.model.path, config.evaluation.retrained))),
+            exported=config.export.dtype,
         )
 
     def table(self, model: str | None, label: str) -> Any:
@@ -71,9 +77,31 @@ class Evaluator:
             self.cache,
             label=label,
             reveal_text=self.reveal_text,
+            dtype=self.dtype(model),
             trust_remote_code=self.trust_remote_code,
         )
         return table if self.sample is None else self.sample.named(table)
+
+    def stored(self, model: str) -> Any:
+        """`table` of a model if the cache has all of it, else None. Runs nothing."""
+        from ofmu_ray.evaluation.runner import stored_table
+
+        table = stored_table(*self._store(model), reveal_text=self.reveal_text)
+        return table if table is None or self.sample is None else self.sample.named(table)
+
+    def store(self, model: str, table: Any) -> None:
+        """Keep the table of a model that was evaluated in memory, as if `table` had made it."""
+        from ofmu_ray.evaluation.runner import store_table
+
+        assert self.sample is None, "the rows of a sample have other names in the cache"
+        store_table(table, *self._store(model))
+
+    def _store(self, model: str) -> Any:
+        from ofmu_ray.evaluation.runner import Store
+
+        loading = self.loading(model)
+        store = Store.of(self.cache, resolve_builtin(model), loading)
+        return store, loading.template, self.sets, self.row_format, self.evaluation
 
     def live_table(self, module: Any, tokenizer: Any, label: str) -> Any:
         """The same for a model in memory. On a CPU it is converted to fp32, like an exported model on loading."""
@@ -84,6 +112,48 @@ class Evaluator:
             module = module.float()
         table = evaluate_live(module, tokenizer, self.sets, self.row_format, self.evaluation, label=label)
         return table if self.sample is None else self.sample.named(table)
+
+    def shared_table(self, module: Any, tokenizer: Any, label: str) -> Any:
+        """`table` for a model that all ranks of the process group hold together, on every rank. Collective.
+
+        The model is neither copied nor converted.
+        """
+        import torch.distributed as dist
+
+        from ofmu_ray.evaluation.runner import evaluate_live
+        from ofmu_ray.models.answers import unwrapped
+
+        table = evaluate_live(
+            unwrapped(module),
+            tokenizer,
+            self.sets,
+            self.row_format,
+            self.evaluation,
+            label=label,
+            reveal_text=self.reveal_text,
+            together=dist.is_initialized() and dist.get_world_size() > 1,
+        )
+        return table if self.sample is None else self.sample.named(table)
+
+    def dtype(self, model: str) -> Any:
+        """The type (torch) that the weights of a model are loaded in: evaluation.dtype, the same for all `models`.
+
+        auto: fp32 on CPUs; on GPUs the widest type that one of them is stored in.
+        """
+        import torch
+
+        from ofmu_ray.cluster.map_tasks import device_kind
+        from ofmu_ray.models.exporting import DTYPES, widest_type
+
+        asked = "fp32" if self.evaluation.dtype == "auto" and device_kind() == "cpu" else self.evaluation.dtype
+        if asked != "auto":
+            return DTYPES[asked]
+        stored = widest_type(dict.fromkeys((*self.models, model)))
+        return torch.promote_types(stored, DTYPES.get(self.exported, stored))
+
+    def in_type(self, name: Literal["fp32", "bf16"]) -> Evaluator:
+        """A copy that loads all models in this type: that of a model in memory."""
+        return replace(self, evaluation=replace(self.evaluation, dtype=name))
 
     def sampled(self, rows: int | None, evaluation: EvaluationConfig, seed: int) -> Evaluator:
         """A copy for `rows` rows of each set, evenly spread (None: all), with these options."""
@@ -134,6 +204,8 @@ class Evaluator:
             resolve_builtin(self.tokenizer_of(model)),
             self.row_format,
             max_new_tokens=self.evaluation.max_new_tokens,
+            dtype=self.dtype(model),
+            device_map=self.evaluation.device_map,
             trust_remote_code=self.trust_remote_code,
         )
 

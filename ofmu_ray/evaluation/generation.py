@@ -81,7 +81,7 @@ def generate(
     return texts
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate_batch(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -137,7 +137,7 @@ def _extend(
                     return_dict_in_generate=True,
                 ),
                 logits_processor=[_Drawn(draws, live, width)] if draws else [],
-                stopping_criteria=[_Finished([left[row] for row in live], stop, width)],
+                stopping_criteria=[_Finished([left[row] for row in live], stop, width, ids_bt.device)],
             )
         for row, tokens in zip(live, output.sequences[:, width:].tolist(), strict=True):
             texts[row] = list(itertools.takewhile(lambda token: token not in stop, tokens[: left[row]]))
@@ -146,8 +146,9 @@ def _extend(
         live = [live[slot] for slot in kept]
         if live:
             if not is_stateful(model):
+                # moves the indices to each layer's device; convolutions' states follow, too
                 cache = output.past_key_values
-                cache.reorder_cache(torch.tensor(kept, device=ids_bt.device))  # convolutions' states, too
+                cache.reorder_cache(torch.tensor(kept, device=ids_bt.device))
             ids_bt = output.sequences[kept]
             mask_bt = functional.pad(mask_bt[kept], (0, ids_bt.shape[1] - mask_bt.shape[1]), value=1)
 
@@ -174,13 +175,14 @@ def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tupl
 class _Finished:
     """A stopping criterion for `model.generate`: a text stops at its limit; all stop when few are unfinished."""
 
-    def __init__(self, left: Sequence[int], stop: frozenset[int], width: int) -> None:
-        self.left, self.stop, self.width = torch.tensor(left), torch.tensor(sorted(stop)), width
+    def __init__(self, left: Sequence[int], stop: frozenset[int], width: int, device: torch.device) -> None:
+        self.left, self.width = torch.tensor(left, device=device), width
+        self.stop = torch.tensor(sorted(stop), dtype=torch.long, device=device)
 
     def __call__(self, ids_bt: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
         new_bt = ids_bt[:, self.width :]
-        full_b = self.left.to(ids_bt.device) <= new_bt.shape[1]
-        going_b = ~(full_b | torch.isin(new_bt, self.stop.to(ids_bt.device)).any(1))
+        full_b = self.left <= new_bt.shape[1]
+        going_b = ~(full_b | torch.isin(new_bt, self.stop).any(1))
         few = going_b.float().mean() < _COMPACT_BELOW
         return full_b | few
 

@@ -136,7 +136,7 @@ def _fitted(
     return fitted, lost
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _letter_scores(model: Any, texts: Sequence[Sequence[Text]], batch_size: int) -> list[list[float]]:
     """log p of each row's one-token answers after its prompt: one forward pass per row, logits of one position."""
     scores: list[list[float]] = [[] for _ in texts]

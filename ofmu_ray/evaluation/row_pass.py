@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ofmu_ray.evaluation.scoring import LOGITS_AT_ONCE, TokenScores, most_likely, scores_of
+from ofmu_ray.evaluation.scoring import TokenScores, most_likely, scores_of
+from ofmu_ray.models.room import logits_at_once, rows_at_once
 from ofmu_ray.models.tree import Tree, tree_logits
 
 _NODES = {"cpu": 2048, "cuda": 16384}  # nodes per pass, including padding
@@ -38,8 +39,9 @@ def row_values(model: Any, trees: Sequence[Tree], stop: frozenset[int], max_new_
 
 def _batches(model: Any, trees: Sequence[Tree]) -> Iterator[list[int]]:
     """Rows whose trees share a pass: of similar size, with logits that fit in memory."""
-    nodes = _NODES["cuda" if model.get_input_embeddings().weight.is_cuda else "cpu"]
-    predictors = LOGITS_AT_ONCE // model.config.get_text_config().vocab_size
+    device = model.get_input_embeddings().weight.device
+    nodes = _NODES["cuda" if device.type == "cuda" else "cpu"]
+    predictors = logits_at_once(device) // model.config.get_text_config().vocab_size
     batch: list[int] = []
     predicting = 0
     for row in sorted(range(len(trees)), key=lambda row: -len(trees[row].tokens)):
@@ -54,7 +56,7 @@ def _batches(model: Any, trees: Sequence[Tree]) -> Iterator[list[int]]:
         yield batch
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _pass(model: Any, trees: Sequence[Tree], stop: frozenset[int], max_new_tokens: int) -> list[RowValues]:
     logits_nv = tree_logits(model, trees)
     first = np.cumsum([0] + [len(tree.tokens) - tree.prompt + 1 for tree in trees])  # each tree's first predictor
@@ -91,7 +93,7 @@ def _places(texts: _Texts, device: torch.device) -> tuple[torch.Tensor, torch.Te
 def _normaliser(logits_nv: torch.Tensor) -> torch.Tensor:
     """log of the sum of exponentials, [n]."""
     sums = []
-    for chunk in torch.split(logits_nv, 128):
+    for chunk in torch.split(logits_nv, max(128, rows_at_once(logits_nv)) if logits_nv.is_cuda else 128):
         chunk = chunk.float()
         # log_softmax takes half the time of logsumexp on a CPU
         sums.append(chunk.amax(dim=-1) - chunk.log_softmax(dim=-1).amax(dim=-1))

@@ -11,9 +11,8 @@ from torch.nn import functional
 
 from ofmu_ray.metrics.functions import FloatArray
 from ofmu_ray.models.answers import Text, answer_logits
+from ofmu_ray.models.room import logits_at_once, rows_at_once
 
-LOGITS_AT_ONCE = 1 << 25  # fp32 logits of one forward pass (128 MiB); a batch with more answer tokens is halved
-_CHUNK = 1 << 20  # fp32 numbers of full distributions to process at a time: they fit in the cache
 _LEAST = -1e4  # log p below which p is 0 in fp32
 
 
@@ -61,7 +60,7 @@ def token_scores(model: Any, texts: Sequence[Text], batch_size: int) -> list[Tok
     return [scores[position] for position in range(len(texts))]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _token_scores(model: Any, texts: Sequence[Text]) -> list[TokenScores]:
     if _too_large(model, texts):
         half = len(texts) // 2
@@ -71,12 +70,13 @@ def _token_scores(model: Any, texts: Sequence[Text]) -> list[TokenScores]:
 
 def _too_large(model: Any, texts: Sequence[Text]) -> bool:
     answer_tokens = sum(len(ids) - prompt for ids, prompt in texts)
-    return len(texts) > 1 and answer_tokens * model.config.get_text_config().vocab_size > LOGITS_AT_ONCE
+    most = logits_at_once(model.get_input_embeddings().weight.device)
+    return len(texts) > 1 and answer_tokens * model.config.get_text_config().vocab_size > most
 
 
 def scores_of(logits_nv: torch.Tensor, targets_n: torch.Tensor, counts: Sequence[int]) -> list[TokenScores]:
     """Scores of texts from the logits that predict their tokens, concatenated; `counts`: tokens per text."""
-    step = max(1, _CHUNK // logits_nv.shape[1])
+    step = rows_at_once(logits_nv)
     chunks = zip(torch.split(logits_nv, step), torch.split(targets_n, step), strict=True)
     columns = zip(*(standardised(logits, targets) for logits, targets in chunks), strict=True)
     texts = (torch.split(torch.cat(column).cpu(), list(counts)) for column in columns)
@@ -107,7 +107,7 @@ def most_likely(logits_nv: torch.Tensor) -> torch.Tensor:
     return logits_nv.argmax(dim=-1)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _nll(model: Any, texts: Sequence[Text]) -> FloatArray:
     logits_nv, targets_n, counts = answer_logits(model, texts)
     nll_n = functional.cross_entropy(logits_nv.float(), targets_n, reduction="none").double().cpu()

@@ -59,7 +59,8 @@ HALF_ABOVE_BYTES = 2 * 2**30
 """Tables larger than this in fp32 are stored as fp16: a relative error of 2^-11 = 5e-4 of each log-probability or
 activation, at most 2e-4 of any probability."""
 
-_LOGITS_AT_ONCE = 1 << 25  # elements of one forward pass: 128 MiB of fp32
+_LOGITS_AT_ONCE = {"cpu": 1 << 25, "cuda": 1 << 28}
+"""Elements of one forward pass: 128 MiB of fp32, on GPUs 1 GiB."""
 _CODE = ("features/reference.py", "engines/layers.py", "models/answers.py", "evaluation/generation.py")
 _ROW = ["input_ids", "prompt_tokens", "image_pixels", "label"]
 
@@ -214,7 +215,7 @@ class ReferenceModel:
         self, reading: Reading, rows: Sequence[Row], lengths: np.ndarray, wide: np.ndarray, title: str
     ) -> Iterator[tuple[int, np.ndarray]]:
         """(row number, the model's result for it), once per row; `lengths`, `wide`: as in `cut`."""
-        batches = cut(lengths, wide)
+        batches = cut(lengths, wide, _LOGITS_AT_ONCE[device_kind()])
         jobs = [[rows[number] for number in numbers] for numbers in batches]
         flops = 2 * sum(file.stat().st_size for file in self.weights.glob("*.safetensors")) / 4 * lengths.sum()
         with progress.bar(f"reference {title}", len(rows), "row") as bar:
@@ -224,15 +225,15 @@ class ReferenceModel:
                 bar.update(len(batches[number]))
 
 
-def cut(lengths: np.ndarray, wide: np.ndarray) -> list[list[int]]:
-    """Row numbers in batches of similar length, longest first: at most BATCH_TOKENS tokens with padding, and logits
-    (`wide`: their elements by row) that fit in memory; single rows may exceed both."""
+def cut(lengths: np.ndarray, wide: np.ndarray, most: int) -> list[list[int]]:
+    """Row numbers in batches of similar length, longest first: at most BATCH_TOKENS tokens with padding, and `most`
+    elements of logits (`wide`: those of each row); single rows may exceed both."""
     batches: list[list[int]] = []
     elements = 0
     for number in np.argsort(-lengths, kind="stable").tolist():
         elements += int(wide[number])
         full = not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > BATCH_TOKENS
-        if full or elements > _LOGITS_AT_ONCE:
+        if full or elements > most:
             batches.append([])
             elements = int(wide[number])
         batches[-1].append(number)

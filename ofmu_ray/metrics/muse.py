@@ -36,7 +36,7 @@ def privacy(inputs: Inputs) -> Mapping[str, MetricValue]:
             reason = f"no {name} were evaluated (evaluation.sets.{name})"
             return dict.fromkeys(("muse_min_k_auc", "muse_privleak"), MetricValue.absent(reason))
     forget, holdout = (_scores(those) for those in rows)
-    auc, _ = attack_figures(holdout, forget, name="muse_min_k", **inputs.options)
+    auc, _ = attack_figures(holdout, forget, name="muse_min_k", samples=inputs.samples, seed=inputs.seed)
     return {"muse_min_k_auc": auc, "muse_privleak": _privleak(inputs, rows, (forget, holdout))}
 
 
@@ -46,7 +46,8 @@ def _privleak(inputs: Inputs, rows: list[pa.Table], scores: tuple[FloatArray, Fl
     others = [rows_of(inputs.retrained, name) for name in DOCUMENTS]
     if not all(same_rows(*pair) for pair in zip(rows, others, strict=True)):
         return MetricValue.absent("the retrained model was evaluated on other documents")
-    return privleak_figure(scores, (_scores(others[0]), _scores(others[1])), name="muse_privleak", **inputs.options)
+    reference = _scores(others[0]), _scores(others[1])
+    return privleak_figure(scores, reference, name="muse_privleak", samples=inputs.samples, seed=inputs.seed)
 
 
 def _scores(rows: pa.Table) -> FloatArray:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -70,11 +71,8 @@ class Types:
 
     def __init__(self, shapes: Mapping[str, torch.Tensor], model: ModelConfig, options: ExportConfig):
         self._shapes, self._asked = shapes, DTYPES.get(options.dtype)
-        self._stored = {} if self._asked else stored_types(base_folder(weights_folder(resolve_builtin(model.path))))
-        sizes: Counter[torch.dtype] = Counter()
-        for dtype, numel in self._stored.values():
-            sizes[dtype] += numel
-        self._usual = max(sizes, key=lambda dtype: sizes[dtype], default=None)
+        self._stored = {} if self._asked else stored_types(model.path)
+        self._usual = _usual(self._stored)
 
     def of(self, name: str, written: str | None = None) -> torch.dtype:
         """`name`: in the state dict; `written`: in the files."""
@@ -88,10 +86,38 @@ class Types:
         return self._asked or self._usual or next(t.dtype for t in self._shapes.values() if t.dtype.is_floating_point)
 
 
-def stored_types(folder: Path) -> dict[str, tuple[torch.dtype, int]]:
-    """(type, number of elements) of the fp32, bf16 and fp16 weights in a folder, from their headers."""
+@torch.no_grad()
+def round_as_exported(module: Any, model: ModelConfig, options: ExportConfig) -> None:
+    """Give the weights in memory (what this rank has of them) the values that their export has.
+
+    With LoRA they stay as they are: export rounds the sums of weights and adapters.
+    """
+    if model.lora is not None:
+        return
+    weights = Weights(module, lambda _: nullcontext(), keep=False)
+    types, written = Types(weights.shapes, model, options), saved_names(unwrapped(module), weights.shapes) or {}
+    names = {inside: name for name, inside in written.items()}
+    weights.round(lambda inside: types.of(inside, names.get(inside)))
+
+
+def widest_type(models: Iterable[str]) -> torch.dtype:
+    """The type that holds the weights of all these models (paths or hub names); of each, that of most weights."""
+    usual = (_usual(stored_types(model)) or torch.float32 for model in models)
+    return functools.reduce(torch.promote_types, usual)
+
+
+def _usual(stored: Mapping[str, tuple[torch.dtype, int]]) -> torch.dtype | None:
+    sizes: Counter[torch.dtype] = Counter()
+    for dtype, numel in stored.values():
+        sizes[dtype] += numel
+    return max(sizes, key=lambda dtype: sizes[dtype], default=None)
+
+
+def stored_types(model: str) -> dict[str, tuple[torch.dtype, int]]:
+    """(type, number of elements) of a model's fp32, bf16 and fp16 weights, from the headers of its files."""
     from safetensors import safe_open
 
+    folder = base_folder(weights_folder(resolve_builtin(model)))
     found: dict[str, tuple[torch.dtype, int]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:

@@ -67,6 +67,14 @@ class Weights:
                 found[name] = self._copy(parameter, None)
         return found
 
+    def round(self, type_of: Callable[[str], torch.dtype]) -> None:
+        """Round this rank's part of each weight, in place, to the type of its name. LoRA's matrices are left."""
+        for name, inside in self._names.items():
+            tensor = self._tensors[inside].detach()
+            for held in (tensor, getattr(self._tensors[inside], "ds_tensor", None)):  # ZeRO-3's share
+                if held is not None:
+                    held.copy_(held.to(type_of(name)))
+
     def _copy(self, value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
         return value.detach().to("cpu", dtype, copy=True) if self._keep else torch.empty(0)
 

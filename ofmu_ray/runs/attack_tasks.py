@@ -20,6 +20,8 @@ from ofmu_ray.models.source import model_source
 Metrics = dict[str, dict[str, Any]]
 """Model -> name -> {"value", "low", "high", "n"}."""
 GRADIENT_NORM = "gradient_norm"
+ONE_DEVICE = ("relearn", "quantise", "alignment", GRADIENT_NORM)
+"""Attacks that are no plain passes of one model."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Checks:
             )
         if config.checks.alignment:
             self._check_depths()
+        if config.evaluation.device_map is not None:
+            self._check_spread()
 
     def _wanted(self) -> Iterator[Wanted]:
         checks = self.config.checks
@@ -96,6 +100,15 @@ class Checks:
                     "and layers are compared one by one: remove this check or this model"
                 )
 
+    def _check_spread(self) -> None:
+        wanted = [wanted.name for wanted in self.wanted if wanted.kind in ONE_DEVICE]
+        wanted += ["lm_eval"] if self.config.checks.lm_eval else []
+        if wanted:
+            raise UserError(
+                f"checks.{wanted[0]}: it changes weights, takes gradients or loads a second model, which works on one "
+                "GPU only: remove it, or evaluation.device_map"
+            )
+
     def measure(self) -> None:
         """Run what is not cached: in this process if it is little work, else in processes with one CPU or GPU each."""
         from ofmu_ray.cluster.map_tasks import device_kind, map_tasks, runs_here
@@ -111,8 +124,10 @@ class Checks:
                 self.tables[target] = stored
         make, checks = partial(_measurer, device), [check for _, check in missing]
         few = runs_here(sum(check.flops for check in checks))
+        memory = 0 if device == "cuda" else max((check.host_bytes for check in checks), default=0)
+        apart = partial(map_tasks, memory=memory, whole_nodes=self.config.evaluation.device_map is not None)
         with progress.bar("checks", len(missing), "check") as bar:
-            for number, table in enumerate(map(make(), checks)) if few else map_tasks(make, checks):
+            for number, table in enumerate(map(make(), checks)) if few else apart(make, checks):
                 target, check = missing[number]
                 cache.save(check.key(device), table)
                 self.tables[target] = table

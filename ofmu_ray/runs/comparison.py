@@ -17,6 +17,7 @@ from ofmu_ray.models.checks import check_model, check_place
 from ofmu_ray.runs.attack_tasks import Checks
 from ofmu_ray.runs.claims import refuse_taken
 from ofmu_ray.runs.preflight import prepare_storage, public, wants_ray
+from ofmu_ray.runs.who_evaluates import check_device_map
 from ofmu_ray.runs.writing import write_rows
 from ofmu_ray.storage import atomic_write, explained, join, local_file, name_of, scratch
 
@@ -64,6 +65,7 @@ def _compare(config: EvaluateConfig, command: Sequence[str]) -> Comparison:
         from ofmu_ray.cluster.join import join_cluster
 
         join_cluster(TrainingConfig(), storage, {_option(label): [path] for label, path in models.items()})
+    check_device_map(config.evaluation)
     tags, record = {"ofmu.kind": "evaluate"}, join(home, tracking.RECORD)
     handle = tracking.start(config.tracking, storage, name_of(home), public(config), tags, record=record)
     status: Any = "FAILED"
@@ -139,6 +141,7 @@ def _evaluator(config: EvaluateConfig, storage: str) -> Evaluator:
         config.trust_remote_code,
         sets=read_sets(config.evaluation, config.data, reader),
         own_tokenizers=config.tokenizer is None,
+        models=tuple(_models(config).values()),
     )
 
 

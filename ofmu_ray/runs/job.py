@@ -28,6 +28,7 @@ WATCHED = "watched.parquet"
 PLAN = "plan"
 SIDECARS = "sidecars"
 TOKENS = "tokens"
+EVALUATED = "evaluated"
 REQUESTED = "requested"
 """Rows that a pipeline wrote for this run only."""
 
@@ -144,7 +145,8 @@ def with_references(
 
 
 def remove_text(folder: str) -> None:
-    """Delete tokens, batch plan, sidecars, watched and requested rows: text in them must not outlive a run."""
-    for name in (TOKENS, PLAN, SIDECARS, REQUESTED):
+    """Delete what must not outlive a run, as there is text in it: tokens, batch plan, sidecars, watched and requested
+    rows, the workers' tables."""
+    for name in (TOKENS, PLAN, SIDECARS, REQUESTED, EVALUATED):
         remove_folder(join(folder, name))
     remove_file(join(folder, WATCHED))

@@ -20,7 +20,7 @@ from ofmu_ray.config import ExportConfig, ModelConfig, TrainConfig, UnlearnConfi
 from ofmu_ray.errors import UserError
 from ofmu_ray.models.checks import placed
 from ofmu_ray.runs.claims import Claim
-from ofmu_ray.runs.job import REQUESTED, TOKENS, Spec, make_job, remove_text, with_references
+from ofmu_ray.runs.job import EVALUATED, REQUESTED, TOKENS, Spec, make_job, remove_text, with_references
 from ofmu_ray.runs.outcome import Outcome, cost_of, read_trained, read_unlearned
 from ofmu_ray.runs.preflight import (
     check_machine,
@@ -33,6 +33,7 @@ from ofmu_ray.runs.preflight import (
     prepare_storage,
     public,
 )
+from ofmu_ray.runs.who_evaluates import check_device_map, evaluates_live, evaluation_of
 from ofmu_ray.runs.writing import RunResults
 from ofmu_ray.storage import (
     atomic_write,
@@ -51,6 +52,7 @@ from ofmu_ray.tasks import task_named
 if TYPE_CHECKING:
     from ofmu_ray.data.encoder import Encoder
     from ofmu_ray.tasks.protocol import Evaluation
+    from ofmu_ray.training.live import LiveEvaluation
     from ofmu_ray.training.worker_job import WorkerJob
 
 
@@ -215,7 +217,7 @@ def _unlearn(this_run: Run, config: UnlearnConfig) -> Outcome:
     check_training(task, config)
     if config.evaluation.enabled and config.evaluation.retrained:
         task.check_model(ModelConfig(path=config.evaluation.retrained), "evaluation.retrained")
-    encoder, evaluation = task.encoder(processor, config.data), task.evaluation(config, this_run.storage)
+    encoder, evaluation = task.encoder(processor, config.data), evaluation_of(task, config, this_run.storage)
     tags = {"ofmu.kind": "unlearn", "ofmu.method": config.method, "ofmu.config_hash": this_run.digest}
     with this_run.claim.held():
         with _tracked(this_run, tags) as handle:
@@ -224,6 +226,7 @@ def _unlearn(this_run: Run, config: UnlearnConfig) -> Outcome:
                 if not this_run.here:
                     join_cluster(config.training, this_run.storage, run_paths(config))
                     check_task_on_nodes(config.task)
+                check_device_map(config.evaluation)
             with _threads(this_run):
                 results = _work(this_run, config, evaluation, encoder, handle)
         return _concluded(this_run, config, results, handle)
@@ -275,15 +278,21 @@ def _work(this_run: Run, config: UnlearnConfig, evaluation: Evaluation, encoder:
     with this_run.phase("reference"):
         job = with_references(replace(job, tracking=handle), spec, prepared, plan, this_run.cache)
     with this_run.phase("evaluation"):
-        before = evaluation.table(config.model.path, "before")
+        live, before = _live(this_run, config, spec, evaluation)
+        if live is None:
+            before = evaluation.table(config.model.path, "before")
         retrained = evaluation.table(config.evaluation.retrained, "retrained")
     with this_run.phase("training"):
-        summary = _fit(this_run, job)
+        summary = _fit(this_run, replace(job, live=live))
     progress.note("train", f"{summary['round']} rounds, {summary['train_seconds']:.1f} s; {summary['status']}")
     if summary["message"]:
         progress.note("stop", summary["message"])
     with this_run.phase("evaluation"):
-        after = evaluation.table(join(this_run.home, "model"), "after")
+        if live is None:
+            after = evaluation.table(join(this_run.home, "model"), "after")
+        else:
+            before = _of_workers(this_run, live, config.model.path, "before") if before is None else before
+            after = _of_workers(this_run, live, join(this_run.home, "model"), "after")
         tables = {"before": before, "after": after, "retrained": retrained}
         metrics = {name: evaluation.figures(table, retrained) for name, table in tables.items()}
     return RunResults(
@@ -297,6 +306,33 @@ def _work(this_run: Run, config: UnlearnConfig, evaluation: Evaluation, encoder:
         plan=plan.fingerprint,
         images=images_of(evaluation, tables, config.report.samples),
     )
+
+
+def _live(this_run: Run, config: UnlearnConfig, spec: Spec, evaluation: Any) -> tuple[LiveEvaluation | None, Any]:
+    """What the workers evaluate (None: nothing), and the table of the model before if it is known."""
+    if not evaluates_live(config, spec.training, evaluation):
+        return None, None
+    from ofmu_ray.training.live import LiveEvaluation
+
+    live = LiveEvaluation(folder=join(this_run.home, EVALUATED), evaluation=evaluation, before=True)
+    before = evaluation.stored(config.model.path)
+    if before is None:
+        before, _ = live.table("before")  # of a run that resumes
+    progress.note("evaluation", f"by the run's workers ({spec.training.workers}), with the model that they hold")
+    return replace(live, before=before is None), before
+
+
+def _of_workers(this_run: Run, live: LiveEvaluation, model: str, label: str) -> Any:
+    """A table of the workers; kept in the cache, where `ofmu evaluate` finds it."""
+    evaluation: Any = live.evaluation
+    table, seconds = live.table(label)
+    if table is None:  # a run that was started with another evaluation.engine
+        return evaluation.table(model, label)
+    for phase, moved in (("training", -seconds), ("evaluation", seconds)):
+        this_run.seconds[phase] = max(0.0, this_run.seconds[phase] + moved)
+    if not is_uri(model):  # its fingerprint needs all of it on this machine
+        evaluation.store(model, table)
+    return table
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from ofmu_ray.config import ModelConfig, UnlearnConfig, config_hash, flatten, to_dict
 from ofmu_ray.errors import user_error_within
 from ofmu_ray.models.source import adapter_base, correct_base
-from ofmu_ray.runs.job import Spec, make_job, with_references
+from ofmu_ray.runs.job import EVALUATED, Spec, make_job, with_references
+from ofmu_ray.runs.who_evaluates import evaluates_live
 from ofmu_ray.storage import atomic_write
 from ofmu_ray.tasks import task_named
 
@@ -166,12 +167,25 @@ def reason(error: BaseException) -> str:
 
 def _run(trial: Trial, data: SplitData, work: Path, local: bool, watch: TrialHooks | None) -> dict[str, Any]:
     from ofmu_ray.training.export import export_model
+    from ofmu_ray.training.live import LiveEvaluation
+    from ofmu_ray.training.stages import Stages
     from ofmu_ray.training.start import run_local
 
     clock = _Clock()
     job = job_of(trial, data, work)
+    config = trial.config
+    evaluation = data.evaluator.sampled(trial.rows, config.evaluation, config.seed)  # the rows that it is judged on
+    if not local and trial.phase != "cost" and evaluates_live(config, job.training, evaluation):
+        job = replace(job, live=LiveEvaluation(folder=str(work / EVALUATED), evaluation=evaluation, before=False))
     if watch is not None:
-        job = replace(job, tracking=watch.tracking, stages=_stages(trial, data, work, watch.stages))
+        stages = Stages(
+            folder=str(work / "stages"),
+            count=watch.stages,
+            evaluation=evaluation,
+            retrained=data.retrained,
+            live=not local and evaluates_live(config, job.training, evaluation, on_the_way=True),
+        )
+        job = replace(job, tracking=watch.tracking, stages=stages)
         if watch.parent is not None:
             job = replace(job, start_from=str(checkpoint_path(data.folder, watch.parent)))
     _reset_peak()
@@ -204,13 +218,13 @@ def _run(trial: Trial, data: SplitData, work: Path, local: bool, watch: TrialHoo
         [last] = (work / "train").glob("*round_*_stopped")
         _move(last, checkpoint_path(data.folder, trial.key(data)))
     else:
-        config = trial.config
-        evaluation = data.evaluator.sampled(trial.rows, config.evaluation, config.seed)
         live = local and task_named(job.task).exported_as_is(worker.module, job.model, job.export)
         if local and (watch is not None or not live):
             export_model(job, worker.engine, worker.module, worker.processor, worker.state, 0)
         if live:  # in memory; the worker is done
             table = evaluation.live_table(worker.module, worker.processor, trial.name)
+        elif job.live is not None:
+            table, _ = job.live.table("after")
         else:
             table = evaluation.table(str(work / "model"), trial.name)
         _keep_rows(table, result_path(data.folder, trial.key(data)).with_suffix(".parquet"))
@@ -237,15 +251,6 @@ def _move(folder: Path, place: Path) -> None:
     shutil.rmtree(place, ignore_errors=True)
     place.parent.mkdir(parents=True, exist_ok=True)
     os.replace(folder, place)
-
-
-def _stages(trial: Trial, data: SplitData, work: Path, count: int) -> Any:
-    """Intermediate evaluations, on the rows that the trial is judged on."""
-    from ofmu_ray.training.stages import Stages
-
-    config = trial.config
-    evaluation = data.evaluator.sampled(trial.rows, config.evaluation, config.seed)
-    return Stages(folder=str(work / "stages"), count=count, evaluation=evaluation, retrained=data.retrained)
 
 
 def job_of(trial: Trial, data: SplitData, work: Path) -> WorkerJob:

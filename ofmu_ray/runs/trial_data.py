@@ -14,6 +14,7 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.models.checks import placed
 from ofmu_ray.runs.preflight import check_sources, check_training
 from ofmu_ray.runs.trial import PRIVATE, SplitData
+from ofmu_ray.runs.who_evaluates import evaluation_of
 from ofmu_ray.tasks import task_named
 
 
@@ -58,7 +59,7 @@ def checked(
         for part in sorted(needs - {"retrained", "generations"}):
             if getattr(evaluation.sets, part) is None:
                 raise UserError(f"{where}{name} = {metric} needs rows of {part}: name evaluation.sets.{part}")
-    return task.evaluation(base, storage)
+    return evaluation_of(task, base, str(storage))
 
 
 def prepare(

@@ -126,6 +126,11 @@ class CausalLM:
 
         export_causal_lm(module, processor, weights, folder, model, options)
 
+    def round_as_exported(self, module: torch.nn.Module, model: ModelConfig, options: ExportConfig) -> None:
+        from ofmu_ray.models.exporting import round_as_exported
+
+        round_as_exported(module, model, options)
+
     def exported_as_is(self, module: torch.nn.Module, model: ModelConfig, options: ExportConfig) -> bool:
         from ofmu_ray.models.exporting import exported_as_is
 

@@ -28,6 +28,14 @@ class Evaluation(Protocol):
     def live_table(self, module: torch.nn.Module, processor: Any, label: str) -> pa.Table:
         """The same for a model in memory, as for its export."""
 
+    # optional, together, for evaluation.engine live; Task.round_as_exported belongs to them:
+    # def shared_table(self, module: torch.nn.Module, processor: Any, label: str) -> pa.Table
+    #     the same for a model that all ranks hold together, neither copied nor converted, on every rank; collective
+    # def in_type(self, name: str) -> Evaluation
+    #     a copy that loads other models in the type of that one's weights (fp32, bf16)
+    # def stored(self, model: str) -> pa.Table | None; def store(self, model: str, table: pa.Table) -> None
+    #     the cache of `table`
+
     def sampled(self, rows: int | None, evaluation: EvaluationConfig, seed: int) -> Evaluation:
         """The same on `rows` rows of each set (None: all). Tables keep the row ids; `figures` restricts the retrained
         model's full table to the same rows."""
@@ -125,6 +133,9 @@ class Task(Protocol):
 
         `weights.whole()` is the state dict on rank 0; larger models are read tensor by tensor.
         """
+
+    # optional: def round_as_exported(self, module, model: ModelConfig, options: ExportConfig) -> None
+    # give the weights in memory the values that `export` writes
 
     def exported_as_is(self, module: torch.nn.Module, model: ModelConfig, options: ExportConfig) -> bool:
         """Whether `export` keeps the bits of the module's weights, so that its evaluation is that of the export."""

@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from ofmu_ray.cluster.watchdog import Watchdog
 from ofmu_ray.engines.protocol import Engine
 from ofmu_ray.storage import atomic_write
 from ofmu_ray.tasks.protocol import Evaluation, Task
+from ofmu_ray.training.live import agreed, shared_rows
 
 POLL_SECONDS = 0.05
+ANSWER_SECONDS = 30.0
+"""After which rank 0 tells the others that there is no decision yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,8 @@ class Stages:
     """Evaluation on the rows that decide."""
     retrained: Any = None
     """Per-row values of the retrained model (pyarrow Table), or None."""
+    live: bool = False
+    """All ranks evaluate the model that they hold; otherwise rank 0 evaluates a copy, and the others wait."""
 
     def reached(self, before: float, after: float) -> int | None:
         """The stage passed when the run's progress (0 to 1) goes from `before` to `after`; None: none.
@@ -46,17 +51,26 @@ class Stages:
         return stage if stage > int(before * self.count + 1e-9) else None
 
     def measure(
-        self, task: Task, engine: Engine, module: torch.nn.Module, processor: Any, rank: int
+        self,
+        task: Task,
+        engine: Engine,
+        module: torch.nn.Module,
+        processor: Any,
+        rank: int,
+        watchdog: Watchdog,
     ) -> dict[str, Any] | None:
         """Metrics of the current model on rank 0; None elsewhere. Collective. Does not change the model.
 
-        Computed from a copy of the weights, in fp32 on a CPU and as stored on CUDA, like those of the exported model.
+        Unless `live`, computed from a copy of the weights, in fp32 on a CPU and as stored on CUDA, like those of the
+        exported model.
         """
-        weights = engine.full_weights()
-        if weights is None or rank != 0:
-            return None
-        table = self.evaluation.live_table(task.copy(module, weights), processor, "stage")
-        return self.evaluation.figures(table, self.retrained)
+        if self.live:
+            table = shared_rows(self.evaluation, engine, processor, watchdog, "stage")
+        else:
+            weights = engine.full_weights()
+            if weights is not None and rank == 0:
+                table = self.evaluation.live_table(task.copy(module, weights), processor, "stage")
+        return self.evaluation.figures(table, self.retrained) if rank == 0 else None
 
     def known(self, stage: int) -> dict[str, Any] | None:
         """The published result of a stage, if any."""
@@ -67,20 +81,17 @@ class Stages:
         atomic_write(_path(self.folder, stage, "json"), json.dumps(content) + "\n")
 
     def wait(self, stage: int, rank: int) -> bool:
-        """Wait for the decision whether the run continues. Collective."""
-        go = False
-        if rank == 0:
-            decided = None
-            while decided is None:
-                decided = decision(self.folder, stage)
-                if decided is None:
-                    time.sleep(POLL_SECONDS)
-            go = decided
-        if not dist.is_initialized():
-            return go
-        answer = torch.tensor(float(go), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.broadcast(answer, src=0)
-        return bool(answer)
+        """Wait for the decision whether the run continues, however long it takes. Collective."""
+        while True:
+            decided = self._decision(stage) if rank == 0 else None
+            if agreed(decided is not None):  # now and then, so that no rank waits in one collective for its whole limit
+                return agreed(bool(decided))
+
+    def _decision(self, stage: int) -> bool | None:
+        end = time.monotonic() + ANSWER_SECONDS
+        while (decided := decision(self.folder, stage)) is None and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
+        return decided
 
 
 def read_stage(folder: str | Path, stage: int) -> dict[str, Any] | None:

@@ -38,6 +38,8 @@ def worker_loop(config: dict[str, Any]) -> None:
     worker.run(source)
     watchdog.begin("the export")
     export_model(job, worker.engine, worker.module, worker.processor, worker.state, session.rank)
+    if job.live is not None:
+        job.live.end(worker)
     watchdog.close()
 
 
@@ -46,6 +48,8 @@ def fit_here(job: WorkerJob, title: str) -> dict[str, Any]:
     with progress.bar(title, job.training.rounds, "round") as bar:
         worker = run_local(job, ListenerReports(bar))
     export_model(job, worker.engine, worker.module, worker.processor, worker.state, 0)
+    if job.live is not None:
+        job.live.end(worker)
     summary: dict[str, Any] = json.loads(read_text(join(job.run_dir, "training.json")))
     return summary
 

@@ -11,6 +11,8 @@ from ofmu_ray.engines.protocol import Batch, Engine
 from ofmu_ray.tasks.protocol import Task
 
 ROWS_PER_BATCH = 16
+TOKENS_PER_BATCH = 4096
+"""Of long rows, fewer at a time: 512 tokens each make 8, whose logits over 152,000 tokens are at most 2.5 GB."""
 
 
 class UtilityProbe:
@@ -23,9 +25,9 @@ class UtilityProbe:
         mine = rows[rank * share : (rank + 1) * share]
         self.weights = [1.0] * len(mine) + [0.0] * (share - len(mine))
         mine += [rows[0]] * (share - len(mine))
-        self.batches = []
-        for start in range(0, share, ROWS_PER_BATCH):
-            self.batches.append(Batch(micro=[collate(mine[start : start + ROWS_PER_BATCH])]))
+        longest = max(len(row.get("input_ids", ())) for row in rows) or 1  # the same on all ranks
+        size = max(1, min(ROWS_PER_BATCH, TOKENS_PER_BATCH // longest))
+        self.batches = [Batch(micro=[collate(mine[start : start + size])]) for start in range(0, share, size)]
 
     def measure(self, engine: Engine) -> float:
         """Mean of the task's utility over the sample. Collective."""

@@ -110,6 +110,8 @@ class Worker:
             "sidecars": self.job.sidecars,
         }
         self._open_logger()
+        if self.job.live is not None:
+            self.job.live.begin(self)
         if self.resumed and self.state.status == "running":
             self.passed(0.0)
         while self.state.status == "running" and not self._rounds(source(self.state.round, options)):
@@ -201,7 +203,9 @@ class Worker:
         self.watchdog.end()
         metrics = None
         if result is None:
-            metrics = stages.measure(self.task, self.engine, self.module, self.processor, self.session.rank)
+            metrics = stages.measure(
+                self.task, self.engine, self.module, self.processor, self.session.rank, self.watchdog
+            )
         if metrics is not None:
             state, account = self.state, self.engine.account.state()
             spent = {"round": state.round, "train_seconds": state.train_seconds, "account": account}

@@ -9,6 +9,7 @@ from typing import Any
 from ofmu_ray.config import ExportConfig, MethodConfig, ModelConfig, StopConfig, TrainingConfig
 from ofmu_ray.methods import build_method
 from ofmu_ray.methods.protocol import Method
+from ofmu_ray.training.live import LiveEvaluation
 from ofmu_ray.training.stages import Stages
 
 
@@ -43,6 +44,8 @@ class WorkerJob:
     """Folder of another run's checkpoint to start from (same ZeRO stage); None: the reference model."""
     stages: Stages | None = None
     """Evaluations during the run, after each of which a scheduler may end it; None: none."""
+    live: LiveEvaluation | None = None
+    """The workers evaluate the models before and after; None: others do."""
 
     def build_method(self) -> Method:
         """The method, with its options."""
