@@ -238,7 +238,7 @@ def test_an_evaluation_in_an_object_store(
         assert server.keys("runs/cache") == kept
 
 
-@pytest.mark.system
+@pytest.mark.full
 def test_the_numbers_are_those_of_a_runs_end(tmp_path: Path) -> None:
     """The exported model alone, without the run's cache."""
     storage = tmp_path / "run"

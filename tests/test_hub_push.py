@@ -114,7 +114,7 @@ def test_a_run_pushes_its_model_and_pushes_again_when_it_is_shown(
     words = ["unlearn", *QUICK, "--name", "r", "--storage", str(tmp_path), "--push-to-hub", "someone/m"]
     for commits in (1, 2):
         assert cli.main(words) == 0
-        assert f"hub     {hub.url}/someone/m" in capsys.readouterr().out
+        assert f"hub     {hub.url}/someone/m" in capsys.readouterr().err
         repository = hub.repositories["someone/m"]
         assert repository.commits == commits
     assert repository.private

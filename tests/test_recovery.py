@@ -227,6 +227,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(undisturbed, tmp_path):
         fault_table.record("disk full", phase="checkpoint write", at=ended, rounds=rounds, difference=0.0)
 
 
+@pytest.mark.full
 def test_another_configuration_is_refused_and_another_number_of_workers_is_not(killed, capsys):
     """Same name, unfinished: other options change nothing, and one worker resumes what two started, in a storage that
     was moved."""

@@ -416,7 +416,7 @@ def test_evaluate_benchmark_and_a_stopped_sweep_are_jobs_too(head):
         assert storage.joinpath(name, "report.html").exists()
 
 
-@pytest.mark.system
+@pytest.mark.full
 def test_mistakes_that_only_the_cluster_sees_exit_with_2(head):
     """The exit status of the pipeline, not Ray's: a model does not exist."""
     words = ["evaluate", "--storage", str(head.folder / "storage"), "--models", '{"mine": "/no/such/model"}']
