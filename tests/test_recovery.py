@@ -26,7 +26,7 @@ from pipelines import cli
 pytestmark = pytest.mark.system
 
 ROOT = Path(__file__).resolve().parent.parent
-PATIENCE_SECONDS = 400
+PATIENCE_SECONDS = 900
 ROUNDS, EVERY = 9, 3
 OPTIONS = [
     *("--training.rounds", str(ROUNDS), "--training.checkpoint_every", str(EVERY), "--training.batch_size", "4"),
