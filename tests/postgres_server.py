@@ -20,7 +20,7 @@ def binaries() -> Path | None:
     """The folder with initdb and postgres, if PostgreSQL is installed."""
     on_path = shutil.which("initdb")
     found = [folder for folder in BINARIES if (folder / "initdb").exists()]
-    return Path(on_path).parent if on_path else found[0] if found else None
+    return Path(on_path).resolve().parent if on_path else found[0] if found else None
 
 
 def _as_postgres() -> dict[str, int]:
