@@ -195,10 +195,7 @@ def test_tables_report_and_mlflow(finished):
     children = client.search_runs([experiment], "tags.`ofmu.kind` = 'benchmark_run'")
     assert [run.info.status for run in parent] == ["FINISHED"]
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent[0].info.run_id}
-    # a kill between MLflow's answer and the record of a run leaves one that nothing belongs to
-    ended = [run for run in children if run.info.status != "RUNNING"]
-    assert len(ended) == sum(RUNS.values())
-    assert len(children) - len(ended) <= 2  # trials at once
+    assert len(children) == sum(RUNS.values())
     done = [run for run in children if run.info.status == "FINISHED"]
     assert all({"after/model_utility", "cost/flops"} <= set(run.data.metrics) for run in done)
     files = {file.path for file in client.list_artifacts(parent[0].info.run_id)}

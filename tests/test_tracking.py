@@ -124,6 +124,18 @@ def test_equal_names_alone_are_different_runs(storage: str, tmp_path: Path) -> N
     assert start(CONFIG, storage, "same name", {"seed": 1}, record=record).run_id not in ("0" * 32, first.run_id)
 
 
+def test_a_run_whose_driver_was_killed_before_it_recorded_the_id_is_found(storage: str, tmp_path: Path) -> None:
+    record = tmp_path / RECORD
+    first = start(CONFIG, storage, "r", {"seed": 0}, record=record)
+    record.unlink()
+    assert start(CONFIG, storage, "r", {"seed": 0}, record=record) == first
+    assert recorded_run(record) == first.run_id
+    with RoundLogger(first) as logger:
+        logger.log(1, {"rho": 0.1})
+    record.unlink()  # --overwrite: the run's folder is gone, and its series are another run's
+    assert start(CONFIG, storage, "r", {"seed": 0}, record=record) != first
+
+
 def test_series_are_buffered_and_flushed_by_count(storage: str) -> None:
     handle = start(CONFIG, storage, "buffer", {})
     logger = RoundLogger(handle, flush_rounds=3, flush_seconds=3600)

@@ -23,6 +23,7 @@ from ofmu_ray.tracking.description import EXPERIMENT_KIND
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 RUN_NAME_TAG = "ofmu.run_name"
+RECORD_TAG = "ofmu.record"
 RECORD = "mlflow.json"
 """File of a run's folder that keeps the id of its MLflow run."""
 LONGEST_VALUE = 6000  # MLflow's limit of a parameter's value, in characters
@@ -80,12 +81,16 @@ def start(
             client = connection.client(uri)  # creates the tables of a fresh database
             experiment_id = _experiment(client, config.experiment, uri, storage)
         run = None if record is None else _recorded(client, experiment_id, record, values)
+        known = run is not None
+        if record is not None and not known:
+            own_tags[RECORD_TAG] = hashlib.sha256(f"{record}\0{_digest(values)}".encode()).hexdigest()[:32]
+            run = _unrecorded(client, experiment_id, own_tags[RECORD_TAG])
         if run is None:
             run = client.create_run(experiment_id, run_name=run_name, tags=own_tags)
-            if record is not None:
-                entry = {"run_id": run.info.run_id, "parameters": _digest(values)}
-                atomic_write(record, json.dumps(entry) + "\n")
-        else:
+        if record is not None and not known:
+            entry = {"run_id": run.info.run_id, "parameters": _digest(values)}
+            atomic_write(record, json.dumps(entry) + "\n")
+        if known:
             client.update_run(run.info.run_id, status="RUNNING")
             for key, value in own_tags.items():
                 client.set_tag(run.info.run_id, key, value)
@@ -230,6 +235,12 @@ def _recorded(client: Any, experiment_id: str, record: PathLike, values: Mapping
         raise
     there = run.info.lifecycle_stage == "active" and str(run.info.experiment_id) == experiment_id
     return run if there else None
+
+
+def _unrecorded(client: Any, experiment_id: str, tag: str) -> Any | None:
+    """A run that a process began and was killed before it could record the id."""
+    begun = f"tags.`{RECORD_TAG}` = '{tag}' and attributes.status = 'RUNNING'"
+    return next((run for run in client.search_runs([experiment_id], begun) if not run.data.metrics), None)
 
 
 def _digest(values: Mapping[str, str]) -> str:
