@@ -91,7 +91,7 @@ def test_passes_without_gradients_and_single_layers_stay_eager(monkeypatch: pyte
 
     monkeypatch.setattr(torch, "compile", compile_)
     module: Any = tiny_model("llama")
-    batch = token_batch([9, 12])
+    batch = token_batch([9, 12], seed=0)
     expected = layer_output(module, batch, 0)
     made = compiled_passes(module, replace(TRAINING, compile=True))
     engine = TorchEngine(module, compiled=made)

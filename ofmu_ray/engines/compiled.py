@@ -38,6 +38,8 @@ class Compiled:
             part.forward = self._chosen(part.forward)
 
     def _chosen(self, eager: Callable[..., Any]) -> Callable[..., Any]:
+        from torch._dynamo.exc import TorchDynamoException
+
         # lengths differ between batches: with static shapes, every new one would be compiled
         compiled = torch.compile(eager, backend=BACKEND, dynamic=True)
 
@@ -46,7 +48,7 @@ class Compiled:
             if self._on and not self._failed:
                 try:
                     return compiled(*args, **kwargs)
-                except Exception as error:  # no compiler, or code that it does not take; other errors come again below
+                except TorchDynamoException as error:  # no compiler, or code that it does not take
                     self.note(_line(error))
                     self._failed = True
             return eager(*args, **kwargs)
@@ -82,6 +84,6 @@ def compiled_passes(module: torch.nn.Module, training: TrainingConfig) -> Compil
     return compiled
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {first}"[:200].rstrip(".: ")

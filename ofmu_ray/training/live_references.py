@@ -46,10 +46,9 @@ def write_tables(worker: Worker) -> None:
             finally:
                 hook.remove()
                 worker.watchdog.end()
-    if worker.job.references:
-        agreed(True)  # no rank looks for a table before it is there
-        if session.device.type == "cuda":  # the peak of the rounds is their own
-            torch.cuda.reset_peak_memory_stats(session.device)
+    agreed(True)  # no rank looks for a table before it is there
+    if session.device.type == "cuda":  # the peak of the rounds is their own
+        torch.cuda.reset_peak_memory_stats(session.device)
 
 
 def _together(

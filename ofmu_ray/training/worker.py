@@ -24,7 +24,6 @@ from ofmu_ray.storage import open_mapped
 from ofmu_ray.tasks import loaded, task_named
 from ofmu_ray.training import checkpoint, integrity
 from ofmu_ray.training.checkpoint import LoopState
-from ofmu_ray.training.live_references import write_tables
 from ofmu_ray.training.session import Reports, Session
 from ofmu_ray.training.utility import UtilityProbe
 from ofmu_ray.training.worker_job import WorkerJob
@@ -52,7 +51,10 @@ class Worker:
         self.compiled = compiled_passes(self.module, job.training)
         self.engine = build_engine(job, self.module, self.task.loss, session.device, unread, self.compiled)
         self.watchdog = watchdog or Watchdog(session.rank, None, None)
-        write_tables(self)
+        if job.references:
+            from ofmu_ray.training.live_references import write_tables
+
+            write_tables(self)
         self.method.start(self.engine)
         for name, path in parameter_files(job.sidecars).items():
             with open_mapped(path) as file:
