@@ -46,7 +46,7 @@ def compare(worker: Worker, eager: Worker) -> None:
             assert worker.state.series[-1][key] == pytest.approx(value, rel=1e-4), key
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_same_weights_with_compiled_passes(eager: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = []
 

@@ -85,5 +85,6 @@ def compiled_passes(module: torch.nn.Module, training: TrainingConfig) -> Compil
 
 
 def _line(error: BaseException) -> str:
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {first}"[:200].rstrip(".: ")
+    """What the compiler says first: where it failed, and why."""
+    lines = [line.strip().rstrip(":.") for line in str(error).splitlines() if line.strip()]
+    return ": ".join(lines[:2])[:200] or type(error).__name__
