@@ -62,8 +62,23 @@ def test_the_same_weights_with_compiled_passes(eager: Worker, tmp_path: Path, mo
 
 
 @pytest.mark.full
-def test_the_same_weights_with_inductor(eager: Worker, tmp_path: Path) -> None:
-    worker = ran(tmp_path, "inductor", compile=True)
+def test_inductor(eager: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own backend: without a compiler the run is eager and says so, with one the weights are the same."""
+    from torch._inductor import config, cpp_builder
+
+    monkeypatch.setattr(config, "compile_threads", 1)  # no processes
+    with monkeypatch.context() as patch:
+        patch.setattr(config.cpp, "cxx", ("no-such-compiler",))
+        worker = ran(tmp_path, "without", compile=True)
+        (note,) = worker.state.notes
+        assert "no-such-compiler" in note or "C++" in note
+        compare(worker, eager)
+    try:
+        cpp_builder.get_cpp_compiler()
+    except RuntimeError as reason:
+        pytest.skip(f"no C++ compiler: {reason}")
+    torch._dynamo.reset()
+    worker = ran(tmp_path, "with", compile=True)
     assert worker.state.notes == []
     compare(worker, eager)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_ranks import run_ranks
-from reference_ranks import Case, start
+from live_reference_ranks import Case, start
 from test_reference import TARGET, encoder_of, prepared, stream, template  # noqa: F401 (fixtures)
 from tiers import asked, tiered
 
