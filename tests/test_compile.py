@@ -62,25 +62,36 @@ def test_the_same_weights_with_compiled_passes(eager: Worker, tmp_path: Path, mo
 
 
 @pytest.mark.full
-def test_inductor(eager: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's own backend: without a compiler the run is eager and says so, with one the weights are the same."""
+def test_without_a_compiler_the_run_is_eager_and_says_so(eager: Worker, tmp_path: Path) -> None:
+    from torch._inductor import config
+
+    with config.patch({"cpp.cxx": ("no-such-compiler",), "compile_threads": 1}):
+        worker = ran(tmp_path, "without", compile=True)
+    (note,) = worker.state.notes
+    assert "no-such-compiler" in note or "C++" in note
+    compare(worker, eager)
+
+
+@pytest.mark.full
+def test_gradients_by_inductor() -> None:
+    """torch's own backend."""
     from torch._inductor import config, cpp_builder
 
-    monkeypatch.setattr(config, "compile_threads", 1)  # no processes
-    with monkeypatch.context() as patch:
-        patch.setattr(config.cpp, "cxx", ("no-such-compiler",))
-        worker = ran(tmp_path, "without", compile=True)
-        (note,) = worker.state.notes
-        assert "no-such-compiler" in note or "C++" in note
-        compare(worker, eager)
     try:
         cpp_builder.get_cpp_compiler()
     except RuntimeError as reason:
         pytest.skip(f"no C++ compiler: {reason}")
-    torch._dynamo.reset()
-    worker = ran(tmp_path, "with", compile=True)
-    assert worker.state.notes == []
-    compare(worker, eager)
+    eager, module = tiny_model("llama"), tiny_model("llama")
+    made = compiled_passes(module, replace(TRAINING, compile=True))
+    assert made is not None
+    engines = TorchEngine(eager), TorchEngine(module, compiled=made)
+    with config.patch(compile_threads=1):  # no processes
+        for lengths in ([9, 12], [7, 5, 20]):
+            (expected, loss), (found, other) = (engine.gradient(token_batch(lengths, seed=0)) for engine in engines)
+            assert other == pytest.approx(loss, rel=1e-5)
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert made.new_notes() == []
 
 
 @pytest.mark.slow
