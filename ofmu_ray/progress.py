@@ -36,7 +36,7 @@ class Listener:
         yield Bar()
 
     def started(self, run: Any) -> None:
-        """A run starts or resumes; `run`: ofmu_ray.runs.run.Run."""
+        """A run starts or resumes; `run`: ofmu_ray.runs.this_run.Run."""
 
     def ended(self, run: Any, outcome: Any) -> None:
         """A run ended; `outcome`: ofmu_ray.runs.outcome.Outcome, or None if an exception ended it."""

@@ -156,9 +156,44 @@ def test_a_second_evaluation_runs_nothing(
     storage, metrics, _, _ = finished
     monkeypatch.setattr("ofmu_ray.evaluation.runner.run_units", lambda *_: pytest.fail("a set was evaluated again"))
     rows = pq.read_table(storage / "e" / "rows.parquet")
+    (storage / "e" / "evaluated.json").unlink()  # as if it had been killed at the very end
     status, again = run(storage, data={"root": str(data)}, checks=CHECKS)
     assert (status, again, counted) == (0, metrics, [])
     assert pq.read_table(storage / "e" / "rows.parquet").equals(rows)
+    written = (storage / "e" / "report.html").stat().st_mtime_ns
+    status, again = run(storage, data={"root": str(data)}, checks=CHECKS)
+    assert (status, again) == (0, metrics)
+    assert (storage / "e" / "report.html").stat().st_mtime_ns == written
+
+
+def test_a_finished_evaluation_is_read_until_an_input_changes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(Path(resolve_builtin("builtin:people/forget.jsonl")).read_bytes())
+    words = ["--storage", str(tmp_path / "runs"), "--name", "e", "--evaluation.max_rows", "4"]
+    words += ["--evaluation.max_new_tokens", "0", "--evaluation.sets.forget", str(rows)]
+    page = tmp_path / "runs/e/report.html"
+
+    def evaluated(*more: str) -> bool:
+        """Whether the command measured instead of reading what is there."""
+        before = page.stat().st_mtime_ns if page.exists() else 0
+        assert cli.main(["evaluate", *words, *more]) == 0
+        table = capsys.readouterr().out.partition("\nreport")[0]
+        shown.append(table[table.index("Forget probability") :])
+        return page.stat().st_mtime_ns != before
+
+    shown: list[str] = []
+    assert evaluated()
+    assert not evaluated()
+    assert shown[0] == shown[1]
+    assert evaluated("--seed", "1")
+    assert evaluated()
+    rows.write_text("".join(reversed(rows.read_text().splitlines(keepends=True))))
+    assert evaluated()
+    assert shown[-1] != shown[0]
+    page.unlink()
+    assert evaluated()
 
 
 @pytest.mark.full

@@ -18,7 +18,8 @@ from ofmu_ray.errors import StartError, StorageError, UserError
 from ofmu_ray.models.loading import load_tokenizer
 from ofmu_ray.runs.claims import Claim, locked
 from ofmu_ray.runs.preflight import public
-from ofmu_ray.runs.run import Run, as_begun
+from ofmu_ray.runs.run import as_begun
+from ofmu_ray.runs.this_run import Run
 from ofmu_ray.storage import explained
 from pipelines import cli
 from pipelines.parse import parse

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ofmu_ray import progress
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import ModelConfig, TrainingConfig, config_hash
 from ofmu_ray.config.evaluate import RETRAINED, EvaluateConfig
@@ -16,6 +17,7 @@ from ofmu_ray.metrics.peer_names import peer_values
 from ofmu_ray.models.checks import check_model, check_place
 from ofmu_ray.runs.attack_tasks import Checks
 from ofmu_ray.runs.claims import refuse_taken
+from ofmu_ray.runs.finished_comparison import inputs_digest, keep_finished, read_finished
 from ofmu_ray.runs.preflight import prepare_storage, public, wants_ray
 from ofmu_ray.runs.who_evaluates import check_device_map
 from ofmu_ray.runs.writing import write_rows
@@ -39,21 +41,33 @@ class Comparison:
 
 
 def compare(config: EvaluateConfig, command: Sequence[str] = ()) -> Comparison:
-    """Evaluate, compare, report. Cached results are not computed again, so an interrupted evaluation resumes.
+    """Evaluate, compare, report. Cached results are not computed again, so an interrupted evaluation resumes, and a
+    finished one whose options and local files have not changed is read.
 
     Raises:
         UserError: a model, rows or an option cannot be used.
     """
     with explained(config.storage):
-        return _compare(config, command)
+        return _compared(config, command)
 
 
-def _compare(config: EvaluateConfig, command: Sequence[str]) -> Comparison:
-    from ofmu_ray import tracking
-
+def _compared(config: EvaluateConfig, command: Sequence[str]) -> Comparison:
     storage = prepare_storage(config.storage)
     home = join(storage, config.name or f"evaluate-{config_hash(config)[:8]}")
     refuse_taken(home)
+    digest = inputs_digest(config)
+    before = read_finished(home, digest)
+    if before is None:
+        return _measured(config, command, storage, home, digest)
+    progress.note("evaluation", "finished before, and nothing it read has changed since")
+    return Comparison(home, before["metrics"]["models"], before["metrics"]["checks"], before["peer"], before["mlflow"])
+
+
+def _measured(
+    config: EvaluateConfig, command: Sequence[str], storage: str, home: str, digest: str | None
+) -> Comparison:
+    from ofmu_ray import tracking
+
     models = _models(config)
     for label, path in models.items():
         check_place(path, _option(label))
@@ -90,7 +104,9 @@ def _compare(config: EvaluateConfig, command: Sequence[str]) -> Comparison:
         logged = _logged(metrics, further) if done else None
         with scratch() as place:
             artifacts = [local_file(join(home, name), place) for name in files] if done else []
-            tracking.finish(handle, metrics=logged, artifacts=artifacts, status=status)
+            delivered = tracking.finish(handle, metrics=logged, artifacts=artifacts, status=status)
+    if delivered:
+        keep_finished(home, digest, peer=peer, mlflow=mlflow)
     return Comparison(home, metrics, further, peer, mlflow)
 
 
