@@ -25,10 +25,11 @@ from ofmu_ray.data.sources import fragments
 from ofmu_ray.data.template import Template
 from ofmu_ray.data.tokenise import PartJob, encode_fragment
 from ofmu_ray.errors import UserError
-from ofmu_ray.features import reference, refusals
+from ofmu_ray.features import reference, refusals, value_tables
 from ofmu_ray.features.builtin import LOG_PROBABILITIES, NLL, Activations, Refusals
 from ofmu_ray.features.protocol import FeatureContext, Need
-from ofmu_ray.features.reference import cut, write_references
+from ofmu_ray.features.reference import write_references
+from ofmu_ray.features.value_tables import cut
 from ofmu_ray.models.loading import load_tokenizer
 
 TARGET = ModelConfig()
@@ -137,7 +138,7 @@ def close(value: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool
 def test_values_do_not_depend_on_batches(
     finished: Any, prepared: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "BATCH_TOKENS", 1)  # a row at a time
+    monkeypatch.setattr(value_tables, "BATCH_TOKENS", 1)  # a row at a time
     _, sidecars = computed(prepared, tmp_path)
     for name in ("forget", "retain"):
         ours, theirs = (json.loads(Path(where[name], "sidecar.json").read_text()) for where in (sidecars, finished[2]))
@@ -230,7 +231,7 @@ def test_a_refusal_that_does_not_fit_keeps_eos(prepared: PreparedData, template:
 def test_large_tables_are_half_precision_or_refused(
     prepared: PreparedData, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "HALF_ABOVE_BYTES", 1000)
+    monkeypatch.setattr(value_tables, "HALF_ABOVE_BYTES", 1000)
     _, sidecars = computed(prepared, tmp_path, NEEDS[4:5])
     half, full = (
         np.load(Path(json.loads(Path(tables["retain"], "sidecar.json").read_text())["tables"]["logits"], "values.npy"))
@@ -245,7 +246,7 @@ def test_large_tables_are_half_precision_or_refused(
 
 
 def test_batches_hold_every_row_once_and_keep_their_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "BATCH_TOKENS", 100)
+    monkeypatch.setattr(value_tables, "BATCH_TOKENS", 100)
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 150, size=200)
     wide = rng.integers(1, 2500, size=200)
@@ -262,7 +263,7 @@ def test_actors_give_the_same_values(
     finished: Any, prepared: PreparedData, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, local_ray: None
 ):
     monkeypatch.setattr(map_tasks, "SMALL_FLOPS", 0.0)
-    monkeypatch.setattr(reference, "BATCH_TOKENS", 256)
+    monkeypatch.setattr(value_tables, "BATCH_TOKENS", 256)
     _, sidecars = computed(prepared, tmp_path, NEEDS[:1])
     ours, theirs = (
         np.load(Path(json.loads(Path(tables["forget"], "sidecar.json").read_text())["tables"]["nll"], "values.npy"))

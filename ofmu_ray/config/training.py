@@ -44,6 +44,9 @@ class TrainingConfig:
     """Whether weight decay also shrinks norms and biases (parameters with fewer than two dimensions)."""
     offload: Literal["none", "optimizer"] = "none"
     """optimizer: keep the optimisers' moments in host memory between steps."""
+    compile: bool = False
+    """torch.compile for the passes of training, which changes their rounding. Passes are eager, and the run says so, at
+    ZeRO-3 and where something does not compile."""
     rounds: int = 20
     """Rounds of the method (for OFMU: K outer iterations)."""
     batch_size: int = 8

@@ -33,7 +33,7 @@ WHERE_KEPT = ("name", "storage", "overwrite", "tracking", "report", *(f"export.{
 ELASTIC = tuple(
     f"training.{name}"
     for name in (
-        *("workers", "cpus_per_worker", "gpus_per_worker", "micro_batch_size"),
+        *("workers", "cpus_per_worker", "gpus_per_worker", "micro_batch_size", "compile"),
         *("placement", "network_interface", "keep_checkpoints", "max_failures", "round_timeout", "node_timeout"),
     )
 )
@@ -57,6 +57,7 @@ ADDED_WITHIN: dict[str, tuple[Any, ...]] = {
     "data.split": (None,),
     "data.test": (None,),
     "training.decay_norms": (True,),
+    "training.compile": (False,),
     "*.milestones": ([0.5, 0.75],),
     "*.step_factor": (0.1,),
     "evaluation.engine": ("auto", "live", "process"),

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ofmu_ray.config import OptimizerConfig, Precision
+from ofmu_ray.engines.compiled import Compiled
 from ofmu_ray.engines.protocol import Kind, Loss, Vector
 from ofmu_ray.engines.shards import FlatShards, Shards, fill_frozen, trainable_parameters, trains_adapters
 from ofmu_ray.engines.vector_engine import VectorEngine
@@ -45,9 +46,9 @@ class DeepSpeedEngine(VectorEngine):
     rank ever has a complete gradient or fp32 vector. Stages 1 and 2 are identical here: stage 1 would keep complete
     gradients until the optimiser step, but here every pass ends in a sharded vector.
 
-    Precision, `offload`, `loss_fn`, `decay_norms` and `unread` are as in `TorchEngine`; at stage 3 a rank reads only
-    its shares of `unread` parameters. A loss calls the module that it is given (DeepSpeed's wrapper), which has the
-    model's attributes.
+    Precision, `offload`, `loss_fn`, `decay_norms`, `unread` and `compiled` are as in `TorchEngine`; at stage 3 a rank
+    reads only its shares of `unread` parameters. A loss calls the module that it is given (DeepSpeed's wrapper), which
+    has the model's attributes.
 
     Raises UserError without a process group, and for operations that need double backward.
     """
@@ -65,6 +66,7 @@ class DeepSpeedEngine(VectorEngine):
         decay_norms: bool = True,
         micro_batch_size: int = 1,
         unread: Unread | None = None,
+        compiled: Compiled | None = None,
     ) -> None:
         if not dist.is_initialized():
             raise UserError("the DeepSpeed engine needs torch.distributed: start it in Ray Train, or use engine torch")
@@ -90,6 +92,7 @@ class DeepSpeedEngine(VectorEngine):
             precision=precision,
             offload=offload,
             decay_norms=decay_norms,
+            compiled=compiled,
         )
 
     def _zero_shards(

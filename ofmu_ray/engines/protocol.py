@@ -85,8 +85,9 @@ class Engine(ParameterSpace, Protocol):
     def evaluate(self, batch: Any, fn: Callable[[torch.nn.Module, Any], Any]) -> list[Any]:
         """fn(module, micro-batch) for each micro-batch of this rank, without gradients. Collective with ZeRO-3."""
 
-    def reading(self) -> AbstractContextManager[torch.nn.Module]:
-        """The model itself, for passes without gradients in the weights' own precision. Collective with ZeRO-3."""
+    def reading(self, *, autocast: bool = False) -> AbstractContextManager[torch.nn.Module]:
+        """The model itself, for passes without gradients in the weights' own precision; with `autocast`,
+        bf16_autocast runs them in bf16. Collective with ZeRO-3."""
 
     def weights(self) -> Vector:
         """A copy of theta (masters, this rank's shard)."""

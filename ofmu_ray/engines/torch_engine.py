@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ofmu_ray.config import OptimizerConfig, Precision
+from ofmu_ray.engines.compiled import Compiled
 from ofmu_ray.engines.protocol import Kind, Loss, Vector, sum_and_count
 from ofmu_ray.engines.shards import FlatShards
 from ofmu_ray.engines.vector_engine import VectorEngine, batch_sums, micro_batches
@@ -21,7 +22,8 @@ class TorchEngine(VectorEngine):
     precision: fp32 (float64 modules stay float64), bf16 (bf16 weights, fp32 masters), or bf16_autocast and tf32 (fp32
     weights; bf16 autocast, or TF32 products on CUDA, in passes that enter no finite difference). offload="optimizer"
     keeps the optimiser moments in host memory between steps. decay_norms=False: no weight decay for parameters with
-    fewer than two dimensions. The parameters of `module` become views of one buffer, into which `unread` ones are read.
+    fewer than two dimensions. compiled: compiles parts of the passes of `gradient`. The parameters of `module` become
+    views of one buffer, into which `unread` ones are read.
     """
 
     offers_exact = True
@@ -38,6 +40,7 @@ class TorchEngine(VectorEngine):
         offload: str = "none",
         decay_norms: bool = True,
         unread: Unread | None = None,
+        compiled: Compiled | None = None,
     ) -> None:
         super().__init__(
             module,
@@ -48,6 +51,7 @@ class TorchEngine(VectorEngine):
             precision=precision,
             offload=offload,
             decay_norms=decay_norms,
+            compiled=compiled,
         )
 
     def parameters(self) -> list[torch.Tensor]:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 
 from ofmu_ray.config import OptimizerConfig
+from ofmu_ray.engines.compiled import Compiled
 from ofmu_ray.engines.loop_optimizer import LoopOptimizer
 from ofmu_ray.engines.products import fp32_products
 from ofmu_ray.engines.protocol import Batch, Kind, Loop, Loss, PassAccount, Vector, sum_and_count
@@ -49,6 +50,7 @@ class VectorEngine:
         precision: str,
         offload: str,
         decay_norms: bool,
+        compiled: Compiled | None,
     ) -> None:
         disable_dropout(module)
         self.module = module
@@ -57,6 +59,7 @@ class VectorEngine:
         self.loss_fn: Loss = loss_fn or causal_lm_loss
         self.account = PassAccount()
         self.kept: dict[str, Vector] = {}
+        self._compiled: AbstractContextManager[object] = compiled or nullcontext()
         self.shards = shards
         named = trainable_parameters(module)
         self.trainable_names = [name for name, _ in named]
@@ -107,7 +110,7 @@ class VectorEngine:
         shards.clear_gradients()
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, count, tokens
         exact = differenced or bool(self._displacements)
-        with self._every_gradient_arrives(), fp32_products(self.precision, exact=exact):
+        with self._every_gradient_arrives(), fp32_products(self.precision, exact=exact), self._compiled:
             for micro in micro_batches(batch, self.device):
                 with self._autocast(not exact):
                     value, count = sum_and_count(loss(shards.forward_module, micro))
@@ -143,15 +146,15 @@ class VectorEngine:
             self.module.train(training)
 
     @contextmanager
-    def reading(self) -> Iterator[torch.nn.Module]:
+    def reading(self, *, autocast: bool = False) -> Iterator[torch.nn.Module]:
         """The model, to be called without gradients, in evaluation mode and with its weights' own precision.
 
-        At ZeRO-3 each of its passes is collective.
+        `autocast`: in bf16 if the precision is bf16_autocast. At ZeRO-3 each of its passes is collective.
         """
         training = self.module.training
         self.module.eval()
         try:
-            with torch.no_grad(), fp32_products(self.precision, exact=True):
+            with torch.no_grad(), fp32_products(self.precision, exact=True), self._autocast(autocast):
                 yield self.module
         finally:
             self.module.train(training)

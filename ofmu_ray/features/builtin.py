@@ -26,6 +26,7 @@ class AnswerNLL(Values):
     per_token = False
     dtype = "float64"
     spells = False
+    in_step = True
 
     def shape(self, config: Any) -> tuple[int, ...]:
         return ()
@@ -44,6 +45,7 @@ class LogProbabilities(Values):
 
     name = "logits"
     key = "reference_logprobs"
+    in_step = True
 
     def shape(self, config: Any) -> tuple[int, ...]:
         return (vocabulary(config),)
@@ -60,6 +62,7 @@ class Activations(Values):
 
     name = "activations"
     key = "reference_activations"
+    in_step = True
     layer: int | None = None
     """From 0; None: engines.layers.chosen_layer."""
 

@@ -6,7 +6,8 @@ import numpy as np
 
 from ofmu_ray.config import ModelConfig
 from ofmu_ray.data.prepare import PreparedData, spread
-from ofmu_ray.features.reference import ChosenRows, stream_losses
+from ofmu_ray.features.reference import stream_losses
+from ofmu_ray.features.value_tables import ChosenRows
 
 
 def measured(level: str, prepared: PreparedData, model: ModelConfig, cache: str) -> float:

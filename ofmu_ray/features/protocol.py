@@ -39,6 +39,9 @@ class Values:
     dtype: ClassVar[str] = "float32"
     spells: ClassVar[bool] = True
     """Whether the values of a forget row could reveal its text: if so, they are deleted with the run."""
+    in_step: ClassVar[bool] = False
+    """Whether `measure` does nothing with the model but call it, equally often for every micro-batch. Then workers that
+    share a model (ZeRO-3) compute the values; if not, one process loads the whole model."""
 
     def shape(self, config: Any) -> tuple[int, ...]:
         """Shape of one entry, for a model with this transformers config (its `get_text_config`)."""

@@ -5,33 +5,34 @@ rows, quantity and this code>, so the runs of a sweep compute it once. Anything 
 kept in the run's own folder and deleted with it: refusals and alternatives, which start with the question, and
 log-probabilities and activations of forget rows, since the likeliest words of a model that knows a text spell it.
 
-Small jobs run in this process; larger ones in processes with one CPU or GPU each, which load the model once.
+Small jobs run in this process; larger ones in processes with one CPU or GPU each, which load the model once. Where the
+run's workers share a model that may fit no device, they compute the tables before their first round instead
+(ofmu_ray.training.live_references), with the model that they hold.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.resources
 import inspect
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
 from ofmu_ray import progress
 from ofmu_ray.assets import resolve_builtin
-from ofmu_ray.cluster.map_tasks import device_kind, map_tasks, runs_here
+from ofmu_ray.cluster.map_tasks import device_kind, map_tasks, running_ray, runs_here
 from ofmu_ray.config import ModelConfig
 from ofmu_ray.data.batch_plan import Plan, places
-from ofmu_ray.data.prepare import PreparedData, TokenisedStream, spread
-from ofmu_ray.data.sidecar import SidecarContent, StoredValues, has_table, new_table, read_rows
-from ofmu_ray.data.tokenise import take_rows
+from ofmu_ray.data.prepare import PreparedData, spread
+from ofmu_ray.data.sidecar import SidecarContent, StoredValues, has_table
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.generation import stop_ids
 from ofmu_ray.features import refusals
@@ -44,25 +45,22 @@ from ofmu_ray.features.protocol import (
     Tokens,
     Values,
     answer_tokens,
-    row_tokens,
 )
+from ofmu_ray.features.value_tables import LOGITS_AT_ONCE, ChosenRows, Table, cut, digest, texts_in
 from ofmu_ray.models.loading import read_config
 from ofmu_ray.models.source import model_fingerprint, weights_folder
 from ofmu_ray.storage import atomic_write, is_file, join
 from ofmu_ray.tasks import task_named
 
-BATCH_TOKENS = 4096
-"""Tokens of a forward pass, padding counted."""
+if TYPE_CHECKING:
+    from ofmu_ray.tasks.protocol import Task
+
 MOST_BYTES = 20 * 10**9
 """Larger tables are refused."""
-HALF_ABOVE_BYTES = 2 * 2**30
-"""Tables larger than this in fp32 are stored as fp16: a relative error of 2^-11 = 5e-4 of each log-probability or
-activation, at most 2e-4 of any probability."""
-
-_LOGITS_AT_ONCE = {"cpu": 1 << 25, "cuda": 1 << 28}
-"""Elements of one forward pass: 128 MiB of fp32, on GPUs 1 GiB."""
-_CODE = ("features/reference.py", "engines/layers.py", "models/answers.py", "evaluation/generation.py")
-_ROW = ["input_ids", "prompt_tokens", "image_pixels", "label"]
+_CODE = (
+    *("features/reference.py", "features/value_tables.py"),
+    *("engines/layers.py", "models/answers.py", "evaluation/generation.py"),
+)
 
 
 def write_references(
@@ -75,19 +73,22 @@ def write_references(
     cache: str,
     private: str | None = None,
     settings: FeatureContext | None = None,
+    left: list[Table] | None = None,
 ) -> dict[str, str]:
     """Compute what is missing of `needs`; returns the sidecars' folders (<folder>/<stream>) by stream.
 
     `cache`: the storage's cache folder. `private`: folder for what must be deleted with the run (default
     <folder>/private); the caller deletes it. Of all streams but forget, only the rows that the plan uses are processed,
-    if it uses any.
+    if it uses any. `left`: receives the missing tables that the run's workers can compute (`Values.in_step`); the
+    sidecars name them already.
 
-    Raises UserError: a table is too large, the refusals are unusable, or the model has no such layer.
+    Raises UserError: a table is too large, the refusals are unusable, the model has no such layer, or it has to be
+    loaded whole and does not fit.
     """
     if not needs:
         return {}
     settings = settings or FeatureContext()
-    source = ReferenceModel(model, cache, private or join(folder, "private"), settings.method, task_of(prepared))
+    source = ReferenceModel(model, cache, private or join(folder, "private"), settings.method, task_of(prepared), left)
     folders = {}
     for stream in dict.fromkeys(need.stream for need in needs):
         tokenised = prepared.streams[stream]
@@ -108,12 +109,12 @@ def write_references(
                 tensors = need.feature.resolved(settings, prepared)
                 sidecar.parameters[tensors.name] = source.parameters(tensors, chosen)
             elif need.of is None:
-                table = source.table(need.feature.resolved(settings), stream, chosen.rows, chosen.key)
+                table = source.table(need.feature.resolved(settings), stream, chosen.read, chosen.key)
                 sidecar.add_table(need.feature.name, need.feature.key, table)
             else:
                 path, prefix = written(need.of), need.of.prefix
-                rows = read_rows(path).to_pylist()
-                table = source.table(need.feature, f"{stream}_{prefix.strip('_')}", rows, Path(path).stem)
+                read = partial(texts_in, path)
+                table = source.table(need.feature, f"{stream}_{prefix.strip('_')}", read, Path(path).stem)
                 sidecar.add_table(prefix + need.feature.name, prefix + need.feature.key, table)
         folders[stream] = sidecar.write(join(folder, stream))
     return folders
@@ -126,7 +127,7 @@ def stream_losses(prepared: PreparedData, name: str, model: ModelConfig, cache: 
     """
     stream = prepared.streams[name]
     chosen = ChosenRows(stream, spread(stream.rows, most))
-    folder = ReferenceModel(model, cache, "", name, task_of(prepared)).table(NLL, name, chosen.rows, chosen.key)
+    folder = ReferenceModel(model, cache, "", name, task_of(prepared)).table(NLL, name, chosen.read, chosen.key)
     sums = StoredValues(folder).rows([row["row_id"] for row in chosen.rows]).double().numpy()
     return np.asarray(sums / np.array([answer_tokens(row) for row in chosen.rows]))
 
@@ -136,25 +137,26 @@ def task_of(prepared: PreparedData) -> str:
     return getattr(prepared.encoder, "task", "causal_lm")
 
 
-class ChosenRows:
-    """The rows of a stream that the run uses; `columns`: those of them to read that there are."""
-
-    def __init__(self, stream: TokenisedStream, at: np.ndarray, columns: Sequence[str] = _ROW) -> None:
-        self.key = _digest(stream.fingerprint, hashlib.sha256(at.tobytes()).hexdigest())
-        self.rows: list[Row] = take_rows(
-            stream.folder, [name for name, _ in stream.parts], at, ["row_id", *columns]
-        ).to_pylist()
-
-
 class ReferenceModel:
-    """The model before any step, and where its tables are stored."""
+    """The model before any step, and where its tables are stored.
 
-    def __init__(self, model: ModelConfig, cache: str, private: str, method: str, task: str = "causal_lm") -> None:
-        self.task = task
+    `left`: receives the missing tables that workers can compute; None: they are computed here.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        cache: str,
+        private: str,
+        method: str,
+        task: str = "causal_lm",
+        left: list[Table] | None = None,
+    ) -> None:
+        self.task, self.left = task, left
         self.model = replace(model, lora=None, freeze=[], gradient_checkpointing=False)
         self.cache, self.private, self.method = join(cache, "reference"), private, method
         self.weights = weights_folder(resolve_builtin(model.path))
-        self.fingerprint = _digest(
+        self.fingerprint = digest(
             model_fingerprint(self.weights),
             model.precision,
             *(importlib.resources.files("ofmu_ray").joinpath(file).read_text() for file in _CODE),
@@ -167,7 +169,7 @@ class ReferenceModel:
 
     def texts(self, tokens: Tokens, chosen: ChosenRows, prepared: PreparedData) -> str:
         """Path of the rows' texts; the file name is a hash of everything that determines them."""
-        key = _digest(self.fingerprint, chosen.key, prepared.template.fingerprint(), _identity(tokens))
+        key = digest(self.fingerprint, chosen.key, prepared.template.fingerprint(), _identity(tokens))
         path = join(self.private, f"{key}.parquet")
         if not is_file(path):
             refusals.write_refusals(path, tokens.rows(self, chosen.rows, prepared.template))
@@ -177,29 +179,27 @@ class ReferenceModel:
         """Path of the named tensors, computed in this process if missing."""
         from safetensors.torch import save
 
-        path = join(self.private, f"{_digest(self.fingerprint, _identity(feature), chosen.key)}.safetensors")
+        path = join(self.private, f"{digest(self.fingerprint, _identity(feature), chosen.key)}.safetensors")
         if not is_file(path):
-            reference = Reference(self.task, self.model, device_kind())
+            self._refuse_whole(feature.name)
+            reference = Reference.load(self.task, self.model, device_kind())
             atomic_write(path, save(feature.compute(reference, chosen.rows)))
         return path
 
-    def table(self, feature: Values, stream: str, rows: Sequence[Row], rows_key: str) -> str:
-        """Folder of the table, computed if missing."""
-        key = _digest(self.fingerprint, _identity(feature), rows_key)
+    def table(self, feature: Values, stream: str, read: Callable[[], list[Row]], rows_key: str) -> str:
+        """Folder of the table of the rows that `read` gives; computed, or left to the workers, if missing."""
+        key = digest(self.fingerprint, _identity(feature), rows_key)
         folder = join(self.private if stream == "forget" and feature.spells else self.cache, key)
         if has_table(folder):
             return folder
-        shape = feature.shape(self.config)
-        entries = np.array([feature.entries(row) for row in rows], dtype=np.int64)
-        bytes_fp32 = 4 * int(entries.sum()) * int(np.prod(shape))
-        dtype = "float16" if bytes_fp32 > HALF_ABOVE_BYTES else feature.dtype
-        self._refuse_large(feature, stream, int(entries.sum()), shape, bytes_fp32 // 2)
-        about = {"quantity": feature.name, **asdict(feature), "stream": stream, "dtype": dtype}
-        with new_table(folder, [row["row_id"] for row in rows], entries, shape, dtype, about) as (values, starts):
-            lengths = np.array([row_tokens(row) for row in rows])
-            wide = np.array([answer_tokens(row) for row in rows]) * feature.width(self.config)
-            for number, piece in self.read(feature, rows, lengths, wide, f"{feature.name} of {stream}"):
-                values[starts[number] : starts[number] + entries[number]] = piece
+        rows, shape = read(), feature.shape(self.config)
+        table = Table(folder, feature, stream, read, shape, feature.width(self.config))
+        entries = table.entries(rows)
+        self._refuse_large(feature, stream, int(entries.sum()), shape, table.bytes_fp32(entries) // 2)
+        if self.left is not None and feature.in_step:
+            self.left.append(table)
+        else:
+            table.write(rows, self.read(feature, rows, *table.sizes(rows), table.title))
         return folder
 
     def _refuse_large(self, feature: Values, stream: str, entries: int, shape: Sequence[int], size: int) -> None:
@@ -211,33 +211,33 @@ class ReferenceModel:
                 "fewer rows or rounds, or another method"
             )
 
+    @functools.cached_property
+    def _stored_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.weights.glob("*.safetensors"))
+
+    def _refuse_whole(self, title: str) -> None:
+        """Refuse a model of which one process would hold more than there is, where the workers share it."""
+        room = None if self.left is None else _room()
+        if room is not None and self._stored_bytes > room:
+            raise UserError(
+                f"method {self.method} needs {title} from one process that loads the whole model, whose "
+                f"{self._stored_bytes / 1e9:.3g} GB of weights do not fit {room / 1e9:.3g} GB; use a method whose "
+                "reference values the workers compute, such as npo or dpo, or one that needs none"
+            )
+
     def read(
         self, reading: Reading, rows: Sequence[Row], lengths: np.ndarray, wide: np.ndarray, title: str
     ) -> Iterator[tuple[int, np.ndarray]]:
         """(row number, the model's result for it), once per row; `lengths`, `wide`: as in `cut`."""
-        batches = cut(lengths, wide, _LOGITS_AT_ONCE[device_kind()])
+        self._refuse_whole(title)
+        batches = cut(lengths, wide, LOGITS_AT_ONCE[device_kind()])
         jobs = [[rows[number] for number in numbers] for numbers in batches]
-        flops = 2 * sum(file.stat().st_size for file in self.weights.glob("*.safetensors")) / 4 * lengths.sum()
+        flops = 2 * self._stored_bytes / 4 * lengths.sum()
         with progress.bar(f"reference {title}", len(rows), "row") as bar:
             make = partial(_reader, self.task, self.model, reading, device_kind())
             for number, results in enumerate(map(make(), jobs)) if runs_here(flops) else map_tasks(make, jobs):
                 yield from zip(batches[number], results, strict=True)
                 bar.update(len(batches[number]))
-
-
-def cut(lengths: np.ndarray, wide: np.ndarray, most: int) -> list[list[int]]:
-    """Row numbers in batches of similar length, longest first: at most BATCH_TOKENS tokens with padding, and `most`
-    elements of logits (`wide`: those of each row); single rows may exceed both."""
-    batches: list[list[int]] = []
-    elements = 0
-    for number in np.argsort(-lengths, kind="stable").tolist():
-        elements += int(wide[number])
-        full = not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > BATCH_TOKENS
-        if full or elements > most:
-            batches.append([])
-            elements = int(wide[number])
-        batches[-1].append(number)
-    return batches
 
 
 class Reading(Protocol):
@@ -248,14 +248,22 @@ class Reading(Protocol):
 
 
 class Reference:
-    """The reference model in memory."""
+    """The reference model in memory.
 
-    def __init__(self, task: str, model: ModelConfig, device: str) -> None:
+    `autocast`: its passes run in bf16, whatever its weights are.
+    """
+
+    def __init__(self, module: Any, processor: Any, task: Task, device: torch.device, *, autocast: bool) -> None:
+        self.module, self.processor, self.device, self.autocast = module, processor, device, autocast
+        self.collate, self.loss = task.collate(processor), task.loss
+
+    @classmethod
+    def load(cls, task: str, model: ModelConfig, device: str) -> Reference:
+        """Load the whole model."""
         made = task_named(task)
-        self.module, self.processor = made.load(model)
-        self.module.to(device).eval()
-        self.collate, self.device, self.loss = made.collate(self.processor), torch.device(device), made.loss
-        self.autocast = model.precision == "bf16_autocast"
+        module, processor = made.load(model)
+        autocast = model.precision == "bf16_autocast"
+        return cls(module.to(device).eval(), processor, made, torch.device(device), autocast=autocast)
 
     @functools.cached_property
     def stop(self) -> frozenset[int]:
@@ -276,14 +284,20 @@ class Reference:
 def _reader(
     task: str, model: ModelConfig, reading: Reading, device: str
 ) -> Callable[[Sequence[Row]], list[np.ndarray]]:
-    return partial(Reference(task, model, device).of, reading)
+    return partial(Reference.load(task, model, device).of, reading)
+
+
+def _room() -> int | None:
+    """Bytes of the memory that a process here has for a model; None: unknown, as processes may run on other nodes."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    ray = running_ray()
+    if ray is not None and len(ray.nodes()) > 1:
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _identity(feature: Values | Tokens | ParameterValues) -> str:
     """What determines its values, apart from model and rows."""
     kind = type(feature)
     return json.dumps([kind.__qualname__, inspect.getsource(kind), asdict(feature)], sort_keys=True)
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

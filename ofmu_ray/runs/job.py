@@ -16,12 +16,14 @@ from ofmu_ray.config import (
     TrainingConfig,
     UnlearnConfig,
 )
+from ofmu_ray.progress import note
 from ofmu_ray.storage import join, remove_file, remove_folder
 from ofmu_ray.tasks import task_named
 
 if TYPE_CHECKING:
     from ofmu_ray.data.batch_plan import Plan
     from ofmu_ray.data.prepare import PreparedData
+    from ofmu_ray.features.value_tables import Table
     from ofmu_ray.training.worker_job import WorkerJob
 
 WATCHED = "watched.parquet"
@@ -126,11 +128,14 @@ def with_references(
 ) -> WorkerJob:
     """The job, with what its method needs to know about the rows under the reference model.
 
+    Workers that share a model which may fit no device (ZeRO-3) compute it themselves, as far as they can.
     `private`: folder for tables that would reveal a forget row's text; None: the run's own.
     """
     from ofmu_ray.features.protocol import FeatureContext
     from ofmu_ray.features.reference import write_references
 
+    training = spec.training
+    left: list[Table] | None = [] if training.workers > 1 and training.zero_stage == 3 else None
     sidecars = write_references(
         job.build_method().needs,
         prepared,
@@ -140,8 +145,12 @@ def with_references(
         cache=cache,
         private=private,
         settings=FeatureContext(spec.method_name, spec.root, spec.seed),
+        left=left,
     )
-    return replace(job, sidecars=sidecars)
+    if left:
+        titles = ", ".join(table.title for table in left)
+        note("reference", f"{titles}: by the run's workers ({training.workers}), with the model that they hold")
+    return replace(job, sidecars=sidecars, references=tuple(left or ()))
 
 
 def remove_text(folder: str) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load
 
 from ofmu_ray.cluster.watchdog import Watchdog
 from ofmu_ray.data.sidecar import parameter_files
+from ofmu_ray.engines.compiled import Compiled, compiled_passes
 from ofmu_ray.engines.protocol import Engine, Loss
 from ofmu_ray.errors import UserError
 from ofmu_ray.methods.protocol import run_round
@@ -47,7 +48,13 @@ class Worker:
         if hasattr(self.task, "normalisation"):
             self.task.normalisation(self.module, unlearns=self.method.unlearns, workers=session.world)
         self.method.freeze(self.module)
-        self.engine = build_engine(job, self.module, self.task.loss, session.device, unread)
+        self.compiled = compiled_passes(self.module, job.training)
+        self.engine = build_engine(job, self.module, self.task.loss, session.device, unread, self.compiled)
+        self.watchdog = watchdog or Watchdog(session.rank, None, None)
+        if job.references:
+            from ofmu_ray.training.live_references import write_tables
+
+            write_tables(self)
         self.method.start(self.engine)
         for name, path in parameter_files(job.sidecars).items():
             with open_mapped(path) as file:
@@ -56,12 +63,11 @@ class Worker:
         self.probe = UtilityProbe(self.task, self.collate, rows, *ranks) if rows else None
         self.progress = progress
         """Receives rank 0's progress and notes."""
-        self.watchdog = watchdog or Watchdog(session.rank, None, None)
         self.logger: Any = None
         self.resumed = False
         """Whether the state comes from a checkpoint of this run."""
         self.state = self._begin()
-        self.state.notes += notes
+        self.state.notes += [*notes, *self._compiling()]
         self._exchange_notes()
 
     def _begin(self) -> LoopState:
@@ -171,8 +177,7 @@ class Worker:
         values["tokens_per_second"] = (self.engine.account.tokens - tokens) / seconds
         good = self._finite(values) and self._useful(values)
         self._log(values)
-        if good:
-            self._note(*self.method.notes)
+        self._note(*(self.method.notes if good else ()), *self._compiling())
         last = state.round == training.rounds
         due = state.round % training.checkpoint_every == 0 or self._check_due()
         if good and due and not last:
@@ -290,6 +295,9 @@ class Worker:
             for sentence in sentences:
                 self.progress.note(sentence)
 
+    def _compiling(self) -> list[str]:
+        return [] if self.compiled is None else self.compiled.new_notes()
+
     def roll_back(self) -> bool:
         """After a non-finite round, return to the last good checkpoint, with smaller steps. False: not (or no longer).
 
@@ -356,9 +364,15 @@ class Worker:
 
 
 def build_engine(
-    job: WorkerJob, module: torch.nn.Module, loss: Loss, device: torch.device, unread: Unread | None = None
+    job: WorkerJob,
+    module: torch.nn.Module,
+    loss: Loss,
+    device: torch.device,
+    unread: Unread | None = None,
+    compiled: Compiled | None = None,
 ) -> Engine:
-    """The engine of training.engine on a device; `loss`: the task's; `unread`: weights that it reads itself."""
+    """The engine of training.engine on a device; `loss`: the task's; `unread`: weights that it reads itself;
+    `compiled`: replaces parts of its passes."""
     training = job.training
     inner, outer = job.method.optimizers
     if unread is None:
@@ -373,6 +387,7 @@ def build_engine(
         "offload": training.offload,
         "decay_norms": training.decay_norms,
         "unread": unread,
+        "compiled": compiled,
     }
     if training.single:
         from ofmu_ray.engines import TorchEngine

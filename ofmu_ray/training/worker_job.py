@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ofmu_ray.config import ExportConfig, MethodConfig, ModelConfig, StopConfig, TrainingConfig
 from ofmu_ray.methods import build_method
 from ofmu_ray.methods.protocol import Method
 from ofmu_ray.training.live import LiveEvaluation
 from ofmu_ray.training.stages import Stages
+
+if TYPE_CHECKING:
+    from ofmu_ray.features.value_tables import Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,8 @@ class WorkerJob:
     """Completes the rows of the plan as they are read (ofmu_ray.data.shard_files.Reading); None: they are complete."""
     sidecars: Mapping[str, str] = field(default_factory=dict)
     """Stream -> folder of precomputed features of its rows (ofmu_ray.data.sidecar)."""
+    references: Sequence[Table] = ()
+    """Tables that the sidecars name and that the workers compute before their first round."""
     start_from: str | None = None
     """Folder of another run's checkpoint to start from (same ZeRO stage); None: the reference model."""
     stages: Stages | None = None
