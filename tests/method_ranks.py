@@ -21,7 +21,7 @@ ROUNDS = 3
 ADAMW = config.OptimizerConfig(name="adamw", lr=2e-3, clip=1.0, eps=1e-3, weight_decay=0.05)
 UNDECAYED = replace(ADAMW, weight_decay=0.0)
 MOMENTUM = config.OptimizerConfig(name="sgd", lr=0.05, clip=1.0, momentum=0.5, decay="linear")
-OPTIONS: dict[str, config.OneLoopConfig] = {
+OPTIONS: dict[str, config.MethodConfig] = {
     "gradient_ascent": config.METHODS["gradient_ascent"](optimizer=ADAMW),
     "grad_diff": config.METHODS["grad_diff"](optimizer=ADAMW, forget_weight=0.5, retain_weight=2.0),
     "grad_diff-kl": config.METHODS["grad_diff"](optimizer=ADAMW, retain_loss="kl"),
@@ -39,6 +39,7 @@ OPTIONS: dict[str, config.OneLoopConfig] = {
     "dualoptim-apart": config.METHODS["dualoptim"](
         optimizer=ADAMW, retain_steps=2, shared_base=False, forget_loss="npo"
     ),
+    "influence": config.METHODS["influence"](alpha=2.0, damping=0.2, gradients=2, forget_share=0.5),
     "blur-nll": config.METHODS["blur"](optimizer=ADAMW, forget_loss="nll", forget_weight=0.3),
 }
 """Variant -> options: small models need larger learning rates than the defaults."""

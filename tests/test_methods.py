@@ -38,7 +38,7 @@ ONE_ENGINE_WILL_DO = {"grad_diff-no_retain", "blur-nll"}  # their siblings make 
 TWO_RANKS = [
     *(Case(variant, 0, micro=1) for variant in OPTIONS if "-sgd" not in variant and variant not in ONE_ENGINE_WILL_DO),
     *(
-        Case(variant, 3, micro=1, resume=variant in ("task_arithmetic", "pdu", "dualoptim"))
+        Case(variant, 3, micro=1, resume=variant in ("task_arithmetic", "pdu", "dualoptim", "influence"))
         for variant in OPTIONS
         if variant not in ONE_ENGINE_WILL_DO
     ),
@@ -55,10 +55,12 @@ class Plain:
 
     def __init__(self, variant: str):
         self.name, self.options = variant.partition("-")[0], OPTIONS[variant]
+        self.differences: list[torch.Tensor] = []
+        self.fisher: list[torch.Tensor] = []
         self.module = seeded_model("llama").double()
         self.parameters = list(self.module.parameters())
         self.start = [p.detach().clone() for p in self.parameters]
-        rule = self.options.optimizer
+        rule = self.options.optimizers[1]
         if rule.name == "adamw":
             settings = {"lr": rule.lr, "eps": rule.eps, "weight_decay": rule.weight_decay}
             self.optimizer: Any = torch.optim.AdamW(self.parameters, **settings)
@@ -107,6 +109,33 @@ class Plain:
                 )
                 moments[kind] = m, v
 
+    def influence(self, forget: Any, retain: Any) -> None:
+        """A round at theta_0; H is inverted by Sherman and Morrison's formula, on vectors of all parameters."""
+        options: Any = self.options
+        with torch.no_grad():
+            for p, start in zip(self.parameters, self.start, strict=True):
+                p.copy_(start)
+        f, g = (
+            torch.cat([part.ravel() for part in self.gradient(loss_formulas.nll, batch)[1]])
+            for batch in (forget, retain)
+        )
+        self.differences.append(f - g)
+        self.fisher = [*self.fisher, g][: options.gradients]
+
+        def solved(vector: torch.Tensor, terms: int) -> torch.Tensor:
+            if not terms:
+                return vector / options.damping
+            g = self.fisher[terms - 1]
+            along = solved(g, terms - 1)
+            return solved(vector, terms - 1) - along * (along @ vector) / (len(self.fisher) + g @ along)
+
+        step = solved(sum(self.differences) / len(self.differences), len(self.fisher))  # type: ignore[arg-type]
+        at = 0
+        with torch.no_grad():
+            for p in self.parameters:
+                p += options.alpha * options.forget_share * step[at : at + p.numel()].view_as(p)
+                at += p.numel()
+
     def round(self, number: int, streams: Any) -> None:
         options: Any = self.options
         if self.name == "dualoptim":
@@ -115,6 +144,9 @@ class Plain:
                 self.turn(loss_formulas.nll, batch, "retain")
             return
         forget, retain = (next(iter(streams[name]), None) for name in ("forget", "retain"))
+        if self.name == "influence":
+            self.influence(forget, retain)
+            return
         if self.name == "task_arithmetic":
             _, total = self.gradient(loss_formulas.nll, forget)
         elif self.name == "retain_finetune":

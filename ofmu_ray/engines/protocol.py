@@ -59,6 +59,8 @@ class Engine(ParameterSpace, Protocol):
     account: PassAccount
     loss_fn: Loss
     """The task's loss, the default of `gradient`."""
+    kept: dict[str, Vector]
+    """Vectors of the method, by name, that checkpoints have beside the weights. The method changes them in place."""
     precision: str
 
     @property

@@ -36,7 +36,9 @@ def reshard(states: Sequence[State], layout: Mapping[str, Any]) -> dict[str, Any
         )
     masters = _cut([state["masters"] for state in states], saved["pieces"], layout)
     loops = {loop: _optimizer(states, loop, layout) for loop in first["optimizers"]}
-    return {**first, "layout": dict(layout), "masters": masters, "optimizers": loops}
+    names = first.get("kept", {})
+    kept = {name: _cut([state["kept"][name] for state in states], saved["pieces"], layout) for name in names}
+    return {**first, "layout": dict(layout), "masters": masters, "optimizers": loops, "kept": kept}
 
 
 def _optimizer(states: Sequence[State], loop: str, layout: Mapping[str, Any]) -> dict[str, Any]:

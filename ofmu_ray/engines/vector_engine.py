@@ -58,6 +58,7 @@ class VectorEngine:
         self.mixed = precision in ("bf16_autocast", "tf32")
         self.loss_fn: Loss = loss_fn or causal_lm_loss
         self.account = PassAccount()
+        self.kept: dict[str, Vector] = {}
         self._compiled: AbstractContextManager[object] = compiled or nullcontext()
         self.shards = shards
         named = trainable_parameters(module)
@@ -289,6 +290,7 @@ class VectorEngine:
             "optimizers": {loop: optimizer.state_dict() for loop, optimizer in self._optimizers.items()},
             "buffers": [buffer.detach().to("cpu", copy=True) for buffer in self._buffers],
             "account": self.account.state(),
+            "kept": {name: [part.to("cpu", copy=True) for part in vector] for name, vector in self.kept.items()},
         }
 
     @property
@@ -313,6 +315,9 @@ class VectorEngine:
         for loop, optimizer in self._optimizers.items():
             optimizer.load_state_dict(state["optimizers"][loop])
         self._restore_buffers(state["buffers"])
+        # older checkpoints have no kept vectors
+        for name, vector in state.get("kept", {}).items():
+            self.kept[name] = [part.to(self.device, copy=True) for part in vector]
         self.account.load(state["account"])
         self.shards.refresh()
 

@@ -94,6 +94,7 @@ def _vector_seconds(planner: Planner, estimate: Requirements, clock: Callable[[]
     inner, outer = planner.method.optimizers
     engine = _Arithmetic(module, inner=inner, outer=outer)
     method = build_method(planner.method, planner.training.rounds)
+    method.start(engine)
     counts = method.batches_per_round()
     batches = [[None] * counts.get(stream, 0) for stream in ("forget", "retain")]
     method.round(engine, iter(batches[0]), iter(batches[1]))  # the first round creates the moments

@@ -102,8 +102,8 @@ def peaks(
 ) -> dict[str, Peak]:
     """The peaks of loading, a round, a checkpoint and the export; `base`: bytes of the process before all that.
 
-    A checkpoint copies masters and moments to host memory, the export one file of weights (rank 0). On CUDA this is not
-    device memory, and both phases are skipped.
+    A checkpoint copies masters, moments and kept vectors to host memory, the export one file of weights (rank 0). On
+    CUDA this is not device memory, and both phases are skipped.
     """
     parts = _Parts(layout, sizes, base)
     moments = [parts.between(done.peak)]
@@ -111,9 +111,9 @@ def peaks(
         moments += parts.during(replayed, traces[index])
     phases = {"loading": parts.loading(), "round": max(moments, key=lambda peak: peak.bytes)}
     if layout.device == "cpu":
-        rest = LiveVectors(0, done.peak.saved, done.peak.moments)
+        rest = LiveVectors(done.between, done.peak.saved, done.peak.moments)
         shard = parts.vector
-        copies = {"copies for the checkpoint": int((1 + rest.moments) * shard)}
+        copies = {"copies for the checkpoint": int((1 + rest.moments + done.kept) * shard)}
         phases["checkpoint"] = Peak("checkpoint", {**parts.resident(rest), **copies})
         held = {"a file of weights": (files or Files()).held}
         phases["export"] = Peak("export", {**parts.resident(rest), **held})

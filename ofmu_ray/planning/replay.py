@@ -55,6 +55,10 @@ class Round:
     passes: list[ReplayedPass] = field(default_factory=list)
     peak: LiveVectors = LiveVectors(0, 0, 0)
     """Most live vectors at any moment between passes."""
+    between: float = 0
+    """Vectors that the method has between rounds."""
+    kept: int = 0
+    """Of these in checkpoints."""
     refreshes: int = 0
     """Updates of the forward weights: two per displacement, one per step."""
     steps: dict[str, int] = field(default_factory=dict)
@@ -79,6 +83,7 @@ class PlanSpace:
         self.module, self.precision, self.loss_fn = module, precision, causal_lm_loss
         self.mixed = precision in ("bf16_autocast", "tf32")
         self.account = PassAccount()
+        self.kept: dict[str, Vector] = {}
         self.meter = Meter(grown=self._grown)
         self.round = Round()
         self._optimizers: dict[Loop, OptimizerConfig] = dict(zip(("inner", "outer"), optimizers, strict=True))  # type: ignore[arg-type]
@@ -180,6 +185,7 @@ def replay(
                 method, space, {name: [Batch([batches(name)])] * count for name, count in counts.items() if count}
             )
             space.round.vector_bytes += (space.meter.bytes_moved - before) / UNIT
+        space.round.between, space.round.kept = space.live.vectors, len(space.kept)
     second: Round = space.round
     assert first is not None
     second.peak = max(first.peak, second.peak, key=lambda live: live.total)
