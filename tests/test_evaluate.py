@@ -264,7 +264,8 @@ def test_an_evaluation_in_an_object_store(
         words += [word for name, value in SMALL.items() for word in (f"--evaluation.{name}", str(value))]
         assert cli.main(["evaluate", *words]) == 0
         kept = server.keys("runs/cache")
-        assert server.keys("runs/e/") == [f"runs/e/{name}" for name in ("metrics.json", "report.html", "rows.parquet")]
+        names = ("evaluated.json", "metrics.json", "mlflow.json", "report.html", "rows.parquet")
+        assert server.keys("runs/e/") == [f"runs/e/{name}" for name in names]
         for label, values in json.loads(server.read("runs/e/metrics.json"))["models"].items():
             measured = {name: value for name, value in values.items() if value["value"] is not None}
             assert "model_utility" in measured

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,7 +120,7 @@ def test_torch_engine_agrees(place: Place, precision: Any, record_property: Reco
     for name, value in found.items():
         record_property(name, f"{value:.2e}")
     assert max(found.values()) < TOLERANCE[precision], found
-    assert engine.account == expected.account
+    assert replace(engine.account, precisions={}) == replace(expected.account, precisions={})
 
 
 @everywhere

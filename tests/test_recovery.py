@@ -195,7 +195,15 @@ def test_a_run_in_an_object_store_resumes_on_another_machine(undisturbed, tmp_pa
         )
         series = json.loads(server.read("runs/x/training.json"))["series"]
         assert [row["round"] for row in series] == list(range(1, ROUNDS + 1))
-        run = ["manifest.json", "metrics.json", "report.html", "rows.parquet", "run.json", "training.json"]
+        run = [
+            "manifest.json",
+            "metrics.json",
+            "mlflow.json",
+            "report.html",
+            "rows.parquet",
+            "run.json",
+            "training.json",
+        ]
         assert [key for key in server.keys("runs/x/") if "/model/" not in key] == [f"runs/x/{name}" for name in run]
         assert len({key.split("/")[3] for key in server.keys("runs/cache/data/")}) == 1  # of the retain rows
 

@@ -186,7 +186,7 @@ def test_a_run_in_googles_store(tmp_path: Path) -> None:
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr[-3000:]
             assert shown in done.stdout + done.stderr
-        run = ["manifest.json", "metrics.json", "report.html", "run.json", "training.json"]
+        run = ["manifest.json", "metrics.json", "mlflow.json", "report.html", "run.json", "training.json"]
         assert [key for key in google.keys("runs/x/") if "/model/" not in key] == [f"runs/x/{name}" for name in run]
         # of the retain rows and of the holdout rows
         assert len({key.split("/")[3] for key in google.keys("runs/cache/data/")}) == 2
