@@ -78,7 +78,7 @@ class Influence(Method):
     options = InfluenceConfig
     space: ClassVar[Ranges] = {
         "alpha": ("loguniform(0.2, 20)", "from the 0.2 of Unlearn-Saliency to where the digits' model is destroyed"),
-        "damping": ("loguniform(0.1, 1)", "the 1 of Unlearn-Saliency, and down to the best of 1, 0.1, 0.01 on the digits"),
+        "damping": ("loguniform(0.1, 1)", "the 1 of Unlearn-Saliency, down to the best value on the digits"),
     }
     asks: frozenset[str] = frozenset()
     notes: Sequence[str] = ()
