@@ -77,8 +77,11 @@ class Influence(Method):
     name = "influence"
     options = InfluenceConfig
     space: ClassVar[Ranges] = {
-        "alpha": ("loguniform(0.2, 20)", "from the 0.2 of Unlearn-Saliency up: a fitted model's gradients are small"),
-        "damping": ("loguniform(1e-3, 1)", "from the 1 of Unlearn-Saliency, where H is nearly I, down"),
+        "alpha": (
+            "loguniform(0.2, 20)",
+            "from the 0.2 of Unlearn-Saliency two decades up: its step hardly moves the digits' model",
+        ),
+        "damping": ("loguniform(0.1, 1)", "the 1 of Unlearn-Saliency and a decade below, where the step is longer"),
     }
     asks: frozenset[str] = frozenset()
     notes: Sequence[str] = ()
