@@ -22,7 +22,7 @@ from ofmu_ray.data.prepare import PreparedData
 from ofmu_ray.data.template import Template
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.generation import Sampling
-from ofmu_ray.features import alternatives, reference
+from ofmu_ray.features import alternatives, reference, value_tables
 from ofmu_ray.features.protocol import FeatureContext
 from ofmu_ray.features.reference import write_references
 from ofmu_ray.methods import build_method
@@ -86,7 +86,7 @@ def tokens(few: PreparedData) -> list[dict[str, Any]]:
 def test_batches_workers_and_the_second_time_change_nothing(
     finished: Any, few: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "BATCH_TOKENS", 1)  # a text at a time
+    monkeypatch.setattr(value_tables, "BATCH_TOKENS", 1)  # a text at a time
     one_by_one = stored(computed(few, tmp_path, workers=2)[1])
     assert one_by_one == stored(finished[2])
     monkeypatch.setattr(reference, "task_named", lambda _: pytest.fail("the model was loaded again"))
@@ -189,5 +189,5 @@ def test_actors_draw_the_same(
     local_ray: None,
 ) -> None:
     monkeypatch.setattr(map_tasks, "SMALL_FLOPS", 0.0)
-    monkeypatch.setattr(reference, "BATCH_TOKENS", 200)
+    monkeypatch.setattr(value_tables, "BATCH_TOKENS", 200)
     assert stored(computed(few, tmp_path)[1]) == stored(finished[2])
