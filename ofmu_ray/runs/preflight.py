@@ -220,7 +220,7 @@ def _check_gpus(needed: float) -> None:
     if needed > available:
         raise UserError(
             f"training.workers x training.gpus_per_worker = {needed:g} GPUs, but torch finds {available or 'none'} on "
-            "this machine: set --training.gpus 0 for CPUs, or join a cluster (RAY_ADDRESS)"
+            "this machine: set --training.gpus_per_worker 0 for CPUs, or join a cluster (RAY_ADDRESS)"
         )
 
 
