@@ -38,7 +38,8 @@ def test_a_worker_killed_in_every_phase(tmp_path, local_ray):
     for fault, cost in zip(FAULTS, result["costs"], strict=True):
         # a checkpoint counts a moment after it is written, when Ray Train has taken note of it
         assert cost["rounds_lost"] <= (2 if fault.does == "damage" else 1) * EVERY + 1
-    assert sum("was skipped" in note for note in result["notes"]) == 1, result["notes"]
+    (note,) = (note for note in result["notes"] if not note.startswith("round "))  # without the method's notes
+    assert "was skipped" in note
     assert [row["round"] for row in training(job)["series"]] == list(range(1, ROUNDS + 1))
     assert training(job)["account"] == training(undisturbed)["account"]
 

@@ -48,6 +48,13 @@ INNER = OptimizerConfig(name="sgd", lr=0.05, clip=1.0, momentum=0.5)
 OUTER = OptimizerConfig(name="adamw", lr=1e-3, clip=None, weight_decay=0.01, eps=1e-4)
 TOLERANCE = {"fp32": 1e-4, "tf32": 5e-3, "bf16": 6e-2, "bf16_autocast": 6e-2}
 """Relative difference of a gradient from fp32 on the CPU."""
+PRECISIONS = {
+    "fp32": {"fp32": 5},
+    "tf32": {"tf32": 4, "fp32": 1},
+    "bf16": {"bf16": 5},
+    "bf16_autocast": {"bf16": 4, "fp32": 1},
+}
+"""Passes of the engines' comparison by what they run in: the displaced one is fp32 unless the weights are not."""
 everywhere = pytest.mark.parametrize("place", PLACES)
 
 
@@ -120,7 +127,7 @@ def test_torch_engine_agrees(place: Place, precision: Any, record_property: Reco
     for name, value in found.items():
         record_property(name, f"{value:.2e}")
     assert max(found.values()) < TOLERANCE[precision], found
-    assert replace(engine.account, precisions={}) == replace(expected.account, precisions={})
+    assert engine.account == replace(expected.account, precisions=PRECISIONS[precision])
 
 
 @everywhere

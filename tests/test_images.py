@@ -74,7 +74,7 @@ RUNS = {
     "salun": {"salun": {"optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.0}, "share": 0.5}},
     "boundary_shrink": {"boundary_shrink": {"optimizer": {"name": "sgd", "lr": 0.05}, "retain_weight": 1.0}},
     "l1_sparse": {"l1_sparse": {"optimizer": {"name": "sgd", "lr": 0.05}}},
-    "npo": {"npo": {"optimizer": {"name": "sgd", "lr": 0.04}, "retain_loss": "kl"}},
+    "npo": {"npo": {"optimizer": {"name": "sgd", "lr": 0.05}, "retain_loss": "kl", "retain_weight": 3.0}},
 }
 
 
@@ -99,8 +99,7 @@ def test_a_class_is_forgotten(models: dict[str, str], storage: Path, method: str
     if method != "l1_sparse":  # which forgets only by chance
         assert value["unlearning_accuracy"] > 50
         # without MIA: on so few, well separated rows it is 0 or 100 by chance
-        part = 2 if method == "npo" else 4  # whose retain accuracy falls more
-        assert _gap(after, retrained) < _gap(before, retrained) / part
+        assert _gap(after, retrained) < _gap(before, retrained) / 4
     if method == "salun":  # weights outside the mask stay to the bit
         start, end = (load_file(Path(path, "model.safetensors")) for path in (models["target"], outcome.model))
         trained = [name for name in start if "running" not in name and "tracked" not in name]
