@@ -80,13 +80,13 @@ def with_shipped(words: Sequence[str]) -> list[str]:
 
 
 def read_files(words: Sequence[str], sections: Iterable[str]) -> list[ConfigFile]:
-    """The existing files of --config. `sections`: names whose content must be a mapping.
+    """The files of --config. `sections`: names whose content must be a mapping.
 
     Raises:
-        UserError: not text, not YAML, empty, a key twice, or a list or text where options belong.
+        UserError: not there, not text, not YAML, empty, a key twice, or a list or text where options belong.
     """
     known = set(sections)
-    files = [read_file(path) for _, path in config_paths(words) if Path(path).is_file()]
+    files = [read_file(path) for _, path in config_paths(words)]
     for file in files:
         _check_mappings(file.node, "", file.path, known)
     return files

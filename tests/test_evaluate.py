@@ -16,7 +16,10 @@ from s3_server import s3_server
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.attacks import measurement as measurements
 from ofmu_ray.cluster import map_tasks
+from ofmu_ray.config.evaluate import EvaluateConfig
+from ofmu_ray.runs.finished_comparison import inputs_digest
 from pipelines import cli
+from pipelines.parse import parse
 
 TARGET = "builtin:people/target"
 SMALL = {"max_rows": 10, "max_new_tokens": 8, "bootstrap_samples": 40}
@@ -194,6 +197,30 @@ def test_a_finished_evaluation_is_read_until_an_input_changes(
     assert shown[-1] != shown[0]
     page.unlink()
     assert evaluated()
+
+
+def test_what_a_finished_evaluation_has_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter's base counts; a hub name, a URI or a file that is not there may be anything."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "adapter"):
+        Path(name).mkdir()
+        (Path(name) / "model.safetensors").write_text("x")
+    Path("adapter/adapter_config.json").write_text('{"base_model_name_or_path": "../base"}')
+
+    def digest(model: str, *words: str) -> str | None:
+        options = ["--models", json.dumps({"a": model}), "--evaluation.retrained", "null", *words]
+        return inputs_digest(parse(EvaluateConfig, options, "x"))
+
+    before = digest("adapter")
+    assert before is not None
+    assert digest("adapter") == before
+    (tmp_path / "base/model.safetensors").write_text("another")
+    assert digest("adapter") not in (None, before)
+    assert digest("base", "--tracking.uri", "http://127.0.0.1:5000") is not None
+    assert digest("base", "--data.format.system_prompt", "") is not None
+    for model in ("gpt2", "owner/name", "s3://bucket/model"):
+        assert digest(model) is None, model
+    assert digest("base", "--evaluation.sets.forget", "nowhere.jsonl", "--data.root", "s3://bucket") is None
 
 
 @pytest.mark.full

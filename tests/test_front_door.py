@@ -46,6 +46,7 @@ MISTAKES = {
     "empty file": (["--config", "empty.yaml"], "'empty.yaml': the file has no options"),
     "only a comment": (["--config", "comment.yaml"], "'comment.yaml': the file has no options"),
     "binary file": (["--config", "binary.yaml"], "'binary.yaml': not a text file"),
+    "missing file": (["--config", "mine.yaml"], "config = 'mine.yaml': cannot be read (No such file or directory)"),
     "broken YAML": (["--config", "broken.yaml"], "'broken.yaml', line 2: not YAML"),
     "name outside the storage": (["--name", "../evil"], "name = '../evil': must be a folder's name"),
     "hidden name": (["--name", ".x"], "name = '.x': must be a folder's name"),

@@ -96,7 +96,6 @@ def two_loop_round(
     Args:
         space: the engine.
         forget, retain: batches, drawn as needed (`batches_per_round`).
-        options: see `Options`.
         rho: rho_k of this round.
         steps: of finite differences: measured (and kept from round to round) or a fixed |displacement| / |theta|.
         level: largest value of the forget loss. A batch at this value has no gradient; its step is skipped, because
@@ -127,8 +126,7 @@ def two_loop_round(
             penalty = _forget_penalty(space, curvature, batch, g_f, ascent, rho, stats)
         if options.projection > 0:
             project(space, ascent, options.projection, stats)
-        norm = space.apply(scale_(ascent, -1.0), "inner")
-        stats.inner_gradient_norms.append(norm)
+        stats.inner_gradient_norms.append(space.apply(scale_(ascent, -1.0), "inner"))
         del g_f, ascent  # one vector each; lowers the outer step's peak memory
     if stats.phi_gradient_norm is None:
         stats.phi_gradient_norm = stats.inner_gradient_norms[-1] if stats.inner_gradient_norms else 0.0

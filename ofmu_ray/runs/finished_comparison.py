@@ -12,25 +12,28 @@ import ofmu_ray
 from ofmu_ray.assets import PREFIX, resolve_builtin
 from ofmu_ray.config import flatten, to_dict
 from ofmu_ray.config.evaluate import EvaluateConfig
-from ofmu_ray.metrics.functions import METRIC_VERSION
+from ofmu_ray.models.source import adapter_base
 from ofmu_ray.storage import atomic_write, is_file, is_uri, join, read_text
 
 RECORD = "evaluated.json"
 RESULTS = ("metrics.json", "report.html", "rows.parquet")
-_NOT_READ = ("name", "storage", "data.root", "data.format.prompt_template", "data.format.system_prompt")
-"""Options that name no input."""
+_WORDS = ("name", "storage", "tracking", "report", "data.root", "data.format")
+"""Options and sections that name no input."""
 
 
 def inputs_digest(config: EvaluateConfig) -> str | None:
     """Hash of options, code and local files (path, size, time of change); None: an input may lie elsewhere."""
-    stamps: list[Any] = []
-    for text in _texts({name: value for name, value in flatten(to_dict(config)).items() if name not in _NOT_READ}):
-        files = _files(text, config.data.root)
-        if files is None:
-            return None
-        stamps += files
+    if config.data.root and is_uri(config.data.root):
+        return None
+    models = [*config.models.values(), *filter(None, (config.evaluation.retrained, config.tokenizer))]
+    options = flatten(to_dict(config))
+    inputs = {name: value for name, value in options.items() if not name.startswith(_WORDS)}
+    found = [_model_files(path) for path in models]
+    found += [_files(text, config.data.root) for text in _texts(inputs)]
+    if None in found:
+        return None
     code = _stamps(Path(ofmu_ray.__file__).parent, "*.py")
-    content = json.dumps([METRIC_VERSION, to_dict(config), stamps, code], sort_keys=True)
+    content = json.dumps([to_dict(config), found, code], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -60,13 +63,25 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
+def _model_files(path: str) -> list[Any] | None:
+    """The files of a model, and of its base if it is an adapter alone."""
+    stamps = _files(path, None)
+    base = adapter_base(resolve_builtin(path)) if stamps else None
+    if base is not None:
+        more = _model_files(base)
+        return None if more is None or stamps is None else stamps + more
+    return stamps or None
+
+
 def _files(text: str, root: str | None) -> list[Any] | None:
     """The files that an option may mean; none if it is a word; None: perhaps a URI or a name on the hub."""
+    if not text:
+        return []
     if text.startswith(PREFIX):
         return _stamps(Path(resolve_builtin(text)))
     if is_uri(text):
         return None
-    stamps = _stamps(Path(text)) + (_stamps(Path(root) / text) if root and not is_uri(root) else [])
+    stamps = _stamps(Path(text)) + (_stamps(Path(root) / text) if root else [])
     return None if not stamps and any(mark in text for mark in "/:*") else stamps
 
 

@@ -120,6 +120,7 @@ def threads(this_run: Run) -> Iterator[None]:
 
 
 def fit_rounds(this_run: Run, job: WorkerJob) -> dict[str, Any]:
+    """The rounds, in this process or by Ray Train's workers; the content of training.json."""
     if this_run.here:
         from ofmu_ray.training.start import fit_here
 

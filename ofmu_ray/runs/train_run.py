@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ofmu_ray import progress
 from ofmu_ray.config import ModelConfig, TrainConfig, outcome_hash
@@ -17,9 +17,6 @@ from ofmu_ray.runs.preflight import check_task_on_nodes, check_training, public
 from ofmu_ray.runs.this_run import Run, fit_rounds, threads, tracked
 from ofmu_ray.storage import atomic_write, is_whole, join, remove_folder
 from ofmu_ray.tasks import task_named
-
-if TYPE_CHECKING:
-    pass
 
 
 def train(this_run: Run, config: TrainConfig) -> Outcome:

@@ -15,15 +15,14 @@ from safetensors.torch import load
 
 from ofmu_ray.cluster.watchdog import Watchdog
 from ofmu_ray.data.sidecar import parameter_files
-from ofmu_ray.engines.compiled import Compiled, compiled_passes
-from ofmu_ray.engines.protocol import Engine, Loss
+from ofmu_ray.engines.compiled import compiled_passes
 from ofmu_ray.errors import UserError
 from ofmu_ray.methods.protocol import run_round
-from ofmu_ray.models.unread import Unread
 from ofmu_ray.storage import open_mapped
 from ofmu_ray.tasks import loaded, task_named
 from ofmu_ray.training import checkpoint, integrity
 from ofmu_ray.training.checkpoint import LoopState
+from ofmu_ray.training.engine_choice import build_engine
 from ofmu_ray.training.session import Reports, Session
 from ofmu_ray.training.utility import UtilityProbe
 from ofmu_ray.training.worker_job import WorkerJob
@@ -361,42 +360,6 @@ class Worker:
         """Deliver the series, and record whether MLflow has all of it."""
         if self.logger is not None:
             self.state.undelivered = not self.logger.close()
-
-
-def build_engine(
-    job: WorkerJob,
-    module: torch.nn.Module,
-    loss: Loss,
-    device: torch.device,
-    unread: Unread | None = None,
-    compiled: Compiled | None = None,
-) -> Engine:
-    """The engine of training.engine on a device; `loss`: the task's; `unread`: weights that it reads itself;
-    `compiled`: replaces parts of its passes."""
-    training = job.training
-    inner, outer = job.method.optimizers
-    if unread is None:
-        module = module.to(device)
-    else:
-        unread.place(module, device)
-    options: dict[str, Any] = {
-        "loss_fn": loss,
-        "inner": inner,
-        "outer": outer,
-        "precision": job.model.precision,
-        "offload": training.offload,
-        "decay_norms": training.decay_norms,
-        "unread": unread,
-        "compiled": compiled,
-    }
-    if training.single:
-        from ofmu_ray.engines import TorchEngine
-
-        return TorchEngine(module, **options)
-    from ofmu_ray.engines import DeepSpeedEngine
-
-    micro = training.micro_batch_size or training.batch_size // training.workers
-    return DeepSpeedEngine(module, zero_stage=training.zero_stage, micro_batch_size=micro, **options)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
