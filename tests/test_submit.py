@@ -291,13 +291,14 @@ def head():
         shutil.rmtree(folder)
 
 
-def wait_for(condition, process: subprocess.Popen[bytes]):
+def wait_for(condition, process: subprocess.Popen[bytes], log: Path | None = None):
     end = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < end and process.poll() is None:
         if result := condition():
             return result
         time.sleep(0.05)
-    raise AssertionError(f"it did not come about; the process's status is {process.poll()}")
+    shown = "" if log is None else log.read_text()[-3000:]
+    raise AssertionError(f"it did not come about; the process's status is {process.poll()}\n{shown}")
 
 
 ROUNDS, EVERY = 32, 4
@@ -354,7 +355,7 @@ def test_a_job_is_detached_stopped_killed_and_resumed(head):
     assert undisturbed.wait(timeout=PATIENCE_SECONDS) == 0, head.output("plain.log")[-3000:]
     third = head.submit("third.log", *words)
     left = checkpoints(storage / "job")
-    wait_for(lambda: checkpoints(storage / "job") - left, third)
+    wait_for(lambda: checkpoints(storage / "job") - left, third, head.folder / "third.log")
     assert f"{submission}-2" in head.output("third.log")
     lost = time.time()
     head.kill()

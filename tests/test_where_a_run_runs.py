@@ -1,5 +1,6 @@
 """One worker needs no Ray, and a run keeps to what its checkpoints were written by."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from ofmu_ray.config import TrainingConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.progress import Listener, listening
 from ofmu_ray.runs import preflight
+from ofmu_ray.runs.claims import RECORD
 from ofmu_ray.runs.preflight import check_machine, engine_of, needs_no_ray
 from ofmu_ray.training.checkpoint_list import RAY_TRAIN_LIST
 
@@ -39,6 +41,24 @@ def test_what_ray_train_started_goes_on_there(tmp_path: Path) -> None:
     (tmp_path / "train" / RAY_TRAIN_LIST).write_text("{}")
     assert engine_of(ONE, str(tmp_path)) == "deepspeed"
     assert not needs_no_ray(ONE, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("begun", "now", "engine"),
+    [
+        ({"engine": "auto", "workers": 1}, ONE, "torch"),  # a submitted job
+        ({"engine": "auto", "workers": 2}, ONE, "deepspeed"),
+        ({"engine": "auto", "workers": 2}, TWO, "deepspeed"),
+        ({"engine": "auto", "workers": 1, "offload": "optimizer"}, ONE, "deepspeed"),
+        ({"engine": "deepspeed"}, ONE, "deepspeed"),  # before there was `auto`
+    ],
+)
+def test_a_run_of_ray_train_keeps_its_engine(begun: dict, now: TrainingConfig, engine: str, tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / RAY_TRAIN_LIST).write_text("{}")
+    record = {"config_hash": "x", "command": "unlearn", "options": {"training": begun}}
+    (tmp_path / RECORD).write_text(json.dumps(record))
+    assert engine_of(now, str(tmp_path)) == engine
 
 
 def test_what_one_worker_started_is_not_begun_again_elsewhere(tmp_path: Path) -> None:

@@ -255,6 +255,12 @@ def _recorded(home: PathLike) -> dict[str, Any] | None:
     return record
 
 
+def recorded_options(home: PathLike) -> dict[str, Any]:
+    """The configuration that the run of this folder began with, nested; empty if it is not known."""
+    options: dict[str, Any] = (_recorded(home) or {}).get("options") or {}
+    return options
+
+
 def _determining(options: Mapping[str, Any]) -> dict[str, Any]:
     flat = flatten(dict(options))
     return {

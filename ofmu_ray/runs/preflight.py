@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ofmu_ray import progress
 from ofmu_ray.config import DataConfig, TrainConfig, TrainingConfig, UnlearnConfig, to_dict
+from ofmu_ray.config.training import resolved_engine
 from ofmu_ray.errors import UserError
+from ofmu_ray.runs.claims import recorded_options
 from ofmu_ray.storage import (
     is_file,
     is_uri,
@@ -112,9 +114,16 @@ def check_job_storage(storage: str) -> None:
 
 
 def engine_of(training: TrainingConfig, home: str) -> Literal["torch", "deepspeed"]:
-    """The engine of a run: training.engine, where `auto` keeps to what the checkpoints of this name were written by."""
+    """The engine of a run: training.engine, where `auto` keeps to what wrote the checkpoints of this name.
+
+    One worker of Ray Train may have either: torch if it began alone, deepspeed if there were several workers before or
+    the run is older than `auto`.
+    """
     if training.engine == "auto" and is_file(join(home, "train", RAY_TRAIN_LIST)):
-        return "deepspeed"
+        begun = recorded_options(home).get("training") or {"engine": "deepspeed"}
+        words = begun.get("engine", "deepspeed"), begun.get("workers", 1), begun.get("offload", "none")
+        if resolved_engine(*words) == "deepspeed":
+            return "deepspeed"
     return "torch" if training.single else "deepspeed"
 
 
