@@ -133,39 +133,44 @@ def killed(storage, undisturbed, tmp_path_factory):
 
 
 def test_a_killed_driver_is_resumed_by_its_name(storage, undisturbed, killed):
-    """While the run is down, a bit in the newest checkpoint flips and the list of checkpoints is truncated; later a
-    worker stops without ending (SIGSTOP)."""
+    """While the run is down, a bit in the newest checkpoint flips and the list of checkpoints is truncated."""
     at, _ = killed
     kept = storage / "driver/train/checkpoint_manager_snapshot.json"
     assert not (storage / "driver/metrics.json").exists()
     flip(checkpoint(storage, "driver", 2 * EVERY) / "rank_00001.pt")
     kept.write_text("")  # what a kill during Ray Train's write of it leaves
 
-    driver = start(storage, "driver", *TWO_WORKERS, "--training.round_timeout", str(ROUND_TIMEOUT_SECONDS))
-    wait_for((storage / f"driver/train/{NEWEST}_again/manifest.json").exists, driver)
-    stopped, suspended = workers(driver)[-1], time.time()
-    stopped.suspend()
-    wait(driver, storage, "driver")
-    assert not stopped.is_running()
+    wait(start(storage, "driver"), storage, "driver")
     assert weights(storage, "driver") == undisturbed
     rounds, models = [storage / "driver.rounds"], both(storage, "driver")
     damaged = "driver killed, newest checkpoint damaged, list of checkpoints torn"
     fault_table.record(damaged, phase="any round", at=at, rounds=rounds, models=models)
-    frozen = f"worker stands still (SIGSTOP), limit {ROUND_TIMEOUT_SECONDS} s"
-    fault_table.record(frozen, phase="any round", at=suspended, rounds=rounds, models=models)
-    notes = json.loads((storage / "driver/training.json").read_text())["notes"]
-    passed, hung = (note for note in notes if not note.startswith("round "))  # without the method's notes
+    (passed,) = notes_of(storage, "driver")
     assert f"was skipped: rank_00001.pt does not match its checksum; resumed from round {EVERY}" in passed
-    assert re.match(r"rank [01] hung in round \d+: no sign of life after", hung)
-    shown = (storage / "driver.log").read_text()
-    for note in (passed, hung):
-        assert shown.count(f"note    {note}") == 1
+    assert (storage / "driver.log").read_text().count(f"note    {passed}") == 1
 
     client = MlflowClient(tracking_uri=f"sqlite:///{storage}/mlflow.db")
     experiment = client.get_experiment_by_name("ofmu").experiment_id
     (run,) = client.search_runs([experiment], "attributes.run_name = 'driver'")
     assert run.info.status == "FINISHED"  # resumed, not started over
     assert [m.step for m in client.get_metric_history(run.info.run_id, "forget_loss")] == list(range(1, ROUNDS + 1))
+
+
+@pytest.mark.full
+def test_a_worker_that_stands_still_is_replaced(storage, undisturbed):
+    driver = start(storage, "frozen", *TWO_WORKERS, "--training.round_timeout", str(ROUND_TIMEOUT_SECONDS))
+    wait_for((storage / f"frozen/train/{NEWEST}/manifest.json").exists, driver)
+    stopped, suspended = workers(driver)[-1], time.time()
+    stopped.suspend()
+    wait(driver, storage, "frozen")
+    assert not stopped.is_running()
+    assert weights(storage, "frozen") == undisturbed
+    frozen = f"worker stands still (SIGSTOP), limit {ROUND_TIMEOUT_SECONDS} s"
+    rounds, models = [storage / "frozen.rounds"], both(storage, "frozen")
+    fault_table.record(frozen, phase="any round", at=suspended, rounds=rounds, models=models)
+    (hung,) = notes_of(storage, "frozen")
+    assert re.match(r"rank [01] hung in round \d+: no sign of life after", hung)
+    assert (storage / "frozen.log").read_text().count(f"note    {hung}") == 1
 
 
 @pytest.mark.full
@@ -277,6 +282,12 @@ def test_mlflow_goes_away_for_the_rest_of_a_run(storage, undisturbed, capsys):
         "MLflow gone for the rest of the run", phase="any round", at=gone,
         rounds=[storage / "outage.rounds"], models=both(storage, "outage"),
     )  # fmt: skip
+
+
+def notes_of(storage: Path, name: str) -> list[str]:
+    """A run's notes, without the method's."""
+    notes = json.loads((storage / name / "training.json").read_text())["notes"]
+    return [note for note in notes if not note.startswith("round ")]
 
 
 def both(storage: Path, name: str) -> tuple[Path, Path]:
