@@ -132,6 +132,18 @@ def test_a_skipped_step_leaves_its_refresh_of_the_similarity_to_the_next() -> No
     assert engine.account.gradient_passes == {"forget": 4, "retain": 3}
 
 
+def test_a_penalty_measures_the_steps_that_skipped_ascents_left_unknown() -> None:
+    module, level, (beyond, below, retain) = one_beyond_the_level()
+    still = OptimizerConfig(name="sgd", lr=1e-30, clip=None)
+    options = {"inner_steps": 1, "forget_loss": "bounded_row", "forget_level": level}
+    method = OFMU(OFMUConfig.from_preset("full", **options))
+    engine = TorchEngine(module, inner=still, outer=still)
+    metrics = method.round(engine, [beyond, below], [retain])
+    assert metrics["skipped_ascents"] == 1
+    assert metrics["penalty_norm"] > 0
+    assert set(method.steps.products) == {"forget", "retain", "penalty"}
+
+
 def test_projection_takes_out_what_raises_the_retain_loss() -> None:
     class Space:
         def __init__(self, mean: list[float] | None):
