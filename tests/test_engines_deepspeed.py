@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from engine_ranks import Case, run_ranks
 from tiers import asked, tiered
 
+from ofmu_ray.engines.deepspeed_engine import _announce
 from ofmu_ray.internals.deepspeed_private import check_contract
 
 pytestmark = pytest.mark.system
@@ -79,6 +81,14 @@ def test_two_ranks_equal_one_process(case: Case, two_ranks: dict[str, dict[str, 
 @pytest.mark.parametrize("case", tiered(ONE_RANK, lambda case: case.stage == 3), ids=str)
 def test_one_rank_equals_one_process(case: Case, one_rank: dict[str, dict[str, Any]]) -> None:
     judge(case, one_rank[str(case)], world=1)
+
+
+def test_deepspeed_takes_the_gpu_that_ray_gave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's LOCAL_RANK is 1 for the second worker of a node, whose first GPU is the third if each has two."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    _announce(torch.device("cuda", 2))
+    assert (os.environ["LOCAL_RANK"], os.environ["DS_ACCELERATOR"]) == ("2", "cuda")
 
 
 def test_the_contract_names_what_deepspeed_lacks() -> None:

@@ -143,6 +143,14 @@ def test_adapters_for_unknown_modules_are_refused() -> None:
         add_lora(tiny_model(), LoraConfig(target_modules=["nothing"]))
 
 
+def test_adapters_of_a_tied_weight_are_refused() -> None:
+    """Exported, the sum was left out: the embedding, which has no adapter, was written for both."""
+    with pytest.raises(UserError, match=r"\['q_proj', 'lm_head'\]: lm_head shares its weight with model\.embed_tokens"):
+        add_lora(tiny_model(tie=True), LoraConfig(target_modules=["q_proj", "lm_head"]))
+    add_lora(tiny_model(tie=True), LoraConfig(target_modules=["q_proj"]))
+    add_lora(tiny_model(), LoraConfig(target_modules=["q_proj", "lm_head"]))
+
+
 def test_dropout_numbers_of_attention_layers_are_zeroed() -> None:
     module = tiny_model("neox")
     numbers = [part for part in module.modules() if getattr(part, "attention_dropout", 0.0)]

@@ -258,6 +258,31 @@ def test_state_continues_to_the_bit(offload: str) -> None:
         TorchEngine(mlp(), squares).load_state_dict(saved)
 
 
+@pytest.mark.parametrize(
+    ("earlier", "own"),
+    [
+        (OptimizerConfig(weight_decay=0.5, beta1=0.5), OptimizerConfig(weight_decay=0.0, beta1=0.9)),
+        (OptimizerConfig(name="sgd", momentum=0.5), OptimizerConfig(name="sgd", momentum=0.9)),
+    ],
+)
+def test_a_state_of_another_run_continues_with_the_options_of_this_one(
+    earlier: OptimizerConfig, own: OptimizerConfig
+) -> None:
+    """As a sweep's trial that goes on from a better one's checkpoint."""
+    first, second = TorchEngine(mlp(), squares, outer=earlier), TorchEngine(mlp(), squares, outer=own)
+    first.apply(first.gradient(rows(6))[0], "outer")
+    second.load_state_dict(first.state_dict())
+    copied = TorchEngine(mlp(), squares, outer=own)
+    copied.apply(copied.gradient(rows(6))[0], "outer")
+    for engine in (second, copied):  # the same weights and moments, whoever made them
+        engine.shards.masters[0].copy_(first.shards.masters[0])
+        state, source = (e._optimizers["outer"]._optimizer.state for e in (engine, first))
+        for name, value in next(iter(source.values())).items():
+            next(iter(state.values()))[name].copy_(value)
+        engine.apply(engine.gradient(rows(6, seed=2))[0], "outer")
+    assert torch.equal(second.weights()[0], copied.weights()[0])
+
+
 def test_tied_and_frozen_parameters() -> None:
     module = tiny_model(tie=True)
     freeze(module, r"layers\.0\.")

@@ -111,6 +111,39 @@ def test_a_batch_at_its_level_takes_no_step(loss: str) -> None:
     assert engine.account.gradient_passes == {"forget": 6, "retain": 2}
 
 
+def one_beyond_the_level() -> tuple[torch.nn.Module, float, list[dict[str, torch.Tensor]]]:
+    """A model, a level, and a forget batch beyond it, another below it, and a retain batch."""
+    module, both = tiny_model()
+    means = [float(row.detach().mean()) for row in token_losses(module, both)]
+    order = sorted(range(2), key=lambda row: -means[row])
+    return module, 0.5 * sum(means), [*(collate([ROWS[row]], 0) for row in order), both]
+
+
+def test_a_skipped_step_leaves_its_refresh_of_the_similarity_to_the_next() -> None:
+    """Else the rest of a round of `lite` would ascend without decorrelation."""
+    module, level, (beyond, below, retain) = one_beyond_the_level()
+    still = OptimizerConfig(name="sgd", lr=1e-30, clip=None)
+    options = {"inner_steps": 3, "rho": 0.0, "forget_loss": "bounded_row", "forget_level": level}
+    method = OFMU(OFMUConfig.from_preset("lite", relative_step=1e-4, **options))
+    engine = TorchEngine(module, inner=still, outer=still)
+    metrics = method.round(engine, [beyond, below, below], [retain])
+    assert metrics["skipped_ascents"] == 1
+    assert "gradient_cosine" in metrics
+    assert engine.account.gradient_passes == {"forget": 4, "retain": 3}
+
+
+def test_a_penalty_measures_the_steps_that_skipped_ascents_left_unknown() -> None:
+    module, level, (beyond, below, retain) = one_beyond_the_level()
+    still = OptimizerConfig(name="sgd", lr=1e-30, clip=None)
+    options = {"inner_steps": 1, "forget_loss": "bounded_row", "forget_level": level}
+    method = OFMU(OFMUConfig.from_preset("full", **options))
+    engine = TorchEngine(module, inner=still, outer=still)
+    metrics = method.round(engine, [beyond, below], [retain])
+    assert metrics["skipped_ascents"] == 1
+    assert metrics["penalty_norm"] > 0
+    assert set(method.steps.products) == {"forget", "retain", "penalty"}
+
+
 def test_projection_takes_out_what_raises_the_retain_loss() -> None:
     class Space:
         def __init__(self, mean: list[float] | None):

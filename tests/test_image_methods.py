@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import types
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from ofmu_ray.config import METHODS, OptimizerConfig
+from ofmu_ray.config import METHODS, ModelConfig, OptimizerConfig
 from ofmu_ray.engines import Batch, TorchEngine
 from ofmu_ray.features.label_features import NearestClass
+from ofmu_ray.features.reference import ReferenceModel
 from ofmu_ray.features.saliency import GradientMask
 from ofmu_ray.methods import build_method
 from ofmu_ray.models.batch_norm import fix_statistics
@@ -154,6 +158,20 @@ def test_the_mask_is_that_of_the_largest_gradients() -> None:
     differing = sum(int((found[name].double() != expected[name]).sum()) for name in found)
     assert differing <= 2  # at the bound
     assert all(mask.unique().tolist() in ([0.0], [1.0], [0.0, 1.0]) for mask in found.values())
+
+
+def test_the_masks_share_is_one_of_the_weights_that_are_trained(tmp_path: Path) -> None:
+    """model.freeze took its part of the share before."""
+    folder, chosen = tmp_path / "model", types.SimpleNamespace(rows=[], key="rows")
+    classifier().float().save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text('{"size": {"height": 16, "width": 16}}')
+    for freeze in (["^resnet"], []):
+        model = ModelConfig(path=str(folder), freeze=freeze)
+        reference = ReferenceModel(model, str(tmp_path), str(tmp_path / "private"), "salun", "image_classification")
+        mask = load_file(reference.parameters(GradientMask(0.5), chosen))  # type: ignore[arg-type]
+        assert all(name.startswith("classifier") for name in mask) == bool(freeze)
+        ones, numel = (sum(int(each(part)) for part in mask.values()) for each in (torch.sum, torch.numel))
+        assert ones == round(0.5 * numel)
 
 
 def test_the_nearest_class_is_a_wrong_one_and_the_likeliest_after_the_step() -> None:

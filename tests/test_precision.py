@@ -18,6 +18,7 @@ from ofmu_ray.algorithm.space import Vector, combine
 from ofmu_ray.algorithm.steps import Steps
 from ofmu_ray.config import LoraConfig, OptimizerConfig
 from ofmu_ray.engines import TorchEngine
+from ofmu_ray.engines.products import fp32_products
 from ofmu_ray.methods.ofmu import OFMU, OFMUConfig
 from ofmu_ray.models.loading import add_lora
 
@@ -69,6 +70,23 @@ def test_passes_of_a_preset_by_precision(preset: Any, difference: Any, precision
     engine.account.load({name: value for name, value in saved.items() if name != "precisions"})  # an older checkpoint
     assert engine.account.precisions == {}
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", True)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_products_are_pinned_where_a_program_uses_torchs_newer_options(number: int) -> None:
+    """torch then refuses to say what its earlier options are."""
+    backends: Any = torch.backends
+    places = [backends, backends.cudnn, backends.cudnn.conv, backends.cuda.matmul]
+    chosen, fresh = places[number], places[number].fp32_precision
+    chosen.fp32_precision = "tf32"
+    before = [place.fp32_precision for place in places]
+    try:
+        for exact in (True, False):
+            with fp32_products("tf32", exact=exact):
+                assert [place.fp32_precision == "tf32" for place in places[2:]] == [not exact] * 2
+            assert [place.fp32_precision for place in places] == before
+    finally:
+        chosen.fp32_precision = fresh
 
 
 def test_a_check_that_was_not_planned_takes_its_gradient_again_in_fp32() -> None:

@@ -144,7 +144,8 @@ class MeasuredDifference:
         if norm < TINY:
             self._errors[product] = 0.0
             return [torch.zeros_like(x) for x in direction]
-        inside = self._inside(product)
+        # without a step from grad Phi itself (its forget batches were at their level), this one is checked here
+        inside = self._inside(product) and product in self.steps.products
         curved = None
         if not inside:
             gradient = math.sqrt(self.space.dot((base, base))[0])

@@ -107,19 +107,20 @@ def two_loop_round(
     penalise = rho > 0.0 and options.penalty_curvature != "none"
     lagged = penalise and options.penalty_curvature == "forget" and options.reuse_forget_gradient
     penalty: Vector | None = None
+    stale = False
 
     for t in range(options.inner_steps):
         last = t == options.inner_steps - 1
         batch = next(forget)
-        enters = (phi.stale(t) and curvature.ends_at_base("forget")) or (
-            last and lagged and curvature.ends_at_base("penalty")
-        )
+        stale = stale or phi.stale(t)  # a skipped step leaves its refresh to the next one
+        enters = (stale and curvature.ends_at_base("forget")) or (last and lagged and curvature.ends_at_base("penalty"))
         g_f, stats.forget_loss = space.gradient(batch, kind="forget", differenced=enters)
         if level is not None and stats.forget_loss >= level * (1 - LEVEL_TOLERANCE):
             stats.skipped_ascents = (stats.skipped_ascents or 0) + 1
             continue
-        if phi.stale(t):
+        if stale:
             phi.refresh(batch, g_f, lambda: next(retain))
+            stale = False
         ascent = phi.gradient(g_f, keep=last and lagged)
         if last and lagged:
             # g_f of the last inner iterate is already known, so the difference costs one pass instead of two

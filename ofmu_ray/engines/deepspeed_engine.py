@@ -99,9 +99,7 @@ class DeepSpeedEngine(VectorEngine):
         self, module: torch.nn.Module, stage: int, precision: str, micro_batch_size: int, unread: Unread | None
     ) -> Shards:
         device = _device()
-        # as DeepSpeed's launcher would; otherwise DeepSpeed guesses the device from the machine
-        os.environ.setdefault("DS_ACCELERATOR", device.type)
-        os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+        _announce(device)
         deepspeed = import_deepspeed()
         from ofmu_ray.engines.zero_shards import ZeroShards
         from ofmu_ray.internals.deepspeed_private import COMPATIBLE_OPS, unread_weights
@@ -188,6 +186,18 @@ class DeepSpeedEngine(VectorEngine):
         """Free DeepSpeed's buffers and hooks; the engine is unusable afterwards."""
         if self.zero_stage:
             self.shards.forward_module.destroy()  # type: ignore[operator]
+
+
+def _announce(device: torch.device) -> None:
+    """Tell DeepSpeed this rank's device, as its launcher would; otherwise it guesses from the machine.
+
+    DeepSpeed takes LOCAL_RANK for the number of the GPU. Ray's is the worker's number on its node, which is another one
+    if workers have several GPUs each, or if the node has more than ten, whose numbers Ray sorts as text.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    if device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(device.index)
+    os.environ.setdefault("LOCAL_RANK", "0")
 
 
 def deepspeed_config(stage: int, precision: str, micro_batch_size: int) -> dict[str, Any]:

@@ -120,8 +120,14 @@ class LoopOptimizer:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`, bit for bit."""
+        """Continue from `state_dict`, bit for bit, with this optimiser's options: another run's may differ."""
+        options = [
+            {name: value for name, value in group.items() if name not in ("params", "lr")}
+            for group in self._optimizer.param_groups
+        ]
         self._optimizer.load_state_dict(copy.deepcopy(state))
+        for group, own in zip(self._optimizer.param_groups, options, strict=True):
+            group.update(own)
         if self._host is not None:
             self._host.to_host(self._states())
 

@@ -154,6 +154,7 @@ class ReferenceModel:
     ) -> None:
         self.task, self.left = task, left
         self.model = replace(model, lora=None, freeze=[], gradient_checkpointing=False)
+        self.freeze = list(model.freeze)
         self.cache, self.private, self.method = join(cache, "reference"), private, method
         self.weights = weights_folder(resolve_builtin(model.path))
         self.fingerprint = digest(
@@ -176,13 +177,14 @@ class ReferenceModel:
         return path
 
     def parameters(self, feature: ParameterValues, chosen: ChosenRows) -> str:
-        """Path of the named tensors, computed in this process if missing."""
+        """Path of the named tensors, computed in this process if missing: of the parameters that the run trains."""
         from safetensors.torch import save
 
-        path = join(self.private, f"{digest(self.fingerprint, _identity(feature), chosen.key)}.safetensors")
+        key = digest(self.fingerprint, _identity(feature), chosen.key, *self.freeze)
+        path = join(self.private, f"{key}.safetensors")
         if not is_file(path):
             self._refuse_whole(feature.name)
-            reference = Reference.load(self.task, self.model, device_kind())
+            reference = Reference.load(self.task, replace(self.model, freeze=self.freeze), device_kind())
             atomic_write(path, save(feature.compute(reference, chosen.rows)))
         return path
 

@@ -181,7 +181,23 @@ def add_lora(module: torch.nn.Module, lora: LoraConfig) -> torch.nn.Module:
         )
     except ValueError as error:
         raise UserError(f"model.lora.target_modules = {lora.target_modules!r}: {_one_line(error)}") from error
+    _refuse_tied(wrapped, lora)
     return wrapped
+
+
+def _refuse_tied(module: torch.nn.Module, lora: LoraConfig) -> None:
+    """Refuse an adapter of a weight that two modules share: merged, it would change the other one, too."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name.removeprefix("base_model.model."))
+    for tied in names.values():
+        adapted = [name.removesuffix(".base_layer.weight") for name in tied if name.endswith(".base_layer.weight")]
+        if adapted and len(tied) > 1:
+            others = ", ".join(name.removesuffix(".weight") for name in tied if not name.startswith(adapted[0]))
+            raise UserError(
+                f"model.lora.target_modules = {lora.target_modules!r}: {adapted[0]} shares its weight with {others} "
+                "(tie_word_embeddings), which its adapter would change, too, once merged: leave it out"
+            )
 
 
 def freeze_matching(module: torch.nn.Module, expressions: Sequence[str]) -> None:

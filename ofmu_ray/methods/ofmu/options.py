@@ -81,7 +81,8 @@ class OFMUConfig(MethodConfig):
     outer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
     """Optimiser of the outer loop (descent on F = L_r + rho |grad Phi|^2), with its own state."""
     outer_ratio: float | None = None
-    """Learning rate of the outer loop over that of the inner loop, unless outer.lr is set; null: use outer.lr."""
+    """Learning rate of the outer loop over that of the inner loop, unless outer.lr is other than its default of 1e-5;
+    null: use outer.lr."""
     shared_optimizer: bool = False
     """Both loops use the inner loop's optimiser (moments, clipping, decay), each at its own learning rate: an
     ablation of the separate states."""
