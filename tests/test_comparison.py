@@ -237,6 +237,17 @@ def test_what_cannot_be_computed_says_why() -> None:
     assert resamples.figure("model_utility", model.drop_columns("rouge_l_recall"), None) == (
         "the rows of retain were evaluated without rouge_l_recall"
     )
+    assert resamples.figure("aggregate", model, retrained) == "aggregate is not a mean over rows"
+    assert resamples.figure("muse_verbatim", model, retrained) == "no forget_verbatim rows"
+
+
+def test_every_mean_over_rows_has_draws() -> None:
+    """Rows of MUSE too, and with them its paired tests."""
+    columns = {"row_id": ["a", "b", "c"], "set": ["forget_verbatim"] * 3, "index": [0, 1, 2]}
+    one = pa.table({**columns, "rouge_l_f": [0.1, 0.2, 0.6]})
+    draws = Resamples(one, samples=20).score("muse_verbatim", one, pa.table({**columns, "rouge_l_f": [0.2, 0.2, 0.2]}))
+    assert isinstance(draws, ResampledRun)
+    assert (draws.value, draws.units, len(draws.resampled)) == (pytest.approx(-10.0), 3, 20)
 
 
 # ------------------------------------------------------------------------------------------------------------ tests
