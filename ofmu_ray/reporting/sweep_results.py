@@ -55,20 +55,31 @@ class SweepData:
         self.floor: float | None = self.rule.get("floor")
         self.chosen: Mapping[str, Any] | None = settings.get("chosen")
         sound, aim = self.rule.get("sound"), self.reference("retrained", self.objective)
-        self.goal = Goal(self.objective, self.utility, self.floor, aim, sound and SoundRange(**sound))
+        margin = float(self.rule.get("margin") or 0.0)
+        self.goal = Goal(self.objective, self.utility, self.floor, aim, sound and SoundRange(**sound), margin)
         last = {row["number"]: row for row in sorted(stages, key=lambda row: int(row["stage"]))}
         self._last: Mapping[int, Mapping[str, Any]] = last
+
+    @cached_property
+    def choosing(self) -> Goal:
+        """The rule as it chose among the trials: with the margin, if one of them reaches that."""
+        return self.goal.choosing([t for t in self.trials if t.get("status") not in WITHOUT_RESULT])
 
     @cached_property
     def completed(self) -> list[Trial]:
         """Completed trials with both metrics of the rule, in its order."""
         trials = [t for t in self.trials if t.get("status") not in WITHOUT_RESULT and self.goal.rank(t) is not None]
-        return sorted(trials, key=lambda trial: (-self.goal.score(trial), trial["number"]))
+        by_cost = self.rule.get("tie_break") == "cost"
+
+        def place(trial: Trial) -> Any:
+            return self.choosing.rank(trial), (number_of(trial, "flops") or 0.0) if by_cost else 0.0, trial["number"]
+
+        return sorted(trials, key=place)
 
     @property
     def enough(self) -> list[Trial]:
-        """Those completed trials that reach the utility floor and are not degenerate."""
-        return [trial for trial in self.completed if self.goal.eligible(trial)]
+        """Those completed trials that the rule could choose: with enough utility, and not degenerate."""
+        return [trial for trial in self.completed if self.choosing.eligible(trial)]
 
     @property
     def recommended(self) -> Trial | None:

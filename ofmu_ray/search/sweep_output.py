@@ -132,6 +132,7 @@ def settings(
             "objective": goal.objective,
             "utility": goal.utility,
             "floor": goal.floor,
+            "margin": goal.margin,
             "utility_floor": config.select.utility_floor,
             "relative_to": config.select.relative_to,
             "tie_break": config.select.tie_break,
