@@ -397,7 +397,12 @@ def test_few_trials_have_no_importances(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "label"), [("ks_statistic", "low is better"), ("forget_rouge", "distance of forget ROUGE-L recall")]
+    ("name", "label"),
+    [
+        ("ks_statistic", "low is better"),
+        ("forget_rouge", "distance of forget ROUGE-L recall"),
+        ("forget_choice_above_chance", "distance of forget multiple choice, accuracy above chance to 0"),
+    ],
 )
 def test_what_is_to_be_low_is_drawn_upside_down(tmp_path: Path, name: str, label: str) -> None:
     def renamed(row: dict[str, Any]) -> dict[str, Any]:
@@ -410,5 +415,5 @@ def test_what_is_to_be_low_is_drawn_upside_down(tmp_path: Path, name: str, label
     plane = (tmp_path / "plane.svg").read_text()
     assert label in plane
     places = {words: float(y) for y, words in re.findall(r' y="([\d.]+)"[^>]*>(target|retrained)</text>', plane)}
-    # its value is 2e-9 and the retrained model's 1: better as a KS distance, worse as a distance to that model
-    assert (places["target"] < places["retrained"]) == (name == "ks_statistic")  # in SVG, y grows downwards
+    # its value is 2e-9 and the retrained model's 1: better as a KS distance or one to 0, worse as one to that model
+    assert (places["target"] < places["retrained"]) == (name != "forget_rouge")  # in SVG, y grows downwards

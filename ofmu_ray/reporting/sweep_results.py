@@ -29,7 +29,7 @@ class Axis:
     falling: bool
     """Low is better: drawn upside down, so that up is always better."""
     reference: float | None
-    """The retrained model's value, if the distance to it is what counts."""
+    """The retrained model's value, or 0, if the distance to it is what counts."""
 
     def place(self, value: float) -> float:
         """A value's position on the axis."""
@@ -115,6 +115,8 @@ class SweepData:
             reference = self.reference("retrained", self.objective)
             words = label if reference is None else f"distance of {label} to the retrained model's"
             return Axis(f"{words}, low is better", False, True, reference)
+        if kind == "zero":
+            return Axis(f"distance of {label} to 0, low is better", False, True, 0.0)
         values = [float(trial[self.objective]) for trial in self.all if number_of(trial, self.objective) is not None]
         if metric(self.objective).p_value and values and max(values) > 100 * max(min(values), 1e-300):
             return Axis(f"{label} (p-value, log axis)", True, False, None)
