@@ -4,12 +4,14 @@ import json
 
 import pytest
 
-from ofmu_ray.config import ModelConfig, SweepConfig, UnlearnConfig, apply_overrides
+from ofmu_ray import tracking
+from ofmu_ray.config import ModelConfig, SweepConfig, TrackingConfig, UnlearnConfig, apply_overrides
 from ofmu_ray.metrics.degeneration import SoundRange
 from ofmu_ray.metrics.rule import Goal
-from ofmu_ray.runs.trial import SplitData, model_path, result_path
+from ofmu_ray.runs.trial import SplitData, model_path, result_path, write_failure
 from ofmu_ray.search.choice import choose, priors, prune_models
 from ofmu_ray.search.suggest import Search, Suggestion
+from ofmu_ray.search.sweep_output import log_child
 from ofmu_ray.search.trial_ledger import Ledger
 from tune_spaces import ofmu_lite, parse_prior
 
@@ -85,3 +87,13 @@ def test_priors_for_a_second_sweep_are_those_of_the_best(tmp_path):
     second = made.search.space.with_priors({field: parse_prior(text) for field, text in by_field.items()})
     second.check(UnlearnConfig())
     assert priors(ledger_of(tmp_path / "few", trials[:2])) == {}
+
+
+def test_a_trial_whose_process_could_not_write_its_result_is_logged_once(tmp_path):
+    made = ledger_of(tmp_path, TRIALS)
+    write_failure(made.trial(0), made.data, "its process ended")
+    parent = tracking.start(TrackingConfig(), str(tmp_path), "s", {}, {})
+    marker = result_path(tmp_path, made.key(0)).with_suffix(".mlflow")
+    log_child(made, 0, parent)
+    assert marker.is_file()
+    tracking.finish(parent, status="FINISHED")

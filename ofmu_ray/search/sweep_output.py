@@ -208,7 +208,8 @@ def log_child(ledger: Ledger, number: int, parent: Any) -> None:
     if handle is None:
         return  # MLflow does not answer; the next start tries again
     costs = {name: result[name] for name in COSTS if result.get(name) is not None}
-    metrics = result.get("figures") or next((one["figures"] for one in reversed(result["evaluations"])), None)
+    evaluations = result.get("evaluations") or []  # none of a trial whose process died
+    metrics = result.get("figures") or (evaluations[-1]["figures"] if evaluations else None)
     failed = result["status"] == "failed"
     if tracking.finish(handle, metrics={"after": metrics}, cost=costs, status="FAILED" if failed else "FINISHED"):
         atomic_write(marker, handle.run_id)
