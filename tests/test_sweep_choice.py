@@ -1,17 +1,19 @@
 """The rule on recorded results: choice, ties, nearest, front, kept models, priors for a second sweep."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import yaml
 
 from ofmu_ray import tracking
 from ofmu_ray.config import ModelConfig, SweepConfig, TrackingConfig, UnlearnConfig, apply_overrides
 from ofmu_ray.metrics.degeneration import SoundRange
 from ofmu_ray.metrics.rule import Goal
 from ofmu_ray.runs.trial import SplitData, model_path, result_path, write_failure
-from ofmu_ray.search.choice import choose, priors, prune_models
+from ofmu_ray.search.choice import choose, export, priors, prune_models
 from ofmu_ray.search.suggest import Search, Suggestion
-from ofmu_ray.search.sweep_output import log_child
+from ofmu_ray.search.sweep_output import log_child, settings, summary
 from ofmu_ray.search.trial_ledger import Ledger
 from tune_spaces import ofmu_lite, parse_prior
 
@@ -30,7 +32,7 @@ def ledger_of(folder, trials, **select) -> Ledger:
         rho = {"ofmu.rho": 0.0} if number % 2 else {"ofmu.rho": 1e-4, "ofmu.rho_growth": 1.05}
         options = {"ofmu.inner.lr": RATES[number], "ofmu.inner_steps": 2 + number % 3, "ofmu.inner.decay": "linear"}
         made.suggestions.append(Suggestion(number, options | rho))
-        result = {"status": "stopped", "evaluations": [], "options": options, "flops": 1.0}
+        result = {"status": "stopped", "evaluations": [], "options": options, "flops": 1.0, "ended": 1.0}
         if trial is not None:
             quality, utility, flops, *repetition = trial
             metrics = {"forget_quality": {"value": quality}, "model_utility": {"value": utility}}
@@ -73,6 +75,23 @@ def test_models_beyond_the_best_go(tmp_path):
     prune_models(made)
     kept = {path.name for path in (tmp_path / "models").iterdir()}
     assert kept == {made.key(1), made.key(4)}
+
+
+def test_a_new_rule_may_choose_a_trial_whose_model_is_gone(tmp_path):
+    """best.yaml then trains it again; the earlier choice's model must not stand beside it."""
+    made = ledger_of(tmp_path, TRIALS)
+    prune_models(made)
+    (tmp_path / "best/model").mkdir(parents=True)
+    judged = replace(made, search=replace(made.search, goal=replace(GOAL, floor=0.58)))
+    outcome = choose(judged)
+    assert outcome.chosen == 0
+    export(judged, outcome, None)
+    assert outcome.metrics is None
+    assert not (tmp_path / "best").exists()
+    assert yaml.safe_load((tmp_path / "best.yaml").read_text())["ofmu"]["inner"]["lr"] == RATES[0]
+    chosen = settings(judged, outcome, {}, {}, [])["chosen"]
+    assert (chosen["number"], chosen["model"], chosen["figures"]) == (0, None, None)
+    assert "chosen: trial 0; its model was not kept" in summary(judged, outcome)
 
 
 def test_priors_for_a_second_sweep_are_those_of_the_best(tmp_path):

@@ -84,6 +84,8 @@ def _recommendation(sweep: SweepData) -> Section:
     lead = [f"Take trial {trial['number']}: {why}."]
     if chosen.get("model"):
         lead.append(f"Its model is in {chosen['model']}. To train it again, on this or other data:")
+    else:
+        lead.append("Its model was not kept (keep_models). To train it again:")
     config = chosen.get("config_file") or "best.yaml"
     changes = yaml_text(nested(chosen.get("options") or options(trial)))
     code = [f"ofmu unlearn --config {config}", f"# what {config} sets besides the sweep's base\n{changes}"]

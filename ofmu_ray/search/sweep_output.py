@@ -117,7 +117,7 @@ def settings(
             "floor_missed": False,
             "figures": outcome.metrics,
             "config_file": "best.yaml",
-            "model": f"{BEST}/model",
+            "model": f"{BEST}/model" if outcome.metrics else None,
         }
     return {
         "name": config.name,
@@ -251,7 +251,8 @@ def summary(ledger: Ledger, outcome: SweepChoice) -> str:
         lines += ["", "Pareto front:", *map(shown, outcome.front)]
     if outcome.chosen is not None:
         metrics = outcome.metrics or {}
-        lines += ["", f"chosen: trial {outcome.chosen}; on all rows:"]
+        gone = "its model was not kept (keep_models); best.yaml trains it again"
+        lines += ["", f"chosen: trial {outcome.chosen}; {'on all rows:' if metrics else gone}"]
         for name in (goal.objective, goal.utility):
             metric_value = metrics.get(name) or {}
             if metric_value.get("value") is not None:
