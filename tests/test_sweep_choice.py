@@ -11,6 +11,7 @@ from ofmu_ray.config import ModelConfig, SweepConfig, TrackingConfig, UnlearnCon
 from ofmu_ray.metrics.degeneration import SoundRange
 from ofmu_ray.metrics.rule import Goal
 from ofmu_ray.runs.trial import SplitData, model_path, result_path, write_failure
+from ofmu_ray.search import run_sweep
 from ofmu_ray.search.choice import choose, export, priors, prune_models
 from ofmu_ray.search.suggest import Search, Suggestion
 from ofmu_ray.search.sweep_output import log_child, settings, summary
@@ -116,3 +117,25 @@ def test_a_trial_whose_process_could_not_write_its_result_is_logged_once(tmp_pat
     log_child(made, 0, parent)
     assert marker.is_file()
     tracking.finish(parent, status="FINISHED")
+
+
+@pytest.mark.parametrize("retry", [False, True])
+def test_failed_fresh_seeds_are_repeated_if_asked_for(tmp_path, monkeypatch, retry):
+    class Pool:
+        def __init__(self, *_):
+            pass
+
+        def run(self, trials):
+            return [(trial, {"status": "finished", "figures": {}}) for trial in trials]
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(run_sweep, "Pool", Pool)
+    made = ledger_of(tmp_path, TRIALS, seeds=[1, 2])
+    made.config = replace(made.config, retry_failed=retry)
+    written = []
+    monkeypatch.setattr(run_sweep, "read_result", lambda folder, key: written.append(key) or {"status": "failed"})
+    confirmed = run_sweep._confirm(made, 4)
+    assert len(set(written)) == 2
+    assert [result["status"] for _, result in confirmed] == ["finished" if retry else "failed"] * 2

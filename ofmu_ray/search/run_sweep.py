@@ -246,6 +246,8 @@ def _confirm(ledger: Ledger, chosen: int) -> list[tuple[int, dict[str, Any]]]:
     if not trials:
         return []
     known = {trial.config.seed: read_result(ledger.folder, trial.key(ledger.data)) for trial in trials}
+    if ledger.config.retry_failed:
+        known |= {seed: None for seed, result in known.items() if result and result["status"] == "failed"}
     pool = Pool(config, {ledger.data.name: ledger.data}, ledger.config.concurrency)
     try:
         for trial, result in pool.run([trial for trial in trials if known[trial.config.seed] is None]):
