@@ -253,6 +253,18 @@ def test_every_mean_over_rows_has_draws() -> None:
 # ------------------------------------------------------------------------------------------------------------ tests
 
 
+def test_a_method_that_is_better_on_the_common_seeds_is_not_worse() -> None:
+    """Its mean is lower because of a seed that the best method lacks."""
+    values = {"best": {1: 0.90, 2: 0.91}, "other": {1: 0.95, 2: 0.961, 3: 0.2}}
+    scores = {m: {seed: ResampledRun(value, np.empty(0)) for seed, value in v.items()} for m, v in values.items()}
+    verdict = verdicts(scores)["other"]
+    assert verdict.test is not None
+    assert verdict.test.difference < 0
+    assert verdict.p_adjusted is not None
+    assert verdict.p_adjusted < 0.05
+    assert verdict.result == "not significantly worse"
+
+
 def seeds_only(*values: float) -> dict[int, ResampledRun]:
     return {seed: ResampledRun(value, np.empty(0)) for seed, value in enumerate(values)}
 

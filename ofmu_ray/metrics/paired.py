@@ -278,10 +278,11 @@ def verdicts(
         test, p_value = tests[pair], adjusted.get(pair)
         if test is not None and pair[0] != best:
             test = _reversed(test)
-        if p_value is None:
+        if test is None or p_value is None:
             results[method] = Verdict("not tested", test)
-        else:
-            results[method] = Verdict("worse" if p_value < level else "not significantly worse", test, p_value)
+        else:  # on the seeds that both have, a method with a lower mean over its own may be the better one
+            worse = p_value < level and test.difference > 0
+            results[method] = Verdict("worse" if worse else "not significantly worse", test, p_value)
     return {method: results[method] for method in scores if method in results}
 
 
