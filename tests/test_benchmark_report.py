@@ -383,6 +383,17 @@ def test_a_rule_of_metrics_without_a_paired_test(tmp_path: Path) -> None:
     assert float(variant[f"{objective}_better_by"]) == pytest.approx(-0.1)  # 0.2 from chance, not 0.1
 
 
+def test_a_method_without_utility_is_not_ranked_in_forgetting(tmp_path: Path) -> None:
+    """Its loss on rows to keep is not finite: it has no utility that could reach the floor."""
+    trials, rows = make_split("people", ablation=False, methods={name: METHODS[name] for name in ("npo", "grad_diff")})
+    for one in trials:
+        if one["method"] == "npo" and one["phase"] == "report":
+            one["model_utility"] = None
+    write_benchmark_report(tmp_path, trials, pa.concat_tables(rows), make_settings())
+    results = {(row["method"], row["figure"]): row["result"] for row in read_csv(tmp_path / "results.csv")}
+    assert (results["npo", "ks_statistic"], results["grad_diff", "ks_statistic"]) == ("below the utility floor", "best")
+
+
 @pytest.mark.parametrize("count", [0, 1, 24])
 def test_without_rows_nothing_is_claimed_about_the_floor(tmp_path: Path, count: int) -> None:
     trials, _ = make_split("people", ablation=False, methods={name: METHODS[name] for name in ("npo", "grad_diff")})
