@@ -383,6 +383,18 @@ def test_a_rule_of_metrics_without_a_paired_test(tmp_path: Path) -> None:
     assert float(variant[f"{objective}_better_by"]) == pytest.approx(-0.1)  # 0.2 from chance, not 0.1
 
 
+def test_p_values_of_probes_are_summarised_like_forget_quality(tmp_path: Path) -> None:
+    trials, rows = make_split("people", ablation=False, methods={"npo": METHODS["npo"]})
+    for one in trials:
+        quality = {1: 1e-8, 2: 1e-4, 3: 1.0}.get(one["seed"])
+        one |= {f"paraphrase_forget_quality{end}": quality for end in ("", "_low", "_high")}
+    write_benchmark_report(tmp_path, trials, pa.concat_tables(rows), make_settings())
+    [record] = [row for row in read_csv(tmp_path / "results.csv") if row["figure"] == "paraphrase_forget_quality"]
+    assert (float(record["mean"]), record["seeds_low"]) == (pytest.approx(1e-4), "")
+    table = _Page((tmp_path / "report.html").read_text()).table("Metric", "npo")
+    assert table["Paraphrase forget quality ↑"]["npo"] == ["1.0e-4", "runs 1.0e-8 · 1.0e-4 · 1.000"]
+
+
 def test_a_method_without_utility_is_not_ranked_in_forgetting(tmp_path: Path) -> None:
     """Its loss on rows to keep is not finite: it has no utility that could reach the floor."""
     trials, rows = make_split("people", ablation=False, methods={name: METHODS[name] for name in ("npo", "grad_diff")})

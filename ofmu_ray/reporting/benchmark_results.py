@@ -242,7 +242,7 @@ def _summary(name: str, runs: Sequence[Trial], draws: Mapping[int, ResampledRun]
     values = {int(run["seed"]): value for run in runs if (value := number_of(run, name)) is not None}
     if not values:
         return None
-    if name == "forget_quality":
+    if metric(name).p_value:
         reason = "p-values: geometric mean, with each run's value"
         return Summary(MetricValue(geometric_mean(list(values.values())), n=len(values), reason=reason), values)
     interval = None
