@@ -23,7 +23,7 @@ from ofmu_ray.evaluation.sample import spread
 from ofmu_ray.methods.ofmu import OFMU, OFMUConfig
 from ofmu_ray.metrics.summary import summarise
 from ofmu_ray.runs.trial import SplitData, Trial, run_trial
-from ofmu_ray.search.benchmark_output import round_cost
+from ofmu_ray.search.benchmark_output import round_cost, table
 from pipelines import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -303,3 +303,18 @@ def test_shared_optimizer_is_one_adamw_at_two_rates():
 def test_samples_are_evenly_spread():
     assert list(spread(10, 4)) == [0, 2, 5, 7]
     assert list(spread(3, 4)) == list(spread(3, None)) == [0, 1, 2]
+
+
+def test_the_terminal_averages_p_values_as_the_report_does():
+    """Geometrically: one seed without a difference does not hide two that are far off."""
+    config = BenchmarkConfig(methods=["npo"])
+    done = []
+    for seed, quality in ((1, 1e-8), (2, 1e-4), (3, 1.0)):
+        known = {"method": "npo", "split": "people", "phase": "report", "trial": 0, "options": {}}
+        run = Trial(**known, config=config.run("people", "npo"), budget_unit="flops", budget=1.0)
+        figures = {"forget_quality": {"value": quality}, "model_utility": {"value": 0.2 * seed}}
+        done.append((run, {"figures": figures, "flops": 1e12, "train_seconds": 2.0}))
+    shown = table(config, done, {"people": {}})
+    assert "0.0001 [1e-08, 1]" in shown
+    assert "0.4 [0.2, 0.6]" in shown
+    assert "mean (of p-values: geometric) [lowest, highest] over seeds [1, 2, 3]" in shown

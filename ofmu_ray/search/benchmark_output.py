@@ -12,7 +12,8 @@ from typing import Any
 
 from ofmu_ray.config import BenchmarkConfig
 from ofmu_ray.metrics.degeneration import SoundRange
-from ofmu_ray.metrics.fronts import plain
+from ofmu_ray.metrics.fronts import geometric_mean, plain
+from ofmu_ray.metrics.registry import metric
 from ofmu_ray.metrics.rule import Goal
 from ofmu_ray.runs.preflight import public
 from ofmu_ray.runs.trial import SplitData, Trial, result_path
@@ -278,13 +279,15 @@ def table(
         for label in (*config.methods, *config.ablation.variants):
             results = [r for t, r in done if (t.split, t.method) == (split, label) and t.phase != "tune"]
             good = [result for result in results if "figures" in result]
-            cells = [_cell([r["figures"][name]["value"] for r in good]) for name in (rule.objective, rule.utility)]
+            both = rule.objective, rule.utility
+            cells = [_cell(name, [r["figures"][name]["value"] for r in good]) for name in both]
             costs = [r["flops"] if config.budget.unit == "flops" else r["forget_passes"] + r["retain_passes"]
                      for r in good]  # fmt: skip
             seconds = [r["train_seconds"] for r in good]
             ends = f"{_mean(costs):>12.3g}{_mean(seconds):>10.1f}" if good else ""
             lines.append(f"{label:24}{cells[0]:>28}{cells[1]:>28}{ends}")
-    lines.append(f"mean [lowest, highest] over seeds {config.seeds}")
+    geometric = " (of p-values: geometric)" if metric(rule.objective).p_value else ""
+    lines.append(f"mean{geometric} [lowest, highest] over seeds {config.seeds}")
     return "\n".join(lines)
 
 
@@ -292,6 +295,9 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _cell(values: Sequence[float | None]) -> str:
+def _cell(name: str, values: Sequence[float | None]) -> str:
     present = [value for value in values if value is not None]
-    return f"{_mean(present):.3g} [{min(present):.2g}, {max(present):.2g}]" if present else "-"
+    if not present:
+        return "-"
+    mean = geometric_mean(present) if metric(name).p_value else _mean(present)
+    return f"{mean:.3g} [{min(present):.2g}, {max(present):.2g}]"
