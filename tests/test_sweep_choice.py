@@ -9,6 +9,7 @@ import yaml
 from ofmu_ray import tracking
 from ofmu_ray.config import ModelConfig, SweepConfig, TrackingConfig, UnlearnConfig, apply_overrides
 from ofmu_ray.metrics.degeneration import SoundRange
+from ofmu_ray.metrics.fronts import plain
 from ofmu_ray.metrics.rule import Goal
 from ofmu_ray.runs.trial import SplitData, model_path, result_path, write_failure
 from ofmu_ray.search import run_sweep
@@ -16,6 +17,7 @@ from ofmu_ray.search.choice import choose, export, priors, prune_models
 from ofmu_ray.search.suggest import Search, Suggestion
 from ofmu_ray.search.sweep_output import log_child, settings, summary
 from ofmu_ray.search.trial_ledger import Ledger
+from ofmu_ray.search.tuner import TrialRun
 from tune_spaces import ofmu_lite, parse_prior
 
 GOAL = Goal("forget_quality", "model_utility", 0.5, sound=SoundRange("retrained", {"repetition": (0.0, 0.0, 0.05)}))
@@ -139,3 +141,17 @@ def test_failed_fresh_seeds_are_repeated_if_asked_for(tmp_path, monkeypatch, ret
     confirmed = run_sweep._confirm(made, 4)
     assert len(set(written)) == 2
     assert [result["status"] for _, result in confirmed] == ["finished" if retry else "failed"] * 2
+
+
+def test_a_stopped_trial_is_reported_again_with_the_score_it_was_stopped_by(tmp_path):
+    """The median rule averages what is reported: a resumed sweep must not average the score of a failure."""
+    made = ledger_of(tmp_path, TRIALS)
+    path = result_path(tmp_path, made.key(3))
+    figures = [{"forget_quality": {"value": value}, "model_utility": {"value": 0.6}} for value in (0.1, 0.2)]
+    evaluations = [{"stage": stage, "figures": one} for stage, one in enumerate(figures, start=1)]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"evaluations": evaluations}))
+    again = TrialRun.__new__(TrialRun)
+    again.ledger, again.number, again.stage, again.thread = made, 3, 0, None
+    reports = [again.step() for _ in range(3)]
+    assert [(one["stage"], one["done"]) for one in reports] == [(1, False), (2, False), (2, True)]
+    assert reports[2]["score"] == reports[1]["score"] == GOAL.score(plain(figures[1]), made.search.share)
