@@ -155,3 +155,14 @@ def test_a_stopped_trial_is_reported_again_with_the_score_it_was_stopped_by(tmp_
     reports = [again.step() for _ in range(3)]
     assert [(one["stage"], one["done"]) for one in reports] == [(1, False), (2, False), (2, True)]
     assert reports[2]["score"] == reports[1]["score"] == GOAL.score(plain(figures[1]), made.search.share)
+
+
+def test_a_second_member_with_the_same_options_is_another_trial(tmp_path):
+    """Members run side by side, each in the folder of its key."""
+    made = ledger_of(tmp_path, TRIALS)
+    before = [made.key(number) for number in range(5)]
+    options = made.suggestions[1].options
+    made.suggestions += [Suggestion(5, options), Suggestion(6, options, parent=1), Suggestion(7, options)]
+    keys = [made.key(number) for number in range(8)]
+    assert keys[:5] == before
+    assert len(set(keys)) == 8
