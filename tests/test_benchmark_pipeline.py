@@ -22,7 +22,7 @@ from ofmu_ray.evaluation.evaluator import Evaluator
 from ofmu_ray.evaluation.sample import spread
 from ofmu_ray.methods.ofmu import OFMU, OFMUConfig
 from ofmu_ray.metrics.summary import summarise
-from ofmu_ray.runs.trial import SplitData, Trial, run_trial
+from ofmu_ray.runs.trial import SplitData, Trial, cost_signature, run_trial
 from ofmu_ray.search.benchmark_output import round_cost, table
 from pipelines import cli
 
@@ -318,3 +318,13 @@ def test_the_terminal_averages_p_values_as_the_report_does():
     assert "0.0001 [1e-08, 1]" in shown
     assert "0.4 [0.2, 0.6]" in shown
     assert "mean (of p-values: geometric) [lowest, highest] over seeds [1, 2, 3]" in shown
+
+
+def test_a_rounds_cost_is_shared_by_draws_but_not_by_labels_with_other_batches():
+    changes = {"small": {"training.batch_size": 8}, "large": {"training.batch_size": 32}}
+    labels = {name: {"method": "npo", **options} for name, options in changes.items()}
+    config = BenchmarkConfig(methods=list(labels), labels=labels)
+    runs = [config.run("people", *more) for more in (("small",), ("small", {"npo.beta": 0.3}), ("large",))]
+    same, drawn, other = map(cost_signature, runs)
+    assert same == drawn
+    assert same != other
