@@ -17,7 +17,7 @@ from ofmu_ray.search.choice import choose, export, priors, prune_models
 from ofmu_ray.search.suggest import Search, Suggestion
 from ofmu_ray.search.sweep_output import log_child, settings, summary
 from ofmu_ray.search.trial_ledger import Ledger
-from ofmu_ray.search.tuner import TrialRun
+from ofmu_ray.search.tuner import TrialRun, finished
 from tune_spaces import ofmu_lite, parse_prior
 
 GOAL = Goal("forget_quality", "model_utility", 0.5, sound=SoundRange("retrained", {"repetition": (0.0, 0.0, 0.05)}))
@@ -166,3 +166,16 @@ def test_a_second_member_with_the_same_options_is_another_trial(tmp_path):
     keys = [made.key(number) for number in range(8)]
     assert keys[:5] == before
     assert len(set(keys)) == 8
+
+
+def test_a_sweep_with_fewer_trials_than_before_is_complete_without_the_rest(tmp_path):
+    made = ledger_of(tmp_path, TRIALS)
+    result_path(tmp_path, made.key(4)).unlink()
+    complete = {
+        trials: finished(replace(made, config=apply_overrides(made.config, {"search.trials": trials})), False)
+        for trials in (3, 4, 5, 6)
+    }
+    assert complete == {3: True, 4: True, 5: False, 6: False}
+    less = apply_overrides(made.config, {"search.trials": 6})
+    made.suggestions.pop()
+    assert finished(replace(made, config=less), exhausted=True)

@@ -276,5 +276,11 @@ def run(
     )
     tuner.fit()
     shutil.rmtree(folder, ignore_errors=True)
-    ended = [ledger.result(number) is not None for number in range(len(ledger.suggestions))]
-    return all(ended) and (len(ended) == ledger.config.search.trials or search.exhausted), search.exhausted
+    return finished(ledger, search.exhausted), search.exhausted
+
+
+def finished(ledger: Ledger, exhausted: bool) -> bool:
+    """Whether all trials have finished; an earlier start may have begun more than are asked for now."""
+    wanted = ledger.config.search.trials
+    ended = [ledger.result(number) is not None for number in range(min(len(ledger.suggestions), wanted))]
+    return all(ended) and (len(ended) == wanted or exhausted)
