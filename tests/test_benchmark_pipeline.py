@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import TEXT_METHODS
 
+from ofmu_ray import tracking
 from ofmu_ray.config import BenchmarkConfig, OptimizerConfig, TrainingConfig, apply_overrides
 from ofmu_ray.engines import TorchEngine
 from ofmu_ray.evaluation.evaluator import Evaluator
@@ -23,11 +24,13 @@ from ofmu_ray.evaluation.sample import spread
 from ofmu_ray.methods.ofmu import OFMU, OFMUConfig
 from ofmu_ray.metrics.summary import summarise
 from ofmu_ray.runs.trial import SplitData, Trial, cost_signature, run_trial
-from ofmu_ray.search.benchmark_output import round_cost, table
+from ofmu_ray.search.benchmark_output import log_child, round_cost, table
+from ofmu_ray.tracking.mlflow_run import RunHandle
 from pipelines import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 3e10
+NOWHERE = "http://127.0.0.1:9"
 LABELS = {
     "lite": {
         "method": "ofmu",
@@ -328,3 +331,18 @@ def test_a_rounds_cost_is_shared_by_draws_but_not_by_labels_with_other_batches()
     same, drawn, other = map(cost_signature, runs)
     assert same == drawn
     assert same != other
+
+
+def test_a_run_that_mlflow_does_not_take_is_logged_by_the_next_start(tmp_path, monkeypatch):
+    config = apply_overrides(BenchmarkConfig(methods=["npo"], storage=str(tmp_path)), {"base.tracking.uri": NOWHERE})
+    known = {"method": "npo", "split": "people", "phase": "report", "trial": 0, "options": {}}
+    run = Trial(**known, config=config.run("people", "npo"), budget_unit="flops", budget=1.0)
+    marker, handle = tmp_path / "run.mlflow", RunHandle("0" * 32, NOWHERE, "1")
+    log_child(handle, config, run, {"status": "finished"}, marker, again=True)  # gone before
+    assert not marker.exists()
+    monkeypatch.setattr(tracking, "start", lambda *_, **__: handle)
+    log_child(handle, config, run, {"status": "finished"}, marker, again=True)  # gone in between
+    assert not marker.exists()
+    monkeypatch.setattr(tracking, "finish", lambda *_, **__: True)
+    log_child(handle, config, run, {"status": "finished"}, marker, again=False)
+    assert marker.read_text() == handle.run_id

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ofmu_ray.config import BenchmarkConfig
+from ofmu_ray.errors import UserError
 from ofmu_ray.metrics.degeneration import SoundRange
 from ofmu_ray.metrics.fronts import geometric_mean, plain
 from ofmu_ray.metrics.registry import metric
@@ -218,32 +219,39 @@ def _labelled(table: Any, values: tuple[str, str, str, int | None, int | None]) 
 def log_child(
     parent: Any, config: BenchmarkConfig, trial: Trial, result: Mapping[str, Any], marker: Path, *, again: bool
 ) -> None:
-    """Log a run as a child of the benchmark's MLflow run; once (`marker`), unless the run was repeated (`again`)."""
+    """Log a run as a child of the benchmark's MLflow run; once (`marker`), unless the run was repeated (`again`).
+
+    If MLflow does not answer, the next start of the benchmark tries again.
+    """
     if marker.exists() and not again:
         return
+    marker.unlink(missing_ok=True)
     from ofmu_ray import tracking
 
     options = {"method": trial.method, "split": trial.split, "phase": trial.phase, "trial": trial.trial}
     options |= {"seed": trial.config.seed, "budget": trial.budget, "budget_unit": trial.budget_unit}
     options |= dict(trial.options)
-    handle = tracking.start(
-        config.base.tracking,
-        config.storage,
-        f"{config.name}/{trial.name}",
-        options,
-        {
-            "mlflow.parentRunId": parent.run_id,
-            "ofmu.kind": "benchmark_run",
-            "ofmu.status": result["status"],
-            "ofmu.message": result.get("message", ""),
-        },
-        record=f"{marker}-id",
-    )
+    try:
+        handle = tracking.start(
+            config.base.tracking,
+            config.storage,
+            f"{config.name}/{trial.name}",
+            options,
+            {
+                "mlflow.parentRunId": parent.run_id,
+                "ofmu.kind": "benchmark_run",
+                "ofmu.status": result["status"],
+                "ofmu.message": result.get("message", ""),
+            },
+            record=f"{marker}-id",
+        )
+    except UserError:
+        return
     costs = {name: result[name] for name in COSTS if result.get(name) is not None}
     failed = result["status"] == "failed"
     metrics = {} if failed else {"after": result.get("figures")}
-    tracking.finish(handle, metrics=metrics, cost=costs, status="FAILED" if failed else "FINISHED")
-    atomic_write(marker, handle.run_id)
+    if tracking.finish(handle, metrics=metrics, cost=costs, status="FAILED" if failed else "FINISHED"):
+        atomic_write(marker, handle.run_id)
 
 
 # ---------------------------------------------------------------------------------------------------------- people
