@@ -23,7 +23,9 @@ from ofmu_ray.evaluation.evaluator import Evaluator
 from ofmu_ray.evaluation.sample import spread
 from ofmu_ray.methods.ofmu import OFMU, OFMUConfig
 from ofmu_ray.metrics.summary import summarise
+from ofmu_ray.runs.claims import is_running
 from ofmu_ray.runs.trial import SplitData, Trial, cost_signature, run_trial
+from ofmu_ray.search import run_benchmark
 from ofmu_ray.search.benchmark_output import log_child, round_cost, table
 from ofmu_ray.tracking.mlflow_run import RunHandle
 from pipelines import cli
@@ -346,3 +348,22 @@ def test_a_run_that_mlflow_does_not_take_is_logged_by_the_next_start(tmp_path, m
     monkeypatch.setattr(tracking, "finish", lambda *_, **__: True)
     log_child(handle, config, run, {"status": "finished"}, marker, again=False)
     assert marker.read_text() == handle.run_id
+
+
+def test_nobody_else_can_start_a_benchmark_that_still_writes_and_cleans_up(tmp_path, monkeypatch):
+    """Cleaning up after the lock was released would delete what the next start has put there."""
+    held = []
+    ends = {name: lambda *_: held.append(is_running(tmp_path / "benchmark")) for name in ("__init__", "discard")}
+    alike = dict.fromkeys(("folder", "data", "references", "done", "selected", "goals"))
+    monkeypatch.setattr(run_benchmark, "BenchmarkRun", type("Run", (), {**ends, **alike, "run": lambda self: True}))
+    monkeypatch.setattr(run_benchmark, "_checked_split", lambda *_: None)
+    monkeypatch.setattr(run_benchmark, "join_cluster", lambda *_: None)
+    monkeypatch.setattr(run_benchmark.results, "write", lambda *_: ends["discard"]() or [])
+    monkeypatch.setattr(run_benchmark.results, "table", lambda *_: "")
+    monkeypatch.setattr(tracking, "start", lambda *_, **__: RunHandle("0" * 32, NOWHERE, "1"))
+    monkeypatch.setattr(tracking, "finish", lambda *_, **__: True)
+    off = {"base.tracking.system_metrics": False, "base.training.workers": 1}
+    config = apply_overrides(BenchmarkConfig(methods=["npo"], storage=str(tmp_path)), off)
+    assert run_benchmark.benchmark(config).complete
+    assert held == [True] * 3
+    assert not is_running(tmp_path / "benchmark")
