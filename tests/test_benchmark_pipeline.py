@@ -16,18 +16,23 @@ import pytest
 import torch
 from conftest import TEXT_METHODS
 
+from ofmu_ray import tracking
 from ofmu_ray.config import BenchmarkConfig, OptimizerConfig, TrainingConfig, apply_overrides
 from ofmu_ray.engines import TorchEngine
 from ofmu_ray.evaluation.evaluator import Evaluator
 from ofmu_ray.evaluation.sample import spread
 from ofmu_ray.methods.ofmu import OFMU, OFMUConfig
 from ofmu_ray.metrics.summary import summarise
-from ofmu_ray.runs.trial import SplitData, Trial, run_trial
-from ofmu_ray.search.benchmark_output import round_cost
+from ofmu_ray.runs.claims import is_running
+from ofmu_ray.runs.trial import SplitData, Trial, cost_signature, run_trial
+from ofmu_ray.search import run_benchmark
+from ofmu_ray.search.benchmark_output import log_child, round_cost, table
+from ofmu_ray.tracking.mlflow_run import RunHandle
 from pipelines import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 3e10
+NOWHERE = "http://127.0.0.1:9"
 LABELS = {
     "lite": {
         "method": "ofmu",
@@ -303,3 +308,62 @@ def test_shared_optimizer_is_one_adamw_at_two_rates():
 def test_samples_are_evenly_spread():
     assert list(spread(10, 4)) == [0, 2, 5, 7]
     assert list(spread(3, 4)) == list(spread(3, None)) == [0, 1, 2]
+
+
+def test_the_terminal_averages_p_values_as_the_report_does():
+    """Geometrically: one seed without a difference does not hide two that are far off."""
+    config = BenchmarkConfig(methods=["npo"])
+    done = []
+    for seed, quality in ((1, 1e-8), (2, 1e-4), (3, 1.0)):
+        known = {"method": "npo", "split": "people", "phase": "report", "trial": 0, "options": {}}
+        run = Trial(**known, config=config.run("people", "npo"), budget_unit="flops", budget=1.0)
+        figures = {"forget_quality": {"value": quality}, "model_utility": {"value": 0.2 * seed}}
+        done.append((run, {"figures": figures, "flops": 1e12, "train_seconds": 2.0}))
+    shown = table(config, done, {"people": {}})
+    assert "0.0001 [1e-08, 1]" in shown
+    assert "0.4 [0.2, 0.6]" in shown
+    assert "mean (of p-values: geometric) [lowest, highest] over seeds [1, 2, 3]" in shown
+
+
+def test_a_rounds_cost_is_shared_by_draws_but_not_by_labels_with_other_batches():
+    changes = {"small": {"training.batch_size": 8}, "large": {"training.batch_size": 32}}
+    labels = {name: {"method": "npo", **options} for name, options in changes.items()}
+    config = BenchmarkConfig(methods=list(labels), labels=labels)
+    runs = [config.run("people", *more) for more in (("small",), ("small", {"npo.beta": 0.3}), ("large",))]
+    same, drawn, other = map(cost_signature, runs)
+    assert same == drawn
+    assert same != other
+
+
+def test_a_run_that_mlflow_does_not_take_is_logged_by_the_next_start(tmp_path, monkeypatch):
+    config = apply_overrides(BenchmarkConfig(methods=["npo"], storage=str(tmp_path)), {"base.tracking.uri": NOWHERE})
+    known = {"method": "npo", "split": "people", "phase": "report", "trial": 0, "options": {}}
+    run = Trial(**known, config=config.run("people", "npo"), budget_unit="flops", budget=1.0)
+    marker, handle = tmp_path / "run.mlflow", RunHandle("0" * 32, NOWHERE, "1")
+    log_child(handle, config, run, {"status": "finished"}, marker, again=True)  # gone before
+    assert not marker.exists()
+    monkeypatch.setattr(tracking, "start", lambda *_, **__: handle)
+    log_child(handle, config, run, {"status": "finished"}, marker, again=True)  # gone in between
+    assert not marker.exists()
+    monkeypatch.setattr(tracking, "finish", lambda *_, **__: True)
+    log_child(handle, config, run, {"status": "finished"}, marker, again=False)
+    assert marker.read_text() == handle.run_id
+
+
+def test_nobody_else_can_start_a_benchmark_that_still_writes_and_cleans_up(tmp_path, monkeypatch):
+    """Cleaning up after the lock was released would delete what the next start has put there."""
+    held = []
+    ends = {name: lambda *_: held.append(is_running(tmp_path / "benchmark")) for name in ("__init__", "discard")}
+    alike = dict.fromkeys(("folder", "data", "references", "done", "selected", "goals"))
+    monkeypatch.setattr(run_benchmark, "BenchmarkRun", type("Run", (), {**ends, **alike, "run": lambda self: True}))
+    monkeypatch.setattr(run_benchmark, "_checked_split", lambda *_: None)
+    monkeypatch.setattr(run_benchmark, "join_cluster", lambda *_: None)
+    monkeypatch.setattr(run_benchmark.results, "write", lambda *_: ends["discard"]() or [])
+    monkeypatch.setattr(run_benchmark.results, "table", lambda *_: "")
+    monkeypatch.setattr(tracking, "start", lambda *_, **__: RunHandle("0" * 32, NOWHERE, "1"))
+    monkeypatch.setattr(tracking, "finish", lambda *_, **__: True)
+    off = {"base.tracking.system_metrics": False, "base.training.workers": 1}
+    config = apply_overrides(BenchmarkConfig(methods=["npo"], storage=str(tmp_path)), off)
+    assert run_benchmark.benchmark(config).complete
+    assert held == [True] * 3
+    assert not is_running(tmp_path / "benchmark")

@@ -345,6 +345,67 @@ def test_degenerate_runs_are_marked_and_count_for_nothing(tmp_path: Path) -> Non
     assert (areas["npo"]["degenerate"], areas["grad_diff"]["degenerate"]) == ("8", "1")
 
 
+def test_a_rule_of_metrics_without_a_paired_test(tmp_path: Path) -> None:
+    """Multiple choice, nearest to chance; the floor counts, and the ablation is tested over seeds or rows."""
+    objective, utility = "forget_choice_above_chance", "retain_choice_accuracy"
+    given: dict[str, dict[str, tuple[float, float]]] = {
+        "report": {"npo": (0.3, 0.8), "ofmu_full": (-0.1, 0.8), "grad_diff": (0.0, 0.2)},
+        "ablation": {"no_penalty": (0.2, 0.8)},
+    }
+    labels = [("target", "reference", None, 0.5, 0.8)]
+    labels += [(m, phase, seed, *values) for phase, of in given.items() for m, values in of.items() for seed in SEEDS]
+    trials, rows = [], []
+    for method, phase, seed, above, kept in labels:
+        correct = np.concatenate([np.arange(20) < 20 * (0.5 + above), np.arange(20) < 20 * kept])
+        table = pa.table(
+            {
+                "row_id": [f"row {i}" for i in range(40)], "set": ["forget_choice"] * 20 + ["retain_choice"] * 20,
+                "index": [*range(20), *range(20)], "cluster": pa.nulls(40, pa.string()),
+                "correct": correct, "chance": [0.5] * 40,
+            }
+        )  # fmt: skip
+        rows.append(labelled(table, method=method, split="bio", phase=phase, seed=seed))
+        if seed is not None:
+            figures = {f"{name}{end}": value for name, value in ((objective, above), (utility, kept))
+                       for end in ("", "_low", "_high")}  # fmt: skip
+            trials.append({"method": method, "split": "bio", "phase": phase, "seed": seed, "status": "finished",
+                           "options": "{}", **figures})  # fmt: skip
+    settings = make_settings()
+    settings["config"]["rule"] |= {"objective": objective, "utility": utility}
+    write_benchmark_report(tmp_path, trials, pa.concat_tables(rows), settings)
+    text = (tmp_path / "report.md").read_text()
+    assert "choose the one with the best forget multiple choice, accuracy above chance (near 0)" in text
+    assert "rows are missing" not in text
+    table = _Page((tmp_path / "report.html").read_text()).table("Method", "Retain multiple-choice accuracy ↑", "Passes")
+    assert "▽" in " ".join(table["grad_diff"]["Retain multiple-choice accuracy ↑"])
+    assert "▽" not in " ".join(table["npo"]["Retain multiple-choice accuracy ↑"])
+    [variant] = read_csv(tmp_path / "ablation.csv")
+    assert float(variant[f"{objective}_better_by"]) == pytest.approx(-0.1)  # 0.2 from chance, not 0.1
+
+
+def test_p_values_of_probes_are_summarised_like_forget_quality(tmp_path: Path) -> None:
+    trials, rows = make_split("people", ablation=False, methods={"npo": METHODS["npo"]})
+    for one in trials:
+        quality = {1: 1e-8, 2: 1e-4, 3: 1.0}.get(one["seed"])
+        one |= {f"paraphrase_forget_quality{end}": quality for end in ("", "_low", "_high")}
+    write_benchmark_report(tmp_path, trials, pa.concat_tables(rows), make_settings())
+    [record] = [row for row in read_csv(tmp_path / "results.csv") if row["figure"] == "paraphrase_forget_quality"]
+    assert (float(record["mean"]), record["seeds_low"]) == (pytest.approx(1e-4), "")
+    table = _Page((tmp_path / "report.html").read_text()).table("Metric", "npo")
+    assert table["Paraphrase forget quality ↑"]["npo"] == ["1.0e-4", "runs 1.0e-8 · 1.0e-4 · 1.000"]
+
+
+def test_a_method_without_utility_is_not_ranked_in_forgetting(tmp_path: Path) -> None:
+    """Its loss on rows to keep is not finite: it has no utility that could reach the floor."""
+    trials, rows = make_split("people", ablation=False, methods={name: METHODS[name] for name in ("npo", "grad_diff")})
+    for one in trials:
+        if one["method"] == "npo" and one["phase"] == "report":
+            one["model_utility"] = None
+    write_benchmark_report(tmp_path, trials, pa.concat_tables(rows), make_settings())
+    results = {(row["method"], row["figure"]): row["result"] for row in read_csv(tmp_path / "results.csv")}
+    assert (results["npo", "ks_statistic"], results["grad_diff", "ks_statistic"]) == ("below the utility floor", "best")
+
+
 @pytest.mark.parametrize("count", [0, 1, 24])
 def test_without_rows_nothing_is_claimed_about_the_floor(tmp_path: Path, count: int) -> None:
     trials, _ = make_split("people", ablation=False, methods={name: METHODS[name] for name in ("npo", "grad_diff")})

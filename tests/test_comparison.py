@@ -237,9 +237,32 @@ def test_what_cannot_be_computed_says_why() -> None:
     assert resamples.figure("model_utility", model.drop_columns("rouge_l_recall"), None) == (
         "the rows of retain were evaluated without rouge_l_recall"
     )
+    assert resamples.figure("aggregate", model, retrained) == "aggregate is not a mean over rows"
+    assert resamples.figure("muse_verbatim", model, retrained) == "no forget_verbatim rows"
+
+
+def test_every_mean_over_rows_has_draws() -> None:
+    """Rows of MUSE too, and with them its paired tests."""
+    columns = {"row_id": ["a", "b", "c"], "set": ["forget_verbatim"] * 3, "index": [0, 1, 2]}
+    one = pa.table({**columns, "rouge_l_f": [0.1, 0.2, 0.6]})
+    draws = Resamples(one, samples=20).score("muse_verbatim", one, pa.table({**columns, "rouge_l_f": [0.2, 0.2, 0.2]}))
+    assert isinstance(draws, ResampledRun)
+    assert (draws.value, draws.units, len(draws.resampled)) == (pytest.approx(-10.0), 3, 20)
 
 
 # ------------------------------------------------------------------------------------------------------------ tests
+
+
+def test_a_method_that_is_better_on_the_common_seeds_is_not_worse() -> None:
+    """Its mean is lower because of a seed that the best method lacks."""
+    values = {"best": {1: 0.90, 2: 0.91}, "other": {1: 0.95, 2: 0.961, 3: 0.2}}
+    scores = {m: {seed: ResampledRun(value, np.empty(0)) for seed, value in v.items()} for m, v in values.items()}
+    verdict = verdicts(scores)["other"]
+    assert verdict.test is not None
+    assert verdict.test.difference < 0
+    assert verdict.p_adjusted is not None
+    assert verdict.p_adjusted < 0.05
+    assert verdict.result == "not significantly worse"
 
 
 def seeds_only(*values: float) -> dict[int, ResampledRun]:

@@ -7,8 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ofmu_ray.config import UnlearnConfig
+from ofmu_ray.errors import UserError
 from ofmu_ray.metrics.registry import metric
 from ofmu_ray.metrics.rule import FAILED, Goal
+from ofmu_ray.runs.trial_data import checked
 
 finite = st.floats(-1e3, 1e3, allow_nan=False)
 
@@ -65,3 +68,18 @@ def test_a_metric_that_should_match_the_retrained_model():
 @pytest.mark.parametrize("figures", [{}, {"forget_quality": 0.1}, {"forget_quality": math.nan, "model_utility": 1.0}])
 def test_without_metrics_a_trial_has_failed(figures):
     assert Goal("forget_quality", "model_utility", 0.5).score(figures) == FAILED
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "message"),
+    [
+        ("rule.objective", "aggregate", "a run does not measure it"),
+        ("rule.objective", "average_gap", "a run does not measure it"),
+        ("rule.utility", "relearn/retain/height_beyond_retrained", "a run does not measure it"),
+        ("rule.utility", "retain_loss", "the floor is for a metric that should be high"),
+    ],
+)
+def test_a_rule_by_what_no_run_gives_is_refused_before_any_run(option, name, message, tmp_path):
+    required = {"rule.objective": "forget_quality", "rule.utility": "model_utility"} | {option: name}
+    with pytest.raises(UserError, match=f"{option} = {name}: {message}"):
+        checked(UnlearnConfig(), tmp_path, required, ("tuning.max_new_tokens", None))

@@ -109,6 +109,10 @@ def test_the_margin_counts_where_some_trial_reaches_it() -> None:
     goal = Goal("forget_quality", "model_utility", 0.79)
     chosen = {margin: select(trials, replace(goal, margin=margin)) for margin in (0.0, 0.02, 0.1)}
     assert [choice.trial["trial"] for choice in chosen.values() if choice is not None] == [0, 1, 0]
+    unmeasured = {"phase": "tune", "trial": 2, "forget_quality": None, "model_utility": 0.9}
+    choice = select([trials[0], unmeasured], replace(goal, margin=0.02))  # it reaches the margin, but cannot be chosen
+    assert choice is not None
+    assert (choice.trial["trial"], choice.floor_missed) == (0, False)
 
 
 def test_families_are_spelled_out() -> None:

@@ -6,12 +6,14 @@ import math
 import zlib
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from ofmu_ray.metrics import intervals, membership
+from ofmu_ray.metrics.summary import summarise
 
 SCORES = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=25)
 
@@ -128,3 +130,27 @@ def test_privleak_keeps_a_rows_scores_together() -> None:
     assert moved.high < 0
     apart = np.zeros(5), np.ones(5)
     assert "AUC is 1" in str(intervals.privleak_figure(scores, apart, samples=5, seed=0, name="x").reason)
+
+
+@pytest.mark.parametrize("whose", ["model", "retrained model"])
+def test_muse_attack_on_a_broken_model_is_absent_with_the_reason(whose: str) -> None:
+    """A loss that is not a number would otherwise sort as unlikely: like a document that was never seen."""
+
+    def documents(*broken: int) -> pa.Table:
+        rng = np.random.default_rng(0)
+        logprobs = [rng.normal(-2, 1, 20) + (math.nan if row in broken else 0.0) for row in range(12)]
+        return pa.table(
+            {
+                "row_id": [f"row {row}" for row in range(12)],
+                "set": ["forget_documents"] * 6 + ["holdout_documents"] * 6,
+                "answer_nll": [-row.mean() for row in logprobs],
+                "answer_logprobs": [row.tolist() for row in logprobs],
+            }
+        )
+
+    tables = [documents(0, 1) if one == whose else documents() for one in ("model", "retrained model")]
+    metrics = summarise(*tables, bootstrap_samples=20)
+    reason = "the model's loss is not finite on 2 of 6 forget_documents rows"
+    shown = reason if whose == "model" else f"retrained model: {reason}"
+    assert (metrics["muse_privleak"].value, metrics["muse_privleak"].reason) == (None, shown)
+    assert (metrics["muse_min_k_auc"].value is None) == (whose == "model")

@@ -171,8 +171,24 @@ def test_a_generation_waits_for_the_one_before():
 
 def test_a_failed_member_is_replaced():
     made = search("population", MEMBERS, trials=4, population=2)
-    earlier = searched(made, 2, lambda one: ended(one, 0.1) if one.number else EarlierTrial(one, "failed"))
+    earlier = searched(
+        made, 2, lambda one: ended(one, 0.1, status="stopped") if one.number else EarlierTrial(one, "failed")
+    )
     assert made.suggest(2, earlier).parent == 1
+
+
+def test_members_continue_only_from_trials_that_left_weights():
+    """Those that ended by themselves or failed left no checkpoint: copies of the others replace them."""
+    made = search("population", MEMBERS, trials=8, population=4)
+    status = ["failed", "finished", "stopped", "failed"]
+    first = searched(made, 4, lambda one: ended(one, 0.9 - 0.1 * one.number, status=status[one.number]))
+    second = [made.suggest(number, first) for number in range(4, 8)]
+    assert [one.parent for one in second] == [2, 2, 2, 2]
+    assert second[2].options == first[2].suggestion.options
+    none = searched(made, 4, lambda one: EarlierTrial(one, "failed"))
+    anew = [made.suggest(number, none) for number in range(4, 8)]
+    assert [one.parent for one in anew] == [None] * 4
+    assert not any(one.options in [other.suggestion.options for other in none] for one in anew)
 
 
 def test_members_share_their_batches():

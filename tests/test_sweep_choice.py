@@ -1,16 +1,23 @@
 """The rule on recorded results: choice, ties, nearest, front, kept models, priors for a second sweep."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import yaml
 
-from ofmu_ray.config import ModelConfig, SweepConfig, UnlearnConfig, apply_overrides
+from ofmu_ray import tracking
+from ofmu_ray.config import ModelConfig, SweepConfig, TrackingConfig, UnlearnConfig, apply_overrides
 from ofmu_ray.metrics.degeneration import SoundRange
+from ofmu_ray.metrics.fronts import plain
 from ofmu_ray.metrics.rule import Goal
-from ofmu_ray.runs.trial import SplitData, model_path, result_path
-from ofmu_ray.search.choice import choose, priors, prune_models
+from ofmu_ray.runs.trial import SplitData, model_path, result_path, write_failure
+from ofmu_ray.search import run_sweep
+from ofmu_ray.search.choice import choose, export, priors, prune_models
 from ofmu_ray.search.suggest import Search, Suggestion
+from ofmu_ray.search.sweep_output import log_child, settings, summary
 from ofmu_ray.search.trial_ledger import Ledger
+from ofmu_ray.search.tuner import TrialRun, finished
 from tune_spaces import ofmu_lite, parse_prior
 
 GOAL = Goal("forget_quality", "model_utility", 0.5, sound=SoundRange("retrained", {"repetition": (0.0, 0.0, 0.05)}))
@@ -28,7 +35,7 @@ def ledger_of(folder, trials, **select) -> Ledger:
         rho = {"ofmu.rho": 0.0} if number % 2 else {"ofmu.rho": 1e-4, "ofmu.rho_growth": 1.05}
         options = {"ofmu.inner.lr": RATES[number], "ofmu.inner_steps": 2 + number % 3, "ofmu.inner.decay": "linear"}
         made.suggestions.append(Suggestion(number, options | rho))
-        result = {"status": "stopped", "evaluations": [], "options": options, "flops": 1.0}
+        result = {"status": "stopped", "evaluations": [], "options": options, "flops": 1.0, "ended": 1.0}
         if trial is not None:
             quality, utility, flops, *repetition = trial
             metrics = {"forget_quality": {"value": quality}, "model_utility": {"value": utility}}
@@ -73,6 +80,23 @@ def test_models_beyond_the_best_go(tmp_path):
     assert kept == {made.key(1), made.key(4)}
 
 
+def test_a_new_rule_may_choose_a_trial_whose_model_is_gone(tmp_path):
+    """best.yaml then trains it again; the earlier choice's model must not stand beside it."""
+    made = ledger_of(tmp_path, TRIALS)
+    prune_models(made)
+    (tmp_path / "best/model").mkdir(parents=True)
+    judged = replace(made, search=replace(made.search, goal=replace(GOAL, floor=0.58)))
+    outcome = choose(judged)
+    assert outcome.chosen == 0
+    export(judged, outcome, None)
+    assert outcome.metrics is None
+    assert not (tmp_path / "best").exists()
+    assert yaml.safe_load((tmp_path / "best.yaml").read_text())["ofmu"]["inner"]["lr"] == RATES[0]
+    chosen = settings(judged, outcome, {}, {}, [])["chosen"]
+    assert (chosen["number"], chosen["model"], chosen["figures"]) == (0, None, None)
+    assert "chosen: trial 0; its model was not kept" in summary(judged, outcome)
+
+
 def test_priors_for_a_second_sweep_are_those_of_the_best(tmp_path):
     trials = [(0.5, 0.6, 1.0), (0.4, 0.6, 1.0), (0.3, 0.6, 1.0), (0.9, 0.1, 1.0), None, (1e-9, 0.6, 1.0)]
     made = ledger_of(tmp_path, trials)
@@ -85,3 +109,73 @@ def test_priors_for_a_second_sweep_are_those_of_the_best(tmp_path):
     second = made.search.space.with_priors({field: parse_prior(text) for field, text in by_field.items()})
     second.check(UnlearnConfig())
     assert priors(ledger_of(tmp_path / "few", trials[:2])) == {}
+
+
+def test_a_trial_whose_process_could_not_write_its_result_is_logged_once(tmp_path):
+    made = ledger_of(tmp_path, TRIALS)
+    write_failure(made.trial(0), made.data, "its process ended")
+    parent = tracking.start(TrackingConfig(), str(tmp_path), "s", {}, {})
+    marker = result_path(tmp_path, made.key(0)).with_suffix(".mlflow")
+    log_child(made, 0, parent)
+    assert marker.is_file()
+    tracking.finish(parent, status="FINISHED")
+
+
+@pytest.mark.parametrize("retry", [False, True])
+def test_failed_fresh_seeds_are_repeated_if_asked_for(tmp_path, monkeypatch, retry):
+    class Pool:
+        def __init__(self, *_):
+            pass
+
+        def run(self, trials):
+            return [(trial, {"status": "finished", "figures": {}}) for trial in trials]
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(run_sweep, "Pool", Pool)
+    made = ledger_of(tmp_path, TRIALS, seeds=[1, 2])
+    made.config = replace(made.config, retry_failed=retry)
+    written = []
+    monkeypatch.setattr(run_sweep, "read_result", lambda folder, key: written.append(key) or {"status": "failed"})
+    confirmed = run_sweep._confirm(made, 4)
+    assert len(set(written)) == 2
+    assert [result["status"] for _, result in confirmed] == ["finished" if retry else "failed"] * 2
+
+
+def test_a_stopped_trial_is_reported_again_with_the_score_it_was_stopped_by(tmp_path):
+    """The median rule averages what is reported: a resumed sweep must not average the score of a failure."""
+    made = ledger_of(tmp_path, TRIALS)
+    path = result_path(tmp_path, made.key(3))
+    figures = [{"forget_quality": {"value": value}, "model_utility": {"value": 0.6}} for value in (0.1, 0.2)]
+    evaluations = [{"stage": stage, "figures": one} for stage, one in enumerate(figures, start=1)]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"evaluations": evaluations}))
+    again = TrialRun.__new__(TrialRun)
+    again.ledger, again.number, again.stage, again.thread = made, 3, 0, None
+    reports = [again.step() for _ in range(3)]
+    assert [(one["stage"], one["done"]) for one in reports] == [(1, False), (2, False), (2, True)]
+    assert reports[2]["score"] == reports[1]["score"] == GOAL.score(plain(figures[1]), made.search.share)
+
+
+def test_a_second_member_with_the_same_options_is_another_trial(tmp_path):
+    """Members run side by side, each in the folder of its key."""
+    made = ledger_of(tmp_path, TRIALS)
+    before = [made.key(number) for number in range(5)]
+    options = made.suggestions[1].options
+    made.suggestions += [Suggestion(5, options), Suggestion(6, options, parent=1), Suggestion(7, options)]
+    keys = [made.key(number) for number in range(8)]
+    assert keys[:5] == before
+    assert len(set(keys)) == 8
+
+
+def test_a_sweep_with_fewer_trials_than_before_is_complete_without_the_rest(tmp_path):
+    made = ledger_of(tmp_path, TRIALS)
+    result_path(tmp_path, made.key(4)).unlink()
+    complete = {
+        trials: finished(replace(made, config=apply_overrides(made.config, {"search.trials": trials})), False)
+        for trials in (3, 4, 5, 6)
+    }
+    assert complete == {3: True, 4: True, 5: False, 6: False}
+    less = apply_overrides(made.config, {"search.trials": 6})
+    made.suggestions.pop()
+    assert finished(replace(made, config=less), exhausted=True)

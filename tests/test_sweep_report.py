@@ -329,6 +329,24 @@ def test_no_trial_meets_the_floor(tmp_path: Path) -> None:
     assert "How sure" not in page
 
 
+def test_the_margin_decides_and_the_page_says_so(tmp_path: Path) -> None:
+    """The best objective of all is below the margin; of two equal ones the cheaper comes first."""
+    values = ((0.9, 0.001, 1e12), (0.5, 0.05, 3e12), (0.5, 0.04, 2e12), (0.3, 0.1, 1e12))
+    trials = [
+        trial(number, {"ofmu.inner.lr": 1e-5}, flops=flops)
+        | with_intervals({"forget_quality": quality, "model_utility": FLOOR + above})
+        for number, (quality, above, flops) in enumerate(values)
+    ]
+    chosen = {"number": 2, "options": {"ofmu.inner.lr": 1e-5}, "floor_missed": False, "figures": CHOSEN_FIGURES}
+    write_sweep_report(tmp_path, trials, [], settings(chosen=chosen, rule=rule(margin=0.02)))
+    text = (tmp_path / "report.md").read_text()
+    least = formats.number(FLOOR + 0.02)
+    assert f"the best forget quality among the 3 trials whose model utility is at least {least} " in text
+    assert "(0.9 × the target's, plus the margin of 0.020)" in text
+    table = _Page((tmp_path / "report.html").read_text()).table("Trial", "inner.lr")
+    assert list(table) == ["2", "1", "3", "0"]
+
+
 def one_only() -> Any:
     trials, stages, wanted = make_sweep(fresh=0)
     number = wanted["chosen"]["number"]
@@ -379,7 +397,12 @@ def test_few_trials_have_no_importances(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "label"), [("ks_statistic", "low is better"), ("forget_rouge", "distance of forget ROUGE-L recall")]
+    ("name", "label"),
+    [
+        ("ks_statistic", "low is better"),
+        ("forget_rouge", "distance of forget ROUGE-L recall"),
+        ("forget_choice_above_chance", "distance of forget multiple choice, accuracy above chance to 0"),
+    ],
 )
 def test_what_is_to_be_low_is_drawn_upside_down(tmp_path: Path, name: str, label: str) -> None:
     def renamed(row: dict[str, Any]) -> dict[str, Any]:
@@ -392,5 +415,5 @@ def test_what_is_to_be_low_is_drawn_upside_down(tmp_path: Path, name: str, label
     plane = (tmp_path / "plane.svg").read_text()
     assert label in plane
     places = {words: float(y) for y, words in re.findall(r' y="([\d.]+)"[^>]*>(target|retrained)</text>', plane)}
-    # its value is 2e-9 and the retrained model's 1: better as a KS distance, worse as a distance to that model
-    assert (places["target"] < places["retrained"]) == (name == "ks_statistic")  # in SVG, y grows downwards
+    # its value is 2e-9 and the retrained model's 1: better as a KS distance or one to 0, worse as one to that model
+    assert (places["target"] < places["retrained"]) == (name != "forget_rouge")  # in SVG, y grows downwards

@@ -35,9 +35,11 @@ def privacy(inputs: Inputs) -> Mapping[str, MetricValue]:
         if not those.num_rows:
             reason = f"no {name} were evaluated (evaluation.sets.{name})"
             return dict.fromkeys(("muse_min_k_auc", "muse_privleak"), MetricValue.absent(reason))
-    forget, holdout = (_scores(those) for those in rows)
-    auc, _ = attack_figures(holdout, forget, name="muse_min_k", samples=inputs.samples, seed=inputs.seed)
-    return {"muse_min_k_auc": auc, "muse_privleak": _privleak(inputs, rows, (forget, holdout))}
+    scores = _scores(rows)
+    if isinstance(scores, str):
+        return dict.fromkeys(("muse_min_k_auc", "muse_privleak"), MetricValue.absent(scores))
+    auc, _ = attack_figures(*reversed(scores), name="muse_min_k", samples=inputs.samples, seed=inputs.seed)
+    return {"muse_min_k_auc": auc, "muse_privleak": _privleak(inputs, rows, scores)}
 
 
 def _privleak(inputs: Inputs, rows: list[pa.Table], scores: tuple[FloatArray, FloatArray]) -> MetricValue:
@@ -46,13 +48,21 @@ def _privleak(inputs: Inputs, rows: list[pa.Table], scores: tuple[FloatArray, Fl
     others = [rows_of(inputs.retrained, name) for name in DOCUMENTS]
     if not all(same_rows(*pair) for pair in zip(rows, others, strict=True)):
         return MetricValue.absent("the retrained model was evaluated on other documents")
-    reference = _scores(others[0]), _scores(others[1])
+    reference = _scores(others)
+    if isinstance(reference, str):
+        return MetricValue.absent(f"retrained model: {reference}")
     return privleak_figure(scores, reference, name="muse_privleak", samples=inputs.samples, seed=inputs.seed)
 
 
-def _scores(rows: pa.Table) -> FloatArray:
-    """Min-40 % of each document, [rows]: higher is less likely."""
-    return np.array([min_k(logprobs) for logprobs in rows["answer_logprobs"].to_pylist()], dtype=np.float64)
+def _scores(rows: list[pa.Table]) -> tuple[FloatArray, FloatArray] | str:
+    """Min-40 % of each forget and each holdout document, [rows]: higher is less likely; or why there are none."""
+    both = []
+    for those, name in zip(rows, DOCUMENTS, strict=True):
+        nll = finite(those, name, "answer_nll")
+        if isinstance(nll, str):
+            return nll
+        both.append(np.array([min_k(logprobs) for logprobs in those["answer_logprobs"].to_pylist()], dtype=np.float64))
+    return both[0], both[1]
 
 
 register(

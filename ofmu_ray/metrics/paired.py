@@ -78,7 +78,8 @@ class Resamples:
 
     def __init__(self, reference: pa.Table, *, samples: int = 1000, seed: int = 0) -> None:
         self.sets: dict[str, SetWeights] = {}
-        for number, name in enumerate((*SETS, "test", "test_forgotten")):
+        means = [one.set for one in metrics() if one.set is not None]
+        for number, name in enumerate(dict.fromkeys((*SETS, "test", "test_forgotten", *means))):
             rows = _ordered(reference, name)
             if rows.num_rows:
                 clusters = clusters_of(rows)
@@ -104,8 +105,8 @@ class Resamples:
             samples = min(len(part) for part in means)
             utility = np.asarray(functions.model_utility(np.stack([part[:samples] for part in means], axis=-1)))
             return _draws(utility, min(self.sets[part].units for part in UTILITY_SETS))
-        assert declared.paired == "mean", f"{name} has no paired test"
-        assert declared.set is not None
+        if declared.set is None:
+            return f"{name} is not a mean over rows"
         mean = self._mean(declared, table)
         return mean if isinstance(mean, str) else _draws(mean, self.sets[declared.set].units)
 
@@ -113,7 +114,7 @@ class Resamples:
         """The `turned` metric of a model, so that higher is better, or why it cannot be computed."""
         draws = self.figure(name, table, retrained)
         declared = metric(name)
-        needs_aim = declared.forgetting and declared.paired != "distance" and retrained is not None
+        needs_aim = declared.better == "retrained" and retrained is not None
         return turned(name, draws, self.figure(name, retrained, None) if needs_aim else "there is no retrained model")
 
     def _values(self, values: Values, part: str, table: pa.Table) -> FloatArray | str:
@@ -154,7 +155,7 @@ class Resamples:
 
 def turned(name: str, draws: ResampledRun | str, retrained: ResampledRun | str) -> ResampledRun | str:
     """The metric, turned so that higher is better, by its declaration: 1 minus a KS distance or what is better low;
-    minus the distance to the retrained model's value for what should match it. A reason is passed on."""
+    minus the distance to the retrained model's value, or to 0, for what should match it. A reason is passed on."""
     declared = metric(name)
     if isinstance(draws, str):
         return draws
@@ -162,6 +163,8 @@ def turned(name: str, draws: ResampledRun | str, retrained: ResampledRun | str) 
         return ResampledRun(1.0 - draws.value, 1.0 - draws.resampled, draws.units)
     if declared.better == "high":
         return draws
+    if declared.better == "zero":
+        return ResampledRun(-abs(draws.value), -np.abs(draws.resampled), draws.units)
     if isinstance(retrained, str):
         return retrained
     return ResampledRun(
@@ -275,10 +278,11 @@ def verdicts(
         test, p_value = tests[pair], adjusted.get(pair)
         if test is not None and pair[0] != best:
             test = _reversed(test)
-        if p_value is None:
+        if test is None or p_value is None:
             results[method] = Verdict("not tested", test)
-        else:
-            results[method] = Verdict("worse" if p_value < level else "not significantly worse", test, p_value)
+        else:  # on the seeds that both have, a method with a lower mean over its own may be the better one
+            worse = p_value < level and test.difference > 0
+            results[method] = Verdict("worse" if worse else "not significantly worse", test, p_value)
     return {method: results[method] for method in scores if method in results}
 
 

@@ -70,7 +70,8 @@ class Goal:
         if not self.margin or self.floor is None:
             return self
         strict = replace(self, floor=self.floor + self.margin, margin=0.0)
-        return strict if any(strict.eligible(one) for one in trials) else replace(self, margin=0.0)
+        reached = any(strict.eligible(one) for one in trials if strict.goodness(one) is not None)
+        return strict if reached else replace(self, margin=0.0)
 
     def rank(self, figures: Mapping[str, Any]) -> tuple[bool, bool, float, float] | None:
         """Place in the rule's order, lowest first; None where a figure is absent.

@@ -98,7 +98,8 @@ def _head(benchmark: BenchmarkData) -> Head:
 
 def _aim(benchmark: BenchmarkData) -> str:
     """Which way the objective is better."""
-    return {"high": "high", "low": "low", "retrained": "near the retrained model's"}[metric(benchmark.objective).better]
+    words = {"high": "high", "low": "low", "zero": "near 0", "retrained": "near the retrained model's"}
+    return words[metric(benchmark.objective).better]
 
 
 def _draws(settings: BenchmarkSettings) -> str:

@@ -53,7 +53,7 @@ class SplitResults:
     """target, retrained -> metric -> value."""
     target_utility: float | None
     missed: set[str]
-    """Methods whose mean utility over the reported seeds is below the floor."""
+    """Methods whose mean utility over the reported seeds is below the floor, or that have none."""
     degenerate: set[str]
     """Methods with more than half of their reported runs degenerate."""
     mismatches: list[str] = field(default_factory=list)
@@ -197,10 +197,11 @@ def split_results(benchmark: BenchmarkData, split: str) -> SplitResults:
         for name in names
     }
     target = benchmark.target_utility(split)
+    utilities = {method: summary.over_seeds.value for method, summary in summaries[benchmark.utility].items()}
     missed = {
         method
-        for method, summary in summaries[benchmark.utility].items()
-        if target is not None and (summary.over_seeds.value or 0.0) < benchmark.floor * target
+        for method in methods
+        if target is not None and runs[method] and (utilities.get(method) or 0.0) < benchmark.floor * target
     }
     degenerate = {
         method
@@ -241,7 +242,7 @@ def _summary(name: str, runs: Sequence[Trial], draws: Mapping[int, ResampledRun]
     values = {int(run["seed"]): value for run in runs if (value := number_of(run, name)) is not None}
     if not values:
         return None
-    if name == "forget_quality":
+    if metric(name).p_value:
         reason = "p-values: geometric mean, with each run's value"
         return Summary(MetricValue(geometric_mean(list(values.values())), n=len(values), reason=reason), values)
     interval = None

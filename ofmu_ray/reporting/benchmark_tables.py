@@ -10,6 +10,7 @@ import numpy as np
 from ofmu_ray.metrics import functions as metrics
 from ofmu_ray.metrics.fronts import Trial, number_of
 from ofmu_ray.metrics.paired import ResampledRun, Verdict, holm, paired_test
+from ofmu_ray.metrics.registry import metric
 from ofmu_ray.reporting import formats
 from ofmu_ray.reporting.benchmark_results import FIRST_METRICS, BenchmarkData, SplitResults
 from ofmu_ray.reporting.published import PUBLISHED, SOURCE, URL_TEXT
@@ -88,7 +89,7 @@ def _metric_cell(benchmark: BenchmarkData, results: SplitResults, name: str, met
     if summary is None:
         return Cell("–")
     mean, lines = summary.over_seeds, []
-    if name == "forget_quality":
+    if metric(name).p_value:
         lines.append("runs " + " · ".join(formats.number(value) for value in summary.values.values()))
     else:
         lines.append("one seed" if mean.low is None else f"seeds {span(mean.low, mean.high)}")

@@ -78,12 +78,14 @@ def _recommendation(sweep: SweepData) -> Section:
     if sweep.floor is None:
         why = f"it has the best {objective} of all trials"
     elif above == 1:
-        why = f"it is the only one with a {utility} of at least {_floor(sweep)}"
+        why = f"it is the only one with a {utility} of at least {_least(sweep)}"
     else:
-        why = f"it has the best {objective} among the {above} trials whose {utility} is at least {_floor(sweep)}"
+        why = f"it has the best {objective} among the {above} trials whose {utility} is at least {_least(sweep)}"
     lead = [f"Take trial {trial['number']}: {why}."]
     if chosen.get("model"):
         lead.append(f"Its model is in {chosen['model']}. To train it again, on this or other data:")
+    else:
+        lead.append("Its model was not kept (keep_models). To train it again:")
     config = chosen.get("config_file") or "best.yaml"
     changes = yaml_text(nested(chosen.get("options") or options(trial)))
     code = [f"ofmu unlearn --config {config}", f"# what {config} sets besides the sweep's base\n{changes}"]
@@ -115,10 +117,16 @@ def _nothing(sweep: SweepData) -> list[str]:
     ]
 
 
-def _floor(sweep: SweepData) -> str:
+def _floor(sweep: SweepData, margin: float = 0.0) -> str:
     share, base = sweep.rule.get("utility_floor"), sweep.rule.get("relative_to") or "target"
-    of = "" if share is None else f" ({share:g} × the {base}{' model' if base == 'retrained' else ''}'s)"
-    return f"{formats.number(sweep.floor)}{of}"
+    of = [] if share is None else [f"{share:g} × the {base}{' model' if base == 'retrained' else ''}'s"]
+    of += [f"plus the margin of {formats.number(margin)}"] * bool(margin)
+    return formats.number((sweep.floor or 0.0) + margin) + (f" ({', '.join(of)})" if of else "")
+
+
+def _least(sweep: SweepData) -> str:
+    """The utility that the choice needed: the floor, with the margin if a trial reached that."""
+    return _floor(sweep, (sweep.choosing.floor or 0.0) - (sweep.floor or 0.0))
 
 
 def _certainty(sweep: SweepData) -> Section:

@@ -86,7 +86,7 @@ def history_plot(sweep: SweepData) -> Plot | None:
         return None
     study = quiet_study("minimize" if sweep.axis.falling else "maximize")
     for trial in sorted(sweep.completed, key=lambda trial: int(trial["number"])):
-        value, missed = sweep.axis.place(float(trial[sweep.objective])), not sweep.goal.eligible(trial)
+        value, missed = sweep.axis.place(float(trial[sweep.objective])), not sweep.choosing.eligible(trial)
         study.add_trial(optuna.create_trial(value=value, constraints={"rule": float(missed)}))
     # contain the style sheet that Optuna sets and its warning that the function is experimental
     with matplotlib.rc_context({"figure.figsize": (7.4, 3.0)}), warnings.catch_warnings():

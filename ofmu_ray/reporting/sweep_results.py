@@ -29,7 +29,7 @@ class Axis:
     falling: bool
     """Low is better: drawn upside down, so that up is always better."""
     reference: float | None
-    """The retrained model's value, if the distance to it is what counts."""
+    """The retrained model's value, or 0, if the distance to it is what counts."""
 
     def place(self, value: float) -> float:
         """A value's position on the axis."""
@@ -55,20 +55,31 @@ class SweepData:
         self.floor: float | None = self.rule.get("floor")
         self.chosen: Mapping[str, Any] | None = settings.get("chosen")
         sound, aim = self.rule.get("sound"), self.reference("retrained", self.objective)
-        self.goal = Goal(self.objective, self.utility, self.floor, aim, sound and SoundRange(**sound))
+        margin = float(self.rule.get("margin") or 0.0)
+        self.goal = Goal(self.objective, self.utility, self.floor, aim, sound and SoundRange(**sound), margin)
         last = {row["number"]: row for row in sorted(stages, key=lambda row: int(row["stage"]))}
         self._last: Mapping[int, Mapping[str, Any]] = last
+
+    @cached_property
+    def choosing(self) -> Goal:
+        """The rule as it chose among the trials: with the margin, if one of them reaches that."""
+        return self.goal.choosing([t for t in self.trials if t.get("status") not in WITHOUT_RESULT])
 
     @cached_property
     def completed(self) -> list[Trial]:
         """Completed trials with both metrics of the rule, in its order."""
         trials = [t for t in self.trials if t.get("status") not in WITHOUT_RESULT and self.goal.rank(t) is not None]
-        return sorted(trials, key=lambda trial: (-self.goal.score(trial), trial["number"]))
+        by_cost = self.rule.get("tie_break") == "cost"
+
+        def place(trial: Trial) -> Any:
+            return self.choosing.rank(trial), (number_of(trial, "flops") or 0.0) if by_cost else 0.0, trial["number"]
+
+        return sorted(trials, key=place)
 
     @property
     def enough(self) -> list[Trial]:
-        """Those completed trials that reach the utility floor and are not degenerate."""
-        return [trial for trial in self.completed if self.goal.eligible(trial)]
+        """Those completed trials that the rule could choose: with enough utility, and not degenerate."""
+        return [trial for trial in self.completed if self.choosing.eligible(trial)]
 
     @property
     def recommended(self) -> Trial | None:
@@ -104,6 +115,8 @@ class SweepData:
             reference = self.reference("retrained", self.objective)
             words = label if reference is None else f"distance of {label} to the retrained model's"
             return Axis(f"{words}, low is better", False, True, reference)
+        if kind == "zero":
+            return Axis(f"distance of {label} to 0, low is better", False, True, 0.0)
         values = [float(trial[self.objective]) for trial in self.all if number_of(trial, self.objective) is not None]
         if metric(self.objective).p_value and values and max(values) > 100 * max(min(values), 1e-300):
             return Axis(f"{label} (p-value, log axis)", True, False, None)

@@ -295,14 +295,16 @@ def _keep_rows(table: Any, path: Path) -> None:
 
 
 def cost_signature(config: UnlearnConfig) -> dict[str, Any]:
-    """What determines the cost of a round: the method's options; of real numbers, only whether they are 0."""
+    """What determines the cost of a round: all options; of the method's real numbers, only whether they are 0."""
     chosen = flatten(to_dict(config.method_options))
     rates = tuple(f"{name}." for name in config.method_options.optimizer_fields)
-    return {
+    of_method = {
         name: bool(value) if isinstance(value, float) else value
         for name, value in chosen.items()
         if not name.startswith(rates)
-    } | {"method": config.method}
+    }
+    others = flatten({name: value for name, value in to_dict(config).items() if name != config.method})
+    return {f"{config.method}.{name}": value for name, value in of_method.items()} | others
 
 
 class _Clock:

@@ -11,11 +11,15 @@ from typing import Any
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import ModelConfig, UnlearnConfig, close_match
 from ofmu_ray.errors import UserError
+from ofmu_ray.metrics.registry import Metric, metrics
 from ofmu_ray.models.checks import placed
 from ofmu_ray.runs.preflight import check_sources, check_training
 from ofmu_ray.runs.trial import PRIVATE, SplitData
 from ofmu_ray.runs.who_evaluates import evaluation_of
 from ofmu_ray.tasks import task_named
+
+ROWS = {"causal_lm": "texts", "image_classification": "images"}
+"""Task -> the kind of rows that its metrics are of."""
 
 
 def checked(
@@ -29,8 +33,6 @@ def checked(
     Raises:
         UserError: something is missing, or a metric does not exist or will not be measured.
     """
-    from ofmu_ray.metrics.registry import metrics
-
     task = task_named(base.task)
     check_sources(base.data)
     task.check_model(base.model)
@@ -49,6 +51,7 @@ def checked(
     for name, metric in required.items():
         if metric not in known:
             raise UserError(f"{name} = {metric!r}: no such metric.{close_match(metric, known)}")
+        _check_measured(base.task, name, known[metric])
         needs = known[metric].needs
         if "retrained" in needs and not evaluation.retrained:
             raise UserError(
@@ -60,6 +63,17 @@ def checked(
             if getattr(evaluation.sets, part) is None:
                 raise UserError(f"{where}{name} = {metric} needs rows of {part}: name evaluation.sets.{part}")
     return evaluation_of(task, base, str(storage))
+
+
+def _check_measured(task: str, option: str, metric: Metric) -> None:
+    """Refuse what no run of the task measures, and a floor under what should be low. Other tasks measure their own."""
+    measured = task not in ROWS or (metric.rows == ROWS[task] and (metric.values or metric.figures))
+    if not measured:
+        raise UserError(f"{option} = {metric.name}: a run does not measure it; choose another metric (docs/metrics.md)")
+    if option.endswith(".utility") and metric.better not in ("high", "retrained"):
+        raise UserError(
+            f"{option} = {metric.name}: the floor is for a metric that should be high; choose another (docs/metrics.md)"
+        )
 
 
 def prepare(

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ofmu_ray.config import BenchmarkConfig
+from ofmu_ray.errors import UserError
 from ofmu_ray.metrics.degeneration import SoundRange
-from ofmu_ray.metrics.fronts import plain
+from ofmu_ray.metrics.fronts import geometric_mean, plain
+from ofmu_ray.metrics.registry import metric
 from ofmu_ray.metrics.rule import Goal
 from ofmu_ray.runs.preflight import public
 from ofmu_ray.runs.trial import SplitData, Trial, result_path
@@ -217,32 +219,39 @@ def _labelled(table: Any, values: tuple[str, str, str, int | None, int | None]) 
 def log_child(
     parent: Any, config: BenchmarkConfig, trial: Trial, result: Mapping[str, Any], marker: Path, *, again: bool
 ) -> None:
-    """Log a run as a child of the benchmark's MLflow run; once (`marker`), unless the run was repeated (`again`)."""
+    """Log a run as a child of the benchmark's MLflow run; once (`marker`), unless the run was repeated (`again`).
+
+    If MLflow does not answer, the next start of the benchmark tries again.
+    """
     if marker.exists() and not again:
         return
+    marker.unlink(missing_ok=True)
     from ofmu_ray import tracking
 
     options = {"method": trial.method, "split": trial.split, "phase": trial.phase, "trial": trial.trial}
     options |= {"seed": trial.config.seed, "budget": trial.budget, "budget_unit": trial.budget_unit}
     options |= dict(trial.options)
-    handle = tracking.start(
-        config.base.tracking,
-        config.storage,
-        f"{config.name}/{trial.name}",
-        options,
-        {
-            "mlflow.parentRunId": parent.run_id,
-            "ofmu.kind": "benchmark_run",
-            "ofmu.status": result["status"],
-            "ofmu.message": result.get("message", ""),
-        },
-        record=f"{marker}-id",
-    )
+    try:
+        handle = tracking.start(
+            config.base.tracking,
+            config.storage,
+            f"{config.name}/{trial.name}",
+            options,
+            {
+                "mlflow.parentRunId": parent.run_id,
+                "ofmu.kind": "benchmark_run",
+                "ofmu.status": result["status"],
+                "ofmu.message": result.get("message", ""),
+            },
+            record=f"{marker}-id",
+        )
+    except UserError:
+        return
     costs = {name: result[name] for name in COSTS if result.get(name) is not None}
     failed = result["status"] == "failed"
     metrics = {} if failed else {"after": result.get("figures")}
-    tracking.finish(handle, metrics=metrics, cost=costs, status="FAILED" if failed else "FINISHED")
-    atomic_write(marker, handle.run_id)
+    if tracking.finish(handle, metrics=metrics, cost=costs, status="FAILED" if failed else "FINISHED"):
+        atomic_write(marker, handle.run_id)
 
 
 # ---------------------------------------------------------------------------------------------------------- people
@@ -278,13 +287,15 @@ def table(
         for label in (*config.methods, *config.ablation.variants):
             results = [r for t, r in done if (t.split, t.method) == (split, label) and t.phase != "tune"]
             good = [result for result in results if "figures" in result]
-            cells = [_cell([r["figures"][name]["value"] for r in good]) for name in (rule.objective, rule.utility)]
+            both = rule.objective, rule.utility
+            cells = [_cell(name, [r["figures"][name]["value"] for r in good]) for name in both]
             costs = [r["flops"] if config.budget.unit == "flops" else r["forget_passes"] + r["retain_passes"]
                      for r in good]  # fmt: skip
             seconds = [r["train_seconds"] for r in good]
             ends = f"{_mean(costs):>12.3g}{_mean(seconds):>10.1f}" if good else ""
             lines.append(f"{label:24}{cells[0]:>28}{cells[1]:>28}{ends}")
-    lines.append(f"mean [lowest, highest] over seeds {config.seeds}")
+    geometric = " (of p-values: geometric)" if metric(rule.objective).p_value else ""
+    lines.append(f"mean{geometric} [lowest, highest] over seeds {config.seeds}")
     return "\n".join(lines)
 
 
@@ -292,6 +303,9 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _cell(values: Sequence[float | None]) -> str:
+def _cell(name: str, values: Sequence[float | None]) -> str:
     present = [value for value in values if value is not None]
-    return f"{_mean(present):.3g} [{min(present):.2g}, {max(present):.2g}]" if present else "-"
+    if not present:
+        return "-"
+    mean = geometric_mean(present) if metric(name).p_value else _mean(present)
+    return f"{mean:.3g} [{min(present):.2g}, {max(present):.2g}]"

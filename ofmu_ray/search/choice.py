@@ -91,7 +91,8 @@ def best_config(ledger: Ledger, number: int) -> UnlearnConfig:
 def export(ledger: Ledger, outcome: SweepChoice, retrained: Any) -> None:
     """Write best.yaml, best/model and best/metrics.json of the chosen trial; put its metrics on all rows in `outcome`.
 
-    If no trial may be chosen, remove what an earlier start chose: it would not be this sweep's choice.
+    What an earlier start chose is removed if no trial may be chosen, or if the trial's model is not kept, as under
+    another rule it was not among the best: it would not be this sweep's choice.
     """
     folder, number = ledger.folder, outcome.chosen
     if number is None:
@@ -104,6 +105,9 @@ def export(ledger: Ledger, outcome: SweepChoice, retrained: Any) -> None:
         head += "# Its model continued from other members' weights: a run of these options alone gives another model.\n"
     atomic_write(folder / "best.yaml", head + yaml.safe_dump(to_dict(config), sort_keys=False))
     model = model_path(folder, ledger.key(number))
+    if not model.is_dir():
+        shutil.rmtree(folder / BEST, ignore_errors=True)
+        return
     with atomic_dir(folder / BEST / "model") as folder_in_progress:
         shutil.copytree(model, folder_in_progress, dirs_exist_ok=True, copy_function=_linked)
         correct_base(folder_in_progress, adapter_base(model))

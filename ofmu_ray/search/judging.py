@@ -31,7 +31,8 @@ def reference_value(data: SplitData, tables: Tables, rows: int | None, model: st
     tables_cut = cut(data, tables, rows)
     if tables_cut[model] is None:
         return None
-    return summarise(tables_cut[model], tables_cut["retrained"], bootstrap_samples=1)[name].value
+    value = summarise(tables_cut[model], tables_cut["retrained"], bootstrap_samples=1).get(name)
+    return None if value is None else value.value
 
 
 def sound_of(data: SplitData, tables: Tables, rows: int | None, longest: int | None = None) -> SoundRange | None:

@@ -84,9 +84,11 @@ def benchmark(config: BenchmarkConfig, command: Sequence[str] = ()) -> Benchmark
             progress.note("benchmark", f"{folder}")
             bench = BenchmarkRun(config, storage, evaluators, spaces, handle)
             complete = bench.run()
-        files = results.write(
-            bench.folder, config, bench.data, bench.references, bench.done, bench.selected, bench.goals, list(command)
-        )
+            files = results.write(
+                bench.folder, config, bench.data, bench.references, bench.done, bench.selected, bench.goals,
+                list(command),
+            )  # fmt: skip
+            bench.discard()  # within the lock: the next start may put its own files there
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -95,7 +97,6 @@ def benchmark(config: BenchmarkConfig, command: Sequence[str] = ()) -> Benchmark
         tables = [path for path in files if path.suffix == ".parquet"]
         pages = [path for path in files if path.suffix in (".html", ".md", ".json")]
         tracking.finish(handle, artifacts=pages, tables=tables, status=status)
-    bench.discard()
     table = results.table(config, bench.done, bench.references)
     return BenchmarkOutcome(complete, table, files, tracking.open_command(handle))
 

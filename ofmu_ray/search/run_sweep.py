@@ -126,6 +126,7 @@ def sweep(config: SweepConfig, command: Sequence[str] = ()) -> SweepOutcome:
             if complete and outcome.chosen is not None:
                 outcome.confirmed = _confirm(ledger, outcome.chosen)
             files = results.write(ledger, outcome, references, list(command))
+            _discard(ledger)  # within the lock: the next start may put its own files there
         status = "FINISHED" if complete else "KILLED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -134,7 +135,6 @@ def sweep(config: SweepConfig, command: Sequence[str] = ()) -> SweepOutcome:
         tables = [path for path in files if path.suffix == ".parquet"]
         pages = [path for path in files if path.suffix in tracking.mlflow_run.ARTIFACT_SUFFIXES]
         tracking.finish(handle, artifacts=pages, tables=tables, status=status)
-    _discard(ledger)
     text = results.summary(ledger, outcome)
     return SweepOutcome(complete, outcome.chosen, text, files, tracking.open_command(handle))
 
@@ -246,6 +246,8 @@ def _confirm(ledger: Ledger, chosen: int) -> list[tuple[int, dict[str, Any]]]:
     if not trials:
         return []
     known = {trial.config.seed: read_result(ledger.folder, trial.key(ledger.data)) for trial in trials}
+    if ledger.config.retry_failed:
+        known |= {seed: None for seed, result in known.items() if result and result["status"] == "failed"}
     pool = Pool(config, {ledger.data.name: ledger.data}, ledger.config.concurrency)
     try:
         for trial, result in pool.run([trial for trial in trials if known[trial.config.seed] is None]):

@@ -150,11 +150,14 @@ class Search:
             return None
         ranked = sorted(before, key=lambda one: self.score(one), reverse=True)
         replaced = max(1, int(len(ranked) * self.config.quantile))
+        able = [one for one in ranked if one.status == "stopped"]  # those that ended otherwise left no checkpoint
+        if not able:
+            return Suggestion(number, self.space.at(self._sobol(number), self.base))
         own = before[number % self.config.population]
-        if own not in ranked[-replaced:]:
+        if own in able and own not in ranked[-replaced:]:
             return Suggestion(number, own.suggestion.options, own.suggestion.number)
         rng = np.random.default_rng([self.config.seed, number])
-        parent = ranked[int(rng.integers(replaced))].suggestion
+        parent = able[int(rng.integers(min(replaced, len(able))))].suggestion
         return Suggestion(number, self._changed(parent.options, rng), parent.number)
 
     def score(self, one: EarlierTrial) -> float:

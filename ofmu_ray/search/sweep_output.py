@@ -117,7 +117,7 @@ def settings(
             "floor_missed": False,
             "figures": outcome.metrics,
             "config_file": "best.yaml",
-            "model": f"{BEST}/model",
+            "model": f"{BEST}/model" if outcome.metrics else None,
         }
     return {
         "name": config.name,
@@ -132,6 +132,7 @@ def settings(
             "objective": goal.objective,
             "utility": goal.utility,
             "floor": goal.floor,
+            "margin": goal.margin,
             "utility_floor": config.select.utility_floor,
             "relative_to": config.select.relative_to,
             "tie_break": config.select.tie_break,
@@ -207,7 +208,8 @@ def log_child(ledger: Ledger, number: int, parent: Any) -> None:
     if handle is None:
         return  # MLflow does not answer; the next start tries again
     costs = {name: result[name] for name in COSTS if result.get(name) is not None}
-    metrics = result.get("figures") or next((one["figures"] for one in reversed(result["evaluations"])), None)
+    evaluations = result.get("evaluations") or []  # none of a trial whose process died
+    metrics = result.get("figures") or (evaluations[-1]["figures"] if evaluations else None)
     failed = result["status"] == "failed"
     if tracking.finish(handle, metrics={"after": metrics}, cost=costs, status="FAILED" if failed else "FINISHED"):
         atomic_write(marker, handle.run_id)
@@ -249,7 +251,8 @@ def summary(ledger: Ledger, outcome: SweepChoice) -> str:
         lines += ["", "Pareto front:", *map(shown, outcome.front)]
     if outcome.chosen is not None:
         metrics = outcome.metrics or {}
-        lines += ["", f"chosen: trial {outcome.chosen}; on all rows:"]
+        gone = "its model was not kept (keep_models); best.yaml trains it again"
+        lines += ["", f"chosen: trial {outcome.chosen}; {'on all rows:' if metrics else gone}"]
         for name in (goal.objective, goal.utility):
             metric_value = metrics.get(name) or {}
             if metric_value.get("value") is not None:

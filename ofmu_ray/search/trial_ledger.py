@@ -19,17 +19,23 @@ from ofmu_ray.training import stages
 
 @dataclass(frozen=True, kw_only=True)
 class SweepTrial(Trial):
-    """A trial of a sweep: equal options make the same trial, whatever its number."""
+    """A trial of a sweep: equal options make the same trial, whatever its number.
+
+    Only a population's members may repeat the options of another; they run side by side, so each has its own key.
+    """
 
     stages: int
     parent: str | None = None
     """Key of the trial that it continues from."""
+    copy: int = 0
+    """Earlier trials with the same options and parent."""
 
     def key(self, data: SplitData) -> str:
         from ofmu_ray.metrics.functions import METRIC_VERSION
 
         run = ["sweep", self.phase, str(self.rows), str(self.stages), str(self.parent)]
-        return config_hash(self.config, *run, str(METRIC_VERSION), data.fingerprint)
+        copy = [f"copy {self.copy}"] if self.copy else []
+        return config_hash(self.config, *run, *copy, str(METRIC_VERSION), data.fingerprint)
 
 
 @dataclass
@@ -95,6 +101,7 @@ class Ledger:
         if number >= len(self.suggestions):
             self.read()  # a trial's process makes no suggestions
         one = self.suggestions[number]
+        alike = [(other.options, other.parent) == (one.options, one.parent) for other in self.suggestions[:number]]
         return SweepTrial(
             method=self.config.label,
             split=self.data.name,
@@ -107,6 +114,7 @@ class Ledger:
             rows=self.config.select.rows,
             stages=self.stage_count,
             parent=None if one.parent is None else self.key(one.parent),
+            copy=sum(alike),
         )
 
     def configured(self, options: dict[str, Any]) -> UnlearnConfig:

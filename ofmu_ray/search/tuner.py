@@ -164,17 +164,18 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]
             for evaluation in self.ledger.evaluations(self.number):
                 if evaluation["stage"] > self.stage:
                     self.stage = evaluation["stage"]
-                    return self._report(evaluation["figures"], done=False)
+                    return self._report(evaluation["figures"], done=False, share=self.ledger.search.share)
             if ended:
                 result = self.ledger.result(self.number)
                 assert result is not None, f"trial {self.number} ended without a result"
-                complete = result["status"] not in ("stopped", "failed")
-                self.stage = self.ledger.stage_count if complete else self.stage
+                if result["status"] == "stopped":  # as it was reported when it was stopped
+                    last = result["evaluations"][-1]["figures"]
+                    return self._report(last, done=True, share=self.ledger.search.share)
+                self.stage = self.stage if result["status"] == "failed" else self.ledger.stage_count
                 return self._report(result.get("figures") or {}, done=True)
             time.sleep(POLL_SECONDS)
 
-    def _report(self, metrics: dict[str, Any], *, done: bool) -> dict[str, Any]:
-        share = 1.0 if done else self.ledger.search.share
+    def _report(self, metrics: dict[str, Any], *, done: bool, share: float = 1.0) -> dict[str, Any]:
         score = self.ledger.search.goal.score(plain(metrics), share)
         return {"number": self.number, "stage": self.stage, "score": score, "done": done}
 
@@ -275,5 +276,11 @@ def run(
     )
     tuner.fit()
     shutil.rmtree(folder, ignore_errors=True)
-    ended = [ledger.result(number) is not None for number in range(len(ledger.suggestions))]
-    return all(ended) and (len(ended) == ledger.config.search.trials or search.exhausted), search.exhausted
+    return finished(ledger, search.exhausted), search.exhausted
+
+
+def finished(ledger: Ledger, exhausted: bool) -> bool:
+    """Whether all trials have finished; an earlier start may have begun more than are asked for now."""
+    wanted = ledger.config.search.trials
+    ended = [ledger.result(number) is not None for number in range(min(len(ledger.suggestions), wanted))]
+    return all(ended) and (len(ended) == wanted or exhausted)
