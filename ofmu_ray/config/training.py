@@ -46,7 +46,7 @@ class TrainingConfig:
     """optimizer: keep the optimisers' moments in host memory between steps."""
     compile: bool = False
     """torch.compile for the passes of training, which changes their rounding. Passes are eager, and the run says so, at
-    ZeRO-3 and where something does not compile."""
+    ZeRO-3 and where a forward pass does not compile; a backward pass that does not ends the run."""
     rounds: int = 20
     """Rounds of the method (for OFMU: K outer iterations)."""
     batch_size: int = 8
@@ -76,6 +76,11 @@ class TrainingConfig:
             raise UserError(
                 f"training.gpus_per_worker = {self.gpus:g}: NCCL does not let workers share a GPU; use 1, 0 for CPUs, "
                 "or --training.workers 1"
+            )
+        if self.gpus > 1:
+            raise UserError(
+                f"training.gpus_per_worker = {self.gpus:g}: a worker computes on one GPU, the others would be idle; use 1 "
+                "and more --training.workers"
             )
         if self.batch_size % self.workers:
             raise UserError(
