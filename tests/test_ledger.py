@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import sqlite3
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -14,8 +15,8 @@ import pytest
 from ledger_machine import MASTER, START, Clock, agrees_with_a_model, row
 from sqlalchemy import create_engine, text
 
-from ofmu_ray.errors import UserError
-from ofmu_ray.requests import database
+from ofmu_ray.errors import StorageError, UserError
+from ofmu_ray.requests import database, renewal
 from ofmu_ray.requests.lease import LeaseHeld
 from ofmu_ray.requests.ledger import KeyTaken, Ledger
 from ofmu_ray.requests.records import UnknownRequest
@@ -134,6 +135,20 @@ def test_a_second_processor_is_told_who_works_and_until_when(ledger: Ledger, clo
     with pytest.raises(LeaseHeld, match="bob@two"):  # an operator does not take work away either
         ledger.move(name, "rejected")
     ledger.move(name, "running", owner="bob@two")
+
+
+def test_a_lease_is_renewed_after_the_database_was_silent(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    renewed, answers = threading.Event(), [False, True]
+
+    def renew(*_: object) -> None:
+        if not answers.pop(0):
+            raise StorageError("requests.ledger: the database does not answer")
+        answers.append(True)
+        renewed.set()
+
+    monkeypatch.setattr(ledger, "renew", renew)
+    with renewal.renewed(ledger, "ann", 0.03):
+        assert renewed.wait(timeout=60)
 
 
 def test_a_batch_that_was_cut_off_is_finished_before_newer_requests(ledger: Ledger, clock: Clock) -> None:

@@ -13,6 +13,7 @@ import psutil
 from sqlalchemy.exc import SQLAlchemyError
 
 from ofmu_ray import progress
+from ofmu_ray.errors import StorageError
 from ofmu_ray.requests.lease import LeaseHeld
 from ofmu_ray.requests.ledger import Ledger
 
@@ -79,7 +80,7 @@ def renewed(ledger: Ledger, owner: str, seconds: float) -> Iterator[None]:
                 ledger.renew(owner, seconds)
             except LeaseHeld:
                 return
-            except SQLAlchemyError:
+            except (StorageError, SQLAlchemyError):
                 continue
 
     thread = threading.Thread(target=renew, name="lease", daemon=True)
