@@ -68,6 +68,8 @@ def test_every_state_can_be_reached_and_left_unless_final() -> None:
 
 TAMPERING = {
     "UPDATE ofmu_events SET body = replace(body, 'ops', 'eve') WHERE seq = 1": "content was changed",
+    "UPDATE ofmu_events SET body = '[]' WHERE seq = 2": "content was changed",
+    'UPDATE ofmu_events SET body = \'{"request": [1], "event": "accepted"}\' WHERE seq = 2': "content was changed",
     "DELETE FROM ofmu_events WHERE seq = 2": "missing or in another order",
     "DELETE FROM ofmu_events WHERE seq = (SELECT max(seq) FROM ofmu_events)": "its last entry says verifying",
     "UPDATE ofmu_requests SET state = 'rejected'": "its last entry says promoted",

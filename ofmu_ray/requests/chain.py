@@ -70,6 +70,19 @@ def _hash(body: str) -> str:
     return hashlib.sha256(body.encode()).hexdigest()
 
 
+def _read(text: str) -> dict[str, Any]:
+    """An entry's content; empty if `append` did not write it, as then anything may stand there."""
+    try:
+        body = json.loads(text)
+        Event(**body, hash="")
+    except (ValueError, TypeError, RecursionError):
+        return {}
+    plain = isinstance(body["detail"], dict) and all(
+        isinstance(body[name], str | None) for name in ("request", "event", "old")
+    )
+    return body if plain else {}
+
+
 def check_chain(
     session: Session, known: Sequence[str], identity: Callable[[RequestRecord], dict[str, Any]]
 ) -> list[str]:
@@ -81,11 +94,7 @@ def check_chain(
     destroyed: set[str] = set()
     expected = 1
     for record in session.scalars(select(EventRecord).order_by(EventRecord.seq)):
-        place = f"event {record.seq}"
-        try:
-            body = json.loads(record.body)
-        except ValueError:
-            body = {}
+        place, body = f"event {record.seq}", _read(record.body)
         if _hash(record.body) != record.hash:
             problems.append(f"{place}: its content was changed (the hash differs)")
         if body.get("seq") != record.seq or body.get("request") != record.request_id or record.seq != expected:
