@@ -74,6 +74,8 @@ TAMPERING = {
     "DELETE FROM ofmu_events WHERE seq = (SELECT max(seq) FROM ofmu_events)": "its last entry says verifying",
     "UPDATE ofmu_requests SET state = 'rejected'": "its last entry says promoted",
     "UPDATE ofmu_requests SET deadline = '2030-01-01 00:00:00'": "its deadline was changed",
+    "UPDATE ofmu_requests SET accepted = NULL": "the time in accepted is not that of its entry",
+    "UPDATE ofmu_requests SET ended = '2031-01-01 00:00:00'": "the time in ended is not that of its entry",
     "UPDATE ofmu_requests SET row_count = 1": "its row_count was changed",
     "UPDATE ofmu_rows SET hash = 'x' WHERE number = 0": "hashes of its rows were changed",
     "DELETE FROM ofmu_rows WHERE number = 1": "hashes of its rows were changed",

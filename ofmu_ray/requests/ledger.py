@@ -35,7 +35,7 @@ from ofmu_ray.requests.schema import (
     RowRecord,
     SecretRecord,
 )
-from ofmu_ray.requests.states import IN_WORK, WITHDRAWN, State, check_move
+from ofmu_ray.requests.states import ENDED, IN_WORK, WITHDRAWN, State, check_move
 from ofmu_ray.requests.vault import ROW_KEY, RowHashes, Vault, WrongKey
 
 
@@ -210,7 +210,7 @@ class Ledger:
         now, old = self.clock(), record.state
         record.state = check_move(record.id, old, state)  # type: ignore[arg-type]
         record.accepted = record.accepted or (now if state == "accepted" else None)
-        record.ended = now if state in ("promoted", *WITHDRAWN) else None
+        record.ended = now if state in ENDED else None
         if state not in (*IN_WORK, "promoted"):
             record.batch = None
         append(session, now, record.id, state, old=old, by=by, detail=detail)
