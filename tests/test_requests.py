@@ -94,6 +94,7 @@ REFUSED = [
     (["add", "--key", "k", "--where", "subject=1"], "Did you mean subject_id?"),
     (["add", "--key", "k", "--where", "subject_id=77"], "nothing to forget"),
     (["add", "--key", "k", "--where", "country=X"], "200 of 200 rows match, more than requests.largest_share"),
+    (["add", "--key", "k", "--where", "subject_id=\udcff"], "half of a surrogate pair"),
     (["add", "--key", "k", "--where", "subject_id=1", "--deadline", "soon"], "such as 30d"),
     (["add", "--key", "k", "--rows", "none.jsonl"], "no such file"),
     (["add", "--key", "k", "--where", "a=1", "--requests.train.path", "none.jsonl"], "requests.train.path"),

@@ -18,7 +18,7 @@ from ofmu_ray.data.row_checks import Problems
 from ofmu_ray.errors import UserError
 from ofmu_ray.requests.ledger import Ledger
 from ofmu_ray.requests.records import Request, new_id
-from ofmu_ray.requests.vault import Vault, WrongKey, master_key
+from ofmu_ray.requests.vault import Vault, WrongKey, canonical, master_key
 
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}")
 LONGEST_REASON = 500
@@ -102,6 +102,7 @@ def submit(config: RequestsConfig, ledger: Ledger, submission: Submission, by: s
     """
     content = submission.content()
     _check_rows(submission.rows or (), config.data.format)
+    _check_plain(content)
     if (known := ledger.find(submission.key, content)) is not None:
         return known, False
     if submission.where is not None:
@@ -213,6 +214,17 @@ def _check_rows(rows: Sequence[Mapping[str, Any]], fmt: FormatConfig) -> None:
     for number, row in enumerate(rows, start=1):
         row_checks.pair(row, fmt, problems, f"row {number}")
     row_checks.refuse({"rows": ("as submitted", problems)})
+
+
+def _check_plain(content: Mapping[str, Any]) -> None:
+    """Refuse what JSON in UTF-8 cannot say, though Python reads it from a body or a command line."""
+    try:
+        canonical(content).encode()
+    except (ValueError, RecursionError):  # NaN and infinity, half a surrogate pair; nested too deeply
+        raise UserError(
+            "the request has a value that is not plain JSON (NaN, infinity, half of a surrogate pair, or deeply "
+            "nested): correct it, or leave it out"
+        ) from None
 
 
 def _pair(row: Mapping[str, Any], fmt: FormatConfig) -> tuple[str, str]:
