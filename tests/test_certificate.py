@@ -12,7 +12,7 @@ import pytest
 
 from ofmu_ray.errors import UserError
 from ofmu_ray.models.source import model_fingerprint
-from ofmu_ray.requests.certificate import FORMAT, NotVerified, signed, verify
+from ofmu_ray.requests.certificate import FORMAT, NotVerified, canonical, signed, verify
 from ofmu_ray.requests.signing import Keys, read_public_keys
 
 
@@ -65,6 +65,15 @@ def test_a_changed_byte_anywhere_does_not_verify(tmp_path: Path, keys: Keys, mod
     copy.write_text(json.dumps(json.loads(original), indent=1))  # the same content in another form
     with pytest.raises(NotVerified, match="saved again"):
         verify(copy, public)
+
+
+@pytest.mark.parametrize("key", [["x"], {}, 1, None])
+def test_a_key_id_that_is_no_text_does_not_verify(key: object, tmp_path: Path, keys: Keys) -> None:
+    path = tmp_path / "c.json"
+    envelope = {"certificate": {}, "key_id": key, "algorithm": "Ed25519", "signature": "00"}
+    path.write_bytes(canonical(envelope) + b"\n")
+    with pytest.raises(NotVerified, match="not as it was written"):
+        verify(path, keys.folder)
 
 
 def test_another_model_does_not_verify(tmp_path: Path, keys: Keys, model: Path) -> None:
