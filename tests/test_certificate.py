@@ -110,6 +110,16 @@ def test_old_certificates_verify_after_a_rotation(tmp_path: Path, keys: Keys, mo
     assert not (keys.folder / f"{first}.key").exists()
 
 
+def test_a_rotation_that_was_killed_leaves_no_private_key_to_the_next(keys: Keys) -> None:
+    with keys._locked():
+        keys._new()  # killed here, before the old private key was deleted
+    (keys.folder / "web-server.key").touch()  # not ours
+    assert len(list(keys.folder.glob("*.key"))) == 3
+    new = keys.rotate()
+    assert {path.stem for path in keys.folder.glob("*.key")} == {new.key_id, "web-server"}
+    assert len(keys.all()) == 3
+
+
 def test_a_private_key_is_its_owners_alone(keys: Keys) -> None:
     path = next(keys.folder.glob("*.key"))
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
