@@ -57,7 +57,13 @@ def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--key", required=True, help="idempotency key: a second add with it gives the same request")
     rows = parser.add_mutually_exclusive_group(required=True)
     rows.add_argument("--rows", metavar="FILE", help="rows to forget: JSON Lines, or any format of a data source")
-    rows.add_argument("--where", nargs="+", metavar="COLUMN=VALUE", help="rows of the training data with these values")
+    rows.add_argument(
+        "--where",
+        nargs="+",
+        action="extend",
+        metavar="COLUMN=VALUE",
+        help="rows of the training data with these values",
+    )
     parser.add_argument("--deadline", help="time to answer, such as 30d (default: requests.deadline)")
     parser.add_argument("--reason", help="kept encrypted with the rows")
     _json(parser)
@@ -83,7 +89,7 @@ def add(options: argparse.Namespace, config: RequestsConfig) -> int:
 
 
 def _list(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--state", nargs="+", choices=STATES, help="only requests in these states")
+    parser.add_argument("--state", nargs="+", action="extend", choices=STATES, help="only requests in these states")
     _json(parser)
 
 
@@ -147,7 +153,12 @@ def cancel(options: argparse.Namespace, config: RequestsConfig) -> int:
 
 def _audit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--known", nargs="+", default=[], metavar="HASH", help="entries noted earlier, still to be there"
+        "--known",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="HASH",
+        help="entries noted earlier, still to be there",
     )
     _json(parser)
 

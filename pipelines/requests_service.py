@@ -28,7 +28,9 @@ def _token(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=["create", "revoke", "list"])
     parser.add_argument("id", nargs="?", help="revoke: the token's id")
     parser.add_argument("--name", help="create: whose it is")
-    parser.add_argument("--scopes", nargs="+", default=[], help="create: some of submit, read, operate")
+    parser.add_argument(
+        "--scopes", nargs="+", action="extend", default=[], help="create: some of submit, read, operate"
+    )
     parser.add_argument("--expires", default="90d", help="create: its lifetime, such as 90d")
     parser.add_argument("--json", action="store_true", help="print JSON")
 

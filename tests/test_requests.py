@@ -66,9 +66,19 @@ def test_a_person_from_request_to_report(run: Run) -> None:
     status, _, err = run("cancel", second)
     assert (status, "this state is final" in err) == (2, True)
     assert run("audit", "--known", head["head"])[0] == 0
-    status, out, _ = run("audit", "--known", "0" * 64)
+    status, out, _ = run("audit", "--known", "0" * 64, "--known", head["head"])
     assert (status, "is gone" in out) == (1, True)
     assert run("expire")[1] == "nothing to destroy\n"
+
+
+def test_options_that_are_repeated_add_up(run: Run) -> None:
+    """The last one alone would name more rows than were asked for."""
+    assert f"{ROWS_EACH} rows" in run("add", "--key", "k", "--where", "subject_id=3", "--where", "country=X")[1]
+    status, _, err = run("add", "--key", "n", "--where", "subject_id=3", "--where", "subject_id=4")
+    assert (status, "one condition per column" in err) == (2, True)
+    assert "accepted" in run("list", "--state", "accepted", "--state", "promoted")[1]
+    made = run("token", "create", "--name", "crm", "--scopes", "submit", "--scopes", "read")[1]
+    assert "read,submit" in made
 
 
 def test_rows_of_any_file(run: Run, tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ def conditions(words: Sequence[str]) -> dict[str, str]:
     """['subject_id=123', ...] as a selector; UserError for anything else."""
     pairs = [word.partition("=") for word in words]
     if any(not column or not mark for column, mark, _ in pairs):
-        raise UserError("--where: must be COLUMN=VALUE; several conditions: --where once with all of them")
+        raise UserError("--where: must be COLUMN=VALUE, or several of them")
     if len({column for column, _, _ in pairs}) < len(pairs):
         raise UserError("--where: one condition per column")
     return {column: value for column, _, value in pairs}
