@@ -7,6 +7,8 @@ import json
 import os
 import re
 from collections.abc import Callable
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -79,6 +81,21 @@ def test_options_that_are_repeated_add_up(run: Run) -> None:
     assert "accepted" in run("list", "--state", "accepted", "--state", "promoted")[1]
     made = run("token", "create", "--name", "crm", "--scopes", "submit", "--scopes", "read")[1]
     assert "read,submit" in made
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["number=5", "number=5.0", "born=1990-01-05", "seen=2020-01-05 12:00:00", "seen=2020-01-05T12:00:00", "sum=5.50"],
+)
+def test_selectors_find_typed_columns_of_parquet(run: Run, tmp_path: Path, where: str) -> None:
+    typed = [
+        {"number": float(n) if n < 9 else None, "born": date(1990, 1, n), "seen": datetime(2020, 1, n, 12)}
+        | {"sum": Decimal(f"{n}.50"), **private(n)}
+        for n in range(1, 10)
+    ]
+    pq.write_table(pa.Table.from_pylist(typed), tmp_path / "typed.parquet")
+    status, out, err = run("add", "--key", "k", "--where", where, "--requests.train.path", f"{tmp_path}/typed.parquet")
+    assert (status, " 1 rows " in out) == (0, True), err
 
 
 def test_rows_of_any_file(run: Run, tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +139,7 @@ def by_columns(config: RequestsConfig, where: Mapping[str, str]) -> Found:
 
     def fits(row: Mapping[str, Any], _: str, __: str) -> bool:
         seen.update(row)
-        return all(column in row and _text(row[column]) == value for column, value in where.items())
+        return all(column in row and value in _texts(row[column]) for column, value in where.items())
 
     found = _search(config, fits, list(where))
     for number, column in enumerate(where, start=1):
@@ -179,11 +181,15 @@ def _rows(
                 yield piece.row_id(number), row
 
 
-def _text(value: Any) -> str | None:
-    """A cell as a selector writes it; null and nested values equal nothing."""
+def _texts(value: Any) -> tuple[str, ...]:
+    """A cell as a selector may write it; null and nested values equal nothing."""
     if isinstance(value, bool):
-        return str(value).lower()
-    return str(value) if isinstance(value, (str, int, float)) else None
+        return (str(value).lower(),)
+    if isinstance(value, float) and value.is_integer():  # whole numbers beside nulls are floats in many Parquet files
+        return str(value), str(int(value))
+    if isinstance(value, datetime):
+        return str(value), value.isoformat()
+    return (str(value),) if isinstance(value, (str, int, float, Decimal, date)) else ()
 
 
 def _refuse(config: RequestsConfig, submission: Submission, found: Found) -> None:
