@@ -18,6 +18,7 @@ from requests_server import PEOPLE, ROWS_EACH, private, training_data
 
 from ofmu_ray.config.requests import RequestsConfig, duration
 from ofmu_ray.errors import UserError
+from ofmu_ray.requests.ledger import Ledger
 from pipelines import cli, requests
 from pipelines.parse import parse
 
@@ -81,6 +82,23 @@ def test_options_that_are_repeated_add_up(run: Run) -> None:
     assert "accepted" in run("list", "--state", "accepted", "--state", "promoted")[1]
     made = run("token", "create", "--name", "crm", "--scopes", "submit", "--scopes", "read")[1]
     assert "read,submit" in made
+
+
+def test_only_what_failed_or_needs_a_review_is_retried(run: Run, tmp_path: Path) -> None:
+    """A promoted request is reopened by a rollback; one of a batch in work would change what its run forgets."""
+    names = [run("add", "--key", f"k-{n}", "--where", f"subject_id={n}")[1].split()[0] for n in (1, 2)]
+    with Ledger(f"sqlite:///{tmp_path}/runs/requests/ledger.db") as ledger:
+        for state in ("running", "verifying", "promoted"):
+            ledger.take("ann", 60)
+            ledger.move(names[0], state, owner="ann")
+            ledger.release("ann")
+            status, _, err = run("retry", *names)
+            assert (status, "only what is needs_review or failed" in err) == (2, True), state
+        ledger.take("ann", 60)
+        ledger.move(names[1], "failed", owner="ann")
+        ledger.release("ann")
+        assert run("retry", names[1])[1] == f"{names[1]}  accepted\n"
+        assert [ledger.get(name).state for name in names] == ["promoted", "accepted"]
 
 
 @pytest.mark.parametrize(
