@@ -1,26 +1,38 @@
 """Requests worked off for real: recipes, gates, promotion, certificate, a kill, rollback, two processors."""
 
 import hashlib
+import json
 import os
 import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 from leak_scan import leaks
+from ledger_machine import Clock
 from requests_kill import PHASES, WITHDRAWAL, kill_in
+from requests_server import PEOPLE, ROWS_EACH, configured
 from requests_world import CRIPPLED, STRONG, World, pairs, people, write_rows
 
 from ofmu_ray.config import SourceConfig
+from ofmu_ray.config.requests import RequestsConfig
 from ofmu_ray.data.row_checks import digests
 from ofmu_ray.data.sources import fingerprint, fragments
 from ofmu_ray.errors import UserError
 from ofmu_ray.requests import ladder
 from ofmu_ray.requests.certificate import NotVerified, verify
+from ofmu_ray.requests.intake import Submission, submit
+from ofmu_ray.requests.ladder import Batch
+from ofmu_ray.requests.ledger import Ledger
 from ofmu_ray.requests.process import ProcessingFailed, process
 from ofmu_ray.requests.registry import Registry, Version
 from ofmu_ray.requests.renewal import drop_dead
+from ofmu_ray.requests.request_rows import write_sources
+from ofmu_ray.requests.vault import Vault, master_key
 
 pytestmark = pytest.mark.system
 
@@ -172,6 +184,51 @@ def test_an_unforeseen_error_says_where_and_never_what(world: World, monkeypatch
     assert not [one for one in chain if "Peibrux" in str(one)]
     with world.ledger() as ledger:
         assert ledger.all()[1].state == "failed"
+
+
+# ------------------------------------------------------------------------------------------- batches without a model
+
+
+@dataclass
+class Small:
+    """A ledger with a batch taken by `ann`, over fifty people's rows; no model."""
+
+    config: RequestsConfig
+    ledger: Ledger
+    clock: Clock
+
+    @property
+    def storage(self) -> Path:
+        return Path(self.config.storage)
+
+    def add(self, person: int) -> str:
+        asked = Submission(key=f"person-{person}", where={"subject_id": str(person)})
+        return submit(self.config, self.ledger, asked, "test")[0].id
+
+    def batch(self, registry: Any = None) -> Batch:
+        return Batch(self.config, str(self.storage), self.ledger, registry, self.ledger.take("ann", 60), "ann")
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Small]:
+    config, clock = configured(tmp_path), Clock()
+    with Ledger(config.ledger_uri, Vault(master_key(config.key_file, None)), clock) as ledger:
+        yield Small(config, ledger, clock)
+
+
+def test_rows_of_a_batch_are_not_retained_whatever_the_clocks_say(small: Small, tmp_path: Path) -> None:
+    """The service that accepted the request is on a machine whose clock is ahead of the processor's."""
+    small.add(3)
+    small.clock.now -= timedelta(seconds=5)
+    batch = small.batch()
+    paths = write_sources(str(tmp_path / "rows"), small.config, small.ledger, batch.requests, batch._begun())
+    forget, retain = (
+        {json.loads(line)["question"] for line in Path(paths[name]).read_text().splitlines()}
+        for name in ("forget", "retain")
+    )
+    assert len(forget) == ROWS_EACH
+    assert len(retain) == (PEOPLE - 1) * ROWS_EACH
+    assert not forget & retain
 
 
 # --------------------------------------------------------------------------------------------------------- all phases
