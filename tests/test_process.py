@@ -25,6 +25,7 @@ from ofmu_ray.data.sources import fingerprint, fragments
 from ofmu_ray.errors import UserError
 from ofmu_ray.requests import ladder
 from ofmu_ray.requests.certificate import NotVerified, verify
+from ofmu_ray.requests.gate_tables import gate_cache
 from ofmu_ray.requests.intake import Submission, submit
 from ofmu_ray.requests.ladder import Batch
 from ofmu_ray.requests.ledger import Ledger
@@ -33,6 +34,7 @@ from ofmu_ray.requests.registry import Registry, Version
 from ofmu_ray.requests.renewal import drop_dead
 from ofmu_ray.requests.request_rows import write_sources
 from ofmu_ray.requests.vault import Vault, master_key
+from ofmu_ray.runs.job import REQUESTED
 
 pytestmark = pytest.mark.system
 
@@ -229,6 +231,38 @@ def test_rows_of_a_batch_are_not_retained_whatever_the_clocks_say(small: Small, 
     assert len(forget) == ROWS_EACH
     assert len(retain) == (PEOPLE - 1) * ROWS_EACH
     assert not forget & retain
+
+
+def test_whatever_ends_a_run_its_text_goes(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    small.add(3)
+    batch, home = small.batch(), small.storage / "run"
+
+    def broken(*_: Any, **__: Any) -> None:
+        assert len(list((home / REQUESTED).iterdir())) == 2
+        raise RuntimeError
+
+    monkeypatch.setattr(ladder, "run", broken)
+    with pytest.raises(RuntimeError):
+        batch._unlearned(small.config, str(home))
+    assert not list(home.rglob("*.jsonl"))
+
+
+def test_text_of_killed_runs_that_nothing_goes_on_with_is_removed(small: Small) -> None:
+    """After the kill, the batch was accepted anew; the champion, or the options, became others."""
+    small.add(3)
+    batch = small.batch()
+    names = [f"{batch.name}-v{champion}-base-0123abcd" for champion in (1, 2)] + ["batch-mine"]
+    for name in names:
+        write_sources(str(small.storage / name / REQUESTED), small.config, small.ledger, batch.requests, batch._begun())
+    ladder.remove_left_text(str(small.storage), {names[1]})
+    assert {path.parts[-3] for path in small.storage.rglob("forget.jsonl")} == set(names[1:])
+    small.ledger.move(batch.ids, "failed", owner="ann")
+    small.ledger.release("ann")
+    cache = Path(gate_cache(str(small.storage)), "evaluation")
+    cache.mkdir(parents=True)
+    assert process(small.config) == []
+    assert {path.parts[-3] for path in small.storage.rglob("forget.jsonl")} == {"batch-mine"}
+    assert not cache.exists()
 
 
 # --------------------------------------------------------------------------------------------------------- all phases

@@ -8,7 +8,8 @@ both can be repeated.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from typing import Any, Literal
@@ -31,10 +32,12 @@ from ofmu_ray.requests.states import State
 from ofmu_ray.runs.job import REQUESTED, remove_text
 from ofmu_ray.runs.outcome import Outcome, read_unlearned
 from ofmu_ray.runs.run import run
-from ofmu_ray.storage import atomic_write, is_file, join, read_text
+from ofmu_ray.storage import atomic_write, is_file, join, locate, read_text
 from ofmu_ray.tracking import RECORD, recorded_run
 
 GATES_FILE = "gates.json"
+RUN = re.compile(r"batch-[0-9a-f]{12}-v\d+-.+")
+"""Name of a recipe's run (`Batch.run_config`)."""
 Verdict = Literal["passed", "failed", "undecided"]
 
 
@@ -108,6 +111,7 @@ class Batch:
             base = self.registry.version(made.replaces or made.number)
             return self._promoted(base, made, self._attempts(base))
         base = self._champion()
+        remove_left_text(self.storage, {self.run_config(base, recipe).name for recipe in self.promotion.recipes})
         self._check()
         withdrawn, attempts = self._withdrawn_recipes(), []
         unwanted = {version.weights for version in self.registry.withdrawn()}
@@ -176,7 +180,7 @@ class Batch:
         try:
             write_sources(join(home, REQUESTED), self.config, self.ledger, self.requests, self._begun())
             return run(config, command=("ofmu", "requests", "process"))
-        except UserError:
+        except BaseException:
             if read_unlearned(home) is None:
                 remove_text(home)  # what a resumed run needs of it is made again
             raise
@@ -302,6 +306,19 @@ class Batch:
         """Recipes whose model was promoted for one of these requests and withdrawn."""
         events = (event for name in self.ids for event in self.ledger.events(name))
         return {event.detail["withdrawn_recipe"] for event in events if "withdrawn_recipe" in event.detail}
+
+
+def remove_left_text(storage: str, kept: Collection[str | None] = ()) -> None:
+    """Delete the text of killed runs that nothing goes on with: their batch was given up, or starts over from another
+    champion or with other options. For who has the lease; `kept`: names of runs that go on."""
+    from pyarrow.fs import FileSelector, FileType
+
+    filesystem, inside = locate(storage)
+    for one in filesystem.get_file_info(FileSelector(inside, allow_not_found=True)):
+        if one.type == FileType.Directory and RUN.fullmatch(one.base_name) and one.base_name not in kept:
+            home = join(storage, one.base_name)
+            if read_unlearned(home) is None:
+                remove_text(home)
 
 
 def _verdict(results: set[str]) -> Verdict:
