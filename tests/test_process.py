@@ -1,5 +1,6 @@
 """Requests worked off for real: recipes, gates, promotion, certificate, a kill, rollback, two processors."""
 
+import errno
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ from ofmu_ray.config import SourceConfig
 from ofmu_ray.config.requests import RequestsConfig
 from ofmu_ray.data.row_checks import digests
 from ofmu_ray.data.sources import fingerprint, fragments
-from ofmu_ray.errors import UserError
+from ofmu_ray.errors import StorageError, UserError
 from ofmu_ray.requests import ladder
 from ofmu_ray.requests.certificate import NotVerified, verify
 from ofmu_ray.requests.gate_tables import gate_cache
@@ -231,6 +232,19 @@ def test_rows_of_a_batch_are_not_retained_whatever_the_clocks_say(small: Small, 
     assert len(forget) == ROWS_EACH
     assert len(retain) == (PEOPLE - 1) * ROWS_EACH
     assert not forget & retain
+
+
+def test_a_full_disk_fails_no_request(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    name = small.add(3)
+    monkeypatch.setattr(ladder, "write_sources", full)
+    monkeypatch.setattr(Batch, "_champion", lambda _: Version("1", "builtin:people", "", "first"))
+    monkeypatch.setattr(Batch, "_check", lambda _: None)
+    with pytest.raises(StorageError, match="no space left: free some space"):
+        process(small.config)
+    assert small.ledger.get(name).state == "running"
 
 
 def test_whatever_ends_a_run_its_text_goes(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,8 @@ def _republish(config: RequestsConfig, storage: str, ledger: Ledger) -> None:
 
 def _worked_off(batch: Batch) -> BatchOutcome:
     try:
-        return batch.work_off()
+        with explained(batch.storage):  # a full disk is no failure of the requests
+            return batch.work_off()
     except UserError:
         raise
     except Exception as error:
