@@ -6,7 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,18 @@ from ofmu_ray.config.requests import RequestsConfig
 from ofmu_ray.data.row_checks import digests
 from ofmu_ray.data.sources import fingerprint, fragments
 from ofmu_ray.errors import StorageError, UserError
+from ofmu_ray.models.source import model_fingerprint
 from ofmu_ray.requests import ladder
 from ofmu_ray.requests.certificate import NotVerified, verify
 from ofmu_ray.requests.gate_tables import gate_cache
 from ofmu_ray.requests.intake import Submission, submit
-from ofmu_ray.requests.ladder import Batch
+from ofmu_ray.requests.ladder import Attempt, Batch
 from ofmu_ray.requests.ledger import Ledger
-from ofmu_ray.requests.process import ProcessingFailed, process
+from ofmu_ray.requests.process import ProcessingFailed, process, rollback
 from ofmu_ray.requests.registry import Registry, Version
 from ofmu_ray.requests.renewal import drop_dead
 from ofmu_ray.requests.request_rows import write_sources
+from ofmu_ray.requests.statement import keys_of
 from ofmu_ray.requests.vault import Vault, master_key
 from ofmu_ray.runs.job import REQUESTED
 
@@ -277,6 +279,56 @@ def test_text_of_killed_runs_that_nothing_goes_on_with_is_removed(small: Small) 
     assert process(small.config) == []
     assert {path.parts[-3] for path in small.storage.rglob("forget.jsonl")} == {"batch-mine"}
     assert not cache.exists()
+
+
+def weights(folder: Path, seed: int) -> str:
+    """A folder with weights; their fingerprint."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(bytes([seed]) * 100)
+    return model_fingerprint(folder)
+
+
+def registered(small: Small, registry: Registry, batch: str, replaces: Version | None = None) -> Version:
+    """A version with weights of its own, in a run's folder with what its gates said."""
+    number = int(replaces.number) + 1 if replaces else 1
+    name = f"{batch}-v{number - 1}-gentle-0123abcd"
+    digest = weights(small.storage / name / "model", number)
+    attempt = Attempt("gentle", name, "finished", "passed", [], digest, {})
+    (small.storage / name / "gates.json").write_text(json.dumps(asdict(attempt)))
+    return registry.register(str(small.storage / name / "model"), digest, batch, replaces=replaces)
+
+
+class StartsOver(Exception):
+    """A recipe is tried."""
+
+
+def test_a_batch_whose_champion_was_withdrawn_starts_over(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed with a version registered and the alias not moved, then a rollback: nobody could end this batch."""
+    keys_of(small.config).create()
+    registry = Registry(small.config.tracking, str(small.storage), "ofmu")
+    first = registered(small, registry, "first")
+    second = registered(small, registry, "batch-000000000000", first)
+    for one in (first, second):
+        registry.promote(one)
+    small.add(3)
+    batch = small.batch(registry)
+    stale = registered(small, registry, batch.name, second)
+    small.ledger.release("ann")
+    assert rollback(small.config, "wrong answers").champion == first.number
+    small.ledger.hold("ann", 60)
+
+    def tried(_: Batch, base: Version, __: Any) -> Attempt:
+        raise StartsOver(base.number)
+
+    monkeypatch.setattr(Batch, "_tried", tried)
+    monkeypatch.setattr("ofmu_ray.requests.ladder.check_gates", lambda *_, **__: None)
+    with pytest.raises(StartsOver, match=first.number):
+        batch.work_off()
+    again = registered(small, registry, batch.name, first)
+    assert int(again.number) > int(stale.number)
+    assert registry.of_batch(batch.name) == again
+    assert registry.register(again.path, again.weights, batch.name, replaces=first) == again
 
 
 # --------------------------------------------------------------------------------------------------------- all phases

@@ -107,7 +107,7 @@ class Batch:
             UserError: a mistake in configuration or data, or the storage refuses; the batch waits for the next start.
         """
         made = self.registry.of_batch(self.name)
-        if made is not None:  # killed between the gates and the ledger
+        if made is not None and self._can_follow(made):  # killed between the gates and the ledger
             base = self.registry.version(made.replaces or made.number)
             return self._promoted(base, made, self._attempts(base))
         base = self._champion()
@@ -268,6 +268,15 @@ class Batch:
         if state != self.state:
             self.ledger.move(self.ids, state, detail, owner=self.owner)
             self.state = state
+
+    def _can_follow(self, made: Version) -> bool:
+        """Whether the champion is still what a version was made from. After a rollback in between, the batch starts
+        over."""
+        champion = self.registry.champion()
+        if champion is None or champion.number in (made.number, made.replaces):
+            return True
+        progress.note("batch", f"version {made.number} was made from version {made.replaces}, which is not in use now")
+        return False
 
     def _champion(self) -> Version:
         """The champion; the configured model becomes the first."""
