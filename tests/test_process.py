@@ -331,6 +331,31 @@ def test_a_batch_whose_champion_was_withdrawn_starts_over(small: Small, monkeypa
     assert registry.register(again.path, again.weights, batch.name, replaces=first) == again
 
 
+def test_a_registered_version_is_promoted_whatever_recipes_there_are_now(
+    small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before the alias moved; then somebody changed the configuration."""
+    registry = Registry(small.config.tracking, str(small.storage), "ofmu")
+    first = registered(small, registry, "first")
+    registry.promote(first)
+    name = small.add(3)
+    batch = small.batch(registry)
+    for state in ("running", "verifying"):
+        small.ledger.move(name, state, owner="ann")
+    made = registered(small, registry, batch.name, first)
+
+    def certified(*arguments: Any) -> tuple[str, str]:
+        passed, attempts = arguments[5:7]
+        assert (passed.weights, attempts) == (made.weights, [passed])
+        return "key", "{}"
+
+    monkeypatch.setattr(ladder, "certify", certified)
+    monkeypatch.setattr(ladder, "publish", lambda *_: "path")
+    outcome = batch.work_off()
+    assert (outcome.state, outcome.version, small.ledger.get(name).state) == ("promoted", made.number, "promoted")
+    assert registry.champion().number == made.number
+
+
 # --------------------------------------------------------------------------------------------------------- all phases
 
 

@@ -33,6 +33,7 @@ from ofmu_ray.runs.job import REQUESTED, remove_text
 from ofmu_ray.runs.outcome import Outcome, read_unlearned
 from ofmu_ray.runs.run import run
 from ofmu_ray.storage import atomic_write, is_file, join, locate, read_text
+from ofmu_ray.storage.names import split_query
 from ofmu_ray.tracking import RECORD, recorded_run
 
 GATES_FILE = "gates.json"
@@ -109,7 +110,7 @@ class Batch:
         made = self.registry.of_batch(self.name)
         if made is not None and self._can_follow(made):  # killed between the gates and the ledger
             base = self.registry.version(made.replaces or made.number)
-            return self._promoted(base, made, self._attempts(base))
+            return self._promoted(base, made, self._attempts(base, made))
         base = self._champion()
         remove_left_text(self.storage, {self.run_config(base, recipe).name for recipe in self.promotion.recipes})
         self._check()
@@ -157,11 +158,16 @@ class Batch:
 
     def _stored(self, base: Version, recipe: RecipeConfig) -> Attempt | None:
         path = join(self._home(base, recipe), GATES_FILE)
-        return Attempt(**json.loads(read_text(path))) if is_file(path) else None
+        return _read(path) if is_file(path) else None
 
-    def _attempts(self, base: Version) -> list[Attempt]:
+    def _attempts(self, base: Version, made: Version) -> list[Attempt]:
+        """What was tried before a version was registered; at least what made it, whatever the recipes are now."""
         stored = (self._stored(base, recipe) for recipe in self.promotion.recipes)
-        return [attempt for attempt in stored if attempt is not None]
+        attempts = [attempt for attempt in stored if attempt is not None]
+        if all(one.weights != made.weights for one in attempts):
+            stem, query = split_query(made.path)
+            attempts.append(_read(join(stem.rpartition("/")[0] + query, GATES_FILE)))
+        return attempts
 
     def _tried(self, base: Version, recipe: RecipeConfig) -> Attempt:
         config = self.run_config(base, recipe)
@@ -315,6 +321,10 @@ class Batch:
         """Recipes whose model was promoted for one of these requests and withdrawn."""
         events = (event for name in self.ids for event in self.ledger.events(name))
         return {event.detail["withdrawn_recipe"] for event in events if "withdrawn_recipe" in event.detail}
+
+
+def _read(path: str) -> Attempt:
+    return Attempt(**json.loads(read_text(path)))
 
 
 def remove_left_text(storage: str, kept: Collection[str | None] = ()) -> None:
