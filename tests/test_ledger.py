@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 from ledger_machine import MASTER, START, Clock, agrees_with_a_model, row
 from sqlalchemy import create_engine, text
@@ -153,6 +154,17 @@ def test_a_lease_is_renewed_after_the_database_was_silent(ledger: Ledger, monkey
     monkeypatch.setattr(ledger, "renew", renew)
     with renewal.renewed(ledger, "ann", 0.03):
         assert renewed.wait(timeout=60)
+
+
+def test_a_clock_that_is_set_takes_no_lease_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Ledger(f"sqlite:///{tmp_path}/ledger.db", Vault(MASTER)) as ledger:
+        owner, started = renewal.owner_name(), psutil.boot_time()
+        ledger.hold(owner, 600)
+        monkeypatch.setattr("psutil._pslinux.boot_time", lambda: started + 2)
+        assert renewal.drop_dead(ledger) is None
+        ledger.release(owner)
+        ledger.hold(owner.replace(f"/{os.getpid()}/", f"/{2**22 + 1}/"), 600)
+        assert renewal.drop_dead(ledger) is not None
 
 
 def test_a_batch_that_was_cut_off_is_finished_before_newer_requests(ledger: Ledger, clock: Clock) -> None:
