@@ -20,6 +20,7 @@ from requests_server import PEOPLE, ROWS_EACH, configured
 from requests_world import CRIPPLED, STRONG, World, pairs, people, write_rows
 
 from ofmu_ray.config import SourceConfig
+from ofmu_ray.config.promotion import RecipeConfig
 from ofmu_ray.config.requests import RequestsConfig
 from ofmu_ray.data.row_checks import digests
 from ofmu_ray.data.sources import fingerprint, fragments
@@ -247,6 +248,13 @@ def test_a_full_disk_fails_no_request(small: Small, monkeypatch: pytest.MonkeyPa
     with pytest.raises(StorageError, match="no space left: free some space"):
         process(small.config)
     assert small.ledger.get(name).state == "running"
+
+
+def test_no_recipe_reveals_text(small: Small) -> None:
+    small.add(3)
+    recipe = RecipeConfig(name="mine", options={"report.reveal_text": True, "evaluation": {"enabled": True}})
+    config = small.batch().run_config(Version("1", "builtin:people/target", "", "first"), recipe)
+    assert (config.report.reveal_text, config.evaluation.enabled) == (False, False)
 
 
 def test_whatever_ends_a_run_its_text_goes(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,6 +138,7 @@ class Batch:
         """The configuration of a recipe's run. Its files with rows are in its own folder."""
         plain = UnlearnConfig(**{field.name: getattr(self.config, field.name) for field in fields(UnlearnConfig)})
         holdout = plain.data.sources.get("holdout")
+        plain = apply_overrides(plain, recipe.options, option=f"requests.promotion.recipes: {recipe.name}: ")
         plain = replace(
             plain,
             storage=self.storage,
@@ -146,7 +147,6 @@ class Batch:
             evaluation=replace(plain.evaluation, enabled=False),  # by gates; a run would keep what the model answers
             report=replace(plain.report, reveal_text=False),
         )
-        plain = apply_overrides(plain, recipe.options, option=f"requests.promotion.recipes: {recipe.name}: ")
         name = f"{self.name}-v{base.number}-{recipe.name}-{outcome_hash(plain)[:8]}"
         folder = join(self.storage, name, REQUESTED)
         forget, retain = (SourceConfig(path=join(folder, f"{each}.jsonl")) for each in ("forget", "retain"))
