@@ -289,6 +289,21 @@ def test_text_of_killed_runs_that_nothing_goes_on_with_is_removed(small: Small) 
     assert not cache.exists()
 
 
+def test_a_run_that_was_killed_at_its_very_end_is_tidied(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints of a model that still knows the rows."""
+    name = small.add(3)
+    batch, base, recipe = small.batch(), Version("1", "builtin:people/target", "", "first"), RecipeConfig(name="mine")
+    home = small.storage / str(batch.run_config(base, recipe).name)
+    (home / "train" / "checkpoint").mkdir(parents=True)
+    summary = {"cost": {}, "run": {"status": "finished", "message": "", "rounds": 1}}
+    (home / "metrics.json").write_text(json.dumps(summary))
+    small.ledger.move(name, "running", owner="ann")
+    batch.state = "running"
+    monkeypatch.setattr(Batch, "_judged", lambda *_: Attempt("mine", home.name, "finished", "passed", [], "", {}))
+    assert batch._tried(base, recipe).verdict == "passed"
+    assert not (home / "train").exists()
+
+
 def weights(folder: Path, seed: int) -> str:
     """A folder with weights; their fingerprint."""
     folder.mkdir(parents=True)

@@ -32,6 +32,8 @@ from ofmu_ray.requests.states import State
 from ofmu_ray.runs.job import REQUESTED, remove_text
 from ofmu_ray.runs.outcome import Outcome, read_unlearned
 from ofmu_ray.runs.run import run
+from ofmu_ray.runs.this_run import Run
+from ofmu_ray.runs.unlearn_run import read_finished
 from ofmu_ray.storage import atomic_write, is_file, join, locate, read_text
 from ofmu_ray.storage.names import split_query
 from ofmu_ray.tracking import RECORD, recorded_run
@@ -172,7 +174,7 @@ class Batch:
     def _tried(self, base: Version, recipe: RecipeConfig) -> Attempt:
         config = self.run_config(base, recipe)
         home = join(self.storage, config.name or "")
-        outcome = read_unlearned(home)
+        outcome = read_finished(Run(config, self.storage, outcome_hash(config)), config)
         if outcome is None:
             self._to("running", {"recipe": recipe.name, "run": config.name})
             outcome = self._unlearned(config, home)
