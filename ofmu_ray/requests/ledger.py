@@ -206,6 +206,15 @@ class Ledger:
             forget_pages(self.engine)
         return moved
 
+    def retry(self, requests: Sequence[str], by: str) -> list[Request]:
+        """Accept requests again; UserError unless all of them failed or need a review."""
+        for one in map(self.get, requests):
+            if one.state not in ("needs_review", "failed"):
+                raise UserError(
+                    f"request {one.id} is {one.state}: only what is needs_review or failed is accepted again"
+                )
+        return self.move(requests, "accepted", {"retry": True}, by=by)
+
     def _move(self, session: Session, record: RequestRecord, state: str, detail: Mapping[str, Any], by: str) -> None:
         now, old = self.clock(), record.state
         record.state = check_move(record.id, old, state)  # type: ignore[arg-type]
