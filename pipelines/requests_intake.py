@@ -15,6 +15,8 @@ from ofmu_ray.requests.standing import standing
 from ofmu_ray.requests.states import STATES, State
 from ofmu_ray.requests.vault import write_master_key
 
+MANY: dict[str, Any] = {"nargs": "+", "action": "extend"}  # of a repeated option, too, all values count
+
 
 def operator() -> str:
     """Who types, for the log."""
@@ -57,7 +59,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--key", required=True, help="idempotency key: a second add with it gives the same request")
     rows = parser.add_mutually_exclusive_group(required=True)
     rows.add_argument("--rows", metavar="FILE", help="rows to forget: JSON Lines, or any format of a data source")
-    rows.add_argument("--where", nargs="+", metavar="COLUMN=VALUE", help="rows of the training data with these values")
+    rows.add_argument("--where", **MANY, metavar="COLUMN=VALUE", help="rows of the training data with these values")
     parser.add_argument("--deadline", help="time to answer, such as 30d (default: requests.deadline)")
     parser.add_argument("--reason", help="kept encrypted with the rows")
     _json(parser)
@@ -83,7 +85,7 @@ def add(options: argparse.Namespace, config: RequestsConfig) -> int:
 
 
 def _list(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--state", nargs="+", choices=STATES, help="only requests in these states")
+    parser.add_argument("--state", **MANY, choices=STATES, help="only requests in these states")
     _json(parser)
 
 
@@ -146,9 +148,7 @@ def cancel(options: argparse.Namespace, config: RequestsConfig) -> int:
 
 
 def _audit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--known", nargs="+", default=[], metavar="HASH", help="entries noted earlier, still to be there"
-    )
+    parser.add_argument("--known", **MANY, default=[], metavar="HASH", help="entries noted earlier, still to be there")
     _json(parser)
 
 

@@ -8,7 +8,7 @@ import json
 from ofmu_ray.config.requests import RequestsConfig, duration
 from ofmu_ray.errors import UserError
 from ofmu_ray.requests import intake
-from pipelines.requests_intake import operator
+from pipelines.requests_intake import MANY, operator
 
 
 def _serve(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def _token(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=["create", "revoke", "list"])
     parser.add_argument("id", nargs="?", help="revoke: the token's id")
     parser.add_argument("--name", help="create: whose it is")
-    parser.add_argument("--scopes", nargs="+", default=[], help="create: some of submit, read, operate")
+    parser.add_argument("--scopes", **MANY, default=[], help="create: some of submit, read, operate")
     parser.add_argument("--expires", default="90d", help="create: its lifetime, such as 90d")
     parser.add_argument("--json", action="store_true", help="print JSON")
 

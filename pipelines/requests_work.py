@@ -59,7 +59,7 @@ def retry(options: argparse.Namespace, config: RequestsConfig) -> int:
     from pipelines.requests_intake import operator
 
     with open_ledger(config, keyed=False) as ledger:
-        for request in ledger.move(options.id, "accepted", {"retry": True}, by=operator()):
+        for request in ledger.retry(options.id, operator()):
             print(f"{request.id}  {request.state}")
     return 0
 

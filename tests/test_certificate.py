@@ -12,7 +12,7 @@ import pytest
 
 from ofmu_ray.errors import UserError
 from ofmu_ray.models.source import model_fingerprint
-from ofmu_ray.requests.certificate import FORMAT, NotVerified, signed, verify
+from ofmu_ray.requests.certificate import FORMAT, NotVerified, canonical, signed, verify
 from ofmu_ray.requests.signing import Keys, read_public_keys
 
 
@@ -67,6 +67,15 @@ def test_a_changed_byte_anywhere_does_not_verify(tmp_path: Path, keys: Keys, mod
         verify(copy, public)
 
 
+@pytest.mark.parametrize("key", [["x"], {}, 1, None])
+def test_a_key_id_that_is_no_text_does_not_verify(key: object, tmp_path: Path, keys: Keys) -> None:
+    path = tmp_path / "c.json"
+    envelope = {"certificate": {}, "key_id": key, "algorithm": "Ed25519", "signature": "00"}
+    path.write_bytes(canonical(envelope) + b"\n")
+    with pytest.raises(NotVerified, match="not as it was written"):
+        verify(path, keys.folder)
+
+
 def test_another_model_does_not_verify(tmp_path: Path, keys: Keys, model: Path) -> None:
     path = written(tmp_path / "c.json", keys, model)
     other = shutil.copytree(model, tmp_path / "other")
@@ -99,6 +108,16 @@ def test_old_certificates_verify_after_a_rotation(tmp_path: Path, keys: Keys, mo
     both.write_text("".join(key.path.read_text() for key in keys.all()))
     assert set(read_public_keys(both)) == {first, second}
     assert not (keys.folder / f"{first}.key").exists()
+
+
+def test_a_rotation_that_was_killed_leaves_no_private_key_to_the_next(keys: Keys) -> None:
+    with keys._locked():
+        keys._new()  # killed here, before the old private key was deleted
+    (keys.folder / "web-server.key").touch()  # not ours
+    assert len(list(keys.folder.glob("*.key"))) == 3
+    new = keys.rotate()
+    assert {path.stem for path in keys.folder.glob("*.key")} == {new.key_id, "web-server"}
+    assert len(keys.all()) == 3
 
 
 def test_a_private_key_is_its_owners_alone(keys: Keys) -> None:

@@ -65,6 +65,13 @@ def test_one_row_is_undecided_and_what_rows_do_not_give_fails_or_is_skipped() ->
     assert results(gates, table(forget=LOW, holdout=LOW)) == ["failed", "skipped"]
 
 
+def test_an_attack_without_enough_rows_is_undecided() -> None:
+    """As all else on one row. A failed gate would start the next recipe, for nothing."""
+    gate = {"metric": "relearn/forget/step_5", "against": "holdout", "at_most": 0.25}
+    gates = [GateConfig(**gate), GateConfig(**gate, if_absent="skip")]
+    assert results(gates, table(forget=LOW[:1], holdout=LOW)) == ["undecided", "skipped"]
+
+
 def test_one_earlier_request_that_comes_back_fails_alone() -> None:
     """Together with nine others it would not show."""
     earlier = LOW * 9 + HIGH[:4]

@@ -6,16 +6,18 @@ import base64
 import json
 import os
 import sqlite3
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 from ledger_machine import MASTER, START, Clock, agrees_with_a_model, row
 from sqlalchemy import create_engine, text
 
-from ofmu_ray.errors import UserError
-from ofmu_ray.requests import database
+from ofmu_ray.errors import StorageError, UserError
+from ofmu_ray.requests import database, renewal
 from ofmu_ray.requests.lease import LeaseHeld
 from ofmu_ray.requests.ledger import KeyTaken, Ledger
 from ofmu_ray.requests.records import UnknownRequest
@@ -67,10 +69,14 @@ def test_every_state_can_be_reached_and_left_unless_final() -> None:
 
 TAMPERING = {
     "UPDATE ofmu_events SET body = replace(body, 'ops', 'eve') WHERE seq = 1": "content was changed",
+    "UPDATE ofmu_events SET body = '[]' WHERE seq = 2": "content was changed",
+    'UPDATE ofmu_events SET body = \'{"request": [1], "event": "accepted"}\' WHERE seq = 2': "content was changed",
     "DELETE FROM ofmu_events WHERE seq = 2": "missing or in another order",
     "DELETE FROM ofmu_events WHERE seq = (SELECT max(seq) FROM ofmu_events)": "its last entry says verifying",
     "UPDATE ofmu_requests SET state = 'rejected'": "its last entry says promoted",
     "UPDATE ofmu_requests SET deadline = '2030-01-01 00:00:00'": "its deadline was changed",
+    "UPDATE ofmu_requests SET accepted = NULL": "the time in accepted is not that of its entry",
+    "UPDATE ofmu_requests SET ended = '2031-01-01 00:00:00'": "the time in ended is not that of its entry",
     "UPDATE ofmu_requests SET row_count = 1": "its row_count was changed",
     "UPDATE ofmu_rows SET hash = 'x' WHERE number = 0": "hashes of its rows were changed",
     "DELETE FROM ofmu_rows WHERE number = 1": "hashes of its rows were changed",
@@ -134,6 +140,31 @@ def test_a_second_processor_is_told_who_works_and_until_when(ledger: Ledger, clo
     with pytest.raises(LeaseHeld, match="bob@two"):  # an operator does not take work away either
         ledger.move(name, "rejected")
     ledger.move(name, "running", owner="bob@two")
+
+
+def test_a_lease_is_renewed_after_the_database_was_silent(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    renewed, answers = threading.Event(), [False, True]
+
+    def renew(*_: object) -> None:
+        if not answers.pop(0):
+            raise StorageError("requests.ledger: the database does not answer")
+        answers.append(True)
+        renewed.set()
+
+    monkeypatch.setattr(ledger, "renew", renew)
+    with renewal.renewed(ledger, "ann", 0.03):
+        assert renewed.wait(timeout=60)
+
+
+def test_a_clock_that_is_set_takes_no_lease_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Ledger(f"sqlite:///{tmp_path}/ledger.db", Vault(MASTER)) as ledger:
+        owner, started = renewal.owner_name(), psutil.boot_time()
+        ledger.hold(owner, 600)
+        monkeypatch.setattr("psutil._pslinux.boot_time", lambda: started + 2)
+        assert renewal.drop_dead(ledger) is None
+        ledger.release(owner)
+        ledger.hold(owner.replace(f"/{os.getpid()}/", f"/{2**22 + 1}/"), 600)
+        assert renewal.drop_dead(ledger) is not None
 
 
 def test_a_batch_that_was_cut_off_is_finished_before_newer_requests(ledger: Ledger, clock: Clock) -> None:

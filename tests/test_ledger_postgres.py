@@ -12,6 +12,7 @@ from postgres_server import postgres
 
 from ofmu_ray.requests.lease import LeaseHeld
 from ofmu_ray.requests.ledger import Ledger
+from ofmu_ray.requests.records import UnknownRequest
 from ofmu_ray.requests.vault import Vault
 
 pytestmark = pytest.mark.system
@@ -46,6 +47,13 @@ def test_writers_at_once_leave_one_chain_and_one_batch(uri: str) -> None:
         assert ledger.audit() == []
         assert ledger.events()[0].at.startswith(f"{START:%Y-%m-%d}")
         emptied(ledger)
+
+
+def test_an_id_that_postgresql_cannot_hold_is_unknown(uri: str) -> None:
+    with Ledger(uri, Vault(MASTER)) as ledger:
+        for call in (ledger.get, ledger.certificate, ledger.rows):
+            with pytest.raises(UnknownRequest):
+                call("req-\x00")
 
 
 @pytest.mark.slow

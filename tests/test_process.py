@@ -1,26 +1,44 @@
 """Requests worked off for real: recipes, gates, promotion, certificate, a kill, rollback, two processors."""
 
+import errno
 import hashlib
+import json
 import os
 import socket
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 from leak_scan import leaks
+from ledger_machine import Clock
 from requests_kill import PHASES, WITHDRAWAL, kill_in
+from requests_server import PEOPLE, ROWS_EACH, configured
 from requests_world import CRIPPLED, STRONG, World, pairs, people, write_rows
 
 from ofmu_ray.config import SourceConfig
+from ofmu_ray.config.promotion import RecipeConfig
+from ofmu_ray.config.requests import RequestsConfig
 from ofmu_ray.data.row_checks import digests
 from ofmu_ray.data.sources import fingerprint, fragments
-from ofmu_ray.errors import UserError
+from ofmu_ray.errors import StorageError, UserError
+from ofmu_ray.models.source import model_fingerprint
 from ofmu_ray.requests import ladder
 from ofmu_ray.requests.certificate import NotVerified, verify
-from ofmu_ray.requests.process import ProcessingFailed, process
+from ofmu_ray.requests.gate_tables import gate_cache
+from ofmu_ray.requests.intake import Submission, submit
+from ofmu_ray.requests.ladder import Attempt, Batch
+from ofmu_ray.requests.ledger import Ledger
+from ofmu_ray.requests.process import ProcessingFailed, process, rollback
 from ofmu_ray.requests.registry import Registry, Version
 from ofmu_ray.requests.renewal import drop_dead
+from ofmu_ray.requests.request_rows import write_sources
+from ofmu_ray.requests.statement import keys_of
+from ofmu_ray.requests.vault import Vault, master_key
+from ofmu_ray.runs.job import REQUESTED
 
 pytestmark = pytest.mark.system
 
@@ -172,6 +190,193 @@ def test_an_unforeseen_error_says_where_and_never_what(world: World, monkeypatch
     assert not [one for one in chain if "Peibrux" in str(one)]
     with world.ledger() as ledger:
         assert ledger.all()[1].state == "failed"
+
+
+# ------------------------------------------------------------------------------------------- batches without a model
+
+
+@dataclass
+class Small:
+    """A ledger with a batch taken by `ann`, over fifty people's rows; no model."""
+
+    config: RequestsConfig
+    ledger: Ledger
+    clock: Clock
+
+    @property
+    def storage(self) -> Path:
+        return Path(self.config.storage)
+
+    def add(self, person: int) -> str:
+        asked = Submission(key=f"person-{person}", where={"subject_id": str(person)})
+        return submit(self.config, self.ledger, asked, "test")[0].id
+
+    def batch(self, registry: Any = None) -> Batch:
+        return Batch(self.config, str(self.storage), self.ledger, registry, self.ledger.take("ann", 60), "ann")
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Small]:
+    config, clock = configured(tmp_path), Clock()
+    with Ledger(config.ledger_uri, Vault(master_key(config.key_file, None)), clock) as ledger:
+        yield Small(config, ledger, clock)
+
+
+def test_rows_of_a_batch_are_not_retained_whatever_the_clocks_say(small: Small, tmp_path: Path) -> None:
+    """The service that accepted the request is on a machine whose clock is ahead of the processor's."""
+    small.add(3)
+    small.clock.now -= timedelta(seconds=5)
+    batch = small.batch()
+    paths = write_sources(str(tmp_path / "rows"), small.config, small.ledger, batch.requests, batch._begun())
+    forget, retain = (
+        {json.loads(line)["question"] for line in Path(paths[name]).read_text().splitlines()}
+        for name in ("forget", "retain")
+    )
+    assert len(forget) == ROWS_EACH
+    assert len(retain) == (PEOPLE - 1) * ROWS_EACH
+    assert not forget & retain
+
+
+def test_a_full_disk_fails_no_request(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    name = small.add(3)
+    monkeypatch.setattr(ladder, "write_sources", full)
+    monkeypatch.setattr(Batch, "_champion", lambda _: Version("1", "builtin:people", "", "first"))
+    monkeypatch.setattr(Batch, "_check", lambda _: None)
+    with pytest.raises(StorageError, match="no space left: free some space"):
+        process(small.config)
+    assert small.ledger.get(name).state == "running"
+
+
+def test_no_recipe_reveals_text(small: Small) -> None:
+    small.add(3)
+    recipe = RecipeConfig(name="mine", options={"report.reveal_text": True, "evaluation": {"enabled": True}})
+    config = small.batch().run_config(Version("1", "builtin:people/target", "", "first"), recipe)
+    assert (config.report.reveal_text, config.evaluation.enabled) == (False, False)
+
+
+def test_whatever_ends_a_run_its_text_goes(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    small.add(3)
+    batch, home = small.batch(), small.storage / "run"
+
+    def broken(*_: Any, **__: Any) -> None:
+        assert len(list((home / REQUESTED).iterdir())) == 2
+        raise RuntimeError
+
+    monkeypatch.setattr(ladder, "run", broken)
+    with pytest.raises(RuntimeError):
+        batch._unlearned(small.config, str(home))
+    assert not list(home.rglob("*.jsonl"))
+
+
+def test_text_of_killed_runs_that_nothing_goes_on_with_is_removed(small: Small) -> None:
+    """After the kill, the batch was accepted anew; the champion, or the options, became others."""
+    small.add(3)
+    batch = small.batch()
+    names = [f"{batch.name}-v{champion}-base-0123abcd" for champion in (1, 2)] + ["batch-mine"]
+    for name in names:
+        write_sources(str(small.storage / name / REQUESTED), small.config, small.ledger, batch.requests, batch._begun())
+    ladder.remove_left_text(str(small.storage), {names[1]})
+    assert {path.parts[-3] for path in small.storage.rglob("forget.jsonl")} == set(names[1:])
+    small.ledger.move(batch.ids, "failed", owner="ann")
+    small.ledger.release("ann")
+    cache = Path(gate_cache(str(small.storage)), "evaluation")
+    cache.mkdir(parents=True)
+    assert process(small.config) == []
+    assert {path.parts[-3] for path in small.storage.rglob("forget.jsonl")} == {"batch-mine"}
+    assert not cache.exists()
+
+
+def test_a_run_that_was_killed_at_its_very_end_is_tidied(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints of a model that still knows the rows."""
+    name = small.add(3)
+    batch, base, recipe = small.batch(), Version("1", "builtin:people/target", "", "first"), RecipeConfig(name="mine")
+    home = small.storage / str(batch.run_config(base, recipe).name)
+    (home / "train" / "checkpoint").mkdir(parents=True)
+    summary = {"cost": {}, "run": {"status": "finished", "message": "", "rounds": 1}}
+    (home / "metrics.json").write_text(json.dumps(summary))
+    small.ledger.move(name, "running", owner="ann")
+    batch.state = "running"
+    monkeypatch.setattr(Batch, "_judged", lambda *_: Attempt("mine", home.name, "finished", "passed", [], "", {}))
+    assert batch._tried(base, recipe).verdict == "passed"
+    assert not (home / "train").exists()
+
+
+def weights(folder: Path, seed: int) -> str:
+    """A folder with weights; their fingerprint."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(bytes([seed]) * 100)
+    return model_fingerprint(folder)
+
+
+def registered(small: Small, registry: Registry, batch: str, replaces: Version | None = None) -> Version:
+    """A version with weights of its own, in a run's folder with what its gates said."""
+    number = int(replaces.number) + 1 if replaces else 1
+    name = f"{batch}-v{number - 1}-gentle-0123abcd"
+    digest = weights(small.storage / name / "model", number)
+    attempt = Attempt("gentle", name, "finished", "passed", [], digest, {})
+    (small.storage / name / "gates.json").write_text(json.dumps(asdict(attempt)))
+    return registry.register(str(small.storage / name / "model"), digest, batch, replaces=replaces)
+
+
+class StartsOver(Exception):
+    """A recipe is tried."""
+
+
+def test_a_batch_whose_champion_was_withdrawn_starts_over(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed with a version registered and the alias not moved, then a rollback: nobody could end this batch."""
+    keys_of(small.config).create()
+    registry = Registry(small.config.tracking, str(small.storage), "ofmu")
+    first = registered(small, registry, "first")
+    second = registered(small, registry, "batch-000000000000", first)
+    for one in (first, second):
+        registry.promote(one)
+    small.add(3)
+    batch = small.batch(registry)
+    stale = registered(small, registry, batch.name, second)
+    small.ledger.release("ann")
+    assert rollback(small.config, "wrong answers").champion == first.number
+    small.ledger.hold("ann", 60)
+
+    def tried(_: Batch, base: Version, __: Any) -> Attempt:
+        raise StartsOver(base.number)
+
+    monkeypatch.setattr(Batch, "_tried", tried)
+    monkeypatch.setattr("ofmu_ray.requests.ladder.check_gates", lambda *_, **__: None)
+    with pytest.raises(StartsOver, match=first.number):
+        batch.work_off()
+    again = registered(small, registry, batch.name, first)
+    assert int(again.number) > int(stale.number)
+    assert registry.of_batch(batch.name) == again
+    assert registry.register(again.path, again.weights, batch.name, replaces=first) == again
+
+
+def test_a_registered_version_is_promoted_whatever_recipes_there_are_now(
+    small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before the alias moved; then somebody changed the configuration."""
+    registry = Registry(small.config.tracking, str(small.storage), "ofmu")
+    first = registered(small, registry, "first")
+    registry.promote(first)
+    name = small.add(3)
+    batch = small.batch(registry)
+    for state in ("running", "verifying"):
+        small.ledger.move(name, state, owner="ann")
+    made = registered(small, registry, batch.name, first)
+
+    def certified(*arguments: Any) -> tuple[str, str]:
+        passed, attempts = arguments[5:7]
+        assert (passed.weights, attempts) == (made.weights, [passed])
+        return "key", "{}"
+
+    monkeypatch.setattr(ladder, "certify", certified)
+    monkeypatch.setattr(ladder, "publish", lambda *_: "path")
+    outcome = batch.work_off()
+    assert (outcome.state, outcome.version, small.ledger.get(name).state) == ("promoted", made.number, "promoted")
+    assert registry.champion().number == made.number
 
 
 # --------------------------------------------------------------------------------------------------------- all phases

@@ -7,6 +7,8 @@ import json
 import os
 import re
 from collections.abc import Callable
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,6 +18,7 @@ from requests_server import PEOPLE, ROWS_EACH, private, training_data
 
 from ofmu_ray.config.requests import RequestsConfig, duration
 from ofmu_ray.errors import UserError
+from ofmu_ray.requests.ledger import Ledger
 from pipelines import cli, requests
 from pipelines.parse import parse
 
@@ -66,9 +69,51 @@ def test_a_person_from_request_to_report(run: Run) -> None:
     status, _, err = run("cancel", second)
     assert (status, "this state is final" in err) == (2, True)
     assert run("audit", "--known", head["head"])[0] == 0
-    status, out, _ = run("audit", "--known", "0" * 64)
+    status, out, _ = run("audit", "--known", "0" * 64, "--known", head["head"])
     assert (status, "is gone" in out) == (1, True)
     assert run("expire")[1] == "nothing to destroy\n"
+
+
+def test_options_that_are_repeated_add_up(run: Run) -> None:
+    """The last one alone would name more rows than were asked for."""
+    assert f"{ROWS_EACH} rows" in run("add", "--key", "k", "--where", "subject_id=3", "--where", "country=X")[1]
+    status, _, err = run("add", "--key", "n", "--where", "subject_id=3", "--where", "subject_id=4")
+    assert (status, "one condition per column" in err) == (2, True)
+    assert "accepted" in run("list", "--state", "accepted", "--state", "promoted")[1]
+    made = run("token", "create", "--name", "crm", "--scopes", "submit", "--scopes", "read")[1]
+    assert "read,submit" in made
+
+
+def test_only_what_failed_or_needs_a_review_is_retried(run: Run, tmp_path: Path) -> None:
+    """A promoted request is reopened by a rollback; one of a batch in work would change what its run forgets."""
+    names = [run("add", "--key", f"k-{n}", "--where", f"subject_id={n}")[1].split()[0] for n in (1, 2)]
+    with Ledger(f"sqlite:///{tmp_path}/runs/requests/ledger.db") as ledger:
+        for state in ("running", "verifying", "promoted"):
+            ledger.take("ann", 60)
+            ledger.move(names[0], state, owner="ann")
+            ledger.release("ann")
+            status, _, err = run("retry", *names)
+            assert (status, "only what is needs_review or failed" in err) == (2, True), state
+        ledger.take("ann", 60)
+        ledger.move(names[1], "failed", owner="ann")
+        ledger.release("ann")
+        assert run("retry", names[1])[1] == f"{names[1]}  accepted\n"
+        assert [ledger.get(name).state for name in names] == ["promoted", "accepted"]
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["number=5", "number=5.0", "born=1990-01-05", "seen=2020-01-05 12:00:00", "seen=2020-01-05T12:00:00", "sum=5.50"],
+)
+def test_selectors_find_typed_columns_of_parquet(run: Run, tmp_path: Path, where: str) -> None:
+    typed = [
+        {"number": float(n) if n < 9 else None, "born": date(1990, 1, n), "seen": datetime(2020, 1, n, 12)}
+        | {"sum": Decimal(f"{n}.50"), **private(n)}
+        for n in range(1, 10)
+    ]
+    pq.write_table(pa.Table.from_pylist(typed), tmp_path / "typed.parquet")
+    status, out, err = run("add", "--key", "k", "--where", where, "--requests.train.path", f"{tmp_path}/typed.parquet")
+    assert (status, " 1 rows " in out) == (0, True), err
 
 
 def test_rows_of_any_file(run: Run, tmp_path: Path) -> None:
@@ -94,6 +139,7 @@ REFUSED = [
     (["add", "--key", "k", "--where", "subject=1"], "Did you mean subject_id?"),
     (["add", "--key", "k", "--where", "subject_id=77"], "nothing to forget"),
     (["add", "--key", "k", "--where", "country=X"], "200 of 200 rows match, more than requests.largest_share"),
+    (["add", "--key", "k", "--where", "subject_id=\udcff"], "half of a surrogate pair"),
     (["add", "--key", "k", "--where", "subject_id=1", "--deadline", "soon"], "such as 30d"),
     (["add", "--key", "k", "--rows", "none.jsonl"], "no such file"),
     (["add", "--key", "k", "--where", "a=1", "--requests.train.path", "none.jsonl"], "requests.train.path"),

@@ -95,6 +95,8 @@ REFUSED = {
     "no time": ({"key": "n", "where": {"subject_id": 1}, "deadline": "Qx1"}, 422, "a number and d, h, m or s"),
     "a number as a key": ({"key": 1, "where": {"subject_id": 1}}, 422, "body.key: string type"),
     "a long reason": ({"key": "n", "where": {"subject_id": 1}, "reason": "Qx1" * 999}, 422, "at most 500"),
+    "not a number": ({"key": "n", "rows": [{**private(1), "x": float("nan")}]}, 422, "not plain JSON"),
+    "half a surrogate pair": ({"key": "n", "where": {"subject_id": "\ud800"}}, 422, "not plain JSON"),
     "a large body": ({"key": "n", "where": {"subject_id": "Qx1" * 9999}}, 413, "more than 20000 bytes"),
 }
 

@@ -183,6 +183,9 @@ def test_one_place_however_it_is_written(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_credentials_of_a_uri_are_never_shown() -> None:
     assert storage.without_credentials("s3://key:secret@bucket/a.jsonl?access_key=k") == "s3://bucket/a.jsonl"
+    assert storage.without_credentials("s3://key:sec/ret+x@bucket/a") == "s3://bucket/a"
+    for plain in ("s3://bucket/a@b", "hdfs://host:8020/a@b/c"):
+        assert storage.without_credentials(plain) == plain
     assert storage.join("s3://k:s@bucket/a?scheme=http", "b", "c") == "s3://k:s@bucket/a/b/c?scheme=http"
 
 

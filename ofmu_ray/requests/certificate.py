@@ -80,7 +80,7 @@ def verify(path: str | Path, public_key: str | Path, model: str | Path | None = 
         unchanged = canonical({**envelope, "signature": signature.hex()}) + b"\n" == data
     except (ValueError, KeyError, TypeError, RecursionError):
         raise NotVerified(f"{path}: not a certificate, or damaged") from None
-    if not unchanged or algorithm != ALGORITHM or not isinstance(content, dict):
+    if not unchanged or algorithm != ALGORITHM or not isinstance(content, dict) or not isinstance(key, str):
         raise NotVerified(f"{path}: not as it was written: changed, or saved again by another program")
     public = keys.get(key)
     if public is None:

@@ -13,7 +13,7 @@ from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
 from ofmu_ray.requests.schema import EventRecord, PayloadRecord, RequestRecord, RowRecord
-from ofmu_ray.requests.states import NEXT, STATES
+from ofmu_ray.requests.states import ENDED, NEXT, STATES
 from ofmu_ray.requests.vault import canonical
 
 FIRST = "0" * 64
@@ -54,7 +54,7 @@ def append(
     body = canonical(
         {
             "seq": seq,
-            "at": now.isoformat(timespec="microseconds"),
+            "at": _written(now),
             "request": request,
             "event": event,
             "old": old,
@@ -66,8 +66,25 @@ def append(
     session.execute(insert(EventRecord), {"seq": seq, "request_id": request, "body": body, "hash": _hash(body)})
 
 
+def _written(moment: datetime) -> str:
+    return moment.isoformat(timespec="microseconds")
+
+
 def _hash(body: str) -> str:
     return hashlib.sha256(body.encode()).hexdigest()
+
+
+def _read(text: str) -> dict[str, Any]:
+    """An entry's content; empty if `append` did not write it, as then anything may stand there."""
+    try:
+        body = json.loads(text)
+        Event(**body, hash="")
+    except (ValueError, TypeError, RecursionError):
+        return {}
+    plain = isinstance(body["detail"], dict) and all(
+        isinstance(body[name], str | None) for name in ("request", "event", "old")
+    )
+    return body if plain else {}
 
 
 def check_chain(
@@ -78,14 +95,11 @@ def check_chain(
     prev, hashes = FIRST, set()
     first: dict[str, dict[str, Any]] = {}
     state: dict[str, str] = {}
+    times: dict[str, dict[str, str | None]] = {}
     destroyed: set[str] = set()
     expected = 1
     for record in session.scalars(select(EventRecord).order_by(EventRecord.seq)):
-        place = f"event {record.seq}"
-        try:
-            body = json.loads(record.body)
-        except ValueError:
-            body = {}
+        place, body = f"event {record.seq}", _read(record.body)
         if _hash(record.body) != record.hash:
             problems.append(f"{place}: its content was changed (the hash differs)")
         if body.get("seq") != record.seq or body.get("request") != record.request_id or record.seq != expected:
@@ -103,16 +117,22 @@ def check_chain(
             problems.append(f"{place}: {name} cannot go from {state.get(name)} to {kind}")
         if kind in STATES:
             state[name] = kind
+            its = times.setdefault(name, {"created": None, "accepted": None, "ended": None})
+            its["ended"] = body["at"] if kind in ENDED else None
+            if kind in ("received", "accepted"):
+                field = "created" if kind == "received" else kind
+                its[field] = its[field] or body["at"]
         if kind == "key_destroyed":
             destroyed.add(name)
     problems += [f"the entry with hash {one} is gone" for one in known if one not in hashes]
-    return problems + _check_requests(session, first, state, destroyed, identity)
+    return problems + _check_requests(session, first, state, times, destroyed, identity)
 
 
 def _check_requests(
     session: Session,
     first: dict[str, dict[str, Any]],
     state: dict[str, str],
+    times: dict[str, dict[str, str | None]],
     destroyed: set[str],
     identity: Callable[[RequestRecord], dict[str, Any]],
 ) -> list[str]:
@@ -131,6 +151,10 @@ def _check_requests(
             continue
         if record.state != state.get(record.id):
             problems.append(f"{record.id}: is {record.state}, but its last entry says {state.get(record.id)}")
+        for field, at in times.get(record.id, {}).items():
+            moment: datetime | None = getattr(record, field)
+            if (None if moment is None else _written(moment)) != at:
+                problems.append(f"{record.id}: the time in {field} is not that of its entry")
         for field, value in identity(record).items():
             if first[record.id].get(field) != value:
                 problems.append(f"{record.id}: its {field} was changed after it was received")

@@ -151,6 +151,10 @@ def unmeasured(gates: Sequence[GateConfig]) -> list[GateResult]:
 
 
 def _decided(gate: GateConfig, tables: GateTables) -> Iterator[GateResult]:
+    if gate.relearns and not tables.relearn and gate.if_absent == "fail":
+        # no recipe gives more rows
+        yield _result(gate, gate.name, MetricValue.absent("too few rows for the attack: it needs two"), "undecided")
+        return
     if gate.rows == "requested":
         yield _judged(gate, gate.name, _compared(gate, tables))
         return

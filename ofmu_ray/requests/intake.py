@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from ofmu_ray.data.row_checks import Problems
 from ofmu_ray.errors import UserError
 from ofmu_ray.requests.ledger import Ledger
 from ofmu_ray.requests.records import Request, new_id
-from ofmu_ray.requests.vault import Vault, WrongKey, master_key
+from ofmu_ray.requests.vault import Vault, WrongKey, canonical, master_key
 
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}")
 LONGEST_REASON = 500
@@ -102,6 +104,7 @@ def submit(config: RequestsConfig, ledger: Ledger, submission: Submission, by: s
     """
     content = submission.content()
     _check_rows(submission.rows or (), config.data.format)
+    _check_plain(content)
     if (known := ledger.find(submission.key, content)) is not None:
         return known, False
     if submission.where is not None:
@@ -136,7 +139,7 @@ def by_columns(config: RequestsConfig, where: Mapping[str, str]) -> Found:
 
     def fits(row: Mapping[str, Any], _: str, __: str) -> bool:
         seen.update(row)
-        return all(column in row and _text(row[column]) == value for column, value in where.items())
+        return all(column in row and value in _texts(row[column]) for column, value in where.items())
 
     found = _search(config, fits, list(where))
     for number, column in enumerate(where, start=1):
@@ -178,11 +181,15 @@ def _rows(
                 yield piece.row_id(number), row
 
 
-def _text(value: Any) -> str | None:
-    """A cell as a selector writes it; null and nested values equal nothing."""
+def _texts(value: Any) -> tuple[str, ...]:
+    """A cell as a selector may write it; null and nested values equal nothing."""
     if isinstance(value, bool):
-        return str(value).lower()
-    return str(value) if isinstance(value, (str, int, float)) else None
+        return (str(value).lower(),)
+    if isinstance(value, float) and value.is_integer():  # whole numbers beside nulls are floats in many Parquet files
+        return str(value), str(int(value))
+    if isinstance(value, datetime):
+        return str(value), value.isoformat()
+    return (str(value),) if isinstance(value, (str, int, float, Decimal, date)) else ()
 
 
 def _refuse(config: RequestsConfig, submission: Submission, found: Found) -> None:
@@ -215,6 +222,17 @@ def _check_rows(rows: Sequence[Mapping[str, Any]], fmt: FormatConfig) -> None:
     row_checks.refuse({"rows": ("as submitted", problems)})
 
 
+def _check_plain(content: Mapping[str, Any]) -> None:
+    """Refuse what JSON in UTF-8 cannot say, though Python reads it from a body or a command line."""
+    try:
+        canonical(content).encode()
+    except (ValueError, RecursionError):  # NaN and infinity, half a surrogate pair; nested too deeply
+        raise UserError(
+            "the request has a value that is not plain JSON (NaN, infinity, half of a surrogate pair, or deeply "
+            "nested): correct it, or leave it out"
+        ) from None
+
+
 def _pair(row: Mapping[str, Any], fmt: FormatConfig) -> tuple[str, str]:
     return str(row[fmt.question]), str(row[fmt.answer])
 
@@ -223,7 +241,7 @@ def conditions(words: Sequence[str]) -> dict[str, str]:
     """['subject_id=123', ...] as a selector; UserError for anything else."""
     pairs = [word.partition("=") for word in words]
     if any(not column or not mark for column, mark, _ in pairs):
-        raise UserError("--where: must be COLUMN=VALUE; several conditions: --where once with all of them")
+        raise UserError("--where: must be COLUMN=VALUE, or several of them")
     if len({column for column, _, _ in pairs}) < len(pairs):
         raise UserError("--where: one condition per column")
     return {column: value for column, _, value in pairs}

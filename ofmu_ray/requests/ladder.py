@@ -8,7 +8,8 @@ both can be repeated.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from typing import Any, Literal
@@ -31,10 +32,15 @@ from ofmu_ray.requests.states import State
 from ofmu_ray.runs.job import REQUESTED, remove_text
 from ofmu_ray.runs.outcome import Outcome, read_unlearned
 from ofmu_ray.runs.run import run
-from ofmu_ray.storage import atomic_write, is_file, join, read_text
+from ofmu_ray.runs.this_run import Run
+from ofmu_ray.runs.unlearn_run import read_finished
+from ofmu_ray.storage import atomic_write, is_file, join, locate, read_text
+from ofmu_ray.storage.names import split_query
 from ofmu_ray.tracking import RECORD, recorded_run
 
 GATES_FILE = "gates.json"
+RUN = re.compile(r"batch-[0-9a-f]{12}-v\d+-.+")
+"""Name of a recipe's run (`Batch.run_config`)."""
 Verdict = Literal["passed", "failed", "undecided"]
 
 
@@ -104,10 +110,11 @@ class Batch:
             UserError: a mistake in configuration or data, or the storage refuses; the batch waits for the next start.
         """
         made = self.registry.of_batch(self.name)
-        if made is not None:  # killed between the gates and the ledger
+        if made is not None and self._can_follow(made):  # killed between the gates and the ledger
             base = self.registry.version(made.replaces or made.number)
-            return self._promoted(base, made, self._attempts(base))
+            return self._promoted(base, made, self._attempts(base, made))
         base = self._champion()
+        remove_left_text(self.storage, {self.run_config(base, recipe).name for recipe in self.promotion.recipes})
         self._check()
         withdrawn, attempts = self._withdrawn_recipes(), []
         unwanted = {version.weights for version in self.registry.withdrawn()}
@@ -133,6 +140,7 @@ class Batch:
         """The configuration of a recipe's run. Its files with rows are in its own folder."""
         plain = UnlearnConfig(**{field.name: getattr(self.config, field.name) for field in fields(UnlearnConfig)})
         holdout = plain.data.sources.get("holdout")
+        plain = apply_overrides(plain, recipe.options, option=f"requests.promotion.recipes: {recipe.name}: ")
         plain = replace(
             plain,
             storage=self.storage,
@@ -141,7 +149,6 @@ class Batch:
             evaluation=replace(plain.evaluation, enabled=False),  # by gates; a run would keep what the model answers
             report=replace(plain.report, reveal_text=False),
         )
-        plain = apply_overrides(plain, recipe.options, option=f"requests.promotion.recipes: {recipe.name}: ")
         name = f"{self.name}-v{base.number}-{recipe.name}-{outcome_hash(plain)[:8]}"
         folder = join(self.storage, name, REQUESTED)
         forget, retain = (SourceConfig(path=join(folder, f"{each}.jsonl")) for each in ("forget", "retain"))
@@ -153,16 +160,21 @@ class Batch:
 
     def _stored(self, base: Version, recipe: RecipeConfig) -> Attempt | None:
         path = join(self._home(base, recipe), GATES_FILE)
-        return Attempt(**json.loads(read_text(path))) if is_file(path) else None
+        return _read(path) if is_file(path) else None
 
-    def _attempts(self, base: Version) -> list[Attempt]:
+    def _attempts(self, base: Version, made: Version) -> list[Attempt]:
+        """What was tried before a version was registered; at least what made it, whatever the recipes are now."""
         stored = (self._stored(base, recipe) for recipe in self.promotion.recipes)
-        return [attempt for attempt in stored if attempt is not None]
+        attempts = [attempt for attempt in stored if attempt is not None]
+        if all(one.weights != made.weights for one in attempts):
+            stem, query = split_query(made.path)
+            attempts.append(_read(join(stem.rpartition("/")[0] + query, GATES_FILE)))
+        return attempts
 
     def _tried(self, base: Version, recipe: RecipeConfig) -> Attempt:
         config = self.run_config(base, recipe)
         home = join(self.storage, config.name or "")
-        outcome = read_unlearned(home)
+        outcome = read_finished(Run(config, self.storage, outcome_hash(config)), config)
         if outcome is None:
             self._to("running", {"recipe": recipe.name, "run": config.name})
             outcome = self._unlearned(config, home)
@@ -176,7 +188,7 @@ class Batch:
         try:
             write_sources(join(home, REQUESTED), self.config, self.ledger, self.requests, self._begun())
             return run(config, command=("ofmu", "requests", "process"))
-        except UserError:
+        except BaseException:
             if read_unlearned(home) is None:
                 remove_text(home)  # what a resumed run needs of it is made again
             raise
@@ -265,6 +277,15 @@ class Batch:
             self.ledger.move(self.ids, state, detail, owner=self.owner)
             self.state = state
 
+    def _can_follow(self, made: Version) -> bool:
+        """Whether the champion is still what a version was made from. After a rollback in between, the batch starts
+        over."""
+        champion = self.registry.champion()
+        if champion is None or champion.number in (made.number, made.replaces):
+            return True
+        progress.note("batch", f"version {made.number} was made from version {made.replaces}, which is not in use now")
+        return False
+
     def _champion(self) -> Version:
         """The champion; the configured model becomes the first."""
         champion = self.registry.champion()
@@ -302,6 +323,23 @@ class Batch:
         """Recipes whose model was promoted for one of these requests and withdrawn."""
         events = (event for name in self.ids for event in self.ledger.events(name))
         return {event.detail["withdrawn_recipe"] for event in events if "withdrawn_recipe" in event.detail}
+
+
+def _read(path: str) -> Attempt:
+    return Attempt(**json.loads(read_text(path)))
+
+
+def remove_left_text(storage: str, kept: Collection[str | None] = ()) -> None:
+    """Delete the text of killed runs that nothing goes on with: their batch was given up, or starts over from another
+    champion or with other options. For who has the lease; `kept`: names of runs that go on."""
+    from pyarrow.fs import FileSelector, FileType
+
+    filesystem, inside = locate(storage)
+    for one in filesystem.get_file_info(FileSelector(inside, allow_not_found=True)):
+        if one.type == FileType.Directory and RUN.fullmatch(one.base_name) and one.base_name not in kept:
+            home = join(storage, one.base_name)
+            if read_unlearned(home) is None:
+                remove_text(home)
 
 
 def _verdict(results: set[str]) -> Verdict:

@@ -35,7 +35,7 @@ from ofmu_ray.requests.schema import (
     RowRecord,
     SecretRecord,
 )
-from ofmu_ray.requests.states import IN_WORK, WITHDRAWN, State, check_move
+from ofmu_ray.requests.states import ENDED, IN_WORK, WITHDRAWN, State, check_move
 from ofmu_ray.requests.vault import ROW_KEY, RowHashes, Vault, WrongKey
 
 
@@ -206,11 +206,20 @@ class Ledger:
             forget_pages(self.engine)
         return moved
 
+    def retry(self, requests: Sequence[str], by: str) -> list[Request]:
+        """Accept requests again; UserError unless all of them failed or need a review."""
+        for one in map(self.get, requests):
+            if one.state not in ("needs_review", "failed"):
+                raise UserError(
+                    f"request {one.id} is {one.state}: only what is needs_review or failed is accepted again"
+                )
+        return self.move(requests, "accepted", {"retry": True}, by=by)
+
     def _move(self, session: Session, record: RequestRecord, state: str, detail: Mapping[str, Any], by: str) -> None:
         now, old = self.clock(), record.state
         record.state = check_move(record.id, old, state)  # type: ignore[arg-type]
         record.accepted = record.accepted or (now if state == "accepted" else None)
-        record.ended = now if state in ("promoted", *WITHDRAWN) else None
+        record.ended = now if state in ENDED else None
         if state not in (*IN_WORK, "promoted"):
             record.batch = None
         append(session, now, record.id, state, old=old, by=by, detail=detail)

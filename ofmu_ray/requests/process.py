@@ -15,7 +15,7 @@ from ofmu_ray.config.requests import RequestsConfig, duration
 from ofmu_ray.errors import UserError
 from ofmu_ray.requests.gate_tables import gate_cache
 from ofmu_ray.requests.intake import open_ledger
-from ofmu_ray.requests.ladder import Batch, BatchOutcome
+from ofmu_ray.requests.ladder import Batch, BatchOutcome, remove_left_text
 from ofmu_ray.requests.ledger import Ledger
 from ofmu_ray.requests.registry import Registry, Version
 from ofmu_ray.requests.renewal import leased
@@ -51,6 +51,8 @@ def process(config: RequestsConfig) -> list[BatchOutcome]:
                     outcomes.append(_worked_off(Batch(config, storage, ledger, registry, taken, owner)))
                 finally:
                     remove_folder(gate_cache(storage))
+            remove_folder(gate_cache(storage))  # of a process that was killed after its last step
+            remove_left_text(storage)
             ledger.destroy_expired(duration("requests.keep_rows", config.requests.keep_rows))
     return outcomes
 
@@ -66,7 +68,8 @@ def _republish(config: RequestsConfig, storage: str, ledger: Ledger) -> None:
 
 def _worked_off(batch: Batch) -> BatchOutcome:
     try:
-        return batch.work_off()
+        with explained(batch.storage):  # a full disk is no failure of the requests
+            return batch.work_off()
     except UserError:
         raise
     except Exception as error:

@@ -49,7 +49,7 @@ def new_id() -> str:
 
 
 def record_of(session: Session, request_id: str) -> RequestRecord:
-    record = session.get(RequestRecord, request_id)
+    record = None if "\x00" in request_id else session.get(RequestRecord, request_id)  # PostgreSQL's text has no NUL
     if record is None:
         raise UnknownRequest(f"request {request_id[:60]!r}: there is none with this id; see `ofmu requests list`")
     return record

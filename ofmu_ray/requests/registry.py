@@ -90,11 +90,11 @@ class Registry:
         requests: Sequence[str] = (),
         report: str = "",
     ) -> Version:
-        """The version of a batch; a second call returns the same one. It is nobody's champion yet."""
+        """The version of a batch made from `replaces`; a second call returns the same one. Nobody's champion yet."""
         from mlflow.exceptions import MlflowException
 
         there = self.of_batch(batch) if self._exists() else None
-        if there is not None:
+        if there is not None and there.replaces == (replaces.number if replaces is not None else None):
             return there
         tags = {BATCH: batch, WEIGHTS: weights, REPORT: report, REQUESTS: _joined(requests)}
         tags |= {REPLACES: replaces.number} if replaces is not None else {}

@@ -13,6 +13,7 @@ import psutil
 from sqlalchemy.exc import SQLAlchemyError
 
 from ofmu_ray import progress
+from ofmu_ray.errors import StorageError
 from ofmu_ray.requests.lease import LeaseHeld
 from ofmu_ray.requests.ledger import Ledger
 
@@ -38,10 +39,13 @@ def drop_dead(ledger: Ledger) -> str | None:
 
 
 def _started(process: int) -> str:
-    """When a process started; empty if there is none of this number."""
+    """When a process started, in seconds since this machine did; empty if there is none of this number.
+
+    Not the time of day: that changes when the clock is set, and a living process would look like another one.
+    """
     try:
         found = psutil.Process(process)
-        return "" if found.status() == psutil.STATUS_ZOMBIE else f"{found.create_time():.2f}"
+        return "" if found.status() == psutil.STATUS_ZOMBIE else f"{found.create_time() - psutil.boot_time():.2f}"
     except psutil.Error:
         return ""
 
@@ -79,7 +83,7 @@ def renewed(ledger: Ledger, owner: str, seconds: float) -> Iterator[None]:
                 ledger.renew(owner, seconds)
             except LeaseHeld:
                 return
-            except SQLAlchemyError:
+            except (StorageError, SQLAlchemyError):
                 continue
 
     thread = threading.Thread(target=renew, name="lease", daemon=True)

@@ -66,15 +66,17 @@ def write_sources(
 ) -> dict[str, str]:
     """Write the files that a run reads: `forget` and `retain`, JSON Lines that only their owner can read.
 
-    `before`: requests accepted later do not count, so that a batch that is resumed has the same rows. The first row
-    has a secret (`SALT`) as well: the run's records keep digests of these files, from which few rows could be guessed.
+    `before`: other requests accepted later do not count, so that a batch that is resumed has the same rows (its own
+    always count: the clock of the machine that accepted them may be ahead). The first row has a secret (`SALT`) as
+    well: the run's records keep digests of these files, from which few rows could be guessed.
     """
     fmt = config.data.format
     rows = _distinct(ledger, (row for request in batch for row in ledger.rows(request.id)))
     paths = {name: join(folder, f"{name}.jsonl") for name in ("forget", "retain")}
     salt = ledger.hashes.salt(str(batch[0].batch))
     _write(paths["forget"], ((row["question"], row["answer"]) for row in rows), fmt, salt)
-    _write(paths["retain"], retained(config, ledger, ledger.rows_requested(before)), fmt, salt)
+    own = {name for request in batch for name in ledger.row_hashes(request.id)}
+    _write(paths["retain"], retained(config, ledger, ledger.rows_requested(before) | own), fmt, salt)
     return paths
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 CURRENT = "current"
 PUBLIC, PRIVATE = ".pub", ".key"
 CREATED = "created "
+_NAME = re.compile(r"[0-9a-f]{16}")  # others' keys may be in this folder, too
 _PEM = re.compile(rb"-----BEGIN PUBLIC KEY-----.+?-----END PUBLIC KEY-----", re.DOTALL)
 
 
@@ -77,11 +78,12 @@ class Keys:
             UserError: there is no key to replace.
         """
         with self._locked():
-            old = self._current()
-            if old is None:
+            if self._current() is None:
                 raise UserError(f"{self.folder} has no key to replace: `ofmu requests keys create` makes the first")
             new = self._new()
-            (self.folder / f"{old}{PRIVATE}").unlink(missing_ok=True)
+            for path in self.folder.glob(f"*{PRIVATE}"):  # also of a rotation that was killed
+                if _NAME.fullmatch(path.stem) and path.stem != new.key_id:
+                    path.unlink(missing_ok=True)
             return new
 
     def all(self) -> list[KeyInfo]:

@@ -31,7 +31,9 @@ IN_WORK: tuple[State, ...] = ("scheduled", "running", "verifying")
 """A processor has them under its lease."""
 WITHDRAWN: tuple[State, ...] = ("rejected", "superseded")
 """Ended without forgetting: nothing follows, and the texts of their rows are destroyed at once."""
-OPEN: tuple[State, ...] = tuple(state for state in STATES if state not in ("promoted", *WITHDRAWN))
+ENDED: tuple[State, ...] = ("promoted", *WITHDRAWN)
+"""They were answered."""
+OPEN: tuple[State, ...] = tuple(state for state in STATES if state not in ENDED)
 """Their deadline counts."""
 
 

@@ -49,7 +49,7 @@ def name_of(path: PathLike) -> str:
 
 def without_credentials(path: PathLike) -> str:
     """`path` for messages: without the parts of a URI that can contain credentials."""
-    return re.sub(r"://[^/@]*@", "://", split_query(path)[0])
+    return re.sub(r"://([^/@:]*:(?!\d+/)[^@]*|[^/@]*)@", "://", split_query(path)[0])  # a secret may contain a slash
 
 
 def split_query(path: PathLike) -> tuple[str, str]:
