@@ -151,6 +151,7 @@ REFUSED = [
     (["list", "--requests.leger", "x"], "Did you mean requests.ledger?"),
     (["list", "--storage", "s3://bucket/x"], "use PostgreSQL"),
     (["add", "--key", "k", "--rows", "x.jsonl", "--data.format.kind", "text"], "no documents or chats"),
+    (["process", "--export.push_to_hub", "me/model"], "would send models before their gates"),
     (["init", "--requests.train.kind", "messages"], "requests.train.kind = messages: requests forget questions"),
     (["process", "--task", "image_classification"], "task = image_classification"),
     (["rekey", "--new-key-env", "A", "--new-key-file", "b"], "give one of them"),

@@ -61,6 +61,10 @@ def test_a_request_from_submission_to_certificate(server: Service) -> None:
     status, headers, text = server.call("GET", f"{place}/certificate")
     assert (status, text) == (200, document)
     assert answer["id"] in headers["content-disposition"]
+    server.ledger.move(names, "accepted")  # as a rollback does
+    status, _, text = server.call("GET", f"{place}/certificate")
+    assert (status, "the request is accepted" in text) == (404, True)
+    server.ledger.move(names, "rejected")  # not left to other tests
 
 
 def test_rows_are_found_whatever_their_case_and_spaces(server: Service) -> None:
