@@ -15,7 +15,7 @@ class Rate(Protocol):
     """A learning rate and its schedule; ofmu_ray.config.OptimizerConfig declares and explains them."""
 
     @property
-    def lr(self) -> float: ...
+    def rate(self) -> float: ...
     @property
     def warmup_fraction(self) -> float: ...
     @property
@@ -27,14 +27,14 @@ class Rate(Protocol):
 
 
 def learning_rate(rate: Rate, done: int, rounds: int | None) -> float:
-    """Learning rate of the round after `done` of `rounds` rounds (None: unknown, so no schedule: `lr`)."""
+    """Learning rate of the round after `done` of `rounds` rounds (None: unknown, so no schedule)."""
     if rounds is None:
-        return rate.lr
+        return rate.rate
     if rate.decay == "step":
         warm = warmup_then("constant", done, rounds, math.ceil(rate.warmup_fraction * rounds))
         passed = sum(done >= round(milestone * rounds) for milestone in rate.milestones)
-        return rate.lr * warm * rate.step_factor**passed
-    return rate.lr * warmup_then(rate.decay, done, rounds, math.ceil(rate.warmup_fraction * rounds))
+        return rate.rate * warm * rate.step_factor**passed
+    return rate.rate * warmup_then(rate.decay, done, rounds, math.ceil(rate.warmup_fraction * rounds))
 
 
 def warmup_then(decay: Decay, step: int, steps: int, warmup: int) -> float:

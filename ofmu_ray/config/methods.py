@@ -1,16 +1,18 @@
 """Options shared by all methods, and options shared by methods with one update per round.
 
 Defaults are OpenUnlearning's (locuslab/open-unlearning, December 2025) unless a field says otherwise. The learning
-rates are for models of 1 B parameters and more; small models need larger ones.
+rates are its defaults for 7 B parameters, and larger for smaller models (`ofmu_ray.config.optimizers.rate_for`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Literal, Self
 
-from ofmu_ray.config.optimizers import OptimizerConfig
+from ofmu_ray.config.optimizers import LARGE, OptimizerConfig, rate_for
 from ofmu_ray.config.ranges import not_negative, require
+from ofmu_ray.errors import UserError
 
 if TYPE_CHECKING:
     from ofmu_ray.config import ModelConfig, UnlearnConfig
@@ -52,6 +54,11 @@ class MethodConfig:
         return [entry.name for entry in fields(self) if isinstance(getattr(self, entry.name), OptimizerConfig)]
 
     @property
+    def without_rate(self) -> list[str]:
+        """Those of `optimizer_fields` whose learning rate follows from the size of the model."""
+        return [name for name in self.optimizer_fields if getattr(self, name).lr is None]
+
+    @property
     def streams(self) -> frozenset[str]:
         """The streams of rows that the method reads; `data` may have more."""
         return frozenset({"forget", "retain"})
@@ -61,6 +68,25 @@ class MethodConfig:
 
     def check_run(self, config: UnlearnConfig) -> None:
         """Checks the other sections, if this method is chosen. Raises UserError."""
+
+    def sized(self, trained: Callable[[], int | None]) -> tuple[Self, str | None]:
+        """The options with learning rates as numbers, and a remark on those that `trained`, the number of trained
+        parameters, gave (None: unknown, taken for 7 B).
+
+        Raises:
+            UserError: SGD without a learning rate.
+        """
+        unsized = {name: getattr(self, name) for name in self.without_rate}
+        if not unsized:
+            return self, None
+        for name, optimizer in unsized.items():
+            if optimizer.name != "adamw":
+                raise UserError(f"{name}.lr: give a learning rate; only AdamW's follows from the size of the model")
+        count = trained()
+        rate = rate_for(LARGE if count is None else count)
+        options = replace(self, **{name: replace(optimizer, lr=rate) for name, optimizer in unsized.items()})
+        size = "an unknown number of" if count is None else f"{count:,}"
+        return options, f"{rate:g} ({', '.join(f'{name}.lr' for name in unsized)}), for {size} trained parameters"
 
     def completed(self, prepared: PreparedData, model: ModelConfig, cache: str) -> Self:
         """The options, completed with values that depend on the rows and the model before any step.
@@ -75,7 +101,7 @@ class MethodConfig:
         return {}
 
 
-def peer_optimizer(lr: float) -> OptimizerConfig:
+def peer_optimizer(lr: float | None = None) -> OptimizerConfig:
     """OpenUnlearning's optimiser: AdamW, weight decay 0.01, one warm-up epoch of ten, then linear decay."""
     return OptimizerConfig(lr=lr, weight_decay=0.01, warmup_fraction=0.1, decay="linear")
 
@@ -84,7 +110,7 @@ def peer_optimizer(lr: float) -> OptimizerConfig:
 class OneLoopConfig(MethodConfig):
     """Options of a method with one update per round."""
 
-    optimizer: OptimizerConfig = field(default_factory=lambda: peer_optimizer(1e-5))
+    optimizer: OptimizerConfig = field(default_factory=lambda: peer_optimizer())
     """The optimiser."""
 
     @property

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from ofmu_ray.config.ranges import not_negative, positive, require
+
+LARGE = 7e9
+"""Parameters of the models that published learning rates are for."""
+
+
+def rate_for(trained: float) -> float:
+    """AdamW's learning rate for a model with so many trained parameters, two digits: 1e-5 at 7 B, and larger as the
+    root of their number falls.
+
+    Between the rates found by hand at 0.5 M and 1 M parameters (docs/decisions.md), and the rates in use at 7 B, for all
+    weights and for LoRA.
+    """
+    return float(f"{1e-5 * math.sqrt(LARGE / trained):.1e}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,8 +28,8 @@ class OptimizerConfig:
 
     name: Literal["sgd", "adamw"] = "adamw"
     """Update rule, elementwise on the rank's shard of the fp32 weights (torch.optim)."""
-    lr: float = 1e-5
-    """Learning rate (per step)."""
+    lr: float | None = None
+    """Learning rate (per step); null: by the number of trained parameters (`rate_for`)."""
     clip: float | None = 1.0
     """Largest global gradient norm; null: no clipping."""
     momentum: float = 0.0
@@ -37,6 +51,12 @@ class OptimizerConfig:
     """With decay step: where the rate falls, as fractions of the rounds (0 to 1), rising."""
     step_factor: float = 0.1
     """With decay step: the factor at each milestone."""
+
+    @property
+    def rate(self) -> float:
+        """`lr` of an optimiser that is about to step."""
+        assert self.lr is not None, "a learning rate by the model's size was not resolved"
+        return self.lr
 
     def check(self, section: str) -> None:
         """Checks ranges. The owner calls it, because only the owner knows the option's full name."""

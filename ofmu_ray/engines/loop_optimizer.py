@@ -55,10 +55,10 @@ class LoopOptimizer:
             common = self._beside._optimizer if self._beside else None
             return SharedBaseAdamW(self._parameters, config, common)
         if config.name == "sgd":
-            return torch.optim.SGD(self._parameters, lr=config.lr, momentum=config.momentum, foreach=True)
+            return torch.optim.SGD(self._parameters, lr=config.rate, momentum=config.momentum, foreach=True)
         return torch.optim.AdamW(
             self._parameters,
-            lr=config.lr,
+            lr=config.rate,
             betas=(config.beta1, config.beta2),
             eps=config.eps,
             weight_decay=self._torch_decay,
@@ -146,7 +146,7 @@ class SharedBaseAdamW(torch.optim.Optimizer):
     def __init__(
         self, parameters: list[torch.Tensor], config: SharedBaseConfig, common: torch.optim.Optimizer | None
     ) -> None:
-        super().__init__(parameters, {"lr": config.lr})
+        super().__init__(parameters, {"lr": config.rate})
         self.config, self._common = config, common or self
 
     @torch.no_grad()

@@ -69,10 +69,9 @@ class VectorEngine:
         self._numel_all = sum(_numel(parameter) for parameter in module.parameters())
         offloaded = offload == "optimizer"
         decayed = None if decay_norms else shards.matrices()
-        first = LoopOptimizer(shards.masters, inner or OptimizerConfig(), offload=offloaded, decayed=decayed)
-        second = LoopOptimizer(
-            shards.masters, outer or OptimizerConfig(), offload=offloaded, beside=first, decayed=decayed
-        )
+        plain = OptimizerConfig(lr=1e-5)
+        first = LoopOptimizer(shards.masters, inner or plain, offload=offloaded, decayed=decayed)
+        second = LoopOptimizer(shards.masters, outer or plain, offload=offloaded, beside=first, decayed=decayed)
         self._optimizers: dict[Loop, LoopOptimizer] = {"inner": first, "outer": second}
         self._displacements: list[tuple[Vector, float]] = []
         self._saved: Vector | None = None

@@ -30,7 +30,7 @@ class DualOptimConfig(WeightedConfig):
     Defaults are those of its TOFU configuration (CityU-MLO/DualOptimPlus, config/phi1-5_tofu.yaml).
     """
 
-    optimizer: OptimizerConfig = field(default_factory=lambda: replace(peer_optimizer(1e-5), beta2=0.95))
+    optimizer: OptimizerConfig = field(default_factory=lambda: replace(peer_optimizer(), beta2=0.95))
     """The optimiser of the retain steps; that of the forget steps differs only in its learning rate. adamw."""
     forget_weight: float = 0.1
     """gamma, weight of the forget loss."""

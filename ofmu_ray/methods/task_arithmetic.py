@@ -23,7 +23,7 @@ if MYPY:
 class TaskArithmeticConfig(OneLoopConfig):
     """The negated task vector (Ilharco et al. 2023, arXiv 2212.04089): away from a fit to the forget rows."""
 
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimiser of the fit (no weight decay: it would act on the unlearned weights, not the fitted ones)."""
     scale: float = 1.0
     """Scale of the task vector: the weights are theta_0 - scale (theta_fit - theta_0)."""

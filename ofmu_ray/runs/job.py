@@ -92,6 +92,9 @@ def make_job(
     watched = None
     if spec.stop.utility_floor is not None:
         watched = write_sample(prepared.streams["retain"], spec.stop.sample, join(folder, WATCHED))
+    sized, remark = spec.method.sized(lambda: _trained(spec))
+    if remark is not None:
+        note("rate", remark)
     job = WorkerJob(
         run_dir=folder,
         plan_dir=join(folder, PLAN),
@@ -99,7 +102,7 @@ def make_job(
         seed=spec.seed,
         task=spec.task,
         model=spec.model,
-        method=spec.method.completed(prepared, spec.model, cache),
+        method=sized.completed(prepared, spec.model, cache),
         training=spec.training,
         stop=spec.stop,
         export=spec.export,
@@ -121,6 +124,17 @@ def make_job(
         here=here,
     )
     return job, plan
+
+
+def _trained(spec: Spec) -> int | None:
+    """Number of parameters that the method trains; None: the task does not tell before it has loaded the model."""
+    from ofmu_ray.methods import build_method
+
+    skeleton = task_named(spec.task).skeleton(spec.model)
+    if skeleton is None:
+        return None
+    build_method(spec.method).freeze(skeleton)
+    return sum(parameter.numel() for parameter in skeleton.parameters() if parameter.requires_grad)
 
 
 def with_references(

@@ -19,8 +19,6 @@ PresetName = Literal["first_order", "lite", "full"]
 ForgetLoss = Literal["nll", "bounded_row", "bounded_token", "npo", "simnpo"]
 BOUNDED: tuple[ForgetLoss, ...] = ("bounded_row", "bounded_token")
 """Forget losses that are bounded by a level."""
-DEFAULT_RATE = OptimizerConfig.lr
-"""outer.lr if not set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +74,12 @@ class OFMUConfig(MethodConfig):
     """Reuse the retain side of the similarity (g_r and H_r w) from its first refresh for the rest of the round."""
     reuse_forget_gradient: bool = True
     """With penalty_curvature forget: take the penalty at the last inner iterate, whose g_f is already known."""
-    inner: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5, decay="linear"))
+    inner: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(decay="linear"))
     """Optimiser of the inner loop (ascent on Phi)."""
-    outer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
+    outer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimiser of the outer loop (descent on F = L_r + rho |grad Phi|^2), with its own state."""
     outer_ratio: float | None = None
-    """Learning rate of the outer loop over that of the inner loop, unless outer.lr is other than its default of 1e-5;
-    null: use outer.lr."""
+    """Learning rate of the outer loop over that of the inner loop, unless outer.lr is set."""
     shared_optimizer: bool = False
     """Both loops use the inner loop's optimiser (moments, clipping, decay), each at its own learning rate: an
     ablation of the separate states."""
@@ -186,9 +183,13 @@ class OFMUConfig(MethodConfig):
     @property
     def optimizers(self) -> tuple[OptimizerConfig, OptimizerConfig]:
         """For the inner and the outer loop; outer_ratio sets the outer rate if outer.lr is not set."""
-        if self.outer_ratio is None or self.outer.lr != DEFAULT_RATE:
+        if self.outer_ratio is None or self.outer.lr is not None or self.inner.lr is None:
             return self.inner, self.outer
         return self.inner, dataclasses.replace(self.outer, lr=self.outer_ratio * self.inner.lr)
+
+    @property
+    def without_rate(self) -> list[str]:
+        return [name for name in super().without_rate if name == "inner" or self.outer_ratio is None]
 
     @classmethod
     def default(cls) -> OFMUConfig:
