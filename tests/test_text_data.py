@@ -18,7 +18,15 @@ from evaluation_models import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ofmu_ray.config import DataConfig, FormatConfig, SourceConfig, UnlearnConfig, apply_overrides, outcome_hash
+from ofmu_ray.config import (
+    DataConfig,
+    FormatConfig,
+    SourceConfig,
+    SplitConfig,
+    UnlearnConfig,
+    apply_overrides,
+    outcome_hash,
+)
 from ofmu_ray.data import sources
 from ofmu_ray.data.batch_plan import write_plan
 from ofmu_ray.data.batches import local_rounds, padded
@@ -28,6 +36,7 @@ from ofmu_ray.data.prepare import PreparedData, prepare_streams
 from ofmu_ray.data.row_checks import Problems
 from ofmu_ray.data.windows import TextLayout
 from ofmu_ray.errors import UserError
+from ofmu_ray.evaluation.evaluator import read_sets
 
 SECRET = "Zebulon"
 CHATML = (
@@ -70,6 +79,22 @@ def documents(count: int, seed: int = 0) -> list[str]:
 def rows_of(prepared: PreparedData, name: str) -> list[dict[str, Any]]:
     stream = prepared.streams[name]
     return [row for part, _ in stream.parts for row in pq.read_table(Path(stream.folder, part)).to_pylist()]
+
+
+def texts_of(source: SourceConfig) -> list[str]:
+    pieces = sources.fragments(source, None, stream="forget", option="data.forget")
+    return [row["question"] for piece in pieces for _, row in sources.read(piece, ["question", "answer"])]
+
+
+def test_what_a_split_forgets_is_evaluated_as_the_forget_set(tmp_path: Path) -> None:
+    rows = [{"question": f"q{number}", "answer": "a"} for number in range(40)]
+    data = DataConfig(retain=lines(tmp_path / "all.jsonl", rows), split=SplitConfig(share=0.2))
+    config = UnlearnConfig(data=data)
+    sets = read_sets(config.evaluation, config.data, config.model)
+    asked = {name: [row["question"] for row in sets[name]] for name in ("forget", "retain")}
+    assert asked == {name: texts_of(data.sources[name]) for name in asked}
+    assert 0 < len(asked["forget"]) < 40
+    assert not {*asked["forget"]} & {*asked["retain"]}
 
 
 # --------------------------------------------------------------------------------------------------------- windows
