@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import gzip
 import json
 from collections import Counter
@@ -21,8 +22,10 @@ from hypothesis import strategies as st
 from ofmu_ray.config import (
     DataConfig,
     FormatConfig,
+    ImagesConfig,
     SourceConfig,
     SplitConfig,
+    TrainDataConfig,
     UnlearnConfig,
     apply_overrides,
     outcome_hash,
@@ -95,6 +98,30 @@ def test_what_a_split_forgets_is_evaluated_as_the_forget_set(tmp_path: Path) -> 
     assert asked == {name: texts_of(data.sources[name]) for name in asked}
     assert 0 < len(asked["forget"]) < 40
     assert not {*asked["forget"]} & {*asked["retain"]}
+
+
+def test_a_split_by_class_reads_the_class_of_texts(tmp_path: Path) -> None:
+    """Parquet: encoders of texts ask for other columns only."""
+    rows = [{"question": f"q{number}", "answer": "a", "person": number // 4} for number in range(12)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "all.parquet")
+    split, images = SplitConfig(classes=["1"]), ImagesConfig(label="person")
+    source = SourceConfig(path=str(tmp_path / "all.parquet"))
+    data = DataConfig(retain=source, split=split, images=images)
+    assert texts_of(data.sources["forget"]) == ["q4", "q5", "q6", "q7"]
+    left = [f"q{number}" for number in (0, 1, 2, 3, 8, 9, 10, 11)]
+    assert texts_of(data.sources["retain"]) == left
+    assert texts_of(TrainDataConfig(train=source, split=split, images=images).source) == left
+
+
+def test_a_split_by_class_refuses_rows_without_one(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"question": "q", "answer": "a", "person": 1}, {"question": SECRET, "answer": "a", "person": None}]
+    data = DataConfig(retain=lines(tmp_path / "all.jsonl", [*rows, {"question": SECRET, "answer": "a"}]))
+    data = dataclasses.replace(data, split=SplitConfig(classes=[1]), images=ImagesConfig(label="person"))
+    with pytest.raises(UserError) as caught:
+        prepare(tmp_path, tokenizer, data)
+    assert "null in column 'person', which data.split needs (all.jsonl row 2)" in str(caught.value)
+    assert "no column 'person' for data.split, only answer, question. Set --data.images.label" in str(caught.value)
+    assert SECRET not in str(caught.value)
 
 
 # --------------------------------------------------------------------------------------------------------- windows
