@@ -258,6 +258,8 @@ def test_what_a_task_cannot_run_is_refused_in_a_sentence(untrained: dict[str, st
         unlearn(UnlearnConfig(storage=str(tmp_path), method="salun"))
     with pytest.raises(UserError, match="either a share or classes"):
         forgetting(untrained, tmp_path, "both", **{"data.split": {"classes": [3], "share": 0.1}})
+    said = refusal(untrained, tmp_path, **{"data.split": {"classes": [3, 77]}})
+    assert "data.split.classes: 77 is not one of the 10 classes of the model (numbers 0 to 9, or 0, 1, 2, ...)" in said
 
 
 def test_parts_of_a_source(tmp_path: Path) -> None:

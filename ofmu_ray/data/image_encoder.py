@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ofmu_ray.config import ImagesConfig
+from ofmu_ray.config import ImagesConfig, close_match
 from ofmu_ray.data.encoder import EncodedRow
 from ofmu_ray.data.row_checks import Problems
 from ofmu_ray.errors import UserError
@@ -64,6 +64,20 @@ class ImageEncoder:
             if label is not None and pixels is not None:
                 identity = hashlib.blake2b(pixels, digest_size=16).hexdigest(), str(label)
                 yield index, EncodedRow((pixels, label), 1, 0, identity)
+
+    def check_split(self, classes: Sequence[int | str]) -> None:
+        """Refuse a class of data.split that the model does not have: its rows would be kept.
+
+        Raises:
+            UserError: names the class, and the closest one.
+        """
+        for name in classes:
+            if self.number(int(name) if isinstance(name, str) and name.isdecimal() else name) is None:
+                hint = close_match(str(name), self.classes)
+                raise UserError(
+                    f"data.split.classes: {name!r} is not one of the {len(self.classes)} classes of the model "
+                    f"({self._shown_classes()}).{hint}"
+                )
 
     def _shown_classes(self) -> str:
         return f"numbers 0 to {len(self.classes) - 1}, or {', '.join(self.classes[:3])}, ..."
