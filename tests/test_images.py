@@ -297,7 +297,10 @@ def test_a_folder_of_classes(untrained: dict[str, str], tmp_path: Path) -> None:
     for name, grey in (("cat", 10), ("dog", 200)):
         (tmp_path / "pets" / name).mkdir(parents=True)
         Image.fromarray(np.full((20, 30), grey, np.uint8)).save(tmp_path / "pets" / name / "a.png")
+        (tmp_path / "pets" / name / "._a.png").write_bytes(b"a note of the system")
     (tmp_path / "pets" / "notes.txt").write_text("not an image")
+    (tmp_path / "pets" / "cat" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "pets" / "cat" / ".ipynb_checkpoints" / "a-checkpoint.png").write_bytes(png())
     [piece] = fragments(SourceConfig(path=str(tmp_path / "pets"), format="images"), None, stream="f", option="data.f")
     rows = [(str(number), row) for number, row in read(piece)]
     encoder = ImageEncoder(ImagesConfig(), size=6, channels=1, classes=["dog", "cat"])

@@ -257,11 +257,8 @@ def _expand(path: str, option: str) -> list[str]:
 
 def _walk(filesystem: pafs.FileSystem, folder: str) -> list[str]:
     infos = filesystem.get_file_info(pafs.FileSelector(folder, recursive=True, allow_not_found=True))
-    return [info.path for info in infos if info.type == pafs.FileType.File and not _hidden(info.path)]
-
-
-def _hidden(path: str) -> bool:
-    return path.rpartition("/")[2].startswith((".", "_"))
+    files = [info.path for info in infos if info.type == pafs.FileType.File]
+    return [path for path in files if not image_files.hidden(path, folder, (".", "_"))]
 
 
 def _full(original: str, inside: str, path: str) -> str:
