@@ -48,6 +48,8 @@ def test_row_groups_folders_globs_and_limits_number_rows_alike(tmp_path: Path) -
     assert ids(SourceConfig(path="many"), tmp_path) == many
     assert ids(SourceConfig(path=str(tmp_path / "many" / "*.jsonl"))) == many
     assert ids(SourceConfig(path="many", limit=4), tmp_path) == many[:4]
+    jsonl(tmp_path / "rows [1].jsonl", ROWS)  # as browsers name a second download
+    assert ids(SourceConfig(path="rows [1].jsonl"), tmp_path) == one
 
 
 def test_fingerprint_follows_content_not_place(tmp_path: Path) -> None:

@@ -236,13 +236,16 @@ def _expand(path: str, option: str) -> list[str]:
     """Files of a file, folder or glob, sorted by path."""
     filesystem, inside = locate(path, f"{option}.path")
     try:
-        if any(mark in inside for mark in "*["):
+        kind = filesystem.get_file_info(inside).type
+        if kind == pafs.FileType.Directory:
+            files = [p for p in _walk(filesystem, inside) if p.endswith(SUFFIXES)]
+        elif kind == pafs.FileType.File:  # also one whose name looks like a glob: rows [1].jsonl
+            files = [inside]
+        elif any(mark in inside for mark in "*["):
             base = inside[: min(inside.find(mark) for mark in "*[" if mark in inside)].rpartition("/")[0]
             files = [p for p in _walk(filesystem, base) if fnmatch.fnmatch(p, inside)]
-        elif filesystem.get_file_info(inside).type == pafs.FileType.Directory:
-            files = [p for p in _walk(filesystem, inside) if p.endswith(SUFFIXES)]
         else:
-            files = [inside] if filesystem.get_file_info(inside).type == pafs.FileType.File else []
+            files = []
     except OSError as error:
         shown = without_credentials(path)
         reason = refusal(error) or f"cannot be read ({type(error).__name__})"
