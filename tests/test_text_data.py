@@ -410,6 +410,12 @@ def test_shapes_of_files(shape: str, tmp_path: Path) -> None:
     assert [(number, row) for piece in pieces for number, row in sources.read(piece)] == list(enumerate(ROWS, start=1))
 
 
+def test_an_array_may_follow_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text("\n \n" + json.dumps(ROWS, indent=1))
+    assert [row["answer"] for row in evaluation_rows(str(path), None)] == ['a "1"', "42"]
+
+
 def test_text_files_are_documents(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\ntwo")
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe")

@@ -101,12 +101,13 @@ def _decoded(content: bytes) -> dict[str, Any] | UnreadableRow:
 
 def _json(file: Any) -> Iterator[Row]:
     """JSON Lines, or one array of objects, or of texts (each a document)."""
-    lines = _lines(file)
-    first = next((line for line in itertools.islice(lines, 1)), b"")
+    lines = enumerate(_lines(file), start=1)
+    number, first = next(((at, line) for at, line in lines if line.removeprefix(_MARK).strip()), (1, b""))
+    rest = (line for _, line in lines)
     if first.removeprefix(_MARK).lstrip(_WHITE)[:1] == b"[":
-        yield from _array(b"\n".join([first, *lines]))
+        yield from _array(b"\n".join([first, *rest]))
         return
-    yield from _rows(itertools.chain([first], lines), 1)
+    yield from _rows(itertools.chain([first], rest), number)
 
 
 def _rows(lines: Iterable[bytes], first: int) -> Iterator[Row]:
