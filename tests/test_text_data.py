@@ -430,6 +430,8 @@ BROKEN = {
     "quotes.csv": ('question,answer\nq,"a\n', "broken quotes; the rest of the file was not read (quotes.csv row 1)"),
     "half.json": ('[{"question": "q"}', "not JSON (the file starts an array that cannot be read to its end)"),
     "numbers.json": ("[1, 2]", "2 rows: not a JSON object (numbers.json row 1, numbers.json row 2)"),
+    "digits.jsonl": (f'{{"question": "q", "answer": "a", "id": {"1" * 5000}}}', "not JSON (one object per line"),
+    "digits.json": (f'[{{"question": "q", "answer": "a", "id": {"1" * 5000}}}]', "not JSON (the file starts an array"),
     "cut.jsonl.gz": (gzip.compress(b'{"question": "q", "answer": "a"}\n' * 99)[:40], "cannot be decompressed"),
 }
 

@@ -116,7 +116,7 @@ def _rows(lines: Iterable[bytes], first: int) -> Iterator[Row]:
             continue
         try:
             row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        except (ValueError, RecursionError):  # no JSON, not UTF-8, a number of thousands of digits; nested too deep
             yield number, UnreadableRow("not JSON (one object per line, or an array of them, is expected)")
             continue
         yield number, _object(row)
@@ -125,7 +125,7 @@ def _rows(lines: Iterable[bytes], first: int) -> Iterator[Row]:
 def _array(content: bytes) -> Iterator[Row]:
     try:
         rows = json.loads(content.decode("utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # no JSON, not UTF-8, a number of thousands of digits; nested too deep
         yield 1, UnreadableRow("not JSON (the file starts an array that cannot be read to its end)")
         return
     for number, row in enumerate(rows, start=1):
