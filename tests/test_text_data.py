@@ -250,6 +250,7 @@ def prepared_ids(prepared: PreparedData, name: str) -> list[str]:
 
 MISTAKES: dict[str, tuple[dict[str, Any], list[Any], str]] = {
     "no content": ({}, [{"text": SECRET}, {"text": " \n"}], "1 row: empty text in column 'text' (f.jsonl row 2)"),
+    "only short ones": ({"format.min_characters": 50}, [{"text": SECRET}], "every row is shorter than data.format."),
     "missing column": (
         {}, [{"content": SECRET}], "no column 'text', only content. Set --data.format.text (f.jsonl row 1)"
     ),
@@ -257,6 +258,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[Any], str]] = {
     "no assistant": (
         {"format.kind": "messages"}, [{"messages": [{"role": "user", "content": SECRET}]}],
         "no turn of the assistant (f.jsonl row 1)",
+    ),
+    "nothing to answer": (
+        {"format.kind": "messages"}, [{"conversations": [{"from": "gpt", "value": SECRET}]}],
+        "the first turn is the assistant's, so it answers nothing: remove it, or put a turn before (f.jsonl row 1)",
     ),
     "an empty turn": (
         {"format.kind": "messages"},
