@@ -311,6 +311,20 @@ def test_a_folder_of_classes(untrained: dict[str, str], tmp_path: Path) -> None:
         fragments(SourceConfig(path=str(tmp_path / "none"), format="images"), None, stream="f", option="data.f")
 
 
+@pytest.mark.parametrize("suffix", ["PNG", "TIFF"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_16_bits_keep_their_shades(channels: int, suffix: str) -> None:
+    from ofmu_ray.config import ImagesConfig
+    from ofmu_ray.data.image_encoder import ImageEncoder
+
+    grey = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1024
+    stream = io.BytesIO()
+    Image.fromarray(grey).save(stream, suffix)
+    encoder = ImageEncoder(ImagesConfig(), size=8, channels=channels, classes=["a", "b"])
+    pixels = np.frombuffer(encoder.pixels(stream.getvalue()) or b"", np.uint8).reshape(8, 8, channels)
+    np.testing.assert_array_equal(pixels, np.repeat(grey[:, :, None] // 256, channels, 2))
+
+
 def test_learning_rates_fall_at_milestones() -> None:
     from ofmu_ray.algorithm.schedules import learning_rate
     from ofmu_ray.config import OptimizerConfig

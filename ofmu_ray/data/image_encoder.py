@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,9 @@ from ofmu_ray.config import ImagesConfig, close_match
 from ofmu_ray.data.encoder import EncodedRow
 from ofmu_ray.data.row_checks import Problems
 from ofmu_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 class ImageEncoder:
@@ -99,12 +102,21 @@ class ImageEncoder:
         height, width, channels = self.shape
         try:
             with Image.open(io.BytesIO(image)) as opened:
-                picture = opened.convert("L" if channels == 1 else "RGB")
+                picture = _eight_bits(opened).convert("L" if channels == 1 else "RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow's readers raise
             return None
         if picture.size != (width, height):
             picture = picture.resize((width, height), Image.Resampling.BILINEAR)
         return bytes(picture.tobytes())
+
+
+def _eight_bits(picture: Image) -> Image:
+    """An image of 16 bits as one of 8 (Pillow's conversion would make all but the darkest pixels white); or itself."""
+    from PIL import Image
+
+    if not picture.mode.startswith("I;16"):
+        return picture
+    return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
 
 
 def _content(path: Any) -> bytes | None:
