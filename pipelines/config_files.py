@@ -9,6 +9,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from jsonargparse import get_loader
 
 from ofmu_ray.config import LABELS, SweepConfig, UnlearnConfig, close_match
 from ofmu_ray.errors import UserError
@@ -55,6 +56,7 @@ def config_paths(words: Sequence[str]) -> Iterator[tuple[int, str]]:
             yield index + 1, words[index + 1]
 
 
+TEXT, MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 SHIPPED = Path(__file__).parent / "configs"
 
 
@@ -114,6 +116,33 @@ def read_file(path: str) -> ConfigFile:
     return ConfigFile(path, node)
 
 
+_usual = get_loader("yaml")
+
+
+def load(text: str) -> Any:
+    """jsonargparse's YAML, but keys are what is written: YAML 1.1 takes `on`, an option, for true, and 1 for a number.
+
+    Raises yaml.YAMLError.
+    """
+    if ":" in text:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if node is not None and _name_keys(node):
+            text = yaml.serialize(node, Dumper=yaml.SafeDumper)
+    return _usual(text)
+
+
+def _name_keys(node: yaml.Node) -> int:
+    """Make texts of all scalar keys; how many were none."""
+    if isinstance(node, yaml.SequenceNode):
+        return sum(_name_keys(item) for item in node.value)
+    if not isinstance(node, yaml.MappingNode):
+        return 0
+    others = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag not in (TEXT, MERGE)]
+    for key in others:
+        key.tag = TEXT
+    return len(others) + sum(_name_keys(value) for _, value in node.value)
+
+
 def _check_mappings(node: yaml.Node, name: str, path: str, sections: set[str]) -> None:
     """Refuse duplicate keys, and lists and text in the place of sections."""
     if isinstance(node, yaml.MappingNode):
@@ -161,7 +190,7 @@ def runs_as_base(words: Sequence[str], files: Iterable[ConfigFile]) -> list[str]
 
 def _as_base(run: yaml.MappingNode) -> yaml.MappingNode:
     def text(value: str) -> yaml.ScalarNode:
-        return yaml.ScalarNode("tag:yaml.org,2002:str", value)
+        return yaml.ScalarNode(TEXT, value)
 
     entries: list[tuple[yaml.Node, yaml.Node]] = [
         (text("base"), _mapping(pair for pair in run.value if pair[0].value not in ("name", "storage")))
