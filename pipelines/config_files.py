@@ -98,7 +98,9 @@ def read_files(words: Sequence[str], sections: Iterable[tuple[str, bool]]) -> li
 def read_file(path: str) -> ConfigFile:
     """A file as nodes. Raises UserError like `read_files`."""
     try:
-        node = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        text = Path(path).read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        yaml.safe_load(text)  # refuses tags, and lists as keys
     except UnicodeDecodeError:
         raise UserError(f"config = {path!r}: not a text file; {EXAMPLE}") from None
     except OSError as error:

@@ -37,6 +37,8 @@ FILES = {
     "comment.yaml": b"# nothing yet\n",
     "binary.yaml": b"\x89PNG\xff\xfe\x00",
     "broken.yaml": b"training:\n  rounds: 2: 3\n",
+    "tag.yaml": b"seed: 1\ntraining: !mine {rounds: 3}\n",
+    "list_key.yaml": b"? [a]\n: 3\n",
     "npo.yaml": b"npo: {beta: 0.2}\n",
 }
 MISTAKES = {
@@ -55,6 +57,8 @@ MISTAKES = {
     "binary file": (["--config", "binary.yaml"], "'binary.yaml': not a text file"),
     "missing file": (["--config", "mine.yaml"], "config = 'mine.yaml': cannot be read (No such file or directory)"),
     "broken YAML": (["--config", "broken.yaml"], "'broken.yaml', line 2: not YAML"),
+    "tag in YAML": (["--config", "tag.yaml"], "'tag.yaml', line 2: not YAML (could not determine a constructor"),
+    "list as a key": (["--config", "list_key.yaml"], "'list_key.yaml', line 1: not YAML (found unhashable key)"),
     "name outside the storage": (["--name", "../evil"], "name = '../evil': must be a folder's name"),
     "hidden name": (["--name", ".x"], "name = '.x': must be a folder's name"),
     "name of the cache": (["--name", "cache"], "name = 'cache': must be another"),
