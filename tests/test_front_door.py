@@ -113,6 +113,10 @@ MISTAKES = {
     "log that is not there": (["metrics", "tofu", "--log", "nowhere.json"], "nowhere.json"),
     "format of logs": (["metrics", "muse", "--log", "x"], "invalid choice: 'muse'"),
     "schema of no command": (["schema", "unlern"], "invalid choice: 'unlern'"),
+    "file of a plan": (
+        ["plan", "--plan.row_tokens", "8", "--plan.json", "nowhere/plan.json"],
+        "plan.json = 'nowhere/plan.json': cannot be written (No such file or directory)",
+    ),
     "request's command": (["requests", "frobnicate"], "unknown command 'frobnicate'. Commands:"),
 }
 """What is typed (after `unlearn`, if it names no command) -> a part of the message."""
