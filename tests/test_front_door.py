@@ -104,6 +104,8 @@ MISTAKES = {
     "heads that do not divide": (["train", "--scratch.heads", "3"], "scratch.heads = 3: must be a divisor"),
     "no epochs": (["train", "--epochs", "0"], "epochs = 0"),
     "epochs without end": (["train", "--epochs", ".inf"], "epochs = inf: must be greater than 0 and finite"),
+    "mean in bytes": (["train", "--classifier.mean", "[125.3]"], "classifier.mean = [125.3]: must be from 0 (black)"),
+    "no deviation": (["train", "--classifier.std", "[0]"], "classifier.std = [0.0]: must be greater than 0"),
     "reserved label": (["evaluate", "--models", "{retrained: x}"], "models.retrained: give the retrained model as"),
     "label with a space": (["evaluate", "--models", "{a b: x}"], "models = 'a b': must be labelled with"),
     "model to evaluate": (["evaluate", "--models", "{a: ./nowhere}"], "models.a = './nowhere': no such folder"),
