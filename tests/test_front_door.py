@@ -106,6 +106,10 @@ MISTAKES = {
     "epochs without end": (["train", "--epochs", ".inf"], "epochs = inf: must be greater than 0 and finite"),
     "mean in bytes": (["train", "--classifier.mean", "[125.3]"], "classifier.mean = [125.3]: must be from 0 (black)"),
     "no deviation": (["train", "--classifier.std", "[0]"], "classifier.std = [0.0]: must be greater than 0"),
+    "cluster of no set": (
+        ["--evaluation.clusters", "{forgt: 20}"],
+        "evaluation.clusters: no set 'forgt'. Did you mean forget? Sets: forget, retain, real_authors, world_facts, ho",
+    ),
     "reserved label": (["evaluate", "--models", "{retrained: x}"], "models.retrained: give the retrained model as"),
     "label with a space": (["evaluate", "--models", "{a b: x}"], "models = 'a b': must be labelled with"),
     "model to evaluate": (["evaluate", "--models", "{a: ./nowhere}"], "models.a = './nowhere': no such folder"),
