@@ -204,6 +204,8 @@ def test_metrics_command_equals_the_golden_numbers(shared_dir, capsys):
 def test_configurations_refuse_what_cannot_run_together():
     with pytest.raises(UserError, match="attention"):
         parse(UnlearnConfig, ["--ofmu.curvature", "exact", "--training.engine", "torch"], "x")
+    with pytest.raises(UserError, match=r"data\.split: it would replace the requested rows"):
+        parse(RequestsConfig, ["--data.split.share", "0.1"], "x")
 
 
 def test_what_is_written_down_holds_no_credentials():

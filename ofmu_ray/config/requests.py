@@ -76,6 +76,8 @@ class RequestsConfig(UnlearnConfig):
         super().__post_init__()
         if self.task != "causal_lm":
             raise UserError(f"task = {self.task}: requests forget questions and answers of language models")
+        if self.data.split is not None:
+            raise UserError("data.split: it would replace the requested rows by a part of data.retain; drop it")
         for option, kind in (("requests.train", self.requests.train.kind), ("data.format", self.data.format.kind)):
             if kind not in (None, "qa"):
                 raise UserError(
