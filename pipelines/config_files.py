@@ -9,9 +9,9 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from jsonargparse import get_loader
 
 from ofmu_ray.config import LABELS, SweepConfig, UnlearnConfig, close_match
+from ofmu_ray.config.yaml_keys import NULL, TEXT
 from ofmu_ray.errors import UserError
 
 EXAMPLE = "a configuration is YAML such as `training: {rounds: 40}`; --print_config prints all options"
@@ -38,8 +38,7 @@ class ConfigFile:
 
 
 def sections(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, bool]]:
-    """(name, whether it may be null) of a configuration's sections: the options that are nothing but options by name,
-    or null."""
+    """(name, whether it may be null) of a configuration's sections: what holds nothing but options by name."""
     for name, hint in get_type_hints(kind).items():
         union = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         choices = [choice for choice in union if choice is not type(None)]
@@ -57,7 +56,6 @@ def config_paths(words: Sequence[str]) -> Iterator[tuple[int, str]]:
             yield index + 1, words[index + 1]
 
 
-TEXT, NULL, MERGE = (f"tag:yaml.org,2002:{name}" for name in ("str", "null", "merge"))
 SHIPPED = Path(__file__).parent / "configs"
 
 
@@ -117,33 +115,6 @@ def read_file(path: str) -> ConfigFile:
         kind = "a list" if isinstance(node, yaml.SequenceNode) else "one value"
         raise UserError(f"config = {path!r}: the file is {kind}, not options by name; {EXAMPLE}")
     return ConfigFile(path, node)
-
-
-_usual = get_loader("yaml")
-
-
-def load(text: str) -> Any:
-    """jsonargparse's YAML, but keys are what is written: YAML 1.1 takes `on`, an option, for true, and 1 for a number.
-
-    Raises yaml.YAMLError.
-    """
-    if ":" in text:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if node is not None and _name_keys(node):
-            text = yaml.serialize(node, Dumper=yaml.SafeDumper)
-    return _usual(text)
-
-
-def _name_keys(node: yaml.Node) -> int:
-    """Make texts of all scalar keys; how many were none."""
-    if isinstance(node, yaml.SequenceNode):
-        return sum(_name_keys(item) for item in node.value)
-    if not isinstance(node, yaml.MappingNode):
-        return 0
-    others = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag not in (TEXT, MERGE)]
-    for key in others:
-        key.tag = TEXT
-    return len(others) + sum(_name_keys(value) for _, value in node.value)
 
 
 def _check_mappings(node: yaml.Node, name: str, path: str, sections: Mapping[str, bool]) -> None:
