@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -11,6 +11,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from ofmu_ray.config import LABELS, SweepConfig, UnlearnConfig, close_match
+from ofmu_ray.config.yaml_keys import NULL, TEXT
 from ofmu_ray.errors import UserError
 
 EXAMPLE = "a configuration is YAML such as `training: {rounds: 40}`; --print_config prints all options"
@@ -36,13 +37,13 @@ class ConfigFile:
         return [str(key.value) for key, _ in self.node.value]
 
 
-def sections(kind: type[Any], prefix: str = "") -> Iterator[str]:
-    """Names of a configuration's sections: the options that are nothing but options by name, or null."""
+def sections(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, bool]]:
+    """(name, whether it may be null) of a configuration's sections: what holds nothing but options by name."""
     for name, hint in get_type_hints(kind).items():
         union = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         choices = [choice for choice in union if choice is not type(None)]
         if len(choices) == 1 and is_dataclass(choices[0]):
-            yield f"{prefix}{name}"
+            yield f"{prefix}{name}", len(choices) < len(union)
             yield from sections(choices[0], f"{prefix}{name}.")  # type: ignore[arg-type]
 
 
@@ -79,13 +80,13 @@ def with_shipped(words: Sequence[str]) -> list[str]:
     return placed
 
 
-def read_files(words: Sequence[str], sections: Iterable[str]) -> list[ConfigFile]:
-    """The files of --config. `sections`: names whose content must be a mapping.
+def read_files(words: Sequence[str], sections: Iterable[tuple[str, bool]]) -> list[ConfigFile]:
+    """The files of --config. `sections`: names whose content must be a mapping, and whether null will do.
 
     Raises:
-        UserError: not there, not text, not YAML, empty, a key twice, or a list or text where options belong.
+        UserError: not there, not text, not YAML, empty, a key twice, or a list, text or nothing where options belong.
     """
-    known = set(sections)
+    known = dict(sections)
     files = [read_file(path) for _, path in config_paths(words)]
     for file in files:
         _check_mappings(file.node, "", file.path, known)
@@ -95,7 +96,9 @@ def read_files(words: Sequence[str], sections: Iterable[str]) -> list[ConfigFile
 def read_file(path: str) -> ConfigFile:
     """A file as nodes. Raises UserError like `read_files`."""
     try:
-        node = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        text = Path(path).read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        yaml.safe_load(text)  # refuses tags, and lists as keys
     except UnicodeDecodeError:
         raise UserError(f"config = {path!r}: not a text file; {EXAMPLE}") from None
     except OSError as error:
@@ -114,8 +117,8 @@ def read_file(path: str) -> ConfigFile:
     return ConfigFile(path, node)
 
 
-def _check_mappings(node: yaml.Node, name: str, path: str, sections: set[str]) -> None:
-    """Refuse duplicate keys, and lists and text in the place of sections."""
+def _check_mappings(node: yaml.Node, name: str, path: str, sections: Mapping[str, bool]) -> None:
+    """Refuse duplicate keys, and lists, text and nothing in the place of sections."""
     if isinstance(node, yaml.MappingNode):
         lines: dict[str, int] = {}
         for key, value in node.value:
@@ -127,8 +130,8 @@ def _check_mappings(node: yaml.Node, name: str, path: str, sections: set[str]) -
                 )
             lines[option] = line
             _check_mappings(value, option, path, sections)
-    elif name in sections and node.tag != "tag:yaml.org,2002:null":
-        kind = "a list" if isinstance(node, yaml.SequenceNode) else repr(node.value)
+    elif name in sections and not (node.tag == NULL and sections[name]):
+        kind = "a list" if isinstance(node, yaml.SequenceNode) else "nothing" if node.tag == NULL else repr(node.value)
         raise UserError(
             f"config = {path!r}, line {node.start_mark.line + 1}: {name} is a section, so it must contain options by "
             f"name (`{name}: {{option: value}}`), not {kind}"
@@ -161,7 +164,7 @@ def runs_as_base(words: Sequence[str], files: Iterable[ConfigFile]) -> list[str]
 
 def _as_base(run: yaml.MappingNode) -> yaml.MappingNode:
     def text(value: str) -> yaml.ScalarNode:
-        return yaml.ScalarNode("tag:yaml.org,2002:str", value)
+        return yaml.ScalarNode(TEXT, value)
 
     entries: list[tuple[yaml.Node, yaml.Node]] = [
         (text("base"), _mapping(pair for pair in run.value if pair[0].value not in ("name", "storage")))

@@ -10,15 +10,18 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
+from yaml import YAMLError
 
 from ofmu_ray.config import METHODS, PRESETS, SweepConfig, close_match
+from ofmu_ray.config.yaml_keys import with_text_keys
 from ofmu_ray.errors import UserError
 from pipelines import help
 from pipelines.config_files import ConfigFile, read_files, runs_as_base, sections, with_shipped
 
 Config = TypeVar("Config")
 FLAGS = ("--overwrite", "--peer_names")
+USUAL = get_loader("yaml")
 SHORT = {"--push-to-hub": "--export.push_to_hub", "--peer-names": "--peer_names"}
 
 
@@ -36,6 +39,7 @@ class PlainParser(argparse.ArgumentParser):
 def parser_for(config_class: type[Any], prog: str) -> ArgumentParser:
     """A parser whose options are the fields of `config_class`, nested ones with dots."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_loader("yaml", lambda text: USUAL(with_text_keys(text)), (YAMLError,))
     parser = ArgumentParser(prog=prog, description=config_class.__doc__, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file; later files and options override earlier ones.")
     parser.add_class_arguments(config_class)

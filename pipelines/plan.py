@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ofmu_ray.config.plan import PlanConfig
 from ofmu_ray.errors import UserError
@@ -20,15 +22,23 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = parse(PlanConfig, words, PROG)
         plan = planned(config)
+        if config.plan.json:
+            _write(config.plan.json, plan)
     except (UserError, KeyboardInterrupt) as error:
         return fail(error, PROG)
-    if config.plan.json:
-        Path(config.plan.json).write_text(json.dumps(plan, indent=1) + "\n")
     if config.plan.print:
         from ofmu_ray.planning.table import lines
 
         print("\n".join(lines(plan)))
     return 0
+
+
+def _write(path: str, plan: Mapping[str, Any]) -> None:
+    """Write the plan to plan.json. Raises UserError: it cannot be written."""
+    try:
+        Path(path).write_text(json.dumps(plan, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"plan.json = {path!r}: cannot be written ({error.strerror}); name another file") from None
 
 
 if __name__ == "__main__":

@@ -226,6 +226,13 @@ def test_a_missing_harness_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         run_lm_eval(tmp_path, ["wmdp"])
 
 
+def test_an_unknown_task_is_named_with_its_option() -> None:
+    from ofmu_ray.attacks.lm_eval import _check_names
+
+    with pytest.raises(UserError, match=r"^checks\.lm_eval: no task nothing in lm-evaluation-harness;"):
+        _check_names(["nothing"], ["wmdp"], None)
+
+
 @pytest.mark.system
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-evaluation-harness is an optional extra")
 def test_harness_agrees(tmp_path: Path) -> None:

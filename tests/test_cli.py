@@ -105,6 +105,16 @@ def test_shipped_configs_parse(path):
     assert to_dict(parse(kind, ["--config", str(path)], "x"))
 
 
+def test_keys_of_yaml_are_what_is_written(tmp_path):
+    """YAML 1.1 reads `on` as true; docs/evaluation.md shows it."""
+    path = tmp_path / "e.yaml"
+    path.write_text("models: {1: a, no: b}\nchecks:\n  relearn: {on: retain, rows: 5, lr: 1e-3}\nname: 'on'\n")
+    config = parse(EvaluateConfig, ["--config", str(path)], "x")
+    assert (config.checks.relearn.on, config.checks.relearn.rows, config.checks.relearn.lr) == ("retain", 5, 1e-3)
+    assert (config.models, config.name) == ({"1": "a", "no": "b"}, "on")
+    assert parse(EvaluateConfig, ["--checks.relearn", "{on: retain}"], "x").checks.relearn.on == "retain"
+
+
 MISTAKES = {
     "unknown command": (["unlearm"], "Did you mean unlearn?"),
     "misspelt option": (["--ofmu.betta", "1"], "unknown option --ofmu.betta. Did you mean ofmu.beta?"),
@@ -194,6 +204,8 @@ def test_metrics_command_equals_the_golden_numbers(shared_dir, capsys):
 def test_configurations_refuse_what_cannot_run_together():
     with pytest.raises(UserError, match="attention"):
         parse(UnlearnConfig, ["--ofmu.curvature", "exact", "--training.engine", "torch"], "x")
+    with pytest.raises(UserError, match=r"data\.split: it would replace the requested rows"):
+        parse(RequestsConfig, ["--data.split.share", "0.1"], "x")
 
 
 def test_what_is_written_down_holds_no_credentials():

@@ -42,10 +42,14 @@ def test_row_groups_folders_globs_and_limits_number_rows_alike(tmp_path: Path) -
     jsonl(tmp_path / "many" / "x" / "b.jsonl", ROWS[:2])
     jsonl(tmp_path / "many" / "a.jsonl", ROWS[:3])
     jsonl(tmp_path / "many" / ".hidden.jsonl", ROWS)
+    jsonl(tmp_path / "many" / ".ipynb_checkpoints" / "a-checkpoint.jsonl", ROWS)
+    jsonl(tmp_path / "many" / "_temporary" / "0" / "a.jsonl", ROWS)
     many = ["forget-1-1", "forget-1-2", "forget-1-3", "forget-2-1", "forget-2-2"]
     assert ids(SourceConfig(path="many"), tmp_path) == many
     assert ids(SourceConfig(path=str(tmp_path / "many" / "*.jsonl"))) == many
     assert ids(SourceConfig(path="many", limit=4), tmp_path) == many[:4]
+    jsonl(tmp_path / "rows [1].jsonl", ROWS)  # as browsers name a second download
+    assert ids(SourceConfig(path="rows [1].jsonl"), tmp_path) == one
 
 
 def test_fingerprint_follows_content_not_place(tmp_path: Path) -> None:

@@ -31,10 +31,14 @@ FILES = {
     "list.yaml": b"[1, 2]\n",
     "section.yaml": b"training: [rounds, 3]\n",
     "text.yaml": b"training: fast\n",
+    "nothing.yaml": b"seed: 2\ntraining:\n  # rounds: 3\n",
+    "inner_nothing.yaml": b"ofmu:\n  inner:\n",
     "empty.yaml": b"",
     "comment.yaml": b"# nothing yet\n",
     "binary.yaml": b"\x89PNG\xff\xfe\x00",
     "broken.yaml": b"training:\n  rounds: 2: 3\n",
+    "tag.yaml": b"seed: 1\ntraining: !mine {rounds: 3}\n",
+    "list_key.yaml": b"? [a]\n: 3\n",
     "npo.yaml": b"npo: {beta: 0.2}\n",
 }
 MISTAKES = {
@@ -43,11 +47,18 @@ MISTAKES = {
     "list as a file": (["--config", "list.yaml"], "'list.yaml': the file is a list"),
     "list as a section": (["--config=section.yaml"], "'section.yaml', line 1: training is a section"),
     "text as a section": (["--config", "text.yaml"], "training is a section"),
+    "section without options": (["--config", "nothing.yaml"], "'nothing.yaml', line 2: training is a section"),
+    "inner section without options": (
+        ["--config", "inner_nothing.yaml"],
+        "ofmu.inner is a section, so it must contain options by name (`ofmu.inner: {option: value}`), not nothing",
+    ),
     "empty file": (["--config", "empty.yaml"], "'empty.yaml': the file has no options"),
     "only a comment": (["--config", "comment.yaml"], "'comment.yaml': the file has no options"),
     "binary file": (["--config", "binary.yaml"], "'binary.yaml': not a text file"),
     "missing file": (["--config", "mine.yaml"], "config = 'mine.yaml': cannot be read (No such file or directory)"),
     "broken YAML": (["--config", "broken.yaml"], "'broken.yaml', line 2: not YAML"),
+    "tag in YAML": (["--config", "tag.yaml"], "'tag.yaml', line 2: not YAML (could not determine a constructor"),
+    "list as a key": (["--config", "list_key.yaml"], "'list_key.yaml', line 1: not YAML (found unhashable key)"),
     "name outside the storage": (["--name", "../evil"], "name = '../evil': must be a folder's name"),
     "hidden name": (["--name", ".x"], "name = '.x': must be a folder's name"),
     "name of the cache": (["--name", "cache"], "name = 'cache': must be another"),
@@ -93,6 +104,13 @@ MISTAKES = {
     "option of ofmu unlearn": (["train", "--method", "npo"], "unknown option --method"),
     "heads that do not divide": (["train", "--scratch.heads", "3"], "scratch.heads = 3: must be a divisor"),
     "no epochs": (["train", "--epochs", "0"], "epochs = 0"),
+    "epochs without end": (["train", "--epochs", ".inf"], "epochs = inf: must be greater than 0 and finite"),
+    "mean in bytes": (["train", "--classifier.mean", "[125.3]"], "classifier.mean = [125.3]: must be from 0 (black)"),
+    "no deviation": (["train", "--classifier.std", "[0]"], "classifier.std = [0.0]: must be greater than 0"),
+    "cluster of no set": (
+        ["--evaluation.clusters", "{forgt: 20}"],
+        "evaluation.clusters: no set 'forgt'. Did you mean forget? Sets: forget, retain, real_authors, world_facts, ho",
+    ),
     "reserved label": (["evaluate", "--models", "{retrained: x}"], "models.retrained: give the retrained model as"),
     "label with a space": (["evaluate", "--models", "{a b: x}"], "models = 'a b': must be labelled with"),
     "model to evaluate": (["evaluate", "--models", "{a: ./nowhere}"], "models.a = './nowhere': no such folder"),
@@ -103,6 +121,10 @@ MISTAKES = {
     "log that is not there": (["metrics", "tofu", "--log", "nowhere.json"], "nowhere.json"),
     "format of logs": (["metrics", "muse", "--log", "x"], "invalid choice: 'muse'"),
     "schema of no command": (["schema", "unlern"], "invalid choice: 'unlern'"),
+    "file of a plan": (
+        ["plan", "--plan.row_tokens", "8", "--plan.json", "nowhere/plan.json"],
+        "plan.json = 'nowhere/plan.json': cannot be written (No such file or directory)",
+    ),
     "request's command": (["requests", "frobnicate"], "unknown command 'frobnicate'. Commands:"),
 }
 """What is typed (after `unlearn`, if it names no command) -> a part of the message."""

@@ -258,6 +258,8 @@ def test_what_a_task_cannot_run_is_refused_in_a_sentence(untrained: dict[str, st
         unlearn(UnlearnConfig(storage=str(tmp_path), method="salun"))
     with pytest.raises(UserError, match="either a share or classes"):
         forgetting(untrained, tmp_path, "both", **{"data.split": {"classes": [3], "share": 0.1}})
+    said = refusal(untrained, tmp_path, **{"data.split": {"classes": [3, 77]}})
+    assert "data.split.classes: 77 is not one of the 10 classes of the model (numbers 0 to 9, or 0, 1, 2, ...)" in said
 
 
 def test_parts_of_a_source(tmp_path: Path) -> None:
@@ -295,7 +297,10 @@ def test_a_folder_of_classes(untrained: dict[str, str], tmp_path: Path) -> None:
     for name, grey in (("cat", 10), ("dog", 200)):
         (tmp_path / "pets" / name).mkdir(parents=True)
         Image.fromarray(np.full((20, 30), grey, np.uint8)).save(tmp_path / "pets" / name / "a.png")
+        (tmp_path / "pets" / name / "._a.png").write_bytes(b"a note of the system")
     (tmp_path / "pets" / "notes.txt").write_text("not an image")
+    (tmp_path / "pets" / "cat" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "pets" / "cat" / ".ipynb_checkpoints" / "a-checkpoint.png").write_bytes(png())
     [piece] = fragments(SourceConfig(path=str(tmp_path / "pets"), format="images"), None, stream="f", option="data.f")
     rows = [(str(number), row) for number, row in read(piece)]
     encoder = ImageEncoder(ImagesConfig(), size=6, channels=1, classes=["dog", "cat"])
@@ -304,6 +309,20 @@ def test_a_folder_of_classes(untrained: dict[str, str], tmp_path: Path) -> None:
     assert [len(row.payload[0]) for row in encoded] == [36, 36]
     with pytest.raises(UserError, match="one folder of images"):
         fragments(SourceConfig(path=str(tmp_path / "none"), format="images"), None, stream="f", option="data.f")
+
+
+@pytest.mark.parametrize("suffix", ["PNG", "TIFF"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_16_bits_keep_their_shades(channels: int, suffix: str) -> None:
+    from ofmu_ray.config import ImagesConfig
+    from ofmu_ray.data.image_encoder import ImageEncoder
+
+    grey = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1024
+    stream = io.BytesIO()
+    Image.fromarray(grey).save(stream, suffix)
+    encoder = ImageEncoder(ImagesConfig(), size=8, channels=channels, classes=["a", "b"])
+    pixels = np.frombuffer(encoder.pixels(stream.getvalue()) or b"", np.uint8).reshape(8, 8, channels)
+    np.testing.assert_array_equal(pixels, np.repeat(grey[:, :, None] // 256, channels, 2))
 
 
 def test_learning_rates_fall_at_milestones() -> None:

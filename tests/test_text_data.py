@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import gzip
 import json
 from collections import Counter
@@ -18,7 +19,17 @@ from evaluation_models import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ofmu_ray.config import DataConfig, FormatConfig, SourceConfig, UnlearnConfig, apply_overrides, outcome_hash
+from ofmu_ray.config import (
+    DataConfig,
+    FormatConfig,
+    ImagesConfig,
+    SourceConfig,
+    SplitConfig,
+    TrainDataConfig,
+    UnlearnConfig,
+    apply_overrides,
+    outcome_hash,
+)
 from ofmu_ray.data import sources
 from ofmu_ray.data.batch_plan import write_plan
 from ofmu_ray.data.batches import local_rounds, padded
@@ -28,6 +39,7 @@ from ofmu_ray.data.prepare import PreparedData, prepare_streams
 from ofmu_ray.data.row_checks import Problems
 from ofmu_ray.data.windows import TextLayout
 from ofmu_ray.errors import UserError
+from ofmu_ray.evaluation.evaluator import read_sets
 
 SECRET = "Zebulon"
 CHATML = (
@@ -70,6 +82,46 @@ def documents(count: int, seed: int = 0) -> list[str]:
 def rows_of(prepared: PreparedData, name: str) -> list[dict[str, Any]]:
     stream = prepared.streams[name]
     return [row for part, _ in stream.parts for row in pq.read_table(Path(stream.folder, part)).to_pylist()]
+
+
+def texts_of(source: SourceConfig) -> list[str]:
+    pieces = sources.fragments(source, None, stream="forget", option="data.forget")
+    return [row["question"] for piece in pieces for _, row in sources.read(piece, ["question", "answer"])]
+
+
+def test_what_a_split_forgets_is_evaluated_as_the_forget_set(tmp_path: Path) -> None:
+    rows = [{"question": f"q{number}", "answer": "a"} for number in range(40)]
+    data = DataConfig(retain=lines(tmp_path / "all.jsonl", rows), split=SplitConfig(share=0.2))
+    config = UnlearnConfig(data=data)
+    sets = read_sets(config.evaluation, config.data, config.model)
+    asked = {name: [row["question"] for row in sets[name]] for name in ("forget", "retain")}
+    assert asked == {name: texts_of(data.sources[name]) for name in asked}
+    assert 0 < len(asked["forget"]) < 40
+    assert not {*asked["forget"]} & {*asked["retain"]}
+
+
+def test_a_split_by_class_reads_the_class_of_texts(tmp_path: Path) -> None:
+    """Parquet: encoders of texts ask for other columns only."""
+    rows = [{"question": f"q{number}", "answer": "a", "person": number // 4} for number in range(12)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "all.parquet")
+    split, images = SplitConfig(classes=["1"]), ImagesConfig(label="person")
+    source = SourceConfig(path=str(tmp_path / "all.parquet"))
+    data = DataConfig(retain=source, split=split, images=images)
+    assert texts_of(data.sources["forget"]) == ["q4", "q5", "q6", "q7"]
+    left = [f"q{number}" for number in (0, 1, 2, 3, 8, 9, 10, 11)]
+    assert texts_of(data.sources["retain"]) == left
+    assert texts_of(TrainDataConfig(train=source, split=split, images=images).source) == left
+
+
+def test_a_split_by_class_refuses_rows_without_one(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"question": "q", "answer": "a", "person": 1}, {"question": SECRET, "answer": "a", "person": None}]
+    data = DataConfig(retain=lines(tmp_path / "all.jsonl", [*rows, {"question": SECRET, "answer": "a"}]))
+    data = dataclasses.replace(data, split=SplitConfig(classes=[1]), images=ImagesConfig(label="person"))
+    with pytest.raises(UserError) as caught:
+        prepare(tmp_path, tokenizer, data)
+    assert "null in column 'person', which data.split needs (all.jsonl row 2)" in str(caught.value)
+    assert "no column 'person' for data.split, only answer, question. Set --data.images.label" in str(caught.value)
+    assert SECRET not in str(caught.value)
 
 
 # --------------------------------------------------------------------------------------------------------- windows
@@ -198,6 +250,7 @@ def prepared_ids(prepared: PreparedData, name: str) -> list[str]:
 
 MISTAKES: dict[str, tuple[dict[str, Any], list[Any], str]] = {
     "no content": ({}, [{"text": SECRET}, {"text": " \n"}], "1 row: empty text in column 'text' (f.jsonl row 2)"),
+    "only short ones": ({"format.min_characters": 50}, [{"text": SECRET}], "every row is shorter than data.format."),
     "missing column": (
         {}, [{"content": SECRET}], "no column 'text', only content. Set --data.format.text (f.jsonl row 1)"
     ),
@@ -205,6 +258,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[Any], str]] = {
     "no assistant": (
         {"format.kind": "messages"}, [{"messages": [{"role": "user", "content": SECRET}]}],
         "no turn of the assistant (f.jsonl row 1)",
+    ),
+    "nothing to answer": (
+        {"format.kind": "messages"}, [{"conversations": [{"from": "gpt", "value": SECRET}]}],
+        "the first turn is the assistant's, so it answers nothing: remove it, or put a turn before (f.jsonl row 1)",
     ),
     "an empty turn": (
         {"format.kind": "messages"},
@@ -358,6 +415,12 @@ def test_shapes_of_files(shape: str, tmp_path: Path) -> None:
     assert [(number, row) for piece in pieces for number, row in sources.read(piece)] == list(enumerate(ROWS, start=1))
 
 
+def test_an_array_may_follow_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text("\n \n" + json.dumps(ROWS, indent=1))
+    assert [row["answer"] for row in evaluation_rows(str(path), None)] == ['a "1"', "42"]
+
+
 def test_text_files_are_documents(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\ntwo")
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
@@ -372,6 +435,8 @@ BROKEN = {
     "quotes.csv": ('question,answer\nq,"a\n', "broken quotes; the rest of the file was not read (quotes.csv row 1)"),
     "half.json": ('[{"question": "q"}', "not JSON (the file starts an array that cannot be read to its end)"),
     "numbers.json": ("[1, 2]", "2 rows: not a JSON object (numbers.json row 1, numbers.json row 2)"),
+    "digits.jsonl": (f'{{"question": "q", "answer": "a", "id": {"1" * 5000}}}', "not JSON (one object per line"),
+    "digits.json": (f'[{{"question": "q", "answer": "a", "id": {"1" * 5000}}}]', "not JSON (the file starts an array"),
     "cut.jsonl.gz": (gzip.compress(b'{"question": "q", "answer": "a"}\n' * 99)[:40], "cannot be decompressed"),
 }
 

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from ofmu_ray.tracking import (
     start,
     system_metrics,
 )
+from ofmu_ray.tracking.description import describe
 
 CONFIG = TrackingConfig()
 METRICS = {
@@ -168,6 +170,20 @@ def test_final_metrics_and_cost(storage: str) -> None:
         "cost/seconds/training": 12.5,
         "cost/updates": 60,
     }
+
+
+@pytest.mark.parametrize("error", [KeyError("uid not found"), OSError("no username")])
+def test_a_user_without_a_name_does_not_keep_a_run_open(
+    storage: str, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Containers run as any number."""
+    manifest = {"name": "n", "command": "c", "code": {"commit": None}, "data": {"streams": {}}, "models": {}}
+    run = {"method": "ofmu", "rounds": 1, "status": "finished", "message": "", "model": "m"}
+    handle = start(CONFIG, storage, "nameless", {})
+    monkeypatch.setattr("getpass.getuser", lambda: (_ for _ in ()).throw(error))
+    described = partial(describe, summary={"run": run}, manifest=manifest)
+    assert finish(handle, described=described)
+    assert _client(handle).get_run(handle.run_id).info.status == "FINISHED"
 
 
 def test_evaluation_rows_are_refused_as_artifacts(storage: str, tmp_path: Path) -> None:

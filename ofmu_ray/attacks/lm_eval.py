@@ -15,7 +15,7 @@ from typing import Any
 from ofmu_ray.errors import UserError
 from ofmu_ray.metrics.intervals import MetricValue
 
-_OPTION = "tasks"
+_OPTION = "checks.lm_eval"
 _NORMAL_95 = 1.959963984540054  # 97.5 % point of the normal distribution
 
 

@@ -6,6 +6,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ofmu_ray.config.ranges import not_negative, positive, require
+from ofmu_ray.config.values import close_match
+from ofmu_ray.errors import UserError
+
+CLUSTERED = ("forget", "retain", "real_authors", "world_facts", "holdout")
+"""Sets of questions, besides those of probes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,5 +112,10 @@ class EvaluationConfig:
             require(
                 rows != "" and (isinstance(rows, str) or rows > 0), f"evaluation.clusters.{name}", rows, "1 or more"
             )
+            if name not in CLUSTERED and not name.endswith(("_forget", "_retain")):
+                hint = close_match(name, CLUSTERED)
+                raise UserError(
+                    f"evaluation.clusters: no set {name!r}.{hint} Sets: {', '.join(CLUSTERED)}, PROBE_forget"
+                )
         positive("evaluation", self, "max_rows", "batch_size", "actors", "bootstrap_samples")
         not_negative("evaluation", self, "max_new_tokens")

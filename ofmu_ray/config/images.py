@@ -75,3 +75,7 @@ class ClassifierConfig:
         for name in ("mean", "std"):
             values = getattr(self, name)
             require(len(values) in (1, self.channels), f"classifier.{name}", values, "one number, or one per channel")
+        require(
+            all(0 <= value <= 1 for value in self.mean), "classifier.mean", self.mean, "from 0 (black) to 1 (white)"
+        )
+        require(all(0 < value <= 1 for value in self.std), "classifier.std", self.std, "greater than 0, at most 1")

@@ -78,6 +78,8 @@ class RequestsConfig(UnlearnConfig):
             raise UserError(f"task = {self.task}: requests forget questions and answers of language models")
         if self.export.push_to_hub is not None:
             raise UserError("export.push_to_hub: would send models before their gates; send the promoted one yourself")
+        if self.data.split is not None:
+            raise UserError("data.split: it would replace the requested rows by a part of data.retain; drop it")
         for option, kind in (("requests.train", self.requests.train.kind), ("data.format", self.data.format.kind)):
             if kind not in (None, "qa"):
                 raise UserError(

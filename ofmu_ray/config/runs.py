@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -201,4 +202,4 @@ class TrainConfig:
         seed("seed", self.seed)
         self.finetune.check("finetune")
         self.export.check(self.model)
-        require(self.epochs > 0, "epochs", self.epochs, "greater than 0")
+        require(0 < self.epochs < math.inf, "epochs", self.epochs, "greater than 0 and finite")

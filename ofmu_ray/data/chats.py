@@ -50,6 +50,9 @@ def chat_of(row: Mapping[str, Any], fmt: FormatConfig, problems: Problems, place
     if not chat.answers:
         problems.add("no turn of the assistant", place)
         return None
+    if chat.answers[0] == 0 and not fmt.system_prompt:
+        problems.add("the first turn is the assistant's, so it answers nothing: remove it, or put a turn before", place)
+        return None
     return chat
 
 

@@ -7,15 +7,18 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from ofmu_ray.config import ImagesConfig
+from ofmu_ray.config import ImagesConfig, close_match
 from ofmu_ray.data.encoder import EncodedRow
 from ofmu_ray.data.row_checks import Problems
 from ofmu_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 class ImageEncoder:
@@ -65,6 +68,20 @@ class ImageEncoder:
                 identity = hashlib.blake2b(pixels, digest_size=16).hexdigest(), str(label)
                 yield index, EncodedRow((pixels, label), 1, 0, identity)
 
+    def check_split(self, classes: Sequence[int | str]) -> None:
+        """Refuse a class of data.split that the model does not have: its rows would be kept.
+
+        Raises:
+            UserError: names the class, and the closest one.
+        """
+        for name in classes:
+            if self.number(int(name) if isinstance(name, str) and name.isdecimal() else name) is None:
+                hint = close_match(str(name), self.classes)
+                raise UserError(
+                    f"data.split.classes: {name!r} is not one of the {len(self.classes)} classes of the model "
+                    f"({self._shown_classes()}).{hint}"
+                )
+
     def _shown_classes(self) -> str:
         return f"numbers 0 to {len(self.classes) - 1}, or {', '.join(self.classes[:3])}, ..."
 
@@ -85,12 +102,21 @@ class ImageEncoder:
         height, width, channels = self.shape
         try:
             with Image.open(io.BytesIO(image)) as opened:
-                picture = opened.convert("L" if channels == 1 else "RGB")
+                picture = _eight_bits(opened).convert("L" if channels == 1 else "RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow's readers raise
             return None
         if picture.size != (width, height):
             picture = picture.resize((width, height), Image.Resampling.BILINEAR)
         return bytes(picture.tobytes())
+
+
+def _eight_bits(picture: Image) -> Image:
+    """An image of 16 bits as one of 8 (Pillow's conversion would make all but the darkest pixels white); or itself."""
+    from PIL import Image
+
+    if not picture.mode.startswith("I;16"):
+        return picture
+    return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
 
 
 def _content(path: Any) -> bytes | None:

@@ -39,7 +39,8 @@ def found(path: str, option: str) -> list[tuple[Files, str]]:
     images = []
     for info in sorted(infos, key=lambda info: info.path):
         name, _, rest = info.path[len(root) + 1 :].partition("/")
-        if rest and info.type == pafs.FileType.File and info.path.lower().endswith(SUFFIXES):
+        wanted = info.type == pafs.FileType.File and info.path.lower().endswith(SUFFIXES)
+        if rest and wanted and not hidden(info.path, root):
             images.append((info, name))
     if not images:
         raise UserError(
@@ -54,6 +55,12 @@ def found(path: str, option: str) -> list[tuple[Files, str]]:
         files = tuple((scheme + info.path, name) for info, name in chosen)
         pieces.append((files, hashlib.sha256(seen.encode()).hexdigest()))
     return pieces
+
+
+def hidden(path: str, folder: str, marks: tuple[str, ...] = (".",)) -> bool:
+    """Whether some name below the folder starts with a mark: copies and notes of editors and systems, such as
+    .ipynb_checkpoints/a-checkpoint.png, ._a.png and _temporary/a.parquet."""
+    return any(name.startswith(marks) for name in path.removeprefix(folder).strip("/").split("/"))
 
 
 def read(files: Files, first: int) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -291,6 +291,8 @@ class _Overlaps:
             extra.append(checks.overlap_line(self.overlap))
         checks.refuse({f"data.{name}": (self.shown[name], p) for name, p in problems.items()}, extra)
         for name, used in self.used.items():
+            if not len(used):
+                raise UserError(f"data.{name}: every row is shorter than data.format.min_characters; lower it")
             if not used.any():
                 raise UserError(f"data.{name}: no row is left after dropping duplicates and overlap")
 

@@ -101,12 +101,13 @@ def _decoded(content: bytes) -> dict[str, Any] | UnreadableRow:
 
 def _json(file: Any) -> Iterator[Row]:
     """JSON Lines, or one array of objects, or of texts (each a document)."""
-    lines = _lines(file)
-    first = next((line for line in itertools.islice(lines, 1)), b"")
+    lines = enumerate(_lines(file), start=1)
+    number, first = next(((at, line) for at, line in lines if line.removeprefix(_MARK).strip()), (1, b""))
+    rest = (line for _, line in lines)
     if first.removeprefix(_MARK).lstrip(_WHITE)[:1] == b"[":
-        yield from _array(b"\n".join([first, *lines]))
+        yield from _array(b"\n".join([first, *rest]))
         return
-    yield from _rows(itertools.chain([first], lines), 1)
+    yield from _rows(itertools.chain([first], rest), number)
 
 
 def _rows(lines: Iterable[bytes], first: int) -> Iterator[Row]:
@@ -115,7 +116,7 @@ def _rows(lines: Iterable[bytes], first: int) -> Iterator[Row]:
             continue
         try:
             row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        except (ValueError, RecursionError):  # no JSON, not UTF-8, a number of thousands of digits; nested too deep
             yield number, UnreadableRow("not JSON (one object per line, or an array of them, is expected)")
             continue
         yield number, _object(row)
@@ -124,7 +125,7 @@ def _rows(lines: Iterable[bytes], first: int) -> Iterator[Row]:
 def _array(content: bytes) -> Iterator[Row]:
     try:
         rows = json.loads(content.decode("utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # no JSON, not UTF-8, a number of thousands of digits; nested too deep
         yield 1, UnreadableRow("not JSON (the file starts an array that cannot be read to its end)")
         return
     for number, row in enumerate(rows, start=1):

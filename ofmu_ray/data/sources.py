@@ -115,8 +115,13 @@ def read(fragment: Fragment, columns: Collection[str] | None = None, *, some: bo
     """(row number from 1, row) of each row; a row that cannot be read is an `UnreadableRow`.
 
     `columns`: those to read of Parquet files and data sets. If one is missing, all are read, to show the user which
-    there are; with `some`, those that are missing are not needed, and those that are not read are null.
+    there are; with `some`, those that are missing are not needed, and those that are not read are null. The column that
+    tells a part's rows is read, too.
     """
+    part = fragment.part
+    by_class = part is not None and part.split.share is None
+    if part is not None and by_class and columns is not None:
+        columns = {*columns, part.label}
     if fragment.kind == "images":
         rows: Rows = image_files.read(fragment.files, fragment.first_row)
     elif fragment.kind in ROW_FILES:
@@ -124,19 +129,38 @@ def read(fragment: Fragment, columns: Collection[str] | None = None, *, some: bo
     else:
         rows = _read_table(fragment, columns, some)
     rows = rows if fragment.rows is None else itertools.islice(rows, fragment.rows)
-    part = fragment.part
-    return rows if part is None else (row for row in rows if in_part(part, row[1], f"{fragment.file}/{row[0]}"))
+    if part is None:
+        return rows
+    if by_class:
+        rows = _classed(rows, part.label)
+    return (row for row in rows if in_part(part, row[1], f"{fragment.file}/{row[0]}"))
+
+
+def _classed(rows: Rows, label: str) -> Rows:
+    """The rows; one without its class is refused, or it would silently be a row to keep."""
+    for number, row in rows:
+        if isinstance(row, dict) and label not in row:
+            known = ", ".join(sorted(map(str, row)))
+            row = UnreadableRow(f"no column {label!r} for data.split, only {known}. Set --data.images.label")
+        elif isinstance(row, dict) and row[label] is None:
+            row = UnreadableRow(f"null in column {label!r}, which data.split needs")
+        yield number, row
 
 
 def in_part(part: PartConfig, row: dict[str, Any] | UnreadableRow, place: str) -> bool:
-    """Whether a row belongs to a part: by its class, or by a hash of the seed and its place, about `share` of all."""
+    """Whether a row belongs to a part: by its class, or by a hash of the seed and its place, about `share` of all.
+
+    A row that cannot be read belongs to both, so that it is refused.
+    """
+    if isinstance(row, UnreadableRow):
+        return True
     split = part.split
     if split.share is not None:
         digest = hashlib.blake2b(f"{split.seed}/{place}".encode(), digest_size=8).digest()
         forgotten = int.from_bytes(digest, "big") < split.share * 2**64
     else:
-        label = row.get(part.label) if isinstance(row, dict) else None
-        forgotten = label in split.classes or str(label) in split.classes
+        label = row[part.label]
+        forgotten = label in split.classes or str(label) in map(str, split.classes)
     return forgotten == part.forgotten
 
 
@@ -212,13 +236,16 @@ def _expand(path: str, option: str) -> list[str]:
     """Files of a file, folder or glob, sorted by path."""
     filesystem, inside = locate(path, f"{option}.path")
     try:
-        if any(mark in inside for mark in "*["):
+        kind = filesystem.get_file_info(inside).type
+        if kind == pafs.FileType.Directory:
+            files = [p for p in _walk(filesystem, inside) if p.endswith(SUFFIXES)]
+        elif kind == pafs.FileType.File:  # also one whose name looks like a glob: rows [1].jsonl
+            files = [inside]
+        elif any(mark in inside for mark in "*["):
             base = inside[: min(inside.find(mark) for mark in "*[" if mark in inside)].rpartition("/")[0]
             files = [p for p in _walk(filesystem, base) if fnmatch.fnmatch(p, inside)]
-        elif filesystem.get_file_info(inside).type == pafs.FileType.Directory:
-            files = [p for p in _walk(filesystem, inside) if p.endswith(SUFFIXES)]
         else:
-            files = [inside] if filesystem.get_file_info(inside).type == pafs.FileType.File else []
+            files = []
     except OSError as error:
         shown = without_credentials(path)
         reason = refusal(error) or f"cannot be read ({type(error).__name__})"
@@ -233,11 +260,8 @@ def _expand(path: str, option: str) -> list[str]:
 
 def _walk(filesystem: pafs.FileSystem, folder: str) -> list[str]:
     infos = filesystem.get_file_info(pafs.FileSelector(folder, recursive=True, allow_not_found=True))
-    return [info.path for info in infos if info.type == pafs.FileType.File and not _hidden(info.path)]
-
-
-def _hidden(path: str) -> bool:
-    return path.rpartition("/")[2].startswith((".", "_"))
+    files = [info.path for info in infos if info.type == pafs.FileType.File]
+    return [path for path in files if not image_files.hidden(path, folder, (".", "_"))]
 
 
 def _full(original: str, inside: str, path: str) -> str:

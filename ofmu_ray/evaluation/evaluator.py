@@ -275,10 +275,10 @@ def read_sets(evaluation: EvaluationConfig, data: DataConfig, model: ModelConfig
 
         return TextLayout(load_tokenizer(model), data.format)
 
-    sets, limit, question = evaluation.sets, evaluation.max_rows, data.format.question
+    sets, limit, question, own = evaluation.sets, evaluation.max_rows, data.format.question, data.sources
     sources: dict[str, tuple[str, str | SourceConfig | None, str]] = {
         name: (f"evaluation.sets.{name}", rows, question) if rows else (f"data.{name}", fallback, question)
-        for name, rows, fallback in (("forget", sets.forget, data.forget), ("retain", sets.retain, data.retain))
+        for name, rows, fallback in (("forget", sets.forget, own["forget"]), ("retain", sets.retain, own["retain"]))
     }
     for name in ("real_authors", "world_facts", "holdout"):
         sources[name] = f"evaluation.sets.{name}", getattr(sets, name), question

@@ -42,7 +42,11 @@ class ImageClassification:
     def encoder(self, processor: ImageProcessor, data: DataConfig | TrainDataConfig) -> ImageEncoder:
         from ofmu_ray.data.image_encoder import ImageEncoder
 
-        return ImageEncoder(data.images, size=processor.size, channels=processor.channels, classes=processor.classes)
+        shape = {"size": processor.size, "channels": processor.channels}
+        encoder = ImageEncoder(data.images, **shape, classes=processor.classes)
+        if data.split is not None:
+            encoder.check_split(data.split.classes)
+        return encoder
 
     def evaluation(self, config: UnlearnConfig, storage: PathLike) -> ImageEvaluator:
         from ofmu_ray.evaluation.image_evaluator import ImageEvaluator

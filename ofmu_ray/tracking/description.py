@@ -29,7 +29,7 @@ def describe(client: Any, run_id: str, summary: Mapping[str, Any], manifest: Map
     tags = {
         tag.MLFLOW_SOURCE_NAME: manifest["command"] or "ofmu_ray",
         tag.MLFLOW_SOURCE_TYPE: "JOB" if "RAY_JOB_ID" in os.environ else "LOCAL",
-        tag.MLFLOW_USER: getpass.getuser(),
+        tag.MLFLOW_USER: _user(),
         tag.MLFLOW_GIT_COMMIT: manifest["code"]["commit"],
         tag.MLFLOW_RUN_NOTE: note,
     }
@@ -39,6 +39,14 @@ def describe(client: Any, run_id: str, summary: Mapping[str, Any], manifest: Map
     client.log_text(run_id, intervals(summary), "intervals.csv")
     client.log_inputs(run_id, list(_data_sets(manifest["data"]["streams"], run_id)))
     _log_model(client, run_id, summary, manifest)
+
+
+def _user() -> str | None:
+    """The user's name; None: a container runs as a number that its system has no name for."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # until Python 3.12, from 3.13
+        return None
 
 
 def headline(summary: Mapping[str, Any]) -> str:
