@@ -69,7 +69,7 @@ class MethodConfig:
     def check_run(self, config: UnlearnConfig) -> None:
         """Checks the other sections, if this method is chosen. Raises UserError."""
 
-    def sized(self, trained: Callable[[], int | None]) -> tuple[Self, str | None]:
+    def sized(self, section: str, trained: Callable[[], int | None]) -> tuple[Self, str | None]:
         """The options with learning rates as numbers, and a remark on those that `trained`, the number of trained
         parameters, gave (None: unknown, taken for 7 B).
 
@@ -81,12 +81,17 @@ class MethodConfig:
             return self, None
         for name, optimizer in unsized.items():
             if optimizer.name != "adamw":
-                raise UserError(f"{name}.lr: give a learning rate; only AdamW's follows from the size of the model")
+                raise UserError(
+                    f"{section}.{name}.lr: give a learning rate; only AdamW's follows from the model's size"
+                )
         count = trained()
         rate = rate_for(LARGE if count is None else count)
         options = replace(self, **{name: replace(optimizer, lr=rate) for name, optimizer in unsized.items()})
         size = "an unknown number of" if count is None else f"{count:,}"
-        return options, f"{rate:g} ({', '.join(f'{name}.lr' for name in unsized)}), for {size} trained parameters"
+        return (
+            options,
+            f"{rate:g} ({', '.join(f'{section}.{name}.lr' for name in unsized)}), for {size} trained parameters",
+        )
 
     def completed(self, prepared: PreparedData, model: ModelConfig, cache: str) -> Self:
         """The options, completed with values that depend on the rows and the model before any step.

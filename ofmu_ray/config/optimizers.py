@@ -13,11 +13,11 @@ LARGE = 7e9
 
 
 def rate_for(trained: float) -> float:
-    """AdamW's learning rate for a model with so many trained parameters, two digits: 1e-5 at 7 B, and larger as the
-    root of their number falls.
+    """AdamW's learning rate for so many trained parameters, two digits: 1e-5 at 7 B, and the larger, the fewer they are
+    (by the square root).
 
-    Between the rates found by hand at 0.5 M and 1 M parameters (docs/decisions.md), and the rates in use at 7 B, for all
-    weights and for LoRA.
+    Fits the rates found by hand for small models (docs/decisions.md), and those in use at 7 B for all weights and for
+    LoRA.
     """
     return float(f"{1e-5 * math.sqrt(LARGE / trained):.1e}")
 
@@ -54,9 +54,8 @@ class OptimizerConfig:
 
     @property
     def rate(self) -> float:
-        """`lr` of an optimiser that is about to step."""
-        assert self.lr is not None, "a learning rate by the model's size was not resolved"
-        return self.lr
+        """`lr`, or that of a large model if nothing has set it by the size."""
+        return rate_for(LARGE) if self.lr is None else self.lr
 
     def check(self, section: str) -> None:
         """Checks ranges. The owner calls it, because only the owner knows the option's full name."""

@@ -79,8 +79,8 @@ class TrainingConfig:
             )
         if self.gpus > 1:
             raise UserError(
-                f"training.gpus_per_worker = {self.gpus:g}: a worker computes on one GPU, the others would be idle; use 1 "
-                "and more --training.workers"
+                f"training.gpus_per_worker = {self.gpus:g}: a worker computes on one GPU, the others would be idle; "
+                "use 1 and more --training.workers"
             )
         if self.batch_size % self.workers:
             raise UserError(

@@ -69,7 +69,7 @@ class VectorEngine:
         self._numel_all = sum(_numel(parameter) for parameter in module.parameters())
         offloaded = offload == "optimizer"
         decayed = None if decay_norms else shards.matrices()
-        plain = OptimizerConfig(lr=1e-5)
+        plain = OptimizerConfig()
         first = LoopOptimizer(shards.masters, inner or plain, offload=offloaded, decayed=decayed)
         second = LoopOptimizer(shards.masters, outer or plain, offload=offloaded, beside=first, decayed=decayed)
         self._optimizers: dict[Loop, LoopOptimizer] = {"inner": first, "outer": second}

@@ -92,7 +92,7 @@ def make_job(
     watched = None
     if spec.stop.utility_floor is not None:
         watched = write_sample(prepared.streams["retain"], spec.stop.sample, join(folder, WATCHED))
-    sized, remark = spec.method.sized(lambda: _trained(spec))
+    sized, remark = spec.method.sized(spec.method_name, lambda: trained_parameters(spec))
     if remark is not None:
         note("rate", remark)
     job = WorkerJob(
@@ -126,7 +126,7 @@ def make_job(
     return job, plan
 
 
-def _trained(spec: Spec) -> int | None:
+def trained_parameters(spec: Spec) -> int | None:
     """Number of parameters that the method trains; None: the task does not tell before it has loaded the model."""
     from ofmu_ray.methods import build_method
 
