@@ -311,6 +311,23 @@ def test_a_folder_of_classes(untrained: dict[str, str], tmp_path: Path) -> None:
         fragments(SourceConfig(path=str(tmp_path / "none"), format="images"), None, stream="f", option="data.f")
 
 
+def test_a_sample_of_rows_sorted_by_class_has_all_classes(untrained: dict[str, str], tmp_path: Path) -> None:
+    from ofmu_ray.evaluation.image_evaluator import ImageEvaluator
+    from ofmu_ray.tasks import task_named
+
+    rows = [{"image": {"bytes": png(), "path": None}, "label": number // 6} for number in range(60)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    source = {"data.retain.path": str(tmp_path / "rows.parquet"), "data.test.path": str(tmp_path / "rows.parquet")}
+    config = forgetting(untrained, tmp_path, "sample", **source, **{"evaluation.max_rows": 18})
+    task = task_named("image_classification")
+    encoder = task.encoder(task.check_model(config.model), config.data)
+    images = ImageEvaluator.of(config, encoder, tmp_path).images
+    assert {name: len(one) for name, one in images.items()} == {
+        "forget": 6, "retain": 18, "test": 16, "test_forgotten": 2,
+    }  # fmt: skip
+    assert np.bincount(images["retain"].labels).tolist() == [2, 2, 2, 0, 2, 2, 2, 2, 2, 2]
+
+
 @pytest.mark.parametrize("suffix", ["PNG", "TIFF"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_of_16_bits_keep_their_shades(channels: int, suffix: str) -> None:

@@ -88,7 +88,7 @@ class EvaluationConfig:
     """Rows that intervals resample together (one person's rows): set -> n for n consecutive rows (TOFU: {forget: 20,
     retain: 20}) or a column that names the group; null: single rows. auto: those of the built-in rows."""
     max_rows: int | None = 400
-    """First n rows of each set; null: all."""
+    """First n rows of each set (images: n evenly spread ones); null: all."""
     max_new_tokens: int = 200
     """Longest generation (tokens); 0: none, so no ROUGE, model utility or degeneration."""
     batch_size: int = 64

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from ofmu_ray.data.row_checks import Problems, refuse
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.cache import TableCache
 from ofmu_ray.evaluation.rows import is_private
-from ofmu_ray.evaluation.sample import RowSample, figures_of
+from ofmu_ray.evaluation.sample import RowSample, figures_of, spread
 from ofmu_ray.storage import PathLike, join
 
 CHUNK = 2000
@@ -81,7 +81,11 @@ class ImageEvaluator:
             check_classes(counts, encoder.classes)
             problems: dict[str, tuple[str, Problems]] = {}
             for name in [name for name in ("forget", "retain", "test") if name in named]:
-                images[name], problem = _read(named[name], root, name, encoder, limit)
+                chosen = None
+                if limit is not None:  # folders, and many files, are sorted by class
+                    count = counts[name] if name in counts else _counts(named[name], root, name, encoder)
+                    chosen = set(spread(int(count.sum()), limit))
+                images[name], problem = _read(named[name], root, name, encoder, chosen)
                 problems[f"data.{name}"] = named[name].shown, problem
             refuse(problems)
             if "test" in images:
@@ -194,15 +198,15 @@ def _predictor(folder: str, device: str, batch_size: int) -> Callable[[tuple[str
 
 
 def _read(
-    source: SourceConfig, root: str | None, name: str, encoder: ImageEncoder, limit: int | None
+    source: SourceConfig, root: str | None, name: str, encoder: ImageEncoder, chosen: Container[int] | None
 ) -> tuple[ImageSet, Problems]:
-    """The first `limit` rows of a source."""
+    """The rows of a source with these indices, or all."""
     problems, pixels, labels, count = Problems(), [], [], 0
     for piece in sources.fragments(source, root, stream=name, option=f"data.{name}"):
         for number, row in sources.read(piece, list(encoder.columns)):
-            if limit is not None and count >= limit:
-                break
             count += 1
+            if chosen is not None and count - 1 not in chosen:
+                continue
             place = f"{piece.name.rpartition('/')[2]} row {number}"
             if isinstance(row, sources.UnreadableRow):
                 problems.add(row.kind, place)
