@@ -162,7 +162,7 @@ def test_a_round_that_is_not_finite_is_tried_again_with_shorter_steps(
     # the round that was thrown away stays in the cost
     passes, eight = worker.engine.account.gradient_passes, undisturbed.engine.account.gradient_passes
     assert passes == {kind: count * (ROUNDS + 1) // ROUNDS for kind, count in eight.items()}
-    inner, outer = (replace(config, lr=config.lr * SHRINK) for config in EXPLODING.optimizers)
+    inner, outer = (replace(config, lr=config.rate * SHRINK) for config in EXPLODING.optimizers)
     assert same(worker, run_local(make_job(tmp_path, name="short", method=replace(METHOD, inner=inner, outer=outer))))
     rounds = tmp_path / "run.rounds"
     at = json.loads(rounds.read_text().splitlines()[0])["at"]  # round 1

@@ -30,7 +30,7 @@ PATIENCE_SECONDS = 900
 ROUNDS, EVERY = 9, 3
 OPTIONS = [
     *("--training.rounds", str(ROUNDS), "--training.checkpoint_every", str(EVERY), "--training.batch_size", "4"),
-    *("--ofmu.preset", "full", "--ofmu.inner_steps", "2"),
+    *("--ofmu.preset", "full", "--ofmu.inner_steps", "2", "--ofmu.inner.lr", "1e-5", "--ofmu.outer.lr", "1e-5"),
     *("--evaluation.enabled", "false", "--tracking.system_metrics", "false"),
 ]
 NEWEST = f"round_{2 * EVERY:06d}"

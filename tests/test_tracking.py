@@ -16,7 +16,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow_server import mlflow_server
 
-from ofmu_ray.config import TrackingConfig, UnlearnConfig, to_dict
+from ofmu_ray.config import TrackingConfig, UnlearnConfig, apply_overrides, to_dict
 from ofmu_ray.errors import UserError
 from ofmu_ray.tracking import (
     RECORD,
@@ -74,7 +74,7 @@ def test_default_database_and_artifacts_lie_under_storage(
 
 
 def test_the_complete_configuration_is_logged_as_parameters(storage: str) -> None:
-    config = to_dict(UnlearnConfig(seed=7))
+    config = to_dict(apply_overrides(UnlearnConfig(seed=7), {"ofmu.inner.lr": 1e-5}))
     handle = start(CONFIG, storage, "parameters", config, {"version": "1"})
     run = _client(handle).get_run(handle.run_id)
     assert run.data.params["seed"] == "7"
