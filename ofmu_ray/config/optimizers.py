@@ -29,7 +29,7 @@ class OptimizerConfig:
     name: Literal["sgd", "adamw"] = "adamw"
     """Update rule, elementwise on the rank's shard of the fp32 weights (torch.optim)."""
     lr: float | None = None
-    """Learning rate (per step); null: by the number of trained parameters (`rate_for`)."""
+    """Learning rate (per step); null: 1e-5 x sqrt(7e9 / trained parameters), for adamw."""
     clip: float | None = 1.0
     """Largest global gradient norm; null: no clipping."""
     momentum: float = 0.0
