@@ -11,7 +11,7 @@ FLOOR = 0.1
 Decay = Literal["constant", "linear", "cosine", "step"]
 
 
-class Rate(Protocol):
+class Schedule(Protocol):
     """A learning rate and its schedule; ofmu_ray.config.OptimizerConfig declares and explains them."""
 
     @property
@@ -26,15 +26,15 @@ class Rate(Protocol):
     def step_factor(self) -> float: ...
 
 
-def learning_rate(rate: Rate, done: int, rounds: int | None) -> float:
+def learning_rate(schedule: Schedule, done: int, rounds: int | None) -> float:
     """Learning rate of the round after `done` of `rounds` rounds (None: unknown, so no schedule)."""
     if rounds is None:
-        return rate.rate
-    if rate.decay == "step":
-        warm = warmup_then("constant", done, rounds, math.ceil(rate.warmup_fraction * rounds))
-        passed = sum(done >= round(milestone * rounds) for milestone in rate.milestones)
-        return rate.rate * warm * rate.step_factor**passed
-    return rate.rate * warmup_then(rate.decay, done, rounds, math.ceil(rate.warmup_fraction * rounds))
+        return schedule.rate
+    if schedule.decay == "step":
+        warm = warmup_then("constant", done, rounds, math.ceil(schedule.warmup_fraction * rounds))
+        passed = sum(done >= round(milestone * rounds) for milestone in schedule.milestones)
+        return schedule.rate * warm * schedule.step_factor**passed
+    return schedule.rate * warmup_then(schedule.decay, done, rounds, math.ceil(schedule.warmup_fraction * rounds))
 
 
 def warmup_then(decay: Decay, step: int, steps: int, warmup: int) -> float:

@@ -107,20 +107,19 @@ def two_loop_round(
     penalise = rho > 0.0 and options.penalty_curvature != "none"
     lagged = penalise and options.penalty_curvature == "forget" and options.reuse_forget_gradient
     penalty: Vector | None = None
-    stale = False
 
     for t in range(options.inner_steps):
         last = t == options.inner_steps - 1
         batch = next(forget)
-        stale = stale or phi.stale(t)  # a skipped step leaves its refresh to the next one
-        enters = (stale and curvature.ends_at_base("forget")) or (last and lagged and curvature.ends_at_base("penalty"))
+        enters = (phi.stale(t) and curvature.ends_at_base("forget")) or (
+            last and lagged and curvature.ends_at_base("penalty")
+        )
         g_f, stats.forget_loss = space.gradient(batch, kind="forget", differenced=enters)
         if level is not None and stats.forget_loss >= level * (1 - LEVEL_TOLERANCE):
             stats.skipped_ascents = (stats.skipped_ascents or 0) + 1
             continue
-        if stale:
+        if phi.stale(t):
             phi.refresh(batch, g_f, lambda: next(retain))
-            stale = False
         ascent = phi.gradient(g_f, keep=last and lagged)
         if last and lagged:
             # g_f of the last inner iterate is already known, so the difference costs one pass instead of two
@@ -205,6 +204,7 @@ class _Phi:
         self.errors: tuple[float | None, float | None] = None, None
         """Estimated error of grad Sim relative to |grad Sim|, and beta times it relative to |g_f|."""
         self._sim: Vector | None = None
+        self._due = False
         self._g_r: Vector | None = None
         self._retain_half: Vector | None = None
         self._direction: Vector | None = None  # buffer for u and w, which are combinations of g_f and g_r
@@ -216,7 +216,9 @@ class _Phi:
         return other
 
     def stale(self, step: int) -> bool:
-        return self.options.beta > 0 and step in _refresh_steps(self.options)
+        """Whether this inner step needs a refresh: its own, or that of an earlier step which was skipped."""
+        self._due = self._due or (self.options.beta > 0 and step in _refresh_steps(self.options))
+        return self._due
 
     def gradient(self, g_f: Vector, *, keep: bool = False) -> Vector:
         """grad Phi, written over g_f unless `keep`."""
@@ -229,6 +231,7 @@ class _Phi:
 
     def refresh(self, forget_batch: Any, g_f: Vector, retain_batch: Callable[[], Any]) -> None:
         """grad Sim = H_f u + H_r w at theta; reuses the retain half of an earlier refresh if configured."""
+        self._due = False
         self._sim = None  # frees a vector before new ones are allocated
         if self._g_r is not None:
             k = self._coefficients(g_f, self._g_r)

@@ -88,10 +88,8 @@ class MethodConfig:
         rate = rate_for(LARGE if count is None else count)
         options = replace(self, **{name: replace(optimizer, lr=rate) for name, optimizer in unsized.items()})
         size = "an unknown number of" if count is None else f"{count:,}"
-        return (
-            options,
-            f"{rate:g} ({', '.join(f'{section}.{name}.lr' for name in unsized)}), for {size} trained parameters",
-        )
+        names = ", ".join(f"{section}.{name}.lr" for name in unsized)
+        return options, f"{rate:g} ({names}), for {size} trained parameters"
 
     def completed(self, prepared: PreparedData, model: ModelConfig, cache: str) -> Self:
         """The options, completed with values that depend on the rows and the model before any step.
@@ -115,7 +113,7 @@ def peer_optimizer(lr: float | None = None) -> OptimizerConfig:
 class OneLoopConfig(MethodConfig):
     """Options of a method with one update per round."""
 
-    optimizer: OptimizerConfig = field(default_factory=lambda: peer_optimizer())
+    optimizer: OptimizerConfig = field(default_factory=peer_optimizer)
     """The optimiser."""
 
     @property

@@ -16,8 +16,7 @@ def rate_for(trained: float) -> float:
     """AdamW's learning rate for so many trained parameters, two digits: 1e-5 at 7 B, and the larger, the fewer they are
     (by the square root).
 
-    Fits the rates found by hand for small models (docs/decisions.md), and those in use at 7 B for all weights and for
-    LoRA.
+    Near the rates found by hand for small models, and those published for 7 B (docs/decisions.md).
     """
     return float(f"{1e-5 * math.sqrt(LARGE / trained):.1e}")
 
