@@ -91,6 +91,7 @@ MISTAKES = {
     "unknown stage": (["--training.zero_stage", "4"], "training.zero_stage"),
     "text for a number": (["--training.rounds", "many"], "training.rounds"),
     "no rounds": (["--training.rounds", "0"], "training.rounds = 0: must be greater than 0"),
+    "SGD without a rate": (["--ofmu.inner.name", "sgd"], "ofmu.inner.lr: give a learning rate"),
     "idle GPU": (["--training.gpus_per_worker=2"], "a worker computes on one GPU"),
     "shared GPU": (["--training.workers=2", "--training.gpus_per_worker=0.5"], "NCCL does not let workers share a GPU"),
     "seed too large": (["--seed", str(2**70)], "must be from 0 to 2^63 - 1"),

@@ -69,21 +69,24 @@ class MethodConfig:
     def check_run(self, config: UnlearnConfig) -> None:
         """Checks the other sections, if this method is chosen. Raises UserError."""
 
+    def check_rates(self, section: str) -> None:
+        """Raise UserError for SGD without a learning rate. For a run: the base of a benchmark may lack it."""
+        for name in self.without_rate:
+            if getattr(self, name).name != "adamw":
+                raise UserError(
+                    f"{section}.{name}.lr: give a learning rate; only AdamW's follows from the model's size"
+                )
+
     def sized(self, section: str, trained: Callable[[], int | None]) -> tuple[Self, str | None]:
         """The options with learning rates as numbers, and a remark on those that `trained`, the number of trained
         parameters, gave (None: unknown, taken for 7 B).
 
-        Raises:
-            UserError: SGD without a learning rate.
+        Raises UserError as `check_rates`.
         """
+        self.check_rates(section)
         unsized = {name: getattr(self, name) for name in self.without_rate}
         if not unsized:
             return self, None
-        for name, optimizer in unsized.items():
-            if optimizer.name != "adamw":
-                raise UserError(
-                    f"{section}.{name}.lr: give a learning rate; only AdamW's follows from the model's size"
-                )
         count = trained()
         rate = rate_for(LARGE if count is None else count)
         options = replace(self, **{name: replace(optimizer, lr=rate) for name, optimizer in unsized.items()})

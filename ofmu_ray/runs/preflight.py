@@ -252,10 +252,11 @@ KINDS = {"answers": "a language model", "texts": "a language model", "classes": 
 
 
 def check_method(task: Task, config: UnlearnConfig) -> None:
-    """Raise UserError if the method's losses need what the task does not have."""
+    """Raise UserError if the method's losses need what the task does not have, or its SGD has no learning rate."""
     from ofmu_ray.features.protocol import Tokens
     from ofmu_ray.methods import build_method
 
+    config.method_options.check_rates(config.method)
     method = build_method(config.method_options)
     for need in method.needs:
         if isinstance(need.feature, Tokens) and config.data.kind(need.stream) == "text":
