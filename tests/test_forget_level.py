@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ofmu_ray.algorithm.losses import bounded_rows, bounded_tokens
+from ofmu_ray.algorithm.losses import bounded_rows, bounded_tokens, matched_rows
 from ofmu_ray.algorithm.two_loop import RoundStats, project
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import ModelConfig, OptimizerConfig, StopConfig, UnlearnConfig, apply_overrides
@@ -55,14 +55,22 @@ def test_bounded_losses_by_hand() -> None:
     total.backward()
     assert (float(total), float(count), sums.grad.tolist()) == (8.0 + 18.0, 7.0, [1.0, 0.0])
 
+    sums, tokens = torch.tensor([8.0, 21.0, 13.0, 11.0], requires_grad=True), torch.tensor([4.0, 3.0, 2.0, 2.0])
+    total, count = matched_rows(sums, tokens, level=6.0)  # means of 2, 7, 6.5 and 5.5; from 5.4 to 6.6 is at the level
+    total.backward()
+    assert float(total) == pytest.approx(4 * (6 - 3.4) + 3 * (6 - 0.4) + 12 + 12)
+    assert (float(count), sums.grad.tolist()) == (11.0, [1.0, -1.0, 0.0, 0.0])
 
-@pytest.mark.parametrize("loss", ["nll", "bounded_token", "bounded_row", "simnpo", "npo"])
+
+@pytest.mark.parametrize("loss", ["nll", "bounded_token", "bounded_row", "matched_row", "simnpo", "npo"])
 def test_one_inner_step_raises_the_named_loss(loss: str) -> None:
     """One plain gradient step of the inner loop ascends the written formula, by autograd on plain logits."""
     module, batch = tiny_model()
     module.double()
-    # the rows are nonsense to the model: a level in the middle of its token losses cuts some off
-    level = 1.01 * float(torch.cat(token_losses(module, batch)).detach().median())
+    losses = [row.detach() for row in token_losses(module, batch)]
+    between = float(torch.stack([row.mean() for row in losses]).mean())  # one row has a gradient, the other none
+    levels = {"bounded_row": between, "matched_row": between / 1.1}
+    level = levels.get(loss, 1.01 * float(torch.cat(losses).median()))  # cuts some tokens off
     rate, beta = 1e-3, 0.5
     reference = torch.tensor([10.0, 12.0], dtype=torch.float64)
     rows = token_losses(module, batch)
@@ -71,6 +79,9 @@ def test_one_inner_step_raises_the_named_loss(loss: str) -> None:
         "nll": lambda: sum(row.sum() for row in rows) / tokens,
         "bounded_token": lambda: sum(torch.minimum(row, row.new_tensor(level)).sum() for row in rows) / tokens,
         "bounded_row": lambda: sum(len(row) * row.mean().clamp(max=level) for row in rows) / tokens,
+        "matched_row": lambda: (
+            sum(len(row) * (level - ((row.mean() - level).abs() - 0.1 * level).clamp(min=0)) for row in rows) / tokens
+        ),
         "simnpo": lambda: sum(2 / beta * torch.log(torch.sigmoid(beta * row.mean())) for row in rows) / 2,
         "npo": lambda: (
             sum(
@@ -87,21 +98,25 @@ def test_one_inner_step_raises_the_named_loss(loss: str) -> None:
     options = {"inner_steps": 1, "outer_steps": 1, "forget_beta": beta, "forget_loss": loss}
     metrics = OFMU(bounded(level, **options)).round(engine, [{**batch, "reference_nll": reference}], [batch])
     assert metrics["forget_loss"] == pytest.approx(float(expected), rel=1e-6)
+    assert any(bool(moved.any()) for moved in step)
     for parameter, before, moved in zip(module.parameters(), start, step, strict=True):
         torch.testing.assert_close(parameter.detach() - before, moved, rtol=1e-3, atol=1e-8)
 
 
-@pytest.mark.parametrize("loss", ["bounded_token", "bounded_row"])
+@pytest.mark.parametrize("loss", ["bounded_token", "bounded_row", "matched_row"])
 def test_a_batch_at_its_level_takes_no_step(loss: str) -> None:
     """Not even one from Adam's momentum; and the round reports it."""
     module, batch = tiny_model()
-    far, near = bounded(1e3, forget_loss=loss, outer_steps=1), bounded(1e-6, forget_loss=loss, outer_steps=1)
+    far = bounded(1e3, forget_loss=loss, outer_steps=1)
     still = OptimizerConfig(name="sgd", lr=1e-30, clip=None)
     engine = TorchEngine(module, inner=OptimizerConfig(lr=1e-4), outer=still)
     before = engine.weights()
     assert OFMU(far).round(engine, [batch], [batch])["skipped_ascents"] == 0
     moved = engine.weights()
     assert not torch.equal(before[0], moved[0])
+    means = torch.stack([row.detach().mean() for row in token_losses(module, batch)])
+    assert float(means.max()) < 1.1 * float(means.mean())
+    near = bounded(float(means.mean()) if loss == "matched_row" else 1e-6, forget_loss=loss, outer_steps=1)
     method = OFMU(near)
     metrics = method.round(engine, [batch], [batch])
     assert metrics["skipped_ascents"] == near.inner_steps

@@ -1,5 +1,6 @@
 """The main job as a user runs it: real Ray, DeepSpeed, MLflow and the built-in models."""
 
+import contextlib
 import json
 import shutil
 import sqlite3
@@ -56,20 +57,26 @@ def finished(tmp_path_factory, local_ray):
 def test_a_local_ray_listens_on_loopback_only(local_ray):
     """Ray's default on Linux is all interfaces."""
     ray.get(ray.remote(lambda: None).remote())  # a worker process, which listens too
-    addresses = {
-        connection.laddr.ip.removeprefix("::ffff:")
-        for process in (psutil.Process(), *psutil.Process().children(recursive=True))
-        for connection in process.net_connections(kind="inet")
-        if connection.status == psutil.CONN_LISTEN
-    }
+    addresses = set()
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):  # Ray starts and stops helpers of its own
+            addresses |= {
+                connection.laddr.ip.removeprefix("::ffff:")
+                for connection in process.net_connections(kind="inet")
+                if connection.status == psutil.CONN_LISTEN
+            }
     assert addresses == {"127.0.0.1"}
 
 
 def test_a_local_ray_reports_nothing(local_ray):
     """Neither this process nor Ray's processes, which inherit the setting, send usage statistics."""
     assert not usage_lib.usage_stats_enabled()
-    families = psutil.Process().children(recursive=True)
-    (head,) = [process for process in families if any("dashboard.py" in word for word in process.cmdline())]
+    heads = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any("dashboard.py" in word for word in process.cmdline()):
+                heads.append(process)
+    (head,) = heads
     assert head.environ()["RAY_USAGE_STATS_ENABLED"] == "0"
 
 

@@ -16,6 +16,10 @@ LossParts = tuple[torch.Tensor, torch.Tensor | int]
 """Sum of a micro-batch's losses and their number (rows or tokens)."""
 
 
+MATCHED = 0.1
+"""Rows whose mean loss is within this share of the level are at it. Unseen rows of TOFU differ by twice as much (sd)."""
+
+
 def token_nll(logits_tv: torch.Tensor, labels_t: torch.Tensor) -> torch.Tensor:
     """-log p of each labelled token, [labelled tokens]."""
     return functional.cross_entropy(logits_tv, labels_t, reduction="none")
@@ -35,6 +39,13 @@ def bounded_rows(nll_r: torch.Tensor, tokens_r: torch.Tensor, *, level: float) -
     """tokens x min(nll / tokens, level) of each row, where `nll_r` is its sum; mean over tokens. A row whose mean token
     loss is above the level has no gradient."""
     return torch.minimum(nll_r, level * tokens_r).sum(), tokens_r.sum()
+
+
+def matched_rows(nll_r: torch.Tensor, tokens_r: torch.Tensor, *, level: float) -> LossParts:
+    """tokens x (level - distance) of each row, distance = max(0, |nll / tokens - level| - MATCHED x level); mean over
+    tokens. Ascent raises rows below the level and lowers rows beyond it; a row near it has no gradient."""
+    level_r = level * tokens_r
+    return (level_r - ((nll_r - level_r).abs() - MATCHED * level_r).clamp(min=0)).sum(), tokens_r.sum()
 
 
 def weighted_ascent(

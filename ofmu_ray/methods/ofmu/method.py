@@ -170,7 +170,7 @@ class OFMU(Method):
 
 def forget_loss(config: OFMUConfig, level: float | None) -> Loss | None:
     """The loss that the inner loop raises; None: the engine's loss."""
-    from ofmu_ray.algorithm.losses import bounded_rows, bounded_tokens, simple_negative_preference, token_nll
+    from ofmu_ray.algorithm.losses import bounded_rows, bounded_tokens, matched_rows, simple_negative_preference, token_nll
     from ofmu_ray.models.answers import answers
 
     match config.forget_loss:
@@ -178,6 +178,8 @@ def forget_loss(config: OFMUConfig, level: float | None) -> Loss | None:
             return lambda module, micro: bounded_tokens(token_nll(*answers(module, micro)[:2]), level=level)
         case "bounded_row" if level is not None:
             return lambda module, micro: bounded_rows(*answer_sums(module, micro), level=level)
+        case "matched_row" if level is not None:
+            return lambda module, micro: matched_rows(*answer_sums(module, micro), level=level)
         case "npo":
             return lambda module, micro: _negated(npo_loss(module, micro, config.forget_beta))
         case "simnpo":

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from ofmu_ray.data.prepare import PreparedData
 
 PresetName = Literal["first_order", "lite", "full"]
-ForgetLoss = Literal["nll", "bounded_row", "bounded_token", "npo", "simnpo"]
-BOUNDED: tuple[ForgetLoss, ...] = ("bounded_row", "bounded_token")
+ForgetLoss = Literal["nll", "matched_row", "bounded_row", "bounded_token", "npo", "simnpo"]
+BOUNDED: tuple[ForgetLoss, ...] = ("matched_row", "bounded_row", "bounded_token")
 """Forget losses that are bounded by a level."""
 
 
@@ -30,8 +30,8 @@ class OFMUConfig(MethodConfig):
     passes per update) or full (the paper's step, 4.7)."""
     forget_loss: ForgetLoss = "nll"
     """Loss that the inner loop raises on forget answers. nll: the token NLL, unbounded; bounded_token: each token's NLL
-    up to forget_level; bounded_row: each row's mean NLL up to forget_level; npo, simnpo: the negated losses of these
-    methods, whose gradients fade out."""
+    up to forget_level; bounded_row: each row's mean NLL up to forget_level; matched_row: the same, and down to it where
+    steps overshot; npo, simnpo: the negated losses of these methods, whose gradients fade out."""
     forget_level: float | str | None = None
     """Bound of bounded losses: nats per token; holdout: the reference model's mean loss on the rows of data.holdout;
     holdout:Q: quantile Q (0 to 1) of these rows' losses; unigram: entropy of the tokens of retain answers. null:
