@@ -18,7 +18,7 @@ def show(outcome: Outcome) -> None:
     """Print metrics, verdicts, samples, cost and paths."""
     if outcome.metrics.get("before"):
         print(metrics_table(outcome.metrics))
-        for verdict in filter(None, (outcome.run.get("forgetting"), outcome.run.get("generations"))):
+        for verdict in filter(None, map(outcome.run.get, ("forgetting", "level", "generations"))):
             print(verdict)
         if outcome.run.get("samples"):
             print(samples(outcome.run["samples"]))

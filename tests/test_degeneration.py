@@ -13,7 +13,7 @@ from ofmu_ray.metrics.degeneration import SoundRange, failed_measures, ngram_ent
 from ofmu_ray.metrics.fronts import plain
 from ofmu_ray.metrics.generations import damaged_words, sound_generations
 from ofmu_ray.metrics.summary import summarise
-from ofmu_ray.metrics.tofu import forgetting_words
+from ofmu_ray.metrics.tofu import forgetting_words, level_words
 from ofmu_ray.reporting.samples import sample_rows
 from pipelines.terminal import metrics_table
 
@@ -162,6 +162,17 @@ def test_forget_quality_as_a_verdict() -> None:
         "no verdict on forgetting: no retrained model"
     )
     assert forgetting_words(None) is None
+
+
+def test_the_level_as_a_verdict() -> None:
+    likely = [math.exp(-1.7), math.exp(-1.8), math.exp(-1.9)]
+    table = pa.table({"set": ["forget"] * 3 + ["retain"], "probability": [*likely, 1.0]})
+    words = "forget answers: 1.80 +- 0.12 nats per token"
+    assert level_words(table, 0.89) == f"{words}, beyond the level of 0.89"
+    assert level_words(table, 1.85) == f"{words}, at the level of 1.85"
+    assert level_words(table, 5.0) == f"{words}, short of the level of 5.00"
+    assert level_words(table, None) is None
+    assert level_words(table.slice(3), 0.89) is None
 
 
 def test_samples_are_chosen_by_damage() -> None:

@@ -17,7 +17,7 @@ LossParts = tuple[torch.Tensor, torch.Tensor | int]
 
 
 MATCHED = 0.1
-"""Rows whose mean loss is within this share of the level are at it. Unseen rows of TOFU differ by twice as much (sd)."""
+"""Rows whose mean loss is within this share of the level are at it (unseen rows of TOFU: sd of twice as much)."""
 
 
 def token_nll(logits_tv: torch.Tensor, labels_t: torch.Tensor) -> torch.Tensor:

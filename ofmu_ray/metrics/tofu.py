@@ -124,3 +124,19 @@ def forgetting_words(quality: Mapping[str, Any] | None) -> str | None:
     if p > LEVEL:
         return f"p = {shown}: not distinguishable from the retrained model (p > {LEVEL})"
     return f"p = {shown}: distinguishable from the retrained model (p <= {LEVEL})"
+
+
+def level_words(table: pa.Table | None, level: float | None) -> str | None:
+    """Whether forget answers are as unlikely as `level` (nats per token) says; None: no level, or no forget answers.
+
+    The mean over rows of -log probability, with its 95 % interval (two standard errors).
+    """
+    if table is None or level is None:
+        return None
+    likely = probability(rows_of(table, "forget"), "forget")
+    if isinstance(likely, str) or len(likely) < 2:
+        return None
+    losses = -np.log(np.maximum(likely, np.finfo(np.float64).tiny))
+    mean, error = float(losses.mean()), 2 * float(losses.std(ddof=1)) / len(losses) ** 0.5
+    place = "short of" if mean + error < level else "beyond" if mean - error > level else "at"
+    return f"forget answers: {mean:.2f} +- {error:.2f} nats per token, {place} the level of {level:.2f}"

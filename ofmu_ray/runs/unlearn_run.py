@@ -85,6 +85,7 @@ def _concluded(this_run: Run, config: UnlearnConfig, results: RunResults, handle
 def _work(this_run: Run, config: UnlearnConfig, evaluation: Evaluation, encoder: Encoder, handle: Any) -> RunResults:
     """Prepare the data, evaluate, run the rounds, evaluate again."""
     from ofmu_ray.data.prepare import prepare_streams
+    from ofmu_ray.metrics.tofu import level_words
     from ofmu_ray.reporting.image_section import images_of
 
     with this_run.phase("data"):
@@ -126,12 +127,16 @@ def _work(this_run: Run, config: UnlearnConfig, evaluation: Evaluation, encoder:
             after = _of_workers(this_run, live, join(this_run.home, "model"), "after")
         tables = {"before": before, "after": after, "retrained": retrained}
         metrics = {name: evaluation.figures(table, retrained) for name, table in tables.items()}
+        verdict = evaluation.verdict(tables, metrics)
+        words = level_words(after, getattr(job.method, "level", None))
+        if words is not None:
+            verdict.setdefault("run", {})["level"] = words
     return RunResults(
         training=summary,
         metrics=metrics,
         tables=tables,
         texts=evaluation.texts(),
-        verdict=evaluation.verdict(tables, metrics),
+        verdict=verdict,
         data=prepared.report.to_json(),
         seconds=this_run.seconds,
         plan=plan.fingerprint,

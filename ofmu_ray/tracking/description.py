@@ -58,7 +58,7 @@ def headline(summary: Mapping[str, Any]) -> str:
     for name, label in shown:
         value = (after.get(name) or {}).get("value")
         lines += [] if value is None else [f"{label} {value:.3g}"]
-    lines += [text for text in (run["message"], run.get("forgetting"), run.get("generations")) if text]
+    lines += [text for text in (run["message"], *map(run.get, ("forgetting", "level", "generations"))) if text]
     return "\n\n".join(lines)
 
 

@@ -59,8 +59,7 @@ class OFMU(Method):
     @property
     def level(self) -> float | None:
         """Largest value of the forget loss (nats per token); None: no bound."""
-        level = self.config.forget_level
-        return float(level) if self.config.bounded and isinstance(level, int | float) else None
+        return self.config.level
 
     def freeze(self, module: torch.nn.Module) -> None:
         """Nothing: all weights are trained."""
@@ -170,7 +169,13 @@ class OFMU(Method):
 
 def forget_loss(config: OFMUConfig, level: float | None) -> Loss | None:
     """The loss that the inner loop raises; None: the engine's loss."""
-    from ofmu_ray.algorithm.losses import bounded_rows, bounded_tokens, matched_rows, simple_negative_preference, token_nll
+    from ofmu_ray.algorithm.losses import (
+        bounded_rows,
+        bounded_tokens,
+        matched_rows,
+        simple_negative_preference,
+        token_nll,
+    )
     from ofmu_ray.models.answers import answers
 
     match config.forget_loss:

@@ -105,6 +105,12 @@ class OFMUConfig(MethodConfig):
         return self.forget_loss in BOUNDED
 
     @property
+    def level(self) -> float | None:
+        """`forget_level` in nats per token, once it is a number (`completed`); None: no bound."""
+        level = self.forget_level
+        return float(level) if self.bounded and isinstance(level, int | float) else None
+
+    @property
     def streams(self) -> frozenset[str]:
         """Includes holdout rows if they determine the forget level."""
         level = self.forget_level
