@@ -169,10 +169,15 @@ def _explained(message: str, known: list[str]) -> str:
 
 
 def _close(word: str, known: list[str]) -> str:
-    """A suggestion for a misspelt option; also finds it in another section or without its section."""
-    tail = word.rsplit(".", 1)[-1]
+    """A suggestion for a misspelt option, also in another section or without its section; or what its section has."""
+    section, _, tail = word.rpartition(".")
     same_tail = [name for name in known if name.rsplit(".", 1)[-1] == tail]
-    return f" Did you mean {same_tail[0]}?" if same_tail else close_match(word, known)
+    if same_tail:
+        return f" Did you mean {same_tail[0]}?"
+    siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section and name[-1] != "+"]
+    if section and 0 < len(siblings) <= 15 and not close_match(tail, siblings):
+        return f" {section} has {', '.join(siblings)}."
+    return close_match(word, known)
 
 
 def fail(error: UserError | KeyboardInterrupt, prog: str) -> int:

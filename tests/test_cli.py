@@ -123,6 +123,7 @@ def test_keys_of_yaml_are_what_is_written(tmp_path):
 MISTAKES = {
     "unknown command": (["unlearm"], "Did you mean unlearn?"),
     "misspelt option": (["--ofmu.betta", "1"], "unknown option --ofmu.betta. Did you mean ofmu.beta?"),
+    "unknown option of a section": (["--ofmu.inner.rate", "1"], "ofmu.inner has name, lr, clip, "),
     "option without its section": (["--rho", "1"], "Did you mean ofmu.rho?"),
     "wrong type": (["--ofmu.inner_steps", "many"], "ofmu.inner_steps"),
     "out of range": (["--ofmu.beta", "-1"], "ofmu.beta = -1.0: must be 0 or more"),

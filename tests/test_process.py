@@ -6,7 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -304,6 +304,21 @@ def test_a_run_that_was_killed_at_its_very_end_is_tidied(small: Small, monkeypat
     assert not (home / "train").exists()
 
 
+def test_gates_with_new_bounds_judge_a_finished_run_again(small: Small) -> None:
+    small.add(3)
+    batch, base, recipe = small.batch(), Version("1", "builtin:people/target", "", "first"), RecipeConfig(name="mine")
+    assert batch._judged_before(base, recipe) is None
+    home = small.storage / str(batch.run_config(base, recipe).name)
+    home.mkdir()
+    attempt = Attempt("mine", home.name, "finished", "passed", [], "", {}, asked=batch._asked)
+    (home / "gates.json").write_text(json.dumps(asdict(attempt)))
+    assert batch._judged_before(base, recipe) == attempt
+    stricter = replace(batch.promotion, gates=batch.promotion.gates[:1])
+    config = replace(small.config, requests=replace(small.config.requests, promotion=stricter))
+    batch = Batch(config, str(small.storage), small.ledger, None, batch.requests, "ann")
+    assert batch._judged_before(base, recipe) is None
+
+
 def weights(folder: Path, seed: int) -> str:
     """A folder with weights; their fingerprint."""
     folder.mkdir(parents=True)
@@ -377,6 +392,11 @@ def test_a_registered_version_is_promoted_whatever_recipes_there_are_now(
     outcome = batch.work_off()
     assert (outcome.state, outcome.version, small.ledger.get(name).state) == ("promoted", made.number, "promoted")
     assert registry.champion().number == made.number
+
+    # with the first model as the champion again, the promoted request would be undone in silence
+    registry._client.delete_registered_model_alias("ofmu", "champion")
+    with pytest.raises(UserError, match="no version has the alias `champion` now"):
+        batch._champion()
 
 
 # --------------------------------------------------------------------------------------------------------- all phases

@@ -7,11 +7,13 @@ both can be repeated.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
+from functools import cached_property
 from typing import Any, Literal
 
 from ofmu_ray import progress
@@ -59,6 +61,8 @@ class Attempt:
     weights: str
     """Fingerprint of the result."""
     cost: dict[str, Any]
+    asked: str = ""
+    """Digest of the gates' bounds and of the relearning attack."""
 
     @property
     def open_gates(self) -> list[str]:
@@ -122,7 +126,7 @@ class Batch:
             if recipe.name in withdrawn:
                 progress.note("recipe", f"{recipe.name} made a model that was withdrawn; skipped")
                 continue
-            attempt = self._stored(base, recipe) or self._tried(base, recipe)
+            attempt = self._judged_before(base, recipe) or self._tried(base, recipe)
             attempts.append(attempt)
             if attempt.weights in unwanted:
                 progress.note("recipe", f"{recipe.name} made a model that was withdrawn; it is not promoted again")
@@ -161,6 +165,16 @@ class Batch:
     def _stored(self, base: Version, recipe: RecipeConfig) -> Attempt | None:
         path = join(self._home(base, recipe), GATES_FILE)
         return _read(path) if is_file(path) else None
+
+    def _judged_before(self, base: Version, recipe: RecipeConfig) -> Attempt | None:
+        """What gates with today's bounds said of the recipe; with other bounds, its finished run is judged again."""
+        stored = self._stored(base, recipe)
+        return stored if stored is not None and stored.asked == self._asked else None
+
+    @cached_property
+    def _asked(self) -> str:
+        bounds = [asdict(gate) for gate in self.promotion.gates], asdict(self.promotion.relearn)
+        return hashlib.sha256(json.dumps(bounds, sort_keys=True).encode()).hexdigest()[:16]
 
     def _attempts(self, base: Version, made: Version) -> list[Attempt]:
         """What was tried before a version was registered; at least what made it, whatever the recipes are now."""
@@ -209,6 +223,7 @@ class Batch:
             gates=[one.to_json() for one in results],
             weights=model_fingerprint(weights_folder(outcome.model)),
             cost=dict(outcome.cost),
+            asked=self._asked,
         )
 
     def _measured(self, config: UnlearnConfig, outcome: Outcome, rows: GateRows) -> list[Any]:
@@ -289,6 +304,11 @@ class Batch:
     def _champion(self) -> Version:
         """The champion; the configured model becomes the first."""
         champion = self.registry.champion()
+        if champion is None and self.ledger.all(("promoted",)):
+            raise UserError(
+                f"{self.registry.name}: requests were promoted, but no version has the alias `champion` now: in "
+                "MLflow's registry, give it to the version that is in use"
+            )
         if champion is None:
             folder = weights_folder(resolve_builtin(self.config.model.path))
             first = self.registry.register(str(folder), model_fingerprint(folder), FIRST)
