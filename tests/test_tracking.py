@@ -234,8 +234,14 @@ def test_what_mlflow_did_not_take_is_delivered_at_the_next_start(tmp_path: Path,
     (tmp_path / "metrics.json").write_text(json.dumps({**METRICS, "cost": COST, "run": run | {"generations": "sane"}}))
     streams = {"forget": {"source": "s3://bucket/f.jsonl", "rows": 7, "sha256": "a" * 64}}
     models = {"unlearned": {"model.safetensors": "b" * 64}}
-    code = {"commit": "c" * 40}
-    manifest = {"name": "v1.0", "command": "ofmu unlearn", "code": code, "data": {"streams": streams}, "models": models}
+    code, command = {"commit": "c" * 40}, "ofmu unlearn --model.path /m"
+    manifest = {
+        "name": "v1.0",
+        "command": "ofmu unlearn --model.path /m",
+        "code": code,
+        "data": {"streams": streams},
+        "models": models,
+    }
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     away = RunHandle(handle.run_id, f"http://user:secret@127.0.0.1:{_free_port()}", handle.experiment_id)
     assert deliver_late(tmp_path, CONFIG, storage) is None
@@ -252,9 +258,9 @@ def test_what_mlflow_did_not_take_is_delivered_at_the_next_start(tmp_path: Path,
     conclude(tmp_path, handle, artifacts=["metrics.json"], status="FINISHED")  # as after a kill: nothing twice
     run = client.get_run(handle.run_id)
     tags = run.data.tags
-    assert tags["mlflow.source.name"] == "ofmu unlearn"
+    assert (tags["mlflow.source.name"], tags["ofmu.command"]) == ("ofmu unlearn", command)
     assert tags["mlflow.source.git.commit"] == "c" * 40
-    assert tags["mlflow.note.content"] == "`ofmu`, 4 rounds: finished\n\nforget quality 0.42\n\nsane"
+    assert tags["mlflow.note.content"] == "`ofmu`, 4 rounds: finished · forget quality 0.42\n\nsane"
     (data_set,) = run.inputs.dataset_inputs
     assert (data_set.dataset.name, json.loads(data_set.dataset.profile)) == ("forget", {"rows": 7})
     assert data_set.dataset.digest == handle.run_id, "rows to forget cannot be guessed from it"
@@ -349,7 +355,10 @@ def test_a_real_server(server: str, tmp_path: Path) -> None:
     assert (tmp_path / "files").is_dir()
     downloaded: Any = _client(handle).download_artifacts(handle.run_id, "metrics.json", str(tmp_path))
     assert json.loads(Path(downloaded).read_text()) == METRICS
-    assert open_command(handle) == f"{server}/#/experiments/{handle.experiment_id}/runs/{handle.run_id}"
+    assert (
+        open_command(handle)
+        == f"{server}/#/experiments/{handle.experiment_id}/runs/{handle.run_id}?workflowType=machine_learning"
+    )
 
 
 def test_the_command_that_opens_a_local_run(storage: str) -> None:
@@ -358,7 +367,7 @@ def test_the_command_that_opens_a_local_run(storage: str) -> None:
     mlflow, *words = shlex.split(command, comments=True)
     assert Path(mlflow).is_file(), "the one of this environment, whatever PATH is"
     assert words == ["ui", "--backend-store-uri", f"sqlite:///{storage}/mlflow.db"]
-    assert command.endswith(f"#/experiments/{handle.experiment_id}/runs/{handle.run_id}")
+    assert command.endswith(f"#/experiments/{handle.experiment_id}/runs/{handle.run_id}?workflowType=machine_learning")
 
 
 def _free_port() -> int:

@@ -26,8 +26,10 @@ def describe(client: Any, run_id: str, summary: Mapping[str, Any], manifest: Map
     from mlflow.utils import mlflow_tags as tag
 
     note = headline(summary)
+    command = manifest["command"] or "ofmu_ray"
     tags = {
-        tag.MLFLOW_SOURCE_NAME: manifest["command"] or "ofmu_ray",
+        tag.MLFLOW_SOURCE_NAME: " ".join(command.split()[:2]),  # MLflow's page shows what follows the last slash
+        "ofmu.command": command,
         tag.MLFLOW_SOURCE_TYPE: "JOB" if "RAY_JOB_ID" in os.environ else "LOCAL",
         tag.MLFLOW_USER: _user(),
         tag.MLFLOW_GIT_COMMIT: manifest["code"]["commit"],
@@ -53,11 +55,12 @@ def headline(summary: Mapping[str, Any]) -> str:
     """The run's description, in Markdown: how it ended, forget quality and utility, verdicts."""
     run = summary["run"]
     after = summary.get("after") or {}
-    lines = [f"`{run['method']}`, {run['rounds']} rounds: {run['status']}"]
+    words = [f"`{run['method']}`, {run['rounds']} rounds: {run['status']}"]
     shown = (("forget_quality", "forget quality"), ("model_utility", "model utility"), ("average_gap", "average gap"))
     for name, label in shown:
         value = (after.get(name) or {}).get("value")
-        lines += [] if value is None else [f"{label} {value:.3g}"]
+        words += [] if value is None else [f"{label} {value:.3g}"]
+    lines = [" · ".join(words)]
     lines += [text for text in (run["message"], *map(run.get, ("forgetting", "level", "generations"))) if text]
     return "\n\n".join(lines)
 

@@ -171,7 +171,8 @@ def system_metrics(handle: RunHandle, *, enabled: bool = True, interval_seconds:
 
 def open_command(handle: RunHandle) -> str:
     """How to open the run: a command that serves a local database, or the run's address on a server."""
-    page = f"#/experiments/{handle.experiment_id}/runs/{handle.run_id}"
+    # without the query, MLflow 3 shows a run among the evaluations of a language model
+    page = f"#/experiments/{handle.experiment_id}/runs/{handle.run_id}?workflowType=machine_learning"
     if handle.uri.startswith(("http://", "https://")):
         return f"{connection.without_password(handle.uri).rstrip('/')}/{page}"
     shown = connection.without_password(handle.uri)
