@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_set
 from yaml import YAMLError
 
 from ofmu_ray.config import METHODS, PRESETS, SweepConfig, close_match
+from ofmu_ray.config.values import close_option
 from ofmu_ray.config.yaml_keys import with_text_keys
 from ofmu_ray.errors import UserError
 from pipelines import help
@@ -138,7 +139,7 @@ def _refuse_empty(file: ConfigFile, known: list[str]) -> None:
             name = f"{prefix}{key}"
             if value == {} and not any(option == name or option.startswith(f"{name}.") for option in known):
                 raise UserError(
-                    f"unknown option {name} in the configuration.{_close(name, known)} All options: --help all"
+                    f"unknown option {name} in the configuration.{close_option(name, known)} All options: --help all"
                 )
             if name not in known or any(
                 option.startswith(f"{name}.") for option in known
@@ -153,10 +154,10 @@ def _explained(message: str, known: list[str]) -> str:
     message = " ".join(message.split())
     if match := re.search(r"unrecognized arguments: (\S+)", message, re.IGNORECASE):
         word = match[1].split("=")[0]
-        return f"unknown option {word}.{_close(word.lstrip('-'), known)} All options: --help all"
+        return f"unknown option {word}.{close_option(word.lstrip('-'), known)} All options: --help all"
     if match := re.search(r"[Gg]roup '(.+?)' does not accept option '(.+?)'", message):
         word = f"{match[1]}.{match[2]}"
-        return f"unknown option {word} in the configuration.{_close(word, known)} All options: --help all"
+        return f"unknown option {word} in the configuration.{close_option(word, known)} All options: --help all"
     if match := re.search(r"Parser key \"(.+?)\":.*? Option '(.+?)' is not accepted", message):
         return f"unknown option {match[1]}.{match[2]} in the configuration. All options: --help all"
     if match := re.search(r"Parser key \"(.+?)\": Expected a typing\.Literal\[(.*?)\]\. Got value: (.+)", message):
@@ -164,20 +165,8 @@ def _explained(message: str, known: list[str]) -> str:
         hint = close_match(match[3], choices)
         return f"{match[1]} = {match[3]}: no such choice.{hint} Use one of {', '.join(choices)}"
     if match := re.search(r"does not accept (?:nested )?(?:key|option)s? '(.+?)'", message):
-        return f"unknown option {match[1]} in the configuration.{_close(match[1], known)} All options: --help all"
+        return f"unknown option {match[1]} in the configuration.{close_option(match[1], known)} All options: --help all"
     return message
-
-
-def _close(word: str, known: list[str]) -> str:
-    """A suggestion for a misspelt option, also in another section or without its section; or what its section has."""
-    section, _, tail = word.rpartition(".")
-    same_tail = [name for name in known if name.rsplit(".", 1)[-1] == tail]
-    if same_tail:
-        return f" Did you mean {same_tail[0]}?"
-    siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section and name[-1] != "+"]
-    if section and 0 < len(siblings) <= 15 and not close_match(tail, siblings):
-        return f" {section} has {', '.join(siblings)}."
-    return close_match(word, known)
 
 
 def fail(error: UserError | KeyboardInterrupt, prog: str) -> int:

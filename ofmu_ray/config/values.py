@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -119,3 +119,15 @@ def close_match(word: str, known: Iterable[str]) -> str:
     """' Did you mean X?' for a misspelt option, or an empty string."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean {matches[0]}?" if matches else ""
+
+
+def close_option(word: str, known: Sequence[str]) -> str:
+    """A suggestion for a misspelt option, also in another section or without its section; or what its section has."""
+    section, _, tail = word.rpartition(".")
+    same_tail = [name for name in known if name.rsplit(".", 1)[-1] == tail]
+    if same_tail:
+        return f" Did you mean {same_tail[0]}?"
+    siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section and name[-1] != "+"]
+    if section and 0 < len(siblings) <= 15 and not close_match(tail, siblings):
+        return f" {section} has {', '.join(siblings)}."
+    return close_match(word, known)
