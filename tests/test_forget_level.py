@@ -55,11 +55,12 @@ def test_bounded_losses_by_hand() -> None:
     total.backward()
     assert (float(total), float(count), sums.grad.tolist()) == (8.0 + 18.0, 7.0, [1.0, 0.0])
 
-    sums, tokens = torch.tensor([8.0, 21.0, 13.0, 11.0], requires_grad=True), torch.tensor([4.0, 3.0, 2.0, 2.0])
-    total, count = matched_rows(sums, tokens, level=6.0)  # means of 2, 7, 6.5 and 5.5; from 5.4 to 6.6 is at the level
+    # rows with means of 2, 7, 5.5 and 6.5 of what counts, up to 12 a token; from 5.4 to 6.6 is at the level
+    nll = torch.tensor([1.0, 3.0, 2.0, 90.0, 5.0, 6.0, 4.0, 9.0], requires_grad=True)
+    total, count = matched_rows(nll, torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]), 4, level=6.0)
     total.backward()
-    assert float(total) == pytest.approx(4 * (6 - 3.4) + 3 * (6 - 0.4) + 12 + 12)
-    assert (float(count), sums.grad.tolist()) == (11.0, [1.0, -1.0, 0.0, 0.0])
+    assert float(total) == pytest.approx(2 * (6 - 3.4) + 2 * (6 - 0.4) + 12 + 12)
+    assert (float(count), nll.grad.tolist()) == (8.0, [1.0, 1.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
 
 
 @pytest.mark.parametrize("loss", ["nll", "bounded_token", "bounded_row", "matched_row", "simnpo", "npo"])
@@ -79,7 +80,7 @@ def test_one_inner_step_raises_the_named_loss(loss: str) -> None:
         "nll": lambda: sum(row.sum() for row in rows) / tokens,
         "bounded_token": lambda: sum(torch.minimum(row, row.new_tensor(level)).sum() for row in rows) / tokens,
         "bounded_row": lambda: sum(len(row) * row.mean().clamp(max=level) for row in rows) / tokens,
-        "matched_row": lambda: (
+        "matched_row": lambda: (  # no token is beyond twice the level
             sum(len(row) * (level - ((row.mean() - level).abs() - 0.1 * level).clamp(min=0)) for row in rows) / tokens
         ),
         "simnpo": lambda: sum(2 / beta * torch.log(torch.sigmoid(beta * row.mean())) for row in rows) / 2,

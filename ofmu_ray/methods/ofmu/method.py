@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ofmu_ray.algorithm.losses import LossParts
     from ofmu_ray.algorithm.two_loop import RoundStats
     from ofmu_ray.engines.protocol import Engine, Kind, Loop, Loss, Vector
+    from ofmu_ray.models.answers import Answers
 
 
 class OFMU(Method):
@@ -169,13 +170,7 @@ class OFMU(Method):
 
 def forget_loss(config: OFMUConfig, level: float | None) -> Loss | None:
     """The loss that the inner loop raises; None: the engine's loss."""
-    from ofmu_ray.algorithm.losses import (
-        bounded_rows,
-        bounded_tokens,
-        matched_rows,
-        simple_negative_preference,
-        token_nll,
-    )
+    from ofmu_ray.algorithm.losses import bounded_rows, bounded_tokens, simple_negative_preference, token_nll
     from ofmu_ray.models.answers import answers
 
     match config.forget_loss:
@@ -184,7 +179,7 @@ def forget_loss(config: OFMUConfig, level: float | None) -> Loss | None:
         case "bounded_row" if level is not None:
             return lambda module, micro: bounded_rows(*answer_sums(module, micro), level=level)
         case "matched_row" if level is not None:
-            return lambda module, micro: matched_rows(*answer_sums(module, micro), level=level)
+            return lambda module, micro: _matched(answers(module, micro), level)
         case "npo":
             return lambda module, micro: _negated(npo_loss(module, micro, config.forget_beta))
         case "simnpo":
@@ -193,6 +188,12 @@ def forget_loss(config: OFMUConfig, level: float | None) -> Loss | None:
                 simple_negative_preference(*answer_sums(module, micro), beta=beta, delta=0.0)
             )
     return None
+
+
+def _matched(parts: Answers, level: float) -> LossParts:
+    from ofmu_ray.algorithm.losses import matched_rows, token_nll
+
+    return matched_rows(token_nll(parts.logits_tv, parts.labels_t), parts.rows_t, parts.rows, level=level)
 
 
 def _negated(parts: LossParts) -> LossParts:
