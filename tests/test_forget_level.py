@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ofmu_ray.algorithm.losses import bounded_rows, bounded_tokens, matched_rows
+from ofmu_ray.algorithm.losses import bounded_rows, bounded_tokens, capped, matched_rows
 from ofmu_ray.algorithm.two_loop import RoundStats, project
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import ModelConfig, OptimizerConfig, StopConfig, UnlearnConfig, apply_overrides
@@ -61,6 +61,7 @@ def test_bounded_losses_by_hand() -> None:
     total.backward()
     assert float(total) == pytest.approx(2 * (6 - 3.4) + 2 * (6 - 0.4) + 12 + 12)
     assert (float(count), nll.grad.tolist()) == (8.0, [1.0, 1.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    assert [capped(level) for level in (0.5, 3.0, 6.0)] == [3.5, 6.0, 12.0]
 
 
 @pytest.mark.parametrize("loss", ["nll", "bounded_token", "bounded_row", "matched_row", "simnpo", "npo"])

@@ -16,8 +16,6 @@ LossParts = tuple[torch.Tensor, torch.Tensor | int]
 """Sum of a micro-batch's losses and their number (rows or tokens)."""
 
 
-CAPPED = 2.0
-"""Tokens count up to this multiple of the level."""
 MATCHED = 0.1
 """Rows whose mean loss is within this share of the level are at it (unseen rows of TOFU: sd of twice as much)."""
 
@@ -43,14 +41,20 @@ def bounded_rows(nll_r: torch.Tensor, tokens_r: torch.Tensor, *, level: float) -
     return torch.minimum(nll_r, level * tokens_r).sum(), tokens_r.sum()
 
 
+def capped(level: float) -> float:
+    """How far a token counts in `matched_rows`: twice the level, or 3 nats more where that is further. In answers that
+    repeat the question most tokens are certain and a few are not, so their level is low."""
+    return max(2 * level, level + 3)
+
+
 def matched_rows(nll_t: torch.Tensor, rows_t: torch.Tensor, rows: int, *, level: float) -> LossParts:
     """tokens x (level - distance) of each of `rows` rows, where distance = max(0, |mean - level| - MATCHED x level) and
-    mean is that of min(nll, CAPPED x level); mean over tokens.
+    mean is that of min(nll, `capped(level)`); mean over tokens.
 
     Ascent raises rows below the level, lowers rows beyond it, and leaves rows near it; tokens far beyond it have no
     gradient, as they would otherwise take all of a row's loss.
     """
-    capped_t = nll_t.clamp(max=CAPPED * level)
+    capped_t = nll_t.clamp(max=capped(level))
     nll_r, tokens_r = (row_sums(values, rows_t, rows) for values in (capped_t, torch.ones_like(nll_t)))
     level_r = level * tokens_r
     return (level_r - ((nll_r - level_r).abs() - MATCHED * level_r).clamp(min=0)).sum(), tokens_r.sum()
