@@ -167,7 +167,7 @@ def test_forget_quality_as_a_verdict() -> None:
 def test_the_level_as_a_verdict() -> None:
     likely = [math.exp(-1.7), math.exp(-1.8), math.exp(-1.9)]
     table = pa.table({"set": ["forget"] * 3 + ["retain"], "probability": [*likely, 1.0]})
-    words = "forget answers: 1.80 +- 0.12 nats per token"
+    words = "forget answers: 1.80 ± 0.12 nats per token"
     assert level_words(table, 0.89) == f"{words}, beyond the level of 0.89"
     assert level_words(table, 1.85) == f"{words}, at the level of 1.85"
     assert level_words(table, 5.0) == f"{words}, short of the level of 5.00"

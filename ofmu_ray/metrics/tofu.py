@@ -139,4 +139,4 @@ def level_words(table: pa.Table | None, level: float | None) -> str | None:
     losses = -np.log(np.maximum(likely, np.finfo(np.float64).tiny))
     mean, error = float(losses.mean()), 2 * float(losses.std(ddof=1)) / len(losses) ** 0.5
     place = "short of" if mean + error < level else "beyond" if mean - error > level else "at"
-    return f"forget answers: {mean:.2f} +- {error:.2f} nats per token, {place} the level of {level:.2f}"
+    return f"forget answers: {mean:.2f} ± {error:.2f} nats per token, {place} the level of {level:.2f}"
