@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ofmu_ray.commandline.parse import parse
 from ofmu_ray.config import UnlearnConfig, apply_overrides
 from ofmu_ray.runs.run import run
 from ofmu_ray.storage import atomic_write
-from pipelines.parse import parse
 
 CONFIG = Path(__file__).resolve().parent.parent / "pipelines/configs/muse_news.yaml"
 FOLDS = ("raw/forget.json", "sust/forget_2.json", "sust/forget_3.json", "sust/forget_4.json")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ofmu_ray.assets import resolve_builtin
+from ofmu_ray.commandline.parse import parse
 from ofmu_ray.config import SourceConfig, TrainConfig
 from ofmu_ray.config.promotion import GateConfig, RecipeConfig
 from ofmu_ray.config.requests import RequestsConfig
@@ -37,7 +38,6 @@ from ofmu_ray.requests.signing import Keys
 from ofmu_ray.requests.vault import write_master_key
 from ofmu_ray.runs.run import run
 from ofmu_ray.storage import atomic_write
-from pipelines.parse import parse
 
 CONFIGS = Path(__file__).resolve().parent.parent / "pipelines/configs"
 OPEN = {"at_least": -1e9, "at_most": 1e9, "if_absent": "skip"}

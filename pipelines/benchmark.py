@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 
+from ofmu_ray.commandline.parse import fail, parse
+from ofmu_ray.commandline.terminal import Terminal, say
 from ofmu_ray.config import BenchmarkConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.progress import listening
 from ofmu_ray.search.run_benchmark import benchmark
-from pipelines.parse import fail, parse
-from pipelines.terminal import Terminal, say
 
 PROG = "ofmu benchmark"
 

@@ -11,10 +11,10 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ofmu_ray.commandline.config_files import SHIPPED
+from ofmu_ray.commandline.parse import FLAGS, SHORT, PlainParser, fail, parser_for
 from ofmu_ray.config.json_schema import schema_of
 from ofmu_ray.errors import UserError
-from pipelines.config_files import SHIPPED
-from pipelines.parse import FLAGS, SHORT, PlainParser, fail, parser_for
 
 CONFIGURATIONS = {
     "unlearn": "ofmu_ray.config:UnlearnConfig",

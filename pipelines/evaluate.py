@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 
+from ofmu_ray.commandline.parse import fail, parse
+from ofmu_ray.commandline.terminal import Terminal, metrics_table, plain_table, say
 from ofmu_ray.config.evaluate import EvaluateConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.progress import listening
 from ofmu_ray.runs.comparison import compare
 from ofmu_ray.storage import join
-from pipelines.parse import fail, parse
-from pipelines.terminal import Terminal, metrics_table, plain_table, say
 
 PROG = "ofmu evaluate"
 

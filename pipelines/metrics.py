@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sys
 
+from ofmu_ray.commandline.parse import PlainParser, fail
 from ofmu_ray.errors import UserError
-from pipelines.parse import PlainParser, fail
 
 PROG = "ofmu metrics"
 

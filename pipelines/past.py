@@ -5,11 +5,11 @@ from __future__ import annotations
 import webbrowser
 from pathlib import Path
 
+from ofmu_ray.commandline.parse import PlainParser, fail
+from ofmu_ray.commandline.terminal import metrics_table, plain_table, say
 from ofmu_ray.errors import UserError
 from ofmu_ray.runs.catalog import PastRun, past_run, past_runs
 from ofmu_ray.storage import is_uri
-from pipelines.parse import PlainParser, fail
-from pipelines.terminal import metrics_table, plain_table, say
 
 
 def main(arguments: list[str], command: str) -> int:

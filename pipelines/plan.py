@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ofmu_ray.commandline.parse import fail, parse
 from ofmu_ray.config.plan import PlanConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.planning.planner import planned
-from pipelines.parse import fail, parse
 
 PROG = "ofmu plan"
 

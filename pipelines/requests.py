@@ -7,12 +7,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ofmu_ray.commandline.parse import PlainParser, fail, parse
+from ofmu_ray.commandline.terminal import Terminal
 from ofmu_ray.config.requests import RequestsConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.progress import listening
 from pipelines import requests_intake, requests_service, requests_work
-from pipelines.parse import PlainParser, fail, parse
-from pipelines.terminal import Terminal
 
 PROG = "ofmu requests"
 

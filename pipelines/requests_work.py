@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ofmu_ray.commandline.terminal import say
 from ofmu_ray.config.requests import RequestsConfig
 from ofmu_ray.errors import UserError
-from pipelines.terminal import say
 
 
 def _none(parser: argparse.ArgumentParser) -> None:

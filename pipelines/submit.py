@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ofmu_ray.commandline.parse import fail, parse
+from ofmu_ray.commandline.terminal import say
 from ofmu_ray.config import BenchmarkConfig, TrainConfig, UnlearnConfig, close_match, config_hash
 from ofmu_ray.config.evaluate import EvaluateConfig
 from ofmu_ray.config.submit import SubmitConfig
@@ -23,8 +25,6 @@ from ofmu_ray.config.sweep import SweepConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.runs.preflight import check_job_storage
 from ofmu_ray.storage import without_credentials
-from pipelines.parse import fail, parse
-from pipelines.terminal import say
 
 if TYPE_CHECKING:
     from ofmu_ray.cluster.job_server import Jobs

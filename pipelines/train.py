@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 
+from ofmu_ray.commandline.parse import fail, parse
+from ofmu_ray.commandline.terminal import Terminal, say
 from ofmu_ray.config import TrainConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.runs.run import run
-from pipelines.parse import fail, parse
-from pipelines.terminal import Terminal, say
 
 PROG = "ofmu train"
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 
+from ofmu_ray.commandline.parse import fail, parse
+from ofmu_ray.commandline.terminal import Terminal, metrics_table, samples, say
 from ofmu_ray.config import UnlearnConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.runs.outcome import Outcome
 from ofmu_ray.runs.run import run
-from pipelines.parse import fail, parse
-from pipelines.terminal import Terminal, metrics_table, samples, say
 
 PROG = "ofmu unlearn"
 

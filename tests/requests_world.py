@@ -11,12 +11,12 @@ import yaml
 from leak_scan import leaks
 
 from ofmu_ray.assets import resolve_builtin
+from ofmu_ray.commandline.parse import parse
 from ofmu_ray.config.requests import RequestsConfig
 from ofmu_ray.requests.intake import open_ledger
 from ofmu_ray.requests.ledger import Ledger
 from ofmu_ray.requests.registry import Registry
 from pipelines import cli
-from pipelines.parse import parse
 
 STRONG = {"name": "strong", "options": {"training.rounds": 8, "ofmu.inner.lr": 1.2e-3}}
 CRIPPLED = {"name": "crippled", "options": {"training.rounds": 1, "ofmu.inner.lr": 1e-9, "ofmu.outer.lr": 1e-9}}

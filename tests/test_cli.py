@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ofmu_ray.commandline.parse import parse
 from ofmu_ray.config import (
     BenchmarkConfig,
     SweepConfig,
@@ -26,7 +27,6 @@ from ofmu_ray.config.requests import RequestsConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.methods.ofmu import OFMUConfig
 from pipelines import cli
-from pipelines.parse import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "ofmu_ray/assets/people/target"

@@ -16,9 +16,9 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from ofmu_ray import __version__
+from ofmu_ray.commandline.parse import parse
 from ofmu_ray.config import UnlearnConfig
 from ofmu_ray.runs.preflight import check_job_storage
-from pipelines.parse import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = ["cluster.yaml", "cluster/on_premise.yaml"]

@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from ofmu_ray.commandline.terminal import metrics_table
 from ofmu_ray.metrics.degeneration import SoundRange, failed_measures, ngram_entropy, ngram_variety, words
 from ofmu_ray.metrics.fronts import plain
 from ofmu_ray.metrics.generations import damaged_words, sound_generations
 from ofmu_ray.metrics.summary import summarise
 from ofmu_ray.metrics.tofu import forgetting_words, level_words
 from ofmu_ray.reporting.samples import sample_rows
-from pipelines.terminal import metrics_table
 
 RETRAINED = SoundRange(
     "retrained", {"repetition": (0.0, 0.0, 0.04), "empty": (0.02, 0.0, 0.05), "ngram_variety": (0.9, 0.85, 0.95)}

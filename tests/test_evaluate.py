@@ -16,10 +16,10 @@ from s3_server import s3_server
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.attacks import measurement as measurements
 from ofmu_ray.cluster import map_tasks
+from ofmu_ray.commandline.parse import parse
 from ofmu_ray.config.evaluate import EvaluateConfig
 from ofmu_ray.runs.finished_comparison import inputs_digest
 from pipelines import cli
-from pipelines.parse import parse
 
 TARGET = "builtin:people/target"
 SMALL = {"max_rows": 10, "max_new_tokens": 8, "bootstrap_samples": 40}
@@ -441,8 +441,8 @@ def test_metrics_of_many_models_fit_mlflow(tmp_path: Path) -> None:
 
 
 def test_the_printed_configuration_is_the_same_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from ofmu_ray.commandline.parse import parse
     from ofmu_ray.config.evaluate import EvaluateConfig
-    from pipelines.parse import parse
 
     for name in ("evaluate_people", "evaluate_tofu"):
         file = Path(cli.__file__).parent / "configs" / f"{name}.yaml"

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ofmu_ray.commandline.parse import parse
 from ofmu_ray.config import ModelConfig, SweepConfig, UnlearnConfig, outcome_hash
 from ofmu_ray.errors import StartError, StorageError, UserError
 from ofmu_ray.models.loading import load_tokenizer
@@ -22,7 +23,6 @@ from ofmu_ray.runs.run import as_begun
 from ofmu_ray.runs.this_run import Run
 from ofmu_ray.storage import explained
 from pipelines import cli
-from pipelines.parse import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from hub_server import TOKEN, Hub, Repository, hub_server
 
+from ofmu_ray.commandline.parse import parse
 from ofmu_ray.config import ExportConfig, UnlearnConfig, outcome_hash
 from ofmu_ray.errors import StorageError, UserError
 from ofmu_ray.storage.hub_push import check_push, push
 from pipelines import cli
-from pipelines.parse import parse
 
 QUICK = ["--training.rounds", "1", "--evaluation.enabled", "false", "--ofmu.forget_level", "4"]
 

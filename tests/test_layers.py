@@ -10,9 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
-    "pipelines", "requests", "search", "runs", "planning", "reporting", "attacks", "training", "tracking", "methods",
-    "features", "tasks", "evaluation", "metrics", "engines", "models", "data", "cluster", "internals", "algorithm",
-    "config", "storage", "assets",
+    "pipelines", "commandline", "requests", "search", "runs", "planning", "reporting", "attacks", "training",
+    "tracking", "methods", "features", "tasks", "evaluation", "metrics", "engines", "models", "data", "cluster",
+    "internals", "algorithm", "config", "storage", "assets",
 )  # fmt: skip
 """From top to bottom, as in docs/architecture.md."""
 GROUND = {"errors", "progress", "__version__", ""}
@@ -73,7 +73,7 @@ def test_library_code_never_prints(forbidden: str) -> None:
     offenders = []
     for own, path in sources():
         text = path.read_text()
-        if own == "pipelines" or '__name__ == "__main__"' in text:
+        if own in ("pipelines", "commandline") or '__name__ == "__main__"' in text:
             continue
         calls = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call))
         if any(isinstance(call.func, ast.Name) and call.func.id == forbidden for call in calls):
@@ -95,7 +95,7 @@ def test_models_are_made_in_one_room() -> None:
 
 def test_pipelines_are_thin() -> None:
     lines = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "pipelines").glob("*.py")}
-    assert sum(lines.values()) <= 1900, lines
+    assert sum(lines.values()) <= 1500, lines
 
 
 SAME_NAMES = {"__init__", "protocol", "registry"}

@@ -51,7 +51,7 @@ package = types.ModuleType("ofmu_ray.methods")
 package.__path__ = [sys.argv[2] + "/ofmu_ray/methods", sys.argv[1]]
 sys.modules["ofmu_ray.methods"] = package
 
-from pipelines.parse import parse
+from ofmu_ray.commandline.parse import parse
 from ofmu_ray.config import LABELS, UnlearnConfig, apply_overrides, outcome_hash
 from ofmu_ray.errors import UserError
 

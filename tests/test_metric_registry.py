@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from ofmu_ray.commandline.terminal import metrics_table
 from ofmu_ray.errors import UserError
 from ofmu_ray.metrics import registry
 from ofmu_ray.metrics.paired import Resamples, tested
@@ -17,7 +18,6 @@ from ofmu_ray.metrics.registry import Metric, metric, register
 from ofmu_ray.metrics.rule import Goal, select
 from ofmu_ray.metrics.summary import summarise
 from ofmu_ray.reporting.formats import metric_table
-from pipelines.terminal import metrics_table
 
 SHOUTING = Metric(
     name="forget_shouting",

@@ -11,13 +11,13 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from ofmu_ray.commandline.parse import parse
 from ofmu_ray.config.evaluate import EvaluateConfig
 from ofmu_ray.evaluation.rows import MEASURED, with_row_metrics
 from ofmu_ray.metrics.peer_names import SMALL, peer_values
 from ofmu_ray.metrics.summary import summarise
 from pipelines import cli
 from pipelines.evaluate import peer_table
-from pipelines.parse import parse
 
 SETS = {"forget": 4, "retain": 4, "real_authors": 3, "world_facts": 3, "holdout": 4}
 

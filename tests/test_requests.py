@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 from requests_server import PEOPLE, ROWS_EACH, private, training_data
 
+from ofmu_ray.commandline.parse import parse
 from ofmu_ray.config.requests import RequestsConfig, duration
 from ofmu_ray.errors import UserError
 from ofmu_ray.requests.ledger import Ledger
 from pipelines import cli, requests
-from pipelines.parse import parse
 
 parsed = functools.cache(parse)
 Run = Callable[..., tuple[int, str, str]]

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from ofmu_ray.commandline import terminal
+from ofmu_ray.commandline.terminal import Terminal
 from ofmu_ray.runs.catalog import past_runs
 from ofmu_ray.runs.claims import locked
-from pipelines import cli, terminal
-from pipelines.terminal import Terminal
+from pipelines import cli
 
 
 class Screen(io.StringIO):

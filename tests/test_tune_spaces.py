@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import FloatDistribution
 
+from ofmu_ray.commandline.parse import parse
 from ofmu_ray.config import LABELS, METHODS, BenchmarkConfig, SearchConfig, UnlearnConfig, apply_overrides
 from ofmu_ray.errors import UserError
 from ofmu_ray.metrics.rule import Goal
@@ -16,7 +17,6 @@ from ofmu_ray.search.priors import at, text_of
 from ofmu_ray.search.run_benchmark import space_of
 from ofmu_ray.search.spaces import read_space, space_for
 from ofmu_ray.search.suggest import EarlierTrial, Search
-from pipelines.parse import parse
 from tune_spaces import (
     Choice,
     Integers,

@@ -13,13 +13,13 @@ import pytest
 from evaluation_models import tiny_model, tiny_tokenizer
 
 from ofmu_ray import unlearn
+from ofmu_ray.commandline.parse import parse
 from ofmu_ray.config import BenchmarkConfig, SourceConfig, UnlearnConfig, apply_overrides
 from ofmu_ray.data.choices import choice_rows
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.multiple_choice import choice_table
 from ofmu_ray.metrics.rule import Goal
 from ofmu_ray.runs.trial_data import checked
-from pipelines.parse import parse
 
 pytestmark = pytest.mark.slow
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from importlib.resources import files
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -56,7 +57,7 @@ def config_paths(words: Sequence[str]) -> Iterator[tuple[int, str]]:
             yield index + 1, words[index + 1]
 
 
-SHIPPED = Path(__file__).parent / "configs"
+SHIPPED = Path(str(files("pipelines") / "configs"))
 
 
 def with_shipped(words: Sequence[str]) -> list[str]:

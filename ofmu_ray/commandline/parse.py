@@ -13,12 +13,12 @@ from typing import Any, NoReturn, TypeVar
 from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
 from yaml import YAMLError
 
+from ofmu_ray.commandline import help
+from ofmu_ray.commandline.config_files import ConfigFile, read_files, runs_as_base, sections, with_shipped
 from ofmu_ray.config import METHODS, PRESETS, SweepConfig, close_match
 from ofmu_ray.config.values import close_option
 from ofmu_ray.config.yaml_keys import with_text_keys
 from ofmu_ray.errors import UserError
-from pipelines import help
-from pipelines.config_files import ConfigFile, read_files, runs_as_base, sections, with_shipped
 
 Config = TypeVar("Config")
 FLAGS = ("--overwrite", "--peer_names")
