@@ -56,12 +56,16 @@ def test_bounded_losses_by_hand() -> None:
     assert (float(total), float(count), sums.grad.tolist()) == (8.0 + 18.0, 7.0, [1.0, 0.0])
 
     # rows with means of 2, 7, 5.5 and 6.5 of what counts, up to 12 a token; from 5.4 to 6.6 is at the level
-    nll = torch.tensor([1.0, 3.0, 2.0, 90.0, 5.0, 6.0, 4.0, 9.0], requires_grad=True)
+    nll = torch.tensor([1.0, 3.0, 2.0, 20.0, 5.0, 6.0, 4.0, 9.0], requires_grad=True)
     total, count = matched_rows(nll, torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]), 4, level=6.0)
     total.backward()
     assert float(total) == pytest.approx(2 * (6 - 3.4) + 2 * (6 - 0.4) + 12 + 12)
     assert (float(count), nll.grad.tolist()) == (8.0, [1.0, 1.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
     assert [capped(level) for level in (0.5, 3.0, 6.0)] == [3.5, 6.0, 12.0]
+    far = torch.tensor([30.0, 1.0], requires_grad=True)  # 6 beyond twice 12; the row has a mean of 6.5
+    total, _ = matched_rows(far, torch.tensor([0, 0]), 1, level=6.0)
+    total.backward()
+    assert (float(total), far.grad.tolist()) == (2 * 6.0 - 6.0, [-1.0, 0.0])
 
 
 @pytest.mark.parametrize("loss", ["nll", "bounded_token", "bounded_row", "matched_row", "simnpo", "npo"])

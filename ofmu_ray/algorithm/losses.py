@@ -49,15 +49,16 @@ def capped(level: float) -> float:
 
 def matched_rows(nll_t: torch.Tensor, rows_t: torch.Tensor, rows: int, *, level: float) -> LossParts:
     """tokens x (level - distance) of each of `rows` rows, where distance = max(0, |mean - level| - MATCHED x level) and
-    mean is that of min(nll, `capped(level)`); mean over tokens.
+    mean is that of min(nll, `capped(level)`); less what tokens have beyond twice that. Mean over tokens.
 
-    Ascent raises rows below the level, lowers rows beyond it, and leaves rows near it; tokens far beyond it have no
-    gradient, as they would otherwise take all of a row's loss.
+    Ascent raises rows below the level, lowers rows beyond it, and leaves rows near it. Tokens far beyond it do not count:
+    they would take all of a row's loss. What raises other tokens drives them still further; then they are lowered.
     """
-    capped_t = nll_t.clamp(max=capped(level))
-    nll_r, tokens_r = (row_sums(values, rows_t, rows) for values in (capped_t, torch.ones_like(nll_t)))
-    level_r = level * tokens_r
-    return (level_r - ((nll_r - level_r).abs() - MATCHED * level_r).clamp(min=0)).sum(), tokens_r.sum()
+    most = capped(level)
+    nll_r, tokens_r = (row_sums(values, rows_t, rows) for values in (nll_t.clamp(max=most), torch.ones_like(nll_t)))
+    level_r, far_t = level * tokens_r, (nll_t - 2 * most).clamp(min=0)
+    apart_r = ((nll_r - level_r).abs() - MATCHED * level_r).clamp(min=0)
+    return (level_r - apart_r).sum() - far_t.sum(), tokens_r.sum()
 
 
 def weighted_ascent(

@@ -31,8 +31,8 @@ class OFMUConfig(MethodConfig):
     forget_loss: ForgetLoss = "nll"
     """Loss that the inner loop raises on forget answers. nll: the token NLL, unbounded; bounded_token: each token's NLL
     up to forget_level; bounded_row: each row's mean NLL up to forget_level; matched_row: the same, and down to it where
-    steps overshot, with tokens that count up to twice the level, or 3 nats more; npo, simnpo: the negated losses of
-    these methods, whose gradients fade out."""
+    steps overshot, token by token where they ran away; npo, simnpo: the negated losses of these methods, whose
+    gradients fade out."""
     forget_level: float | str | None = None
     """Bound of bounded losses: nats per token; holdout: the reference model's mean loss on the rows of data.holdout;
     holdout:Q: quantile Q (0 to 1) of these rows' losses; unigram: entropy of the tokens of retain answers. null:
