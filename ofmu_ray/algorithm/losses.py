@@ -51,8 +51,9 @@ def matched_rows(nll_t: torch.Tensor, rows_t: torch.Tensor, rows: int, *, level:
     """tokens x (level - distance) of each of `rows` rows, where distance = max(0, |mean - level| - MATCHED x level) and
     mean is that of min(nll, `capped(level)`); less what tokens have beyond twice that. Mean over tokens.
 
-    Ascent raises rows below the level, lowers rows beyond it, and leaves rows near it. Tokens far beyond it do not count:
-    they would take all of a row's loss. What raises other tokens drives them still further; then they are lowered.
+    Ascent raises rows below the level, lowers rows beyond it, and leaves rows near it. Tokens far beyond it do not
+    count: they would take all of a row's loss. What raises other tokens drives them still further; then they are
+    lowered.
     """
     most = capped(level)
     nll_r, tokens_r = (row_sums(values, rows_t, rows) for values in (nll_t.clamp(max=most), torch.ones_like(nll_t)))
