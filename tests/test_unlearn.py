@@ -233,7 +233,7 @@ def test_the_default_forgets_up_to_the_level_of_unseen_rows(local_ray, tmp_path,
     options = ["--training.rounds", "4", "--ofmu.inner.lr", "1e-3", *NO_EVALUATION]
     status, metrics = run(tmp_path, "default", *options)
     assert status == 0
-    assert "forget up to 5.32 nats per token (bounded_token)" in capsys.readouterr().err
+    assert "forget up to 5.32 nats per token (matched_row)" in capsys.readouterr().err
     assert metrics["cost"]["gradient_passes"] == {"forget": 4 * 3, "retain": 4 * 8}
     assert metrics["cost"]["updates"] == 4 * 11
     losses = [row["forget_loss"] for row in json.loads((tmp_path / "default/training.json").read_text())["series"]]

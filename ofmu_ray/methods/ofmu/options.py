@@ -220,7 +220,7 @@ _PAPER = {
 PRESETS: dict[str, dict[str, Any]] = {
     # one gradient per update: T + S passes per round
     "first_order": {
-        "forget_loss": "bounded_token",
+        "forget_loss": "matched_row",
         "projection": 0.0,
         "beta": 0.0,
         "rho": 0.0,
