@@ -147,7 +147,8 @@ def test_zero_3_runs_as_it_is() -> None:
 
 
 def test_hashes_of_runs_without_it_are_as_before() -> None:
-    plain = apply_overrides(UnlearnConfig(), {"ofmu.inner.lr": 1e-5, "ofmu.outer.lr": 1e-5})  # the defaults before
+    before = {"ofmu.inner.lr": 1e-5, "ofmu.outer.lr": 1e-5, "ofmu.forget_loss": "bounded_token"}  # the defaults then
+    plain = apply_overrides(UnlearnConfig(), before)
     asked = replace(plain, training=replace(plain.training, compile=True))
     assert outcome_hash(asked) == outcome_hash(plain)  # a run that resumes may turn it on or off
     assert config_hash(asked) != config_hash(plain)  # a benchmark measures seconds
