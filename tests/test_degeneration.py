@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -165,14 +166,23 @@ def test_forget_quality_as_a_verdict() -> None:
 
 
 def test_the_level_as_a_verdict() -> None:
-    likely = [math.exp(-1.7), math.exp(-1.8), math.exp(-1.9)]
-    table = pa.table({"set": ["forget"] * 3 + ["retain"], "probability": [*likely, 1.0]})
-    words = "forget answers: 1.80 ± 0.12 nats per token"
-    assert level_words(table, 0.89) == f"{words}, beyond the level of 0.89"
-    assert level_words(table, 1.85) == f"{words}, at the level of 1.85"
-    assert level_words(table, 5.0) == f"{words}, short of the level of 5.00"
-    assert level_words(table, None) is None
-    assert level_words(table.slice(3), 0.89) is None
+    table = pa.table({"set": ["forget"] * 40 + ["retain"], "answer_nll": [1.7, 1.9] * 20 + [0.0]})
+
+    def words(level: float | None, of: pa.Table = table) -> str | None:
+        return level_words(of, level, samples=200, seed=0)
+
+    beyond = words(0.89)
+    assert beyond is not None
+    shown = re.fullmatch(r"forget answers: 1\.80 \[(.+), (.+)\] nats per token, beyond the level of 0\.89", beyond)
+    assert shown is not None
+    low, high = map(float, shown.groups())
+    assert 1.75 < low < 1.80 < high < 1.85
+    assert (words(1.8) or "").endswith(", at the level of 1.80")
+    assert (words(5.0) or "").endswith(", short of the level of 5.00")
+    assert words(None) is None
+    assert words(0.89, table.slice(40)) is None
+    clustered = table.append_column("cluster", pa.array((["a", "b"] * 20) + ["c"]))  # two clusters, 1.7 and 1.9
+    assert "[1.70, 1.90]" in (words(0.89, clustered) or "")
 
 
 def test_samples_are_chosen_by_damage() -> None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 from ofmu_ray.metrics import functions
 from ofmu_ray.metrics.columns import clusters_of, finite, rows_of, same_rows
 from ofmu_ray.metrics.functions import FloatArray
-from ofmu_ray.metrics.intervals import MetricValue, forget_quality_figures, utility_estimate
+from ofmu_ray.metrics.intervals import MetricValue, forget_quality_figures, mean_figure, utility_estimate
 from ofmu_ray.metrics.registry import Inputs, Metric, metric, register
 
 SETS = {"forget": "Forget", "retain": "Retain", "real_authors": "Real authors", "world_facts": "World facts"}
@@ -126,17 +126,20 @@ def forgetting_words(quality: Mapping[str, Any] | None) -> str | None:
     return f"p = {shown}: distinguishable from the retrained model (p <= {LEVEL})"
 
 
-def level_words(table: pa.Table | None, level: float | None) -> str | None:
+def level_words(table: pa.Table | None, level: float | None, *, samples: int, seed: int) -> str | None:
     """Whether forget answers are as unlikely as `level` (nats per token) says; None: no level, or no forget answers.
 
-    The mean over rows of -log probability, with its 95 % interval (two standard errors).
+    The mean over rows of each answer's loss per token, with its bootstrap interval.
     """
     if table is None or level is None:
         return None
-    likely = probability(rows_of(table, "forget"), "forget")
-    if isinstance(likely, str) or len(likely) < 2:
+    rows = rows_of(table, "forget")
+    losses = finite(rows, "forget", "answer_nll") if rows.num_rows else "no rows"
+    if isinstance(losses, str) or np.isnan(losses).any():
         return None
-    losses = -np.log(np.maximum(likely, np.finfo(np.float64).tiny))
-    mean, error = float(losses.mean()), 2 * float(losses.std(ddof=1)) / len(losses) ** 0.5
-    place = "short of" if mean + error < level else "beyond" if mean - error > level else "at"
-    return f"forget answers: {mean:.2f} ± {error:.2f} nats per token, {place} the level of {level:.2f}"
+    figure = mean_figure(losses, samples=samples, seed=seed, name="forget_level", clusters=clusters_of(rows))
+    if figure.value is None or figure.low is None or figure.high is None:
+        return None
+    place = "short of" if figure.high < level else "beyond" if figure.low > level else "at"
+    shown = f"{figure.value:.2f} [{figure.low:.2f}, {figure.high:.2f}]"
+    return f"forget answers: {shown} nats per token, {place} the level of {level:.2f}"

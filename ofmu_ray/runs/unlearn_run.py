@@ -128,7 +128,8 @@ def _work(this_run: Run, config: UnlearnConfig, evaluation: Evaluation, encoder:
         tables = {"before": before, "after": after, "retrained": retrained}
         metrics = {name: evaluation.figures(table, retrained) for name, table in tables.items()}
         verdict = evaluation.verdict(tables, metrics)
-        words = level_words(after, getattr(job.method, "level", None))
+        options = {"samples": config.evaluation.bootstrap_samples, "seed": config.seed}
+        words = level_words(after, getattr(job.method, "level", None), **options)
         if words is not None:
             verdict.setdefault("run", {})["level"] = words
     return RunResults(
