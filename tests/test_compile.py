@@ -109,6 +109,24 @@ def test_what_does_not_compile_runs_as_it_is(eager: Worker, tmp_path: Path, monk
         assert torch.equal((worker.engine.full_weights() or {})[name], value), name
 
 
+@pytest.mark.slow
+def test_a_backward_pass_that_does_not_compile(eager: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.backends.common import aot_autograd
+
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("no backward")
+
+    def forward(graph: Any, _: Any) -> Any:
+        return graph
+
+    monkeypatch.setattr(compiled, "BACKEND", aot_autograd(fw_compiler=forward, bw_compiler=refuse))
+    worker = ran(tmp_path, "backward", compile=True)
+    (note,) = worker.state.notes
+    assert "no backward" in note
+    for name, value in (eager.engine.full_weights() or {}).items():
+        assert torch.equal((worker.engine.full_weights() or {})[name], value), name
+
+
 def test_passes_without_gradients_and_single_layers_stay_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
 

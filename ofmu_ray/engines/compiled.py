@@ -39,6 +39,7 @@ class Compiled:
 
     def _chosen(self, eager: Callable[..., Any]) -> Callable[..., Any]:
         from torch._dynamo.exc import TorchDynamoException
+        from torch._functorch import config
 
         # lengths differ between batches: with static shapes, every new one would be compiled
         compiled = torch.compile(eager, backend=BACKEND, dynamic=True)
@@ -47,7 +48,9 @@ class Compiled:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self._on and not self._failed:
                 try:
-                    return compiled(*args, **kwargs)
+                    # also the backward pass is compiled here: what fails in the backward pass itself ends the run
+                    with config.patch(force_non_lazy_backward_lowering=True):
+                        return compiled(*args, **kwargs)
                 except TorchDynamoException as error:  # no compiler, or code that it does not take
                     self.note(_line(error))
                     self._failed = True
