@@ -25,6 +25,8 @@ from ofmu_ray.config import LoraConfig, OptimizerConfig
 Measure = Callable[[Any, int, int], dict[str, Any]]
 INNER = OptimizerConfig(name="sgd", lr=0.05, clip=1.0, momentum=0.5)
 OUTER = OptimizerConfig(name="adamw", lr=1e-3, clip=None, weight_decay=0.3, eps=1e-4)
+SHARDED_FROM = 100
+"""Elements of a tensor that stage 3 cuts: the models' matrices, not their norms. By default nothing so small is cut."""
 LENGTHS = [[9, 12, 7, 10], [5, 30, 28, 16]]  # rows by rank: the ranks' token counts differ
 
 
@@ -60,8 +62,12 @@ def build_module(case: Case) -> torch.nn.Module:
 
 
 def rank_main(rank: int, world: int, port: int, cases: list[Any], out: str, measure: Measure) -> None:
+    from ofmu_ray.engines import deepspeed_engine
+
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    assert deepspeed_engine.PERSISTENT_BELOW > SHARDED_FROM
+    deepspeed_engine.PERSISTENT_BELOW = SHARDED_FROM
     store = dist.TCPStore("127.0.0.1", port, world, rank == 0, timeout=datetime.timedelta(seconds=60))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60))
     os.environ["LOCAL_RANK"] = str(rank)

@@ -204,13 +204,12 @@ def continues(case: Case, saved: tuple[Any, Any], engine: Any, forget: Any, reta
 
 
 def build_engine(case: Case, seed: int = 0) -> Any:
-    from ofmu_ray.engines import DeepSpeedEngine, TorchEngine, deepspeed_engine
+    from ofmu_ray.engines import DeepSpeedEngine, TorchEngine
 
     optimizer = OPTIMIZERS[case.optimizer]
     module = seeded_model(case.model, seed)
     if case.stage is None:
         return TorchEngine(module, inner=optimizer, outer=optimizer)
-    deepspeed_engine._PERSISTENT_BELOW = 100  # otherwise stage 3 would not shard the matrices of so small a model
     return DeepSpeedEngine(module, inner=optimizer, outer=optimizer, zero_stage=case.stage)  # type: ignore[arg-type]
 
 

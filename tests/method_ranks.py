@@ -85,12 +85,11 @@ def reference(untouched: torch.nn.Module, micro: dict[str, torch.Tensor]) -> dic
 
 
 def build_engine(case: Case, module: torch.nn.Module) -> Any:
-    from ofmu_ray.engines import DeepSpeedEngine, TorchEngine, deepspeed_engine
+    from ofmu_ray.engines import DeepSpeedEngine, TorchEngine
 
     inner, outer = OPTIONS[case.variant].optimizers
     if case.stage is None:
         return TorchEngine(module, inner=inner, outer=outer)
-    deepspeed_engine._PERSISTENT_BELOW = 100  # otherwise stage 3 would not shard the matrices of so small a model
     return DeepSpeedEngine(module, inner=inner, outer=outer, zero_stage=case.stage)  # type: ignore[arg-type]
 
 

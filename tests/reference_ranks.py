@@ -133,7 +133,7 @@ def probe(model: Any, micro: Mapping[str, torch.Tensor]) -> float:
 
 
 def build_engine(case: Case, method: Any, dtype: torch.dtype) -> Any:
-    from ofmu_ray.engines import DeepSpeedEngine, TorchEngine, deepspeed_engine
+    from ofmu_ray.engines import DeepSpeedEngine, TorchEngine
 
     torch.manual_seed(5)  # the run's seed, which RMU's vector comes from
     module = reference_model(case.model).to(dtype)
@@ -142,7 +142,6 @@ def build_engine(case: Case, method: Any, dtype: torch.dtype) -> Any:
     optimizer = OPTIONS[case.variant].optimizer
     if case.stage is None:
         return TorchEngine(module, inner=optimizer, outer=optimizer)
-    deepspeed_engine._PERSISTENT_BELOW = 100  # otherwise stage 3 would not shard the matrices of so small a model
     return DeepSpeedEngine(module, inner=optimizer, outer=optimizer, zero_stage=case.stage)  # type: ignore[arg-type]
 
 
