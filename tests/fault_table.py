@@ -1,7 +1,7 @@
-"""The measured table of docs/reliability.md, written by the tests that inject the faults.
+"""What faults cost (docs/results/faults.csv), measured by the tests that inject them.
 
-    FAULT_TABLE=faults.jsonl make test PYTEST_ARGS="-m slow"
-    python tests/fault_table.py faults.jsonl docs/reliability.md
+    FAULT_TABLE=faults.jsonl make test-all
+    python tests/fault_table.py faults.jsonl docs/results/faults.csv
 
 With FAULT_TABLE, the workers of the tests' runs also record when each round starts (`watched`), which gives the cost of
 a fault. Without it, the tests measure and record nothing, and runs are as a user starts them.
@@ -9,6 +9,7 @@ a fault. Without it, the tests measure and record nothing, and runs are as a use
 
 from __future__ import annotations
 
+import csv
 import importlib.abc
 import importlib.util
 import json
@@ -20,7 +21,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-BEGIN, END = "<!-- faults: written by tests/fault_table.py -->", "<!-- end of faults -->"
 PHASES = (
     "tokenising",
     "start",
@@ -138,23 +138,24 @@ def merged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [worst[key] for key in sorted(worst)]
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown."""
-    lines = ["| fault | phase | done again | seconds to recover | largest difference at the end |", "|" + "---|" * 5]
+def table(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The lines of the CSV file, the names of its columns first."""
+    lines: list[tuple[str, ...]] = [
+        ("fault", "phase", "done again", "seconds to recover", "largest difference at the end")
+    ]
     for row in merged(rows):
         lost = f"{row['lost']} {row['unit']}" + ("" if row["lost"] == 1 else "s")
         seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
         difference = "" if row["difference"] is None else f"{row['difference']:.2g}"
-        lines.append(f"| {row['fault']} | {row['phase']} | {lost} | {seconds} | {difference} |")
-    return "\n".join(lines)
+        lines.append((row["fault"], row["phase"], lost, seconds, difference))
+    return lines
 
 
 def main() -> None:
-    rows, page = Path(sys.argv[1]), Path(sys.argv[2])
-    text = page.read_text()
-    before, after = text.index(BEGIN) + len(BEGIN), text.index(END)
-    shown = table([json.loads(line) for line in rows.read_text().splitlines()])
-    page.write_text(f"{text[:before]}\n{shown}\n{text[after:]}")
+    rows, out = Path(sys.argv[1]), Path(sys.argv[2])
+    with out.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows(table([json.loads(line) for line in rows.read_text().splitlines()]))
 
 
 if __name__ == "__main__":
