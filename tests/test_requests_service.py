@@ -61,9 +61,15 @@ def test_a_request_from_submission_to_certificate(server: Service) -> None:
     status, headers, text = server.call("GET", f"{place}/certificate")
     assert (status, text) == (200, document)
     assert answer["id"] in headers["content-disposition"]
+    page = f"/requests/{answer['id']}"
+    assert server.call("GET", f"{page}/certificate")[::2] == (200, document)
+    assert f'<a href="{page}/certificate">' in server.call("GET", page)[2]
     server.ledger.move(names, "accepted")  # as a rollback does
     status, _, text = server.call("GET", f"{place}/certificate")
     assert (status, "the request is accepted" in text) == (404, True)
+    assert server.call("GET", f"{page}/certificate")[0] == 404
+    status, _, text = server.call("GET", page)
+    assert (status, "/certificate" in text) == (200, False)
     server.ledger.move(names, "rejected")  # not left to other tests
 
 

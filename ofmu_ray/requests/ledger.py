@@ -350,10 +350,10 @@ class Ledger:
             append(session, self.clock(), request_id, "key_destroyed", detail={"why": why})
 
     def certificate(self, request_id: str) -> str | None:
-        """The signed document of a request's last promotion."""
+        """The signed document of a promoted request; None before, and after a rollback."""
         with reading(self.engine) as session:
-            record_of(session, request_id)
-            found = session.get(CertificateRecord, request_id)
+            promoted = record_of(session, request_id).state == "promoted"
+            found = session.get(CertificateRecord, request_id) if promoted else None
             return None if found is None else found.document
 
     def events(self, request_id: str | None = None) -> list[Event]:
