@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from leak_scan import leaks
 from ledger_machine import Clock
+from mlflow import MlflowClient
 from requests_kill import PHASES, WITHDRAWAL, kill_in
 from requests_server import PEOPLE, ROWS_EACH, configured
 from requests_world import CRIPPLED, STRONG, World, pairs, people, write_rows
@@ -367,6 +368,31 @@ def test_a_batch_whose_champion_was_withdrawn_starts_over(small: Small, monkeypa
     assert int(again.number) > int(stale.number)
     assert registry.of_batch(batch.name) == again
     assert registry.register(again.path, again.weights, batch.name, replaces=first) == again
+
+
+def test_a_rollback_that_is_killed_at_either_alias_is_finished(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = Registry(small.config.tracking, str(small.storage), "ofmu")
+    versions: list[Version] = []
+    for number in range(3):
+        versions.append(registered(small, registry, f"batch-{number:012}", versions[-1] if versions else None))
+        registry.promote(versions[-1])
+    move = MlflowClient.set_registered_model_alias
+    for calls in (0, 1):
+        left = iter(range(calls))
+
+        def killed(self: MlflowClient, *arguments: Any, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            move(self, *arguments)
+
+        monkeypatch.setattr(MlflowClient, "set_registered_model_alias", killed)
+        with pytest.raises(KeyboardInterrupt):
+            rollback(small.config, "wrong answers")
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", move)
+    done = rollback(small.config, "again")
+    assert (done.version, done.champion) == (versions[2].number, versions[1].number)
+    assert (registry.champion().number, registry.previous().number) == (versions[1].number, versions[0].number)
+    assert not registry.champion().withdrawn
 
 
 def test_a_registered_version_is_promoted_whatever_recipes_there_are_now(

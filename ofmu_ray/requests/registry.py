@@ -132,15 +132,18 @@ class Registry:
         return [one for one in map(_version, found) if one.withdrawn]
 
     def withdraw(self, version: Version) -> Version:
-        """Give `champion` back to the version that `version` replaced, and return that. Can be repeated."""
+        """Give `champion` back to the version that `version` replaced, and return that. Can be repeated.
+
+        `champion` moves last: a withdrawn champion is how a killed rollback is noticed.
+        """
         assert version.replaces is not None, "the first version replaces none"
         before = self.version(version.replaces)
         with self._asked():
-            self._client.set_registered_model_alias(self.name, CHAMPION, before.number)
             if before.replaces is not None:
                 self._client.set_registered_model_alias(self.name, PREVIOUS, before.replaces)
             else:
                 self._client.delete_registered_model_alias(self.name, PREVIOUS)
+            self._client.set_registered_model_alias(self.name, CHAMPION, before.number)
         return before
 
     def _alias(self, alias: str) -> Version | None:
