@@ -1,12 +1,15 @@
-"""Gates decide by intervals: what passes, fails, is undecided or skipped, on tables made by hand."""
+"""Gates decide by intervals: what passes, fails, is undecided or skipped, on tables made by hand. And recipes."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from ofmu_ray.config import TrainingConfig, UnlearnConfig
 from ofmu_ray.config.promotion import GateConfig, PromotionConfig, RecipeConfig
+from ofmu_ray.config.requests import RequestOptions, RequestsConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.rows import MEASURED, with_row_metrics
 from ofmu_ray.metrics.intervals import MetricValue, difference_figure
@@ -135,3 +138,52 @@ def test_gates_that_cannot_be_decided_are_refused_at_the_start() -> None:
     with pytest.raises(UserError, match=r"data\.forget\.path"):
         RecipeConfig(name="mine", options={"data.forget.path": "x"})
     check_gates(PromotionConfig().gates, holdout=True, retrained=False)
+
+
+# ------------------------------------------------------------------------------------------------------------- recipes
+
+
+def test_a_grid_is_a_recipe_for_each_combination() -> None:
+    grid = {"ofmu.inner.lr": [1e-3, 2e-3], "training.rounds": [5, 9]}
+    small = RecipeConfig(name="small", options={"ofmu": {"inner": {"lr": 1.0}}, "seed": 3}, grid=grid)
+    promotion = PromotionConfig(recipes=[RecipeConfig(name="base"), small])
+    assert [one.name for one in promotion.ladder] == ["base", "small-1", "small-2", "small-3", "small-4"]
+    config = RequestsConfig(requests=RequestOptions(promotion=promotion))
+    runs = [config.with_recipe(one) for one in promotion.ladder]
+    values = [(one.ofmu.inner.lr, one.training.rounds, one.seed) for one in runs[1:]]
+    assert values == [(1e-3, 5, 3), (1e-3, 9, 3), (2e-3, 5, 3), (2e-3, 9, 3)]
+    assert runs[0] == UnlearnConfig()
+
+
+@pytest.mark.parametrize(("rounds", "expected"), [(20, [20, 40, 80]), (100, [100, 200, 400])])
+def test_the_default_recipes_train_longer_than_the_configuration(rounds: int, expected: list[int]) -> None:
+    config = RequestsConfig(training=TrainingConfig(rounds=rounds))
+    runs = [config.with_recipe(one) for one in config.requests.promotion.ladder]
+    assert [one.training.rounds for one in runs] == expected
+    assert [one.stop.forgotten for one in runs] == [3, None, None]
+
+
+RECIPES_REFUSED = [
+    ({"grid": {"ofmu.inner.lr": []}}, r"mine: grid\.ofmu\.inner\.lr = \[\]: must be a list of at least one value"),
+    ({"grid": {"seed": [*range(5)], "training.rounds": [1, 2, 3, 4]}}, "combinations of grid = 20: must be at most 16"),
+    ({"grid": {"ofmu.inner.lrs": [1.0]}}, r"mine-1: ofmu\.inner\.lrs\. Did you mean lr\?"),
+    ({"grid": {"training.rounds": [4, 0]}}, r"training\.rounds = 0: must be greater than 0"),
+    ({"grid": {"data.forget.path": ["x"]}}, r"mine: \.data\.forget\.path: set by the pipeline"),
+    ({"rounds_factor": 0}, "mine.rounds_factor = 0: must be greater than 0"),
+    ({"rounds_factor": 2, "options": {"training": {"rounds": 9}}}, "give one of them"),
+    ({"rounds_factor": 2, "grid": {"training.rounds": [9]}}, "give one of them"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), RECIPES_REFUSED, ids=range(len(RECIPES_REFUSED)))
+def test_recipes_that_cannot_run_are_refused_at_the_start(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        RequestsConfig(
+            requests=RequestOptions(promotion=PromotionConfig(recipes=[RecipeConfig(name="mine", **options)]))
+        )
+
+
+def test_two_recipes_of_a_name_are_refused() -> None:
+    swept = RecipeConfig(name="mine", grid={"seed": [1, 2]})
+    with pytest.raises(UserError, match=r"recipes = .mine-2.: must be there once"):
+        PromotionConfig(recipes=[RecipeConfig(name="mine-2"), swept])

@@ -18,7 +18,7 @@ from ledger_machine import Clock
 from mlflow import MlflowClient
 from requests_kill import PHASES, WITHDRAWAL, kill_in
 from requests_server import PEOPLE, ROWS_EACH, configured
-from requests_world import CRIPPLED, STRONG, World, pairs, people, write_rows
+from requests_world import STRONG, World, pairs, people, write_rows
 
 from ofmu_ray.config import SourceConfig
 from ofmu_ray.config.promotion import RecipeConfig
@@ -44,10 +44,15 @@ from ofmu_ray.runs.job import REQUESTED
 pytestmark = pytest.mark.system
 
 
+CRIPPLED = {"inner": {"lr": 1e-9}, "outer": {"lr": 1e-9}, "inner_steps": 1, "outer_steps": 1}
+SWEPT = {"name": "swept", "options": {"training.rounds": 8}, "grid": {"ofmu": [CRIPPLED, {"inner": {"lr": 1.2e-3}}]}}
+"""A small sweep: the first combination forgets nothing."""
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Person 0 was promoted by the second recipe; then a processor was killed as it promoted person 1."""
-    world = World.made(tmp_path_factory.mktemp("world"), [CRIPPLED, STRONG])
+    """Person 0 was promoted by the grid's second combination; then a processor was killed as it promoted person 1."""
+    world = World.made(tmp_path_factory.mktemp("world"), [SWEPT])
     world.add(0)
     assert world.call("process") == 0, world.said[-1]
     world.add(1)
@@ -57,7 +62,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 def test_the_ladder_goes_on_until_all_gates_pass(world: World) -> None:
     said = next(text for text in world.said if "promoted" in text)
-    assert "crippled: failed: forget_probability against holdout" in said
+    assert "swept-1: failed: forget_probability against holdout" in said
     with world.ledger() as ledger:
         first = ledger.all()[0]
         assert first.state == "promoted"

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any, Literal
 
-from ofmu_ray.config.ranges import require
+from ofmu_ray.config.overrides import nested
+from ofmu_ray.config.ranges import positive, require
 from ofmu_ray.config.robustness import RelearnOptions
+from ofmu_ray.config.values import flatten
 from ofmu_ray.errors import UserError
 
-GATES = "requests.promotion.gates"
+GATES, RECIPES = "requests.promotion.gates", "requests.promotion.recipes"
+MOST_COMBINATIONS = 16
+"""Of a recipe's grid: each is a run of its own."""
 Against = Literal["holdout", "retrained", "champion"]
 
 
@@ -89,20 +95,43 @@ class RecipeConfig:
     """A word for reports and the run's name."""
     options: dict[str, Any] = field(default_factory=dict)
     """Option -> value, dotted or nested, such as {training.rounds: 60, ofmu.inner.lr: 1.0e-3}."""
+    rounds_factor: float | None = None
+    """Factor on the configuration's training.rounds; null: as configured, or as in options."""
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    """A small sweep: option -> values, such as {ofmu.inner.lr: [1.0e-3, 2.0e-3]}. Each combination is a recipe of its
+    own, NAME-1, NAME-2, ...; the last option changes first."""
 
     def __post_init__(self) -> None:
         plain = re.fullmatch(r"[\w-]+", self.name, re.ASCII) is not None
-        require(plain, "requests.promotion.recipes.name", self.name, "a word of letters, digits and _ -")
-        for option in self.options:
+        require(plain, f"{RECIPES}.name", self.name, "a word of letters, digits and _ -")
+        where, count = f"{RECIPES}: {self.name}", math.prod(map(len, self.grid.values()))
+        for option in (*self.options, *self.grid):
             if option.partition(".")[0] in ("name", "storage", "overwrite", "model", "data", "tracking", "task"):
-                raise UserError(f"requests.promotion.recipes: {self.name}: .{option}: set by the pipeline; drop it")
+                raise UserError(f"{where}: .{option}: set by the pipeline; drop it")
+        for option, values in self.grid.items():
+            require(bool(values), f"{where}: grid.{option}", values, "a list of at least one value")
+        require(count <= MOST_COMBINATIONS, f"{where}: combinations of grid", count, f"at most {MOST_COMBINATIONS}")
+        positive(where, self, "rounds_factor")
+        if self.rounds_factor is not None and "training.rounds" in flatten(nested({**self.options, **self.grid})):
+            raise UserError(f"{where}: rounds_factor and training.rounds: give one of them")
+
+    def variants(self) -> list[RecipeConfig]:
+        """A recipe without a grid for each combination; the recipe itself if it has none."""
+        if not self.grid:
+            return [self]
+        combinations = [dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values())]
+        return [
+            replace(self, name=f"{self.name}-{number}", options={**self.options, **chosen}, grid={})
+            for number, chosen in enumerate(combinations, start=1)
+        ]
 
 
 def _recipes() -> list[RecipeConfig]:
+    patient = {"stop": {"forgotten": None}}
     return [
         RecipeConfig(name="base"),
-        RecipeConfig(name="longer", options={"training": {"rounds": 60}, "stop": {"forgotten": None}}),
-        RecipeConfig(name="longest", options={"training": {"rounds": 120}, "stop": {"forgotten": None}}),
+        RecipeConfig(name="longer", rounds_factor=2, options=patient),
+        RecipeConfig(name="longest", rounds_factor=4, options=patient),
     ]
 
 
@@ -124,11 +153,16 @@ class PromotionConfig:
     def __post_init__(self) -> None:
         plain = re.fullmatch(r"[\w.-]+", self.model_name, re.ASCII) is not None
         require(plain, "requests.promotion.model_name", self.model_name, "a word of letters, digits and _ . -")
-        require(bool(self.recipes), "requests.promotion.recipes", "[]", "at least one recipe")
-        require(bool(self.gates), "requests.promotion.gates", "[]", "at least one gate")
-        for kind, entries in (("recipes", self.recipes), ("gates", self.gates)):
+        require(bool(self.recipes), RECIPES, "[]", "at least one recipe")
+        require(bool(self.gates), GATES, "[]", "at least one gate")
+        for option, entries in ((RECIPES, self.ladder), (GATES, self.gates)):
             names: Sequence[str] = [entry.name for entry in entries]
             for name in names:
-                require(names.count(name) == 1, f"requests.promotion.{kind}", name, "there once")
+                require(names.count(name) == 1, option, name, "there once")
         for gate in self.gates:
             gate.check()
+
+    @property
+    def ladder(self) -> list[RecipeConfig]:
+        """The recipes in the order in which they are tried, grids as one recipe for each combination."""
+        return [variant for recipe in self.recipes for variant in recipe.variants()]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
+from typing import Any
 
 from ofmu_ray.config.data import SourceConfig
-from ofmu_ray.config.promotion import PromotionConfig
+from ofmu_ray.config.overrides import apply_overrides
+from ofmu_ray.config.promotion import RECIPES, PromotionConfig, RecipeConfig
 from ofmu_ray.config.ranges import positive, require
 from ofmu_ray.config.runs import UnlearnConfig
 from ofmu_ray.errors import UserError
@@ -86,6 +88,20 @@ class RequestsConfig(UnlearnConfig):
                     f"{option}.kind = {kind}: requests forget questions and answers (kind qa), no documents or chats; "
                     "`ofmu unlearn` forgets those"
                 )
+        for recipe in self.requests.promotion.ladder:
+            self.with_recipe(recipe)
+
+    def with_recipe(self, recipe: RecipeConfig) -> UnlearnConfig:
+        """The options of `ofmu unlearn`, with those of a recipe of the ladder.
+
+        Raises:
+            UserError: no such option, or a value with the wrong type or out of range.
+        """
+        plain = UnlearnConfig(**{each.name: getattr(self, each.name) for each in fields(UnlearnConfig)})
+        options: dict[str, Any] = dict(recipe.options)
+        if recipe.rounds_factor is not None:
+            options["training.rounds"] = max(1, round(recipe.rounds_factor * plain.training.rounds))
+        return apply_overrides(plain, options, option=f"{RECIPES}: {recipe.name}: ")
 
     @property
     def ledger_uri(self) -> str:

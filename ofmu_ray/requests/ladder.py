@@ -11,14 +11,14 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from typing import Any, Literal
 
 from ofmu_ray import progress
 from ofmu_ray.assets import resolve_builtin
-from ofmu_ray.config import SourceConfig, UnlearnConfig, apply_overrides, outcome_hash
+from ofmu_ray.config import SourceConfig, UnlearnConfig, outcome_hash
 from ofmu_ray.config.promotion import RecipeConfig
 from ofmu_ray.config.requests import RequestsConfig
 from ofmu_ray.errors import UserError
@@ -118,11 +118,11 @@ class Batch:
             base = self.registry.version(made.replaces or made.number)
             return self._promoted(base, made, self._attempts(base, made))
         base = self._champion()
-        remove_left_text(self.storage, {self.run_config(base, recipe).name for recipe in self.promotion.recipes})
+        remove_left_text(self.storage, {self.run_config(base, recipe).name for recipe in self.promotion.ladder})
         self._check()
         withdrawn, attempts = self._withdrawn_recipes(), []
         unwanted = {version.weights for version in self.registry.withdrawn()}
-        for recipe in self.promotion.recipes:
+        for recipe in self.promotion.ladder:
             if recipe.name in withdrawn:
                 progress.note("recipe", f"{recipe.name} made a model that was withdrawn; skipped")
                 continue
@@ -142,9 +142,8 @@ class Batch:
 
     def run_config(self, base: Version, recipe: RecipeConfig) -> UnlearnConfig:
         """The configuration of a recipe's run. Its files with rows are in its own folder."""
-        plain = UnlearnConfig(**{field.name: getattr(self.config, field.name) for field in fields(UnlearnConfig)})
+        plain = self.config.with_recipe(recipe)
         holdout = plain.data.sources.get("holdout")
-        plain = apply_overrides(plain, recipe.options, option=f"requests.promotion.recipes: {recipe.name}: ")
         plain = replace(
             plain,
             storage=self.storage,
@@ -178,7 +177,7 @@ class Batch:
 
     def _attempts(self, base: Version, made: Version) -> list[Attempt]:
         """What was tried before a version was registered; at least what made it, whatever the recipes are now."""
-        stored = (self._stored(base, recipe) for recipe in self.promotion.recipes)
+        stored = (self._stored(base, recipe) for recipe in self.promotion.ladder)
         attempts = [attempt for attempt in stored if attempt is not None]
         if all(one.weights != made.weights for one in attempts):
             stem, query = split_query(made.path)
