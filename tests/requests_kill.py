@@ -22,16 +22,19 @@ from ofmu_ray.runs import writing
 Kill = Callable[[], None]
 
 
-def at_alias(kill: Kill) -> None:
-    """Between the alias and the ledger."""
+def before_move(to: str) -> Callable[[Kill], None]:
+    """Between the alias and the ledger: before it moves requests to a state."""
     move = Ledger.move
 
-    def moved(self: Ledger, ids: Any, state: Any, *arguments: Any, **options: Any) -> Any:
-        if state == "promoted":
-            kill()
-        return move(self, ids, state, *arguments, **options)
+    def patch(kill: Kill) -> None:
+        def moved(self: Ledger, ids: Any, state: Any, *arguments: Any, **options: Any) -> Any:
+            if state == to:
+                kill()
+            return move(self, ids, state, *arguments, **options)
 
-    Ledger.move = moved  # type: ignore[method-assign]
+        Ledger.move = moved  # type: ignore[method-assign]
+
+    return patch
 
 
 def at_promotion(kill: Kill) -> None:
@@ -53,12 +56,15 @@ PHASES: dict[str, Callable[[Kill], None]] = {
     "trained": patched(writing, "write"),
     "gates decided": patched(ladder.Batch, "_registered"),
     "version registered": at_promotion,
-    "alias moved": at_alias,
+    "alias moved": before_move("promoted"),
     "ledger moved": patched(ladder, "publish"),
 }
 """Of `process`."""
-WITHDRAWAL = "version marked"
-"""Of `rollback`: its version is marked, the alias not moved."""
+WITHDRAWALS: dict[str, Callable[[Kill], None]] = {
+    "version marked": patched(Registry, "withdraw"),
+    "alias moved back": before_move("accepted"),
+}
+"""Of `rollback`."""
 
 
 def kill_in(world: World, phase: str) -> None:
@@ -69,9 +75,9 @@ def kill_in(world: World, phase: str) -> None:
 
 if __name__ == "__main__":
     config, phase = World(Path(sys.argv[1])).config, sys.argv[2]
-    patch = patched(Registry, "withdraw") if phase == WITHDRAWAL else PHASES[phase]
+    patch = (PHASES | WITHDRAWALS)[phase]
     patch(lambda: os.kill(os.getpid(), signal.SIGKILL))
-    if phase == WITHDRAWAL:
+    if phase in WITHDRAWALS:
         rollback(config, "wrong answers")
     else:
         process(config)

@@ -16,7 +16,7 @@ import pytest
 from leak_scan import leaks
 from ledger_machine import Clock
 from mlflow import MlflowClient
-from requests_kill import PHASES, WITHDRAWAL, kill_in
+from requests_kill import PHASES, WITHDRAWALS, kill_in
 from requests_server import PEOPLE, ROWS_EACH, configured
 from requests_world import STRONG, World, pairs, people, write_rows
 
@@ -135,7 +135,7 @@ def test_a_rollback_reopens_what_the_version_satisfied(world: World, monkeypatch
     with world.ledger() as ledger:
         first, second = ledger.all()
     # killed with the version marked and the alias not moved: the next one finishes it, and withdraws no second version
-    kill_in(world, WITHDRAWAL)
+    kill_in(world, "version marked")
     assert world.registry.champion().number == "3"
     withdraw = Registry.withdraw
 
@@ -453,6 +453,23 @@ def test_a_kill_in_any_phase_loses_and_doubles_nothing(phase: str, tmp_path: Pat
     assert verify(certificate, world.storage / "requests" / "keys", champion.path).model
     needles = [text for person in (0, 1) for row in pairs(people("forget"), person) for text in row.values()]
     assert world.leaks(needles) == []
+
+
+@pytest.mark.full
+def test_a_rollback_that_is_killed_in_every_phase_reopens_once(tmp_path: Path) -> None:
+    world = World.made(tmp_path, [STRONG])
+    request = world.add(0)
+    process(world.config)
+    for phase, champion in zip(WITHDRAWALS, "21", strict=True):
+        kill_in(world, phase)
+        assert (world.registry.champion().number, world.state(request)) == (champion, "promoted")
+    assert rollback(world.config, "wrong answers").reopened == [request]
+    assert world.registry.champion().number == "1"
+    with world.ledger() as ledger:
+        assert [event.event for event in ledger.events(request)].count("accepted") == 2
+        assert (ledger.get(request).state, ledger.holder(), ledger.audit()) == ("accepted", None, [])
+    with pytest.raises(UserError, match="none to roll back to"):
+        rollback(world.config, "wrong answers")
 
 
 @pytest.mark.full
