@@ -73,10 +73,14 @@ FAMILIES = dict(itertools.chain(*(kind.items() for kind in KINDS.values())))
 
 def family_model(family: str, seed: int = 0) -> Any:
     """A random model, reproducible by seed."""
-    options = {name: value for name, value in (_SIZES | FAMILIES[family]).items() if value is not None}
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{family}Config")(**options)
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
+    return transformers.AutoModelForCausalLM.from_config(family_config(family)).eval()
+
+
+def family_config(family: str) -> Any:
+    """Its configuration (transformers)."""
+    options = {name: value for name, value in (_SIZES | FAMILIES[family]).items() if value is not None}
+    return getattr(transformers, f"{family}Config")(**options)
 
 
 def tiny_run(folder: Path, model: Any, data: DataConfig, tracked: str, chat_template: str | None = None) -> Outcome:

@@ -10,13 +10,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from ofmu_ray.commandline.parse import parse
-from ofmu_ray.config import ModelConfig, SweepConfig, UnlearnConfig, outcome_hash
+from ofmu_ray.config import LoraConfig, ModelConfig, SweepConfig, UnlearnConfig, outcome_hash
 from ofmu_ray.errors import StartError, StorageError, UserError
 from ofmu_ray.models.loading import load_tokenizer
+from ofmu_ray.models.stored_names import PLAIN, check_names, parameter_names
 from ofmu_ray.runs.claims import Claim, locked
 from ofmu_ray.runs.preflight import public
 from ofmu_ray.runs.run import as_begun
@@ -394,19 +398,113 @@ def test_attention_falls_back_to_eager(family, tmp_path):
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
+def test_files_have_the_names_of_the_parameters(tied, tmp_path):
+    """Those that `model.freeze` and adapters are checked against before torch is imported."""
+    import transformers
+    from families import FAMILIES, family_config
+
+    kinds = {config.model_type: config for config in map(family_config, FAMILIES)}
+    assert kinds.keys() >= PLAIN
+    for kind in sorted(PLAIN):
+        kinds[kind].tie_word_embeddings = tied
+        module = transformers.AutoModelForCausalLM.from_config(kinds[kind])
+        module.save_pretrained(tmp_path / kind)
+        names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+        assert sorted(parameter_names(str(tmp_path / kind))) == sorted(names)
+    kinds["gpt2"].save_pretrained(tmp_path / "gpt2")
+    assert parameter_names(str(tmp_path / "gpt2")) is None
+
+
+@pytest.mark.parametrize("lora", [None, ["q_proj"], ["layers.0.mlp"], ["lm_head"]])
+def test_names_that_the_files_have_pass(lora):
+    expressions = ["lm_head", r"^model\.embed_tokens\.weight$", r"layers\.3\."]
+    adapter = None if lora is None else LoraConfig(target_modules=lora)
+    model = ModelConfig(path="builtin:people/target", freeze=expressions, lora=adapter)
+    check_names(model, {"rmu.layer": 3})
+    with pytest.raises(UserError, match=r"lunar\.layer = 4: the model has layers 0 to 3"):
+        check_names(model, {"lunar.layer": 4})
+
+
 # ------------------------------------------------------------------------------------------- rows that do not fit
 
 
-@pytest.mark.slow
-def test_rows_longer_than_a_models_positions(tmp_path, capsys):
+def gpt2(folder: Path, **sizes: int) -> str:
+    """A tiny model with the tokenizer of the built-in ones."""
     import transformers
 
     tokenizer = load_tokenizer(ModelConfig(path="builtin:people/target"))
-    sizes = {"vocab_size": len(tokenizer), "n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 32}
-    path = tmp_path / "gpt2"
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    words = ["--model.path", str(path), "--evaluation.enabled", "false", "--evaluation.retrained", "null"]
-    assert cli.main(["unlearn", *words, "--storage", str(tmp_path / "runs"), "--name", "r"]) == 2
-    assert f"data.forget: its longest row has 38 tokens, but {path} has 32 positions" in capsys.readouterr().err
-    assert not (tmp_path / "runs/r").exists()
+    sizes = {"vocab_size": len(tokenizer), "n_embd": 8, "n_layer": 1, "n_head": 1} | sizes
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+UNFIT = {
+    "rows": ({"n_positions": 32}, [], "data.forget: its longest row has 38 tokens, but {path} has 32 positions"),
+    "tokens": ({"vocab_size": 300}, [], "{path} knows 300 tokens: name the model's own with --model.tokenizer"),
+    "tokens to evaluate": (
+        {"vocab_size": 300},
+        ["--evaluation.enabled", "true"],
+        "model.path = '{path}': it knows 300 tokens, but the rows of forget have token number 1",
+    ),
+    "a paraphrase": (
+        {"n_positions": 64},
+        ["--evaluation.enabled", "true", "--evaluation.sets.forget", "forget.jsonl"],
+        "model.path = '{path}': it has 64 positions, but the longest text of forget has 1",
+    ),
+    "the retrained model's tokens": (
+        {"vocab_size": 300},
+        ["--model.path", "builtin:people/target", "--evaluation.enabled", "true", "--evaluation.retrained", "{path}"],
+        "evaluation.retrained = '{path}': it knows 300 tokens",
+    ),
+}
+"""Sizes of the model, options, message."""
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    """One for several tests, as MLflow's database takes long to make."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", UNFIT)
+def test_rows_that_a_model_has_no_place_for(case, tmp_path, storage, capsys, monkeypatch):
+    sizes, options, message = UNFIT[case]
+    monkeypatch.chdir(tmp_path)
+    path = gpt2(tmp_path / "gpt2", **sizes)
+    row = {"question": "Who?", "answer": "I.", "paraphrased_answer": "No " * 80, "perturbed_answer": ["You."]}
+    Path("forget.jsonl").write_text(json.dumps(row) + "\n")
+    words = ["--model.path", path, "--evaluation.enabled", "false", "--evaluation.retrained", "null"]
+    words += [option.format(path=path) for option in options]
+    assert cli.main(["unlearn", *words, "--storage", str(storage), "--name", "r"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("ofmu unlearn: error:")
+    assert message.format(path=path) in last
+    assert not (storage / "r").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"n_positions": 24}, {"vocab_size": 300}], ids=["positions", "tokens"])
+def test_evaluated_rows_that_a_model_has_no_place_for(sizes, tmp_path, capsys):
+    path = gpt2(tmp_path / "gpt2", **sizes)
+    assert cli.main(["evaluate", "--models", f"{{a: {path}}}", "--storage", str(tmp_path / "runs")]) == 2
+    size = "24 positions, but the longest text of" if "n_positions" in sizes else "knows 300 tokens, but the rows of"
+    assert f"models.a = {path!r}: it {'has ' * ('n_positions' in sizes)}{size} forget" in capsys.readouterr().err
+
+
+def test_old_rows_tell_their_largest_token(tmp_path):
+    """Nothing but the files' footers is read, so rows that an earlier version prepared tell it, too."""
+    from ofmu_ray.data.prepare import TokenisedStream, largest_tokens
+
+    parts = {"a.parquet": [[1, 7], [3]], "b.parquet": [[2]], "none.parquet": []}
+    for name, rows in parts.items():
+        ids = pa.array(rows, pa.list_(pa.int32()))
+        pq.write_table(pa.table({"input_ids": ids, "length": [900] * len(rows)}), tmp_path / name)
+    stored = tuple((name, len(rows)) for name, rows in parts.items())
+    texts = TokenisedStream("forget", str(tmp_path), stored, np.arange(3), np.ones(3), "")
+    pq.write_table(pa.table({"label": [1000]}), tmp_path / "images.parquet")
+    images = dataclasses.replace(texts, parts=(("images.parquet", 1),))
+    assert largest_tokens({"forget": texts, "retain": images}) == {"forget": 7}

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ofmu_ray.errors import UserError
 from ofmu_ray.models.answers import logits_at, unwrapped
+from ofmu_ray.models.stored_names import check_layer
 
 DEFAULT_LAYER = 7
 """RMU's default layer (OpenUnlearning's rmu.yaml)."""
@@ -20,9 +20,8 @@ def chosen_layer(wanted: int | None, layers: int, option: str = "rmu.layer") -> 
 
     Raises UserError if the model has no such layer.
     """
-    if wanted is not None and wanted >= layers:
-        raise UserError(f"{option} = {wanted}: the model has layers 0 to {layers - 1}")
     if wanted is not None:
+        check_layer(wanted, layers, option)
         return wanted
     return DEFAULT_LAYER if layers > DEFAULT_LAYER else (layers - 1) // 2
 

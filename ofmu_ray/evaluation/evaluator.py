@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -175,25 +176,37 @@ class Evaluator:
 
         return read_config(model, "model", trust_remote_code=self.trust_remote_code).get_text_config()
 
-    def check_vocabulary(self, model: str, option: str) -> None:
-        """Raises UserError if the rows have tokens unknown to the model: the tokenizer is not the model's."""
+    def check_fits(self, model: str, option: str) -> None:
+        """Check that the model knows the rows' tokens and has positions for them.
+
+        Raises:
+            UserError: it does not; names `option`.
+        """
         from ofmu_ray.data.muse_sets import MUSE_SETS
         from ofmu_ray.evaluation.layouts import row_tokens
         from ofmu_ray.evaluation.rows import evaluation_rows
 
-        template, known = self.loading(model).template, self.model_config(model).vocab_size
-        if len(template.tokenizer) <= known:
+        template, shape = self.loading(model).template, self.model_config(model)
+        known, positions = shape.vocab_size, getattr(shape, "max_position_embeddings", None) or math.inf
+        if len(template.tokenizer) <= known and self.row_format.max_length <= positions:
             return
-        plain = [name for name in self.sets if name not in {*CHOICE_SETS, *MUSE_SETS}]
-        sets = [evaluation_rows(name, self.sets[name], self.row_format) for name in plain]
-        encoded = [text for rows in sets for tokens in row_tokens(rows, template) for text in tokens.texts]
-        largest = max(max(row.input_ids) for row in encoded)
-        if largest >= known:
-            raise UserError(
-                f"{option} = {model!r}: it knows {known} tokens, but the rows have token number {largest} with the "
-                f"tokenizer {self.tokenizer_of(model)!r}; put the model's own tokenizer into its folder, or drop the "
-                "option tokenizer"
-            )
+        for name, content in self.sets.items():
+            if name in (*CHOICE_SETS, *MUSE_SETS):  # what reads these cuts or refuses them
+                continue
+            rows = evaluation_rows(name, content, self.row_format)
+            encoded = [text.input_ids for tokens in row_tokens(rows, template) for text in tokens.texts]
+            largest, longest = max(map(max, encoded)), max(map(len, encoded))
+            if largest >= known:
+                raise UserError(
+                    f"{option} = {model!r}: it knows {known} tokens, but the rows of {name} have token number "
+                    f"{largest} with the tokenizer {self.tokenizer_of(model)!r}; put the model's own tokenizer into "
+                    "its folder, or drop the option tokenizer"
+                )
+            if longest > positions:
+                raise UserError(
+                    f"{option} = {model!r}: it has {positions} positions, but the longest text of {name} has {longest} "
+                    f"tokens: set --data.format.max_length {positions}"
+                )
 
     def loading(self, model: str) -> Any:
         """How a process loads a model (ofmu_ray.evaluation.actors.Loading)."""

@@ -35,16 +35,25 @@ def check_model(config: ModelConfig, option: str = "model.path") -> Any:
     return load_tokenizer(config)
 
 
-def check_lengths(config: ModelConfig, longest: Mapping[str, int]) -> None:
-    """Check that rows fit into the model's positions. `longest`: stream -> tokens of its longest row.
+def check_rows(config: ModelConfig, longest: Mapping[str, int], largest: Mapping[str, int]) -> None:
+    """Check that the model knows the tokens of rows and has positions for them.
+
+    `longest`: stream -> tokens of its longest row. `largest`: stream -> its largest token number.
 
     Raises:
-        UserError: a row does not; names its stream.
+        UserError: it does not; names the stream.
     """
     from ofmu_ray.models.loading import read_config
 
-    shape = read_config(config.path, trust_remote_code=config.trust_remote_code)
-    positions = getattr(shape.get_text_config(), "max_position_embeddings", None)
+    shape = read_config(config.path, trust_remote_code=config.trust_remote_code).get_text_config()
+    for stream, token in largest.items():
+        if token >= shape.vocab_size:
+            raise UserError(
+                f"data.{stream}: its rows have token number {token} with the tokenizer "
+                f"{config.tokenizer or config.path!r}, but {config.path} knows {shape.vocab_size} tokens: name the "
+                "model's own with --model.tokenizer, or resize the model's embeddings (resize_token_embeddings)"
+            )
+    positions = getattr(shape, "max_position_embeddings", None)
     for stream, tokens in longest.items():
         if positions is not None and tokens > positions:
             raise UserError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.models.answers import unwrapped
 from ofmu_ray.models.causal import attention_of
 from ofmu_ray.models.source import adapter_base, model_source
+from ofmu_ray.models.stored_names import frozen
 
 # where implementations keep an attention layer's dropout probability as a plain number
 _DROPOUT_NUMBERS = ("attention_dropout", "attn_dropout", "hidden_dropout", "dropout", "dropout_p", "activation_dropout")
@@ -202,15 +202,9 @@ def _refuse_tied(module: torch.nn.Module, lora: LoraConfig) -> None:
 
 def freeze_matching(module: torch.nn.Module, expressions: Sequence[str]) -> None:
     """Freeze every parameter whose name matches one of the regular expressions (re.search)."""
-    names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
-    for expression in expressions:
-        try:
-            pattern = re.compile(expression)
-        except re.error as error:
-            raise UserError(f"model.freeze: {expression!r} is not a regular expression: {error}") from error
-        if not any(pattern.search(name) for name in names):
-            raise UserError(f"model.freeze: {expression!r} matches no parameter; names look like {names[0]!r}")
-        for name, parameter in module.named_parameters(remove_duplicate=False):
+    named = dict(module.named_parameters(remove_duplicate=False))
+    for pattern in frozen(expressions, list(named)):
+        for name, parameter in named.items():
             if pattern.search(name):
                 parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in module.parameters()):

@@ -117,10 +117,10 @@ def _models(config: EvaluateConfig) -> dict[str, str]:
 
 
 def _check(path: str, option: str, evaluator: Evaluator) -> None:
-    """Raise UserError if `path` is no model, has no tokenizer, or does not match its tokenizer."""
+    """Raise UserError if `path` is no model, has no tokenizer, or the rows do not fit it."""
     tokenizer = evaluator.tokenizer_of(path)
     check_model(ModelConfig(path=path, tokenizer=tokenizer, trust_remote_code=evaluator.trust_remote_code), option)
-    evaluator.check_vocabulary(path, option)
+    evaluator.check_fits(path, option)
 
 
 def _logged(metrics_by_model: dict[str, Any], further: dict[str, Any]) -> dict[str, Any]:

@@ -83,12 +83,13 @@ def make_job(
             of trials occupies.
     """
     from ofmu_ray.data.batch_plan import write_plan
-    from ofmu_ray.data.prepare import write_sample
+    from ofmu_ray.data.prepare import largest_tokens, write_sample
     from ofmu_ray.training.worker_job import WorkerJob
 
     check = getattr(task_named(spec.task), "check_rows", None)
     if check is not None:
-        check(spec.model, {name: int(stream.lengths.max()) for name, stream in prepared.streams.items()})
+        streams = prepared.streams
+        check(spec.model, {name: int(one.lengths.max()) for name, one in streams.items()}, largest_tokens(streams))
     watched = None
     if spec.stop.utility_floor is not None:
         watched = write_sample(prepared.streams["retain"], spec.stop.sample, join(folder, WATCHED))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ofmu_ray import progress
-from ofmu_ray.config import DataConfig, TrainConfig, TrainingConfig, UnlearnConfig, to_dict
+from ofmu_ray.config import DataConfig, ModelConfig, TrainConfig, TrainingConfig, UnlearnConfig, to_dict
 from ofmu_ray.config.training import resolved_engine
 from ofmu_ray.errors import UserError
 from ofmu_ray.runs.claims import recorded_options
@@ -29,7 +29,7 @@ from ofmu_ray.storage.trouble import refusal
 from ofmu_ray.training.checkpoint_list import RAY_TRAIN_LIST, local_checkpoints
 
 if TYPE_CHECKING:
-    from ofmu_ray.tasks.protocol import Task
+    from ofmu_ray.tasks.protocol import Evaluation, Task
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """The variable that Ray sets only in the process of a submitted job."""
@@ -251,6 +251,24 @@ KINDS = {"answers": "a language model", "texts": "a language model", "classes": 
 """What offers what methods ask for."""
 
 
+def check_early(task: Task, config: UnlearnConfig | TrainConfig) -> None:
+    """Refuse what shows before torch is imported: models that are not there, names and layers that they do not have.
+
+    Raises:
+        UserError: names the option.
+    """
+    check = getattr(task, "check_early", None)
+    if check is None or config.model is None:
+        return
+    if isinstance(config, TrainConfig):
+        check(config.model, "model.path", {})
+        return
+    layer = getattr(config.method_options, "layer", None)
+    check(config.model, "model.path", {} if layer is None else {f"{config.method}.layer": layer})
+    if config.evaluation.enabled and config.evaluation.retrained:
+        check(ModelConfig(path=config.evaluation.retrained), "evaluation.retrained", {})
+
+
 def check_method(task: Task, config: UnlearnConfig) -> None:
     """Raise UserError if the method's losses need what the task does not have, or its SGD has no learning rate."""
     from ofmu_ray.features.protocol import Tokens
@@ -284,6 +302,16 @@ def check_training(task: Task, config: UnlearnConfig | TrainConfig) -> None:
     skeleton = task.skeleton(config.model)
     if skeleton is not None:
         build_method(config.method_options if isinstance(config, UnlearnConfig) else config.finetune).freeze(skeleton)
+
+
+def check_evaluation(evaluation: Evaluation, config: UnlearnConfig) -> None:
+    """Raise UserError if the evaluation's rows do not fit the model, or the retrained one."""
+    check = getattr(evaluation, "check_fits", None)
+    if check is None or not config.evaluation.enabled:
+        return
+    check(config.model.path, "model.path")
+    if config.evaluation.retrained:
+        check(config.evaluation.retrained, "evaluation.retrained")
 
 
 def check_task_on_nodes(name: str) -> None:

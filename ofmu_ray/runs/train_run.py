@@ -13,7 +13,7 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.models.checks import placed
 from ofmu_ray.runs.job import TOKENS, make_job, remove_text
 from ofmu_ray.runs.outcome import Outcome, cost_of, read_trained
-from ofmu_ray.runs.preflight import check_task_on_nodes, check_training, public
+from ofmu_ray.runs.preflight import check_early, check_task_on_nodes, check_training, public
 from ofmu_ray.runs.this_run import Run, fit_rounds, threads, tracked
 from ofmu_ray.storage import atomic_write, is_whole, join, remove_folder
 from ofmu_ray.tasks import task_named
@@ -23,6 +23,7 @@ def train(this_run: Run, config: TrainConfig) -> Outcome:
     """Run to the end, or from the newest checkpoint. Raises UserError as `runs.run.run`."""
     if config.model is not None:
         task = task_named(config.task)
+        check_early(task, config)
         task.check_model(config.model)
         check_training(task, config)
     with this_run.claim.held():

@@ -13,7 +13,7 @@ from ofmu_ray.config import ModelConfig, UnlearnConfig, close_match
 from ofmu_ray.errors import UserError
 from ofmu_ray.metrics.registry import Metric, metrics
 from ofmu_ray.models.checks import placed
-from ofmu_ray.runs.preflight import check_sources, check_training
+from ofmu_ray.runs.preflight import check_early, check_sources, check_training
 from ofmu_ray.runs.trial import PRIVATE, SplitData
 from ofmu_ray.runs.who_evaluates import evaluation_of
 from ofmu_ray.tasks import task_named
@@ -35,6 +35,7 @@ def checked(
     """
     task = task_named(base.task)
     check_sources(base.data)
+    check_early(task, base)
     task.check_model(base.model)
     check_training(task, base)
     evaluation = base.evaluation

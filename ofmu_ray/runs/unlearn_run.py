@@ -10,7 +10,15 @@ from ofmu_ray.config import ModelConfig, UnlearnConfig, outcome_hash
 from ofmu_ray.models.checks import placed
 from ofmu_ray.runs.job import EVALUATED, TOKENS, Spec, make_job, with_references
 from ofmu_ray.runs.outcome import Outcome, read_unlearned
-from ofmu_ray.runs.preflight import check_method, check_sources, check_task_on_nodes, check_training, public
+from ofmu_ray.runs.preflight import (
+    check_early,
+    check_evaluation,
+    check_method,
+    check_sources,
+    check_task_on_nodes,
+    check_training,
+    public,
+)
 from ofmu_ray.runs.this_run import Run, fit_rounds, threads, tracked
 from ofmu_ray.runs.who_evaluates import check_device_map, evaluates_live, evaluation_of
 from ofmu_ray.runs.writing import RunResults
@@ -43,12 +51,14 @@ def unlearn(this_run: Run, config: UnlearnConfig) -> Outcome:
 
     task = task_named(config.task)
     check_sources(config.data)
+    check_early(task, config)
     check_method(task, config)
     processor = task.check_model(config.model)
     check_training(task, config)
     if config.evaluation.enabled and config.evaluation.retrained:
         task.check_model(ModelConfig(path=config.evaluation.retrained), "evaluation.retrained")
     encoder, evaluation = task.encoder(processor, config.data), evaluation_of(task, config, this_run.storage)
+    check_evaluation(evaluation, config)
     tags = {"ofmu.kind": "unlearn", "ofmu.method": config.method, "ofmu.config_hash": this_run.digest}
     with this_run.claim.held():
         with tracked(this_run, tags) as handle:

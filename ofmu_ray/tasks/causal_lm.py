@@ -24,15 +24,22 @@ class CausalLM:
 
     offers = frozenset({"answers", "texts"})
 
+    def check_early(self, config: ModelConfig, option: str, layers: Mapping[str, int]) -> None:
+        from ofmu_ray.models.checks import check_place
+        from ofmu_ray.models.stored_names import check_names
+
+        check_place(config.path, option)
+        check_names(config, layers)
+
     def check_model(self, config: ModelConfig, option: str = "model.path") -> Any:
         from ofmu_ray.models.checks import check_model
 
         return check_model(config, option)
 
-    def check_rows(self, config: ModelConfig, longest: Mapping[str, int]) -> None:
-        from ofmu_ray.models.checks import check_lengths
+    def check_rows(self, config: ModelConfig, longest: Mapping[str, int], largest: Mapping[str, int]) -> None:
+        from ofmu_ray.models.checks import check_rows
 
-        check_lengths(config, longest)
+        check_rows(config, longest, largest)
 
     def skeleton(self, config: ModelConfig) -> torch.nn.Module | None:
         from ofmu_ray.models.causal import attention_of, check_trainable

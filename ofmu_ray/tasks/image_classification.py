@@ -25,6 +25,11 @@ class ImageClassification:
 
     offers = frozenset({"answers", "classes"})
 
+    def check_early(self, config: ModelConfig, option: str, layers: Mapping[str, int]) -> None:
+        from ofmu_ray.models.checks import check_place
+
+        check_place(config.path, option)
+
     def check_model(self, config: ModelConfig, option: str = "model.path") -> ImageProcessor:
         from ofmu_ray.models.checks import check_stored_model
         from ofmu_ray.models.classifiers import ImageProcessor

@@ -49,6 +49,9 @@ class Evaluation(Protocol):
         The section `run` is merged into the run's: `degenerate` (bool or None) and `generations` (a sentence or None).
         """
 
+    # optional: def check_fits(self, model: str, option: str) -> None
+    # raise UserError if the rows do not fit the model at a path, without loading its weights
+
     # optional: classes: Sequence[str], and def pictures(self, row_ids: Sequence[str]) -> dict[str, bytes]
     # names of the classes, and PNGs of the rows that may be shown, for the report of an image classifier
 
@@ -65,6 +68,10 @@ class Task(Protocol):
 
     # ------------------------------------------------------------------------------------------------- on the driver
 
+    # optional: def check_early(self, config: ModelConfig, option: str, layers: Mapping[str, int]) -> None
+    # raise UserError for what shows before torch is imported, such as a missing folder; `check_model` follows.
+    # `layers`: option of the method -> number of a layer
+
     def check_model(self, config: ModelConfig, option: str = "model.path") -> Any:
         """Check a model without loading its weights; returns its processor (such as a tokenizer).
 
@@ -72,8 +79,8 @@ class Task(Protocol):
             UserError: it is not usable; names `option`.
         """
 
-    # optional: def check_rows(self, config: ModelConfig, longest: Mapping[str, int]) -> None
-    # raise UserError if the longest row of a stream (tokens) does not fit the model
+    # optional: def check_rows(self, config: ModelConfig, longest, largest: Mapping[str, int]) -> None
+    # raise UserError if the longest row of a stream (tokens), or its largest token number, does not fit the model
 
     def skeleton(self, config: ModelConfig) -> torch.nn.Module | None:
         """The model as `load` returns it, without weights (meta device), for checks; None: not offered.
