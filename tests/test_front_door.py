@@ -1,6 +1,7 @@
 """Mistakes at the front door: one message, status 2, nothing started and nothing written; names and their locks."""
 
 import dataclasses
+import errno
 import json
 import shutil
 import signal
@@ -307,6 +308,19 @@ def test_a_full_disk_under_mlflows_database_is_a_storage_error(tmp_path):
         insert()
     assert caught.value.status == 1
     assert "SQL" not in str(caught.value)
+
+
+@pytest.mark.parametrize("command", ["sweep", "benchmark"])
+def test_a_full_disk_under_a_search_is_one_message(command, tmp_path, capsys, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "trials"))
+
+    monkeypatch.setattr(f"ofmu_ray.search.run_{command}.checked", full)
+    splits = ["--splits", "{people: {}}"] if command == "benchmark" else []
+    assert cli.main([command, "--storage", str(tmp_path), *splits]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"ofmu {command}: error: {tmp_path}/trials: no space left: free some space")
+    assert error.count("\n") == 1
 
 
 def _heeding_interrupts() -> None:

@@ -32,6 +32,7 @@ from ofmu_ray.search import benchmark_output as results
 from ofmu_ray.search.judging import goal_of, reference_value
 from ofmu_ray.search.priors import parse_priors
 from ofmu_ray.search.spaces import Space, space_for
+from ofmu_ray.storage import explained
 
 COST_ROUNDS = 2
 TINY_RATE = 1e-12
@@ -59,8 +60,13 @@ def benchmark(config: BenchmarkConfig, command: Sequence[str] = ()) -> Benchmark
     """Run what has no result under <storage>/<name>/trials yet, then write tables and report.
 
     Raises:
-        UserError: something in the configuration or the data must change.
+        UserError: something in the configuration or the data must change, or the storage refuses.
     """
+    with explained(config.storage):
+        return _compared(config, command)
+
+
+def _compared(config: BenchmarkConfig, command: Sequence[str]) -> BenchmarkOutcome:
     from ofmu_ray import tracking
 
     storage = prepare_folder(config.storage)

@@ -33,6 +33,7 @@ from ofmu_ray.search.priors import parse_priors
 from ofmu_ray.search.spaces import Space, read_space, space_for
 from ofmu_ray.search.suggest import Search, without_other_batches
 from ofmu_ray.search.trial_ledger import Ledger
+from ofmu_ray.storage import explained
 
 MAY_CHANGE = ("select", "keep_models", "concurrency", "retry_failed")
 """Options that may change between two starts of a sweep; the number of trials may change, too."""
@@ -82,8 +83,13 @@ def sweep(config: SweepConfig, command: Sequence[str] = ()) -> SweepOutcome:
     """Run the trials that have no result under <storage>/<name>/trials yet, then choose, export and report.
 
     Raises:
-        UserError: something in the configuration or the data must change.
+        UserError: something in the configuration or the data must change, or the storage refuses.
     """
+    with explained(config.storage):
+        return _searched(config, command)
+
+
+def _searched(config: SweepConfig, command: Sequence[str]) -> SweepOutcome:
     from ofmu_ray import tracking
 
     storage = prepare_folder(config.storage)
