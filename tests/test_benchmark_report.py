@@ -213,9 +213,9 @@ def test_every_number_of_the_results_table_is_the_datas(folder: Path) -> None:
             values = seed_values(folder, method, name)
             mean, half = np.mean(values), 4.302653 * np.std(values, ddof=1) / np.sqrt(3)
             assert row[heading][0] == formats.number(float(mean))
-            assert f"seeds {formats.number(mean - half)} – {formats.number(mean + half)}" in row[heading]
+            assert f"seeds {formats.span(mean, mean - half, mean + half)}" in row[heading]
             assert any(line.startswith("rows ") for line in row[heading])
-            assert f"seeds {formats.number(mean - half)} – {formats.number(mean + half)}" in text
+            assert f"seeds {formats.span(mean, mean - half, mean + half)}" in text
         assert [row[name][0] for name in ("Passes", "FLOPs", "Training", "Peak memory")] == [
             "100", "1.92 T", "22.0 s", "697 MiB",
         ]  # fmt: skip

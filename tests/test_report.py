@@ -14,9 +14,10 @@ import pytest
 import yaml
 from scipy.stats import ks_2samp
 
+from ofmu_ray.commandline.terminal import metrics_table
 from ofmu_ray.config import TrackingConfig, TrainConfig, UnlearnConfig, config_hash, to_dict
 from ofmu_ray.reporting import ReportData, build_manifest, write_model_card, write_report
-from ofmu_ray.reporting.formats import byte_size, duration, metric_table, number, quantity
+from ofmu_ray.reporting.formats import byte_size, cell, duration, metric_table, number, quantity
 from ofmu_ray.reporting.plots import kolmogorov_smirnov
 from ofmu_ray.tracking import finish, start
 
@@ -260,6 +261,25 @@ def test_numbers_read_well(shown: str, expected: str) -> None:
     assert shown == expected
 
 
+@pytest.mark.parametrize(
+    ("value", "low", "high", "expected"),
+    [
+        (0.522, 1e-4, 0.693, "0.522 (0.000 – 0.693)"),
+        (0.00326, 0.00201, 0.0412, "0.00326 (0.00201 – 0.04120)"),
+        (0.0, 0.0, 0.05, "0.000 (0.000 – 0.050)"),
+        (2.44e-11, 0.0, 0.05, "2.4e-11 (0 – 5.0e-2)"),
+        (-0.0412, -0.09, 0.012, "-0.0412 (-0.0900 to 0.0120)"),
+        (1.5, 0.9, 12.25, "1.500 (0.900 – 12.250)"),
+    ],
+)
+def test_an_interval_has_the_digits_of_its_value(value: float, low: float, high: float, expected: str) -> None:
+    shown = cell({"value": value, "low": low, "high": high})
+    assert f"{shown.text} ({shown.interval})" == expected
+    entry = {"forget_rouge": {"value": value, "low": low, "high": high}}
+    bounds = shown.interval.replace(" – ", ", ").replace(" to ", ", ")
+    assert f"{shown.text} [{bounds}]" in metrics_table({"after": entry})
+
+
 def test_directions_of_the_metrics() -> None:
     aims = {row.name: row.direction for row in metric_table(make_data().metrics)}
     assert aims["forget_quality"] == aims["model_utility"] == aims["world_facts_rouge"] == "↑ better"
@@ -277,7 +297,7 @@ def test_the_card_has_front_matter_metrics_and_no_text(tmp_path: Path) -> None:
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front)["base_model"] == "someone/tiny-llama"
     assert "machine-unlearning" in yaml.safe_load(front)["tags"]
-    assert "| Forget quality | ↑ better | 2.4e-11 (0.000 – 0.050) | 0.310 (0.260 – 0.360) |" in body
+    assert "| Forget quality | ↑ better | 2.4e-11 (0 – 5.0e-2) | 0.310 (0.260 – 0.360) |" in body
     options = yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])
     assert options["ofmu"]["inner_steps"] == 3
     assert SECRET not in card

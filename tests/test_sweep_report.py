@@ -342,7 +342,7 @@ def test_the_margin_decides_and_the_page_says_so(tmp_path: Path) -> None:
     text = (tmp_path / "report.md").read_text()
     least = formats.number(FLOOR + 0.02)
     assert f"the best forget quality among the 3 trials whose model utility is at least {least} " in text
-    assert "(0.9 × the target's, plus the margin of 0.020)" in text
+    assert "(0.9 × the target's, plus the margin of 0.0200)" in text
     table = _Page((tmp_path / "report.html").read_text()).table("Trial", "inner.lr")
     assert list(table) == ["2", "1", "3", "0"]
 

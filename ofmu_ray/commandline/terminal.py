@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -148,16 +147,11 @@ def metrics_table(metrics: Mapping[str, Any], models: Sequence[str] = ("before",
 def _cell(metric: dict[str, Any] | None) -> str:
     if not metric or metric.get("value") is None:
         return "-"
+    from ofmu_ray.reporting.formats import digits
+
     value, low, high = metric["value"], metric.get("low"), metric.get("high")
-    form = _format(value)
+    form = digits(value)
     return form(value) if low is None or high is None else f"{form(value)} [{form(low)}, {form(high)}]"
-
-
-def _format(value: float) -> Callable[[float], str]:
-    """Three significant digits of a value; its interval has the same."""
-    if value and not 1e-3 <= abs(value) < 1e4:
-        return "{:.2e}".format
-    return f"{{:.{max(0, 2 - math.floor(math.log10(abs(value)))) if value else 3}f}}".format
 
 
 def _reasons(metrics: Mapping[str, Any], columns: Sequence[str], shown: Sequence[Any]) -> list[str]:

@@ -35,13 +35,6 @@ def heading(name: str) -> str:
     return f"{formats.label(name)} {_ARROWS.get(formats.direction(name), '')}".rstrip()
 
 
-def span(low: float | None, high: float | None) -> str:
-    """An interval in words."""
-    if low is None or high is None:
-        return "–"
-    return f"{formats.number(low)} {'to' if low < 0 else '–'} {formats.number(high)}"
-
-
 # --------------------------------------------------------------------------------------------------------- results
 
 
@@ -92,9 +85,9 @@ def _metric_cell(benchmark: BenchmarkData, results: SplitResults, name: str, met
     if metric(name).p_value:
         lines.append("runs " + " · ".join(formats.number(value) for value in summary.values.values()))
     else:
-        lines.append("one seed" if mean.low is None else f"seeds {span(mean.low, mean.high)}")
+        lines.append("one seed" if mean.low is None else f"seeds {formats.span(mean.value, mean.low, mean.high)}")
         if summary.over_rows is not None:
-            lines.append(f"rows {span(*summary.over_rows)}")
+            lines.append(f"rows {formats.span(mean.value, *summary.over_rows)}")
     if name == benchmark.utility and results.target_utility:
         lines.append(f"{(mean.value or 0.0) / results.target_utility:.3f} of the target's")
     verdict = results.verdicts.get(name, {}).get(method)
@@ -111,8 +104,9 @@ def _verdict_words(verdict: Verdict | None) -> str:
     if verdict.test is None or verdict.p_adjusted is None:
         return verdict.result
     test = verdict.test
+    interval = formats.span(test.difference, test.low, test.high)
     return (
-        f"{verdict.result}: the best is ahead by {formats.number(test.difference)} ({span(test.low, test.high)}), "
+        f"{verdict.result}: the best is ahead by {formats.number(test.difference)} ({interval}), "
         f"p = {formats.number(verdict.p_adjusted)} after Holm, over {test.covers}"
     )
 
@@ -129,7 +123,9 @@ def _reference_cell(benchmark: BenchmarkData, results: SplitResults, name: str, 
         return Cell(formats.number(metrics.exact_ks_p_value(draws.value, len(resamples.sets["forget"].rows))))
     interval = draws.interval()
     same = model == "retrained" and name == "ks_statistic"
-    return Cell(formats.number(draws.value), (f"rows {span(*interval)}",) if interval and not same else ())
+    return Cell(
+        formats.number(draws.value), (f"rows {formats.span(draws.value, *interval)}",) if interval and not same else ()
+    )
 
 
 def _seeds_words(benchmark: BenchmarkData, results: SplitResults, method: str) -> tuple[str, ...]:
@@ -196,7 +192,7 @@ def tests_table(benchmark: BenchmarkData, results: SplitResults) -> Table | None
                 cells(
                     formats.label("ks_statistic" if name == "forget_quality" else name), method, verdict.result,
                     "–" if test is None else formats.number(test.difference),
-                    "–" if test is None else span(test.low, test.high),
+                    "–" if test is None else formats.span(test.difference, test.low, test.high),
                     "–" if test is None or test.p_value is None else formats.number(test.p_value),
                     "–" if p_value is None else formats.number(p_value),
                     "–" if test is None else test.covers,
@@ -254,8 +250,11 @@ def _differences(
         p_value = adjusted.get(label)
         mark = "" if p_value is None or p_value >= 0.05 else "+" if test.difference > 0 else "−"
         words = "" if p_value is None else f"p = {formats.number(p_value)}"
-        lines = tuple(line for line in (span(test.low, test.high), words) if line not in ("", "–"))
-        cells_of[label] = Cell(f"{test.difference:+.3f}", lines, mark, title=f"over {test.covers}")
+        lines = tuple(
+            line for line in (formats.span(test.difference, test.low, test.high), words) if line not in ("", "–")
+        )
+        sign = "+" if test.difference >= 0 else ""
+        cells_of[label] = Cell(f"{sign}{formats.number(test.difference)}", lines, mark, title=f"over {test.covers}")
         records[label].update(
             {
                 f"{name}_better_by": test.difference, f"{name}_low": test.low, f"{name}_high": test.high,

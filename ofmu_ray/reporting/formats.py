@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,18 +75,34 @@ def cell(metric_value: Mapping[str, Any] | None) -> MetricCell:
     if metric_value.get("value") is None:
         return MetricCell("–", reason=str(metric_value.get("reason") or ""))
     value, low, high = (metric_value.get(key) for key in ("value", "low", "high"))
-    interval = "" if low is None or high is None else f"{number(low)} – {number(high)}"
+    interval = "" if low is None or high is None else span(value, low, high)
     return MetricCell(number(value), interval, "", value, low, high)
 
 
 def number(value: float | None) -> str:
-    """Three decimals; small and large numbers with an exponent (p-values span orders of magnitude)."""
-    if value is None:
+    """Three decimals, but three significant digits; with an exponent if small or large (p-values are)."""
+    return "–" if value is None else digits(value)(value)
+
+
+def span(value: float | None, low: float | None, high: float | None) -> str:
+    """The interval of a value, with its digits."""
+    if low is None or high is None:
         return "–"
-    if value == 0 or 1e-3 <= abs(value) < 1e4:
-        return f"{value:.3f}"
+    form = digits(high if value is None else value)
+    return f"{form(low)} {'to' if low < 0 else '–'} {form(high)}"
+
+
+def digits(value: float) -> Callable[[float], str]:
+    """How `number` writes a value, for the bounds of its interval too: as many decimals, or an exponent."""
+    if value and not 1e-3 <= abs(value) < 1e4:
+        return _exponential
+    decimals = max(3, 2 - math.floor(math.log10(abs(value)))) if value else 3
+    return f"{{:.{decimals}f}}".format
+
+
+def _exponential(value: float) -> str:
     mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
+    return f"{mantissa}e{int(exponent)}" if value else "0"
 
 
 def quantity(value: float, unit: str = "") -> str:

@@ -15,7 +15,6 @@ from ofmu_ray.metrics.registry import metric
 from ofmu_ray.reporting import formats
 from ofmu_ray.reporting import sweep_tables as tables
 from ofmu_ray.reporting.benchmark_settings import facts
-from ofmu_ray.reporting.benchmark_tables import span
 from ofmu_ray.reporting.marks import Plot, standalone_svg
 from ofmu_ray.reporting.page import yaml_text
 from ofmu_ray.reporting.sections import Head, Section, html_page, markdown_page, some
@@ -169,10 +168,10 @@ def _certainty(sweep: SweepData) -> Section:
             f"Trials with enough utility that {objective} cannot distinguish from it (their intervals include its "
             f"value): {rivals}."
         )
-    low, high = (number_of(trial, f"{sweep.utility}_{end}") for end in ("low", "high"))
+    value, low, high = (number_of(trial, f"{sweep.utility}{end}") for end in ("", "_low", "_high"))
     if sweep.floor is not None and low is not None and low < sweep.floor:
         notes.append(
-            f"The interval of its {noun(sweep.utility)} ({span(low, high)}) reaches below the floor "
+            f"The interval of its {noun(sweep.utility)} ({formats.span(value, low, high)}) reaches below the floor "
             f"of {formats.number(sweep.floor)}: on other rows the trial may miss the floor."
         )
     return Section("How sure", lead=notes)

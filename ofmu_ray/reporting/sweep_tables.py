@@ -10,7 +10,7 @@ from ofmu_ray.metrics.fronts import Trial, geometric_mean, number_of, sensitivit
 from ofmu_ray.metrics.intervals import over_seeds
 from ofmu_ray.metrics.registry import metric
 from ofmu_ray.reporting import formats
-from ofmu_ray.reporting.benchmark_tables import heading, span
+from ofmu_ray.reporting.benchmark_tables import heading
 from ofmu_ray.reporting.sweep_results import SweepData, options, short
 from ofmu_ray.reporting.tables import Cell, Table, cells
 
@@ -59,12 +59,12 @@ def fresh_cell(fresh: Sequence[Trial], name: str) -> Cell:
         runs = " · ".join(formats.number(value) for value in values)
         return Cell(formats.number(geometric_mean(values)), (f"runs {runs}", count))
     mean = over_seeds(values)
-    return Cell(formats.number(mean.value), (span(mean.low, mean.high), count))
+    return Cell(formats.number(mean.value), (formats.span(mean.value, mean.low, mean.high), count))
 
 
 def _metric(trial: Trial, name: str) -> Cell:
-    low, high = number_of(trial, f"{name}_low"), number_of(trial, f"{name}_high")
-    return Cell(formats.number(number_of(trial, name)), () if low is None or high is None else (span(low, high),))
+    value, low, high = (number_of(trial, f"{name}{end}") for end in ("", "_low", "_high"))
+    return Cell(formats.number(value), () if low is None or high is None else (formats.span(value, low, high),))
 
 
 def _reference(value: Mapping[str, Any] | None) -> Cell:
@@ -127,7 +127,8 @@ def _mattered(row: Importance | None, rank: float | None) -> Cell:
     lines = () if rank is None else (f"rank {rank:+.2f}",)
     if row is None:
         return Cell("–", lines)
-    return Cell(f"{row.share:.2f}", (span(row.low, row.high), f"p = {formats.number(row.p_value)}", *lines))
+    interval = formats.span(row.share, row.low, row.high)
+    return Cell(formats.number(row.share), (interval, f"p = {formats.number(row.p_value)}", *lines))
 
 
 def records(sweep: SweepData) -> list[dict[str, Any]]:
