@@ -363,11 +363,12 @@ def test_a_real_server(server: str, tmp_path: Path) -> None:
 
 def test_the_command_that_opens_a_local_run(storage: str) -> None:
     handle = start(CONFIG, storage, "open", {})
-    command = open_command(handle)
-    mlflow, *words = shlex.split(command, comments=True)
+    command, address = open_command(handle).splitlines()
+    mlflow, *words = shlex.split(command)
     assert Path(mlflow).is_file(), "the one of this environment, whatever PATH is"
     assert words == ["ui", "--backend-store-uri", f"sqlite:///{storage}/mlflow.db"]
-    assert command.endswith(f"#/experiments/{handle.experiment_id}/runs/{handle.run_id}?workflowType=machine_learning")
+    page = f"#/experiments/{handle.experiment_id}/runs/{handle.run_id}?workflowType=machine_learning"
+    assert address == f"http://127.0.0.1:5000/{page}"
 
 
 def _free_port() -> int:

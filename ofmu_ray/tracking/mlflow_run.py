@@ -170,7 +170,10 @@ def system_metrics(handle: RunHandle, *, enabled: bool = True, interval_seconds:
 
 
 def open_command(handle: RunHandle) -> str:
-    """How to open the run: a command that serves a local database, or the run's address on a server."""
+    """How to open the run: its address on a server, or a command that serves a local database.
+
+    The command's address is on a second line, as not every shell takes a comment behind a command.
+    """
     # without the query, MLflow 3 shows a run among the evaluations of a language model
     page = f"#/experiments/{handle.experiment_id}/runs/{handle.run_id}?workflowType=machine_learning"
     if handle.uri.startswith(("http://", "https://")):
@@ -178,7 +181,7 @@ def open_command(handle: RunHandle) -> str:
     shown = connection.without_password(handle.uri)
     # of this environment, whatever the shell's PATH is
     command = shlex.join([str(Path(sys.executable).parent / "mlflow"), "ui", "--backend-store-uri", shown])
-    return f"{command}  # then open http://127.0.0.1:5000/{page}"
+    return f"{command}\nhttp://127.0.0.1:5000/{page}"
 
 
 # ------------------------------------------------------------------------------------------------------- creation
