@@ -22,6 +22,14 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+class Notes(Listener):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, topic: str, text: str) -> None:
+        self.texts.append(text)
+
+
 def test_one_worker_needs_no_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = str(tmp_path)
     assert needs_no_ray(ONE, home)
@@ -73,9 +81,10 @@ def test_what_one_worker_started_is_not_begun_again_elsewhere(tmp_path: Path) ->
     ("workers", "there", "used", "said"),
     [
         (1, 0, 0.0, None),
-        (1, 4, 1.0, "1 of 4 GPUs"),
+        (1, 1, 1.0, "1 of 1 GPUs"),
+        (1, 8, 1.0, "1 of 8 GPUs; --training.workers 8 uses all"),
         (2, 2, 1.0, "2 of 2 GPUs"),
-        (2, 1, 0.0, "1 GPUs for training.workers = 2: the run uses CPUs"),
+        (2, 1, 0.0, "1 GPUs for training.workers = 2: the run uses CPUs; --training.workers 1 uses the GPUs"),
     ],
 )
 def test_gpus_are_used_where_every_worker_gets_one(
@@ -83,16 +92,27 @@ def test_gpus_are_used_where_every_worker_gets_one(
 ) -> None:
     """This machine has none, so their count is the test's."""
     monkeypatch.setattr(preflight, "_gpus_here", lambda: there)
-    notes: list[str] = []
-
-    class Notes(Listener):
-        def note(self, topic: str, text: str) -> None:
-            notes.append(text)
-
-    with listening(Notes()):
+    with listening(notes := Notes()):
         assert check_machine(TrainingConfig(workers=workers)).gpus == used
-    assert [text.partition(";")[0] for text in notes] == ([said] if said else [])
+    assert notes.texts == ([said] if said else [])
     assert check_machine(TrainingConfig(workers=workers, gpus_per_worker=0)).gpus == 0
+
+
+@pytest.mark.parametrize(("visible", "said"), [(None, True), ("0", True), ("", False), ("-1", False)])
+def test_gpus_that_torch_does_not_find_are_a_note(
+    visible: str | None, said: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(preflight, "GPU_FILES", (str(tmp_path / "nvidia[0-9]*"),))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)  # a build for CPUs
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with listening(notes := Notes()):
+        assert check_machine(ONE).gpus == 0
+        assert check_machine(TrainingConfig(gpus_per_worker=0)).gpus == 0
+    found = f"torch finds none in spite of {tmp_path}/nvidia0: the run uses CPUs; install a build of torch"
+    assert [text.startswith(found) for text in notes.texts] == [True] * said
 
 
 def test_workers_do_not_share_a_gpu() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from glob import glob
 from pathlib import Path
@@ -195,15 +195,19 @@ def check_machine(training: TrainingConfig) -> TrainingConfig:
         )
     if training.gpus:
         _check_gpus(training.workers * training.gpus)
-    return _with_gpus(training, _gpus_here) if training.gpus_per_worker == "auto" else training
+    return _with_gpus(training, _gpus_here, _gpu_files()) if training.gpus_per_worker == "auto" else training
 
 
-def _with_gpus(training: TrainingConfig, count: Callable[[], int]) -> TrainingConfig:
-    """Resolves `auto`, and says so where there are GPUs."""
+def _with_gpus(training: TrainingConfig, count: Callable[[], int], files: Sequence[str] = ()) -> TrainingConfig:
+    """Resolves `auto`, and says so where there are GPUs, or `files` of them that torch makes nothing of."""
     available = count()
     used = available >= training.workers
     if used:
-        progress.note("gpu", f"{training.workers} of {available} GPUs")
+        more = f"; --training.workers {available} uses all" if available > training.workers else ""
+        progress.note("gpu", f"{training.workers} of {available} GPUs{more}")
+    elif not available and files:
+        remedy = "install a build of torch for these GPUs, and check their driver"
+        progress.note("gpu", f"torch finds none in spite of {files[0]}: the run uses CPUs; {remedy}")
     elif available:
         few = f"{available} GPUs for training.workers = {training.workers}: the run uses CPUs"
         progress.note("gpu", f"{few}; --training.workers {available} uses the GPUs")
@@ -211,11 +215,18 @@ def _with_gpus(training: TrainingConfig, count: Callable[[], int]) -> TrainingCo
 
 
 def _gpus_here() -> int:
-    if not any(glob(pattern) for pattern in GPU_FILES):
+    if not _gpu_files():
         return 0
     import torch
 
     return torch.cuda.device_count()
+
+
+def _gpu_files() -> list[str]:
+    """Devices that the user has not hidden from torch."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return []
+    return sorted(path for pattern in GPU_FILES for path in glob(pattern))
 
 
 def _gpus_of_cluster() -> int:
