@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import select
 import sys
 
 # Two processes with two spinning threads each on two cores run ten times slower than with one thread each. Set
@@ -34,8 +35,34 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; the exit status is 0 on success, 2 on a user's mistake and 1 on a failure."""
+    """Entry point; the exit status is 0 on success, 2 on a user's mistake and 1 on a failure.
+
+    As of other programs it is 130 after Ctrl-C, and 141 if the reader of a pipe (`| head`) has seen enough.
+    """
     words = sys.argv[1:] if arguments is None else arguments
+    try:
+        try:
+            return _called(words)
+        finally:
+            sys.stdout.flush()  # what is left for the interpreter's end cannot be caught
+    except KeyboardInterrupt:  # commands say more themselves, once they are imported
+        print("\nofmu: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _unread() -> bool:
+    """Whether stdout is a pipe that nobody reads any more: a connection may break, too."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _called(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print("usage: ofmu COMMAND [--config FILE] [--section.option VALUE ...]\n")
         print("\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items()))

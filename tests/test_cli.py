@@ -120,6 +120,36 @@ def test_keys_of_yaml_are_what_is_written(tmp_path):
     assert parse(EvaluateConfig, ["--checks.relearn", "{on: retain}"], "x").checks.relearn.on == "retain"
 
 
+@pytest.mark.system
+@pytest.mark.parametrize("words", [["--help"], ["unlearn", "--help"], ["unlearn", "--help", "all"]])
+def test_a_pipe_that_nobody_reads_any_more(words):
+    command = [sys.executable, "-m", "pipelines.cli", *words]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        error = process.stderr.read()
+    assert (process.returncode, error) == (141, b"")
+
+
+def test_a_connection_that_breaks_is_no_reader_that_left(monkeypatch, tmp_path):
+    def broken(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli, "_called", broken)
+    with (tmp_path / "out").open("w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        with pytest.raises(BrokenPipeError):
+            cli.main([])
+
+
+def test_ctrl_c_while_a_command_is_imported(monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.importlib, "import_module", interrupted)
+    assert cli.main(["unlearn"]) == 130
+    assert capsys.readouterr().err == "\nofmu: interrupted\n"
+
+
 MISTAKES = {
     "unknown command": (["unlearm"], "Did you mean unlearn?"),
     "misspelt option": (["--ofmu.betta", "1"], "unknown option --ofmu.betta. Did you mean ofmu.beta?"),
