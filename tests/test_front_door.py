@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import re
 import shutil
 import signal
 import sqlite3
@@ -26,6 +27,7 @@ from ofmu_ray.runs.claims import Claim, locked
 from ofmu_ray.runs.preflight import public
 from ofmu_ray.runs.run import as_begun
 from ofmu_ray.runs.this_run import Run
+from ofmu_ray.search.run_sweep import space_of
 from ofmu_ray.storage import explained
 from pipelines import cli
 
@@ -196,9 +198,24 @@ def test_a_runs_configuration_is_the_base_of_a_sweep(tmp_path):
     quick = ROOT / "pipelines/configs/quickstart.yaml"
     run = parse(UnlearnConfig, ["--config", str(quick)], "x")
     assert parse(SweepConfig, ["--config", str(quick)], "x").base.ofmu == run.ofmu
+    path.write_text("training: {rounds: 7}\nofmu: {preset: lite}\n")
+    assert parse(SweepConfig, ["--config", str(path)], "x").label == "ofmu_lite"
     path.write_text("label: npo\ntraining: {rounds: 7}\n")
     with pytest.raises(UserError, match="training"):
         parse(SweepConfig, ["--config", str(path)], "x")
+
+
+def test_a_sweep_tunes_what_the_readmes_file_runs(tmp_path):
+    text = (ROOT / "README.md").read_text()
+    path = tmp_path / "my.yaml"
+    path.write_text(re.search(r"```yaml\n(# my\.yaml\n.*?)```", text, re.DOTALL)[1])
+    run = parse(UnlearnConfig, ["--config", str(path)], "x")
+    config = parse(SweepConfig, ["--config", str(path)], "x")
+    assert config.label == SweepConfig().label == "ofmu"
+    assert config.run == run
+    assert (config.run.evaluation.retrained, config.run.evaluation.sets.forget) == (None, None)
+    fields = [knob.field for knob in space_of(config).knobs]
+    assert fields == ["ofmu.inner.lr", "ofmu.outer_ratio"]
 
 
 # -------------------------------------------------------------------------------------------------- names and locks

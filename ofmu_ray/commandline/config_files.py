@@ -151,7 +151,7 @@ RUN_ONLY = {field.name for field in fields(UnlearnConfig)} - {field.name for fie
 def runs_as_base(words: Sequence[str], files: Iterable[ConfigFile]) -> list[str]:
     """The words of a sweep with the configuration of an `ofmu unlearn` run as its `base`.
 
-    The run's method becomes the sweep's label, its storage the sweep's; its name is not used.
+    The run's method and preset become the sweep's label, its storage the sweep's; its name is not used.
     """
     placed = list(words)
     by_path = {file.path: file for file in files}
@@ -171,9 +171,13 @@ def _as_base(run: yaml.MappingNode) -> yaml.MappingNode:
         (text("base"), _mapping(pair for pair in run.value if pair[0].value not in ("name", "storage")))
     ]
     entries += [(key, value) for key, value in run.value if key.value == "storage"]
-    method = next((value.value for key, value in run.value if key.value == "method"), None)
-    if method in LABELS and method != UnlearnConfig.method:
-        entries.append((text("label"), text(method)))
+    options = {key.value: value for key, value in run.value}
+    method = options["method"].value if "method" in options else UnlearnConfig.method
+    section = options.get(method)
+    presets = [value.value for key, value in section.value if key.value == "preset"] if section is not None else []
+    label = next((name for name in (*(f"{method}_{preset}" for preset in presets), method) if name in LABELS), None)
+    if label is not None:
+        entries.append((text("label"), text(label)))
     return _mapping(entries)
 
 

@@ -15,7 +15,7 @@ from yaml import YAMLError
 
 from ofmu_ray.commandline import help
 from ofmu_ray.commandline.config_files import ConfigFile, read_files, runs_as_base, sections, with_shipped
-from ofmu_ray.config import METHODS, PRESETS, SweepConfig, close_match
+from ofmu_ray.config import METHODS, PRESETS, EvaluationConfig, SweepConfig, close_match, flatten, to_dict
 from ofmu_ray.config.values import close_option
 from ofmu_ray.config.yaml_keys import with_text_keys
 from ofmu_ray.errors import UserError
@@ -44,6 +44,10 @@ def parser_for(config_class: type[Any], prog: str) -> ArgumentParser:
     parser = ArgumentParser(prog=prog, description=config_class.__doc__, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file; later files and options override earlier ones.")
     parser.add_class_arguments(config_class)
+    if any(field.name == "base" for field in dataclasses.fields(config_class)):
+        # of the default run, `auto` has become the built-in rows, which are not those of the user's data
+        auto = {name: value for name, value in flatten(to_dict(EvaluationConfig())).items() if value == "auto"}
+        parser.set_defaults({f"base.evaluation.{name}": value for name, value in auto.items()})
     return parser
 
 

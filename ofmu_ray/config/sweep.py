@@ -124,8 +124,8 @@ class SweepConfig:
     """Folder under storage; the same name resumes."""
     storage: str = "runs"
     """Folder for runs, checkpoints and caches; on a cluster, one that all nodes share."""
-    label: str = "ofmu_lite"
-    """What to tune: a method, ofmu_full or ofmu_lite."""
+    label: str = UnlearnConfig.method
+    """What to tune: a method (ofmu: with the preset first_order), ofmu_full or ofmu_lite."""
     base: UnlearnConfig = field(default_factory=UnlearnConfig)
     """Common options of all trials (base.name and base.storage are not used). With rounds of different cost,
     base.stop.max_flops or max_passes give all trials the same budget."""
