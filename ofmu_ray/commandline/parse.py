@@ -15,7 +15,8 @@ from yaml import YAMLError
 
 from ofmu_ray.commandline import help
 from ofmu_ray.commandline.config_files import ConfigFile, read_files, runs_as_base, sections, with_shipped
-from ofmu_ray.config import METHODS, PRESETS, EvaluationConfig, SweepConfig, close_match, flatten, to_dict
+from ofmu_ray.commandline.plain_words import plain_words
+from ofmu_ray.config import METHODS, PRESETS, EvaluationConfig, SweepConfig, flatten, to_dict
 from ofmu_ray.config.values import close_option
 from ofmu_ray.config.yaml_keys import with_text_keys
 from ofmu_ray.errors import UserError
@@ -83,7 +84,7 @@ def parse(config_class: type[Config], arguments: Sequence[str], prog: str) -> Co
             namespace = parser.parse_args(list(arguments))
         built = vars(parser.instantiate(namespace))
     except argparse.ArgumentError as error:
-        raise UserError(_explained(str(error), known)) from None
+        raise UserError(plain_words(str(error), known)) from None
     except ValueError as error:
         # an optional section (model.lora) is a union for jsonargparse, which embeds the section's message
         if isinstance(error, UserError) or not (reason := re.search(r"- (\S+ = .*: must be .*)", str(error))):
@@ -151,26 +152,6 @@ def _refuse_empty(file: ConfigFile, known: list[str]) -> None:
                 look(value, f"{name}.")
 
     look(file.content, "")
-
-
-def _explained(message: str, known: list[str]) -> str:
-    """jsonargparse's message on one line, with the closest known option for a misspelt one."""
-    message = " ".join(message.split())
-    if match := re.search(r"unrecognized arguments: (\S+)", message, re.IGNORECASE):
-        word = match[1].split("=")[0]
-        return f"unknown option {word}.{close_option(word.lstrip('-'), known)} All options: --help all"
-    if match := re.search(r"[Gg]roup '(.+?)' does not accept option '(.+?)'", message):
-        word = f"{match[1]}.{match[2]}"
-        return f"unknown option {word} in the configuration.{close_option(word, known)} All options: --help all"
-    if match := re.search(r"Parser key \"(.+?)\":.*? Option '(.+?)' is not accepted", message):
-        return f"unknown option {match[1]}.{match[2]} in the configuration. All options: --help all"
-    if match := re.search(r"Parser key \"(.+?)\": Expected a typing\.Literal\[(.*?)\]\. Got value: (.+)", message):
-        choices = [choice.strip("' ") for choice in match[2].split(",")]
-        hint = close_match(match[3], choices)
-        return f"{match[1]} = {match[3]}: no such choice.{hint} Use one of {', '.join(choices)}"
-    if match := re.search(r"does not accept (?:nested )?(?:key|option)s? '(.+?)'", message):
-        return f"unknown option {match[1]} in the configuration.{close_option(match[1], known)} All options: --help all"
-    return message
 
 
 def fail(error: UserError | KeyboardInterrupt, prog: str) -> int:
