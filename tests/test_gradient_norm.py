@@ -7,6 +7,7 @@ import pytest
 import torch
 from evaluation_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 
+from ofmu_ray.attacks import gradient_norm
 from ofmu_ray.attacks.gradient_norm import gradient_norms
 from ofmu_ray.config import FormatConfig
 from ofmu_ray.data.template import Template
@@ -34,6 +35,34 @@ def test_equals_autograd_by_hand(architecture: str, p: float) -> None:
     norms = gradient_norms(model, TEXTS, p=p)
     assert norms.dtype == np.float64
     assert norms == pytest.approx([_by_hand(model, *text, p) for text in TEXTS], rel=1e-4)
+
+
+def _passes(model: torch.nn.Module) -> list[None]:
+    """Grows by one with each forward pass."""
+    passes: list[None] = []
+    model.register_forward_hook(lambda *_: passes.append(None))
+    return passes
+
+
+def test_small_models_run_in_batches_and_large_ones_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    model.unused = torch.nn.Linear(3, 3)  # in a batch its gradient is zero, and would lower the mean
+    passes = _passes(model)
+    together = gradient_norms(model, TEXTS)
+    assert len(passes) == 2, "one row to see what the loss reaches, then all"
+    weights = sum(weight.nbytes for weight in model.parameters())
+    monkeypatch.setattr(gradient_norm, "BATCH_BYTES", 3 * weights)
+    assert together == pytest.approx(gradient_norms(model, TEXTS), rel=1e-5)
+    assert len(passes) == 2 + len(TEXTS)
+
+
+def test_what_vmap_does_not_support_runs_row_by_row() -> None:
+    model = tiny_model()
+    expected = gradient_norms(model, TEXTS)
+    model.lm_head.register_forward_hook(lambda _module, _inputs, logits: logits if logits.sum() < 1e9 else logits * 2)
+    passes = _passes(model)
+    assert gradient_norms(model, TEXTS) == pytest.approx(expected, rel=1e-5)
+    assert len(passes) == 1 + len(TEXTS)
 
 
 def test_eos_does_not_count() -> None:

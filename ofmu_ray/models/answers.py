@@ -39,7 +39,7 @@ def logits_at(
     shape. The cost of the head and the size of the logits and their gradient scale with the selection.
     """
     ids, mask = batch[f"{prefix}input_ids"], batch.get(f"{prefix}attention_mask")
-    options = {"logits_to_keep": positions} if _selects(unwrapped(module).__class__) else {}
+    options = {"logits_to_keep": positions} if selects_logits(unwrapped(module).__class__) else {}
     if "position_ids" in batch:
         options["position_ids"] = batch["position_ids"]
     logits_tv: torch.Tensor = module(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
@@ -103,6 +103,6 @@ def unwrapped(module: Any) -> Any:
 
 
 @functools.cache
-def _selects(model: Any) -> bool:
+def selects_logits(model: Any) -> bool:
     """Whether models of this class can restrict their head to positions, like most in transformers."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
