@@ -1,24 +1,30 @@
-"""Peak memory of a rank while a model loads: whole on every rank first, or each tensor straight to its place.
+"""Peak memory of a rank while a model loads (whole on every rank first, or each tensor straight to its place), and
+while it is exported.
 
-    OMP_NUM_THREADS=1 python benchmarks/loading.py [--stages 0 2 3] [--precision fp32] [--out benchmarks/loading.json]
+    OMP_NUM_THREADS=1 python benchmarks/loading.py [--ranks 2 4] [--model runs/smollm2] [--out benchmarks/loading.json]
     python benchmarks/loading.py --shape 70b --ranks 64      # what each rank would read and hold; loads nothing
 
-A Llama of SmolLM2-135M's shape with random weights, on gloo ranks. The peak is what loading and building the engine add
-to a process that has imported everything (VmHWM). The bound is the rank's part of weights, masters and gradients, and
-the largest tensor, plus 10 %, plus what an engine of a tiny model takes (`tiny_mib`). `whole` also runs with a checkout
-of before on PYTHONPATH.
+A Llama of SmolLM2-135M's shape with random weights, or `--model`, on gloo ranks. A peak is what loading and building
+the engine, or the export, adds to what the process had before (VmHWM, reset in between). The bound of loading: the
+rank's part of weights, masters and gradients, and the largest tensor, plus 10 %, plus what a tiny model takes. That of
+the export, beside the rank's part: one file (`--max-shard-size`, or the largest tensor if that is more) and the largest
+tensor, plus the same. gloo gathers a tensor into a second buffer, so ranks that write nothing hold two tensors as well.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import gc
+import itertools
 import json
 import os
 import socket
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +32,8 @@ import torch
 import torch.distributed as dist
 
 from ofmu_ray.config import ExportConfig, ModelConfig
+from ofmu_ray.config.plan import parsed_bytes
+from ofmu_ray.models.weights import return_freed_memory
 
 MIB = 2**20
 SHAPES: dict[str, dict[str, Any]] = {
@@ -71,20 +79,43 @@ def engine_of(config: ModelConfig, stage: int, way: str) -> tuple[Any, int | Non
     return DeepSpeedEngine(module, unread=unread, **options), unread.bytes_read
 
 
-def started(config: ModelConfig, stage: int, way: str) -> tuple[Any, float, int | None]:
-    """The engine, the MiB by which its start raised the peak above what was resident before, and the bytes read."""
+@contextmanager
+def added(figures: dict[str, Any], name: str) -> Iterator[None]:
+    """The MiB by which the block raises this process's peak above what was resident before."""
     gc.collect()
+    return_freed_memory()
     dist.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM from here
     before = of_process("VmRSS")
-    engine, read = engine_of(config, stage, way)
-    peak = (of_process("VmHWM") - before) / MIB
-    if "tiny" in config.path:
-        engine.close()
-    return engine, peak, read
+    yield
+    figures[name] = (of_process("VmHWM") - before) / MIB
 
 
-def rank_main(rank: int, world: int, port: int, config: ModelConfig, stage: int, way: str, out: str) -> None:
+def run_once(config: ModelConfig, stage: int, way: str, shard_size: str, folder: Path) -> dict[str, Any]:
+    """Load and export; `config`'s processor is not read: the weights alone count."""
+    from ofmu_ray.models.exporting import export_causal_lm
+    from ofmu_ray.storage import new_folder
+
+    figures: dict[str, Any] = {}
+    with added(figures, "load_mib"):
+        engine, read = engine_of(config, stage, way)
+    figures["read_mib"] = None if read is None else read / MIB
+    weights, options = engine.readable_weights(), ExportConfig(max_shard_size=shard_size)
+    with added(figures, "export_mib"), new_folder(folder) if dist.get_rank() == 0 else nullcontext() as target:
+        export_causal_lm(engine.module, NoProcessor(), weights, target, config, options)
+    dist.barrier()
+    engine.close()
+    return figures
+
+
+class NoProcessor:
+    def save_pretrained(self, folder: Path) -> None:
+        """Nothing to save."""
+
+
+def rank_main(
+    rank: int, world: int, port: int, config: ModelConfig, stage: int, way: str, shard_size: str, out: str
+) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
@@ -92,18 +123,12 @@ def rank_main(rank: int, world: int, port: int, config: ModelConfig, stage: int,
     store = dist.TCPStore("127.0.0.1", port, world, rank == 0, timeout=datetime.timedelta(seconds=600))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     tiny = ModelConfig(path=f"{config.path}-tiny", tokenizer=config.tokenizer, precision=config.precision)
-    engine_of(tiny, stage, way)[0].close()  # imports, and buffers of the process group
-    constant = started(tiny, stage, way)[1]
-    engine, peak, read = started(config, stage, way)
-    figures = {
-        "rank": rank,
-        "peak_mib": peak,
-        "tiny_mib": constant,
-        "read_mib": None if read is None else read / MIB,
-    }
-    Path(f"{out}.{rank}").write_text(json.dumps(figures))
+    run_once(tiny, stage, way, shard_size, Path(f"{out}-first"))  # imports, and buffers of the process group
+    constant = run_once(tiny, stage, way, shard_size, Path(f"{out}-tiny"))
+    figures = run_once(config, stage, way, shard_size, Path(f"{out}-model"))
+    figures |= {f"tiny_{name}": constant[name] for name in ("load_mib", "export_mib")}
+    Path(f"{out}.{rank}").write_text(json.dumps({"rank": rank} | figures))
     dist.barrier()
-    engine.close()
     dist.destroy_process_group()
 
 
@@ -114,14 +139,14 @@ def model_of(shape: str, device: str) -> Any:
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPES[shape]))
 
 
-def measured(config: ModelConfig, stage: int, way: str, ranks: int) -> list[dict[str, Any]]:
+def measured(config: ModelConfig, stage: int, way: str, shard_size: str, ranks: int) -> list[dict[str, Any]]:
     with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
         out = str(Path(folder, "figures"))
         torch.multiprocessing.start_processes(
-            rank_main, (ranks, port, config, stage, way, out), ranks, start_method="spawn"
+            rank_main, (ranks, port, config, stage, way, shard_size, out), ranks, start_method="spawn"
         )
         return [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(ranks)]
 
@@ -139,24 +164,36 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = []
     with tempfile.TemporaryDirectory() as root:
         for name, of in (("model", shape), ("model-tiny", "tiny")):
-            model_of(of, "cpu").to(getattr(torch, arguments.stored)).save_pretrained(Path(root, name))
-        parameters = list(model_of(shape, "meta").parameters())
+            if name == "model" and arguments.model:
+                Path(root, name).symlink_to(arguments.model.resolve())
+            else:
+                model_of(of, "cpu").to(getattr(torch, arguments.stored)).save_pretrained(Path(root, name))
         wide = 2 if arguments.precision == "bf16" else 4
-        sizes = [parameter.numel() for parameter in parameters]
+        sizes = [parameter.numel() for parameter in model_of(shape, "meta").parameters()]
         largest = max(sizes) * wide / MIB
+        file = max(parsed_bytes(arguments.max_shard_size) / MIB, largest)  # a tensor is in one file
         config = ModelConfig(
             path=str(Path(root, "model")), tokenizer="builtin:people/target", precision=arguments.precision
         )
-        for stage in arguments.stages:
-            for way in arguments.ways:
-                for figures in measured(config, stage, way, arguments.ranks):
-                    own = shard(sizes, stage, arguments.ranks, wide) / MIB
-                    figures["bound_mib"] = 1.1 * (own + largest) + figures["tiny_mib"]
-                    rows.append({"zero_stage": stage, "way": way} | figures)
-                    print({k: round(v, 1) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-    numel = sum(sizes)
-    about = {"shape": shape, "parameters": numel, "ranks": arguments.ranks, "largest_tensor_mib": largest}
+        for ranks, stage, way in itertools.product(arguments.ranks, arguments.stages, arguments.ways):
+            own = shard(sizes, stage, ranks, wide) / MIB
+            for figures in measured(config, stage, way, arguments.max_shard_size, ranks):
+                figures["load_bound_mib"] = 1.1 * (own + largest) + figures["tiny_load_mib"]
+                figures["export_bound_mib"] = 1.1 * (file + largest) + figures["tiny_export_mib"]
+                rows.append({"ranks": ranks, "zero_stage": stage, "way": way} | figures)
+                print({k: round(v, 1) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+    about = {"shape": shape, "parameters": sum(sizes), "largest_tensor_mib": largest, "largest_file_mib": file}
     return about | {"stored": arguments.stored, "precision": arguments.precision, "rows": rows}
+
+
+def table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Markdown; of the ranks, the highest peaks."""
+    yield "| ranks | stage | loaded | MiB read by a rank | load: peak | bound | export: peak | bound |"
+    yield "|" + "---|" * 8
+    for (ranks, stage, way), of in itertools.groupby(rows, lambda row: (row["ranks"], row["zero_stage"], row["way"])):
+        most = functools.reduce(lambda a, b: {key: max(a[key], b[key]) for key in a}, of)
+        cells = [most["read_mib"], *(most[f"{phase}{of}_mib"] for phase in ("load", "export") for of in ("", "_bound"))]
+        yield f"| {ranks} | {stage} | {way} | " + " | ".join("all" if c is None else f"{c:.0f}" for c in cells) + " |"
 
 
 def computed(shape: str, ranks: int, stored_bytes: int = 2) -> dict[str, Any]:
@@ -199,19 +236,22 @@ def computed(shape: str, ranks: int, stored_bytes: int = 2) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", type=int, nargs="+", default=[0, 2, 3])
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--ways", nargs="+", default=["whole", "cut"], choices=["whole", "cut"])
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--stored", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2])
+    parser.add_argument("--model", type=Path, help="a folder with a model of this shape, instead of random weights")
+    parser.add_argument("--max-shard-size", default="100MB", help="of the export's files")
     parser.add_argument("--shape", choices=SHAPES, help="8b and 70b are computed, not loaded")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if arguments.shape in ("8b", "70b"):
-        result = computed(arguments.shape, arguments.ranks)
+        result = computed(arguments.shape, *arguments.ranks)
         print(json.dumps(result, indent=2))
     else:
         result = measure(arguments)
+        print("\n".join(table(result["rows"])))
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(result, indent=2) + "\n")
 

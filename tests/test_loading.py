@@ -22,6 +22,7 @@ from transformers.utils import is_flash_attn_2_available
 from ofmu_ray.config import ModelConfig
 from ofmu_ray.engines import TorchEngine
 from ofmu_ray.errors import UserError
+from ofmu_ray.models import stored
 from ofmu_ray.models.checks import check_model
 from ofmu_ray.models.loading import load_causal_lm
 from ofmu_ray.models.stored import share, stored_tensors
@@ -90,8 +91,10 @@ def test_one_process(name: str, variant: str, precision: Any, models: Path) -> N
     assert all(torch.equal(weights[name], other[name]) and weights[name].dtype == other[name].dtype for name in other)
 
 
-def test_any_part_of_any_shape_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("piece", [stored.PIECE, 20, 1])
+def test_any_part_of_any_shape_is_read(piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every share of tensors of 0 to 3 dimensions, in another dtype; the shares are disjoint and complete."""
+    monkeypatch.setattr(stored, "PIECE", piece)
     tensors = {
         "scalar": torch.tensor(3.5),
         "vector": torch.arange(7.0),

@@ -7,6 +7,7 @@ release has moved.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -19,8 +20,10 @@ from ofmu_ray.internals.contract import Private, check_attributes
 _UNREAD = "a model whose weights are still in its files"
 ENGINE = Private("deepspeed.runtime.engine", "DeepSpeedEngine", _UNREAD)
 STAGE_TWO = Private("deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer", _UNREAD)
+STAGE_THREE = Private("deepspeed.runtime.zero.stage3", "DeepSpeedZeroOptimizer_Stage3", _UNREAD)
 ACCELERATOR = Private("deepspeed.accelerator", "get_accelerator", _UNREAD)
 INIT = Private("deepspeed.runtime.zero.partition_parameters", "Init", _UNREAD)
+STATUS = Private("deepspeed.runtime.zero.partition_parameters", "ZeroParamStatus", _UNREAD)
 COMPATIBLE_OPS = Private("deepspeed.ops", "__compatible_ops__", "keeping DeepSpeed from compiling a C++ op on a CPU")
 CONTRACT = {
     "DeepSpeedEngine": ("_broadcast_model",),
@@ -37,6 +40,7 @@ CONTRACT = {
         "zero_grad",
     ),
     "DeepSpeedZeroOptimizer_Stage3": (
+        "create_reduce_and_remove_grad_hooks",
         "fp32_partitioned_groups_flat",
         "averaged_gradients",
         "fp16_groups",
@@ -62,10 +66,12 @@ def unread_weights(is_unread: Callable[[object], bool], read_share: Callable[[An
     """Within the context DeepSpeed takes parameters that have a shape but no values, and gives no memory to them whole.
 
     Stages 1 and 2: the flat buffer has zeros in their places. Stage 3: a parameter is cut, then `read_share(parameter)`
-    fills its `ds_tensor`. Ranks do not exchange parameters: the others must be equal before.
+    fills its `ds_tensor`. Ranks do not exchange parameters: the others must be equal before. Gradient hooks are made
+    without gathering: DeepSpeed gathers each parameter for its shape alone, and gloo needs twice its memory for that.
     """
     flatten = STAGE_TWO.get().flatten_dense_tensors_aligned
     cut = INIT.get()._zero_init_param
+    make_hooks = STAGE_THREE.get().create_reduce_and_remove_grad_hooks
 
     def flat(
         self: Any, tensors: list[Any], alignment: int, use_cpu_data: bool = False, param_padding: Any = None
@@ -90,10 +96,20 @@ def unread_weights(is_unread: Callable[[object], bool], read_share: Callable[[An
         parameter.partition()
         read_share(parameter)
 
+    def hooks(self: Any) -> None:
+        unread = [parameter for group in self.fp16_groups for parameter in group if is_unread(parameter)]
+        gathers = [parameter.all_gather for parameter in unread]
+        for parameter in unread:
+            parameter.all_gather = functools.partial(_give_shape, parameter)
+        make_hooks(self)
+        for parameter, gather in zip(unread, gathers, strict=True):
+            parameter.all_gather = gather
+
     changed: list[tuple[Any, str, Any]] = [
         (ENGINE.get(), "_broadcast_model", lambda self: None),
         (STAGE_TWO.get(), "flatten_dense_tensors_aligned", flat),
         (INIT.get(), "_zero_init_param", zero_init),
+        (STAGE_THREE.get(), "create_reduce_and_remove_grad_hooks", hooks),
     ]
     accelerator = ACCELERATOR.get()()
     if accelerator.device_name() == "cpu":
@@ -106,6 +122,12 @@ def unread_weights(is_unread: Callable[[object], bool], read_share: Callable[[An
     finally:
         for owner, name, function in originals:
             setattr(owner, name, function)
+
+
+def _give_shape(parameter: Any) -> None:
+    """Make a cut parameter look gathered, without values or memory."""
+    parameter.data = torch.zeros(1, dtype=parameter.dtype, device=parameter.device).expand(parameter.ds_shape)
+    parameter.ds_status = STATUS.get().AVAILABLE
 
 
 def _return_freed_memory() -> None:

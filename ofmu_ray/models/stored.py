@@ -12,6 +12,8 @@ import torch
 
 from ofmu_ray.errors import UserError
 
+PIECE = 16 * 2**20
+"""Bytes that are read at a time, or one row if that is more."""
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -37,20 +39,24 @@ class Stored:
     def read(self, target: torch.Tensor, start: int) -> int:
         """Copy the elements from `start` of the flattened tensor into the 1-D `target`; returns the bytes read.
 
-        The dtype is converted. Only the pages that hold these elements are touched, and the file is unmapped again:
-        mapped pages count as resident memory.
+        The dtype is converted. Only the pages that hold these elements are touched, and after each piece the file is
+        unmapped: mapped pages count as resident memory.
         """
+        row = math.prod(self.shape[1:])
+        step = row * max(1, PIECE // max(1, row * self.bytes_per_element))
+        for at in range(0, target.numel(), step or 1):
+            self._read_piece(target[at : at + step], start + at)
+        return target.numel() * self.bytes_per_element
+
+    def _read_piece(self, target: torch.Tensor, start: int) -> None:
         from safetensors import safe_open
 
-        if not target.numel():
-            return 0
         first, last = rows(self.shape, start, start + target.numel())
         with safe_open(self.file, framework="pt") as weights:
             part = weights.get_slice(self.name)[first:last] if self.shape else weights.get_tensor(self.name)
         skipped = start - first * math.prod(self.shape[1:])
         with torch.no_grad():
             target.copy_(part.reshape(-1)[skipped : skipped + target.numel()])
-        return target.numel() * self.bytes_per_element
 
 
 def rows(shape: Sequence[int], start: int, stop: int) -> tuple[int, int]:
