@@ -420,6 +420,20 @@ def test_models_that_do_not_go_together(tiny: Path, tmp_path: Path, capsys: pyte
     assert "--tokenizer" in capsys.readouterr().err
 
 
+def test_a_classifier_has_its_metrics_in_its_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from ofmu_ray.config import ClassifierConfig, TrainConfig
+    from ofmu_ray.models.classifiers import write_initial_classifier
+
+    write_initial_classifier(tmp_path / "resnet", TrainConfig(classifier=ClassifierConfig(architecture="resnet8")))
+    for config in ({"models": {"a": str(tmp_path / "resnet")}}, {"evaluation": {"retrained": str(tmp_path / "resnet")}}):
+        assert run(tmp_path / "e", **config)[0] == 2
+        message = capsys.readouterr().err
+        assert f"{'models.a' if 'models' in config else 'evaluation.retrained'} = " in message
+        assert "is an image classifier" in message
+        assert "report and metrics.json of its run" in message
+        assert len(message.splitlines()) == 1
+
+
 def test_the_harness_is_asked_for_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

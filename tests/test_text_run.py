@@ -16,6 +16,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from test_text_data import CHATML, SECRET, TURNS, lines
 
 from ofmu_ray import unlearn
+from ofmu_ray.attacks.alignment import alignment_texts, representations
 from ofmu_ray.attacks.relearning import relearn
 from ofmu_ray.config import (
     DataConfig,
@@ -127,6 +128,25 @@ def test_values_of_passages_equal_a_plain_computation(tmp_path: Path, target: st
     unattacked = attack.filter(pc.equal(attack["step"], 0)).to_pylist()
     losses = {row["row_id"]: row["answer_nll"] for row in unattacked}
     assert [losses[row["row_id"]] for row in rows] == pytest.approx([loss for loss, *_ in wanted], abs=1e-5)
+
+
+def test_passages_are_represented_by_all_their_tokens(target: str) -> None:
+    """For the alignment of documents: the mean over a passage's tokens, without the start token and the last one."""
+    fmt, tokenizer = FormatConfig(kind="text", max_length=16), tiny_tokenizer()
+    layout, model = TextLayout(tokenizer, fmt), tiny_model("llama")
+    documents = ["a", "the answer", *(row["text"] for row in FORGET)]
+    passages = [passage for document in documents for passage in layout.passages(document)]
+    cells = [{"question": one, "answer": two, "kind": "text", "ends": ends} for one, two, ends in passages]
+    rows = {"forget": evaluation_rows("forget", cells, fmt)}
+    texts = alignment_texts(rows, Template(tokenizer, fmt))["forget"]
+    layers = representations(model, texts, batch_size=5)
+    assert len({len(ids) for ids, _ in texts}) > 2
+    for row, (first, second, ends) in enumerate(passages):
+        ids, _ = layout.passage(first, second, ends=ends)
+        with torch.no_grad():
+            states = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+        wanted = [state[0, 1:-1].mean(0).numpy() for state in states]
+        np.testing.assert_allclose([layer[row] for layer in layers], wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize(

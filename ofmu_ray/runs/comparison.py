@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ofmu_ray import progress
@@ -71,6 +72,7 @@ def _measured(
     models = _models(config)
     for label, path in models.items():
         check_place(path, _option(label))
+        _refuse_classifier(path, _option(label))
     evaluator = _evaluator(config, storage)
     for label, path in models.items():
         _check(path, _option(label), evaluator)
@@ -114,6 +116,17 @@ def _models(config: EvaluateConfig) -> dict[str, str]:
     """Label -> folder or hub name, with the retrained model last."""
     reference = {RETRAINED: config.evaluation.retrained} if config.evaluation.retrained else {}
     return config.models | reference
+
+
+def _refuse_classifier(path: str, option: str) -> None:
+    """Raise UserError if `path` is a folder with an image classifier, before a tokenizer is asked for."""
+    config = Path(resolve_builtin(path)) / "config.json"
+    kinds = json.loads(config.read_text()).get("architectures") or () if config.is_file() else ()
+    if any("ImageClassification" in kind for kind in kinds):
+        raise UserError(
+            f"{option} = {path!r} is an image classifier: `ofmu evaluate`, its probes and its attacks are for language "
+            "models; a classifier's metrics are in the report and metrics.json of its run (ofmu unlearn)"
+        )
 
 
 def _check(path: str, option: str, evaluator: Evaluator) -> None:
