@@ -136,6 +136,36 @@ def _loads(path: str, figures: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+def test_a_vision_transformer_is_unlearned_and_loads(storage: Path, tmp_path: Path) -> None:
+    """Layer normalisation and an input of its own size; random weights."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    shape = ViTConfig(
+        image_size=8, patch_size=4, num_channels=1, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=8, num_labels=10, id2label=dict(enumerate("0123456789")),
+    )  # fmt: skip
+    ViTForImageClassification(shape).save_pretrained(tmp_path / "vit")
+    settings = {"size": {"height": 8, "width": 8}, "resample": 0, "image_mean": [0.3], "image_std": [0.38]}
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(settings))
+    models = dict.fromkeys(("target", "retrained"), str(tmp_path / "vit"))
+    outcome = unlearn(forgetting(models, storage, "vit", method="salun", **RUNS["salun"]))
+    assert outcome.finished
+    start, end = (load_file(Path(path, "model.safetensors")) for path in (models["target"], outcome.model))
+    assert sum(value.numel() for value in start.values()) < 1000
+    assert not torch.equal(start["classifier.weight"], end["classifier.weight"])
+    _loads(outcome.model, outcome.metrics["after"])
+
+
+def test_statistics_of_other_batch_normalisations_are_refused() -> None:
+    from ofmu_ray.models.batch_norm import fix_statistics, share_statistics
+
+    for refuse in (fix_statistics, share_statistics):
+        with pytest.raises(UserError, match=r"model\.path: the classifier has a BatchNorm1d, .* give one with BatchNorm2d"):
+            refuse(torch.nn.Sequential(torch.nn.BatchNorm2d(2), torch.nn.BatchNorm1d(2)))
+
+
+@pytest.mark.slow
 def test_a_killed_training_resumes_to_the_same_bits(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Running statistics, momentum and augmentation included."""
     changes = {"epochs": 0.4, "training.checkpoint_every": 3}

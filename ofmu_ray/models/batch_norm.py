@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ofmu_ray.errors import UserError
+
 
 class FixedStatistics(torch.nn.BatchNorm2d):
     """Normalises by its running statistics in training mode, too, and does not update them."""
@@ -49,17 +51,21 @@ class SharedStatistics(torch.nn.BatchNorm2d):
 
 
 def fix_statistics(module: torch.nn.Module) -> None:
-    """Fix the running statistics of all batch normalisations."""
+    """Fix the running statistics of all batch normalisations. Raises UserError for others than BatchNorm2d."""
     _become(module, FixedStatistics)
 
 
 def share_statistics(module: torch.nn.Module) -> None:
-    """Let all batch normalisations use statistics over all workers."""
+    """Let all batch normalisations use statistics over all workers. Raises UserError for others than BatchNorm2d."""
     _become(module, SharedStatistics)
 
 
 def _become(module: torch.nn.Module, kind: type[torch.nn.BatchNorm2d]) -> None:
     for part in module.modules():
         if isinstance(part, _BatchNorm):
-            assert type(part) is torch.nn.BatchNorm2d, f"batch normalisation of another kind: {type(part).__name__}"
+            if type(part) is not torch.nn.BatchNorm2d:
+                raise UserError(
+                    f"model.path: the classifier has a {type(part).__name__}, and only the statistics of BatchNorm2d can "
+                    "be fixed or shared: give one with BatchNorm2d, or with layer or group normalisation"
+                )
             part.__class__ = kind
