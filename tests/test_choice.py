@@ -25,6 +25,7 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation import multiple_choice as choice
 from ofmu_ray.evaluation.multiple_choice import choice_figures, choice_table, prompt
 
+MMLU = ROOT.parent / "shared/data/mmlu/test.parquet"
 CELLS = [
     {
         "question": f"who {'is ' * (row % 3)}person {row}? ",
@@ -92,19 +93,22 @@ def test_one_token_letters_take_one_forward_and_one_position_per_row(rows: list[
     assert shapes == [(8, 320), (6, 320)]
 
 
+def _two_hundred() -> list[dict[str, Any]]:
+    """Evenly spread questions of MMLU."""
+    if not MMLU.is_file():
+        pytest.skip("no ../shared/data/mmlu beside the checkout: MMLU is not part of the repository")
+    cells: list[dict[str, Any]] = pq.read_table(MMLU).to_pylist()
+    return [cells[index * len(cells) // 200] for index in range(200)]
+
+
 @pytest.mark.full
 @pytest.mark.slow
 def test_accuracy_on_two_hundred_questions_of_mmlu_is_the_harness_s() -> None:
     """Its prompts and scores written out from the data set's own columns: log p of " A" to " D" after the prompt."""
-    path = ROOT.parent / "shared/data/mmlu/test.parquet"
-    if not path.is_file():
-        pytest.skip("no ../shared/data/mmlu beside the checkout: MMLU is not part of the repository")
-    cells = pq.read_table(path).to_pylist()
-    at = [index * len(cells) // 200 for index in range(200)]
     right: dict[str, list[bool]] = {}
     model, tokenizer = tiny_model(), _tokenizer()
     model.config.max_position_embeddings = 1 << 15
-    for cell in (cells[index] for index in at):
+    for cell in _two_hundred():
         options = "".join(f"{letter}. {text}\n" for letter, text in zip("ABCD", cell["choices"], strict=True))
         about = cell["subject"].replace("_", " ")
         text = f"The following are multiple choice questions (with answers) about {about}.\n\n"
@@ -112,8 +116,8 @@ def test_accuracy_on_two_hundred_questions_of_mmlu_is_the_harness_s() -> None:
         scores = [sum(_slow(model, tokenizer, text, f" {letter}")) for letter in "ABCD"]
         right.setdefault(cell["subject"], []).append(int(np.argmax(scores)) == cell["answer"])
     weighted = sum(len(answers) * float(np.mean(answers)) for answers in right.values()) / 200  # as its group mmlu
-    rows = choice_rows(SourceConfig(path=str(path)), name="mmlu", option="o")
-    table = choice_table(model, tokenizer, [rows[index] for index in at])
+    rows = choice_rows(SourceConfig(path=str(MMLU)), name="mmlu", option="o")
+    table = choice_table(model, tokenizer, [rows[index * len(rows) // 200] for index in range(200)])
     figures = choice_figures(table, samples=10, seed=0, name="mmlu")["accuracy"]
     assert figures.value == pytest.approx(weighted, abs=1e-12)
     assert (figures.n, len(right) > 50) == (200, True)
@@ -268,3 +272,35 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
         assert accuracy.low is not None
     with pytest.raises(UserError, match="no task nothing"):
         run_lm_eval(tmp_path / "model", ["nothing"], include_path=tmp_path)
+
+
+@pytest.mark.full
+@pytest.mark.system
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-evaluation-harness is an optional extra")
+def test_harness_agrees_on_two_hundred_questions_of_mmlu(tmp_path: Path) -> None:
+    """Its own tasks, a subject each, with local files in place of the hub's."""
+    spec = find_spec("lm_eval")
+    assert spec is not None
+    assert spec.origin is not None
+    theirs = Path(spec.origin).parent / "tasks/mmlu/default"
+    by_subject: dict[str, list[dict[str, Any]]] = {}
+    for cell in _two_hundred():
+        by_subject.setdefault(cell["subject"], []).append(cell)
+    for subject, cells in by_subject.items():
+        (tmp_path / f"{subject}.jsonl").write_text("".join(json.dumps(cell) + "\n" for cell in cells))
+        files = json.dumps({"test": str(tmp_path / f"{subject}.jsonl")})
+        (tmp_path / f"{subject}.yaml").write_text(
+            f"include: {theirs}/mmlu_{subject}.yaml\ntask: ofmu_{subject}\ntask_alias: {subject}\ntag: ofmu\n"
+            f"dataset_path: json\ndataset_name: null\ndataset_kwargs: {{data_files: {files}}}\n"
+            "fewshot_split: test\nnum_fewshot: 0\n"
+        )
+    model, tokenizer = tiny_model(), _tokenizer()
+    model.config.max_position_embeddings = 1 << 15
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    tasks = run_lm_eval(tmp_path / "model", [f"ofmu_{subject}" for subject in by_subject], include_path=tmp_path)
+    for subject, cells in by_subject.items():
+        rows = choice_rows(_written(tmp_path, cells), name="mmlu", option="o")
+        ours = choice_figures(choice_table(model, tokenizer, rows), samples=10, seed=0, name="x")["accuracy"]
+        accuracy = tasks[f"ofmu_{subject}"]["acc"]
+        assert (accuracy.value, accuracy.n) == (ours.value, len(cells)), subject

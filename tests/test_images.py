@@ -208,6 +208,21 @@ def test_two_workers_train_the_same_model_as_one(storage: Path, local_ray: None)
     assert any((value - moved[name]).abs().max() > 0.01 for name, value in weights[0].items() if "running" in name)
 
 
+@pytest.mark.slow
+@pytest.mark.full
+def test_two_workers_unlearn_the_same_model_as_one(models: dict[str, str], storage: Path, local_ray: None) -> None:
+    """Fixed statistics: a batch may be cut in any way, and what was measured in training stays to the bit."""
+    weights = []
+    for workers in (1, 2):
+        engine = {"engine": "deepspeed", "workers": workers, "batch_size": 32, "rounds": 3}
+        run = forgetting(models, storage, f"forget{workers}", **RUNS["ofmu"], training=engine)
+        weights.append(load_file(Path(unlearn(run).model, "model.safetensors")))
+    start = load_file(Path(models["target"], "model.safetensors"))
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value.double(), weights[1][name].double(), rtol=1e-4, atol=1e-6, msg=name)
+        assert torch.equal(value, start[name]) == ("running" in name or "tracked" in name), name
+
+
 # ------------------------------------------------------------------------------------------------------------- data
 
 
@@ -339,6 +354,28 @@ def test_a_folder_of_classes(untrained: dict[str, str], tmp_path: Path) -> None:
     assert [len(row.payload[0]) for row in encoded] == [36, 36]
     with pytest.raises(UserError, match="one folder of images"):
         fragments(SourceConfig(path=str(tmp_path / "none"), format="images"), None, stream="f", option="data.f")
+
+
+def test_images_of_a_hub_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its Image feature arrives as bytes, and crosses the same encoder as the Parquet files of the hub's layout."""
+    import datasets
+
+    from ofmu_ray.config import ImagesConfig, SourceConfig
+    from ofmu_ray.data.image_encoder import ImageEncoder
+    from ofmu_ray.data.row_checks import Problems
+    from ofmu_ray.data.sources import fragments, read
+
+    pictures = [Image.fromarray(np.full((6, 6, 3), grey, np.uint8)) for grey in (10, 200)]
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    folder = tmp_path / "owner" / "set" / "data"
+    folder.mkdir(parents=True)
+    datasets.Dataset.from_dict({"img": pictures, "label": [1, 0]}, features).to_parquet(folder / "test-0.parquet")
+    monkeypatch.chdir(tmp_path)
+    pieces = fragments(SourceConfig(path="owner/set", format="hub", hub_split="test"), None, stream="f", option="o")
+    rows = [(str(number), row) for piece in pieces for number, row in read(piece, ["img", "label"])]
+    encoder = ImageEncoder(ImagesConfig(image="img"), size=6, channels=3, classes=["cat", "dog"])
+    encoded = [row for _, row in encoder.encode(rows, Problems())]
+    assert [(row.payload[1], set(row.payload[0])) for row in encoded] == [(1, {10}), (0, {200})]
 
 
 def test_a_sample_of_rows_sorted_by_class_has_all_classes(untrained: dict[str, str], tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def fitted(model: Any, texts: Sequence[str], steps: int = 60) -> None:
 def options(root: Path) -> list[str]:
     named = {
         "model.path": root / "target", "evaluation.retrained": root / "retrained", "data.format.max_length": 48,
-        "training.rounds": 3, "training.micro_batch_size": 4, "ofmu.forget_level": 3.0,
+        "training.rounds": 8, "training.micro_batch_size": 4, "ofmu.forget_level": 3.0, "ofmu.inner.lr": 0.003,
         "evaluation.max_new_tokens": 4, "evaluation.bootstrap_samples": 20, "tracking.system_metrics": "false",
     }  # fmt: skip
     return [word for name, value in named.items() for word in (f"--{name}", str(value))]
@@ -277,7 +277,7 @@ def test_growing_and_sequential_forget_sets(root: Path, tmp_path: Path, capsys: 
     lines = json.loads((tmp_path / "out/muse.json").read_text())
     one, two = lines["scalability"]
     assert (one["files"], two["files"]) == (["raw/forget.json"], ["raw/forget.json", "sust/forget_2.json"])
-    assert (one["rounds"], two["rounds"]) == (3, 6)
+    assert (one["rounds"], two["rounds"]) == (8, 16)
     first, second = lines["sustainability"]
     assert first == one
     assert second["files"] == ["sust/forget_2.json"]
@@ -288,8 +288,10 @@ def test_growing_and_sequential_forget_sets(root: Path, tmp_path: Path, capsys: 
     home = tmp_path / "out" / one["name"]
     metrics = json.loads((home / "metrics.json").read_text())
     before, after = metrics["before"], metrics["after"]
-    assert after["forget_loss"]["value"] != before["forget_loss"]["value"]  # three rounds at a large model's rate
-    assert after["muse_privleak"]["value"] == pytest.approx(-100)
+    assert after["forget_loss"]["value"] > before["forget_loss"]["value"] + 1
+    assert before["muse_privleak"]["value"] == pytest.approx(-100)
+    assert abs(after["muse_privleak"]["value"]) < 50  # nearer to the retrained model than to the target
+    assert after["muse_verbatim"]["value"] < before["muse_verbatim"]["value"]
     assert metrics["retrained"]["muse_verbatim"]["value"] is not None
     for path in home.rglob("*"):
         assert not path.is_file() or f"{SECRET} 1: ".encode() not in path.read_bytes(), path
