@@ -11,9 +11,12 @@ Importing the package imports neither torch nor Ray; each subpackage imports the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from os import PathLike
+
     from ofmu_ray.config import TrainConfig, UnlearnConfig
     from ofmu_ray.progress import Listener
     from ofmu_ray.runs.outcome import Outcome
@@ -22,21 +25,28 @@ __version__ = "0.1.0"
 __all__ = ["train", "unlearn"]
 
 
-def unlearn(config: UnlearnConfig, listener: Listener | None = None) -> Outcome:
+def unlearn(
+    config: UnlearnConfig | Mapping[str, Any] | str | PathLike[str], listener: Listener | None = None
+) -> Outcome:
     """Make a model forget; the same as `ofmu unlearn`.
 
-    A killed run resumes under the same name; a finished one is read, not repeated. `listener` receives the progress.
+    A killed run resumes under the same name; a finished one is read, not repeated. `config`: the options; or a mapping
+    or the path of a YAML file with those that differ from the defaults. `listener` receives the progress.
 
     Raises:
         UserError: the configuration, the data or the cluster must change; the message says what.
     """
+    from ofmu_ray.commandline.parse import configured
+    from ofmu_ray.config import UnlearnConfig
     from ofmu_ray.runs.run import run
 
-    return run(config, listener)
+    return run(configured(UnlearnConfig, config), listener)
 
 
-def train(config: TrainConfig, listener: Listener | None = None) -> Outcome:
+def train(config: TrainConfig | Mapping[str, Any] | str | PathLike[str], listener: Listener | None = None) -> Outcome:
     """Fit a target or a retrained model; the same as `ofmu train`. Otherwise like `unlearn`."""
+    from ofmu_ray.commandline.parse import configured
+    from ofmu_ray.config import TrainConfig
     from ofmu_ray.runs.run import run
 
-    return run(config, listener)
+    return run(configured(TrainConfig, config), listener)

@@ -1,6 +1,7 @@
 """The command line: every user error exits with 2 and one message, before any worker starts."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ofmu_ray.commandline.parse import parse
+from ofmu_ray import train, unlearn
+from ofmu_ray.commandline.parse import configured, parse
 from ofmu_ray.config import (
     BenchmarkConfig,
     SweepConfig,
@@ -26,6 +28,7 @@ from ofmu_ray.config.evaluate import EvaluateConfig
 from ofmu_ray.config.requests import RequestsConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.methods.ofmu import OFMUConfig
+from ofmu_ray.methods.registry import discovered
 from pipelines import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,6 +58,47 @@ def test_print_config_can_be_fed_back(tmp_path, capsys):
     assert parse(UnlearnConfig, ["--config", str(path)], "x") == expected
     assert expected.ofmu == OFMUConfig.from_preset("full", beta=0.7)
     assert yaml.safe_load(text)["ofmu"]["penalty_curvature"] == "full"
+
+
+def test_a_python_user_gives_options_as_a_command_line_does(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("training: {rounds: 3}\nofmu: {preset: full, beta: 1e-5}\n")
+    expected = parse(UnlearnConfig, ["--training.rounds", "3", "--ofmu.preset", "full", "--ofmu.beta", "1e-5"], "x")
+    mapping = {"training": {"rounds": 3}, "ofmu": {"preset": "full", "beta": 1e-5}}
+    assert [configured(UnlearnConfig, given) for given in (mapping, path, str(path), expected)] == [expected] * 4
+    assert configured(UnlearnConfig, {"storage": tmp_path}).storage == str(tmp_path)
+    assert configured(UnlearnConfig, "smollm2_forget05").name == "smollm2_forget05"
+
+
+@pytest.mark.parametrize(
+    ("entry", "given", "message"),
+    [
+        (unlearn, {"training": {"rouns": 3}}, "training.rouns in the configuration. Did you mean training.rounds?"),
+        (unlearn, {"seed": "x"}, "key \"seed\": Expected a <class 'int'>. Got value: x"),
+        (unlearn, {"npo": {"beta": 1.0}}, "method = ofmu: add --method npo"),
+        (unlearn, "/none.yaml", "config = '/none.yaml': cannot be read"),
+        (train, {"training": 3}, "training is a section"),
+        (train, UnlearnConfig(), "config is of type UnlearnConfig: give a TrainConfig, a mapping"),
+    ],
+)
+def test_a_python_user_s_mistakes_read_as_on_a_command_line(entry, given, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        entry(given)
+
+
+def test_library_names():
+    """What others import (docs/api.md)."""
+    from ofmu_ray import methods
+    from ofmu_ray.algorithm import similarity_gradient
+    from ofmu_ray.engines import TorchEngine
+    from ofmu_ray.methods import OFMU
+
+    assert methods.OFMU is OFMU is discovered()["ofmu"]
+    assert callable(OFMU(OFMUConfig()).round)
+    assert callable(similarity_gradient)
+    assert callable(TorchEngine)
+    with pytest.raises(AttributeError, match="no attribute 'OFMUU'"):
+        _ = methods.OFMUU
 
 
 def test_presets_yield_to_explicit_options(tmp_path):

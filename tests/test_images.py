@@ -95,6 +95,8 @@ def test_a_class_is_forgotten(models: dict[str, str], storage: Path, method: str
     assert retrained["unlearning_accuracy"]["value"] == 100
     assert before["testing_accuracy"]["value"] > 85
     assert value["testing_accuracy"] > 75
+    assert after["test_accuracy"] == after["testing_accuracy"]
+    assert after["retain_accuracy"] == after["remaining_accuracy"]
     assert set(value) == set(before) and "forgotten_class_accuracy" in value  # noqa: PT018
     if method != "l1_sparse":  # which forgets only by chance
         assert value["unlearning_accuracy"] > 50

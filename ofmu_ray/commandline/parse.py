@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import json
 import re
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
-from yaml import YAMLError
 
 from ofmu_ray.commandline import help
 from ofmu_ray.commandline.config_files import ConfigFile, read_files, runs_as_base, sections, with_shipped
@@ -41,7 +45,7 @@ class PlainParser(argparse.ArgumentParser):
 def parser_for(config_class: type[Any], prog: str) -> ArgumentParser:
     """A parser whose options are the fields of `config_class`, nested ones with dots."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    set_loader("yaml", lambda text: USUAL(with_text_keys(text)), (YAMLError,))
+    set_loader("yaml", lambda text: USUAL(with_text_keys(text)), (yaml.YAMLError,))
     parser = ArgumentParser(prog=prog, description=config_class.__doc__, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file; later files and options override earlier ones.")
     parser.add_class_arguments(config_class)
@@ -95,6 +99,27 @@ def parse(config_class: type[Config], arguments: Sequence[str], prog: str) -> Co
     config = config_class(**built)
     _refuse_unused(config, arguments, files)
     return config
+
+
+def configured(config_class: type[Config], given: Any) -> Config:
+    """A configuration as it is; or from a mapping or the path of a YAML file, as `--config` reads it.
+
+    Raises:
+        UserError: like `parse`; or `given` is nothing of these.
+    """
+    if isinstance(given, config_class):
+        return given
+    if isinstance(given, Mapping):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "mapping.yaml"
+            path.write_text(yaml.safe_dump(json.loads(json.dumps(dict(given), default=str))), encoding="utf-8")
+            return configured(config_class, path)
+    if isinstance(given, str | PathLike):
+        return parse(config_class, ["--config", str(given)], config_class.__name__)
+    raise UserError(
+        f"config is of type {type(given).__name__}: give a {config_class.__name__}, a mapping of options or the path "
+        "of a YAML file"
+    )
 
 
 def _with_value(words: Sequence[str], index: int) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,8 @@ from ofmu_ray.metrics.registry import NEEDS_RETRAINED, Inputs, Metric, register
 
 MATCHED = ("unlearning_accuracy", "remaining_accuracy", "testing_accuracy", "mia_efficacy")
 """What should be near the retrained model's value; `average_gap` is the mean distance."""
+ALIASES = {"retain_accuracy": "remaining_accuracy", "test_accuracy": "testing_accuracy"}
+"""Second names in metrics.json -> the metrics; everything else uses the first names."""
 _known: dict[str, NDArray[np.bool_]] = {}
 _KEPT = 64
 
@@ -87,6 +90,11 @@ def against_retrained(inputs: Inputs) -> Mapping[str, MetricValue]:
     gaps = [abs((one.value or 0.0) - (two.value or 0.0)) for one, two in pairs]
     reason = "a mean of four distances: no interval"
     return figures | {"average_gap": MetricValue(float(np.mean(gaps)), n=own.n, reason=reason)}
+
+
+def with_aliases(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of one model as metrics.json holds them: those that have a second name under both."""
+    return {**{alias: metrics[name] for alias, name in ALIASES.items() if name in metrics}, **metrics}
 
 
 def confusion(rows: pa.Table, classes: int) -> NDArray[np.int64]:

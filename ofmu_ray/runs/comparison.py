@@ -186,6 +186,7 @@ def _write(
     mlflow: str,
 ) -> list[str]:
     """Write rows.parquet, report.html and, last, metrics.json; return the names of those that MLflow keeps."""
+    from ofmu_ray.metrics.classification import with_aliases
     from ofmu_ray.models.source import model_fingerprint, weights_folder
     from ofmu_ray.reporting.evaluation_page import ComparisonData, write_comparison
 
@@ -204,6 +205,7 @@ def _write(
         ),
     )
     weights = {label: model_fingerprint(weights_folder(resolve_builtin(path))) for label, path in models.items()}
-    summary = {"models": metrics, "checks": further, "weights_sha256": weights, "config": public(config)}
+    aliased = {label: with_aliases(values) for label, values in metrics.items()}
+    summary = {"models": aliased, "checks": further, "weights_sha256": weights, "config": public(config)}
     atomic_write(join(home, "metrics.json"), json.dumps(summary, indent=2) + "\n")
     return ["report.html", "metrics.json"]

@@ -48,11 +48,12 @@ def write(
 
     Returns the names of the files that MLflow keeps as artifacts.
     """
+    from ofmu_ray.metrics.classification import with_aliases
     from ofmu_ray.reporting import ReportData, build_manifest, write_model_card, write_report
 
     training = results.training
     summary = {
-        **results.metrics,
+        **{model: metrics and with_aliases(metrics) for model, metrics in results.metrics.items()},
         **{name: value for name, value in results.verdict.items() if name != "run"},
         "cost": cost_of(training, results.seconds),
         "run": {
