@@ -64,7 +64,8 @@ def test_only_tuning_trials_with_both_metrics_count() -> None:
         ("ks_statistic", None, (0.1, 0.3, 0.2), 0),
         ("forget_probability", 0.22, (0.1, 0.3, 0.2), 2),  # near the retrained model's, from either side
         ("forget_probability", 0.28, (0.1, 0.3, 0.2), 1),
-        ("forget_probability", None, (0.1, 0.3, 0.2), 0),  # without one: low
+        ("forget_probability", None, (0.1, 0.3, 0.2), 0),  # without one: as it declares
+        ("unlearning_accuracy", None, (0.1, 0.3, 0.2), 1),
     ],
 )
 def test_the_objective_is_chosen_by_its_direction(
@@ -223,6 +224,11 @@ def test_scores_are_turned_so_that_higher_is_better() -> None:
     perfect = resamples.score("forget_probability", retrained, retrained)
     assert isinstance(perfect, ResampledRun)
     assert perfect.value == 0
+    alone = [resamples.score("forget_probability", model, None) for model in (near, far)]
+    assert [one.value for one in alone if isinstance(one, ResampledRun)] == pytest.approx(
+        [-np.mean(model["probability"].to_numpy()[:60]) for model in (near, far)]
+    )
+    assert "needs a model trained without" in str(resamples.score("forget_truth_ratio", near, None))
 
 
 def test_what_cannot_be_computed_says_why() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ofmu_ray.config import UnlearnConfig
+from ofmu_ray.config import EvaluationConfig, UnlearnConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.metrics.registry import metric
 from ofmu_ray.metrics.rule import FAILED, Goal
@@ -19,7 +19,8 @@ finite = st.floats(-1e3, 1e3, allow_nan=False)
 def test_directions_of_metrics():
     assert {metric(name).better for name in ("forget_quality", "model_utility", "retain_probability")} == {"high"}
     assert metric("ks_statistic").better == "low"
-    assert {metric(name).better for name in ("forget_probability", "privleak", "mia_loss_auc")} == {"retrained"}
+    assert {metric(name).better for name in ("forget_probability", "mia_loss_auc")} == {"retrained"}
+    assert {metric(name).better for name in ("privleak", "muse_privleak")} == {"zero"}  # one formula
 
 
 @given(st.lists(st.tuples(finite, finite), min_size=2, max_size=6), finite)
@@ -65,6 +66,17 @@ def test_a_metric_that_should_match_the_retrained_model():
     assert matching.goodness(near) == pytest.approx(-0.05)
 
 
+@pytest.mark.parametrize("name", ["forget_loss", "forget_truth_ratio", "forget_repetition", "mia_loss_auc"])
+def test_what_should_match_the_retrained_model_is_no_objective_without_one(name, tmp_path):
+    """The lowest forget loss is that of the model that forgets least."""
+    config = UnlearnConfig(evaluation=EvaluationConfig(retrained=None))
+    with pytest.raises(UserError, match=f"rule.objective = {name} should match .*: name evaluation.retrained"):
+        checked(config, tmp_path, {"rule.objective": name}, ("tuning.max_new_tokens", 8))
+    with pytest.raises(UserError, match=f"{name}: .*evaluation.retrained.*, or choose another objective"):
+        Goal(name, "model_utility", 0.5).goodness({name: 0.1})
+    assert Goal(name, "model_utility", 0.5, retrained_objective=0.3).goodness({name: 0.1}) == pytest.approx(-0.2)
+
+
 @pytest.mark.parametrize("figures", [{}, {"forget_quality": 0.1}, {"forget_quality": math.nan, "model_utility": 1.0}])
 def test_without_metrics_a_trial_has_failed(figures):
     assert Goal("forget_quality", "model_utility", 0.5).score(figures) == FAILED
@@ -77,6 +89,7 @@ def test_without_metrics_a_trial_has_failed(figures):
         ("rule.objective", "average_gap", "a run does not measure it"),
         ("rule.utility", "relearn/retain/height_beyond_retrained", "a run does not measure it"),
         ("rule.utility", "retain_loss", "the floor is for a metric that should be high"),
+        ("rule.utility", "forget_probability", "the floor is for a metric that should be high"),
     ],
 )
 def test_a_rule_by_what_no_run_gives_is_refused_before_any_run(option, name, message, tmp_path):

@@ -8,8 +8,8 @@ forgotten classes).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ofmu_ray.metrics.functions import FloatArray
 from ofmu_ray.metrics.intervals import MetricValue, mean_figure
-from ofmu_ray.metrics.registry import NEEDS_RETRAINED, Inputs, Metric, register
+from ofmu_ray.metrics.registry import NEEDS_RETRAINED, Group, Inputs, Metric, Values, register
 
 MATCHED = ("unlearning_accuracy", "remaining_accuracy", "testing_accuracy", "mia_efficacy")
 """What should be near the retrained model's value; `average_gap` is the mean distance."""
@@ -103,18 +103,18 @@ def confusion(rows: pa.Table, classes: int) -> NDArray[np.int64]:
     return np.bincount(places, minlength=classes * classes).reshape(classes, classes)
 
 
-def _mean(name: str, label: str, kept: str, values: Callable[[pa.Table, str], FloatArray], forgets: bool) -> Metric:
+def _mean(name: str, label: str, kept: str, values: Values, group: Group, alone: Literal["high", "low"]) -> Metric:
     return Metric(
-        name=name, label=label, better="retrained", group="Forgetting" if forgets else "Utility", rows="images",
-        set=kept, values=values, paired="mean", headline=True,
+        name=name, label=label, better="retrained", alone=alone, group=group, rows="images", set=kept, values=values,
+        paired="mean", headline=True,
     )  # fmt: skip
 
 
 _MEANS = (
-    _mean("unlearning_accuracy", "Unlearning accuracy (UA)", "forget", wrong, True),
-    _mean("remaining_accuracy", "Remaining accuracy (RA)", "retain", right, False),
-    _mean("testing_accuracy", "Testing accuracy (TA)", "test", right, False),
-    _mean("forgotten_class_accuracy", "Test accuracy, forgotten class", "test_forgotten", right, True),
+    _mean("unlearning_accuracy", "Unlearning accuracy (UA)", "forget", wrong, "Forgetting", "high"),
+    _mean("remaining_accuracy", "Remaining accuracy (RA)", "retain", right, "Utility", "high"),
+    _mean("testing_accuracy", "Testing accuracy (TA)", "test", right, "Utility", "high"),
+    _mean("forgotten_class_accuracy", "Test accuracy, forgotten class", "test_forgotten", right, "Forgetting", "low"),
 )
 register(
     *_MEANS,

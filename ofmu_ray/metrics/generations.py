@@ -48,7 +48,12 @@ for _name, _value, _label, _better in (
 ):
     _kind: Better = _better  # type: ignore[assignment]
     _set = _name.partition("_")[0]
-    register(Metric(name=_name, label=_label, better=_kind, group="Memorisation", set=_set, values=completed(_value)))
+    register(
+        Metric(
+            name=_name, label=_label, better=_kind, alone="low" if _kind == "retrained" else None,
+            group="Memorisation", set=_set, values=completed(_value),
+        )
+    )  # fmt: skip
 for _set in ("forget", "retain"):
     for _measure, (_, _words) in COLUMNS.items():
         register(

@@ -119,7 +119,7 @@ for _attack, _words in ATTACKS.items():
         )
 register(
     Metric(
-        name="privleak", label="PrivLeak", better="retrained", group="Membership inference", figures=membership_figures,
+        name="privleak", label="PrivLeak", better="zero", group="Membership inference", figures=membership_figures,
         needs=frozenset({"holdout", "retrained"}),
     )
 )  # fmt: skip

@@ -67,12 +67,13 @@ def _scores(rows: list[pa.Table]) -> tuple[FloatArray, FloatArray] | str:
 
 register(
     Metric(
-        name="muse_verbatim", label="MUSE verbatim memorisation", better="retrained", group="Forgetting",
+        name="muse_verbatim", label="MUSE verbatim memorisation", better="retrained", alone="low", group="Forgetting",
         set="forget_verbatim", values=rouge_l, needs=frozenset({"forget_verbatim"}), paired="mean", headline=True,
     ),
     Metric(
-        name="muse_forget_knowledge", label="MUSE knowledge memorisation", better="retrained", group="Forgetting",
-        set="forget_knowledge", values=rouge_l, needs=frozenset({"forget_knowledge"}), paired="mean", headline=True,
+        name="muse_forget_knowledge", label="MUSE knowledge memorisation", better="retrained", alone="low",
+        group="Forgetting", set="forget_knowledge", values=rouge_l, needs=frozenset({"forget_knowledge"}),
+        paired="mean", headline=True,
     ),
     Metric(
         name="muse_retain_knowledge", label="MUSE utility (knowledge to keep)", better="high", group="Utility",

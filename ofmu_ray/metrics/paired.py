@@ -25,7 +25,7 @@ import pyarrow as pa
 from ofmu_ray.metrics import functions
 from ofmu_ray.metrics.columns import clusters_of, finite, rows_of
 from ofmu_ray.metrics.functions import FloatArray
-from ofmu_ray.metrics.registry import Metric, Values, metric, metrics
+from ofmu_ray.metrics.registry import Metric, Values, metric, metrics, turned
 from ofmu_ray.metrics.tofu import SCORES, SETS, UTILITY_SETS
 
 Result = Literal["best", "not significantly worse", "worse", "below the utility floor", "degenerate", "not tested"]
@@ -111,11 +111,10 @@ class Resamples:
         return mean if isinstance(mean, str) else _draws(mean, self.sets[declared.set].units)
 
     def score(self, name: str, table: pa.Table, retrained: pa.Table | None) -> ResampledRun | str:
-        """The `turned` metric of a model, so that higher is better, or why it cannot be computed."""
+        """The metric of a model, turned so that higher is better, or why it cannot be computed."""
         draws = self.figure(name, table, retrained)
-        declared = metric(name)
-        needs_aim = declared.better == "retrained" and retrained is not None
-        return turned(name, draws, self.figure(name, retrained, None) if needs_aim else "there is no retrained model")
+        needs_aim = metric(name).better == "retrained" and retrained is not None
+        return turned_draws(name, draws, self.figure(name, retrained, None) if needs_aim else None)
 
     def _values(self, values: Values, part: str, table: pa.Table) -> FloatArray | str:
         rows = _ordered(table, part)
@@ -153,23 +152,21 @@ class Resamples:
         return _draws(np.abs(apart).max(axis=1) / weights.sum(axis=1), self.sets["forget"].units)
 
 
-def turned(name: str, draws: ResampledRun | str, retrained: ResampledRun | str) -> ResampledRun | str:
-    """The metric, turned so that higher is better, by its declaration: 1 minus a KS distance or what is better low;
-    minus the distance to the retrained model's value, or to 0, for what should match it. A reason is passed on."""
-    declared = metric(name)
+def turned_draws(name: str, draws: ResampledRun | str, retrained: ResampledRun | str | None) -> ResampledRun | str:
+    """The metric, turned so that higher is better (`registry.turned`). A reason is passed on.
+
+    `retrained`: the retrained model's, or the reason for its absence; None: there is no such model.
+    """
     if isinstance(draws, str):
         return draws
-    if declared.paired == "distance" or declared.better == "low":
-        return ResampledRun(1.0 - draws.value, 1.0 - draws.resampled, draws.units)
-    if declared.better == "high":
-        return draws
-    if declared.better == "zero":
-        return ResampledRun(-abs(draws.value), -np.abs(draws.resampled), draws.units)
     if isinstance(retrained, str):
         return retrained
-    return ResampledRun(
-        -abs(draws.value - retrained.value), -np.abs(draws.resampled - retrained.resampled), draws.units
-    )
+    declared = metric("ks_statistic" if metric(name).paired == "distance" else name)
+    value = turned(declared, draws.value, None if retrained is None else retrained.value)
+    resampled = turned(declared, draws.resampled, None if retrained is None else retrained.resampled)
+    if isinstance(value, str) or isinstance(resampled, str):
+        return str(value)
+    return ResampledRun(value, resampled, draws.units)
 
 
 def _ratios(rows: pa.Table, name: str) -> FloatArray | str:

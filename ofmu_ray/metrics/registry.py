@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,7 @@ nobody declared it, and no rule compares by it."""
 Group = Literal["Forgetting", "Utility", "Memorisation", "Generations", "Membership inference", "Probes", "Robustness"]
 GROUPS: tuple[Group, ...] = get_args(Group)
 """In the order of reports."""
+Number = TypeVar("Number", float, FloatArray)
 Values = Callable[[pa.Table, str], FloatArray | str]
 """(rows of a set, its name) -> a value of each row [rows], NaN where it has none; or why there are none."""
 NEEDS_RETRAINED = "needs a model trained without the forget rows (evaluation.retrained)"
@@ -38,6 +39,8 @@ class Metric:
     label: str
     """For tables and axes; {} stands for what the `*` is."""
     better: Better
+    alone: Literal["high", "low"] | None = None
+    """Of better="retrained": which way is better without a retrained model; None: no rule compares by it then."""
     group: Group
     """Heading under which reports show it."""
     rows: Literal["texts", "images"] = "texts"
@@ -143,6 +146,23 @@ def metric(name: str) -> Metric:
             which = name[len(head) : len(name) - len(tail)]
             return Metric(**{**vars(one), "name": name, "label": _spelled(one.label, which)})
     return Metric(name=name, label=name.replace("_", " ").capitalize(), better="depends", group="Utility")
+
+
+def turned(one: Metric, value: Number, retrained: Number | None) -> Number | str:
+    """A metric's value, or values [samples], turned so that higher is better; or why nobody can tell.
+
+    `retrained`: the retrained model's; None: there is none.
+    """
+    if one.better == "depends":
+        return "which way is better is not declared: choose another objective"
+    if one.better == "zero":
+        return -abs(value)
+    if one.better == "retrained" and retrained is not None:
+        return -abs(value - retrained)
+    way = one.alone if one.better == "retrained" else one.better
+    if way is None:
+        return f"{NEEDS_RETRAINED}, or choose another objective"
+    return value if way == "high" else -value
 
 
 def _spelled(label: str, which: str) -> str:

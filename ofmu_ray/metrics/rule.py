@@ -11,7 +11,7 @@ from typing import Any
 from ofmu_ray.errors import UserError
 from ofmu_ray.metrics.degeneration import SoundRange, failed_measures
 from ofmu_ray.metrics.fronts import Trial, number_of
-from ofmu_ray.metrics.registry import metric
+from ofmu_ray.metrics.registry import metric, turned
 
 SMALLEST_P = 1e-300
 FAILED = -2.0
@@ -27,8 +27,7 @@ class Goal:
     floor: float | None
     """Lowest utility, in units of the figure; None: any."""
     retrained_objective: float | None = None
-    """The retrained model's objective, for figures that should match it; None: these are to be low."""
-
+    """The retrained model's objective, for figures that should match it; None: there is none."""
     sound: SoundRange | None = None
     """Generations beside which a model's are degenerate; None: no model is."""
     margin: float = 0.0
@@ -36,20 +35,18 @@ class Goal:
     that."""
 
     def goodness(self, figures: Mapping[str, Any]) -> float | None:
-        """The objective so that more is better, in units of the figure; None where it is absent."""
+        """The objective so that more is better, in units of the figure; None where it is absent.
+
+        Raises:
+            UserError: nobody can tell which way is better: it is not declared, or the retrained model is missing.
+        """
         value = number_of(figures, self.objective)
         if value is None:
             return None
-        kind = metric(self.objective).better
-        if kind == "high":
-            return value
-        if kind == "zero":
-            return -abs(value)
-        if kind == "depends":
-            raise UserError(f"{self.objective}: which way is better is not declared: choose another objective")
-        if kind == "low" or self.retrained_objective is None:
-            return -value
-        return -abs(value - self.retrained_objective)
+        goodness = turned(metric(self.objective), value, self.retrained_objective)
+        if isinstance(goodness, str):
+            raise UserError(f"{self.objective}: {goodness}")
+        return goodness
 
     def enough(self, figures: Mapping[str, Any]) -> bool | None:
         """Whether the utility reaches the floor; None where it is absent."""

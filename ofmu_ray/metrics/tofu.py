@@ -98,6 +98,7 @@ for _set, _words in SETS.items():
                 name=f"{_set}_{_score}",
                 label=f"{_words} {SCORES[_score]}",
                 better="retrained" if _set == "forget" else "high",
+                alone="low" if (_set, _score) in (("forget", "probability"), ("forget", "rouge")) else None,
                 group="Forgetting" if _set == "forget" else "Utility",
                 set=_set,
                 values=_values,

@@ -98,8 +98,9 @@ def _head(benchmark: BenchmarkData) -> Head:
 
 def _aim(benchmark: BenchmarkData) -> str:
     """Which way the objective is better."""
+    one = metric(benchmark.objective)
     words = {"high": "high", "low": "low", "zero": "near 0", "retrained": "near the retrained model's"}
-    return words[metric(benchmark.objective).better]
+    return words[one.better if benchmark.has_retrained else one.alone or one.better]
 
 
 def _draws(settings: BenchmarkSettings) -> str:

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from ofmu_ray.metrics.fronts import Trial, geometric_mean, number_of
 from ofmu_ray.metrics.intervals import MetricValue, over_seeds
-from ofmu_ray.metrics.paired import ResampledRun, Resamples, Result, Verdict, tested, turned, verdicts
+from ofmu_ray.metrics.paired import ResampledRun, Resamples, Result, Verdict, tested, turned_draws, verdicts
 from ofmu_ray.metrics.registry import metric
 from ofmu_ray.metrics.rule import Goal
 from ofmu_ray.reporting.benchmark_settings import BenchmarkSettings
@@ -84,6 +84,11 @@ class BenchmarkData:
         self._resamples: dict[str, Resamples | None] = {}
         self._draws: dict[tuple[str, str, int | None, str], ResampledRun | str] = {}
 
+    @property
+    def has_retrained(self) -> bool:
+        """Whether a split has a retrained model."""
+        return any(model == "retrained" for _, model, _ in self._tables)
+
     def methods(self, split: str) -> list[str]:
         """Methods of a split in the order they ran, without the ablation's variants."""
         return list(dict.fromkeys(t["method"] for t in self.trials if t["split"] == split and t["phase"] != "ablation"))
@@ -143,15 +148,14 @@ class BenchmarkData:
         """Seed -> value, turned so that higher is better, with resamples where the run's rows are known."""
         scores: dict[int, ResampledRun] = {}
         for run in self.runs(split, method, *phases):
-            draws, aim = (
-                self.resampled_metric(split, method, run["seed"], name),
-                self.resampled_metric(split, "retrained", None, name),
-            )
+            draws = self.resampled_metric(split, method, run["seed"], name)
+            matched = metric(name).better == "retrained" and (split, "retrained", None) in self._tables
+            aim = self.resampled_metric(split, "retrained", None, name) if matched else None
             value = number_of(run, "ks_statistic" if name == "forget_quality" else name)
             if isinstance(draws, str) and value is not None:
                 draws = ResampledRun(value, np.empty(0))
-                aim = aim if isinstance(aim, str) else ResampledRun(aim.value, np.empty(0))
-            score = turned(name, draws, aim)
+                aim = ResampledRun(aim.value, np.empty(0)) if isinstance(aim, ResampledRun) else aim
+            score = turned_draws(name, draws, aim)
             if isinstance(score, ResampledRun):
                 scores[int(run["seed"])] = score
         return scores

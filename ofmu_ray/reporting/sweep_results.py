@@ -111,16 +111,16 @@ class SweepData:
     def axis(self) -> Axis:
         """The objective's axis; logarithmic for p-values that span more than two decades."""
         label, kind = noun(self.objective), metric(self.objective).better
-        if kind == "retrained":
-            reference = self.reference("retrained", self.objective)
-            words = label if reference is None else f"distance of {label} to the retrained model's"
-            return Axis(f"{words}, low is better", False, True, reference)
+        reference = self.reference("retrained", self.objective)
+        if kind == "retrained" and reference is not None:
+            return Axis(f"distance of {label} to the retrained model's, low is better", False, True, reference)
         if kind == "zero":
             return Axis(f"distance of {label} to 0, low is better", False, True, 0.0)
         values = [float(trial[self.objective]) for trial in self.all if number_of(trial, self.objective) is not None]
         if metric(self.objective).p_value and values and max(values) > 100 * max(min(values), 1e-300):
             return Axis(f"{label} (p-value, log axis)", True, False, None)
-        return Axis(f"{label}, low is better" if kind == "low" else label, False, kind == "low", None)
+        low = "low" in (kind, metric(self.objective).alone)
+        return Axis(f"{label}, low is better" if low else label, False, low, None)
 
     def place(self, trial: Trial) -> tuple[float, float] | None:
         """A trial's position in the plane, at its last evaluation if it did not complete."""

@@ -58,6 +58,11 @@ def checked(
             raise UserError(
                 f"{where}{name} = {metric} needs a model without the forget rows: name evaluation.retrained"
             )
+        if known[metric].better == "retrained" and not (evaluation.retrained or known[metric].alone):
+            raise UserError(
+                f"{where}{name} = {metric} should match a model without the forget rows: name evaluation.retrained, or "
+                "choose another metric (docs/metrics.md)"
+            )
         if "generations" in needs and longest == 0:
             raise UserError(f"{option} = 0: without generations there is no {name} = {metric}")
         for part in sorted(needs - {"retrained", "generations"}):
@@ -71,7 +76,7 @@ def _check_measured(task: str, option: str, metric: Metric) -> None:
     measured = task not in ROWS or (metric.rows == ROWS[task] and (metric.values or metric.figures))
     if not measured:
         raise UserError(f"{option} = {metric.name}: a run does not measure it; choose another metric (docs/metrics.md)")
-    if option.endswith(".utility") and metric.better not in ("high", "retrained"):
+    if option.endswith(".utility") and "high" not in (metric.better, metric.alone):
         raise UserError(
             f"{option} = {metric.name}: the floor is for a metric that should be high; choose another (docs/metrics.md)"
         )
