@@ -17,7 +17,9 @@ from ofmu_ray.metrics.paired import Resamples, tested
 from ofmu_ray.metrics.registry import Metric, metric, register
 from ofmu_ray.metrics.rule import Goal, select
 from ofmu_ray.metrics.summary import summarise
+from ofmu_ray.reporting import page
 from ofmu_ray.reporting.formats import metric_table
+from ofmu_ray.tracking import description
 
 SHOUTING = Metric(
     name="forget_shouting",
@@ -28,6 +30,7 @@ SHOUTING = Metric(
     values=lambda rows, name: np.array(rows["capitals"].to_pylist(), dtype=float),
     paired="mean",
     headline=True,
+    lead="share of capitals",
 )
 
 
@@ -60,6 +63,9 @@ def test_one_entry_is_enough(shouting: Metric) -> None:
     (row,) = metric_table(written)
     assert (row.label, row.direction) == ("Forget shouting", "↓ better")
     assert "Forget shouting v" in metrics_table(written)
+    assert [row["metric"] for row in page._headline(written)] == [shouting]
+    run = {"method": "npo", "rounds": 3, "status": "finished", "message": ""}
+    assert description.headline(written | {"run": run}) == "`npo`, 3 rounds: finished · forget shouting 0.7"
     choice = select(trials_with(shouting.name, 0.7, 0.1), Goal(shouting.name, "model_utility", 0.5))
     assert choice is not None
     assert choice.trial["trial"] == 1

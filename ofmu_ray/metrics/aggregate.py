@@ -23,7 +23,7 @@ AGGREGATE = ("aggregate", "memorisation_score", "privacy_score", "utility_score"
 for _name, _label in zip(
     AGGREGATE, ("Aggregate (OpenUnlearning)", "Memorisation score", "Privacy score", "Utility score"), strict=True
 ):
-    register(Metric(name=_name, label=_label, better="high", group="Utility"))
+    register(Metric(name=_name, label=_label, better="high", group="Utility", first=_name == "aggregate"))
 
 _ATTACKS = ("mia_loss_auc", "mia_zlib_auc", "mia_min_k_auc", "mia_min_k_plus_auc")
 _MEMORISED = ("forget_extraction_strength", "forget_exact_memorisation", "paraphrase_probability", "truth_ratio")

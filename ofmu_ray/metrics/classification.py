@@ -103,27 +103,33 @@ def confusion(rows: pa.Table, classes: int) -> NDArray[np.int64]:
     return np.bincount(places, minlength=classes * classes).reshape(classes, classes)
 
 
-def _mean(name: str, label: str, kept: str, values: Values, group: Group, alone: Literal["high", "low"]) -> Metric:
+def _mean(
+    name: str, label: str, kept: str, values: Values, group: Group, alone: Literal["high", "low"], **more: Any
+) -> Metric:
     return Metric(
         name=name, label=label, better="retrained", alone=alone, group=group, rows="images", set=kept, values=values,
-        paired="mean", headline=True,
+        paired="mean", headline=True, **more,
     )  # fmt: skip
 
 
 _MEANS = (
-    _mean("unlearning_accuracy", "Unlearning accuracy (UA)", "forget", wrong, "Forgetting", "high"),
-    _mean("remaining_accuracy", "Remaining accuracy (RA)", "retain", right, "Utility", "high"),
-    _mean("testing_accuracy", "Testing accuracy (TA)", "test", right, "Utility", "high"),
+    _mean("unlearning_accuracy", "Unlearning accuracy (UA)", "forget", wrong, "Forgetting", "high", first=True),
+    _mean("remaining_accuracy", "Remaining accuracy (RA)", "retain", right, "Utility", "high", first=True),
+    _mean(
+        "testing_accuracy", "Testing accuracy (TA)", "test", right, "Utility", "high", first=True,
+        lead="percent of the test rows",
+    ),
     _mean("forgotten_class_accuracy", "Test accuracy, forgotten class", "test_forgotten", right, "Forgetting", "low"),
-)
+)  # fmt: skip
 register(
+    Metric(
+        name="average_gap", label="Average gap", better="low", group="Forgetting", rows="images",
+        figures=against_retrained, needs=frozenset({"retrained"}), headline=True, first=True,
+        lead="mean distance of UA, RA, TA and MIA from the retrained model's, in percentage points",
+    ),
     *_MEANS,
     Metric(
         name="mia_efficacy", label="MIA efficacy", better="retrained", group="Membership inference", rows="images",
-        figures=against_retrained, headline=True,
-    ),
-    Metric(
-        name="average_gap", label="Average gap", better="low", group="Forgetting", rows="images",
-        figures=against_retrained, needs=frozenset({"retrained"}), headline=True,
+        figures=against_retrained, headline=True, first=True,
     ),
 )  # fmt: skip

@@ -161,7 +161,7 @@ def turned_draws(name: str, draws: ResampledRun | str, retrained: ResampledRun |
         return draws
     if isinstance(retrained, str):
         return retrained
-    declared = metric("ks_statistic" if metric(name).paired == "distance" else name)
+    declared = metric(metric(name).compared)
     value = turned(declared, draws.value, None if retrained is None else retrained.value)
     resampled = turned(declared, draws.resampled, None if retrained is None else retrained.resampled)
     if isinstance(value, str) or isinstance(resampled, str):

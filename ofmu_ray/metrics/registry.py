@@ -60,8 +60,24 @@ class Metric:
     """The paired test between methods: of means, of KS distances, of model utility; None: it is not tested."""
     p_value: bool = False
     """Spans orders of magnitude: logarithmic axes, geometric means."""
+    tested_as: str = ""
+    """The metric that the paired test compares instead; empty: itself."""
     headline: bool = False
     """Shown on the terminal."""
+    lead: str = ""
+    """What it is, where it leads a run's page and MLflow's description; empty: it does not."""
+    first: bool = False
+    """In the first of a benchmark's tables, not in the one of all other metrics."""
+
+    @property
+    def noun(self) -> str:
+        """The label within a sentence: model utility, KS distance to retrained."""
+        return self.label if self.label[1:2].isupper() else self.label[:1].lower() + self.label[1:]
+
+    @property
+    def compared(self) -> str:
+        """Name of the metric that the paired test compares."""
+        return self.tested_as or self.name
 
     @property
     def forgetting(self) -> bool:

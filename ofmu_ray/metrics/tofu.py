@@ -79,15 +79,17 @@ def utility(inputs: Inputs) -> Mapping[str, MetricValue]:
 register(
     Metric(
         name="forget_quality", label="Forget quality", better="high", group="Forgetting", figures=quality,
-        needs=frozenset({"retrained"}), paired="distance", p_value=True, headline=True,
+        needs=frozenset({"retrained"}), paired="distance", tested_as="ks_statistic", p_value=True, headline=True,
+        lead="p-value of the KS test against the retrained model", first=True,
     ),
     Metric(
         name="ks_statistic", label="KS distance to retrained", better="low", group="Forgetting", figures=quality,
-        needs=frozenset({"retrained"}), paired="distance",
+        needs=frozenset({"retrained"}), paired="distance", first=True,
     ),
     Metric(
         name="model_utility", label="Model utility", better="high", group="Utility", figures=utility,
         needs=frozenset({"generations", "real_authors", "world_facts"}), paired="utility", headline=True,
+        lead="harmonic mean of nine scores on what should be kept", first=True,
     ),
 )  # fmt: skip
 for _set, _words in SETS.items():
@@ -105,6 +107,7 @@ for _set, _words in SETS.items():
                 always=True,
                 needs=frozenset(_needs),
                 paired="mean",
+                first=(_set, _score) == ("forget", "truth_ratio"),
                 headline=_set == "forget" or (_set == "retain" and _score != "truth_ratio"),
             )
         )

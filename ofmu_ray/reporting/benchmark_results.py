@@ -13,16 +13,11 @@ import pyarrow as pa
 from ofmu_ray.metrics.fronts import Trial, geometric_mean, number_of
 from ofmu_ray.metrics.intervals import MetricValue, over_seeds
 from ofmu_ray.metrics.paired import ResampledRun, Resamples, Result, Verdict, tested, turned_draws, verdicts
-from ofmu_ray.metrics.registry import metric
+from ofmu_ray.metrics.registry import metric, metrics
 from ofmu_ray.metrics.rule import Goal
 from ofmu_ray.reporting.benchmark_settings import BenchmarkSettings
 
 REFERENCES = ("target", "retrained")
-FIRST_METRICS = (
-    *("forget_quality", "ks_statistic", "aggregate", "model_utility", "forget_truth_ratio"),
-    *("average_gap", "unlearning_accuracy", "remaining_accuracy", "testing_accuracy", "mia_efficacy"),
-)
-"""Of texts, and of images: shown first, where they were measured."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +72,8 @@ class BenchmarkData:
         self.splits = list(dict.fromkeys(str(trial["split"]) for trial in self.trials))
         columns = dict.fromkeys(name for trial in self.trials for name in trial)
         measured = [name for name in columns if f"{name}_low" in columns]
-        first = [name for name in FIRST_METRICS if name in measured]
-        self.metrics = [*first, *(name for name in measured if name not in FIRST_METRICS)]
+        first = [one.name for one in metrics() if one.first and one.name in measured]
+        self.metrics = [*first, *(name for name in measured if not metric(name).first)]
         table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist([dict(row) for row in rows])
         self._tables, self._tuning_rows = _tables(table)
         self._resamples: dict[str, Resamples | None] = {}
@@ -120,9 +115,11 @@ class BenchmarkData:
 
     def reference(self, split: str, model: str) -> dict[str, ResampledRun]:
         """Metrics of the target or the retrained model from its rows (forget quality by its KS statistic)."""
-        names = dict.fromkeys(name for name in (*self.metrics, self.utility) if name in tested()[1:])
-        metrics = {name: self.resampled_metric(split, model, None, name) for name in names}
-        return {name: draws for name, draws in metrics.items() if isinstance(draws, ResampledRun)}
+        names = dict.fromkeys(
+            name for name in (*self.metrics, self.utility) if metric(name).paired and not metric(name).tested_as
+        )
+        resampled = {name: self.resampled_metric(split, model, None, name) for name in names}
+        return {name: draws for name, draws in resampled.items() if isinstance(draws, ResampledRun)}
 
     def target_utility(self, split: str, phase: str = "report") -> float | None:
         """The target's utility on the rows that the phase's runs are judged on; None if its rows are not known."""
@@ -151,7 +148,7 @@ class BenchmarkData:
             draws = self.resampled_metric(split, method, run["seed"], name)
             matched = metric(name).better == "retrained" and (split, "retrained", None) in self._tables
             aim = self.resampled_metric(split, "retrained", None, name) if matched else None
-            value = number_of(run, "ks_statistic" if name == "forget_quality" else name)
+            value = number_of(run, metric(name).compared)
             if isinstance(draws, str) and value is not None:
                 draws = ResampledRun(value, np.empty(0))
                 aim = ResampledRun(aim.value, np.empty(0)) if isinstance(aim, ResampledRun) else aim
@@ -234,7 +231,7 @@ def _row_values(
 ) -> dict[str, dict[int, ResampledRun]]:
     """Metric -> seed -> value computed from the rows (forget quality by its KS statistic)."""
     values: dict[str, dict[int, ResampledRun]] = {}
-    for name in (name for name in benchmark.metrics if name in tested()[1:]):
+    for name in (name for name in benchmark.metrics if metric(name).paired and not metric(name).tested_as):
         for run in runs:
             draws = benchmark.resampled_metric(split, method, run["seed"], name)
             if isinstance(draws, ResampledRun):

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from ofmu_ray.metrics import functions as metrics
+from ofmu_ray.metrics import registry
 from ofmu_ray.metrics.fronts import Trial, number_of
 from ofmu_ray.metrics.paired import ResampledRun, Verdict, holm, paired_test
 from ofmu_ray.metrics.registry import metric
 from ofmu_ray.reporting import formats
-from ofmu_ray.reporting.benchmark_results import FIRST_METRICS, BenchmarkData, SplitResults
+from ofmu_ray.reporting.benchmark_results import BenchmarkData, SplitResults
 from ofmu_ray.reporting.published import PUBLISHED, SOURCE, URL_TEXT
 from ofmu_ray.reporting.tables import Cell, Table, cells
 
@@ -40,7 +41,7 @@ def heading(name: str) -> str:
 
 def results_table(benchmark: BenchmarkData, results: SplitResults) -> Table:
     """Methods x first metrics and costs, with the retrained model and the target below."""
-    first = [*FIRST_METRICS, benchmark.objective, benchmark.utility]
+    first = [*(one.name for one in registry.metrics() if one.first), benchmark.objective, benchmark.utility]
     names = [name for name in dict.fromkeys(first) if name in results.summaries]
     if not results.summaries.get("aggregate"):  # absent from every run; a note says why
         names = [name for name in names if name != "aggregate"]
@@ -59,8 +60,10 @@ def results_table(benchmark: BenchmarkData, results: SplitResults) -> Table:
 
 def other_metrics_table(benchmark: BenchmarkData, results: SplitResults) -> Table | None:
     """All other metrics, one per row because there are many."""
-    shown = {*FIRST_METRICS, benchmark.objective, benchmark.utility}
-    names = [name for name, summary in results.summaries.items() if name not in shown and summary]
+    shown = (benchmark.objective, benchmark.utility)
+    names = [
+        name for name, values in results.summaries.items() if values and name not in shown and not metric(name).first
+    ]
     if not names:
         return None
     models = [model for model in ("retrained", "target") if results.references.get(model)]
@@ -112,17 +115,17 @@ def _verdict_words(verdict: Verdict | None) -> str:
 
 
 def _reference_cell(benchmark: BenchmarkData, results: SplitResults, name: str, model: str) -> Cell:
-    draws = results.references[model].get("ks_statistic" if name == "forget_quality" else name)
+    draws = results.references[model].get(metric(name).compared)
     resamples = benchmark.resamples(results.split)
     if draws is None:  # not a mean over rows: as it was measured
         measured = benchmark.settings.references.get(results.split, {}).get(model, {}).get(name) or {}
         return Cell(formats.number(measured.get("value")))
     if resamples is None:
         return Cell("–")
-    if name == "forget_quality":
+    if metric(name).tested_as:  # a p-value, from its distance
         return Cell(formats.number(metrics.exact_ks_p_value(draws.value, len(resamples.sets["forget"].rows))))
     interval = draws.interval()
-    same = model == "retrained" and name == "ks_statistic"
+    same = model == "retrained" and metric(name).paired == "distance"
     return Cell(
         formats.number(draws.value), (f"rows {formats.span(draws.value, *interval)}",) if interval and not same else ()
     )
@@ -190,7 +193,7 @@ def tests_table(benchmark: BenchmarkData, results: SplitResults) -> Table | None
             test, p_value = verdict.test, verdict.p_adjusted
             rows.append(
                 cells(
-                    formats.label("ks_statistic" if name == "forget_quality" else name), method, verdict.result,
+                    formats.label(metric(name).compared), method, verdict.result,
                     "–" if test is None else formats.number(test.difference),
                     "–" if test is None else formats.span(test.difference, test.low, test.high),
                     "–" if test is None or test.p_value is None else formats.number(test.p_value),
@@ -213,7 +216,7 @@ def ablation_table(benchmark: BenchmarkData, split: str) -> Table | None:
     variants = [name for name in dict.fromkeys(trial["method"] for trial in trials) if name != reference]
     if not variants or reference is None:
         return None
-    goal = "ks_statistic" if benchmark.objective == "forget_quality" else benchmark.objective
+    goal = metric(benchmark.objective).compared
     columns: dict[str, dict[str, Cell]] = {}
     records: dict[str, dict[str, Any]] = {name: {"split": split, "variant": name, "of": reference} for name in variants}
     for name in (goal, benchmark.utility):

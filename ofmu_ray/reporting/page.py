@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ofmu_ray.evaluation.rows import is_private
+from ofmu_ray.metrics.registry import metrics
 from ofmu_ray.reporting import formats, image_section, plots, samples
 from ofmu_ray.storage import PathLike, atomic_write
 
@@ -149,18 +150,13 @@ def _header(data: ReportData) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in pairs.items() if value not in (None, "")]
 
 
-def _headline(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The two metrics that the field of texts, or of images, reports first, before and after."""
+def _headline(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The metrics that lead, before and after."""
     rows = []
-    for name, words in (
-        ("forget_quality", "p-value of the KS test against the retrained model"),
-        ("model_utility", "harmonic mean of nine scores on what should be kept"),
-        ("average_gap", "mean distance of UA, RA, TA and MIA from the retrained model's, in percentage points"),
-        ("testing_accuracy", "percent of the test rows"),
-    ):
-        cells = {model: formats.cell((metrics.get(model) or {}).get(name)) for model in formats.MODELS}
+    for one in (one for one in metrics() if one.lead):
+        cells = {model: formats.cell((measured.get(model) or {}).get(one.name)) for model in formats.MODELS}
         if any(cell.value is not None for cell in cells.values()):
-            rows.append({"label": formats.label(name), "words": words, "cells": cells})
+            rows.append({"metric": one, "cells": cells})
     return rows
 
 

@@ -14,7 +14,6 @@ from ofmu_ray.metrics.degeneration import SoundRange
 from ofmu_ray.metrics.fronts import Trial, number_of
 from ofmu_ray.metrics.registry import metric
 from ofmu_ray.metrics.rule import Goal
-from ofmu_ray.reporting import formats
 
 WITHOUT_RESULT = ("failed", "stopped")
 """Statuses of trials whose metrics, if any, come from an intermediate evaluation."""
@@ -174,5 +173,4 @@ def short(field: str, space: Sequence[Mapping[str, Any]]) -> str:
 
 def noun(name: str) -> str:
     """A metric's label within a sentence: model utility, KS distance to retrained."""
-    label = formats.label(name)
-    return label if label[1:2].isupper() else label[:1].lower() + label[1:]
+    return metric(name).noun

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ofmu_ray.metrics import registry
 from ofmu_ray.storage import is_uri
 
 EXPERIMENT_KIND = ("mlflow.experimentKind", "custom_model_development")
@@ -52,14 +53,13 @@ def _user() -> str | None:
 
 
 def headline(summary: Mapping[str, Any]) -> str:
-    """The run's description, in Markdown: how it ended, forget quality and utility, verdicts."""
+    """The run's description, in Markdown: how it ended, the metrics that lead, verdicts."""
     run = summary["run"]
     after = summary.get("after") or {}
     words = [f"`{run['method']}`, {run['rounds']} rounds: {run['status']}"]
-    shown = (("forget_quality", "forget quality"), ("model_utility", "model utility"), ("average_gap", "average gap"))
-    for name, label in shown:
-        value = (after.get(name) or {}).get("value")
-        words += [] if value is None else [f"{label} {value:.3g}"]
+    for one in (one for one in registry.metrics() if one.lead):
+        value = (after.get(one.name) or {}).get("value")
+        words += [] if value is None else [f"{one.noun} {value:.3g}"]
     lines = [" · ".join(words)]
     lines += [text for text in (run["message"], *map(run.get, ("forgetting", "level", "generations"))) if text]
     return "\n\n".join(lines)
