@@ -19,6 +19,13 @@ GROUND = {"errors", "progress", "__version__", ""}
 """Top-level modules, which everything may import."""
 
 
+UPWARD = {
+    "ofmu_ray/config/method_sections.py imports ofmu_ray.methods.registry": "a section of options for every method is "
+    "derived from the method's class, which stands with the method: one place for a method is worth one cycle",
+}
+"""The imports that point up, each with its reason."""
+
+
 def room(module: str) -> str:
     parts = module.split(".")
     if parts[0] == "pipelines":
@@ -27,20 +34,16 @@ def room(module: str) -> str:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Dotted names that a file imports at run time, including those inside functions."""
-    tree = ast.parse(path.read_text())
-    hints = {id(node) for test in ast.walk(tree) if is_type_checking(test) for node in ast.walk(test)}
-    for node in ast.walk(tree):
-        if id(node) in hints:
-            continue
+    """Dotted names that a file imports, including those inside functions, for type hints and by name."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module":
+            name = node.args[0].values[0] if isinstance(node.args[0], ast.JoinedStr) else node.args[0]
+            if isinstance(name, ast.Constant):
+                yield str(name.value)
         if isinstance(node, ast.ImportFrom) and node.module:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-
-
-def is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def sources() -> Iterator[tuple[str, Path]]:
@@ -57,7 +60,7 @@ def test_imports_point_down() -> None:
                 continue
             if other not in LAYERS or LAYERS.index(other) < LAYERS.index(own):
                 wrong.append(f"{path.relative_to(ROOT)} imports {name}")
-    assert not wrong, "\n".join(wrong)
+    assert sorted(wrong) == sorted(UPWARD)
 
 
 def test_every_room_is_drawn() -> None:

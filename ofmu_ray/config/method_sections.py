@@ -10,7 +10,8 @@ from ofmu_ray.config.methods import MethodConfig
 if TYPE_CHECKING:
     MethodName = str
 
-# imported by name, because methods depend on the rest of the configuration (see ofmu_ray/methods/__init__.py)
+# The one import that points up (tests/test_layers.py): methods depend on the rest of the configuration, and their
+# sections of options stand with them. By name, so that it runs when the rest is there (ofmu_ray/methods/__init__.py).
 _REGISTRY = importlib.import_module("ofmu_ray.methods.registry")
 _CLASSES: dict[str, type[Any]] = {name: kind for name, kind in _REGISTRY.discovered().items() if kind.unlearns}
 

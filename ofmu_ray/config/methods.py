@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from ofmu_ray.config.optimizers import LARGE, OptimizerConfig, rate_for
 from ofmu_ray.config.ranges import not_negative, require
@@ -16,7 +16,6 @@ from ofmu_ray.errors import UserError
 
 if TYPE_CHECKING:
     from ofmu_ray.config import ModelConfig, UnlearnConfig
-    from ofmu_ray.data.prepare import PreparedData
 
 MYPY = False
 """mypy's other name for typing.TYPE_CHECKING. jsonargparse executes TYPE_CHECKING blocks to read annotations, which
@@ -94,10 +93,10 @@ class MethodConfig:
         names = ", ".join(f"{section}.{name}.lr" for name in unsized)
         return options, f"{rate:g} ({names}), for {size} trained parameters"
 
-    def completed(self, prepared: PreparedData, model: ModelConfig, cache: str) -> Self:
+    def completed(self, prepared: Any, model: ModelConfig, cache: str) -> Self:
         """The options, completed with values that depend on the rows and the model before any step.
 
-        `cache`: folder of the storage's caches.
+        `prepared`: the rows, an ofmu_ray.data.prepare.PreparedData; `cache`: folder of the storage's caches.
         """
         return self
 
