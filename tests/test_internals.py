@@ -26,6 +26,7 @@ PRIVATE = (
     r"transformers\.(?!utils\b)[a-z]\w*",
     r"\._(can_set_)?attn_implementation",
     r"\._supports_\w+",
+    r"\bds_\w+",
 )
 """Patterns of private access."""
 
@@ -46,6 +47,8 @@ def test_deepspeeds_optimisers_have_the_attributes() -> None:
             if getattr(vars(module).get(name), "__module__", None) == module.__name__:
                 text = Path(str(module.__file__)).read_text()
                 assert [one for one in attributes if not re.search(rf"(def |self\.){one}\b", text)] == [], name
+    text = Path(str(partition_parameters.__file__)).read_text()
+    assert [one for one in deepspeed_private.CONTRACT["Parameter"] if f"param.{one} = " not in text] == []
 
 
 def test_architectures_say_whether_they_have_sdpa() -> None:
@@ -95,7 +98,8 @@ def test_no_other_package_reaches_into_them() -> None:
             code = line.partition("#")[0]
             imports = re.match(r"\s*(from|import) (.*)", code)
             if any(
-                re.search(pattern, code if "attn" in pattern else imports[2] if imports else "") for pattern in PRIVATE
+                re.search(pattern, code if "attn" in pattern or "ds_" in pattern else imports[2] if imports else "")
+                for pattern in PRIVATE
             ):
                 offenders.append(f"{file.relative_to(ROOT)}: {line.strip()}")
     assert offenders == []

@@ -21,6 +21,7 @@ from ofmu_ray.engines.protocol import Kind, Loss, Vector
 from ofmu_ray.engines.shards import FlatShards, Shards, fill_frozen, trainable_parameters, trains_adapters
 from ofmu_ray.engines.vector_engine import VectorEngine
 from ofmu_ray.errors import UserError
+from ofmu_ray.internals.deepspeed_private import numel_of, share_of
 from ofmu_ray.models.stored import share
 from ofmu_ray.models.unread import Unread
 
@@ -217,8 +218,10 @@ def deepspeed_config(stage: int, precision: str, micro_batch_size: int) -> dict[
 
 def _read_share(unread: Unread, parameter: Any) -> None:
     """Fill this rank's part of a parameter that DeepSpeed has cut (stage 3)."""
-    first, end = share(parameter.ds_numel, dist.get_rank(), dist.get_world_size())
-    unread.read(parameter, parameter.ds_tensor[: end - first], first)
+    first, end = share(numel_of(parameter), dist.get_rank(), dist.get_world_size())
+    held = share_of(parameter)
+    assert held is not None
+    unread.read(parameter, held[: end - first], first)
 
 
 def _device() -> torch.device:

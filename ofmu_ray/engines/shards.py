@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from ofmu_ray.engines.protocol import Vector
 from ofmu_ray.errors import UserError
+from ofmu_ray.internals.deepspeed_private import shape_of
 from ofmu_ray.models.unread import Unread
 
 
@@ -57,7 +58,7 @@ class Shards(ABC):
         for index, master in enumerate(self.masters):
             begin = end = 0
             for parameter, first, last in self.parts(index):
-                if len(getattr(parameter, "ds_shape", parameter.shape)) < 2:
+                if len(shape_of(parameter)) < 2:
                     continue
                 if first != end:
                     views.append(master[begin:end])

@@ -19,6 +19,7 @@ from ofmu_ray.engines.products import fp32_products
 from ofmu_ray.engines.protocol import Batch, Kind, Loop, Loss, PassAccount, Vector, sum_and_count
 from ofmu_ray.engines.shards import Shards, trainable_parameters
 from ofmu_ray.errors import UserError
+from ofmu_ray.internals.deepspeed_private import numel_of
 from ofmu_ray.models.answers import causal_lm_loss
 from ofmu_ray.models.loading import disable_dropout
 from ofmu_ray.models.weights import Weights
@@ -64,9 +65,9 @@ class VectorEngine:
         named = trainable_parameters(module)
         self.trainable_names = [name for name, _ in named]
         self._trainable = [parameter for _, parameter in named]
-        self.numel = sum(_numel(parameter) for parameter in self._trainable)
+        self.numel = sum(numel_of(parameter) for parameter in self._trainable)
         """Number of trainable parameters of the complete model."""
-        self._numel_all = sum(_numel(parameter) for parameter in module.parameters())
+        self._numel_all = sum(numel_of(parameter) for parameter in module.parameters())
         offloaded = offload == "optimizer"
         decayed = None if decay_norms else shards.matrices()
         plain = OptimizerConfig()
@@ -333,10 +334,6 @@ class VectorEngine:
 
     def _rank(self) -> int:
         return torch.distributed.get_rank() if self.shards.world_size > 1 else 0
-
-
-def _numel(parameter: torch.Tensor) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))  # a ZeRO-3 parameter at rest is empty
 
 
 def micro_batches(batch: Any, device: torch.device) -> Iterator[Any]:

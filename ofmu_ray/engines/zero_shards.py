@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from ofmu_ray.engines.protocol import Vector
 from ofmu_ray.engines.shards import Shards, trainable_parameters
-from ofmu_ray.internals.deepspeed_private import partitions_of
+from ofmu_ray.internals.deepspeed_private import numel_of, partitions_of
 
 
 class ZeroShards(Shards):
@@ -37,7 +37,7 @@ class ZeroShards(Shards):
         for index, start, end in self._padding:  # uninitialised at stage 3: norms would count it
             self.masters[index][start:end].zero_()
         self._sums: Vector = []
-        total = sum(getattr(p, "ds_numel", p.numel()) for _, p in trainable_parameters(engine.module))
+        total = sum(numel_of(parameter) for _, parameter in trainable_parameters(engine.module))
         self.layout = {
             "layout": f"zero_stage {stage}",
             "workers": self.world_size,

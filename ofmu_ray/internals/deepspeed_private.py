@@ -50,15 +50,36 @@ CONTRACT = {
         "invalidate_secondary_tensor",
         "zero_grad",
     ),
+    "Parameter": ("ds_numel", "ds_shape", "ds_tensor", "partition", "partition_numel"),
 }
+"""Class -> attributes; Parameter: what stage 3 adds to each."""
 
 
 def check_contract(optimizer: object) -> None:
     """Raise AssertionError with the attributes used here that this DeepSpeed release lacks."""
     name = type(optimizer).__name__
-    if name not in CONTRACT:
-        raise AssertionError(f"deepspeed wrapped the optimiser in {name}; supported: {sorted(CONTRACT)}")
+    supported = sorted(one for one in CONTRACT if one.startswith("DeepSpeedZeroOptimizer"))
+    if name not in supported:
+        raise AssertionError(f"deepspeed wrapped the optimiser in {name}; supported: {supported}")
     check_attributes("deepspeed", optimizer, CONTRACT[name])
+    for group in getattr(optimizer, "fp16_groups", ())[:1]:
+        check_attributes("deepspeed", group[0], CONTRACT["Parameter"])
+
+
+def numel_of(parameter: torch.Tensor) -> int:
+    """Elements of a parameter, which is empty while stage 3 holds its shares."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def shape_of(parameter: torch.Tensor) -> torch.Size:
+    """Shape of a parameter, which is empty while stage 3 holds its shares."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def share_of(parameter: torch.Tensor) -> torch.Tensor | None:
+    """This rank's share of a parameter, [elements with padding]; None: stage 3 did not cut it."""
+    share: torch.Tensor | None = getattr(parameter, "ds_tensor", None)
+    return share
 
 
 @contextmanager
@@ -66,7 +87,7 @@ def unread_weights(is_unread: Callable[[object], bool], read_share: Callable[[An
     """Within the context DeepSpeed takes parameters that have a shape but no values, and gives no memory to them whole.
 
     Stages 1 and 2: the flat buffer has zeros in their places. Stage 3: a parameter is cut, then `read_share(parameter)`
-    fills its `ds_tensor`. Ranks do not exchange parameters: the others must be equal before. Gradient hooks are made
+    fills its `share_of`. Ranks do not exchange parameters: the others must be equal before. Gradient hooks are made
     without gathering: DeepSpeed gathers each parameter for its shape alone, and gloo needs twice its memory for that.
     """
     flatten = STAGE_TWO.get().flatten_dense_tensors_aligned
@@ -210,12 +231,12 @@ class ZeroThree(ZeroTwo):
         rank, at = dist.get_rank(), 0
         for parameter in self.optimizer.fp16_groups[master]:
             size = parameter.partition_numel()
-            yield parameter, at, min(max(parameter.ds_numel - rank * size, 0), size), size
+            yield parameter, at, min(max(numel_of(parameter) - rank * size, 0), size), size
             at += size
 
     def pieces(self) -> list[tuple[int, int]]:
         parameters = [parameter for group in self.optimizer.fp16_groups for parameter in group]
-        return [(parameter.ds_numel, parameter.partition_numel()) for parameter in parameters]
+        return [(numel_of(parameter), parameter.partition_numel()) for parameter in parameters]
 
     def refresh(self) -> None:
         optimizer = self.optimizer

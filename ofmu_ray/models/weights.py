@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ofmu_ray.internals.deepspeed_private import shape_of, share_of
+
 Gathered = Callable[[Sequence[torch.nn.Parameter]], AbstractContextManager[object]]
 
 
@@ -37,8 +39,7 @@ class Weights:
         """Name -> tensor on the meta device, in the state dict's order; tied names share one."""
         made: dict[int, torch.Tensor] = {}
         for tensor in self._tensors.values():
-            shape = getattr(tensor, "ds_shape", tensor.shape)  # a ZeRO-3 parameter at rest is empty
-            made.setdefault(id(tensor), torch.empty(shape, dtype=tensor.dtype, device="meta"))
+            made.setdefault(id(tensor), torch.empty(shape_of(tensor), dtype=tensor.dtype, device="meta"))
         return {name: made[id(self._tensors[inside])] for name, inside in self._names.items()}
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -71,7 +72,7 @@ class Weights:
         """Round this rank's part of each weight, in place, to the type of its name. LoRA's matrices are left."""
         for name, inside in self._names.items():
             tensor = self._tensors[inside].detach()
-            for held in (tensor, getattr(self._tensors[inside], "ds_tensor", None)):  # ZeRO-3's share
+            for held in (tensor, share_of(self._tensors[inside])):
                 if held is not None:
                     held.copy_(held.to(type_of(name)))
 
