@@ -121,6 +121,16 @@ def test_the_margin_counts_where_some_trial_reaches_it() -> None:
     assert (choice.trial["trial"], choice.floor_missed) == (0, False)
 
 
+def test_the_terminal_shows_each_metric_that_declares_it() -> None:
+    shown = [one for one in registry.metrics() if one.headline]
+    assert {one.better for one in shown} == {"high", "low", "zero", "retrained"}
+    text = metrics_table({"after": {one.name: {"value": 0.25} for one in shown}})
+    assert all(one.label in text for one in shown)
+    assert "MUSE PrivLeak 0 " in text
+    assert "   0 closest to 0   " in text
+    assert "closest to 0" not in metrics_table({"after": {"model_utility": {"value": 0.25}}})
+
+
 def test_families_are_spelled_out() -> None:
     assert metric("paraphrase_ks_statistic").label == "Paraphrase KS distance to retrained"
     assert metric("probes_utility_variance").label == "Variance of utility over probes"

@@ -11,7 +11,7 @@ from typing import Any
 
 from ofmu_ray.progress import Bar, Listener
 
-ARROWS = {"high": "^", "low": "v", "retrained": "~"}
+ARROWS = {"high": "^", "low": "v", "retrained": "~", "zero": "0", "depends": " "}
 
 
 def say(line: str) -> None:
@@ -139,7 +139,8 @@ def metrics_table(metrics: Mapping[str, Any], models: Sequence[str] = ("before",
     for one in shown:
         cells = [_cell(metrics[name].get(one.name)) for name in columns]
         lines.append(f"{one.label + ' ' + ARROWS[one.better]:26}" + "".join(f"{cell:>30}" for cell in cells))
-    lines.append("^ higher is better   v lower   ~ closest to the retrained model is best   [95 % interval]")
+    zero = "   0 closest to 0" if any(one.better == "zero" for one in shown) else ""
+    lines.append(f"^ higher is better   v lower   ~ closest to the retrained model is best{zero}   [95 % interval]")
     lines += _reasons(metrics, columns, shown)
     return "\n".join(lines)
 

@@ -9,7 +9,9 @@ from typing import Any
 
 from ofmu_ray.reporting import formats
 from ofmu_ray.storage import PathLike, atomic_write, join
+from ofmu_ray.tasks import task_named
 
+_KINDS = {"text-generation": "A language model", "image-classification": "An image classifier"}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -50,7 +52,7 @@ def write_model_card(
         name=name,
         front=_front_matter(config, method),
         method=method,
-        images=config.get("task") == "image_classification",
+        kind=_KINDS.get(_pipeline_tag(config), "A model"),
         base=(config.get("model") or {}).get("path"),
         options=_yaml({method: config[method]} if method in config else {}),
         seed=config.get("seed"),
@@ -66,11 +68,16 @@ def write_model_card(
     atomic_write(join(folder, "README.md"), text)
 
 
+def _pipeline_tag(config: Mapping[str, Any]) -> str:
+    tag: str = getattr(task_named(config["task"]), "pipeline_tag", "")
+    return tag
+
+
 def _front_matter(config: Mapping[str, Any], method: str) -> str:
     unlearned = method != "finetune"
     front: dict[str, Any] = {
         "library_name": "transformers",
-        "pipeline_tag": "image-classification" if config.get("task") == "image_classification" else "text-generation",
+        **({"pipeline_tag": tag} if (tag := _pipeline_tag(config)) else {}),
         "tags": ["ofmu-ray", *(["machine-unlearning", method] if unlearned else [])],
     }
     base = str((config.get("model") or {}).get("path") or "")

@@ -17,9 +17,7 @@ from ofmu_ray.runs.preflight import check_early, check_sources, check_training
 from ofmu_ray.runs.trial import PRIVATE, SplitData
 from ofmu_ray.runs.who_evaluates import evaluation_of
 from ofmu_ray.tasks import task_named
-
-ROWS = {"causal_lm": "texts", "image_classification": "images"}
-"""Task -> the kind of rows that its metrics are of."""
+from ofmu_ray.tasks.protocol import Task
 
 
 def checked(
@@ -52,7 +50,7 @@ def checked(
     for name, metric in required.items():
         if metric not in known:
             raise UserError(f"{name} = {metric!r}: no such metric.{close_match(metric, known)}")
-        _check_measured(base.task, name, known[metric])
+        _check_measured(task, name, known[metric])
         needs = known[metric].needs
         if "retrained" in needs and not evaluation.retrained:
             raise UserError(
@@ -71,9 +69,10 @@ def checked(
     return evaluation_of(task, base, str(storage))
 
 
-def _check_measured(task: str, option: str, metric: Metric) -> None:
+def _check_measured(task: Task, option: str, metric: Metric) -> None:
     """Refuse what no run of the task measures, and a floor under what should be low. Other tasks measure their own."""
-    measured = task not in ROWS or (metric.rows == ROWS[task] and (metric.values or metric.figures))
+    kind = getattr(task, "rows", None)
+    measured = kind is None or (metric.rows == kind and (metric.values or metric.figures))
     if not measured:
         raise UserError(f"{option} = {metric.name}: a run does not measure it; choose another metric (docs/metrics.md)")
     if option.endswith(".utility") and "high" not in (metric.better, metric.alone):

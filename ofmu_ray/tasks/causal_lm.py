@@ -23,6 +23,8 @@ class CausalLM:
     """Models of transformers. The tokens of answers (of documents, of the assistant's turns) have a loss."""
 
     offers = frozenset({"answers", "texts"})
+    rows = "texts"
+    pipeline_tag = "text-generation"
 
     def check_early(self, config: ModelConfig, option: str, layers: Mapping[str, int]) -> None:
         from ofmu_ray.models.checks import check_place

@@ -24,6 +24,8 @@ class ImageClassification:
     """AutoModelForImageClassification; the class is an answer of one token, so losses over answers apply."""
 
     offers = frozenset({"answers", "classes"})
+    rows = "images"
+    pipeline_tag = "image-classification"
 
     def check_early(self, config: ModelConfig, option: str, layers: Mapping[str, int]) -> None:
         from ofmu_ray.models.checks import check_place

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 class Evaluation(Protocol):
     """Evaluation of a run's models: before, after, and the retrained one."""
 
+    # optional, together, for benchmark and sweep:
+    # evaluation: EvaluationConfig; sets: Mapping[str, Sequence[Mapping]], its rows as JSON values; cache: PathLike
+    # Tables then have the columns row_id (<set>-<index>), set and index, the metrics of the rule are declared with
+    # `values`, and a model's folder has a config.json.
+
     def table(self, model: str | None, label: str) -> pa.Table | None:
         """Per-row values of the model at a path, with the columns row_id and set; None: not evaluated."""
 
@@ -65,6 +70,12 @@ class Task(Protocol):
     offers: frozenset[str]
     """What methods may rely on: `answers` (predictions of labelled tokens, or of classes), `texts` (rows are texts, of
     a model with decoder layers), `classes` (an answer is one of few classes)."""
+
+    # optional: rows: Literal["texts", "images"]
+    # the kind of rows that its metrics are declared for (metrics.registry); without it, a rule takes any metric
+
+    # optional: pipeline_tag: str
+    # what its models do, in the hub's words, for the model card
 
     # ------------------------------------------------------------------------------------------------- on the driver
 
