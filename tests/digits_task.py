@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from ofmu_ray.config import ModelConfig, UnlearnConfig
+from ofmu_ray.config import EvaluationConfig, ModelConfig, UnlearnConfig
 from ofmu_ray.data.encoder import EncodedRow
 from ofmu_ray.errors import UserError
+from ofmu_ray.evaluation.sample import RowSample, figures_of
 from ofmu_ray.metrics.registry import Metric, register
+from ofmu_ray.storage import join
 
 PIXELS, CLASSES = 64, 10
 
@@ -44,36 +46,43 @@ class Digits:
                 yield index, EncodedRow((cells["pixels"], cells["digit"]), 1, 0, identity)
 
 
+@dataclass(frozen=True)
 class Accuracy:
     """Share of right answers on the forget and the retain rows."""
 
-    def __init__(self, config: UnlearnConfig) -> None:
-        self.sets = {"forget": read(config.data.forget.paths[0]), "retain": read(config.data.retain.paths[0])}
-        self.seed = config.seed
+    evaluation: EvaluationConfig
+    sets: Mapping[str, Sequence[Mapping[str, Any]]]
+    cache: str
+    seed: int
+    sample: RowSample | None = None
+
+    @classmethod
+    def of(cls, config: UnlearnConfig, storage: Any) -> Accuracy:
+        sets = {name: read(config.data.sources[name].paths[0]) for name in ("forget", "retain")}
+        return cls(config.evaluation, sets, join(storage, "cache"), config.seed)
 
     def table(self, model: str | None, label: str) -> pa.Table | None:
         return None if model is None else self.live_table(*TASK.load(ModelConfig(path=model)), label)
 
     def live_table(self, module: torch.nn.Module, processor: Any, label: str) -> pa.Table:
-        columns: dict[str, list[Any]] = {"row_id": [], "set": [], "right": []}
+        columns: dict[str, list[Any]] = {"row_id": [], "set": [], "index": [], "right": []}
         for name, rows in self.sets.items():
             batch = collate(rows)
             right = module(batch["pixels"]).argmax(1) == batch["digit"]
             columns["row_id"] += [f"{name}-{index}" for index in range(len(rows))]
             columns["set"] += [name] * len(rows)
+            columns["index"] += range(len(rows))
             columns["right"] += right.tolist()
-        return pa.table(columns)
+        table = pa.table(columns)
+        return table if self.sample is None else self.sample.named(table)
 
-    def sampled(self, rows: int | None, evaluation: Any, seed: int) -> Accuracy:
-        raise AssertionError("no trial asks for it here")
+    def sampled(self, rows: int | None, evaluation: EvaluationConfig, seed: int) -> Accuracy:
+        sample = RowSample.of(self.sets, rows)
+        return replace(self, evaluation=evaluation, sets=sample.sets, seed=seed, sample=sample)
 
     def figures(self, table: pa.Table | None, retrained: pa.Table | None) -> dict[str, Any] | None:
-        if table is None:
-            return None
-        sets, right = np.array(table["set"].to_pylist()), np.array(table["right"].to_pylist())
-        return {
-            f"{n}_accuracy": {"value": float(right[sets == n].mean()), "n": int((sets == n).sum())} for n in self.sets
-        }
+        metrics = figures_of(table, retrained, self.sample, self.evaluation.bootstrap_samples, self.seed)
+        return metrics and {name: metrics[name] for name in ("forget_accuracy", "retain_accuracy")}
 
     def verdict(self, tables: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
         return {}
@@ -101,7 +110,7 @@ class DigitsTask:
         return Digits()
 
     def evaluation(self, config: UnlearnConfig, storage: Any) -> Accuracy:
-        return Accuracy(replace(config))
+        return Accuracy.of(config, storage)
 
     def load(self, config: ModelConfig) -> tuple[torch.nn.Module, None]:
         module = torch.nn.Linear(PIXELS, CLASSES)
@@ -139,7 +148,23 @@ class DigitsTask:
 
 
 TASK = DigitsTask()
+
+
+def right(rows: pa.Table, name: str) -> np.ndarray:
+    return np.array(rows["right"].to_pylist(), dtype=float)
+
+
+def has_right(rows: pa.Table) -> bool:
+    return "right" in rows.column_names
+
+
 register(
-    Metric(name="forget_accuracy", label="Forget accuracy", better="retrained", group="Forgetting", headline=True),
-    Metric(name="retain_accuracy", label="Retain accuracy", better="high", group="Utility", headline=True),
-)
+    Metric(
+        name="forget_accuracy", label="Forget accuracy", better="retrained", alone="low", group="Forgetting",
+        set="forget", values=right, only=has_right, paired="mean", headline=True,
+    ),
+    Metric(
+        name="retain_accuracy", label="Retain accuracy", better="high", group="Utility",
+        set="retain", values=right, only=has_right, paired="mean", headline=True,
+    ),
+)  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import AutoTokenizer
 
 from ofmu_ray.config import FormatConfig, ModelConfig
 from ofmu_ray.data.batches import collate
@@ -24,13 +25,17 @@ def real(test: Any) -> Any:
     return pytest.mark.smollm2(pytest.mark.full(test))
 
 
+def gguf_file_or_skip() -> Path:
+    try:
+        return gguf_file()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model's folder, converted once per session (about 25 CPU seconds)."""
-    try:
-        gguf_file()
-    except UserError as error:
-        pytest.skip(str(error))
+    gguf_file_or_skip()
     folder = tmp_path_factory.mktemp("models") / "smollm2"
     write_smollm2(folder)
     return folder
@@ -58,7 +63,19 @@ def test_the_folder_is_a_plain_model(smollm2: Path) -> None:
 
 @real
 def test_a_row_ends_with_the_stop_token_and_only_the_answer_is_learned(loaded: tuple[Any, Template]) -> None:
-    _, template = loaded
+    check_row(loaded[1])
+
+
+@pytest.mark.smollm2
+@pytest.mark.slow
+def test_the_same_by_the_tokenizer_of_the_packages_file() -> None:
+    """Without converting the weights: what CI runs of the real model."""
+    file = gguf_file_or_skip()
+    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    check_row(Template(tokenizer, FormatConfig()))
+
+
+def check_row(template: Template) -> None:
     tokenizer = template.tokenizer
     row = template.encode_rows([QUESTION], [ANSWER])[0]
     batch = collate([row._asdict()], tokenizer.pad_token_id)

@@ -14,16 +14,21 @@ from sklearn.linear_model import LogisticRegression
 
 from ofmu_ray import progress, unlearn
 from ofmu_ray.config import (
+    BenchmarkConfig,
+    BudgetConfig,
     DataConfig,
     ModelConfig,
+    RuleConfig,
     SourceConfig,
     StopConfig,
     TrackingConfig,
     TrainingConfig,
+    TuningConfig,
     UnlearnConfig,
     apply_overrides,
 )
 from ofmu_ray.errors import UserError
+from ofmu_ray.search.run_benchmark import benchmark
 
 FORGOTTEN = 7
 """The digit to forget."""
@@ -42,6 +47,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "bias": torch.tensor(fitted.intercept_).float(),
     }
     save_file(weights, folder / "target" / "model.safetensors")
+    (folder / "target" / "config.json").write_text("{}")  # by which a benchmark knows a model's folder
     for name, chosen in (("forget", digits == FORGOTTEN), ("retain", digits != FORGOTTEN)):
         rows = [{"pixels": p.tolist(), "digit": int(d)} for p, d in zip(pixels[chosen], digits[chosen], strict=True)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -94,10 +100,32 @@ def test_a_custom_task(files: Path, tmp_path: Path, method: str, local_ray: None
 
 
 @pytest.mark.full
-def test_two_workers_give_the_same_model(files: Path, tmp_path: Path, local_ray: None) -> None:
+def test_a_benchmark_of_a_custom_task(files: Path, tmp_path: Path, local_ray: None) -> None:
+    result = benchmark(
+        BenchmarkConfig(
+            storage=str(tmp_path),
+            methods=["grad_diff"],
+            base=config(files, tmp_path, "base", {"training.engine": "torch", "evaluation.bootstrap_samples": 20}),
+            budget=BudgetConfig(unit="passes", amount=60),
+            tuning=TuningConfig(trials=2, refine=0, rows=50, lr_scale=1000),
+            rule=RuleConfig(objective="forget_accuracy", utility="retain_accuracy", floor=0.5),
+            seeds=[1],
+        )
+    )
+    assert result.complete
+    trials = [json.loads(path.read_text()) for path in (tmp_path / "benchmark/trials").glob("*.json")]
+    [reported] = [trial["figures"] for trial in trials if trial["phase"] == "report"]
+    assert reported["forget_accuracy"]["value"] < 0.5
+    assert reported["retain_accuracy"]["value"] > 0.5
+    assert {trial["figures"]["forget_accuracy"]["n"] for trial in trials if trial["phase"] == "tune"} == {50}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("method", METHODS)
+def test_two_workers_give_the_same_model(files: Path, tmp_path: Path, method: str, local_ray: None) -> None:
     weights = []
     for workers, stage in ((1, 2), (2, 3)):
-        changes = {**METHODS["ofmu"], "training.workers": workers, "training.zero_stage": stage}
+        changes = {"method": method, **METHODS[method], "training.workers": workers, "training.zero_stage": stage}
         outcome = unlearn(config(files, tmp_path, f"workers{workers}", changes))
         weights.append(load_file(Path(outcome.model, "model.safetensors"))["weight"].numpy())
     np.testing.assert_allclose(*weights, atol=1e-4)
