@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from contributing import added_to
+
+from ofmu_ray.config import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 METHOD = '''
@@ -51,6 +55,48 @@ class Fading(Weighted[FadingConfig]):
         total, count = self.negated_loss(module, micro)
         return (total / count / self.config.scale).exp().detach() * total, count
 '''
+IMPORTS = """
+from dataclasses import dataclass
+
+from ofmu_ray.config.methods import RATE, OneLoopConfig
+from ofmu_ray.config.ranges import positive
+from ofmu_ray.methods.gradient_ascent import GradientAscent
+"""
+USE_SHOWN = """
+import sys
+
+from ofmu_ray.commandline.parse import parse
+from ofmu_ray.config import LABELS, UnlearnConfig, apply_overrides
+from ofmu_ray.errors import UserError
+
+config = parse(UnlearnConfig, ["--method", "sign_ascent", "--sign_ascent.sharpness", "3"], "x")
+assert "torch" not in sys.modules
+assert LABELS["sign_ascent"] == {"method": "sign_ascent"}
+from ofmu_ray.search.spaces import space_for
+
+draw = space_for("sign_ascent", config).draws(2, 0, config)[0]
+config = apply_overrides(config, draw)
+assert config.method_options.sharpness == draw["sign_ascent.sharpness"]
+try:
+    apply_overrides(config, {"sign_ascent.sharpness": 0.0})
+    raise AssertionError
+except UserError as error:
+    assert "sign_ascent.sharpness" in str(error)
+
+import torch
+
+from ofmu_ray.engines import Batch, TorchEngine
+from ofmu_ray.methods import build_method
+
+module = torch.nn.Linear(3, 2)
+engine = TorchEngine(module, lambda m, batch: m(batch).square().sum(), outer=config.method_options.optimizer)
+method = build_method(config.method_options, 2)
+method.start(engine)
+batches = [Batch([torch.ones(4, 3)])]
+losses = [method.round(engine, batches, [])["forget_loss"] for _ in range(2)]
+assert losses[1] < losses[0], losses  # of the negated loss
+assert engine.account.updates == 2
+"""
 USE = """
 import torch
 
@@ -86,7 +132,7 @@ assert [one.kind for one in planned.passes] == ["forget", "retain"]
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project with one more file."""
+    """The project with two more files: METHOD, and the one that CONTRIBUTING.md shows."""
     folder = tmp_path_factory.mktemp("house")
     for name in ("ofmu_ray", "pipelines", "tune_spaces"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "assets"))
@@ -95,6 +141,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ROOT / "ofmu_ray/assets", assets, ignore=shutil.ignore_patterns("__pycache__"), copy_function=os.symlink
     )
     (folder / "ofmu_ray/methods/fading.py").write_text(METHOD)
+    (folder / "ofmu_ray/methods/sign_ascent.py").write_text(IMPORTS + added_to("ofmu_ray/methods/sign_ascent.py"))
     return folder
 
 
@@ -122,6 +169,13 @@ def test_its_options_are_those_of_the_command_line(house: Path) -> None:
 
 
 @pytest.mark.system
-def test_it_is_drawn_built_trained_and_planned(house: Path) -> None:
-    used = run(house, "-c", USE)
+@pytest.mark.parametrize("use", [USE, USE_SHOWN], ids=["fading", "as shown"])
+def test_it_is_drawn_built_trained_and_planned(house: Path, use: str) -> None:
+    used = run(house, "-c", use)
     assert used.returncode == 0, used.stderr
+
+
+def test_the_readme_has_one_row_for_each_method() -> None:
+    table = re.split(r"^\| `?method`? \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE)[1].partition("\n\n")[0]
+    first_cells = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    assert sorted(name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)) == sorted(METHODS)

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pytest
+from contributing import added_to
 
 from ofmu_ray.commandline.terminal import metrics_table
 from ofmu_ray.errors import UserError
 from ofmu_ray.metrics import registry
+from ofmu_ray.metrics.columns import finite
 from ofmu_ray.metrics.paired import Resamples, tested
 from ofmu_ray.metrics.registry import Metric, metric, register
 from ofmu_ray.metrics.rule import Goal, select
@@ -21,31 +22,20 @@ from ofmu_ray.reporting import page
 from ofmu_ray.reporting.formats import metric_table
 from ofmu_ray.tracking import description
 
-SHOUTING = Metric(
-    name="forget_shouting",
-    label="Forget shouting",
-    better="low",
-    group="Generations",
-    set="forget",
-    values=lambda rows, name: np.array(rows["capitals"].to_pylist(), dtype=float),
-    paired="mean",
-    headline=True,
-    lead="share of capitals",
-)
-
 
 @pytest.fixture
-def shouting() -> Iterator[Metric]:
-    register(SHOUTING)
-    yield SHOUTING
-    del registry._DECLARED[SHOUTING.name]
+def verbosity() -> Iterator[Metric]:
+    """The metric that CONTRIBUTING.md shows, by the code that it shows."""
+    exec(added_to("ofmu_ray/metrics/generations.py"), {"register": register, "Metric": Metric, "finite": finite})
+    yield metric("forget_verbosity")
+    del registry._DECLARED["forget_verbosity"]
 
 
-def table(*capitals: float) -> pa.Table:
-    rows = range(len(capitals))
+def table(*tokens: float) -> pa.Table:
+    rows = range(len(tokens))
     return pa.table({
         "row_id": [f"forget-{row}" for row in rows], "set": ["forget"] * len(rows), "index": list(rows),
-        "capitals": list(capitals),
+        "generated_tokens": list(tokens),
     })  # fmt: skip
 
 
@@ -53,24 +43,24 @@ def trials_with(name: str, *values: float) -> list[dict[str, Any]]:
     return [{"phase": "tune", "trial": n, name: value, "model_utility": 0.9} for n, value in enumerate(values)]
 
 
-def test_one_entry_is_enough(shouting: Metric) -> None:
-    loud, quiet = table(0.5, 0.7, 0.9), table(0.1, 0.1, 0.1)
-    mean = summarise(loud, bootstrap_samples=100)[shouting.name]
+def test_one_entry_is_enough(verbosity: Metric) -> None:
+    long, short = table(0.5, 0.7, 0.9), table(0.1, 0.1, 0.1)
+    mean = summarise(long, bootstrap_samples=100)[verbosity.name]
     assert mean.value == pytest.approx(0.7)
     assert mean.low is not None
     assert mean.low < 0.7
-    written = {"after": {shouting.name: mean.to_json()}}
+    written = {"after": {verbosity.name: mean.to_json()}}
     (row,) = metric_table(written)
-    assert (row.label, row.direction) == ("Forget shouting", "↓ better")
-    assert "Forget shouting v" in metrics_table(written)
-    assert [row["metric"] for row in page._headline(written)] == [shouting]
+    assert (row.label, row.direction) == ("Forget verbosity", "↓ better")
+    assert "Forget verbosity v" in metrics_table(written)
+    assert [row["metric"] for row in page._headline(written)] == [verbosity]
     run = {"method": "npo", "rounds": 3, "status": "finished", "message": ""}
-    assert description.headline(written | {"run": run}) == "`npo`, 3 rounds: finished · forget shouting 0.7"
-    choice = select(trials_with(shouting.name, 0.7, 0.1), Goal(shouting.name, "model_utility", 0.5))
+    assert description.headline(written | {"run": run}) == "`npo`, 3 rounds: finished · forget verbosity 0.7"
+    choice = select(trials_with(verbosity.name, 0.7, 0.1), Goal(verbosity.name, "model_utility", 0.5))
     assert choice is not None
     assert choice.trial["trial"] == 1
-    assert shouting.name in tested()
-    draws = Resamples(loud).figure(shouting.name, quiet, None)
+    assert verbosity.name in tested()
+    draws = Resamples(long).figure(verbosity.name, short, None)
     assert not isinstance(draws, str)
     assert draws.value == pytest.approx(0.1)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from contributing import added_to
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
@@ -129,6 +130,13 @@ def test_two_workers_give_the_same_model(files: Path, tmp_path: Path, method: st
         outcome = unlearn(config(files, tmp_path, f"workers{workers}", changes))
         weights.append(load_file(Path(outcome.model, "model.safetensors"))["weight"].numpy())
     np.testing.assert_allclose(*weights, atol=1e-4)
+
+
+def test_contributing_shows_lines_of_it() -> None:
+    lines = iter((Path(__file__).parent / "digits_task.py").read_text().splitlines())
+    shown = added_to("digits_task.py").splitlines()
+    assert len(shown) > 15
+    assert [line for line in shown if line and line not in lines] == []  # in this order: `in` moves on
 
 
 def test_what_the_task_does_not_offer_is_refused(files: Path, tmp_path: Path) -> None:
