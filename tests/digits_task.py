@@ -17,7 +17,7 @@ from torch.nn import functional
 from ofmu_ray.config import EvaluationConfig, ModelConfig, UnlearnConfig
 from ofmu_ray.data.encoder import EncodedRow
 from ofmu_ray.errors import UserError
-from ofmu_ray.evaluation.sample import RowSample, figures_of
+from ofmu_ray.evaluation.sample import RowSample, metrics_of
 from ofmu_ray.metrics.registry import Metric, register
 from ofmu_ray.storage import join
 
@@ -80,8 +80,8 @@ class Accuracy:
         sample = RowSample.of(self.sets, rows)
         return replace(self, evaluation=evaluation, sets=sample.sets, seed=seed, sample=sample)
 
-    def figures(self, table: pa.Table | None, retrained: pa.Table | None) -> dict[str, Any] | None:
-        metrics = figures_of(table, retrained, self.sample, self.evaluation.bootstrap_samples, self.seed)
+    def metrics(self, table: pa.Table | None, retrained: pa.Table | None) -> dict[str, Any] | None:
+        metrics = metrics_of(table, retrained, self.sample, self.evaluation.bootstrap_samples, self.seed)
         return metrics and {name: metrics[name] for name in ("forget_accuracy", "retain_accuracy")}
 
     def verdict(self, tables: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:

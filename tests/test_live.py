@@ -74,7 +74,7 @@ def test_two_ranks_at_zero_3_evaluate_what_is_in_the_files(name: str, live: Any)
         expected = case.evaluator.table(str(folder), label)
         _assert_same(table(case, label), expected, rel=2e-4)
         retrained = case.evaluator.table(str(other), "retrained")
-        same = [case.evaluator.figures(rows, retrained) for rows in (table(case, label), expected)]
+        same = [case.evaluator.metrics(rows, retrained) for rows in (table(case, label), expected)]
         assert len(same[0]) > 20, same[0]
         for metric, value in same[1].items():
             if value["value"] is not None:
@@ -99,7 +99,7 @@ def test_ranks_share_the_rows_and_step_together(name: str, live: Any) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_stages_of_a_sweep_are_evaluated_by_all_ranks(name: str, live: Any) -> None:
     case, figures = live[0][name], live[1][name]["figures"]
-    expected = case.evaluator.figures(table(case, "before"), None)
+    expected = case.evaluator.metrics(table(case, "before"), None)
     for metric, value in figures.items():
         if value["value"] is not None:
             assert value["value"] == pytest.approx(expected[metric]["value"], rel=1e-6), metric

@@ -157,7 +157,7 @@ def test_metrics_are_those_of_a_plain_implementation(root: Path, tmp_path: Path)
     for name in ("target", "retrained"):
         models[name] = AutoModelForCausalLM.from_pretrained(root / name).eval()
     tables = {name: evaluator.table(str(root / name), name) for name in models}
-    measured = evaluator.figures(tables["target"], tables["retrained"]) or {}
+    measured = evaluator.metrics(tables["target"], tables["retrained"]) or {}
     auc, retrained = (plain_auc(model, root) for model in models.values())
     wanted = (
         plain_verbatim(models["target"], root),
@@ -170,7 +170,7 @@ def test_metrics_are_those_of_a_plain_implementation(root: Path, tmp_path: Path)
     assert measured["muse_verbatim"]["value"] > 30  # it was fitted to these texts
     assert measured["muse_privleak"]["value"] < -50
     assert measured["muse_verbatim"]["n"] == 5
-    lost = evaluator.figures(tables["retrained"], tables["retrained"]) or {}
+    lost = evaluator.metrics(tables["retrained"], tables["retrained"]) or {}
     assert lost["muse_verbatim"]["value"] < measured["muse_verbatim"]["value"]
     assert lost["muse_privleak"]["value"] == pytest.approx(0)
     hidden = [row for row in tables["target"].to_pylist() if row["set"].startswith("forget") and row["generated"]]

@@ -125,7 +125,7 @@ def test_values_of_passages_equal_a_plain_computation(tmp_path: Path, target: st
     for row, (loss, _, rouge) in zip(rows, wanted, strict=True):
         assert row["answer_nll"] == pytest.approx(loss, abs=1e-5)
         assert row["rouge_l_recall"] == pytest.approx(rouge, abs=1e-9)
-    metrics = evaluation.figures(table, None) or {}
+    metrics = evaluation.metrics(table, None) or {}
     assert metrics["forget_loss"]["value"] == pytest.approx(np.mean([loss for loss, *_ in wanted]), abs=1e-5)
     assert metrics["forget_extraction_strength"]["value"] == pytest.approx(np.mean([one for _, one, _ in wanted]))
     assert {"retain_loss", "forget_rouge"} <= metrics.keys()

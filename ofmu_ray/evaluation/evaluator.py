@@ -12,7 +12,7 @@ from typing import Any, Literal
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import DataConfig, EvaluationConfig, FormatConfig, ModelConfig, SourceConfig, UnlearnConfig
 from ofmu_ray.errors import UserError
-from ofmu_ray.evaluation.sample import RowSample, figures_of
+from ofmu_ray.evaluation.sample import RowSample, metrics_of
 from ofmu_ray.models.source import model_source
 from ofmu_ray.storage import PathLike, join
 
@@ -233,9 +233,9 @@ class Evaluator:
             for index, row in enumerate(rows)
         }
 
-    def figures(self, table: Any, retrained: Any) -> dict[str, Any] | None:
+    def metrics(self, table: Any, retrained: Any) -> dict[str, Any] | None:
         """Metrics of a model, each {"value", "low", "high", "n"} or {"value": null, "reason"}; None without a table."""
-        return figures_of(table, retrained, self.sample, self.evaluation.bootstrap_samples, self.seed)
+        return metrics_of(table, retrained, self.sample, self.evaluation.bootstrap_samples, self.seed)
 
     def verdict(self, tables: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
         """OpenUnlearning's aggregate of the unlearned model, and whether its answers to forget prompts are degenerate.

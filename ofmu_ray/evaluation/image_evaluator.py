@@ -25,7 +25,7 @@ from ofmu_ray.data.row_checks import Problems, refuse
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.cache import TableCache
 from ofmu_ray.evaluation.rows import is_private
-from ofmu_ray.evaluation.sample import RowSample, figures_of, spread
+from ofmu_ray.evaluation.sample import RowSample, metrics_of, spread
 from ofmu_ray.storage import PathLike, join
 
 CHUNK = 2000
@@ -167,9 +167,9 @@ class ImageEvaluator:
         images = {name: self.images[name].take(places) for name, places in sample.places.items()}
         return replace(self, evaluation=evaluation, seed=seed, images=images, sets=sample.sets, sample=sample)
 
-    def figures(self, table: pa.Table | None, retrained: pa.Table | None) -> dict[str, Any] | None:
+    def metrics(self, table: pa.Table | None, retrained: pa.Table | None) -> dict[str, Any] | None:
         """Metrics of a model; None without a table."""
-        return figures_of(table, retrained, self.sample, self.evaluation.bootstrap_samples, self.seed)
+        return metrics_of(table, retrained, self.sample, self.evaluation.bootstrap_samples, self.seed)
 
     def verdict(self, tables: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Nothing beyond the metrics."""

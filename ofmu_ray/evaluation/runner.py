@@ -134,9 +134,9 @@ def evaluate_live(
     """`evaluate_model` for a causal language model of transformers in memory, on its device and in its precision.
 
     In fp32 the table equals that of the exported folder. Runs in this process and restores the module's mode.
-    `storage_cache_dir` and `fingerprint` (of the weights: `cache.model_fingerprint`, or any text that changes with
-    them): store and reuse the values; without both, nothing is stored. `together`: all ranks of the process group hold
-    this model and share the rows, and each returns the table (collective; stores nothing).
+    `storage_cache_dir` and `fingerprint` (of the weights: `models.source.model_fingerprint`, or any text that changes
+    with them): store and reuse the values; without both, nothing is stored. `together`: all ranks of the process group
+    hold this model and share the rows, and each returns the table (collective; stores nothing).
     """
     rows = _rows(sets, fmt, config)
     template = Template(tokenizer, fmt)

@@ -50,7 +50,7 @@ def spread(rows: int, count: int | None) -> Sequence[int]:
     return [index * rows // count for index in range(count)]
 
 
-def figures_of(
+def metrics_of(
     table: Any, retrained: Any, sample: RowSample | None, bootstrap_samples: int, seed: int
 ) -> dict[str, Any] | None:
     """Metrics of a model as plain values; None without a table. `retrained`: its table of all rows."""

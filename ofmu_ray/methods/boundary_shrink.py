@@ -9,7 +9,7 @@ from ofmu_ray.config.methods import RATE, Ranges
 from ofmu_ray.config.ranges import positive
 from ofmu_ray.features.label_features import NearestClass
 from ofmu_ray.features.protocol import Values
-from ofmu_ray.methods.random_labels import RandomLabelsConfig, Relabelled
+from ofmu_ray.methods.random_labels import RandomLabelsConfig, Relabelling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class BoundaryShrinkConfig(RandomLabelsConfig):
         positive(section, self, "bound")
 
 
-class BoundaryShrink(Relabelled[BoundaryShrinkConfig]):
+class BoundaryShrink(Relabelling[BoundaryShrinkConfig]):
     """Minimises gamma CE(nearest wrong class of a forget row) + alpha R. The class is found once, by the reference
     model: the most likely wrong one after one step of size `bound` along the sign of the loss's gradient."""
 

@@ -35,7 +35,7 @@ def relabelled_loss(module: torch.nn.Module, micro: Mapping[str, Any]) -> LossPa
 L = TypeVar("L", bound=RandomLabelsConfig)
 
 
-class Relabelled(Weighted[L]):
+class Relabelling(Weighted[L]):
     """Minimises gamma CE(drawn class of a forget row) + alpha R. A row keeps its class for the run: uniform over all
     classes, the true one included, as in OPTML-Group/Unlearn-Saliency (which draws anew in each epoch)."""
 
@@ -56,8 +56,8 @@ class Relabelled(Weighted[L]):
         return relabelled_loss(module, micro)
 
 
-class RandomLabels(Relabelled[RandomLabelsConfig]):
-    """`Relabelled` and nothing else."""
+class RandomLabels(Relabelling[RandomLabelsConfig]):
+    """`Relabelling` and nothing else."""
 
     name = "random_labels"
     options = RandomLabelsConfig

@@ -11,7 +11,7 @@ from ofmu_ray.config.ranges import require
 from ofmu_ray.errors import UserError
 from ofmu_ray.features.protocol import Need
 from ofmu_ray.features.saliency import GradientMask
-from ofmu_ray.methods.random_labels import RandomLabelsConfig, Relabelled
+from ofmu_ray.methods.random_labels import RandomLabelsConfig, Relabelling
 
 if MYPY:
     from ofmu_ray.algorithm.space import Vector
@@ -37,7 +37,7 @@ class SalUnConfig(RandomLabelsConfig):
             )
 
 
-class SalUn(Relabelled[SalUnConfig]):
+class SalUn(Relabelling[SalUnConfig]):
     """As random labels, with the update masked by m = [|grad L_f(theta_0)| is among the largest `share`].
 
     The gradient is that of all forget rows, before the run. Momentum and weight decay act on the other weights as on

@@ -124,12 +124,12 @@ _MEANS = (
 register(
     Metric(
         name="average_gap", label="Average gap", better="low", group="Forgetting", rows="images",
-        figures=against_retrained, needs=frozenset({"retrained"}), headline=True, first=True,
+        compute=against_retrained, needs=frozenset({"retrained"}), headline=True, first=True,
         lead="mean distance of UA, RA, TA and MIA from the retrained model's, in percentage points",
     ),
     *_MEANS,
     Metric(
         name="mia_efficacy", label="MIA efficacy", better="retrained", group="Membership inference", rows="images",
-        figures=against_retrained, headline=True, first=True,
+        compute=against_retrained, headline=True, first=True,
     ),
 )  # fmt: skip

@@ -113,13 +113,13 @@ for _attack, _words in ATTACKS.items():
                 label=f"Membership {_words} {_what}",
                 better="retrained",
                 group="Membership inference",
-                figures=membership_figures,
+                compute=membership_figures,
                 needs=frozenset({"holdout", "retrained"} if _attack == "reference" else {"holdout"}),
             )
         )
 register(
     Metric(
-        name="privleak", label="PrivLeak", better="zero", group="Membership inference", figures=membership_figures,
+        name="privleak", label="PrivLeak", better="zero", group="Membership inference", compute=membership_figures,
         needs=frozenset({"holdout", "retrained"}),
     )
 )  # fmt: skip

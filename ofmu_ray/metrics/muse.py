@@ -81,10 +81,10 @@ register(
     ),
     Metric(
         name="muse_min_k_auc", label="MUSE Min-40 % AUC", better="retrained", group="Membership inference",
-        figures=privacy, needs=frozenset(DOCUMENTS),
+        compute=privacy, needs=frozenset(DOCUMENTS),
     ),
     Metric(
-        name="muse_privleak", label="MUSE PrivLeak", better="zero", group="Membership inference", figures=privacy,
+        name="muse_privleak", label="MUSE PrivLeak", better="zero", group="Membership inference", compute=privacy,
         needs=frozenset({*DOCUMENTS, "retrained"}), headline=True,
     ),
 )  # fmt: skip

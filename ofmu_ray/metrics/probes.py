@@ -100,16 +100,16 @@ def _utility(table: pa.Table, probe: str, samples: int, seed: int) -> ResampledV
 _RETRAINED = frozenset({"retrained"})
 register(
     Metric(
-        name="*_forget_quality", label="{} forget quality", better="high", group="Probes", figures=probe_figures,
+        name="*_forget_quality", label="{} forget quality", better="high", group="Probes", compute=probe_figures,
         needs=_RETRAINED, p_value=True,
     ),
     Metric(
-        name="*_ks_statistic", label="{} KS distance to retrained", better="low", group="Probes", figures=probe_figures,
+        name="*_ks_statistic", label="{} KS distance to retrained", better="low", group="Probes", compute=probe_figures,
         needs=_RETRAINED,
     ),
-    Metric(name="*_utility", label="{} utility", better="high", group="Probes", figures=probe_figures),
+    Metric(name="*_utility", label="{} utility", better="high", group="Probes", compute=probe_figures),
     Metric(
         name="probes_*_variance", label="Variance of {} over probes", better="low", group="Probes",
-        figures=probe_figures,
+        compute=probe_figures,
     ),
 )  # fmt: skip

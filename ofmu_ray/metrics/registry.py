@@ -1,7 +1,7 @@
 """Every metric, declared once: scorer, intervals, rule, paired tests, reports, terminal and MLflow read it here.
 
 A new metric is one `register(Metric(...))` beside its function. Most are means over the rows of one set and need no
-more than `values`; what several sets or two models give together comes from `figures`.
+more than `values`; what several sets or two models give together comes from `compute`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Metric:
     """Listed, as absent with the reason, where the set has no rows."""
     only: Callable[[pa.Table], bool] | None = None
     """Whether it is listed for these rows; None: for all."""
-    figures: Callable[[Inputs], Mapping[str, MetricValue]] | None = None
+    compute: Callable[[Inputs], Mapping[str, MetricValue]] | None = None
     """Computes it, and others that share the work, where it is no mean over rows."""
     needs: frozenset[str] = frozenset()
     """retrained, generations, or a set of rows besides forget and retain (holdout, real_authors, world_facts)."""
@@ -200,10 +200,10 @@ def _computed(inputs: Inputs) -> Iterator[tuple[str, MetricValue]]:
             rows = inputs.rows(one.set)
             if one.always or (rows.num_rows and (one.only is None or one.only(rows))):
                 yield one.name, inputs.mean(one)
-        elif one.figures is not None:
-            if one.figures not in done:
-                done[one.figures] = one.figures(inputs)
+        elif one.compute is not None:
+            if one.compute not in done:
+                done[one.compute] = one.compute(inputs)
                 if "*" in one.name:  # a family gives all of its members where the first of them is declared
-                    yield from done[one.figures].items()
-            if one.name in done[one.figures]:
-                yield one.name, done[one.figures][one.name]
+                    yield from done[one.compute].items()
+            if one.name in done[one.compute]:
+                yield one.name, done[one.compute][one.name]

@@ -78,16 +78,16 @@ def utility(inputs: Inputs) -> Mapping[str, MetricValue]:
 
 register(
     Metric(
-        name="forget_quality", label="Forget quality", better="high", group="Forgetting", figures=quality,
+        name="forget_quality", label="Forget quality", better="high", group="Forgetting", compute=quality,
         needs=frozenset({"retrained"}), paired="distance", tested_as="ks_statistic", p_value=True, headline=True,
         lead="p-value of the KS test against the retrained model", first=True,
     ),
     Metric(
-        name="ks_statistic", label="KS distance to retrained", better="low", group="Forgetting", figures=quality,
+        name="ks_statistic", label="KS distance to retrained", better="low", group="Forgetting", compute=quality,
         needs=frozenset({"retrained"}), paired="distance", first=True,
     ),
     Metric(
-        name="model_utility", label="Model utility", better="high", group="Utility", figures=utility,
+        name="model_utility", label="Model utility", better="high", group="Utility", compute=utility,
         needs=frozenset({"generations", "real_authors", "world_facts"}), paired="utility", headline=True,
         lead="harmonic mean of nine scores on what should be kept", first=True,
     ),

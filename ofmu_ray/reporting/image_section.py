@@ -37,7 +37,7 @@ class ImageSample:
 
 
 @dataclass(frozen=True)
-class Taken:
+class ConfusionLine:
     """What a model takes the forget rows of a class for."""
 
     label: str
@@ -89,7 +89,7 @@ def image_samples(tables: Mapping[str, Any], images: Images, count: int) -> dict
     return samples
 
 
-def confusion_lines(tables: Mapping[str, Any], classes: Sequence[str]) -> list[Taken]:
+def confusion_lines(tables: Mapping[str, Any], classes: Sequence[str]) -> list[ConfusionLine]:
     """What each model takes the forget rows of each class for, the classes with most of them first."""
     counts: dict[int, dict[str, Counter[int]]] = {}
     for model, table in tables.items():
@@ -104,7 +104,7 @@ def confusion_lines(tables: Mapping[str, Any], classes: Sequence[str]) -> list[T
             total = sum(predicted.values())
             most = predicted.most_common(MOST_PREDICTIONS)
             words = ", ".join(f"{classes[number]} {times}" for number, times in most)
-            lines.append(Taken(classes[label], model, total, 100 * predicted[label] / total, words))
+            lines.append(ConfusionLine(classes[label], model, total, 100 * predicted[label] / total, words))
     return lines
 
 

@@ -25,7 +25,7 @@ ONE_DEVICE = ("relearn", "quantise", "alignment", GRADIENT_NORM)
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Attack:
     """An attack that the configuration requests, for every model."""
 
     name: str
@@ -42,7 +42,7 @@ class Checks:
 
     def __init__(self, config: EvaluateConfig, evaluator: Evaluator, models: Mapping[str, str]):
         self.config, self.evaluator, self.models = config, evaluator, models
-        self.wanted = list(self._wanted())
+        self.attacks = list(self._attacks())
         self.tables: dict[tuple[str, str], Any] = {}
         if config.checks.lm_eval and importlib.util.find_spec("lm_eval") is None:
             raise UserError(
@@ -54,20 +54,20 @@ class Checks:
         if config.evaluation.device_map is not None:
             self._check_spread()
 
-    def _wanted(self) -> Iterator[Wanted]:
+    def _attacks(self) -> Iterator[Attack]:
         checks = self.config.checks
         if checks.relearn is not None:
             _check_relearn(checks.relearn, self.evaluator)
-            yield Wanted("relearn", "relearn", asdict(checks.relearn), self._rows("forget", "retain"))
+            yield Attack("relearn", "relearn", asdict(checks.relearn), self._rows("forget", "retain"))
         if checks.quantise is not None:
-            yield Wanted("quantise", "quantise", asdict(checks.quantise), self._rows("forget", "retain"))
+            yield Attack("quantise", "quantise", asdict(checks.quantise), self._rows("forget", "retain"))
         if checks.prefix is not None:
             _check_prefix(checks.prefix, self.evaluator)
-            yield Wanted("prefix", "prefix", asdict(checks.prefix), self._rows("forget", "retain"))
+            yield Attack("prefix", "prefix", asdict(checks.prefix), self._rows("forget", "retain"))
         if checks.alignment:
-            yield Wanted("alignment", "alignment", self._sampling, self._rows("forget", "retain"))
+            yield Attack("alignment", "alignment", self._sampling, self._rows("forget", "retain"))
         if checks.gradient_norm:
-            yield Wanted(GRADIENT_NORM, GRADIENT_NORM, {}, self._rows("forget", "holdout"))
+            yield Attack(GRADIENT_NORM, GRADIENT_NORM, {}, self._rows("forget", "holdout"))
         for number, choice in enumerate(checks.choice):
             from ofmu_ray.data.choices import choice_rows
 
@@ -80,7 +80,7 @@ class Checks:
             )
             option = f"checks.choice[{number}]"
             rows = choice_rows(source, self.config.data.root, name=choice.name, option=option)
-            yield Wanted(f"choice/{choice.name}", "choice", {"scoring": choice.scoring}, {choice.name: rows})
+            yield Attack(f"choice/{choice.name}", "choice", {"scoring": choice.scoring}, {choice.name: rows})
 
     @property
     def _sampling(self) -> dict[str, int]:
@@ -101,7 +101,7 @@ class Checks:
                 )
 
     def _check_spread(self) -> None:
-        wanted = [wanted.name for wanted in self.wanted if wanted.kind in ONE_DEVICE]
+        wanted = [attack.name for attack in self.attacks if attack.kind in ONE_DEVICE]
         wanted += ["lm_eval"] if self.config.checks.lm_eval else []
         if wanted:
             raise UserError(
@@ -152,15 +152,15 @@ class Checks:
         from ofmu_ray.attacks.attack_metrics import check_figures
 
         metrics: dict[str, Metrics] = {}
-        for wanted in self.wanted:
-            if wanted.kind == GRADIENT_NORM:
+        for attack in self.attacks:
+            if attack.kind == GRADIENT_NORM:
                 continue  # a column of the tables
-            reference = self.tables.get((wanted.name, RETRAINED))
-            tables = {label: self.tables[wanted.name, label] for label in self.models if self._concerns(wanted, label)}
-            metrics[wanted.name] = {
+            reference = self.tables.get((attack.name, RETRAINED))
+            tables = {label: self.tables[attack.name, label] for label in self.models if self._concerns(attack, label)}
+            metrics[attack.name] = {
                 label: {
                     name: value.to_json()
-                    for name, value in check_figures(wanted.kind, table, reference, **self._sampling).items()
+                    for name, value in check_figures(attack.kind, table, reference, **self._sampling).items()
                 }
                 for label, table in tables.items()
             }
@@ -181,35 +181,35 @@ class Checks:
             }
         return values
 
-    def _concerns(self, wanted: Wanted, label: str) -> bool:
-        return wanted.kind != "alignment" or label != RETRAINED  # the others are aligned with it
+    def _concerns(self, attack: Attack, label: str) -> bool:
+        return attack.kind != "alignment" or label != RETRAINED  # the others are aligned with it
 
     def _checks(self) -> Iterator[tuple[tuple[str, str], Any]]:
         """((attack, model), what to run) of all wanted attacks, model by model."""
         from ofmu_ray.attacks.measurement import Check
         from ofmu_ray.models.source import model_fingerprint, weights_folder
 
-        if not self.wanted:
+        if not self.attacks:
             return
         loadings = {label: self.evaluator.loading(path) for label, path in self.models.items()}
         prints = {
             label: model_fingerprint(weights_folder(resolve_builtin(path))) for label, path in self.models.items()
         }
         for label in self.models:
-            for wanted in self.wanted:
-                if self._concerns(wanted, label):
-                    compared = wanted.kind == "alignment"
+            for attack in self.attacks:
+                if self._concerns(attack, label):
+                    compared = attack.kind == "alignment"
                     check = Check(
-                        wanted.kind,
+                        attack.kind,
                         loadings[label],
                         prints[label],
-                        wanted.rows,
-                        wanted.options,
+                        attack.rows,
+                        attack.options,
                         reference=loadings[RETRAINED] if compared else None,
                         reference_weights=prints[RETRAINED] if compared else "",
                         batch_size=self.config.evaluation.batch_size,
                     )
-                    yield (wanted.name, label), check
+                    yield (attack.name, label), check
 
 
 def _measurer(device: str) -> Callable[[Any], Any]:

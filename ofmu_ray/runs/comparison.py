@@ -89,7 +89,7 @@ def _measured(
         tables = {label: evaluator.table(path, label) for label, path in models.items()}
         checks.measure()
         tables = checks.with_gradient_norms(tables)
-        metrics = {label: evaluator.figures(table, tables.get(RETRAINED)) or {} for label, table in tables.items()}
+        metrics = {label: evaluator.metrics(table, tables.get(RETRAINED)) or {} for label, table in tables.items()}
         further = checks.metrics()
         mlflow = tracking.open_command(handle)
         files = _write(home, config, evaluator, models, tables, metrics, further, command, mlflow)

@@ -228,7 +228,7 @@ def _run(trial: Trial, data: SplitData, work: Path, local: bool, watch: TrialHoo
         else:
             table = evaluation.table(str(work / "model"), trial.name)
         _keep_rows(table, result_path(data.folder, trial.key(data)).with_suffix(".parquet"))
-        result["figures"] = evaluation.figures(table, data.retrained)
+        result["figures"] = evaluation.metrics(table, data.retrained)
         clock.lap("evaluation_seconds")
         if watch is not None:
             base = adapter_base(work / "model")

@@ -72,7 +72,7 @@ def checked(
 def _check_measured(task: Task, option: str, metric: Metric) -> None:
     """Refuse what no run of the task measures, and a floor under what should be low. Other tasks measure their own."""
     kind = getattr(task, "rows", None)
-    measured = kind is None or (metric.rows == kind and (metric.values or metric.figures))
+    measured = kind is None or (metric.rows == kind and (metric.values or metric.compute))
     if not measured:
         raise UserError(f"{option} = {metric.name}: a run does not measure it; choose another metric (docs/metrics.md)")
     if option.endswith(".utility") and "high" not in (metric.better, metric.alone):

@@ -136,7 +136,7 @@ def _work(this_run: Run, config: UnlearnConfig, evaluation: Evaluation, encoder:
             before = _of_workers(this_run, live, config.model.path, "before") if before is None else before
             after = _of_workers(this_run, live, join(this_run.home, "model"), "after")
         tables = {"before": before, "after": after, "retrained": retrained}
-        metrics = {name: evaluation.figures(table, retrained) for name, table in tables.items()}
+        metrics = {name: evaluation.metrics(table, retrained) for name, table in tables.items()}
         verdict = evaluation.verdict(tables, metrics)
         options = {"samples": config.evaluation.bootstrap_samples, "seed": config.seed}
         words = level_words(after, getattr(job.method, "level", None), **options)

@@ -113,7 +113,7 @@ def export(ledger: Ledger, outcome: SweepChoice, retrained: Any) -> None:
         correct_base(folder_in_progress, adapter_base(model))
     evaluator = replace(ledger.data.evaluator, evaluation=config.evaluation, seed=config.seed)
     table = evaluator.table(str(folder / BEST / "model"), "best")
-    outcome.metrics = evaluator.figures(table, retrained)
+    outcome.metrics = evaluator.metrics(table, retrained)
     atomic_write(folder / BEST / "metrics.json", json.dumps({"after": outcome.metrics}, indent=1) + "\n")
 
 

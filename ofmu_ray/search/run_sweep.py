@@ -199,7 +199,7 @@ def _references(ledger: Ledger, tables: dict[str, Any]) -> dict[str, Any]:
 
     sample = RowSample.of(ledger.data.evaluator.sets, ledger.config.select.rows)
     retrained = sample.cut(tables["retrained"])
-    return {name: ledger.data.evaluator.figures(sample.cut(table), retrained) for name, table in tables.items()}
+    return {name: ledger.data.evaluator.metrics(sample.cut(table), retrained) for name, table in tables.items()}
 
 
 def _run_trials(ledger: Ledger, handle: Any, at_once: int) -> bool:

@@ -42,10 +42,10 @@ class Evaluation(Protocol):
     #     the cache of `table`
 
     def sampled(self, rows: int | None, evaluation: EvaluationConfig, seed: int) -> Evaluation:
-        """The same on `rows` rows of each set (None: all). Tables keep the row ids; `figures` restricts the retrained
+        """The same on `rows` rows of each set (None: all). Tables keep the row ids; `metrics` restricts the retrained
         model's full table to the same rows."""
 
-    def figures(self, table: pa.Table | None, retrained: pa.Table | None) -> dict[str, Any] | None:
+    def metrics(self, table: pa.Table | None, retrained: pa.Table | None) -> dict[str, Any] | None:
         """Metric -> {"value", "low", "high", "n"} or {"value": null, "reason"}; None without a table."""
 
     def verdict(self, tables: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class Stages:
             weights = engine.full_weights()
             if weights is not None and rank == 0:
                 table = self.evaluation.live_table(task.copy(module, weights), processor, "stage")
-        return self.evaluation.figures(table, self.retrained) if rank == 0 else None
+        return self.evaluation.metrics(table, self.retrained) if rank == 0 else None
 
     def known(self, stage: int) -> dict[str, Any] | None:
         """The published result of a stage, if any."""
