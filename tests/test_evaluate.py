@@ -425,7 +425,10 @@ def test_a_classifier_has_its_metrics_in_its_run(tmp_path: Path, capsys: pytest.
     from ofmu_ray.models.classifiers import write_initial_classifier
 
     write_initial_classifier(tmp_path / "resnet", TrainConfig(classifier=ClassifierConfig(architecture="resnet8")))
-    for config in ({"models": {"a": str(tmp_path / "resnet")}}, {"evaluation": {"retrained": str(tmp_path / "resnet")}}):
+    for config in (
+        {"models": {"a": str(tmp_path / "resnet")}},
+        {"evaluation": {"retrained": str(tmp_path / "resnet")}},
+    ):
         assert run(tmp_path / "e", **config)[0] == 2
         message = capsys.readouterr().err
         assert f"{'models.a' if 'models' in config else 'evaluation.retrained'} = " in message

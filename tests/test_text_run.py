@@ -92,7 +92,9 @@ def test_documents_are_forgotten_and_chats_kept(tmp_path: Path, target: str) -> 
         assert SECRET.encode() not in path.read_bytes(), path
     page = (Path(outcome.home) / "report.html").read_text()
     assert "<h3>Forget: continuations of texts</h3>" in page
-    shown = re.findall(r"<code>(forget-\d+)</code></td>\s*<td class=\"\" data-model=\"(before)\">\s*<small>ROUGE-L", page)
+    shown = re.findall(
+        r"<code>(forget-\d+)</code></td>\s*<td class=\"\" data-model=\"(before)\">\s*<small>ROUGE-L", page
+    )
     assert len(shown) == 5 and len({row for row, _ in shown}) == 5  # noqa: PT018
     assert "<h3>Retain</h3>" in page  # chats: answers, not continuations
     rows = pq.read_table(Path(outcome.home) / "rows.parquet").to_pylist()

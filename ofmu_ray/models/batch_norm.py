@@ -65,7 +65,7 @@ def _become(module: torch.nn.Module, kind: type[torch.nn.BatchNorm2d]) -> None:
         if isinstance(part, _BatchNorm):
             if type(part) is not torch.nn.BatchNorm2d:
                 raise UserError(
-                    f"model.path: the classifier has a {type(part).__name__}, and only the statistics of BatchNorm2d can "
+                    f"model.path: the classifier has a {type(part).__name__}; only the statistics of BatchNorm2d can "
                     "be fixed or shared: give one with BatchNorm2d, or with layer or group normalisation"
                 )
             part.__class__ = kind
