@@ -63,16 +63,20 @@ def engine_of(case: Loading, cut: bool) -> tuple[Any, Any]:
 
 
 def everything(engine: Any, rank: int) -> list[Any]:
-    """All that loading decides, by rank: masters, exported weights, buffers, and a step from there."""
+    """All that loading decides, by rank: masters, exported weights, buffers, and ten rounds from there."""
     weights = engine.full_weights() or {}
     found = [[master.clone() for master in engine.shards.masters], list(weights.values())]
     found.append([buffer.clone() for buffer in engine.module.buffers()])
-    gradient, loss = engine.gradient(token_batch([9, 12, 7, 10], seed=rank))
-    found.append([part.clone() for part in gradient])
-    engine.apply(gradient, "inner")
-    found.append([master.clone() for master in engine.shards.masters])
+    losses = []
+    for step in range(10):
+        gradient, loss = engine.gradient(token_batch([9, 12, 7, 10], seed=2 * step + rank))
+        losses.append(loss)
+        if step == 0:
+            found.append([part.clone() for part in gradient])
+        engine.apply(gradient, "outer" if step % 2 else "inner")
+    found += [engine.shards.masters, list((engine.full_weights() or {}).values())]
     names = [list(weights), engine.trainable_names, [name for name, _ in engine.module.named_buffers()]]
-    return [found, [names, loss, engine.layout, str(engine.module.generation_config)]]
+    return [found, [names, losses, engine.layout, str(engine.module.generation_config)]]
 
 
 def measure(case: Loading, rank: int, world: int) -> dict[str, Any]:
