@@ -25,6 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (UserError, KeyboardInterrupt) as error:
         return fail(error, PROG)
     print(metrics_table(comparison.metrics, list(comparison.metrics)))
+    for label, sentences in comparison.verdicts.items():
+        print("\n".join(f"{label}: {sentence}" for sentence in sentences))
     if comparison.peer:
         print(f"\n{peer_table(comparison.peer)}\n")
     say(f"report  {join(comparison.home, 'report.html')}")

@@ -1,5 +1,6 @@
 """`ofmu evaluate` as a user runs it: real Ray, MLflow and the built-in models."""
 
+import html
 import json
 import shutil
 import sqlite3
@@ -18,6 +19,7 @@ from ofmu_ray.attacks import measurement as measurements
 from ofmu_ray.cluster import map_tasks
 from ofmu_ray.commandline.parse import parse
 from ofmu_ray.config.evaluate import EvaluateConfig
+from ofmu_ray.runs.claims import locked
 from ofmu_ray.runs.finished_comparison import inputs_digest
 from pipelines import cli
 
@@ -154,7 +156,11 @@ def test_a_killed_evaluation_resumes(finished: Any) -> None:
 
 @pytest.mark.system
 def test_a_second_evaluation_runs_nothing(
-    finished: Any, data: Path, counted: list[str], monkeypatch: pytest.MonkeyPatch
+    finished: Any,
+    data: Path,
+    counted: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     storage, metrics, _, _ = finished
     monkeypatch.setattr("ofmu_ray.evaluation.runner.run_units", lambda *_: pytest.fail("a set was evaluated again"))
@@ -163,10 +169,30 @@ def test_a_second_evaluation_runs_nothing(
     status, again = run(storage, data={"root": str(data)}, checks=CHECKS)
     assert (status, again, counted) == (0, metrics, [])
     assert pq.read_table(storage / "e" / "rows.parquet").equals(rows)
+    verdicts = verdict_lines(capsys)
+    assert any(line.startswith("target: p = ") for line in verdicts)
+    assert any(line.startswith("target: answers to forget prompts: ") for line in verdicts)
+    page = (storage / "e" / "report.html").read_text()
+    assert all(html.escape(line.partition(": ")[2], quote=False) in page for line in verdicts)
     written = (storage / "e" / "report.html").stat().st_mtime_ns
     status, again = run(storage, data={"root": str(data)}, checks=CHECKS)
     assert (status, again) == (0, metrics)
     assert (storage / "e" / "report.html").stat().st_mtime_ns == written
+    assert verdict_lines(capsys) == verdicts
+
+
+def verdict_lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What the terminal says of a model in words, below the table."""
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith(("target: ", "retrained: "))]
+
+
+def test_two_evaluations_of_one_name_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with locked(tmp_path / "e"):
+        status, _ = run(tmp_path)
+    assert status == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert "is running" in message
+    assert not (tmp_path / "mlflow.db").exists()
 
 
 def test_a_finished_evaluation_is_read_until_an_input_changes(

@@ -237,28 +237,34 @@ class Evaluator:
         """Metrics of a model, each {"value", "low", "high", "n"} or {"value": null, "reason"}; None without a table."""
         return metrics_of(table, retrained, self.sample, self.evaluation.bootstrap_samples, self.seed)
 
+    def words(self, table: Any, measured: Mapping[str, Any], target: Any, retrained: Any) -> dict[str, Any]:
+        """Of a model with these metrics: whether it is `degenerate`, and sentences on `generations` and `forgetting`.
+
+        None where nothing is known. Tables: None if missing.
+        """
+        from ofmu_ray.metrics.degeneration import failed_measures
+        from ofmu_ray.metrics.fronts import plain
+        from ofmu_ray.metrics.generations import damaged_words, sound_generations
+        from ofmu_ray.metrics.tofu import forgetting_words
+
+        samples = self.evaluation.bootstrap_samples
+        sound = sound_generations(target, retrained, bootstrap_samples=samples, seed=self.seed)
+        failed = failed_measures(plain(measured), sound)
+        return {
+            "degenerate": None if failed is None else bool(failed),
+            "generations": None if table is None else damaged_words(table, retrained, failed),
+            "forgetting": forgetting_words(measured.get("forget_quality")),
+        }
+
     def verdict(self, tables: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
         """OpenUnlearning's aggregate of the unlearned model, and whether its answers to forget prompts are degenerate.
 
         `tables` and `metrics`: by before, after and retrained; None if missing.
         """
         from ofmu_ray.metrics.aggregate import aggregate_figures, aggregate_inputs
-        from ofmu_ray.metrics.degeneration import failed_measures
-        from ofmu_ray.metrics.fronts import plain
-        from ofmu_ray.metrics.generations import damaged_words, sound_generations
-        from ofmu_ray.metrics.tofu import forgetting_words
 
         before, after, retrained = (tables.get(name) for name in ("before", "after", "retrained"))
-        samples = self.evaluation.bootstrap_samples
-        sound = sound_generations(before, retrained, bootstrap_samples=samples, seed=self.seed)
-        measured = metrics.get("after") or {}
-        failed = failed_measures(plain(measured), sound)
-        run = {
-            "degenerate": None if failed is None else bool(failed),
-            "generations": None if after is None else damaged_words(after, retrained, failed),
-            "forgetting": forgetting_words(measured.get("forget_quality")),
-        }
-        verdict: dict[str, Any] = {"run": run}
+        verdict: dict[str, Any] = {"run": self.words(after, metrics.get("after") or {}, before, retrained)}
         if after is not None:
             model, target, reference = (aggregate_inputs(table) for table in (after, before, retrained))
             aggregate = aggregate_figures(model, target, reference)

@@ -34,6 +34,8 @@ class ComparisonData:
     """Model -> its folder or hub name."""
     checks: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     """Attack -> model -> metrics as in metrics.json."""
+    verdicts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Model -> sentences on its forgetting and its answers."""
     tokenizers: int = 1
     """Number of different tokenizers among the models."""
     config: Mapping[str, Any] = field(default_factory=dict)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ofmu_ray.evaluation.evaluator import Evaluator, has_tokenizer, read_sets
 from ofmu_ray.metrics.peer_names import peer_values
 from ofmu_ray.models.checks import check_model, check_place
 from ofmu_ray.runs.attack_tasks import Checks
-from ofmu_ray.runs.claims import refuse_taken
+from ofmu_ray.runs.claims import locked, refuse_taken
 from ofmu_ray.runs.finished_comparison import inputs_digest, keep_finished, read_finished
 from ofmu_ray.runs.preflight import prepare_storage, public, wants_ray
 from ofmu_ray.runs.who_evaluates import check_device_map
@@ -39,6 +39,8 @@ class Comparison:
     """Model -> OpenUnlearning's name -> value; empty without `peer_names`."""
     mlflow: str
     """How to look at it in MLflow."""
+    verdicts: dict[str, list[str]] = field(default_factory=dict)
+    """Model, without the retrained one -> sentences on forgetting and on damaged answers."""
 
 
 def compare(config: EvaluateConfig, command: Sequence[str] = ()) -> Comparison:
@@ -61,14 +63,13 @@ def _compared(config: EvaluateConfig, command: Sequence[str]) -> Comparison:
     if before is None:
         return _measured(config, command, storage, home, digest)
     progress.note("evaluation", "finished before, and nothing it read has changed since")
-    return Comparison(home, before["metrics"]["models"], before["metrics"]["checks"], before["peer"], before["mlflow"])
+    models, checks = before["metrics"]["models"], before["metrics"]["checks"]
+    return Comparison(home, models, checks, before["peer"], before["mlflow"], before["verdicts"])
 
 
 def _measured(
     config: EvaluateConfig, command: Sequence[str], storage: str, home: str, digest: str | None
 ) -> Comparison:
-    from ofmu_ray import tracking
-
     models = _models(config)
     for label, path in models.items():
         check_place(path, _option(label))
@@ -82,6 +83,23 @@ def _measured(
 
         join_cluster(TrainingConfig(), storage, {_option(label): [path] for label, path in models.items()})
     check_device_map(config.evaluation)
+    with locked(home):
+        return _tracked(config, command, storage, home, digest, evaluator, checks)
+
+
+def _tracked(
+    config: EvaluateConfig,
+    command: Sequence[str],
+    storage: str,
+    home: str,
+    digest: str | None,
+    evaluator: Evaluator,
+    checks: Checks,
+) -> Comparison:
+    """Evaluate under an MLflow run, and write everything."""
+    from ofmu_ray import tracking
+
+    models = _models(config)
     tags, record = {"ofmu.kind": "evaluate"}, join(home, tracking.RECORD)
     handle = tracking.start(config.tracking, storage, name_of(home), public(config), tags, record=record)
     status: Any = "FAILED"
@@ -90,9 +108,9 @@ def _measured(
         checks.measure()
         tables = checks.with_gradient_norms(tables)
         metrics = {label: evaluator.metrics(table, tables.get(RETRAINED)) or {} for label, table in tables.items()}
-        further = checks.metrics()
+        further, verdicts = checks.metrics(), _verdicts(evaluator, tables, metrics)
         mlflow = tracking.open_command(handle)
-        files = _write(home, config, evaluator, models, tables, metrics, further, command, mlflow)
+        files = _write(home, config, evaluator, models, tables, metrics, further, verdicts, command, mlflow)
         peer = {label: peer_values(tables[label], metrics[label]) for label in models} if config.peer_names else {}
         if peer:
             atomic_write(join(home, "peer_names.json"), json.dumps(peer, indent=2) + "\n")
@@ -108,8 +126,18 @@ def _measured(
             artifacts = [local_file(join(home, name), place) for name in files] if done else []
             delivered = tracking.finish(handle, metrics=logged, artifacts=artifacts, status=status)
     if delivered:
-        keep_finished(home, digest, peer=peer, mlflow=mlflow)
-    return Comparison(home, metrics, further, peer, mlflow)
+        keep_finished(home, digest, peer=peer, mlflow=mlflow, verdicts=verdicts)
+    return Comparison(home, metrics, further, peer, mlflow, verdicts)
+
+
+def _verdicts(evaluator: Evaluator, tables: dict[str, Any], metrics: dict[str, Any]) -> dict[str, list[str]]:
+    """`Comparison.verdicts`, as at the end of a run."""
+    found = {}
+    for label, table in tables.items():
+        if label != RETRAINED:
+            words = evaluator.words(table, metrics[label], None, tables.get(RETRAINED))
+            found[label] = [words[name] for name in ("forgetting", "generations") if words[name]]
+    return found
 
 
 def _models(config: EvaluateConfig) -> dict[str, str]:
@@ -182,6 +210,7 @@ def _write(
     tables: dict[str, Any],
     metrics: dict[str, dict[str, Any]],
     further: dict[str, Any],
+    verdicts: dict[str, list[str]],
     command: Sequence[str],
     mlflow: str,
 ) -> list[str]:
@@ -198,6 +227,7 @@ def _write(
             metrics=metrics,
             models=models,
             checks=further,
+            verdicts=verdicts,
             tokenizers=len({evaluator.loading(path).template.fingerprint() for path in models.values()}),
             config=public(config),
             command=list(command),
