@@ -295,7 +295,13 @@ def test_page_and_mlflow_show_metrics_and_attacks(finished: Any) -> None:
     assert "<pre>ofmu evaluate --config " in page  # the command, to be run again
     assert "src=" not in page
     assert "href=" not in page
-    logged = dict(sqlite3.connect(storage / "mlflow.db").execute("select key, value from latest_metrics").fetchall())
+    database = sqlite3.connect(storage / "mlflow.db")
+    (run_id,) = database.execute("select run_uuid from runs where status = 'FINISHED'").fetchone()
+    tags = dict(database.execute("select key, value from tags where run_uuid = ?", (run_id,)).fetchall())
+    assert tags["ofmu.command"].startswith("ofmu evaluate --config ")
+    assert tags["mlflow.source.name"] == "ofmu evaluate"
+    assert "target: p = " in tags["mlflow.note.content"]
+    logged = dict(database.execute("select key, value from latest_metrics").fetchall())
     for label in ("target", "retrained"):
         for name in ("forget_quality", "model_utility"):
             assert logged[f"{label}/{name}"] == pytest.approx(metrics["models"][label][name]["value"])

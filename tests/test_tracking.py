@@ -16,8 +16,9 @@ import pytest
 from mlflow import MlflowClient
 from mlflow_server import mlflow_server
 
-from ofmu_ray.config import TrackingConfig, UnlearnConfig, apply_overrides, to_dict
+from ofmu_ray.config import TrackingConfig, TrainConfig, UnlearnConfig, apply_overrides, to_dict
 from ofmu_ray.errors import UserError
+from ofmu_ray.runs.run import run
 from ofmu_ray.tracking import (
     RECORD,
     RoundLogger,
@@ -184,6 +185,27 @@ def test_a_user_without_a_name_does_not_keep_a_run_open(
     described = partial(describe, summary={"run": run}, manifest=manifest)
     assert finish(handle, described=described)
     assert _client(handle).get_run(handle.run_id).info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_a_fit_has_its_source_its_data_and_its_model(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"question": f"{n}?", "answer": f"{n}."}) + "\n" for n in range(8)))
+    options = {"name": "fit", "storage": str(tmp_path / "runs"), "epochs": 1, "tokenizer": "builtin:people/target"}
+    options |= {f"training.{name}": value for name, value in {"engine": "torch", "batch_size": 4}.items()}
+    options |= {f"scratch.{name}": 8 for name in ("hidden_size", "intermediate_size")}
+    options |= {f"scratch.{name}": 1 for name in ("layers", "heads", "kv_heads")}
+    config = apply_overrides(TrainConfig(), options | {"scratch.vocab_size": 1024, "data.train.path": str(rows)})
+    outcome = run(config, command=["ofmu", "train", "--config", "my own.yaml"])
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/runs/mlflow.db")
+    (found,) = client.search_runs(["1"])
+    assert found.data.tags["ofmu.command"] == "ofmu train --config 'my own.yaml'"
+    assert found.data.tags["mlflow.source.name"] == "ofmu train"
+    assert found.data.tags["mlflow.note.content"] == "fitted for 2 steps of 4 rows: finished"
+    (data_set,) = found.inputs.dataset_inputs
+    assert str(rows) in data_set.dataset.source
+    (logged,) = found.outputs.model_outputs
+    assert client.get_logged_model(logged.model_id).tags["ofmu.path"] == str(outcome.model)
 
 
 def test_evaluation_rows_are_refused_as_artifacts(storage: str, tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.evaluator import Evaluator, has_tokenizer, read_sets
 from ofmu_ray.metrics.peer_names import peer_values
 from ofmu_ray.models.checks import check_model, check_place
+from ofmu_ray.reporting.manifest import code_version
 from ofmu_ray.runs.attack_tasks import Checks
 from ofmu_ray.runs.claims import locked, refuse_taken
 from ofmu_ray.runs.finished_comparison import inputs_digest, keep_finished, read_finished
@@ -122,9 +125,13 @@ def _tracked(
     finally:
         done = status == "FINISHED"
         logged = _logged(metrics, further) if done else None
+        described = partial(
+            tracking.describe_comparison, command=shlex.join(command), commit=code_version()["commit"],
+            metrics=metrics, words=verdicts,
+        ) if done else None  # fmt: skip
         with scratch() as place:
             artifacts = [local_file(join(home, name), place) for name in files] if done else []
-            delivered = tracking.finish(handle, metrics=logged, artifacts=artifacts, status=status)
+            delivered = tracking.finish(handle, metrics=logged, described=described, artifacts=artifacts, status=status)
     if delivered:
         keep_finished(home, digest, peer=peer, mlflow=mlflow, verdicts=verdicts)
     return Comparison(home, metrics, further, peer, mlflow, verdicts)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ofmu_ray import progress
 from ofmu_ray.config import ModelConfig, TrainConfig, outcome_hash
 from ofmu_ray.errors import UserError
 from ofmu_ray.models.checks import placed
+from ofmu_ray.reporting.manifest import code_version
 from ofmu_ray.runs.job import TOKENS, make_job, remove_text
 from ofmu_ray.runs.outcome import Outcome, cost_of, read_trained
 from ofmu_ray.runs.preflight import check_early, check_task_on_nodes, check_training, public
 from ofmu_ray.runs.this_run import Run, fit_rounds, threads, tracked
-from ofmu_ray.storage import atomic_write, is_whole, join, remove_folder
+from ofmu_ray.storage import atomic_write, is_whole, join, name_of, remove_folder
 from ofmu_ray.tasks import task_named
 
 
@@ -63,9 +66,21 @@ def _fitted(this_run: Run, config: TrainConfig) -> Outcome:
         with this_run.phase("training"), threads(this_run):
             summary = fit_rounds(this_run, replace(job, tracking=handle))
     status: Any = "FINISHED" if summary["status"] == "finished" else "FAILED"
-    delivered = tracking.finish(handle, cost=_train_cost(summary), status=status)
-    manifest = {"config": public(config), "config_hash": this_run.digest, "data": prepared.report.to_json()}
+    manifest = {
+        "name": name_of(home),
+        "command": shlex.join(this_run.command),
+        "config": public(config),
+        "config_hash": this_run.digest,
+        "code": code_version(),
+        "data": prepared.report.to_json(),
+    }
     atomic_write(join(home, "manifest.json"), json.dumps(manifest, indent=2) + "\n")
+    note = f"fitted for {summary['round']} steps of {config.training.batch_size} rows: {summary['status']}"
+    described = partial(
+        tracking.describe_fit, manifest=manifest, note=note, model=join(home, "model"), steps=summary["round"]
+    )
+    cost = _train_cost(summary)
+    delivered = tracking.finish(handle, cost=cost, described=described, status=status)
     if summary["status"] == "finished":
         remove_text(home)
         remove_folder(join(home, "train"))

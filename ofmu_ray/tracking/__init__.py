@@ -1,5 +1,6 @@
 """MLflow: one run per run folder, also across resumptions. Importing this package does not import MLflow."""
 
+from ofmu_ray.tracking.description import describe_comparison, describe_fit
 from ofmu_ray.tracking.late import conclude, deliver_late
 from ofmu_ray.tracking.mlflow_run import RECORD, RunHandle, finish, open_command, recorded_run, start, system_metrics
 from ofmu_ray.tracking.rounds import RoundLogger
@@ -10,6 +11,8 @@ __all__ = [
     "RunHandle",
     "conclude",
     "deliver_late",
+    "describe_comparison",
+    "describe_fit",
     "finish",
     "open_command",
     "recorded_run",

@@ -24,24 +24,51 @@ def describe(client: Any, run_id: str, summary: Mapping[str, Any], manifest: Map
 
     `summary`, `manifest`: content of metrics.json and manifest.json. Raises MLflow's errors.
     """
+    describe_source(client, run_id, manifest["command"], manifest["code"]["commit"], headline(summary))
+    client.log_text(run_id, intervals(summary), "intervals.csv")
+    client.log_inputs(run_id, list(_data_sets(manifest["data"]["streams"], run_id)))
+    run, digests = summary["run"], manifest["models"].get("unlearned") or {}
+    _log_model(client, run_id, manifest["name"], run["model"], run["rounds"], digests)
+
+
+def describe_fit(client: Any, run_id: str, manifest: Mapping[str, Any], note: str, model: str, steps: int) -> None:
+    """Complete a run of `ofmu train` in MLflow; a second call changes nothing.
+
+    `manifest`: with name, command, code and data. Raises MLflow's errors.
+    """
+    describe_source(client, run_id, manifest["command"], manifest["code"]["commit"], note)
+    client.log_inputs(run_id, list(_data_sets(manifest["data"]["streams"], run_id)))
+    _log_model(client, run_id, manifest["name"], model, steps, {})
+
+
+def describe_comparison(
+    client: Any, run_id: str, command: str, commit: str | None, metrics: Mapping[str, Any], words: Mapping[str, Any]
+) -> None:
+    """Complete a run of `ofmu evaluate` in MLflow; a second call changes nothing.
+
+    `metrics`: model -> its metrics; `words`: model -> sentences. Raises MLflow's errors.
+    """
+    note = "\n\n".join(f"{model}: {sentence}" for model, sentences in words.items() for sentence in sentences)
+    describe_source(client, run_id, command, commit, note)
+    client.log_text(run_id, intervals(metrics), "intervals.csv")
+
+
+def describe_source(client: Any, run_id: str, command: str, commit: str | None, note: str) -> None:
+    """Set the tags from which MLflow's page has source, user, commit and description."""
     from mlflow.utils import mlflow_tags as tag
 
-    note = headline(summary)
-    command = manifest["command"] or "ofmu_ray"
+    command = command or "ofmu_ray"
     tags = {
         tag.MLFLOW_SOURCE_NAME: " ".join(command.split()[:2]),  # MLflow's page shows what follows the last slash
         "ofmu.command": command,
         tag.MLFLOW_SOURCE_TYPE: "JOB" if "RAY_JOB_ID" in os.environ else "LOCAL",
         tag.MLFLOW_USER: _user(),
-        tag.MLFLOW_GIT_COMMIT: manifest["code"]["commit"],
+        tag.MLFLOW_GIT_COMMIT: commit,
         tag.MLFLOW_RUN_NOTE: note,
     }
     for name, value in tags.items():
         if value:
             client.set_tag(run_id, name, value)
-    client.log_text(run_id, intervals(summary), "intervals.csv")
-    client.log_inputs(run_id, list(_data_sets(manifest["data"]["streams"], run_id)))
-    _log_model(client, run_id, summary, manifest)
 
 
 def _user() -> str | None:
@@ -96,20 +123,17 @@ def _data_sets(streams: Mapping[str, Any], run_id: str) -> Iterator[Any]:
         yield DatasetInput(data_set, [InputTag("mlflow.data.context", name)])
 
 
-def _log_model(client: Any, run_id: str, summary: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-    """The model stays where it is: MLflow gets its path and digests."""
+def _log_model(client: Any, run_id: str, name: str, path: str, step: int, digests: Mapping[str, str]) -> None:
+    """The model stays where it is: MLflow gets its path and the digests of its files."""
     from mlflow.entities import LoggedModelOutput
 
     run = client.get_run(run_id)
     if run.outputs is not None and run.outputs.model_outputs:
         return
-    digests = manifest["models"].get("unlearned") or {}
-    tags = {"ofmu.path": summary["run"]["model"], **{f"ofmu.sha256.{name}": value for name, value in digests.items()}}
-    model = client.create_logged_model(
-        run.info.experiment_id, name=model_name(manifest["name"]), source_run_id=run_id, tags=tags
-    )
+    tags = {"ofmu.path": path, **{f"ofmu.sha256.{file}": value for file, value in digests.items()}}
+    model = client.create_logged_model(run.info.experiment_id, name=model_name(name), source_run_id=run_id, tags=tags)
     client.finalize_logged_model(model.model_id, "READY")
-    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=summary["run"]["rounds"])])
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=step)])
 
 
 def model_name(run: str) -> str:
