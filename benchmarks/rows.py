@@ -92,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--cpus", type=int, default=2)
-    parser.add_argument("--out", help="write the results to this file (JSON)")
+    parser.add_argument("--out", help="add the results to this file (JSON), in place of those of the same sizes")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -109,7 +109,10 @@ def main() -> None:
             results.append(json.loads(out.splitlines()[-1]))
             print(json.dumps(results[-1]), flush=True)
     if options.out:
-        Path(options.out).write_text(json.dumps(results, indent=1) + "\n")
+        out = Path(options.out)
+        known = {result["rows"]: result for result in (json.loads(out.read_text()) if out.exists() else [])}
+        known |= {result["rows"]: result for result in results}
+        out.write_text(json.dumps([known[rows] for rows in sorted(known)], indent=1) + "\n")
 
 
 if __name__ == "__main__":
