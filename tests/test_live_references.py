@@ -146,3 +146,15 @@ def test_who_loads_the_whole_model(
     words = r"method altpo needs alternatives from one process .* do not fit 0\.001 GB; use a method whose"
     with pytest.raises(UserError, match=words):
         job_of(spec, prepared, tmp_path / "refused")
+
+
+def test_the_forget_level_of_a_model_too_large_is_refused(
+    prepared: PreparedData,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    nothing_loaded: None,
+) -> None:
+    monkeypatch.setattr(reference, "_room", lambda: 1_000_000)
+    words = r"needs nll of retain from one process .* do not fit 0\.001 GB; give ofmu\.forget_level as a number"
+    with pytest.raises(UserError, match=words):
+        reference.stream_losses(prepared, "retain", spec_of("npo", *MADE["npo"]).model, str(tmp_path))

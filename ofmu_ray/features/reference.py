@@ -124,10 +124,14 @@ def stream_losses(prepared: PreparedData, name: str, model: ModelConfig, cache: 
     """Mean token loss of each row's answer under the reference model (nats), float64 [rows]. Cached.
 
     At most `most` rows of the stream, evenly spread.
+
+    Raises UserError: they are not cached, and the model does not fit one process.
     """
     stream = prepared.streams[name]
     chosen = ChosenRows(stream, spread(stream.rows, most))
-    folder = ReferenceModel(model, cache, "", name, task_of(prepared)).table(NLL, name, chosen.read, chosen.key)
+    source = ReferenceModel(model, cache, "", "ofmu", task_of(prepared))
+    source.remedy = "give ofmu.forget_level as a number of nats per token"
+    folder = source.table(NLL, name, chosen.read, chosen.key)
     sums = StoredValues(folder).rows([row["row_id"] for row in chosen.rows]).double().numpy()
     return np.asarray(sums / np.array([answer_tokens(row) for row in chosen.rows]))
 
@@ -153,6 +157,11 @@ class ReferenceModel:
         left: list[Table] | None = None,
     ) -> None:
         self.task, self.left = task, left
+        self.remedy: str | None = None
+        """Where a model that does not fit one process is refused: what to do instead; None: it is not refused."""
+        if left is not None:
+            self.remedy = "use a method whose reference values the workers compute, such as npo or dpo, or one that "
+            self.remedy += "needs none"
         self.model = replace(model, lora=None, freeze=[], gradient_checkpointing=False)
         self.freeze = list(model.freeze)
         self.cache, self.private, self.method = join(cache, "reference"), private, method
@@ -218,13 +227,12 @@ class ReferenceModel:
         return sum(file.stat().st_size for file in self.weights.glob("*.safetensors"))
 
     def _refuse_whole(self, title: str) -> None:
-        """Refuse a model of which one process would hold more than there is, where the workers share it."""
-        room = None if self.left is None else _room()
+        """Refuse a model of which one process would hold more than there is."""
+        room = None if self.remedy is None else _room()
         if room is not None and self._stored_bytes > room:
             raise UserError(
                 f"method {self.method} needs {title} from one process that loads the whole model, whose "
-                f"{self._stored_bytes / 1e9:.3g} GB of weights do not fit {room / 1e9:.3g} GB; use a method whose "
-                "reference values the workers compute, such as npo or dpo, or one that needs none"
+                f"{self._stored_bytes / 1e9:.3g} GB of weights do not fit {room / 1e9:.3g} GB; {self.remedy}"
             )
 
     def read(

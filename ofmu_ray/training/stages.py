@@ -8,9 +8,13 @@ and the two may run on different nodes with shared storage.
 from __future__ import annotations
 
 import json
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +71,13 @@ class Stages:
         if self.live:
             table = shared_rows(self.evaluation, engine, processor, watchdog, "stage")
         else:
-            weights = engine.full_weights()
+            weights, waiting = engine.full_weights(), None
             if weights is not None and rank == 0:
-                table = self.evaluation.live_table(task.copy(module, weights), processor, "stage")
+                waiting = _Waiting(partial(self.evaluation.live_table, task.copy(module, weights), processor, "stage"))
+            # now and then, so that no rank waits in one collective for its whole limit
+            while not agreed(waiting is not None and waiting.over()):
+                pass
+            table = None if waiting is None else waiting.result()
         return self.evaluation.metrics(table, self.retrained) if rank == 0 else None
 
     def known(self, stage: int) -> dict[str, Any] | None:
@@ -92,6 +100,30 @@ class Stages:
         while (decided := decision(self.folder, stage)) is None and time.monotonic() < end:
             time.sleep(POLL_SECONDS)
         return decided
+
+
+class _Waiting:
+    """The result of a call in another thread, on this one's GPU."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._future: Future[Any] = Future()
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+        def run() -> None:
+            try:
+                with nullcontext() if device is None else torch.cuda.device(device):
+                    self._future.set_result(call())
+            except BaseException as error:  # raised where the result is asked for
+                self._future.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+
+    def over(self) -> bool:
+        """Wait for up to ANSWER_SECONDS; whether the call has ended."""
+        return bool(wait([self._future], ANSWER_SECONDS).done)
+
+    def result(self) -> Any:
+        return self._future.result()
 
 
 def read_stage(folder: str | Path, stage: int) -> dict[str, Any] | None:
