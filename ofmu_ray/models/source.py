@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from ofmu_ray.assets import PREFIX, resolve_builtin
+from ofmu_ray.data.content import content
 from ofmu_ray.errors import UserError
 from ofmu_ray.models.gguf_files import converted, is_gguf
 from ofmu_ray.storage import NewFolder, fetched, is_uri
@@ -94,14 +95,12 @@ def weights_folder(model: str) -> Path:
 def model_fingerprint(folder: Path) -> str:
     """Hex digest of the content of the model's weights and configuration, independent of the folder.
 
-    For an adapter alone, its base counts too.
+    For an adapter alone, its base counts too. Files are read once, and known again by size and time.
     """
     paths = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
     digest = hashlib.sha256()
     for path in paths:
-        with open(path, "rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{path.name} {content}\n".encode())
+        digest.update(f"{path.name} {content(str(path)).sha256}\n".encode())
     base = base_folder(folder)
     if base != folder:
         digest.update(model_fingerprint(base).encode())
