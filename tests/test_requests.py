@@ -154,6 +154,10 @@ REFUSED = [
     (["process", "--export.push_to_hub", "me/model"], "would send models before their gates"),
     (["init", "--requests.train.kind", "messages"], "requests.train.kind = messages: requests forget questions"),
     (["process", "--task", "image_classification"], "task = image_classification"),
+    (["process", "--requests.keep_rows", "999999d"], "requests.keep_rows: must be at most 36500d"),
+    (["process", "--requests.deadline", "999999d"], "requests.deadline: must be at most 36500d"),
+    (["process", "--requests.lease_seconds", "999999999999"], "lease_seconds = 999999999999: must be at most a week"),
+    (["token", "create", "--name", "x", "--scopes", "read", "--expires", "999999d"], "--expires: must be at most"),
     (["rekey", "--new-key-env", "A", "--new-key-file", "b"], "give one of them"),
     (["rekey", "--new-key-env", "OFMU_NONE"], "not set"),
     (["lst"], "Commands: init, add"),
@@ -192,9 +196,10 @@ def test_files_are_their_owners_alone(run: Run, tmp_path: Path) -> None:
     assert not os.stat(tmp_path / "runs/requests").st_mode & 0o077
 
 
-@pytest.mark.parametrize("text", ["", "30", "d", "1.5d", "-1d", "1w", "9999999d"])
+@pytest.mark.parametrize("text", ["", "30", "d", "1.5d", "-1d", "1w", "9999999d", "999999d", "36501d"])
 def test_durations(text: str) -> None:
     assert duration("x", " 90 m ").total_seconds() == 5400
+    assert duration("x", "36500d").days == 36500
     with pytest.raises(UserError, match="x: must be"):
         duration("x", text)
 

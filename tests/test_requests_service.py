@@ -103,6 +103,7 @@ REFUSED = {
     "a selector of everything": ({"key": "n", "where": {"country": "X"}}, 422, "200 of 200 rows match"),
     "a list in a selector": ({"key": "n", "where": {"subject_id": ["Qx1"]}}, 422, "body.where"),
     "no time": ({"key": "n", "where": {"subject_id": 1}, "deadline": "Qx1"}, 422, "a number and d, h, m or s"),
+    "no end of time": ({"key": "n", "where": {"subject_id": 1}, "deadline": "999999d"}, 422, "at most 36500d"),
     "a number as a key": ({"key": 1, "where": {"subject_id": 1}}, 422, "body.key: string type"),
     "a long reason": ({"key": "n", "where": {"subject_id": 1}, "reason": "Qx1" * 999}, 422, "at most 500"),
     "not a number": ({"key": "n", "rows": [{**private(1), "x": float("nan")}]}, 422, "not plain JSON"),

@@ -61,6 +61,7 @@ class RequestOptions:
 
     def __post_init__(self) -> None:
         positive("requests", self, "lease_seconds")
+        require(self.lease_seconds <= LONGEST_LEASE, "requests.lease_seconds", self.lease_seconds, "at most a week")
         duration("requests.deadline", self.deadline)
         duration("requests.keep_rows", self.keep_rows)
         require(0 < self.largest_share <= 1, "requests.largest_share", self.largest_share, "in (0, 1]")
@@ -133,14 +134,20 @@ class RequestsConfig(UnlearnConfig):
 
 
 _UNITS = {"d": "days", "h": "hours", "m": "minutes", "s": "seconds"}
+LONGEST = timedelta(days=36_500)
+"""A century: calendars end, and a longer time is a slip of the finger."""
+LONGEST_LEASE = 7 * 86_400
 
 
 def duration(option: str, text: str) -> timedelta:
-    """'30d', '12h', '90m', '10s' -> a time span; UserError naming the option otherwise.
+    """'30d', '12h', '90m', '10s' -> a time span; UserError naming the option otherwise, and beyond `LONGEST`.
 
     The text is not repeated: it may come from outside.
     """
     match = re.fullmatch(r"\s*(\d{1,6})\s*([dhms])\s*", text)
     if match is None:
         raise UserError(f"{option}: must be a number and d, h, m or s, such as 30d")
-    return timedelta(**{_UNITS[match[2]]: int(match[1])})
+    found = timedelta(**{_UNITS[match[2]]: int(match[1])})
+    if found > LONGEST:
+        raise UserError(f"{option}: must be at most {LONGEST.days}d")
+    return found
