@@ -196,6 +196,19 @@ def test_rollback_reopens_with_the_old_deadline(ledger: Ledger, clock: Clock) ->
     assert [one.id for one in ledger.take("ann", 60)] == [name]
 
 
+def test_a_request_whose_key_is_destroyed_is_not_retried(ledger: Ledger, clock: Clock) -> None:
+    """It would stop every batch that it is in."""
+    name, other = added(ledger), added(ledger, "other", 3)
+    promoted(ledger)
+    clock.now += MONTH
+    assert set(ledger.destroy_expired(MONTH)) == {name, other}
+    ledger.move(name, "needs_review")  # as a rollback does
+    before = ledger.head()
+    with pytest.raises(UserError, match=f"request {name}: the key of its rows is destroyed.*cancel it"):
+        ledger.retry([name], by="ops")
+    assert ledger.head() == before
+
+
 def test_certificates_come_with_the_promotion(ledger: Ledger) -> None:
     name = added(ledger)
     ledger.take("ann", 60)

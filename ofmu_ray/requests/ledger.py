@@ -207,11 +207,16 @@ class Ledger:
         return moved
 
     def retry(self, requests: Sequence[str], by: str) -> list[Request]:
-        """Accept requests again; UserError unless all of them failed or need a review."""
+        """Accept requests again; UserError unless all of them failed or need a review, and can be read."""
         for one in map(self.get, requests):
             if one.state not in ("needs_review", "failed"):
                 raise UserError(
                     f"request {one.id} is {one.state}: only what is needs_review or failed is accepted again"
+                )
+            if not self.readable(one.id):
+                raise UserError(
+                    f"request {one.id}: the key of its rows is destroyed, so they cannot be forgotten again: "
+                    "cancel it (`ofmu requests cancel`), and add a new request if the rows are known"
                 )
         return self.move(requests, "accepted", {"retry": True}, by=by)
 
