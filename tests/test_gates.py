@@ -90,6 +90,17 @@ def test_one_earlier_request_that_comes_back_fails_alone() -> None:
     assert results([PERSISTENT], table(forget=LOW, holdout=LOW)) == ["skipped"]
 
 
+def test_persistence_of_a_single_row_is_skipped_and_says_so() -> None:
+    """All others were requested again. Undecided, it would send every batch to a person."""
+    result = table(forget=LOW, holdout=LOW, **{EARLIER: LOW[:1]})
+    (gate,) = decide([PERSISTENT], GateTables(result=result, champion=result, earlier=["req-1"], samples=200))
+    assert gate.result == "skipped"
+    assert gate.reason == "only one row of earlier requests is left, beside those of this batch"
+    result = table(forget=LOW, holdout=LOW, **{EARLIER: HIGH[:2]})
+    gates = decide([PERSISTENT], GateTables(result=result, champion=result, earlier=["a", "b"], samples=200))
+    assert [one.result for one in gates] == ["failed"]
+
+
 def test_membership_counts_earlier_rows_as_members() -> None:
     gate = GateConfig(metric="mia_loss_auc", rows="earlier", at_most=0.8)
     assert results([gate], table(forget=LOW, holdout=LOW, **{EARLIER: LOW}), earlier=["a"] * 16)[0] == "passed"

@@ -158,8 +158,11 @@ def _decided(gate: GateConfig, tables: GateTables) -> Iterator[GateResult]:
     if gate.rows == "requested":
         yield _judged(gate, gate.name, _compared(gate, tables))
         return
-    if not tables.earlier:
-        yield _result(gate, gate.name, MetricValue.absent("there are no rows of earlier requests"), "skipped")
+    if len(tables.earlier) < 2:
+        # one row has no interval, and as it stays the only one, no later batch could be decided either
+        found = "only one row of earlier requests is" if tables.earlier else "no rows of earlier requests are"
+        why = MetricValue.absent(f"{found} left, beside those of this batch")
+        yield _result(gate, gate.name, why, "skipped")
         return
     yield _judged(gate, gate.name, _compared(gate, tables))
     for request in dict.fromkeys(tables.earlier):
