@@ -13,8 +13,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-
 from ofmu_ray.config import SourceConfig
 from ofmu_ray.config.requests import RequestOptions, RequestsConfig, ServiceOptions
 from ofmu_ray.requests import service, tokens
@@ -91,7 +89,7 @@ class Service:
 def served(config: RequestsConfig) -> Iterator[Service]:
     """The service of a configuration until the block ends."""
     with open_ledger(config) as ledger, socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
-        server = uvicorn.Server(uvicorn.Config(service.make_app(config, ledger), log_config=None, access_log=False))
+        server = service.make_server(config, ledger)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         host, port = listener.getsockname()

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 
@@ -47,12 +47,15 @@ def test_a_person_from_request_to_report(run: Run) -> None:
     status, out, _ = run("add", "--key", "ticket-1", "--where", "subject_id=3", "--deadline", "10d", "--json")
     request = json.loads(out)
     assert (status, request["new"], request["rows"], request["state"]) == (0, True, ROWS_EACH, "accepted")
+    assert _time_to_answer(request) == timedelta(days=10)
     assert "(was there)" in run("add", "--key", "ticket-1", "--where", "subject_id=3", "--deadline", "10d")[1]
     status, _, err = run("add", "--key", "ticket-1", "--where", "subject_id=4")
     assert (status, "asks for something else" in err) == (2, True)
     assert run("add", "--key", "ticket-2", "--where", "subject_id=3", "country=X")[0] == 0
 
-    assert [one["key"] for one in json.loads(run("list", "--json")[1])] == ["ticket-1", "ticket-2"]
+    listed = json.loads(run("list", "--json")[1])
+    assert [one["key"] for one in listed] == ["ticket-1", "ticket-2"]
+    assert _time_to_answer(listed[1]) == timedelta(days=30)
     assert run("list", "--state", "promoted")[1] == "no requests\n"
     shown = json.loads(run("show", request["id"], "--json")[1])
     assert (shown["id"], shown["key"], shown["rows"]) == (request["id"], "ticket-1", ROWS_EACH)
@@ -72,6 +75,10 @@ def test_a_person_from_request_to_report(run: Run) -> None:
     status, out, _ = run("audit", "--known", "0" * 64, "--known", head["head"])
     assert (status, "is gone" in out) == (1, True)
     assert run("expire")[1] == "nothing to destroy\n"
+
+
+def _time_to_answer(request: dict[str, str]) -> timedelta:
+    return datetime.fromisoformat(request["deadline"]) - datetime.fromisoformat(request["created"])
 
 
 def test_options_that_are_repeated_add_up(run: Run) -> None:

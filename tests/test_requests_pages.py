@@ -121,6 +121,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 def test_pages_show_what_stands_and_escape_it(running: Service) -> None:
     status, headers, text = page(running, "/")
     assert status == 200
+    assert running.host == "127.0.0.1"  # unless told otherwise
     assert "urgent-&lt;b&gt;9" in text
     assert "<script" not in text
     assert "default-src 'none'" in headers["content-security-policy"]
@@ -162,13 +163,17 @@ def test_pages_in_a_browser_without_javascript(running: Service, tmp_path: Path)
         shown = one.text()
         assert "Deadlines at risk" in shown
         assert "needs review" in shown
+        assert "person-0" in shown.partition("Last promotions")[2]
         assert "urgent-<b>9</b>" in shown
         assert one.picture(folder / "overview.png").startswith(b"\x89PNG")
         review = running.ledger.all(["needs_review"])[0]
         one.open(f"{base}/requests/{review.id}")
         shown = one.text()
         assert "gate utility, value 0.71" in shown
+        assert "download" not in shown
         assert one.picture(folder / "request.png").startswith(b"\x89PNG")
+        one.open(f"{base}/requests/{running.ledger.all(['promoted'])[0].id}")
+        assert "download" in one.text()
 
 
 def test_a_port_in_use_is_a_sentence(running: Service) -> None:

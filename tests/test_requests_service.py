@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import itertools
 import json
 import random
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +20,8 @@ import numpy as np
 import pytest
 from requests_server import PEOPLE, ROWS_EACH, Service, configured, private, served
 
-from ofmu_ray.requests import service, tokens
+from ofmu_ray.config.requests import ServiceOptions
+from ofmu_ray.requests import guard, service, tokens
 from ofmu_ray.requests.guard import Rates
 
 
@@ -125,16 +128,18 @@ def test_what_is_refused_is_not_written(server: Service, name: str) -> None:
 
 
 def test_a_body_of_unknown_length_is_limited_too(server: Service) -> None:
+    before = server.ledger.head()
     connection = http.client.HTTPConnection(server.host, server.port, timeout=60)
-    chunks = (b"x" * 5000 for _ in range(100))
+    chunks = (b"x" * 5000 for _ in range(5))
     headers = {"authorization": f"Bearer {server.token}", "transfer-encoding": "chunked"}
-    try:
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the server stops reading
         connection.request("POST", "/v1/requests", chunks, headers, encode_chunked=True)
-        assert connection.getresponse().status == 413
-    except (BrokenPipeError, ConnectionResetError):
-        pass  # the server stopped reading
+    try:
+        answer = connection.getresponse()
+        assert (answer.status, b"more than 20000 bytes" in answer.read()) == (413, True)
     finally:
         connection.close()
+    assert server.ledger.head() == before
 
 
 def test_tokens(server: Service) -> None:
@@ -178,9 +183,11 @@ def _events(server: Service) -> list[Any]:
 )
 @pytest.mark.parametrize("tail", ["", "/certificate"])
 def test_path_tricks_find_nothing(server: Service, path: str, tail: str) -> None:
+    before = server.ledger.head()
     for root in ("/v1/requests/", "/requests/"):
         status, _, text = server.call("GET", (root + path + tail).replace(" ", "%20"))
         assert (status, "root:" in text) == (404, False)
+    assert server.ledger.head() == before
 
 
 def test_the_description_names_every_answer(server: Service) -> None:
@@ -202,6 +209,33 @@ def test_rates_are_limited_by_token(tmp_path: Path) -> None:
         assert (status, "1 calls a minute" in text) == (429, True)
         assert 0 < int(headers["retry-after"]) <= 60
         assert server.call("GET", "/v1/requests/req-1", token=other)[0] == 404
+
+
+@pytest.mark.parametrize(("believed", "second"), [(False, 429), (True, 401)])
+def test_an_address_that_a_caller_makes_up_counts_only_behind_a_proxy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, believed: bool, second: int
+) -> None:
+    """And however many addresses there are, the rate of a token is remembered."""
+    monkeypatch.setattr(guard, "MOST_CLIENTS", 2)
+    with served(configured(tmp_path, rate=1, proxy_headers=believed)) as server:
+        assert server.call("GET", "/v1/requests/req-1")[0] == 404
+        answers = [
+            server.call("GET", "/v1/requests/req-1", token=None, x_forwarded_for=f"10.0.0.{n}")[0] for n in range(4)
+        ]
+        assert answers == [401, second, second, second]
+        assert server.call("GET", "/v1/requests/req-1")[0] == 429
+
+
+def test_the_service_listens_on_loopback_and_on_ipv6() -> None:
+    assert ServiceOptions().host == "127.0.0.1"
+    if not socket.has_ipv6:
+        pytest.skip("no IPv6")
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 loopback on this machine")
+    with service.listening(ServiceOptions(host="::1", port=0)) as listener:
+        socket.create_connection(listener.getsockname()[:2]).close()
 
 
 def test_a_rate_is_spent_and_comes_back() -> None:

@@ -28,6 +28,9 @@ class ServiceOptions:
     """Largest body of a request (bytes)."""
     rate: int = 600
     """Requests per minute and token (of unknown tokens: per address)."""
+    proxy_headers: bool = False
+    """Take the caller's address and https from the headers of a proxy on this machine, X-Forwarded-For and -Proto. Only
+    behind one that sets them itself: anybody else's would be believed."""
 
     def __post_init__(self) -> None:
         positive("requests.service", self, "largest_body", "rate")

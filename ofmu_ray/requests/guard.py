@@ -34,7 +34,7 @@ HEADERS = {
     "cache-control": "no-store",
 }
 MOST_CLIENTS = 10_000
-"""Rates remembered; the longest unused is dropped."""
+"""Rates remembered, of tokens and of addresses each; the longest unused is dropped."""
 
 
 def refusal(error: HTTPException) -> JSONResponse:
@@ -65,7 +65,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, ledger: Ledger, options: ServiceOptions) -> None:
         self.app, self.ledger, self.options = app, ledger, options
-        self.rates = Rates(options.rate)
+        self.rates, self.strangers = Rates(options.rate), Rates(options.rate)  # addresses push out no token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -98,8 +98,8 @@ class Guard:
     async def _token(self, scope: Scope) -> tokens.Token | str:
         secret = _secret(scope)
         token = None if secret is None else await run_in_threadpool(tokens.find, self.ledger, secret)
-        client = token.id if token else f"address {(scope.get('client') or ['?'])[0]}"
-        if wait := self.rates.take(client, time.monotonic()):
+        now, address = time.monotonic(), (scope.get("client") or ["?"])[0]
+        if wait := self.rates.take(token.id, now) if token else self.strangers.take(address, now):
             later = {"retry-after": str(int(wait) + 1)}
             raise HTTPException(429, f"more than {self.options.rate} calls a minute", later)
         if token is None:

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from ofmu_ray import __version__
-from ofmu_ray.config.requests import RequestsConfig
+from ofmu_ray.config.requests import RequestsConfig, ServiceOptions
 from ofmu_ray.errors import StorageError, UserError
 from ofmu_ray.progress import note
 from ofmu_ray.requests import intake, operator_pages
@@ -200,16 +200,34 @@ def serve(config: RequestsConfig, ledger: Ledger) -> None:
     options = config.requests.service
     logging.basicConfig(format="%(asctime)s %(message)s")
     LOG.setLevel(logging.INFO)
+    listener = listening(options)
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    note("serve", f"http://{shown}:{port}  (operators' page: /, description: /openapi.json)")
+    if host != "::1" and not host.startswith("127."):
+        note("note", "not on loopback: put a proxy with TLS in front, tokens travel in the clear")
+    make_server(config, ledger).run(sockets=[listener])
+
+
+def listening(options: ServiceOptions) -> socket.socket:
+    """A socket that listens on the configured address, of IPv4 or IPv6. Raises UserError if that is not possible."""
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     try:
-        listener = socket.create_server((options.host, options.port), backlog=256)
+        return socket.create_server((options.host, options.port), family=family, backlog=256)
     except OSError as error:
         where = f"{options.host}:{options.port}"
         raise UserError(f"requests.service: cannot listen on {where} ({error.strerror}); set host and port") from None
-    host, port = listener.getsockname()[:2]
-    note("serve", f"http://{host}:{port}  (operators' page: /, description: /openapi.json)")
-    if not host.startswith("127."):
-        note("note", "not on loopback: put a proxy with TLS in front, tokens travel in the clear")
-    settings = uvicorn.Config(
-        make_app(config, ledger), log_config=None, access_log=False, server_header=False, limit_concurrency=256
+
+
+def make_server(config: RequestsConfig, ledger: Ledger) -> uvicorn.Server:
+    """The server of `make_app`."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            make_app(config, ledger),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            limit_concurrency=256,
+            proxy_headers=config.requests.service.proxy_headers,
+        )
     )
-    uvicorn.Server(settings).run(sockets=[listener])
