@@ -4,10 +4,13 @@ import errno
 import hashlib
 import json
 import os
+import platform
+import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from requests_kill import PHASES, WITHDRAWALS, kill_in
 from requests_server import PEOPLE, ROWS_EACH, configured
 from requests_world import STRONG, World, pairs, people, write_rows
 
+from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import SourceConfig
 from ofmu_ray.config.promotion import RecipeConfig
 from ofmu_ray.config.requests import RequestsConfig
@@ -27,8 +31,9 @@ from ofmu_ray.data.row_checks import digests
 from ofmu_ray.data.sources import fingerprint, fragments
 from ofmu_ray.errors import StorageError, UserError
 from ofmu_ray.models.source import model_fingerprint
+from ofmu_ray.reporting.manifest import code_version
 from ofmu_ray.requests import ladder
-from ofmu_ray.requests.certificate import NotVerified, verify
+from ofmu_ray.requests.certificate import NOT_PROVED, NotVerified, verify
 from ofmu_ray.requests.gate_tables import gate_cache
 from ofmu_ray.requests.intake import Submission, submit
 from ofmu_ray.requests.ladder import Attempt, Batch
@@ -69,14 +74,15 @@ def test_the_ladder_goes_on_until_all_gates_pass(world: World) -> None:
         states = [event.event for event in ledger.events(first.id)]
         assert states == ["received", "accepted", "scheduled", "running", "verifying", "running", "verifying",
                           "promoted"]  # fmt: skip
-        version = ledger.events(first.id)[-1].detail["version"]
+        number = ledger.events(first.id)[-1].detail["version"]
         document = ledger.certificate(first.id)
-    made = world.registry.version(version)
+    made = world.registry.version(number)
     assert (made.number, made.replaces, made.tags["ofmu.requests"]) == ("2", "1", first.id)
     assert made.run_id
     path = world.storage / "requests" / "certificates" / f"{first.batch}.json"
     assert path.read_text() == document
     content = verify(path, world.storage / "requests" / "keys", made.path).content
+    check_certificate(world, content)
     with pytest.raises(NotVerified, match="weights"):
         verify(path, world.storage / "requests" / "keys", world.registry.version("1").path)
     assert [one["verdict"] for one in content["attempts"]] == ["failed", "passed"]
@@ -86,6 +92,33 @@ def test_the_ladder_goes_on_until_all_gates_pass(world: World) -> None:
     with world.ledger() as ledger:
         row = pairs(people("forget"), 0)[3]
         assert ledger.hashes.row(row["question"], row["answer"]) in content["requests"][0]["rows"]
+
+
+def check_certificate(world: World, content: Mapping[str, Any]) -> None:
+    """What it says of base, data, method, cost and software is what was used."""
+    home = world.storage / content["run"]
+    assert content["base"] == {"version": "1", "weights": model_fingerprint(resolve_builtin("builtin:people/target"))}
+    assert content["not_proved"] == list(NOT_PROVED)
+    assert len(NOT_PROVED) == 5
+    assert (content["method"]["name"], content["method"]["recipe"], content["method"]["seed"]) == ("ofmu", "swept-2", 0)
+    options = content["method"]["options"]
+    assert (options["ofmu"]["inner"]["lr"], options["ofmu"]["forget_loss"]) == (1.2e-3, "bounded_row")
+    assert (options["training"]["rounds"], options["training"]["batch_size"]) == (8, 8)
+    manifest = json.loads((home / "manifest.json").read_text())
+    assert content["method"]["config_hash"] == manifest["config_hash"]
+    assert content["data"]["retain"]["sha256"] == manifest["data"]["streams"]["retain"]["sha256"]
+    assert re.fullmatch(r"[0-9a-f]{64}", content["data"]["retain"]["sha256"])
+    assert content["cost"] == json.loads((home / "metrics.json").read_text())["cost"] == content["attempts"][1]["cost"]
+    assert content["cost"]["gradient_passes"] == {"forget": 3 * 8, "retain": 8 * 8}
+    assert content["code"] == content["verified_with"] == code_version()
+    used = {name: version(name) for name in ("torch", "transformers", "mlflow", "cryptography")}
+    assert used.items() <= content["packages"].items()
+    assert content["python"] == platform.python_version()
+    with world.ledger() as ledger:
+        events = ledger.events()
+        entries = content["ledger"]["entries"]
+        assert content["ledger"]["head"] == events[entries - 1].hash
+        assert (events[entries - 1].event, events[entries].event) == ("verifying", "promoted")
 
 
 def test_a_processor_killed_after_the_alias_moved_is_resumed(world: World) -> None:
@@ -269,6 +302,7 @@ def test_whatever_ends_a_run_its_text_goes(small: Small, monkeypatch: pytest.Mon
 
     def broken(*_: Any, **__: Any) -> None:
         assert len(list((home / REQUESTED).iterdir())) == 2
+        assert not home.stat().st_mode & 0o077  # tokens can be decoded
         raise RuntimeError
 
     monkeypatch.setattr(ladder, "run", broken)
@@ -301,6 +335,7 @@ def test_a_run_that_was_killed_at_its_very_end_is_tidied(small: Small, monkeypat
     batch, base, recipe = small.batch(), Version("1", "builtin:people/target", "", "first"), RecipeConfig(name="mine")
     home = small.storage / str(batch.run_config(base, recipe).name)
     (home / "train" / "checkpoint").mkdir(parents=True)
+    home.chmod(0o700)
     summary = {"cost": {}, "run": {"status": "finished", "message": "", "rounds": 1}}
     (home / "metrics.json").write_text(json.dumps(summary))
     small.ledger.move(name, "running", owner="ann")
@@ -308,6 +343,7 @@ def test_a_run_that_was_killed_at_its_very_end_is_tidied(small: Small, monkeypat
     monkeypatch.setattr(Batch, "_judged", lambda *_: Attempt("mine", home.name, "finished", "passed", [], "", {}))
     assert batch._tried(base, recipe).verdict == "passed"
     assert not (home / "train").exists()
+    assert home.stat().st_mode == small.storage.stat().st_mode  # the text is gone, the model can be used
 
 
 def test_gates_with_new_bounds_judge_a_finished_run_again(small: Small) -> None:
@@ -360,6 +396,9 @@ def test_a_batch_whose_champion_was_withdrawn_starts_over(small: Small, monkeypa
     stale = registered(small, registry, batch.name, second)
     small.ledger.release("ann")
     assert rollback(small.config, "wrong answers").champion == first.number
+    with pytest.raises(UserError, match=r"version 3 is not promoted: the champion is version 1 now"):
+        registry.promote(stale)  # as a process would that was paused meanwhile
+    assert (registry.champion().number, registry.previous()) == (first.number, None)
     small.ledger.hold("ann", 60)
 
     def tried(_: Batch, base: Version, __: Any) -> Attempt:

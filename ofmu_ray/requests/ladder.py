@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from ofmu_ray import progress
@@ -36,7 +37,7 @@ from ofmu_ray.runs.outcome import Outcome, read_unlearned
 from ofmu_ray.runs.run import run
 from ofmu_ray.runs.this_run import Run
 from ofmu_ray.runs.unlearn_run import read_finished
-from ofmu_ray.storage import atomic_write, is_file, join, locate, read_text
+from ofmu_ray.storage import atomic_write, is_file, is_uri, join, locate, read_text
 from ofmu_ray.storage.names import split_query
 from ofmu_ray.tracking import RECORD, recorded_run
 
@@ -191,6 +192,8 @@ class Batch:
         if outcome is None:
             self._to("running", {"recipe": recipe.name, "run": config.name})
             outcome = self._unlearned(config, home)
+        if not is_uri(home) and Path(home).is_dir():  # the text is gone; a model may be others' to read
+            Path(home).chmod(Path(self.storage).stat().st_mode)
         self._to("verifying", {"recipe": recipe.name, "run": config.name})
         attempt = self._judged(config, recipe, outcome)
         atomic_write(join(home, GATES_FILE), json.dumps(asdict(attempt), indent=1) + "\n")
@@ -199,6 +202,8 @@ class Batch:
     def _unlearned(self, config: UnlearnConfig, home: str) -> Outcome:
         """The run, on files with text that go in any case."""
         try:
+            if not is_uri(home):  # what the run makes of the rows, tokens first, is its owner's alone
+                Path(home).mkdir(mode=0o700, parents=True, exist_ok=True)
             write_sources(join(home, REQUESTED), self.config, self.ledger, self.requests, self._begun())
             return run(config, command=("ofmu", "requests", "process"))
         except BaseException:
@@ -242,13 +247,6 @@ class Batch:
 
     def _promoted(self, base: Version, made: Version, attempts: list[Attempt]) -> BatchOutcome:
         """Alias, certificate, ledger, in this order; each of them can be repeated."""
-        champion = self.registry.champion()
-        if champion is None or champion.number not in (base.number, made.number):
-            now = "nobody" if champion is None else f"version {champion.number}"
-            raise UserError(
-                f"{self.registry.name}: the champion was version {base.number} when the batch {self.name} began and is "
-                f"{now} now: version {made.number} was made from the old one and is not promoted"
-            )
         passed = next(one for one in attempts if one.weights == made.weights)
         key, document = certify(self.config, self.ledger, self.requests, base, made, passed, attempts, self.storage)
         self.ledger.check_lease(self.owner)

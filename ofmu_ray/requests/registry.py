@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from ofmu_ray.config import TrackingConfig
+from ofmu_ray.errors import UserError
 from ofmu_ray.storage import is_uri
 from ofmu_ray.tracking import connection
 
@@ -111,7 +112,24 @@ class Registry:
         return _version(made)
 
     def promote(self, version: Version) -> None:
-        """Make a version the champion, and the one that it replaces `previous`. Can be repeated."""
+        """Make a version the champion, and the one that it replaces `previous`. Can be repeated.
+
+        MLflow has no lease and no move on condition: a process that is paused for longer than its lease between the
+        last look at the alias and its move can still put its version over its successor's. Its own `Ledger.move` is
+        refused then.
+
+        Raises:
+            UserError: the champion is neither the version that this one replaces nor this one.
+        """
+        champion = self.champion()
+        number = None if champion is None else champion.number
+        if number not in (version.replaces, version.number):
+            now = "nobody" if number is None else f"version {number}"
+            began = "there was no champion" if version.replaces is None else f"it was version {version.replaces}"
+            raise UserError(
+                f"{self.name}: version {version.number} is not promoted: the champion is {now} now, and {began} when "
+                f"the batch {version.batch} began"
+            )
         with self._asked():
             if version.replaces is not None:
                 self._client.set_registered_model_alias(self.name, PREVIOUS, version.replaces)
