@@ -23,6 +23,7 @@ from requests_kill import PHASES, WITHDRAWALS, kill_in
 from requests_server import PEOPLE, ROWS_EACH, configured
 from requests_world import STRONG, World, pairs, people, write_rows
 
+import ofmu_ray
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import SourceConfig
 from ofmu_ray.config.promotion import RecipeConfig
@@ -31,7 +32,6 @@ from ofmu_ray.data.row_checks import digests
 from ofmu_ray.data.sources import fingerprint, fragments
 from ofmu_ray.errors import StorageError, UserError
 from ofmu_ray.models.source import model_fingerprint
-from ofmu_ray.reporting.manifest import code_version
 from ofmu_ray.requests import ladder
 from ofmu_ray.requests.certificate import NOT_PROVED, NotVerified, verify
 from ofmu_ray.requests.gate_tables import gate_cache
@@ -96,8 +96,8 @@ def test_the_ladder_goes_on_until_all_gates_pass(world: World) -> None:
 
 def check_certificate(world: World, content: Mapping[str, Any]) -> None:
     """What it says of base, data, method, cost and software is what was used."""
-    home = world.storage / content["run"]
-    assert content["base"] == {"version": "1", "weights": model_fingerprint(resolve_builtin("builtin:people/target"))}
+    home, digest = world.storage / content["run"], model_fingerprint(Path(resolve_builtin("builtin:people/target")))
+    assert content["base"] == {"version": "1", "weights": digest}
     assert content["not_proved"] == list(NOT_PROVED)
     assert len(NOT_PROVED) == 5
     assert (content["method"]["name"], content["method"]["recipe"], content["method"]["seed"]) == ("ofmu", "swept-2", 0)
@@ -110,7 +110,8 @@ def check_certificate(world: World, content: Mapping[str, Any]) -> None:
     assert re.fullmatch(r"[0-9a-f]{64}", content["data"]["retain"]["sha256"])
     assert content["cost"] == json.loads((home / "metrics.json").read_text())["cost"] == content["attempts"][1]["cost"]
     assert content["cost"]["gradient_passes"] == {"forget": 3 * 8, "retain": 8 * 8}
-    assert content["code"] == content["verified_with"] == code_version()
+    assert content["code"] == manifest["code"]
+    assert content["verified_with"]["version"] == content["code"]["version"] == ofmu_ray.__version__
     used = {name: version(name) for name in ("torch", "transformers", "mlflow", "cryptography")}
     assert used.items() <= content["packages"].items()
     assert content["python"] == platform.python_version()
