@@ -166,7 +166,7 @@ def test_a_grid_is_a_recipe_for_each_combination() -> None:
     assert runs[0] == UnlearnConfig()
 
 
-@pytest.mark.parametrize(("rounds", "expected"), [(20, [20, 40, 80]), (100, [100, 200, 400])])
+@pytest.mark.parametrize(("rounds", "expected"), [(20, [20, 60, 120]), (100, [100, 300, 600])])
 def test_the_default_recipes_train_longer_than_the_configuration(rounds: int, expected: list[int]) -> None:
     config = RequestsConfig(training=TrainingConfig(rounds=rounds))
     runs = [config.with_recipe(one) for one in config.requests.promotion.ladder]

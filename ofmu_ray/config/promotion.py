@@ -130,8 +130,8 @@ def _recipes() -> list[RecipeConfig]:
     patient = {"stop": {"forgotten": None}}
     return [
         RecipeConfig(name="base"),
-        RecipeConfig(name="longer", rounds_factor=2, options=patient),
-        RecipeConfig(name="longest", rounds_factor=4, options=patient),
+        RecipeConfig(name="longer", rounds_factor=3, options=patient),
+        RecipeConfig(name="longest", rounds_factor=6, options=patient),
     ]
 
 
