@@ -84,7 +84,7 @@ class Submission:
 
 
 @dataclass(frozen=True)
-class Found:
+class MatchedRows:
     """Rows of the training data."""
 
     rows: list[dict[str, str]]
@@ -129,7 +129,7 @@ def submit(config: RequestsConfig, ledger: Ledger, submission: Submission, by: s
     return request, request.id == proposed  # another client may have been faster
 
 
-def by_columns(config: RequestsConfig, where: Mapping[str, str]) -> Found:
+def by_columns(config: RequestsConfig, where: Mapping[str, str]) -> MatchedRows:
     """Rows of the training data whose columns have these values, as text.
 
     Raises:
@@ -152,12 +152,14 @@ def by_columns(config: RequestsConfig, where: Mapping[str, str]) -> Found:
     return found
 
 
-def by_hashes(config: RequestsConfig, ledger: Ledger, hashes: set[str]) -> Found:
+def by_hashes(config: RequestsConfig, ledger: Ledger, hashes: set[str]) -> MatchedRows:
     """Rows of the training data with these hashes (`ledger.hashes.row`)."""
     return _search(config, lambda _, question, answer: ledger.hashes.row(question, answer) in hashes, [])
 
 
-def _search(config: RequestsConfig, fits: Callable[[Mapping[str, Any], str, str], bool], columns: list[str]) -> Found:
+def _search(
+    config: RequestsConfig, fits: Callable[[Mapping[str, Any], str, str], bool], columns: list[str]
+) -> MatchedRows:
     fmt, source = config.data.format, config.requests.train
     pieces = sources.fragments(source, config.data.root, stream="train", option="requests.train")
     problems, rows, searched = Problems(), [], 0
@@ -167,7 +169,7 @@ def _search(config: RequestsConfig, fits: Callable[[Mapping[str, Any], str, str]
         if pair is not None and fits(row, *pair):
             rows.append({"id": name, "question": pair[0], "answer": pair[1]})
     row_checks.refuse({"requests.train": (source.shown, problems)})
-    return Found(rows, searched, sources.fingerprint(pieces))
+    return MatchedRows(rows, searched, sources.fingerprint(pieces))
 
 
 def _rows(
@@ -192,7 +194,7 @@ def _texts(value: Any) -> tuple[str, ...]:
     return (str(value),) if isinstance(value, (str, int, float, Decimal, date)) else ()
 
 
-def _refuse(config: RequestsConfig, submission: Submission, found: Found) -> None:
+def _refuse(config: RequestsConfig, submission: Submission, found: MatchedRows) -> None:
     share = config.requests.largest_share
     if not found.rows:
         asked = f"all of {', '.join(submission.where)}" if submission.where else "the text of any given row"
