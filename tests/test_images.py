@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import IMAGE_METHODS
+from conftest import IMAGE_METHODS, ROOT
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -24,6 +24,7 @@ from ofmu_ray.data.image_reading import augmented, draws
 from ofmu_ray.errors import UserError
 from ofmu_ray.methods import build_method
 from ofmu_ray.training import worker
+from pipelines import cli
 
 DATA = {"images": {"size": 8, "padding": 1, "flip": False}}
 SHAPE = {"architecture": "resnet8", "channels": 1, "image_size": 8, "enlarge": 1, "mean": [0.3], "std": [0.38]}
@@ -76,6 +77,26 @@ RUNS = {
     "l1_sparse": {"l1_sparse": {"optimizer": {"name": "sgd", "lr": 0.05}}},
     "npo": {"npo": {"optimizer": {"name": "sgd", "lr": 0.05}, "retain_loss": "kl", "retain_weight": 3.0}},
 }
+
+
+@pytest.mark.full
+@pytest.mark.system
+def test_the_shipped_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The three commands of digits.yaml, in its working directory."""
+    monkeypatch.chdir(tmp_path)
+    for command, name in (("train", "digits_target"), ("train", "digits_retrained"), ("unlearn", "digits")):
+        assert cli.main([command, "--config", str(ROOT / f"pipelines/configs/{name}.yaml")]) == 0
+    metrics = json.loads(Path("runs/digits/metrics.json").read_text())
+    value = {
+        model: {name: figure["value"] for name, figure in metrics[model].items()}
+        for model in ("before", "after", "retrained")
+    }
+    assert metrics["run"]["status"] == "finished"
+    assert value["before"]["testing_accuracy"] > 95
+    assert value["retrained"]["average_gap"] == 0
+    assert value["after"]["unlearning_accuracy"] > value["before"]["unlearning_accuracy"]
+    assert value["after"]["testing_accuracy"] > 90
+    assert "Confusion of the forgotten rows" in Path("runs/digits/report.html").read_text()
 
 
 def _gap(metrics: Any, retrained: Any) -> float:
