@@ -121,3 +121,37 @@ def test_questions_without_the_answers_index(root: Path, tmp_path: Path) -> None
     config = parse(UnlearnConfig, [*given, "--evaluation.sets.forget_choice", str(path)], "x")
     with pytest.raises(UserError, match=r"forget_choice .*column 'answer' is not the number of a choice .*\(row 1\)"):
         unlearn(config)
+
+
+@pytest.mark.full
+def test_a_domain_is_fitted_and_forgotten(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """benchmarks/domain.py on four subjects: who is asked what, equal passes, and what was fitted is known."""
+    from benchmarks import domain
+
+    subjects = ["anatomy", "astronomy", "law", "physics"]
+    table = questions(40, subject=subjects)
+    pq.write_table(table, tmp_path / "test.parquet")
+    given = {
+        "mmlu": tmp_path / "test.parquet", "model": root / "model", "out": tmp_path / "out", "forget": "anatomy",
+        "keep": "astronomy", "rates": 1e-3, "passes": 22, "epochs": 40, "fit-rate": 1e-2,
+    }  # fmt: skip
+    domain.main([word for name, value in given.items() for word in (f"--{name}", str(value))])
+    texts = {
+        name: pq.read_table(tmp_path / f"out/rows/{name}.parquet")["text"].to_pylist()
+        for name in ("forget", "retain", "train", "holdout")
+    }
+    assert {name: len(rows) for name, rows in texts.items()} == {"forget": 10, "retain": 10, "train": 20, "holdout": 2}
+    assert texts["train"] == texts["forget"] + texts["retain"]
+    about = "The following are multiple choice questions (with answers) about anatomy.\n\n"
+    assert texts["forget"][1] == f"{about}Question: who is person 4?\nAnswer: the answer 0"
+    asked = pq.read_table(tmp_path / "out/rows/retain_choice.parquet").to_pylist()
+    assert [row["subject"] for row in asked] == ["astronomy"] * 10 + ["law"] * 2 + ["physics"] * 2
+    assert not {text for row in asked[10:] for text in texts["holdout"] if row["question"] in text}
+    lines = json.loads((tmp_path / "out/domain.json").read_text())
+    assert [line["model"] for line in lines] == ["base", "target", "ofmu", "rmu", "npo"]
+    assert [sum(line["gradient_passes"].values()) for line in lines[2:]] == [22] * 3
+    assert lines[1]["forget"]["value"] > lines[0]["forget"]["value"] + 0.2
+    assert [line["others"]["n"] for line in lines] == [4] * 5
+    assert lines[2]["rank"] is not None
+    assert "who is" not in json.dumps(lines)
+    assert capsys.readouterr().out.count("*") == 3
