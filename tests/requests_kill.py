@@ -41,7 +41,7 @@ def at_promotion(kill: Kill) -> None:
     """Before the alias of a version that replaces another (the first one is promoted at the start)."""
     promote = Registry.promote
     Registry.promote = (  # type: ignore[method-assign]
-        lambda self, version: kill() if version.replaces else promote(self, version)
+        lambda self, version, *rest: kill() if version.replaces else promote(self, version, *rest)
     )
 
 

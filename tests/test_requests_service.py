@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import http.client
 import itertools
 import json
@@ -128,17 +128,27 @@ def test_what_is_refused_is_not_written(server: Service, name: str) -> None:
 
 
 def test_a_body_of_unknown_length_is_limited_too(server: Service) -> None:
-    before = server.ledger.head()
+    """Reading ends at the limit. Without a network: a server that closes early may reset the connection instead."""
+    before, taken, sent = server.ledger.head(), itertools.count(), []
+    headers = {"authorization": f"Bearer {server.token}", "content-type": "application/json"}
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b" " * 5000, "more_body": next(taken) < 100}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/requests", "query_string": b"", "client": ("127.0.0.1", 1)}
+    encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
+    asyncio.run(service.make_app(server.config, server.ledger)({**scope, "headers": encoded}, receive, send))
+    assert (sent[0]["status"], next(taken)) == (413, 20_000 // 5000 + 1)
+    assert b"more than 20000 bytes" in sent[1]["body"]
+
     connection = http.client.HTTPConnection(server.host, server.port, timeout=60)
-    chunks = (b"x" * 5000 for _ in range(5))
-    headers = {"authorization": f"Bearer {server.token}", "transfer-encoding": "chunked"}
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the server stops reading
-        connection.request("POST", "/v1/requests", chunks, headers, encode_chunked=True)
-    try:
-        answer = connection.getresponse()
-        assert (answer.status, b"more than 20000 bytes" in answer.read()) == (413, True)
-    finally:
-        connection.close()
+    connection.request("POST", "/v1/requests", iter([b'{"key": ', b'"n"}']), headers, encode_chunked=True)
+    answer = connection.getresponse()
+    assert (answer.status, "either rows or where" in answer.read().decode()) == (422, True)
+    connection.close()
     assert server.ledger.head() == before
 
 

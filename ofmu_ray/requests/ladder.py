@@ -249,8 +249,7 @@ class Batch:
         """Alias, certificate, ledger, in this order; each of them can be repeated."""
         passed = next(one for one in attempts if one.weights == made.weights)
         key, document = certify(self.config, self.ledger, self.requests, base, made, passed, attempts, self.storage)
-        self.ledger.check_lease(self.owner)
-        self.registry.promote(made)
+        self.registry.promote(made, lambda: self.ledger.check_lease(self.owner))
         detail = {"version": made.number, "recipe": passed.recipe, "run": passed.run, "key": key}
         self.ledger.move(self.ids, "promoted", detail, owner=self.owner, certificate=document)
         path = publish(self.storage, self.name, document)

@@ -6,7 +6,7 @@ version that nobody uses or a finished promotion. All calls can be repeated: a v
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,12 +111,12 @@ class Registry:
             )
         return _version(made)
 
-    def promote(self, version: Version) -> None:
+    def promote(self, version: Version, confirm: Callable[[], None] = lambda: None) -> None:
         """Make a version the champion, and the one that it replaces `previous`. Can be repeated.
 
-        MLflow has no lease and no move on condition: a process that is paused for longer than its lease between the
-        last look at the alias and its move can still put its version over its successor's. Its own `Ledger.move` is
-        refused then.
+        `confirm` is called right before `champion` moves, to raise if the caller lost its lease. MLflow has no move on
+        condition: a process that is paused in this last step, while its lease ends and its successor promotes this
+        version and a later one, still moves `champion` back from the later one.
 
         Raises:
             UserError: the champion is neither the version that this one replaces nor this one.
@@ -130,10 +130,11 @@ class Registry:
                 f"{self.name}: version {version.number} is not promoted: the champion is {now} now, and {began} when "
                 f"the batch {version.batch} began"
             )
+        confirm()
         with self._asked():
+            self._client.set_registered_model_alias(self.name, CHAMPION, version.number)
             if version.replaces is not None:
                 self._client.set_registered_model_alias(self.name, PREVIOUS, version.replaces)
-            self._client.set_registered_model_alias(self.name, CHAMPION, version.number)
 
     def mark_withdrawn(self, version: Version, reason: str) -> None:
         """Note that a version is taken back, before anything else changes."""
