@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tiers import missing
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WIDTH, HEIGHT = 1200, 900
 
@@ -84,8 +86,9 @@ class Browser:
 
 @contextmanager
 def browser(folder: Path) -> Iterator[Browser]:
-    """A browser with an empty profile in `folder`."""
-    assert CHROMIUM is not None
+    """A browser with an empty profile in `folder`. Skips where there is no Chromium."""
+    if CHROMIUM is None:
+        missing("browser", "no Chromium on this machine: apt-get install chromium")
     to_browser, writing = os.pipe()
     reading, from_browser = os.pipe()
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
+from tiers import missing
 
 BINARIES = [Path(f"/usr/lib/postgresql/{version}/bin") for version in range(18, 12, -1)]
 
@@ -33,7 +33,7 @@ def _as_postgres() -> dict[str, int]:
         except KeyError:
             continue
         return {"user": account.pw_uid, "group": account.pw_gid}
-    pytest.skip("root, and there is no account postgres or nobody to run PostgreSQL as")
+    missing("postgres", "root, and there is no account postgres or nobody to run PostgreSQL as")
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def postgres() -> Iterator[str]:
     """The URI of a fresh database; the server ends with the block. Skips where PostgreSQL is not installed."""
     folder = binaries()
     if folder is None:
-        pytest.skip("no PostgreSQL (initdb) on this machine: apt-get install postgresql")
+        missing("postgres", "no PostgreSQL (initdb) on this machine: apt-get install postgresql")
     account = _as_postgres()
     home = Path(tempfile.mkdtemp(prefix="ofmu-pg-", dir="/tmp"))  # a socket's path has 107 characters at most
     try:

@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from browser import CHROMIUM, browser
+from browser import browser
 from leak_scan import leaks
 from requests_server import Service, configured, private
 
@@ -149,7 +149,6 @@ def test_pages_need_a_token_that_operates(running: Service) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
 def test_pages_in_a_browser_without_javascript(running: Service, tmp_path: Path) -> None:
     """Signs in with the keyboard. `PAGES=folder` keeps the pictures."""
     folder = Path(os.environ.get("PAGES", tmp_path))

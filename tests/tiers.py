@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -20,3 +21,10 @@ def asked(request: pytest.FixtureRequest, test: str, argument: str = "case") -> 
         for item in request.session.items
         if isinstance(item, pytest.Function) and item.path == request.path and item.originalname == test
     ]
+
+
+def missing(program: str, why: str) -> NoReturn:
+    """Skip the test; fail it where OFMU_REQUIRE (names with commas) says that the program has to be there."""
+    if program in os.environ.get("OFMU_REQUIRE", "").split(","):
+        pytest.fail(f"{why} (OFMU_REQUIRE names {program})")
+    pytest.skip(why)
