@@ -14,10 +14,12 @@ import pytest
 import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+from sqlalchemy import make_url
 
 from ofmu_ray import __version__
 from ofmu_ray.commandline.parse import parse
 from ofmu_ray.config import UnlearnConfig
+from ofmu_ray.config.requests import RequestsConfig
 from ofmu_ray.runs.preflight import check_job_storage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -180,6 +182,24 @@ def test_commands_of_kubernetes_files_are_commands_of_this_project(tmp_path):
     assert "pipelines.unlearn" in (ROOT / "cluster/nightly.sh").read_text()
 
 
+def test_the_nights_requests_have_a_ledger_that_several_machines_can_open():
+    """Not SQLite on the shared volume; the image has the driver, and the head the password."""
+    job = load(KUBERNETES[3])["spec"]["jobTemplate"]
+    ledger = make_url(parse(RequestsConfig, _storage_only(job["entrypoint"]), "ofmu requests").requests.ledger)
+    assert (ledger.drivername, ledger.password) == ("postgresql+psycopg", None)
+    assert "psycopg" in PINS
+    (head,) = job["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    secrets = {one["name"]: one["valueFrom"]["secretKeyRef"]["key"] for one in head["env"]}
+    assert secrets == {"OFMU_MASTER_KEY": "master_key", "PGPASSWORD": "ledger_password"}
+
+
+def _storage_only(entrypoint: str) -> list[str]:
+    """The options of `ofmu requests process`, without the file that only the cluster has."""
+    words = shlex.split(entrypoint)
+    assert words[:5] == ["ofmu", "requests", "process", "--config", "/mnt/ofmu/requests.yaml"]
+    return words[5:]
+
+
 # ------------------------------------------------------------------------------------------------------------ the image
 
 
@@ -216,4 +236,5 @@ def test_the_dependencies_step_of_the_image_reads_the_project():
     """The one-liner that turns pyproject.toml into requirements, as the image's shell runs it."""
     command = re.search(r'python (-c ".*")', DOCKERFILE)[1]
     printed = subprocess.check_output(["sh", "-c", f"{sys.executable} {command}"], cwd=ROOT, text=True).splitlines()
-    assert printed == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert printed == [*project["dependencies"], *project["optional-dependencies"]["postgres"]]
