@@ -33,7 +33,7 @@ def _as_postgres() -> dict[str, int]:
         except KeyError:
             continue
         return {"user": account.pw_uid, "group": account.pw_gid}
-    missing("postgres", "root, and there is no account postgres or nobody to run PostgreSQL as")
+    return missing("postgres", "root, and there is no account postgres or nobody to run PostgreSQL as")
 
 
 @contextmanager

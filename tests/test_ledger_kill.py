@@ -227,11 +227,13 @@ def test_killed_in_every_second_transition(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(3600)
 def test_killed_at_every_point(tmp_path: Path) -> None:
     check_points(sqlite(tmp_path))
 
 
 @pytest.mark.full
+@pytest.mark.timeout(3600)
 def test_killed_at_every_point_of_postgresql() -> None:
     with postgres() as uri:
 
