@@ -16,11 +16,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from leak_scan import leaks
 from ledger_machine import Clock
 from mlflow import MlflowClient
 from requests_kill import PHASES, WITHDRAWALS, kill_in
 from requests_server import PEOPLE, ROWS_EACH, configured
+from requests_world import CRIPPLED as UNCHANGED
 from requests_world import STRONG, World, pairs, people, write_rows
 
 import ofmu_ray
@@ -570,3 +572,33 @@ def test_retain_rows_that_paraphrase_an_earlier_request_are_caught(tmp_path: Pat
     assert "of earlier requests" in world.said[-1]
     assert (world.state(first), world.state(second)) == ("promoted", "needs_review")
     assert world.registry.champion().number == "2"
+
+
+NPO = {"name": "npo", "options": {"method": "npo", "training.rounds": 30, "npo.optimizer.lr": 1e-3}}
+RETRAINED = [
+    {"metric": "forget_probability", "against": "retrained", "at_least": -0.5, "at_most": 0.3},
+    {"metric": "forget_extraction_strength", "against": "retrained", "at_most": 0.4},
+    {"metric": "retain_probability", "against": "champion", "at_least": 0.5},
+    {"metric": "relearn/forget/step_1", "against": "retrained", "at_most": 0.5},
+]
+
+
+@pytest.mark.full
+def test_another_method_is_promoted_by_gates_against_a_retrained_model(tmp_path: Path) -> None:
+    """A ladder of two methods; what the first one leaves is far from the retrained model."""
+    promotion = {"gates": RETRAINED, "recipes": [UNCHANGED, NPO], "relearn": {"rows": 4, "steps": [1], "batch_size": 4}}
+    world = World.made(tmp_path, [], promotion=promotion)
+    path = tmp_path / "requests.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["evaluation"]["retrained"] = "builtin:people/retrained"
+    path.write_text(yaml.safe_dump(config))
+    request = world.add(0)
+    assert world.call("process") == 0, world.said[-1]
+    assert "crippled: failed: forget_probability against retrained" in world.said[-1]
+    with world.ledger() as ledger:
+        content = json.loads(ledger.certificate(request) or "{}")["certificate"]
+    assert (content["method"]["name"], content["method"]["options"]["npo"]["optimizer"]["lr"]) == ("npo", 1e-3)
+    assert [gate["result"] for gate in content["gates"]] == ["passed"] * 4
+    against = {gate["metric"]: gate["value"] for gate in content["gates"] if "retrained" in gate["compared"]}
+    assert list(against) == ["forget_probability", "forget_extraction_strength", "relearn/forget/step_1"]
+    assert max(against.values()) < 0  # less than the retrained model's, so they are differences
