@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
+import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
@@ -116,3 +120,30 @@ def test_a_file_name_says_which_file_is_meant() -> None:
     elsewhere = {name: files[name] for name in commands & files.keys() if files[name] != [f"ofmu_ray/config/{name}.py"]}
     assert not shared, f"rename one of each: {shared}"
     assert not elsewhere, f"rename: {elsewhere}"
+
+
+BROUGHT = {"huggingface_hub": "transformers", "starlette": "fastapi", "aiohttp": "ray", "nltk": "rouge-score"}
+"""Packages imported here that a declared dependency has to bring, in a version that suits it."""
+
+
+def distribution(requirement: str) -> str:
+    return re.split(r"[^\w.-]", requirement, maxsplit=1)[0].lower().replace("_", "-")
+
+
+def test_what_is_imported_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [name for extra, names in project["optional-dependencies"].items() if extra != "dev" for name in names]
+    declared = {distribution(name) for name in [*project["dependencies"], *extras]}
+    for package, parent in BROUGHT.items():
+        assert parent in declared
+        assert distribution(package) in {distribution(name) for name in requires(parent) or ()}
+    own = {*sys.stdlib_module_names, "ofmu_ray", "pipelines", "tune_spaces", *BROUGHT}
+    installed = packages_distributions()
+    missing = {
+        f"{path.relative_to(ROOT)} imports {package}"
+        for _, path in sources()
+        for package in (name.partition(".")[0] for name in imports(path))
+        if package and package not in own
+        and declared.isdisjoint(map(distribution, installed.get(package, [package])))
+    }  # fmt: skip
+    assert not missing
