@@ -64,7 +64,7 @@ def test_bars_of_a_terminal_leave_lines_whole(monkeypatch):
 
 
 def test_help_is_one_screen(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "80")
     for command in ("unlearn", "train", "evaluate", "sweep", "benchmark", "submit", "plan"):
         with pytest.raises(SystemExit) as stop:
             cli.main([command, "--help"])

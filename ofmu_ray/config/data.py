@@ -23,10 +23,10 @@ class SourceConfig:
     """Where rows come from."""
 
     path: str | list[str] | None = None
-    """File, folder, glob or URI (local, s3://, gs://) of JSON (Lines or an array), Parquet, CSV, TSV or plain text, or
-    a list of those; builtin:people/NAME; a folder of save_to_disk; or a hub name, as owner/name, with configuration and
-    split as owner/name:configuration:split. Images: also builtin:digits/train or test, or a folder with one per
-    class."""
+    """File, folder, glob, URI or hub name of the rows, or a list of files. Files: JSON (Lines or an array), Parquet,
+    CSV, TSV or plain text, local, s3:// or gs://. Also builtin:people/NAME; a folder of save_to_disk; on the hub
+    owner/name, with configuration and split owner/name:configuration:split. Images: also builtin:digits/train or test,
+    or a folder with one per class."""
     format: Literal["auto", "json", "parquet", "csv", "tsv", "text", "hub", "images"] = "auto"
     """auto: by suffix (.json is JSON Lines or an array; also .jsonl.gz and the like). images: a folder with a folder of
     images for each class."""
@@ -125,7 +125,7 @@ class DataConfig:
     """Forget and retain rows."""
 
     root: str | None = None
-    """Folder or URI that relative data paths (also of evaluation) start from; null: the working directory."""
+    """Where relative data paths start, of evaluation, too: a folder or URI; null: the working directory."""
     forget: SourceConfig = field(default_factory=lambda: SourceConfig(path=BUILTIN_FORGET))
     """Rows to forget; all are used, in a new order in each epoch."""
     retain: SourceConfig = field(default_factory=lambda: SourceConfig(path="builtin:people/retain.jsonl"))

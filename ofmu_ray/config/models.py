@@ -33,12 +33,12 @@ class ModelConfig:
     """The model to change."""
 
     path: str = BUILTIN_TARGET
-    """Model directory (Hugging Face layout, safetensors), GGUF file, hub name, or builtin:people/target."""
+    """Folder (safetensors), GGUF file, hub name or builtin:NAME."""
     tokenizer: str | None = None
     """Tokenizer directory or hub name; null: the model's own."""
     precision: Precision = "fp32"
-    """fp32; tf32 (fp32 weights, TF32 products on a GPU, fp32 differences); bf16 (bf16 weights, fp32 master copy);
-    bf16_autocast (fp32 weights, bf16 passes, fp32 differences)."""
+    """fp32, tf32, bf16 or bf16_autocast. tf32: fp32 weights, TF32 products on a GPU, fp32 differences; bf16: bf16
+    weights, fp32 master copy; bf16_autocast: fp32 weights, bf16 passes, fp32 differences."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation; exact curvature needs eager. flash_attention_2 needs precision bf16, a GPU and the
     package flash-attn; without them the run takes sdpa and says so."""

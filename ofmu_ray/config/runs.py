@@ -79,13 +79,13 @@ class UnlearnConfig:
     name: str | None = None
     """Run name; the same name resumes. null: derived from the configuration's hash."""
     storage: str = "runs"
-    """Folder or URI (s3://, gs://) for runs, checkpoints and caches; on a cluster, a folder that all nodes share."""
+    """Folder or URI (s3://, gs://) for runs, checkpoints and caches. On a cluster, a folder that all nodes share."""
     overwrite: bool = False
     """Delete a run of this name that was started with other options; one with these options resumes."""
     seed: int = 0
     """Seed of the batch order."""
     task: str = "causal_lm"
-    """Kind of model and rows: causal_lm, or an importable module with a TASK (ofmu_ray/tasks/protocol.py)."""
+    """Kind of model and rows: causal_lm, image or a module. A module has a TASK (ofmu_ray/tasks/protocol.py)."""
     method: MethodName = "ofmu"
     """Unlearning method. Its options are in the section of its name; the other methods' sections are ignored."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -169,7 +169,7 @@ class TrainConfig:
     name: str | None = None
     """Run name; the same name resumes. null: derived from the configuration's hash."""
     storage: str = "runs"
-    """Folder or URI (s3://, gs://) for runs, checkpoints and caches; on a cluster, a folder that all nodes share."""
+    """Folder or URI (s3://, gs://) for runs, checkpoints and caches. On a cluster, a folder that all nodes share."""
     overwrite: bool = False
     """Delete a run of this name that was started with other options; one with these options resumes."""
     seed: int = 0

@@ -26,8 +26,8 @@ class OFMUConfig(MethodConfig):
     """OFMU's two loops (arXiv 2509.22483, Algorithm 1). Costs per round: docs/method.md."""
 
     preset: PresetName = "lite"
-    """Named set of defaults for the other options: first_order (one pass per update, a bounded forget loss), lite (1.7
-    passes per update) or full (the paper's step, 4.7)."""
+    """Named set of defaults: first_order, lite or full. first_order: one pass per update, a bounded forget loss; lite:
+    1.7 passes; full: the paper's step, 4.7."""
     forget_loss: ForgetLoss = "nll"
     """Loss that the inner loop raises on forget answers. nll: the token NLL, unbounded; bounded_token: each token's NLL
     up to forget_level; bounded_row: each row's mean NLL up to forget_level; matched_row: the same, and down to it where
