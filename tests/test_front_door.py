@@ -558,3 +558,23 @@ def test_old_rows_tell_their_largest_token(tmp_path):
     pq.write_table(pa.table({"label": [1000]}), tmp_path / "images.parquet")
     images = dataclasses.replace(texts, parts=(("images.parquet", 1),))
     assert largest_tokens({"forget": texts, "retain": images}) == {"forget": 7}
+
+
+@pytest.mark.parametrize("option", ["model.path", "data.forget.path"])
+def test_a_hub_that_does_not_answer_is_one_line(option, tmp_path, capsys, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens at the port `discard`
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    words = ["--evaluation.enabled", "false", "--storage", str(tmp_path / "runs"), "--name", "r"]
+    assert cli.main(["unlearn", f"--{option}", "nobody/nothing", *words]) == 2
+    error = capsys.readouterr().err
+    last = error.splitlines()[-1]
+    assert last.startswith(f"ofmu unlearn: error: {option} = ")
+    assert "nobody/nothing" in last
+    assert "the hub is not reachable" in last
+    assert "and it is not in the cache" in last
+    assert sum("error" in line for line in error.splitlines()) == 1, error
+    assert not (tmp_path / "runs/r").exists()

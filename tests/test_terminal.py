@@ -3,14 +3,17 @@
 import io
 import json
 import sys
+import webbrowser
 from pathlib import Path
 
 import pytest
 
+from ofmu_ray import progress
 from ofmu_ray.commandline import terminal
 from ofmu_ray.commandline.terminal import Terminal
 from ofmu_ray.runs.catalog import past_runs
 from ofmu_ray.runs.claims import locked
+from ofmu_ray.training.session import ListenerReports
 from pipelines import cli
 
 
@@ -82,6 +85,37 @@ def test_help_on_a_section_and_on_none(capsys):
     assert "--ofmu.beta" not in text
     assert cli.main(["unlearn", "--help", "nop"]) == 2
     assert "Did you mean npo?" in capsys.readouterr().err
+
+
+def test_help_all_shows_every_section(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["plan", "--help", "all"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert {"--training.micro_batch_size", "--npo.beta"} <= set(text.split()), "the short help has neither"
+
+
+def test_a_resumed_run_says_from_where(capsys):
+    shown = Terminal()
+    with progress.listening(shown), shown.bar("train", 8, "round") as bar:
+        ListenerReports(bar).resumed(3)
+    assert "train   resumes after round 3" in capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize("browser", [True, False])
+def test_a_report_is_opened_in_a_browser(browser, tmp_path, capsys, monkeypatch):
+    opened = []
+    monkeypatch.setattr(webbrowser, "open", lambda where: opened.append(where) or browser)
+    folder = _folder(tmp_path, "r", run={"config_hash": "x", "command": "unlearn", "options": {"method": "npo"}})
+    page = folder / "report.html"
+    page.write_text("<html></html>")
+    assert cli.main(["report", "r", "--storage", str(tmp_path)]) == 0
+    assert opened == []
+    assert cli.main(["report", "r", "--open", "--storage", str(tmp_path)]) == 0
+    assert opened == [page.as_uri()]
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == [str(page)] * 2
+    assert ("no browser here" in printed.err) is not browser
 
 
 def test_options_are_not_abbreviated(capsys):
