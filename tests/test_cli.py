@@ -74,7 +74,7 @@ def test_a_python_user_gives_options_as_a_command_line_does(tmp_path):
     ("entry", "given", "message"),
     [
         (unlearn, {"training": {"rouns": 3}}, "training.rouns in the configuration. Did you mean training.rounds?"),
-        (unlearn, {"seed": "x"}, "key \"seed\": Expected a <class 'int'>. Got value: x"),
+        (unlearn, {"seed": "x"}, "seed = x: must be a whole number"),
         (unlearn, {"npo": {"beta": 1.0}}, "method = ofmu: add --method npo"),
         (unlearn, "/none.yaml", "config = '/none.yaml': cannot be read"),
         (train, {"training": 3}, "training is a section"),

@@ -233,7 +233,7 @@ def test_the_terminal_gives_intervals_their_values_digits_and_a_reason_for_what_
     after = {"forget_quality": metric(2.74e-14, 2.9e-19, 7.44e-12), "model_utility": metric(0.7791, 0.76, 0.8)}
     after |= {"forget_probability": metric(0.00326, 0.0024, 0.0044), "retain_probability": metric(None)}
     text = metrics_table({"after": after})
-    assert "2.74e-14 [2.90e-19, 7.44e-12]" in text
+    assert "2.7e-14 [2.9e-19, 7.4e-12]" in text
     assert "0.779 [0.760, 0.800]" in text
     assert "0.00326 [0.00240, 0.00440]" in text
     assert text.splitlines()[-1] == "- Retain probability: no rows"

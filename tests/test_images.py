@@ -184,7 +184,7 @@ def test_statistics_of_other_batch_normalisations_are_refused() -> None:
     from ofmu_ray.models.batch_norm import fix_statistics, share_statistics
 
     for refuse in (fix_statistics, share_statistics):
-        with pytest.raises(UserError, match=r"model\.path: .* has a BatchNorm1d, .* give one with BatchNorm2d"):
+        with pytest.raises(UserError, match=r"model\.path: .* has a BatchNorm1d; .* give one with BatchNorm2d"):
             refuse(torch.nn.Sequential(torch.nn.BatchNorm2d(2), torch.nn.BatchNorm1d(2)))
 
 
