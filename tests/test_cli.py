@@ -233,6 +233,7 @@ def test_mistakes_exit_2_with_one_message(mistake, tmp_path, capsys, monkeypatch
     printed = capsys.readouterr()
     assert status == 2
     assert message in printed.err
+    assert printed.err.count("\n") == 1
     assert "Traceback" not in printed.err
     assert not ray.is_initialized()
 

@@ -3,7 +3,9 @@
 import dataclasses
 import errno
 import json
+import os
 import re
+import resource
 import shutil
 import signal
 import sqlite3
@@ -172,6 +174,25 @@ def test_a_mistake_is_one_message_before_anything_starts(mistake, tmp_path, caps
     assert error.count("\n") == 1
     assert not Path("runs").exists() or not [path for path in Path("runs").iterdir() if path.name != "cache"]
     assert {path.name for path in tmp_path.iterdir()} <= {*FILES, "runs"}
+
+
+BEFORE_TORCH = ("freeze without a match", "layer too high", "adapter without a module")
+BEFORE_TORCH += ("target that is not trained", "model on the hub")
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("mistake", BEFORE_TORCH)
+def test_a_mistake_costs_less_than_three_seconds(mistake, tmp_path):
+    """CPU seconds of the whole command, which do not depend on what else the machine does."""
+    words, message = MISTAKES[mistake]
+    command = [sys.executable, "-m", "pipelines.cli", "unlearn", *words, "--storage", str(tmp_path / "runs")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert message in done.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
 
 
 def test_a_dead_ray_address(tmp_path, capsys, monkeypatch):
