@@ -30,7 +30,7 @@ COMMANDS = {
     "report": "print the path of a report; --open shows it in a browser",
     "metrics": "metrics from evaluation logs of other programs",
     "schema": "print a JSON schema of a command's configuration, for editors",
-    "completion": "print a script that completes commands and options in bash",
+    "completion": "print a script that completes commands and options in bash, zsh or fish",
 }
 
 

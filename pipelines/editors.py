@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ofmu_ray.commandline.config_files import SHIPPED
@@ -28,8 +28,8 @@ CONFIGURATIONS = {
 """Command -> where its configuration is declared."""
 ALONE = (*FLAGS, "--help", "--open")
 """Options without a value."""
-SCRIPT = """\
-# bash completion of `ofmu`, written by `ofmu completion`
+BASH = """\
+# completion of `ofmu`, written by `ofmu completion {shell}`
 _ofmu() {{
   local current="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}" words=""
   COMPREPLY=()
@@ -53,6 +53,41 @@ _ofmu() {{
 }}
 complete -o default -F _ofmu ofmu
 """
+ZSH = """\
+autoload -U +X compinit bashcompinit
+(( $+functions[compdef] )) || compinit
+bashcompinit
+"""
+FISH = """\
+# completion of `ofmu`, written by `ofmu completion {shell}`
+function __ofmu
+  set -l given (commandline -opc)
+  set -l words
+  if test (count $given) -lt 2
+    set words {commands}
+  else
+    switch "$given[2] $given[-1]"
+      case "* --config"; set words {shipped}
+      case "show *" "report *"; set words (ls runs 2>/dev/null) --storage --open
+{choices}
+      case {flags}
+      case "* --*"; __fish_complete_path (commandline -ct); return
+    end
+    if test (count $words) -eq 0
+      switch $given[2]
+{options}
+      end
+    end
+  end
+  printf "%s\\n" $words
+end
+complete -c ofmu -f -a "(__ofmu)"
+"""
+SYNTAX = {
+    "bash": ('*" {}"', "|", '{indent}{patterns}) words="{words}" ;;'),
+    "fish": ('"* {}"', " ", "{indent}case {patterns}; set words {words}"),
+}
+"""A pattern that ends with an option; what stands between patterns; a case. zsh reads bash's."""
 
 
 def configuration(command: str) -> type[Any]:
@@ -62,29 +97,37 @@ def configuration(command: str) -> type[Any]:
     return kind
 
 
-def script(commands: Mapping[str, Any]) -> str:
-    """The completion script; `commands`: the names of all commands."""
-    options, limited = [], dict[str, list[str]]()
+def script(commands: Mapping[str, Any], shell: str = "bash") -> str:
+    """The completion script; `commands`: the names of all commands; `shell`: bash, zsh or fish."""
+    options, limited = dict[str, list[str]](), dict[str, list[str]]()
+    last, between, case = SYNTAX["fish" if shell == "fish" else "bash"]
     for command in CONFIGURATIONS:
         kind: Any = configuration(command)
         parser = parser_for(kind, f"ofmu {command}")
         known = [word for word in parser._option_string_actions if word.startswith("--")]
-        short = [word for word, name in SHORT.items() if name in known]
-        options.append(_case([command, "quickstart"] if command == "unlearn" else [command], [*short, *known]))
+        names = [command, "quickstart"] if command == "unlearn" else [command]
+        options[" ".join([*(word for word, name in SHORT.items() if name in known), *known])] = names
         for word in known:
             if values := _values(word, parser._option_string_actions[word]):
-                limited.setdefault(" ".join(values), []).append(f'*" {word}"')
-    return SCRIPT.format(
+                limited.setdefault(" ".join(values), []).append(last.format(word))
+
+    def cases(patterns: Mapping[str, Iterable[str]], indent: int) -> str:
+        lines = (between.join(dict.fromkeys(names)) for names in patterns.values())
+        return "\n".join(
+            case.format(indent=" " * indent, patterns=names, words=words)
+            for names, words in zip(lines, patterns, strict=True)
+        )
+
+    flags = [last.format(word) for word in (*ALONE, *SHORT) if SHORT.get(word, word) in ALONE]
+    text = (FISH if shell == "fish" else BASH).format(
+        shell=shell,
         commands=" ".join(commands),
-        flags="|".join(f'*" {word}"' for word in (*ALONE, *SHORT) if SHORT.get(word, word) in ALONE),
+        flags=between.join(flags),
         shipped=" ".join(sorted(path.stem for path in SHIPPED.glob("*.yaml"))),
-        choices="\n".join(_case(dict.fromkeys(words), values.split(), 6) for values, words in limited.items()),
-        options="\n".join(options),
+        choices=cases(limited, 6),
+        options=cases(options, 8),
     )
-
-
-def _case(patterns: Iterable[str], words: Sequence[str], indent: int = 8) -> str:
-    return f'{" " * indent}{"|".join(patterns)}) words="{" ".join(words)}" ;;'
+    return ZSH + text if shell == "zsh" else text
 
 
 def _values(word: str, action: Any) -> list[str]:
@@ -102,6 +145,8 @@ def main(arguments: list[str], command: str, commands: Mapping[str, Any]) -> int
     parser = PlainParser(prog=f"ofmu {command}", description=commands[command])
     if command == "schema":
         parser.add_argument("command", nargs="?", default="unlearn", choices=[*CONFIGURATIONS], help="default: unlearn")
+    else:
+        parser.add_argument("shell", nargs="?", default="bash", choices=["bash", "zsh", "fish"], help="default: bash")
     try:
         options = parser.parse_args(arguments)
     except UserError as error:
@@ -109,5 +154,5 @@ def main(arguments: list[str], command: str, commands: Mapping[str, Any]) -> int
     if command == "schema":
         print(json.dumps(schema_of(configuration(options.command)), indent=1))
     else:
-        print(script(commands), end="")
+        print(script(commands, options.shell), end="")
     return 0
