@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -302,6 +303,30 @@ def test_rounds_that_run_again_after_a_rollback_are_logged_again(storage: str) -
             logger.log(step, {"a": 10.0 + step})
     assert _steps(handle, "a") == [1, 2, 2, 3, 3]
     assert _client(handle).get_run(handle.run_id).data.metrics["a"] == 13.0
+
+
+def test_tensorboard_shows_each_round_once(tmp_path: Path, storage: str) -> None:
+    """A run that rolled back to round 2, and was then resumed: the worker logs all rounds so far again."""
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="not installed")
+    handle = start(replace(CONFIG, tensorboard=str(tmp_path)), storage, "events", {})
+    assert handle.tensorboard == f"{tmp_path}/events"
+    with RoundLogger(handle) as logger:
+        for step in (1, 2, 3):
+            logger.log(step, {"loss": 1.0 / step, "rho": 0.1})
+        logger.rewind(2)
+        logger.log(3, {"loss": 7.0})
+    with RoundLogger(handle) as logger:
+        for step, loss in ((1, 1.0), (2, 0.5), (3, 7.0), (4, 8.0)):
+            logger.log(step, {"loss": loss})
+    events = accumulators.EventAccumulator(f"{tmp_path}/events").Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in events] == [(1, 1.0), (2, 0.5), (3, 7.0), (4, 8.0)]
+
+
+def test_tensorboard_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    with pytest.raises(UserError, match=r"tracking\.tensorboard: it is not installed: pip install 'ofmu-ray\[tensorb"):
+        start(TrackingConfig(tensorboard="tb"), str(tmp_path), "events", {})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,8 @@ class TrackingConfig:
     """Tracking URI; null: sqlite:///STORAGE/mlflow.db."""
     experiment: str = "ofmu"
     """Experiment name."""
+    tensorboard: str | None = None
+    """Folder for the series as TensorBoard's event files, too (the extra tensorboard); null: none."""
     system_metrics: bool = True
     """Log CPU, memory and GPU usage of the driver's machine."""
 

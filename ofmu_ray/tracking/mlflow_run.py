@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import logging
 import shlex
@@ -41,6 +42,8 @@ class RunHandle:
     run_id: str
     uri: str
     experiment_id: str
+    tensorboard: str | None = None
+    """Absolute folder of the run's event files; None: none."""
 
 
 def start(
@@ -66,12 +69,14 @@ def start(
             new run.
 
     Raises:
-        UserError: MLflow is not reachable within seconds or does not respond in 30 seconds, or the experiment was
-            deleted.
+        UserError: MLflow is not reachable within seconds or does not respond in 30 seconds, the experiment was
+            deleted, or TensorBoard is not installed.
     """
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
+    if config.tensorboard is not None and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("tracking.tensorboard: it is not installed: pip install 'ofmu-ray[tensorboard]', or null")
     uri = connection.resolve_uri(config.uri, storage)
     connection.check_reachable(uri)
     values = {name: _text(value) for name, value in flatten(dict(params)).items()}
@@ -97,7 +102,8 @@ def start(
         _log_params(client, run, values)
     except (MlflowException, SQLAlchemyError) as error:
         raise connection.unreachable(uri, _first_line(error)) from None
-    return RunHandle(run.info.run_id, uri, experiment_id)
+    events = config.tensorboard and str(Path(config.tensorboard, run_name).absolute())
+    return RunHandle(run.info.run_id, uri, experiment_id, events)
 
 
 def finish(

@@ -29,7 +29,8 @@ class _Point(NamedTuple):
 
 
 class RoundLogger:
-    """Logs a few numbers per round without delaying the round: buffered, one call per flush.
+    """Logs a few numbers per round without delaying the round: buffered, one call per flush; to TensorBoard, too, if
+    the handle says so.
 
     After a resumption, the rounds since the last checkpoint run again; values logged before are skipped, series by
     series, so each step occurs once. If MLflow stops responding, training continues: points stay in the buffer, with a
@@ -51,6 +52,8 @@ class RoundLogger:
                 "workers on several machines need a tracking server (--tracking.uri http://HOST:PORT)"
             )
         self._run_id = handle.run_id
+        self._folder = handle.tensorboard
+        self._events: Any = None
         self._client = connection.client(handle.uri)
         self._flush_rounds, self._flush_seconds = flush_rounds, flush_seconds
         self._buffer: list[_Point] = []
@@ -65,6 +68,7 @@ class RoundLogger:
         now = int(time.time() * 1000)
         self._buffer += [_Point(name, float(value), now, round) for name, value in values.items()]
         del self._buffer[:-LONGEST_BUFFER]
+        self._write_events(round, values)
         self._rounds += 1
         due = time.monotonic() >= self._next_flush
         if due or (self._rounds >= self._flush_rounds and not self._failing):
@@ -92,12 +96,14 @@ class RoundLogger:
         MLflow deletes nothing: the history of a series also contains the values of the discarded rounds, and the latest
         value of a step is shown.
         """
+        self._close_events()
         self.flush()
         self._buffer = [point for point in self._buffer if point.step <= round]
         self._last = {name: min(last, round) for name, last in self._last.items()}
 
     def close(self) -> bool:
         """Deliver the rest; False: MLflow did not accept it."""
+        self._close_events()
         if not self._buffer or self.flush():
             return True
         _log.warning("%d values of the series were not delivered to MLflow.", len(self._buffer))
@@ -126,6 +132,22 @@ class RoundLogger:
                 self._client.log_batch(self._run_id, metrics=fresh)
             self._last |= last
             del self._buffer[: len(chunk)]
+
+    def _write_events(self, round: int, values: Mapping[str, float]) -> None:
+        if self._folder is None:
+            return
+        if self._events is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # hides what was written before of this round and later ones: they run again
+            self._events = SummaryWriter(self._folder, purge_step=round)
+        for name, value in values.items():
+            self._events.add_scalar(name, float(value), round)
+
+    def _close_events(self) -> None:
+        if self._events is not None:
+            self._events.close()
+            self._events = None
 
     def _last_step(self, name: str) -> int:
         """The last step of a series in MLflow (-1: none); queried once, as this logger is the only writer."""
