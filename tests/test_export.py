@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from fault_job import make_job
 from s3_server import Server, s3_server
 from safetensors.torch import load_file
 
-from ofmu_ray import storage
+from ofmu_ray import progress, storage
 from ofmu_ray.config import ExportConfig, LoraConfig, ModelConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.internals.transformers_private import saved_names
@@ -162,6 +164,25 @@ def test_converted_tensors_are_written_whole(tmp_path: Path, job: tuple[ModelCon
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert set(before) == set(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+class Counted(progress.Listener, progress.Bar):
+    """Adds up what bars report, as (title, of, done)."""
+
+    @contextmanager
+    def bar(self, title: str, total: int, unit: str) -> Iterator[progress.Bar]:
+        self.title, self.total, self.done = title, total, 0
+        yield self
+
+    def update(self, count: int = 1) -> None:
+        self.done += count
+
+
+def test_progress_of_an_export_counts_tensors(tmp_path: Path, job: tuple[ModelConfig, Any, Any]) -> None:
+    config, model, tokenizer = job
+    with storage.new_folder(tmp_path / "out") as folder, progress.listening(Counted()) as heard:
+        export_causal_lm(model, tokenizer, weights_of(model), folder, config, ExportConfig(max_shard_size=SHARD))
+    assert (heard.title, heard.total, heard.done) == ("export", *[len(tensors(tmp_path / "out"))] * 2)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

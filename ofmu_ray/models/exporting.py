@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ofmu_ray import progress
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import ExportConfig, ModelConfig
 from ofmu_ray.errors import UserError
@@ -22,6 +23,7 @@ from ofmu_ray.models.answers import unwrapped
 from ofmu_ray.models.loading import quiet
 from ofmu_ray.models.source import base_folder, weights_folder
 from ofmu_ray.models.weights import Weights, return_freed_memory
+from ofmu_ray.progress import Bar
 from ofmu_ray.storage import NewFolder, is_uri, scratch
 
 METADATA = {"format": "pt"}
@@ -136,13 +138,14 @@ def _write_shards(
 
     shapes = {name: weights.shapes[inside].to(types.of(inside, name)) for name, inside in names.items()}
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=options.max_shard_size)
-    for file, inside in split.filename_to_tensors.items():
-        shard = dict(_read(inside, names, weights, shapes))
-        if folder is not None:
-            save_file(shard, folder.path / file, metadata=METADATA)
-            folder.flush()
-        del shard  # before the next one is gathered
-        return_freed_memory()
+    with progress.bar("export", len(shapes), "tensor") as bar:
+        for file, inside in split.filename_to_tensors.items():
+            shard = dict(_read(inside, names, weights, shapes, bar))
+            if folder is not None:
+                save_file(shard, folder.path / file, metadata=METADATA)
+                folder.flush()
+            del shard  # before the next one is gathered
+            return_freed_memory()
     if folder is not None and split.is_sharded:
         parameters = sum(shape.numel() for shape in shapes.values())
         totals = {"total_parameters": parameters, **split.metadata}
@@ -151,10 +154,11 @@ def _write_shards(
 
 
 def _read(
-    written: list[str], names: Mapping[str, str], weights: Weights, shapes: Mapping[str, torch.Tensor]
+    written: list[str], names: Mapping[str, str], weights: Weights, shapes: Mapping[str, torch.Tensor], bar: Bar
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name in written:
         yield name, _checked(name, weights.read(names[name], shapes[name].dtype)).contiguous()
+        bar.update()
 
 
 def _checked(name: str, value: torch.Tensor) -> torch.Tensor:
