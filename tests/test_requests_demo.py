@@ -24,7 +24,7 @@ def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert requests_demo.main(["--out", str(tmp_path / "demo")]) == 0
     said = capsys.readouterr().out
     (certificate,) = (tmp_path / "demo/requests/certificates").glob("*.json")
-    for line in ("promoted", "signature", "version 2 is withdrawn", f"certificate  {certificate}"):
+    for line in ("promoted", "signed by", "version 2 is withdrawn", f"certificate  {certificate}"):
         assert line in said, said
     with browser(tmp_path) as page:
         page.open(certificate.with_suffix(".html").as_uri())
