@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from engine_ranks import run_ranks
 from live_reference_ranks import Case, start
+from safetensors.torch import load_file
 from test_reference import TARGET, encoder_of, prepared, stream, template  # noqa: F401 (fixtures)
 from tiers import asked, tiered
 
+from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import LoraConfig, ModelConfig, TrainingConfig
 from ofmu_ray.data.prepare import PreparedData
 from ofmu_ray.data.sidecar import has_table
@@ -28,6 +33,7 @@ from ofmu_ray.methods.rmu import RMUConfig
 from ofmu_ray.runs.job import Spec, make_job, with_references
 from ofmu_ray.training.worker_job import WorkerJob
 
+ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 2
 TRAINING = TrainingConfig(engine="deepspeed", workers=2, zero_stage=3, rounds=ROUNDS, batch_size=4)
 LORA = ModelConfig(lora=LoraConfig(rank=2), precision="bf16_autocast")
@@ -158,3 +164,20 @@ def test_the_forget_level_of_a_model_too_large_is_refused(
     words = r"needs nll of retain from one process .* do not fit 0\.001 GB; give ofmu\.forget_level as a number"
     with pytest.raises(UserError, match=words):
         reference.stream_losses(prepared, "retain", spec_of("npo", *MADE["npo"]).model, str(tmp_path))
+
+
+@pytest.mark.full
+@pytest.mark.system
+def test_two_ray_workers_at_zero_3_equal_one_worker(tmp_path: Path) -> None:
+    """Through the command: NPO's reference values come from the workers, or from one process."""
+    words = [sys.executable, "-m", "pipelines.cli", "unlearn", "--method", "npo", "--storage", str(tmp_path)]
+    words += ["--training.rounds", "4", "--training.batch_size", "8", "--evaluation.enabled", "false"]
+    two = ["--training.engine", "deepspeed", "--training.workers", "2", "--training.zero_stage", "3"]
+    for name, options in {"two": two, "one": ["--training.engine", "torch", "--training.workers", "1"]}.items():
+        subprocess.run([*words, "--name", name, *options], check=True, cwd=ROOT)
+    weights = {name: load_file(tmp_path / name / "model/model.safetensors") for name in ("two", "one")}
+    for name, value in weights["one"].items():
+        torch.testing.assert_close(weights["two"][name], value, rtol=1e-4, atol=1e-5)
+    before = load_file(Path(resolve_builtin("builtin:people/target")) / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert (weights["one"][name] - before[name]).abs().max() > 1e-4
