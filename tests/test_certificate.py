@@ -87,6 +87,20 @@ def test_another_model_does_not_verify(tmp_path: Path, keys: Keys, model: Path) 
         verify(path, keys.folder, tmp_path)
 
 
+def test_weights_changed_in_place_with_size_and_time_kept_do_not_verify(
+    tmp_path: Path, keys: Keys, model: Path
+) -> None:
+    weights = model / "model.safetensors"
+    os.utime(weights, (1e9, 1e9))  # long ago, so that its digest may be remembered
+    path = written(tmp_path / "c.json", keys, model)
+    assert verify(path, keys.folder, model).model
+    with weights.open("r+b") as file:
+        file.write(b"x")
+    os.utime(weights, (1e9, 1e9))
+    with pytest.raises(NotVerified, match="weights"):
+        verify(path, keys.folder, model)
+
+
 def test_a_gate_that_did_not_pass_is_no_certificate(tmp_path: Path, keys: Keys, model: Path) -> None:
     path = written(tmp_path / "c.json", keys, model, gates=[{"name": "model_utility", "result": "failed"}])
     with pytest.raises(NotVerified, match="model_utility"):

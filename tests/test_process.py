@@ -447,10 +447,8 @@ def test_a_rollback_that_is_killed_at_either_alias_is_finished(small: Small, mon
     assert not registry.champion().withdrawn
 
 
-def test_a_registered_version_is_promoted_whatever_recipes_there_are_now(
-    small: Small, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed before the alias moved; then somebody changed the configuration."""
+def verifying(small: Small) -> tuple[Registry, Version, str, Any]:
+    """The registry with a first champion, that version, and a request of a batch whose result is being judged."""
     registry = Registry(small.config.tracking, str(small.storage), "ofmu")
     first = registered(small, registry, "first")
     registry.promote(first)
@@ -458,6 +456,14 @@ def test_a_registered_version_is_promoted_whatever_recipes_there_are_now(
     batch = small.batch(registry)
     for state in ("running", "verifying"):
         small.ledger.move(name, state, owner="ann")
+    return registry, first, name, batch
+
+
+def test_a_registered_version_is_promoted_whatever_recipes_there_are_now(
+    small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before the alias moved; then somebody changed the configuration."""
+    registry, first, name, batch = verifying(small)
     made = registered(small, registry, batch.name, first)
 
     def certified(*arguments: Any) -> tuple[str, str]:
@@ -479,13 +485,7 @@ def test_a_registered_version_is_promoted_whatever_recipes_there_are_now(
 
 def test_a_processor_that_was_paused_moves_no_alias(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it signs, another version is promoted; or its lease ends after its last look at the champion."""
-    registry = Registry(small.config.tracking, str(small.storage), "ofmu")
-    first = registered(small, registry, "first")
-    registry.promote(first)
-    name = small.add(3)
-    batch = small.batch(registry)
-    for state in ("running", "verifying"):
-        small.ledger.move(name, state, owner="ann")
+    registry, first, name, batch = verifying(small)
     registered(small, registry, batch.name, first)
     look = Registry.champion
 

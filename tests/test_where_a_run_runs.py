@@ -111,7 +111,7 @@ def test_gpus_that_torch_does_not_find_are_a_note(
     with listening(notes := Notes()):
         assert check_machine(ONE).gpus == 0
         assert check_machine(TrainingConfig(gpus_per_worker=0)).gpus == 0
-    found = f"torch finds none in spite of {tmp_path}/nvidia0: the run uses CPUs; install a build of torch"
+    found = f"torch finds none, although there is {tmp_path}/nvidia0: the run uses CPUs; install a build of torch"
     assert [text.startswith(found) for text in notes.texts] == [True] * said
 
 

@@ -68,8 +68,8 @@ class RuleConfig:
 
     objective: str = "forget_quality"
     """Metric (docs/metrics.md). forget_quality and metrics of other rows should be high, KS distance low, the other
-    forget metrics close to the retrained model's; without one, forget_probability and others low, and those that say
-    nothing then are refused."""
+    forget metrics close to the retrained model's. Without it, forget_probability and the like should be low, and
+    metrics that only that model gives a direction are refused."""
     utility: str = "model_utility"
     """Metric that must not fall below floor x the target's value."""
     floor: float = 0.9

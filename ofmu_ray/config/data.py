@@ -125,7 +125,7 @@ class DataConfig:
     """Forget and retain rows."""
 
     root: str | None = None
-    """Where relative data paths start, of evaluation, too: a folder or URI; null: the working directory."""
+    """Where relative data paths start, also those of evaluation: a folder or URI; null: the working directory."""
     forget: SourceConfig = field(default_factory=lambda: SourceConfig(path=BUILTIN_FORGET))
     """Rows to forget; all are used, in a new order in each epoch."""
     retain: SourceConfig = field(default_factory=lambda: SourceConfig(path="builtin:people/retain.jsonl"))

@@ -92,16 +92,22 @@ def weights_folder(model: str) -> Path:
     return folder
 
 
-def model_fingerprint(folder: Path) -> str:
+def model_fingerprint(folder: Path, *, reread: bool = False) -> str:
     """Hex digest of the content of the model's weights and configuration, independent of the folder.
 
-    For an adapter alone, its base counts too. Files are read once, and known again by size and time.
+    For an adapter alone, its base counts too. Files are read once, and known again by size and time. `reread`: read
+    them in any case, because somebody relies on the bytes: size and time can be kept when a file is changed.
     """
     paths = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(f"{path.name} {content(str(path)).sha256}\n".encode())
+        digest.update(f"{path.name} {_sha256(path) if reread else content(str(path)).sha256}\n".encode())
     base = base_folder(folder)
     if base != folder:
-        digest.update(model_fingerprint(base).encode())
+        digest.update(model_fingerprint(base, reread=reread).encode())
     return digest.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

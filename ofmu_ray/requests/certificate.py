@@ -114,7 +114,7 @@ def _check_model(path: str | Path, content: Mapping[str, Any], model: str | Path
     folder = Path(model)
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"--model {model}: not a folder with weights (*.safetensors)")
-    found = model_fingerprint(folder)
+    found = model_fingerprint(folder, reread=True)
     if found != content["result"]["weights"]:
         raise NotVerified(f"{path}: --model {model} has the weights {found[:12]}…, "
                           f"the certificate's {content['result']['weights'][:12]}…")  # fmt: skip

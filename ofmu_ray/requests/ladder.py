@@ -225,7 +225,7 @@ class Batch:
             status=outcome.message or outcome.status,
             verdict=verdict,
             gates=[one.to_json() for one in results],
-            weights=model_fingerprint(weights_folder(outcome.model)),
+            weights=model_fingerprint(weights_folder(outcome.model), reread=True),
             cost=dict(outcome.cost),
             asked=self._asked,
         )
@@ -307,10 +307,10 @@ class Batch:
             )
         if champion is None:
             folder = weights_folder(resolve_builtin(self.config.model.path))
-            first = self.registry.register(str(folder), model_fingerprint(folder), FIRST)
+            first = self.registry.register(str(folder), model_fingerprint(folder, reread=True), FIRST)
             self.registry.promote(first)
             return first
-        if champion.weights != model_fingerprint(weights_folder(champion.path)):
+        if champion.weights != model_fingerprint(weights_folder(champion.path), reread=True):
             raise UserError(
                 f"{self.registry.name} version {champion.number}: the weights in {champion.path} are not those "
                 "that were registered; restore them, or move the alias `champion` to another version"

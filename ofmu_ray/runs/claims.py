@@ -155,7 +155,7 @@ def _has_work(home: str) -> bool:
 
 
 def refuse_taken(home: PathLike) -> None:
-    """Raise UserError if a run or a sweep has this folder, or another process, for commands that claim none."""
+    """Raise UserError if a run or a sweep has this folder, or a process is using it; for commands that claim none."""
     _refuse_running(home)
     recorded = _recorded(home)
     if recorded is not None:

@@ -207,7 +207,7 @@ def _with_gpus(training: TrainingConfig, count: Callable[[], int], files: Sequen
         progress.note("gpu", f"{training.workers} of {available} GPUs{more}")
     elif not available and files:
         remedy = "install a build of torch for these GPUs, and check their driver"
-        progress.note("gpu", f"torch finds none in spite of {files[0]}: the run uses CPUs; {remedy}")
+        progress.note("gpu", f"torch finds none, although there is {files[0]}: the run uses CPUs; {remedy}")
     elif available:
         few = f"{available} GPUs for training.workers = {training.workers}: the run uses CPUs"
         progress.note("gpu", f"{few}; --training.workers {available} uses the GPUs")
