@@ -77,6 +77,14 @@ def test_help_is_one_screen(capsys, monkeypatch):
         assert any(line.startswith("  --config ") for line in lines)
 
 
+def test_help_is_the_same_after_a_command_was_parsed(capsys):
+    # parsing adds the completion's hidden option to the parser, which a process keeps
+    for words in (["--print_config"], ["--help"]):
+        with pytest.raises(SystemExit):
+            cli.main(["plan", *words])
+    assert "SUPPRESS" not in capsys.readouterr().out
+
+
 def test_help_on_a_section_and_on_none(capsys):
     with pytest.raises(SystemExit):
         cli.main(["unlearn", "--help", "npo"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
+from argparse import SUPPRESS
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,7 +86,8 @@ def _options(parser: ArgumentParser) -> dict[str, Any]:
     return {
         word.removeprefix("--"): action
         for word, action in parser._option_string_actions.items()
-        if word.startswith("--") and word != "--help" and not _is_section(action)
+        # argparse's own mark of an option not to be shown, such as jsonargparse's of the shell completion
+        if word.startswith("--") and word != "--help" and action.help != SUPPRESS and not _is_section(action)
     }
 
 
