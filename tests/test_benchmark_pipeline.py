@@ -335,6 +335,7 @@ def test_a_rounds_cost_is_shared_by_draws_but_not_by_labels_with_other_batches()
     assert same != other
 
 
+@pytest.mark.slow
 def test_a_run_that_mlflow_does_not_take_is_logged_by_the_next_start(tmp_path, monkeypatch):
     config = apply_overrides(BenchmarkConfig(methods=["npo"], storage=str(tmp_path)), {"base.tracking.uri": NOWHERE})
     known = {"method": "npo", "split": "people", "phase": "report", "trial": 0, "options": {}}

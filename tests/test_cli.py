@@ -60,6 +60,7 @@ def test_print_config_can_be_fed_back(tmp_path, capsys):
     assert yaml.safe_load(text)["ofmu"]["penalty_curvature"] == "full"
 
 
+@pytest.mark.slow
 def test_a_python_user_gives_options_as_a_command_line_does(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("training: {rounds: 3}\nofmu: {preset: full, beta: 1e-5}\n")
@@ -109,6 +110,7 @@ def test_presets_yield_to_explicit_options(tmp_path):
     assert not config.reuse_retain_gradient
 
 
+@pytest.mark.slow
 def test_shipped_configurations_go_by_name(tmp_path, monkeypatch, capsys):
     expected = parse(UnlearnConfig, ["--config", str(ROOT / "pipelines/configs/quickstart.yaml")], "x")
     monkeypatch.chdir(tmp_path)
@@ -145,6 +147,7 @@ def test_an_option_that_came_later_leaves_hashes_as_they_were():
     assert config_hash(EvaluateConfig()) == "53632136bbb6443d"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "pipelines/configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_configs_parse(path):
     commands = {"evaluate": EvaluateConfig, "benchmark": BenchmarkConfig, "sweep": SweepConfig}

@@ -165,6 +165,7 @@ def test_ray_jobs_ask_for_the_token_and_the_pinned_ray():
     assert {"name": "RAY_AUTH_MODE", "value": "token"} in submit["env"]
 
 
+@pytest.mark.slow
 def test_commands_of_kubernetes_files_are_commands_of_this_project(tmp_path):
     """The arguments of `python -m pipelines.unlearn` parse and write to the shared volume."""
     job, nightly = load(KUBERNETES[0])["spec"], load(KUBERNETES[1])["spec"]["jobTemplate"]

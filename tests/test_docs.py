@@ -138,6 +138,7 @@ def mistake(*words: str) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [*PAGES, *CONFIGURATIONS], ids=lambda path: path.name)
 def test_commands_of_a_page_parse(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A deliberate mistake gives the message that the page shows, if the parser is what notices it."""

@@ -29,6 +29,7 @@ def schemas() -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_shipped_configurations_are_valid(schemas: dict[str, Any]) -> None:
     for path in SHIPPED:
         content = yaml.safe_load(path.read_text())

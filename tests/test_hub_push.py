@@ -14,6 +14,8 @@ from ofmu_ray.errors import StorageError, UserError
 from ofmu_ray.storage.hub_push import check_push, push
 from pipelines import cli
 
+pytestmark = pytest.mark.slow  # a server in the process
+
 QUICK = ["--training.rounds", "1", "--evaluation.enabled", "false", "--ofmu.forget_level", "4"]
 
 

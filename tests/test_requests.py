@@ -174,6 +174,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 def test_what_is_refused_is_not_written(run: Run, tmp_path: Path) -> None:
     for words, reason in REFUSED:
         status, out, err = run(*words)

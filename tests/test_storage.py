@@ -147,6 +147,7 @@ def test_what_a_killed_process_leaves_goes_with_the_next_one(tmp_path: Path, mon
     assert others.is_dir()
 
 
+@pytest.mark.slow
 def test_scratch_folders_are_made_by_many_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All workers of a node write checkpoints at the same time: none considers another's abandoned."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

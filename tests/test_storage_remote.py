@@ -23,6 +23,8 @@ from ofmu_ray.errors import StorageError, UserError
 from ofmu_ray.evaluation.runner import evaluate_model
 from pipelines import train, unlearn
 
+pytestmark = pytest.mark.slow  # a server in the process
+
 MODEL = Path(resolve_builtin("builtin:people/target"))
 
 

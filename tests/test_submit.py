@@ -130,6 +130,7 @@ def test_a_job_does_not_write_into_its_own_folder(tmp_path, monkeypatch):
     assert prepare_storage(str(tmp_path / "shared")) == str(tmp_path / "shared")
 
 
+@pytest.mark.slow
 def test_equal_configurations_are_equal_jobs(tmp_path):
     """However they are written; name and storage count because they decide where the run resumes."""
     (tmp_path / "c.yaml").write_text("seed: 3\nstorage: /s\n")
@@ -139,6 +140,7 @@ def test_equal_configurations_are_equal_jobs(tmp_path):
     assert check("train", ["--seed", "3", "--storage", "/s"]) != base
 
 
+@pytest.mark.slow
 def test_output_resumes_where_the_connection_broke(capsys):
     """A server whose first connection breaks in the middle of the output, as if a forwarded port were lost."""
     pieces = ["round 1\n", "round 2\n", "round 3\n"]

@@ -111,6 +111,7 @@ def test_priors_for_a_second_sweep_are_those_of_the_best(tmp_path):
     assert priors(ledger_of(tmp_path / "few", trials[:2])) == {}
 
 
+@pytest.mark.slow
 def test_a_trial_whose_process_could_not_write_its_result_is_logged_once(tmp_path):
     made = ledger_of(tmp_path, TRIALS)
     write_failure(made.trial(0), made.data, "its process ended")

@@ -75,6 +75,7 @@ def test_default_database_and_artifacts_lie_under_storage(
     assert "MLFLOW_EXPERIMENT_ID" not in os.environ
 
 
+@pytest.mark.slow
 def test_the_complete_configuration_is_logged_as_parameters(storage: str) -> None:
     config = to_dict(apply_overrides(UnlearnConfig(seed=7), {"ofmu.inner.lr": 1e-5}))
     handle = start(CONFIG, storage, "parameters", config, {"version": "1"})

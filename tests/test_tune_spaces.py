@@ -215,6 +215,7 @@ def test_a_term_is_optional():
     assert at(prior, 0.625) == pytest.approx(1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("benchmark_*.yaml")), ids=lambda path: path.stem)
 def test_a_shipped_benchmark_can_draw(path):
     config = parse(BenchmarkConfig, ["--config", str(path)], "ofmu benchmark")
