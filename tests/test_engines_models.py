@@ -90,6 +90,30 @@ def test_adapters_train_and_merge_as_peft_merges_them(directory: Path) -> None:
     assert changed == 2 * 4  # the four linear layers of each of two blocks
 
 
+def test_adapters_of_experts_merge_as_peft_merges_them(tmp_path: Path) -> None:
+    """peft adapts a parameter of all experts at once, by layers inside each other."""
+    import transformers
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    options = {"num_local_experts": 4, "num_key_value_heads": 2, "vocab_size": 512}
+    transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **options)).save_pretrained(tmp_path)
+    job = ModelConfig(path=str(tmp_path), tokenizer="builtin:people/target", lora=LoraConfig(rank=2))
+    module, _ = load_causal_lm(job)
+    engine = TorchEngine(module, inner=OptimizerConfig(name="sgd", lr=1.0, clip=None))
+    for seed in range(2):
+        engine.apply(engine.gradient(token_batch([9, 12], seed=seed))[0], "inner")
+    weights = engine.full_weights()
+    merged: Any = module
+    expected = merged.merge_and_unload().state_dict()
+    assert weights is not None
+    assert set(weights) == set(expected)
+    original = load_causal_lm(dataclasses.replace(job, lora=None))[0].state_dict()
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
+    changed = {name.rpartition("layers.0.")[2] for name, value in weights.items() if not value.equal(original[name])}
+    assert {"mlp.experts.gate_up_proj", "mlp.experts.down_proj", "self_attn.q_proj.weight"} <= changed
+
+
 def load_original(directory: Path) -> dict[str, torch.Tensor]:
     import safetensors.torch
 

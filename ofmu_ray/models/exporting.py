@@ -68,6 +68,11 @@ def exported_as_is(module: torch.nn.Module, model: ModelConfig, options: ExportC
     return options.weights == "merged" and all(types.of(name) == t.dtype for name, t in weights.shapes.items())
 
 
+def converts(model: torch.nn.Module) -> bool:
+    """Whether transformers changes tensors of this model between module and files, so that both ways take it whole."""
+    return saved_names(model, model.state_dict(keep_vars=True)) is None
+
+
 class Types:
     """The type that each weight is written in."""
 

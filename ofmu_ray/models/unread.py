@@ -89,12 +89,20 @@ def check_stored(shape: Any, folder: Path, config: ModelConfig, option: str) -> 
         matched(_without_weights(shape, config, option), tensors, folder, option)
 
 
-def _unusual(shape: Any, folder: Path, tensors: Mapping[str, Stored]) -> str | None:
-    """What of this model transformers alone can load."""
+def unusual_kind(shape: Any) -> str | None:
+    """Why transformers alone can load a model of this configuration, whatever its files."""
     if getattr(shape, "quantization_config", None) is not None:
         return "its weights are quantised"
     if getattr(shape, "auto_map", None):
         return "it comes with its own code"
+    return None
+
+
+def _unusual(shape: Any, folder: Path, tensors: Mapping[str, Stored]) -> str | None:
+    """What of this model transformers alone can load."""
+    reason = unusual_kind(shape)
+    if reason is not None:
+        return reason
     if (folder / "adapter_config.json").is_file():
         return "it has an adapter"
     if not tensors or getattr(shape, "transformers_weights", None) or getattr(type(shape), "extra_files", None):

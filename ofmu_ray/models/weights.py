@@ -88,15 +88,22 @@ def return_freed_memory() -> None:
 
 def _lora_layers(module: torch.nn.Module) -> dict[str, Any]:
     """Name of an adapted weight -> the peft layer that adapts it."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
     return {
-        f"{name}.base_layer.weight": part
-        for name, part in module.named_modules()
+        names[id(_adapted(part))]: part
+        for part in module.modules()
         if hasattr(part, "get_delta_weight") and hasattr(part, "base_layer")
     }
 
 
+def _adapted(layer: Any) -> torch.nn.Parameter:
+    """The base model's weight; experts are adapted by nested layers, one for each of their parameters."""
+    weight: torch.nn.Parameter = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
+    return weight
+
+
 def _merged(layer: Any) -> torch.Tensor:
-    base: torch.Tensor = layer.base_layer.weight.detach()
+    base = _adapted(layer).detach()
     merged = base.float()
     for adapter in layer.active_adapters:
         merged = merged + layer.get_delta_weight(adapter).detach().float()
@@ -104,4 +111,4 @@ def _merged(layer: Any) -> torch.Tensor:
 
 
 def _base_name(name: str) -> str:
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    return name.removeprefix("base_model.model.").replace(".base_layer", "")

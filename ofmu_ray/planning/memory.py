@@ -73,7 +73,12 @@ class Files:
     written: int = 0
     """The exported weights, by rank 0."""
     held: int = 0
-    """Of these in host memory at a time: the largest file."""
+    """In host memory at a time: the largest file, or all of them with what they are made from."""
+    whole: str | None = None
+    """Why every rank loads the whole model before ZeRO-3 cuts it; None: it reads its share."""
+
+
+NO_FILES = Files()
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ Traces = Mapping[int, PassTrace]
 
 
 def peaks(
-    layout: Layout, sizes: Sizes, done: Round, traces: Traces, base: int = 0, files: Files | None = None
+    layout: Layout, sizes: Sizes, done: Round, traces: Traces, base: int = 0, files: Files = NO_FILES
 ) -> dict[str, Peak]:
     """The peaks of loading, a round, a checkpoint and the export; `base`: bytes of the process before all that.
 
@@ -109,13 +114,13 @@ def peaks(
     moments = [parts.between(done.peak)]
     for index, replayed in enumerate(done.passes):
         moments += parts.during(replayed, traces[index])
-    phases = {"loading": parts.loading(), "round": max(moments, key=lambda peak: peak.bytes)}
+    phases = {"loading": parts.loading(files), "round": max(moments, key=lambda peak: peak.bytes)}
     if layout.device == "cpu":
         rest = LiveVectors(done.between, done.peak.saved, done.peak.moments)
         shard = parts.vector
         copies = {"copies for the checkpoint": int((1 + rest.moments + done.kept) * shard)}
         phases["checkpoint"] = Peak("checkpoint", {**parts.resident(rest), **copies})
-        held = {"a file of weights": (files or Files()).held}
+        held = {"exported weights": files.held}
         phases["export"] = Peak("export", {**parts.resident(rest), **held})
     return phases
 
@@ -161,11 +166,16 @@ class _Parts:
         elements = REDUCE_BUCKET if self.layout.device == "cuda" else min(REDUCE_BUCKET, self.sizes.trainable)
         return elements * element
 
-    def loading(self) -> Peak:
-        """The engine is built, and the largest parameter is read last; DeepSpeed has made its gradient shard."""
+    def loading(self, files: Files) -> Peak:
+        """The engine is built, and the largest parameter is read last; DeepSpeed has made its gradient shard.
+
+        A model that is loaded whole is on the device first.
+        """
         own = self.resident(LiveVectors(0, 0, 0))
         if self.layout.zero_stage:
             own |= {"gradients": self.vector, "gradient bucket": 0}
+        if files.whole is not None and self.layout.zero_stage == 3:
+            return Peak("loading", {**own, "whole model": self.sizes.total * self.layout.weight_bytes})
         return Peak("loading", {**own, "largest parameter": self.sizes.largest * self.layout.weight_bytes})
 
     def between(self, live: LiveVectors) -> Peak:

@@ -143,6 +143,7 @@ def _described(
             "model_bytes": estimate.files.model,
             "read_bytes_per_rank": estimate.files.read,
             "peak_bytes": estimate.phases["loading"].bytes,
+            "whole": estimate.files.whole if estimate.layout.zero_stage == 3 else None,
         },
         "export": {"written_bytes": estimate.files.written, "held_bytes": estimate.files.held},
         "round": {

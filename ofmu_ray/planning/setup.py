@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -11,9 +12,10 @@ import torch
 from ofmu_ray.config import ExportConfig, LoraConfig, MethodConfig, ModelConfig, TrainingConfig
 from ofmu_ray.engines.deepspeed_engine import PERSISTENT_BELOW
 from ofmu_ray.methods import build_method
-from ofmu_ray.models.exporting import DTYPES
+from ofmu_ray.models.exporting import DTYPES, converts
 from ofmu_ray.models.loading import empty_model
 from ofmu_ray.models.stored import share
+from ofmu_ray.models.unread import unusual_kind
 from ofmu_ray.planning.cost import (
     LINKS,
     Device,
@@ -176,18 +178,23 @@ class Planner:
 
     def _files(self, layout: Layout, sizes: Sizes) -> Files:
         """Loading as models/unread.py reads, and export as models/exporting.py writes."""
-        whole = sum(sizes.stored)
-        cut = layout.workers if layout.zero_stage == 3 else 1
+        whole, converted = sum(sizes.stored), self._converted
+        reason = unusual_kind(self.shape) or ("its tensors are stored in another form" if converted else None)
+        cut = layout.workers if layout.zero_stage == 3 and reason is None else 1
         read = sum(stop - start for start, stop in (share(size, 0, cut) for size in sizes.stored))
         alone = self.export.weights == "adapter" and layout.adapters
         asked = DTYPES.get(self.export.dtype, torch.float32 if alone else self.stored)
         written = (sizes.trainable if alone else whole) * asked.itemsize
-        return Files(
-            model=whole * self.stored.itemsize,
-            read=read * self.stored.itemsize,
-            written=written,
-            held=written if alone else min(written, self.file_bytes),
-        )
+        held = written if alone else min(written, self.file_bytes)
+        if converted and not alone:
+            # the gathered weights, their copies in the files' type, and transformers' copies of what it converts
+            cast = 0 if asked.itemsize == layout.weight_bytes else written
+            held = whole * layout.weight_bytes + cast + written
+        return Files(whole * self.stored.itemsize, read * self.stored.itemsize, written, held, reason)
+
+    @functools.cached_property
+    def _converted(self) -> bool:
+        return converts(empty_model(self.shape, replace(self.model, lora=None, freeze=[])))
 
     def _trace(self, setup: SetUp) -> tuple[Sizes, Round, dict[int, PassTrace]]:
         key = (setup.gradient_checkpointing, setup.lora, setup.micro_batch_size)

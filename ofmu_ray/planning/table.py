@@ -34,6 +34,8 @@ def lines(plan: Mapping[str, Any]) -> Iterator[str]:
         f"loading  {_bytes(loading['read_bytes_per_rank'])} read by each worker of {_bytes(loading['model_bytes'])}, "
         f"{_bytes(loading['peak_bytes'])} of memory at most"
     )
+    if loading["whole"] is not None:
+        yield f"         each worker loads the whole model before it is cut: {loading['whole']}"
     yield f"export   {_bytes(export['written_bytes'])} written, {_bytes(export['held_bytes'])} of host memory at a time"
     yield ""
     one, run = plan["round"], plan["run"]

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import flop_registry
 from ofmu_ray.engines.protocol import sum_and_count
 
 _INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put)
+_GROUPED = torch.ops.aten._grouped_mm.default
 
 
 def _selecting(index: torch.Tensor | None) -> torch.Tensor | None:
@@ -24,6 +25,20 @@ def _selecting(index: torch.Tensor | None) -> torch.Tensor | None:
     if index is None or not (index.is_meta and index.dtype == torch.bool):
         return index
     return torch.zeros(index.shape, dtype=torch.bool)
+
+
+def _grouped_product(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor | None) -> torch.Tensor:
+    """The result of a product by experts, without content: torch has none for fp32 on the meta device.
+
+    Rows (2-D) of `left`, `right` or both are in groups that end at `ends`; a 3-D factor has one matrix per group.
+    """
+    if left.dim() == right.dim() == 2 and ends is not None:
+        return left.new_empty(ends.shape[0], left.shape[0], right.shape[1])
+    if left.dim() == 2:
+        return left.new_empty(left.shape[0], right.shape[-1])
+    if right.dim() == 2:
+        return left.new_empty(left.shape[1], right.shape[1])
+    return left.new_empty(left.shape[0], left.shape[1], right.shape[-1])
 
 
 class Meter(TorchDispatchMode):
@@ -57,7 +72,11 @@ class Meter(TorchDispatchMode):
             )
         if func._overloadpacket in _INDEXING:
             args = (args[0], [_selecting(index) for index in args[1]], *args[2:])
-        out = func(*args, **kwargs)
+        grouped = func is _GROUPED
+        if grouped:
+            out = _grouped_product(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("offs"))
+        else:
+            out = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor) and leaf.is_meta]
         new = sum(self._count(tensor) for tensor in made)
         if new and self._grown is not None:
@@ -65,7 +84,10 @@ class Meter(TorchDispatchMode):
         if made and not func.is_view:
             self.operations += 1
             self.bytes_moved += sum(t.numel() * t.element_size() for t in (*tensors, *made) if t.is_meta)
-        if func._overloadpacket in flop_registry:
+        if grouped:  # each row of the 2-D factor meets one expert
+            left, right = args[:2]
+            self.flops += 2 * (left.numel() * right.shape[-1] if left.dim() == 2 else right.numel() * left.shape[-2])
+        elif func._overloadpacket in flop_registry:
             self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
         return out
 
@@ -152,6 +174,21 @@ def _fused_attention(meter: Meter) -> Iterator[None]:
         functional.scaled_dot_product_attention = original
 
 
+@contextmanager
+def _autocast_on_meta() -> Iterator[None]:
+    """peft turns autocast off on its weights' device, and torch has none for the meta device."""
+    original = torch.autocast
+
+    def autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return original("cpu" if device_type == "meta" else device_type, *args, **kwargs)
+
+    torch.autocast = autocast  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        torch.autocast = original  # type: ignore[misc]
+
+
 def trace_pass(
     module: torch.nn.Module, loss: Callable[..., Any], micro: Mapping[str, Any], precision: str
 ) -> PassTrace:
@@ -180,7 +217,7 @@ def trace_pass(
         for parameter in parameters
     ]
     try:
-        with meter, _fused_attention(meter):
+        with meter, _fused_attention(meter), _autocast_on_meta():
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16_autocast"):
                 value, count = sum_and_count(loss(module, micro))
             grown(meter.live)
