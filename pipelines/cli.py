@@ -7,6 +7,7 @@ import logging
 import os
 import select
 import sys
+import warnings
 
 # Two processes with two spinning threads each on two cores run ten times slower than with one thread each. Set
 # before torch is imported; the user's values take precedence.
@@ -40,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     As of other programs it is 130 after Ctrl-C, and 141 if the reader of a pipe (`| head`) has seen enough.
     """
     words = sys.argv[1:] if arguments is None else arguments
+    if not sys.warnoptions:  # theirs are for programmers; -W or PYTHONWARNINGS shows them
+        warnings.filterwarnings("ignore", module="transformers|peft")
     try:
         try:
             return _called(words)

@@ -5,6 +5,7 @@ import json
 import sys
 import webbrowser
 from pathlib import Path
+import warnings
 
 import pytest
 
@@ -83,6 +84,15 @@ def test_help_is_the_same_after_a_command_was_parsed(capsys):
         with pytest.raises(SystemExit):
             cli.main(["plan", *words])
     assert "SUPPRESS" not in capsys.readouterr().out
+
+
+def test_warnings_that_libraries_mean_for_programmers_are_hidden(capsys):
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        cli.main(["schema", "plan"])
+        for module in ("transformers.modeling_utils", "mine"):
+            warnings.warn_explicit(module, FutureWarning, "file.py", 1, module=module)
+    assert [str(warning.message) for warning in shown] == ["mine"]
 
 
 def test_help_on_a_section_and_on_none(capsys):
