@@ -3,9 +3,9 @@
 import io
 import json
 import sys
+import warnings
 import webbrowser
 from pathlib import Path
-import warnings
 
 import pytest
 
