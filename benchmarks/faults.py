@@ -7,6 +7,7 @@ were repeated and how long that took (`recovery`); `difference` reports how far 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -26,7 +27,9 @@ from ofmu_ray.config import StopConfig, TrainingConfig, UnlearnConfig
 from ofmu_ray.methods.ofmu import OFMUConfig
 from ofmu_ray.training.worker_job import WorkerJob
 
-Phase = Literal["start", "first_gather", "inner_loop", "displaced", "outer_step", "checkpoint_write", "export"]
+Phase = Literal[
+    "start", "share", "first_gather", "inner_loop", "displaced", "outer_step", "checkpoint_write", "shard", "export"
+]
 ROUNDS, EVERY = 12, 4
 HANG_SECONDS = 15.0
 METHOD = OFMUConfig.from_preset("full", inner_steps=2, relative_step=1e-3)
@@ -94,6 +97,8 @@ class Saboteur:
 
     def arm(self) -> None:
         """Insert calls of `at` into the loop, the engine, the session and the export."""
+        from ofmu_ray.models.unread import Unread
+        from ofmu_ray.storage import NewFolder
         from ofmu_ray.training import export
         from ofmu_ray.training.session import RaySession
         from ofmu_ray.training.worker import Worker
@@ -112,6 +117,9 @@ class Saboteur:
 
         worker_module.build_engine = build_engine
         Worker.round = round_  # type: ignore[method-assign]
+        reads = itertools.count()
+        before(Unread, "read", lambda *_: next(reads) == 3 and self.at("share"))  # some of its weights are read
+        before(NewFolder, "flush", lambda *_: self.at("shard"))  # the first file of the model is written
         before(RaySession, "report", lambda *_: self.at("checkpoint_write"))
         before(export, "atomic_write", lambda *_: self.at("export"))  # the model is written, the run is not
 
@@ -129,7 +137,7 @@ class Saboteur:
         before(engine, "apply", lambda _, loop: self.at("inner_loop" if loop == "inner" else "outer_step"))
 
 
-def before(owner: Any, name: str, call: Callable[..., None]) -> None:
+def before(owner: Any, name: str, call: Callable[..., object]) -> None:
     """Call `call` with a function's arguments before the function itself."""
     function = getattr(owner, name)
 
@@ -220,5 +228,9 @@ def difference(one: WorkerJob, other: WorkerJob) -> float:
 
 def largest_difference(one: Path, other: Path) -> float:
     """The same for two model folders."""
-    a, b = (load_file(folder / "model.safetensors") for folder in (one, other))
+    a, b = (
+        {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+        for folder in (one, other)
+    )
+    assert a.keys() == b.keys()
     return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)

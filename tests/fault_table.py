@@ -24,12 +24,14 @@ from typing import Any
 PHASES = (
     "tokenising",
     "start",
+    "share",
     "first gather",
     "inner loop",
     "displaced",
     "outer step",
     "any round",
     "checkpoint write",
+    "shard",
     "export",
     "evaluation",
 )

@@ -1,12 +1,14 @@
 """A worker killed at exact points in every phase of a run, which ends with the weights of an undisturbed run."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import fault_table
 import pytest
 
 from benchmarks.faults import EVERY, ROUNDS, Fault, difference, make_job, run
+from ofmu_ray.config import ExportConfig
 
 pytestmark = pytest.mark.full
 
@@ -42,6 +44,29 @@ def test_a_worker_killed_in_every_phase(tmp_path, local_ray):
     assert "was skipped" in note
     assert [row["round"] for row in training(job)["series"]] == list(range(1, ROUNDS + 1))
     assert training(job)["account"] == training(undisturbed)["account"]
+
+
+def test_a_worker_killed_while_weights_are_cut_or_streamed(tmp_path, local_ray):
+    """ZeRO-3: a worker dies with part of its share read, rank 0 with the first file of the export written."""
+    faults = (
+        Fault("worker killed between two weights of its share (ZeRO-3)", "share", round=0),
+        Fault("rank 0 killed between two files of the export (ZeRO-3)", "shard", round=2, rank=0),
+    )
+
+    def cut(name):
+        job = make_job(tmp_path, name, rounds=2, every=1, export=ExportConfig(max_shard_size="1MB"))
+        return replace(job, training=replace(job.training, zero_stage=3))
+
+    undisturbed, job = cut("undisturbed"), cut("disturbed")
+    run(undisturbed, ())
+    result = run(job, faults)
+    off = difference(job, undisturbed)
+    for cost in result["costs"]:
+        lost, seconds = cost["rounds_lost"], cost["seconds"]
+        fault_table.record(cost["fault"], phase=cost["phase"], lost=lost, seconds=seconds, difference=off)
+    assert off == 0
+    assert len(list(Path(job.run_dir, "model").glob("model-*.safetensors"))) > 1
+    assert not list(Path(job.run_dir).glob(".model*"))
 
 
 def training(job) -> dict:
