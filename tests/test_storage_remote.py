@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +23,10 @@ from ofmu_ray.config import EvaluationConfig, FormatConfig
 from ofmu_ray.data.sidecar import StoredValues, has_table, new_table
 from ofmu_ray.errors import StorageError, UserError
 from ofmu_ray.evaluation.runner import evaluate_model
+from ofmu_ray.runs.catalog import read_past
+from ofmu_ray.runs.claims import Claim, is_running, locked
+from ofmu_ray.storage import bucket_lock
+from ofmu_ray.storage.owners import owner_name
 from pipelines import train, unlearn
 
 pytestmark = pytest.mark.slow  # a server in the process
@@ -173,6 +179,149 @@ def test_googles_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert google.keys() == ["runs/table/whole"]
         storage.remove_folder(place)
         assert not storage.is_whole(place)
+        assert at_once(f"{google.bucket}/runs/once", 3)[0] == 1
+
+
+def claim(place: str, **options: bool) -> Claim:
+    return Claim(place, "unlearn", "hash", {}, **options)
+
+
+def mark(server: Server, name: str, owner: str, state: str = "running") -> None:
+    key = f"{name}/.lock-{state},{owner.replace('/', ',')}"
+    server.client.put_object(Bucket=BUCKET, Key=key, Body=b"")
+
+
+def elsewhere() -> str:
+    """The name of a process of another machine."""
+    return "/".join(["elsewhere", *owner_name().split("/")[1:]])
+
+
+def at_once(place: str, starts: int) -> tuple[int, list[str]]:
+    """Start a run that lasts until all others have ended: how many work, and what the others say."""
+    together, ended, said, working = threading.Barrier(starts), threading.Semaphore(0), [], []
+
+    def start() -> None:
+        together.wait()
+        try:
+            with claim(place).held():
+                working.append(1)
+                for _ in range(starts - 1):
+                    assert ended.acquire(timeout=20)
+        except UserError as error:
+            said.append(str(error))
+            ended.release()
+
+    threads = [threading.Thread(target=start) for _ in range(starts)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    return len(working), said
+
+
+@pytest.fixture
+def quick(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process reaches the server without a proxy, and locks of buckets beat fast."""
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    for name, seconds in (("BEAT", 0.1), ("LEASE", 1.0), ("POLL", 0.05)):
+        monkeypatch.setattr(bucket_lock, name, seconds)
+
+
+def test_of_starts_at_once_in_a_bucket_one_works(server: Server, quick: None) -> None:
+    for attempt in range(3):
+        place = f"{server.bucket}/runs/once-{attempt}"
+        working, said = at_once(place, 4)
+        assert working == 1
+        name = f"process {os.getpid()} on {owner_name().split('/')[0]}"
+        words = f"name = 'once-{attempt}': {name} is running it now; wait for it or stop it, or choose another --name"
+        assert said == [words] * 3
+        assert server.keys(f"runs/once-{attempt}/") == [f"runs/once-{attempt}/run.json"]
+
+
+def test_the_lock_of_a_bucket_is_kept_while_a_run_is_deleted_or_given_back(server: Server, quick: None) -> None:
+    place, marks = f"{server.bucket}/runs/again", lambda: [key for key in server.keys("runs/again/") if ".lock" in key]
+    with claim(place).held():
+        storage.write_text(f"{place}/train/old", "old")
+    with Claim(place, "unlearn", "other", {}, overwrite=True).held():
+        assert len(marks()) == 1
+        assert is_running(place)
+        assert read_past(place).status == "running"
+        assert server.keys("runs/again/train") == []
+        with pytest.raises(UserError, match="is running it now"), locked(place):
+            pass
+    assert not is_running(place)
+    storage.remove_folder(place)
+    with pytest.raises(UserError, match="mine"), claim(place).held():
+        raise UserError("mine")
+    assert server.keys("runs/again") == []
+
+
+def test_a_lock_whose_owner_died_is_taken_over(server: Server, quick: None, monkeypatch) -> None:
+    """At once on the same machine; of another machine, after its mark has not changed for the length of a lease."""
+    dead = owner_name().replace(f"/{os.getpid()}/", f"/{2**22 + 1}/")
+    monkeypatch.setattr(bucket_lock, "LEASE", 3600.0)
+    for state in ("running", "starting"):
+        mark(server, "runs/dead", dead, state)
+        with claim(f"{server.bucket}/runs/dead").held():
+            pass
+    monkeypatch.setattr(bucket_lock, "LEASE", 0.5)
+    for state in ("running", "starting"):
+        mark(server, "runs/dead", elsewhere(), state)
+        with claim(f"{server.bucket}/runs/dead").held():
+            pass
+    assert server.keys("runs/dead/") == ["runs/dead/run.json"]
+
+
+def test_a_lock_of_another_machine_is_kept_while_it_is_renewed(server: Server, quick: None, monkeypatch) -> None:
+    monkeypatch.setattr(bucket_lock, "LEASE", 3600.0)
+    owner, ended = elsewhere(), threading.Event()
+
+    def renew() -> None:
+        while not ended.is_set():
+            mark(server, "runs/alive", owner)
+            time.sleep(0.3)
+
+    mark(server, "runs/alive", owner)
+    other = threading.Thread(target=renew)
+    other.start()
+    with pytest.raises(UserError, match="on elsewhere is running it now; wait"), locked(f"{server.bucket}/runs/alive"):
+        pass
+    ended.set()
+    other.join()
+    (key,) = server.keys("runs/alive")
+    assert "elsewhere" in key
+
+
+def test_who_lost_the_lock_of_a_bucket_stops(server: Server, quick: None) -> None:
+    """Paused for longer than a lease; then another process took over."""
+
+    def work() -> None:
+        with locked(f"{server.bucket}/runs/lost"):
+            (key,) = server.keys("runs/lost/")
+            server.client.delete_object(Bucket=BUCKET, Key=key)
+            mark(server, "runs/lost", elsewhere())
+            time.sleep(60)
+
+    with pytest.raises(StorageError, match="another one has taken its work over"):
+        work()
+    (key,) = server.keys("runs/lost/")
+    assert "elsewhere" in key
+
+
+@pytest.mark.full
+def test_of_two_commands_at_once_in_a_bucket_one_works(server: Server, tmp_path: Path) -> None:
+    words = ["--training.rounds", "4", "--training.batch_size", "4", "--evaluation.enabled", "false"]
+    words += ["--storage", f"{server.bucket}/commands", "--name", "x", "--tracking.uri", f"sqlite:///{tmp_path}/m.db"]
+    environment = os.environ | server.environment | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "pipelines.unlearn", *words, "--tracking.system_metrics", "false"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) for _ in range(2)]
+    said = [one.communicate(timeout=600)[1] for one in both]
+    assert sorted(one.returncode for one in both) == [0, 2], said
+    refused = said[0 if both[0].returncode else 1]
+    assert "is running it now; wait for it or stop it, or choose another --name" in refused
+    assert not [key for key in server.keys("commands/x") if ".lock" in key]
 
 
 @pytest.mark.full

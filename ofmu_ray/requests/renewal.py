@@ -2,52 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import threading
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import psutil
 from sqlalchemy.exc import SQLAlchemyError
 
 from ofmu_ray import progress
 from ofmu_ray.errors import StorageError
 from ofmu_ray.requests.lease import LeaseHeld
 from ofmu_ray.requests.ledger import Ledger
-
-PARTS = 4
-"""Of an owner's name: host, process, start of the process, random."""
-
-
-def owner_name() -> str:
-    """A name of this process that no other one has: host/process/start/random."""
-    return f"{socket.gethostname()}/{os.getpid()}/{_started(os.getpid())}/{uuid.uuid4().hex[:8]}"
+from ofmu_ray.storage.owners import lives, owner_name
 
 
 def drop_dead(ledger: Ledger) -> str | None:
     """Give back the lease of a process of this machine that is gone; its name. Others keep theirs until it expires."""
     holder = ledger.holder()
-    parts = holder[0].split("/") if holder else []
-    if holder is None or len(parts) != PARTS or parts[0] != socket.gethostname() or not parts[1].isdigit():
-        return None
-    if _started(int(parts[1])) == parts[2]:
+    if holder is None or lives(holder[0]) is not False:
         return None
     ledger.release(holder[0])
     return holder[0]
-
-
-def _started(process: int) -> str:
-    """When a process started, in seconds since this machine did; empty if there is none of this number.
-
-    Not the time of day: that changes when the clock is set, and a living process would look like another one.
-    """
-    try:
-        found = psutil.Process(process)
-        return "" if found.status() == psutil.STATUS_ZOMBIE else f"{found.create_time() - psutil.boot_time():.2f}"
-    except psutil.Error:
-        return ""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A run's name: its folder belongs to one configuration (run.json), and to one process at a time (.lock)."""
+"""A run's name: its folder belongs to one configuration (run.json), and to one process at a time (.lock*)."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from ofmu_ray.storage import (
     remove_file,
     remove_folder,
 )
+from ofmu_ray.storage.bucket_lock import MARK, holder, marked
 from ofmu_ray.training.checkpoint_list import RAY_TRAIN_LIST, local_checkpoints
 
 RECORD = "run.json"
@@ -142,7 +143,7 @@ class Claim:
                 raise
             except UserError:
                 if fresh and not _has_work(self.home):
-                    (remove_folder if empty else _forget)(self.home)
+                    (_forget if not empty else _clear if is_uri(self.home) else remove_folder)(self.home)
                 raise
 
 
@@ -167,13 +168,15 @@ def refuse_taken(home: PathLike) -> None:
 def locked(home: PathLike) -> Iterator[None]:
     """Hold a run's folder against other processes, also those of other nodes if its file system has locks.
 
-    The system releases the lock of a killed process. A URI is not locked.
+    The system releases the lock of a killed process; at a URI, `bucket_lock` does.
 
     Raises:
         UserError: another process has it.
+        StorageError: at a URI, another process took it, as this one was silent for too long.
     """
     if is_uri(home):
-        yield
+        with marked(str(home), lambda name: _running(home, _parts(name))):
+            yield
         return
     path = Path(home) / LOCK
     while True:
@@ -202,12 +205,12 @@ def _refuse_running(home: PathLike) -> None:
 
 
 def is_running(home: PathLike) -> bool:
-    """Whether another process runs this now; never of a URI, which has no lock."""
-    return _holder(home) is not None
+    """Whether another process runs this now."""
+    return (holder(str(home)) if is_uri(home) else _holder(home)) is not None
 
 
 def _holder(home: PathLike) -> dict[str, Any] | None:
-    """Who holds a folder's lock, empty if it does not say; None: nobody. Creates nothing."""
+    """Who holds a folder's lock, empty if it does not say; None: nobody. Creates nothing. Of a URI, `locked` tells."""
     if is_uri(home):
         return None
     try:
@@ -236,6 +239,11 @@ def _owner(handle: int) -> dict[str, Any]:
     except ValueError:
         return {}
     return owner
+
+
+def _parts(name: str) -> dict[str, Any]:
+    node, process = name.split("/")[:2]
+    return {"process": process, "node": node}
 
 
 def _running(home: PathLike, owner: Mapping[str, Any]) -> UserError:
@@ -287,7 +295,14 @@ def _is_empty(home: str) -> bool:
 def _clear(home: str) -> None:
     """Delete what a run's folder contains, except for the lock that this process holds."""
     if is_uri(home):
-        remove_folder(home)
+        from pyarrow.fs import FileSelector, FileType
+
+        filesystem, inside = locate(home)
+        for one in filesystem.get_file_info(FileSelector(inside)):
+            if one.type == FileType.Directory:
+                remove_folder(join(home, one.base_name))
+            elif not one.base_name.startswith(MARK):
+                remove_file(join(home, one.base_name))
         return
     for path in Path(home).iterdir():
         if path.is_dir() and not path.is_symlink():

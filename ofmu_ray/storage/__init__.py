@@ -9,6 +9,8 @@
 | folders | folders with a manifest: written and verified, fetched and checked; files to memory-map |
 | manifest | sizes and SHA-256 |
 | patient | S3 with more retries |
+| bucket_lock | a lock in a store that has none |
+| owners | names of processes that hold something |
 | trouble | errors of disks and stores, as a sentence |
 
 pyarrow is imported where it is used, to keep the import of this package cheap.
