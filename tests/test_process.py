@@ -516,6 +516,45 @@ def test_a_processor_that_was_paused_moves_no_alias(small: Small, monkeypatch: p
     assert small.ledger.get(name).state == "verifying"
 
 
+def test_a_champion_that_a_paused_processor_moved_back_is_noticed(
+    small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ann` is paused as it moves the alias; `bob` takes over, promotes that version and a later one; `ann` goes on."""
+    registry, first, name, batch = verifying(small)
+    second = registered(small, registry, batch.name, first)
+    move = MlflowClient.set_registered_model_alias
+
+    def promote(version: Version, request: str) -> None:
+        registry.promote(version)
+        small.ledger.move(request, "promoted", {"recipe": "x"}, owner="bob")
+
+    def paused(self: MlflowClient, *arguments: Any) -> None:
+        monkeypatch.setattr(MlflowClient, "set_registered_model_alias", move)
+        small.ledger.release("ann")
+        small.ledger.hold("bob", 60)
+        promote(second, name)
+        later = small.add(4)
+        (taken,) = small.ledger.take("bob", 60)
+        for state in ("running", "verifying"):
+            small.ledger.move(later, state, owner="bob")
+        promote(registered(small, registry, taken.batch, second), later)
+        small.ledger.release("bob")
+        move(self, *arguments)
+
+    monkeypatch.setattr(ladder, "certify", lambda *_: ("key", "{}"))
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", paused)
+    with pytest.raises(UserError, match="ann lost the lease"):
+        batch.work_off()
+    assert (registry.champion(), second.number) == (second, "2")
+    submitted = small.add(5)
+    for act in (process, lambda config: rollback(config, "wrong answers")):
+        with pytest.raises(UserError, match=r"is version 2, but version 3 .* 1 promoted requests .* to version 3"):
+            act(small.config)
+    assert (small.ledger.get(submitted).state, small.ledger.holder()) == ("accepted", None)
+    move(registry._client, "ofmu", "champion", "3")
+    assert rollback(small.config, "wrong answers").champion == "2"
+
+
 # --------------------------------------------------------------------------------------------------------- all phases
 
 

@@ -44,6 +44,7 @@ def process(config: RequestsConfig) -> list[BatchOutcome]:
         with open_ledger(config) as ledger, leased(ledger, seconds) as owner:
             registry = _registry(config, storage)
             finish_withdrawals(ledger, registry, owner)
+            _refuse_moved_back(ledger, registry)
             _republish(config, storage, ledger)
             while taken := ledger.take(owner, seconds):
                 progress.note("batch", f"{taken[0].batch}: {len(taken)} requests")
@@ -55,6 +56,24 @@ def process(config: RequestsConfig) -> list[BatchOutcome]:
             remove_left_text(storage)
             ledger.destroy_expired(duration("requests.keep_rows", config.requests.keep_rows))
     return outcomes
+
+
+def _refuse_moved_back(ledger: Ledger, registry: Registry) -> None:
+    """Raise if `champion` is a version from before a promotion that was not withdrawn, whose rows it has not forgotten.
+
+    A processor that was paused (`Registry.promote`) moved it back, or a person without `rollback`.
+    """
+    champion = registry.champion()
+    later = {} if champion is None else {one.batch: one for one in registry.made_from(champion)}
+    undone = [one for one in ledger.all(("promoted",)) if one.batch in later]
+    if champion is not None and undone:
+        last = max((later[one.batch or ""] for one in undone), key=lambda one: int(one.number))
+        raise UserError(
+            f"{registry.name}: the champion is version {champion.number}, but version {last.number} was promoted after "
+            f"it and not rolled back, so {len(undone)} promoted requests are not forgotten by the model in use: in "
+            f"MLflow's registry, give the alias `champion` to version {last.number} (then, to withdraw that version, "
+            "`ofmu requests rollback`)"
+        )
 
 
 def _republish(config: RequestsConfig, storage: str, ledger: Ledger) -> None:
@@ -107,6 +126,7 @@ def rollback(config: RequestsConfig, reason: str) -> Withdrawal:
         unfinished = finish_withdrawals(ledger, registry, owner)
         if unfinished is not None:  # a rollback that was killed; not a second one
             return unfinished
+        _refuse_moved_back(ledger, registry)
         champion = registry.champion()
         if champion is None or champion.replaces is None:
             raise UserError(f"{registry.name}: no promoted version is in use, so there is none to roll back to")

@@ -116,7 +116,7 @@ class Registry:
 
         `confirm` is called right before `champion` moves, to raise if the caller lost its lease. MLflow has no move on
         condition: a process that is paused in this last step, while its lease ends and its successor promotes this
-        version and a later one, still moves `champion` back from the later one.
+        version and a later one, still moves `champion` back from the later one; the next `process` notices.
 
         Raises:
             UserError: the champion is neither the version that this one replaces nor this one.
@@ -144,11 +144,16 @@ class Registry:
 
     def withdrawn(self) -> list[Version]:
         """All versions that were taken back."""
-        if not self._exists():
-            return []
-        with self._asked():
-            found = self._client.search_model_versions(f"name = '{self.name}'")
-        return [one for one in map(_version, found) if one.withdrawn]
+        return [one for one in self._versions() if one.withdrawn]
+
+    def made_from(self, version: Version) -> list[Version]:
+        """Versions made from it, directly or one from another, and not taken back; oldest first."""
+        numbers, made = {version.number}, []
+        for one in sorted(self._versions(), key=lambda one: int(one.number)):
+            if one.replaces in numbers and not one.withdrawn:
+                numbers.add(one.number)
+                made.append(one)
+        return made
 
     def withdraw(self, version: Version) -> Version:
         """Give `champion` back to the version that `version` replaced, and return that. Can be repeated.
@@ -175,6 +180,12 @@ class Registry:
                 if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                     return None
                 raise
+
+    def _versions(self) -> list[Version]:
+        if not self._exists():
+            return []
+        with self._asked():
+            return [_version(one) for one in self._client.search_model_versions(f"name = '{self.name}'")]
 
     def _exists(self) -> bool:
         with self._asked():
