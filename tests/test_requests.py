@@ -148,6 +148,8 @@ REFUSED = [
     (["add", "--key", "k", "--where", "country=X"], "200 of 200 rows match, more than requests.largest_share"),
     (["add", "--key", "k", "--where", "subject_id=\udcff"], "half of a surrogate pair"),
     (["add", "--key", "k", "--where", "subject_id=1", "--deadline", "soon"], "such as 30d"),
+    (["add", "--key", "k", "--where", "subject_id=1", "--deadline", "0d"], "longer than no time"),
+    (["list", "--requests.deadline", "0d"], "must be longer than 0"),
     (["add", "--key", "k", "--rows", "none.jsonl"], "no such file"),
     (["add", "--key", "k", "--where", "a=1", "--requests.train.path", "none.jsonl"], "requests.train.path"),
     (["add", "--key", "k", "--where", "subject_id=1", "--requests.key_file", "none"], "ofmu requests init"),

@@ -106,6 +106,7 @@ REFUSED = {
     "a selector of everything": ({"key": "n", "where": {"country": "X"}}, 422, "200 of 200 rows match"),
     "a list in a selector": ({"key": "n", "where": {"subject_id": ["Qx1"]}}, 422, "body.where"),
     "no time": ({"key": "n", "where": {"subject_id": 1}, "deadline": "Qx1"}, 422, "a number and d, h, m or s"),
+    "a deadline that has passed": ({"key": "n", "where": {"subject_id": 1}, "deadline": "0d"}, 422, "than no time"),
     "no end of time": ({"key": "n", "where": {"subject_id": 1}, "deadline": "999999d"}, 422, "at most 36500d"),
     "a number as a key": ({"key": 1, "where": {"subject_id": 1}}, 422, "body.key: string type"),
     "a long reason": ({"key": "n", "where": {"subject_id": 1}, "reason": "Qx1" * 999}, 422, "at most 500"),
@@ -125,6 +126,16 @@ def test_what_is_refused_is_not_written(server: Service, name: str) -> None:
     assert "Qx" not in text.replace("Qx1 of", ""), "the answer repeats what was sent"
     assert server.ledger.head() == before
     assert headers["cache-control"] == "no-store"
+
+
+def test_json_that_does_not_say_so(server: Service) -> None:
+    """As of `curl -d` without its header."""
+    connection = http.client.HTTPConnection(server.host, server.port, timeout=60)
+    headers = {"authorization": f"Bearer {server.token}", "content-type": "application/x-www-form-urlencoded"}
+    connection.request("POST", "/v1/requests", b'{"key": "n", "where": {"subject_id": 1}}', headers)
+    answer = connection.getresponse()
+    assert (answer.status, "Content-Type: application/json" in answer.read().decode()) == (422, True)
+    connection.close()
 
 
 def test_a_body_of_unknown_length_is_limited_too(server: Service) -> None:

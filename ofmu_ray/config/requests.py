@@ -65,7 +65,7 @@ class RequestOptions:
     def __post_init__(self) -> None:
         positive("requests", self, "lease_seconds")
         require(self.lease_seconds <= LONGEST_LEASE, "requests.lease_seconds", self.lease_seconds, "at most a week")
-        duration("requests.deadline", self.deadline)
+        require(bool(duration("requests.deadline", self.deadline)), "requests.deadline", self.deadline, "longer than 0")
         duration("requests.keep_rows", self.keep_rows)
         require(0 < self.largest_share <= 1, "requests.largest_share", self.largest_share, "in (0, 1]")
         self.train.check("requests.train")

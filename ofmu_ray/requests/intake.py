@@ -71,8 +71,8 @@ class Submission:
                 raise UserError(f"where: columns and values have 1 to {LONGEST_VALUE} characters")
         if self.rows is not None and not self.rows:
             raise UserError("rows: none given")
-        if self.deadline is not None:
-            duration("deadline", self.deadline)
+        if self.deadline is not None and not duration("deadline", self.deadline):
+            raise UserError("deadline: must be longer than no time, such as 30d")
         if self.reason is not None and len(self.reason) > LONGEST_REASON:
             raise UserError(f"reason: at most {LONGEST_REASON} characters")
 

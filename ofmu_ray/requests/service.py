@@ -170,9 +170,11 @@ def _answer(request: LedgerRequest, history: list[Entry] | None = None) -> Answe
     return Answer(**{name: content[name] for name in names}, rows=request.row_count, history=history or [])
 
 
-def _invalid(_: Request, error: Exception) -> Response:
+def _invalid(request: Request, error: Exception) -> Response:
     """Which field is wrong and how; pydantic's own text repeats what was sent."""
     assert isinstance(error, RequestValidationError)
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        return JSONResponse({"error": "body: must be JSON, sent with Content-Type: application/json"}, 422)
     fields = {*Body.model_fields, "body", "header", "path", "idempotency-key"}
     lines = []
     for one in error.errors():
