@@ -40,7 +40,7 @@ from ofmu_ray.requests.gate_tables import gate_cache
 from ofmu_ray.requests.intake import Submission, submit
 from ofmu_ray.requests.ladder import Attempt, Batch
 from ofmu_ray.requests.ledger import Ledger
-from ofmu_ray.requests.process import ProcessingFailed, process, rollback
+from ofmu_ray.requests.process import ChampionMoved, ProcessingFailed, process, rollback
 from ofmu_ray.requests.registry import Registry, Version
 from ofmu_ray.requests.renewal import drop_dead
 from ofmu_ray.requests.request_rows import write_sources
@@ -548,7 +548,7 @@ def test_a_champion_that_a_paused_processor_moved_back_is_noticed(
     assert (registry.champion(), second.number) == (second, "2")
     submitted = small.add(5)
     for act in (process, lambda config: rollback(config, "wrong answers")):
-        with pytest.raises(UserError, match=r"is version 2, but version 3 .* 1 promoted requests .* to version 3"):
+        with pytest.raises(ChampionMoved, match=r"is version 2, but version 3 .* 1 promoted requests .* to version 3"):
             act(small.config)
     assert (small.ledger.get(submitted).state, small.ledger.holder()) == ("accepted", None)
     move(registry._client, "ofmu", "champion", "3")

@@ -30,11 +30,18 @@ class ProcessingFailed(UserError):
     status = 1
 
 
+class ChampionMoved(UserError):
+    """The champion is not what the ledger promoted last; a person has to decide."""
+
+    status = 1
+
+
 def process(config: RequestsConfig) -> list[BatchOutcome]:
     """Work off what an earlier process left, then everything that is accepted; the outcome of each batch.
 
     Raises:
         LeaseHeld: another processor is at work.
+        ChampionMoved: it was moved back past a promotion, and not by `rollback`.
         UserError: a mistake in configuration or data, or the storage refuses; what was taken waits for the next start.
         ProcessingFailed: the requests of the batch are `failed`.
     """
@@ -68,7 +75,7 @@ def _refuse_moved_back(ledger: Ledger, registry: Registry) -> None:
     undone = [one for one in ledger.all(("promoted",)) if one.batch in later]
     if champion is not None and undone:
         last = max((later[one.batch or ""] for one in undone), key=lambda one: int(one.number))
-        raise UserError(
+        raise ChampionMoved(
             f"{registry.name}: the champion is version {champion.number}, but version {last.number} was promoted after "
             f"it and not rolled back, so {len(undone)} promoted requests are not forgotten by the model in use: in "
             f"MLflow's registry, give the alias `champion` to version {last.number} (then, to withdraw that version, "
@@ -118,6 +125,7 @@ def rollback(config: RequestsConfig, reason: str) -> Withdrawal:
 
     Raises:
         LeaseHeld: a processor or another rollback is at work.
+        ChampionMoved: it was moved back past a promotion, and not by `rollback`.
         UserError: there is no version to go back to.
     """
     storage = prepare_storage(config.storage)
