@@ -7,6 +7,8 @@ import os
 import platform
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
@@ -17,6 +19,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from conftest import ROOT
 from leak_scan import leaks
 from ledger_machine import Clock
 from mlflow import MlflowClient
@@ -24,6 +27,7 @@ from requests_kill import PHASES, WITHDRAWALS, kill_in
 from requests_server import PEOPLE, ROWS_EACH, configured
 from requests_world import CRIPPLED as UNCHANGED
 from requests_world import STRONG, World, pairs, people, write_rows
+from s3_server import s3_server
 
 import ofmu_ray
 from ofmu_ray.assets import resolve_builtin
@@ -611,6 +615,33 @@ def test_retain_rows_that_paraphrase_an_earlier_request_are_caught(tmp_path: Pat
     assert "of earlier requests" in world.said[-1]
     assert (world.state(first), world.state(second)) == ("promoted", "needs_review")
     assert world.registry.champion().number == "2"
+
+
+@pytest.mark.full
+def test_a_batch_in_a_bucket(tmp_path: Path) -> None:
+    """Ledger and keys are on a disk, runs and certificates in the bucket; nothing of the rows is left there."""
+    ledger, key_file, cache = f"sqlite:///{tmp_path}/ledger.db", str(tmp_path / "master.key"), tmp_path / "cache"
+    world = World.made(tmp_path, [STRONG], {"workers": 1}, ledger=ledger, key_file=key_file)
+    path, keys, copy = tmp_path / "requests.yaml", world.storage / "requests/keys", tmp_path / "copy"
+    with s3_server() as server:
+        config = yaml.safe_load(path.read_text())
+        config["storage"], config["tracking"]["uri"] = f"{server.bucket}/runs", f"sqlite:///{tmp_path}/mlflow.db"
+        config["requests"]["promotion"]["keys"] = str(keys)
+        path.write_text(yaml.safe_dump(config))
+        request = world.add(0)
+        words = [sys.executable, "-m", "pipelines.cli", "requests", "process", "--config", str(path)]
+        environment = os.environ | server.environment | {"XDG_CACHE_HOME": str(cache)}
+        done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        copy.mkdir()
+        for name in server.keys("runs/"):
+            (copy / name.replace("/", "_")).write_bytes(server.read(name))
+    assert world.state(request) == "promoted"
+    (certificate,) = copy.glob("runs_requests_certificates_*.json")
+    assert verify(certificate, keys).content["requests"][0]["id"] == request
+    needles = [text for row in pairs(people("forget"), 0) for text in row.values()]
+    assert leaks([copy, cache], needles) == []
+    assert not [name for name in os.listdir(copy) if "_.lock" in name or "tokens" in name]
 
 
 NPO = {"name": "npo", "options": {"method": "npo", "training.rounds": 30, "npo.optimizer.lr": 1e-3}}
