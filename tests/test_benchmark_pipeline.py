@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import TEXT_METHODS
+from mistakes import refused
 
 from ofmu_ray import tracking
 from ofmu_ray.config import BenchmarkConfig, OptimizerConfig, TrainingConfig, apply_overrides
@@ -207,28 +208,12 @@ def test_tables_report_and_mlflow(finished):
     assert {"report.html", "report.md", "rows.parquet", "trials.parquet"} <= files
 
 
-@pytest.mark.system
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--methods", "[npoo]"], "Did you mean npo"),
-        (["--seeds", "[]"], "seeds"),
-        (["--rule.utility", "model_utilty"], "Did you mean model_utility"),
-        (["--splits", "{x: {data.forget.path: nowhere.jsonl}}", "--rule.objective", "ks_statistic"], "nowhere.jsonl"),
-        (["--tuning.spaces", "{npo: {npo.lr: 'loguniform(1e-4, 1e-2)'}}"], "unknown option npo.lr"),
-        pytest.param(
-            ["--methods", "[npo, lite]", "--budget.amount", "5e9"],
-            "one round of lite on people costs",
-            marks=pytest.mark.full,  # starts Ray: a minute
-        ),
-        (["--tuning.max_new_tokens", "0"], "tuning.max_new_tokens = 0"),
-    ],
-)
-def test_mistakes_end_with_status_2_before_any_trial(finished, words, message, capsys, tmp_path):
-    name = ["--storage", str(finished[0]), "--name", "mistaken"]
-    assert cli.main(["benchmark", "--config", write_config(tmp_path), *name, *words]) == 2
-    assert message in capsys.readouterr().err
-    assert not results(finished[0] / "mistaken")
+@pytest.mark.full  # starts Ray: a minute
+def test_a_budget_below_one_round_is_refused_before_any_trial(tmp_path, local_ray, capsys):
+    words = ["benchmark", "--config", write_config(tmp_path), "--storage", str(tmp_path)]
+    words += ["--methods", "[npo, lite]", "--budget.amount", "5e9"]
+    refused(words, "one round of lite on people costs", capsys=capsys, notes=True)
+    assert not results(tmp_path / "benchmark")
 
 
 @pytest.mark.full

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from evaluation_models import tiny_model, tiny_tokenizer
+from mistakes import refused
 from s3_server import s3_server
 
 from ofmu_ray.assets import resolve_builtin
@@ -49,14 +50,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(storage: Path, *words: str, **config: Any) -> tuple[int, dict[str, Any]]:
-    """The command on a configuration file; its exit status and metrics.json."""
+def command(storage: Path, *words: str, **config: Any) -> list[str]:
+    """The command's words, with a configuration file that is written."""
     config = {"name": "e", "storage": str(storage), "tracking": {"system_metrics": False}, **config}
     config["evaluation"] = {**SMALL, **config.get("evaluation", {})}
     storage.mkdir(exist_ok=True)
     file = storage / "config.yaml"
     file.write_text(yaml.safe_dump(config))
-    status = cli.main(["evaluate", "--config", str(file), *words])
+    return ["evaluate", "--config", str(file), *words]
+
+
+def run(storage: Path, *words: str, **config: Any) -> tuple[int, dict[str, Any]]:
+    """Its exit status and metrics.json."""
+    status = cli.main(command(storage, *words, **config))
     path = storage / "e" / "metrics.json"
     return status, json.loads(path.read_text()) if status == 0 else {}
 
@@ -188,10 +194,7 @@ def verdict_lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 def test_two_evaluations_of_one_name_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with locked(tmp_path / "e"):
-        status, _ = run(tmp_path)
-    assert status == 2
-    (message,) = capsys.readouterr().err.splitlines()
-    assert "is running" in message
+        refused(command(tmp_path), "is running", capsys=capsys)
     assert not (tmp_path / "mlflow.db").exists()
 
 
@@ -397,59 +400,17 @@ def test_representations_are_compared_with_each_models_own_tokens(tmp_path: Path
     assert min(differing["cosine"].to_pylist()) < 0.999
 
 
-MISTAKES = [
-    ({"checks": {"relern": {}}}, ["unknown option checks.relern", "Did you mean checks.relearn?"]),
-    ({"checks": {"relearn": {"rowz": 3}}}, ["unknown option checks.relearn.rowz"]),
-    ({"checks": {"relearn": {"rows": 10}}}, ["checks.relearn.rows = 10", "10 forget rows", "lower"]),
-    ({"checks": {"relearn": {"lr": -1}}}, ["checks.relearn.lr", "greater than 0"]),
-    ({"checks": {"prefix": {"shots": 11}}}, ["checks.prefix.shots = 11", "10 retain rows"]),
-    ({"checks": {"choice": [{"name": "a", "path": "nowhere.jsonl"}]}}, ["checks.choice[0]", "nowhere.jsonl"]),
-    (
-        {"data": {"root": "."}, "checks": {"choice": [{"name": "a", "path": "some/where", "format": "hub"}]}},
-        ["checks.choice[0].path = some/where", "hub data set", "checks.choice[0].hub_split = test"],
-    ),
-    ({"checks": {"choice": [{"name": "a", "path": "x"}] * 2}}, ["checks.choice.name", "once"]),
-    ({"checks": {"alignment": True}, "evaluation": {"retrained": None}}, ["checks.alignment", "evaluation.retrained"]),
-    ({"checks": {"gradient_norm": True}, "evaluation": {"sets": {"holdout": None}}}, ["evaluation.sets.holdout"]),
-    ({"models": {"retrained": TARGET}}, ["models.retrained", "evaluation.retrained"]),
-    ({"models": {"a b": TARGET}}, ["models", "a b"]),
-    ({"models": {}}, ["models", "label"]),
-    ({"models": {"a": "./nowhere"}}, ["models.a", "no such folder"]),
-    ({"models": {"a": "some/where/else"}}, ["models.a", "no such folder"]),
-    ({"evaluation": {"retrained": "./nowhere"}}, ["evaluation.retrained", "no such folder"]),
-    ({"evaluation": {"enabled": False}}, ["evaluation.enabled"]),
-    ({"evaluation": {"sets": {"forget": "nowhere.jsonl"}}}, ["evaluation.sets.forget", "nowhere.jsonl"]),
-]
-
-
-@pytest.mark.parametrize(("config", "words"), MISTAKES, ids=lambda value: value[0] if isinstance(value, list) else "")
-def test_mistakes_are_reported_before_anything_runs(
-    config: dict[str, Any], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(tmp_path, **config)[0] == 2
-    message = capsys.readouterr().err
-    assert message.startswith("ofmu evaluate: error: ")
-    assert len(message.splitlines()) == 1
-    for word in words:
-        assert word in message, message
-    assert not (tmp_path / "e").exists()
-    assert not (tmp_path / "mlflow.db").exists()
-
-
 def test_models_that_do_not_go_together(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     models = {"target": TARGET, "tiny": str(tiny)}
-    assert run(tmp_path, models=models, checks={"alignment": True})[0] == 2
-    assert "models.tiny has 2 layers, evaluation.retrained 4" in capsys.readouterr().err
-    assert run(tmp_path, models=models, tokenizer=TARGET)[0] == 2
-    assert "models.tiny" in (message := capsys.readouterr().err)
-    assert "320 tokens" in message
+    words = command(tmp_path, models=models, checks={"alignment": True})
+    refused(words, "models.tiny has 2 layers, evaluation.retrained 4", capsys=capsys)
+    refused(command(tmp_path, models=models, tokenizer=TARGET), "models.tiny", "320 tokens", capsys=capsys)
     bare = tmp_path / "bare"
     shutil.copytree(tiny, bare, ignore=shutil.ignore_patterns("tokenizer*", "special*"))
-    assert run(tmp_path, models={"target": TARGET, "bare": str(bare)})[0] == 2  # takes the first model's tokenizer
-    assert "models.bare" in (message := capsys.readouterr().err)
-    assert "320 tokens" in message
-    assert run(tmp_path, models={"bare": str(bare)}, evaluation={"retrained": None})[0] == 2
-    assert "--tokenizer" in capsys.readouterr().err
+    words = command(tmp_path, models={"target": TARGET, "bare": str(bare)})  # takes the first model's tokenizer
+    refused(words, "models.bare", "320 tokens", capsys=capsys)
+    words = command(tmp_path, models={"bare": str(bare)}, evaluation={"retrained": None})
+    refused(words, "--tokenizer", capsys=capsys)
 
 
 def test_a_classifier_has_its_metrics_in_its_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -457,24 +418,18 @@ def test_a_classifier_has_its_metrics_in_its_run(tmp_path: Path, capsys: pytest.
     from ofmu_ray.models.classifiers import write_initial_classifier
 
     write_initial_classifier(tmp_path / "resnet", TrainConfig(classifier=ClassifierConfig(architecture="resnet8")))
-    for config in (
-        {"models": {"a": str(tmp_path / "resnet")}},
-        {"evaluation": {"retrained": str(tmp_path / "resnet")}},
-    ):
-        assert run(tmp_path / "e", **config)[0] == 2
-        message = capsys.readouterr().err
-        assert f"{'models.a' if 'models' in config else 'evaluation.retrained'} = " in message
-        assert "is an image classifier" in message
-        assert "report and metrics.json of its run" in message
-        assert len(message.splitlines()) == 1
+    parts = ("is an image classifier", "report and metrics.json of its run")
+    words = command(tmp_path / "e", models={"a": str(tmp_path / "resnet")})
+    refused(words, "models.a = ", *parts, capsys=capsys)
+    words = command(tmp_path / "e", evaluation={"retrained": str(tmp_path / "resnet")})
+    refused(words, "evaluation.retrained = ", *parts, capsys=capsys)
 
 
 def test_the_harness_is_asked_for_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert run(tmp_path, checks={"lm_eval": ["wmdp"]})[0] == 2
-    assert "ofmu-ray[lm-eval]" in capsys.readouterr().err
+    refused(command(tmp_path, checks={"lm_eval": ["wmdp"]}), "ofmu-ray[lm-eval]", capsys=capsys)
 
 
 def test_metrics_of_many_models_fit_mlflow(tmp_path: Path) -> None:

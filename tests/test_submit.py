@@ -30,7 +30,6 @@ from ofmu_ray.cluster.upload import load_environment, packed
 from ofmu_ray.config.submit import SubmitConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.runs.preflight import JOB_VARIABLE, UPLOADS, prepare_storage
-from pipelines import cli
 from pipelines.submit import JOBS, OWN, check, split
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,35 +60,6 @@ def test_no_option_of_a_command_is_hidden_by_one_of_submit():
             field.name for field in dataclasses.fields(config) if not dataclasses.is_dataclass(field.default_factory)
         }
         assert not OWN & values, command
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["unlearn", "--trainig.rounds", "3"], "Did you mean training.rounds"),
-        (["unlern"], "Did you mean unlearn"),
-        (["--seed", "3", "unlearn"], "follow it"),
-        ([], "give a COMMAND"),
-        (["unlearn"], "storage = 'runs'"),
-        (["unlearn", "--storage", "/s", "--tracking.uri", "http://me:word@host"], "credentials"),
-        (["unlearn", "--storage", "/s", "--data.forget.path", "s3://b/k?secret_key=abc"], "credentials"),
-        (["unlearn", "--storage", "/s", "--address", "head:8265"], "address = 'head:8265'"),
-        (["unlearn", "--storage", "/s", "--address", "http://127.0.0.1:1"], "no answer"),
-        (["unlearn", "--storage", "/s", "--stop", "x"], "no COMMAND"),
-        (["--stop", "x", "--status", "y"], "one at a time"),
-        (["evaluate", "--storage", "/s", "--config", "{outside}"], "outside"),
-        (["evaluate", "--storage", "/s", "--runtime-env", "none.yaml"], "No such file"),
-    ],
-)
-def test_mistakes_are_said_before_anything_is_uploaded(words, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    outside = tmp_path / "mine.yaml"
-    outside.write_text("seed: 3\n")
-    assert cli.main(["submit", *(str(outside) if word == "{outside}" else word for word in words)]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert "word@" not in error
-    assert "abc" not in error
 
 
 def test_the_upload_holds_what_a_run_needs_and_little_else(tmp_path):

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from mistakes import refused
 from mlflow_server import mlflow_server
 
 from pipelines import cli
@@ -311,44 +311,15 @@ def test_trials_of_several_workers_are_evaluated_on_their_way(tmp_path, local_ra
         assert one["forget_probability"]["value"] < 0.999  # the run did something
 
 
-MISTAKES = {
-    "unknown field": (["--space.ofmu.bet", "uniform(0, 1)"], r"space: unknown option ofmu.bet. Did you mean beta"),
-    "no prior": (["--space.ofmu.beta", "gaussian(0, 1)"], r"space: ofmu.beta: prior 'gaussian\(0, 1\)'"),
-    "close prior": (["--space.ofmu.beta", "loguniforn(1e-3, 1)"], r"Did you mean loguniform\?"),
-    "not a value": (["--space.ofmu.inner_steps", "uniform(1, 2)"], r"ofmu.inner_steps = 1.5: must be int"),
-    "another method": (["--space.npo.beta", "uniform(0, 1)"], r"npo.beta is not an option of"),
-    "empty space": (["--label", "ceu", "--space", "{ceu.optimizer.lr: null}"], r"nothing is left to tune of ceu"),
-    "no such metric": (["--select.objective", "forget_qualty"], r"no such metric. Did you mean forget_quality"),
-    "never reported": (["--select.utility", "model_utility"], r"max_new_tokens = 0: .* select.utility = model_utility"),
-    "no retrained model": (
-        ["--base.evaluation.retrained", "null", "--select.objective", "forget_quality"],
-        r"base.select.objective = forget_quality needs a model",
-    ),
-    "no room": (["--base.training.workers", "64", "--base.training.engine", "deepspeed", "--base.training.batch_size",
-                 "64"], r"training.workers x training.cpus_per_worker = 64"),
-    "too much at once": (["--concurrency", "64"], r"concurrency = 64: .* set --concurrency 2"),
-    "no such file": (["--space_file", "nowhere.yaml"], r"space_file = 'nowhere.yaml': no such file"),
-    "unknown label": (["--label", "ofmu_ful"], r"no method 'ofmu_ful'. Did you mean ofmu_full"),
-    "grace": (["--early.grace", "3"], r"early.grace = 3: must be less than early.stages = 3"),
-    "generations": (["--search.kind", "population", "--search.trials", "5"], r"multiple of search.population = 4"),
-    "seed": (["--select.seeds", "[0]"], r"0 is the trials' own seed"),
-}  # fmt: skip
-
-
 @pytest.mark.system
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_end_with_one_clear_line(mistake, tmp_path, capsys, local_ray):
-    words, message = MISTAKES[mistake]
-    status = cli.main(["sweep", "--config", write_config(tmp_path), "--storage", str(tmp_path), *words])
-    shown = capsys.readouterr().err
-    assert status == 2
-    [line] = [text for text in shown.splitlines() if text.startswith("ofmu sweep: error:")]
-    assert re.search(message, line), line
+def test_trials_that_have_no_room_beside_each_other(tmp_path, capsys, local_ray):
+    words = ["sweep", "--config", write_config(tmp_path), "--storage", str(tmp_path), "--concurrency", "64"]
+    refused(words, "concurrency = 64: ", "set --concurrency 2", capsys=capsys, notes=True)
     assert not (tmp_path / "sweep/trials").exists()
 
 
 @pytest.mark.system
 def test_a_sweep_keeps_its_name_for_one_configuration(calm, capsys):
     words = ["--config", str(calm / "sweep.yaml"), "--storage", str(calm), "--base.training.rounds", "7"]
-    assert cli.main(["sweep", *words]) == 2
-    assert "name = 'sweep': a run with another configuration has this name" in capsys.readouterr().err
+    message = "name = 'sweep': a run with another configuration has this name"
+    refused(["sweep", *words], message, capsys=capsys, notes=True)

@@ -12,6 +12,7 @@ import pytest
 import ray
 import torch
 import yaml
+from mistakes import refused
 from ray._common.usage import usage_lib
 from ray.autoscaler._private.util import prepare_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -31,9 +32,12 @@ COMPONENTS = [
 ]
 
 
+def command(storage: Path, name: str, *words: str) -> list[str]:
+    return ["unlearn", "--storage", str(storage), "--name", name, "--tracking.system_metrics", "false", *words]
+
+
 def run(storage: Path, name: str, *words: str) -> tuple[int, dict]:
-    common = ["--storage", str(storage), "--name", name, "--tracking.system_metrics", "false"]
-    status = cli.main(["unlearn", *common, *words])
+    status = cli.main(command(storage, name, *words))
     path = storage / name / "metrics.json"
     return status, json.loads(path.read_text()) if path.exists() else {}
 
@@ -194,8 +198,7 @@ def test_a_finished_run_is_shown_and_its_name_is_not_reused(finished, capsys):
     shown = capsys.readouterr()
     assert "already finished" in shown.err
     assert metrics["run"]["generations"] in shown.out
-    assert run(storage, "two", *BRIEF, "--seed", "1")[0] == 2
-    assert "choose another --name" in capsys.readouterr().err
+    refused(command(storage, "two", *BRIEF, "--seed", "1"), "choose another --name", capsys=capsys, notes=True)
 
 
 def test_the_report_is_one_page_without_outside_parts(finished):
@@ -291,18 +294,11 @@ def test_own_data_and_mistakes_in_it(tmp_path, capsys, monkeypatch):
     assert "retrained" in metrics["after"]["forget_quality"]["reason"]
     assert metrics["retrained"] is None
 
-    assert run(tmp_path, "m1", *data, *null)[0] == 2
-    message = capsys.readouterr().err
-    assert "question" in message
-    assert "prompt" in message  # the existing columns
+    existing = ("question", "prompt")
+    refused(command(tmp_path, "m1", *data, *null), *existing, capsys=capsys, notes=True)
     write(tmp_path / "f.jsonl", [{"prompt": "Who?", "reply": ""}, {"prompt": "What?", "reply": 7}])
-    assert run(tmp_path, "m2", *data, *columns, *null)[0] == 2
-    message = capsys.readouterr().err
-    assert "row 1" in message
-    assert "row 2" in message
+    refused(command(tmp_path, "m2", *data, *columns, *null), "row 1", "row 2", capsys=capsys, notes=True)
     write(tmp_path / "f.jsonl", [{"prompt": "3 plus one?", "reply": "it is  4."}])
-    assert run(tmp_path, "m3", *data, *columns, *null)[0] == 2
-    assert "--data.overlap" in capsys.readouterr().err
+    refused(command(tmp_path, "m3", *data, *columns, *null), "--data.overlap", capsys=capsys, notes=True)
     (tmp_path / "f.jsonl").write_text("")
-    assert run(tmp_path, "m4", *data, *columns, *null)[0] == 2
-    assert "data.forget" in capsys.readouterr().err
+    refused(command(tmp_path, "m4", *data, *columns, *null), "data.forget", capsys=capsys, notes=True)
