@@ -93,6 +93,13 @@ def test_a_sweep_tunes_what_the_readmes_file_runs(tmp_path):
     assert config.label == SweepConfig().label == "ofmu"
     assert config.run == run
     assert (config.run.evaluation.retrained, config.run.evaluation.sets.forget) == (None, None)
+    rule = config.select.resolved(config.run.evaluation)
+    assert (rule.objective, rule.utility) == ("forget_probability", "retain_probability"), "what its rows can give"
+    builtin = SweepConfig()
+    rule = builtin.select.resolved(builtin.run.evaluation)
+    assert (rule.objective, rule.utility) == ("forget_quality", "model_utility")
+    shorter = dataclasses.replace(rule, utility="auto", max_new_tokens=0).resolved(builtin.run.evaluation)
+    assert (shorter.objective, shorter.utility) == ("forget_quality", "retain_probability")
     fields = [knob.field for knob in space_of(config).knobs]
     assert fields == ["ofmu.inner.lr", "ofmu.outer_ratio"]
 

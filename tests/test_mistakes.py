@@ -251,7 +251,7 @@ MISTAKES = {
     ),
     "objective without a retrained model": (
         "sweep --base.evaluation.retrained null --select.objective forget_quality",
-        "base.select.objective = forget_quality needs a model",
+        ": select.objective = forget_quality needs a model without the forget rows: name base.evaluation.retrained, or",
     ),
     "trials without room": (
         "sweep --base.training.workers 4096 --base.training.engine deepspeed --base.training.batch_size 4096",

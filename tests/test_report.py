@@ -216,7 +216,10 @@ def test_a_degenerate_model_is_called_so(page: str) -> None:
 
 
 def test_absent_metrics_have_a_reason(page: str) -> None:
-    assert "–: the world_facts rows lack the columns it needs" in page
+    """The reason names them below the table, which is not padded with them."""
+    assert ">World facts truth ratio: the world_facts rows lack the columns it needs" in page
+    assert '<td class="name">World facts truth ratio' not in page
+    assert '<td class="name">World facts probability' in page
 
 
 def test_a_fit_without_evaluation_has_a_page_too(tmp_path: Path) -> None:
@@ -234,6 +237,8 @@ def test_without_a_retrained_model_there_is_no_test(tmp_path: Path) -> None:
     write_report(tmp_path / "page.html", make_data(metrics=metrics, tables=tables))
     text = (tmp_path / "page.html").read_text()
     assert "forget quality is absent" in text
+    assert "Before, after" in _Page(text).headings
+    assert "should match\nthe model that was retrained" not in text
     assert '<th class="n">Retrained</th>' not in text
 
 

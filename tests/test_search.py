@@ -1,7 +1,11 @@
 """A sweep's options follow from seeds, numbers and results only, without hidden state."""
 
+import json
 import math
+import shutil
 import statistics
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from optuna.distributions import CategoricalDistribution
@@ -9,9 +13,11 @@ from optuna.distributions import CategoricalDistribution
 from ofmu_ray.config import SearchConfig, UnlearnConfig, apply_overrides
 from ofmu_ray.metrics.degeneration import SoundRange
 from ofmu_ray.metrics.rule import Goal
+from ofmu_ray.runs.trial import work_path
 from ofmu_ray.search.priors import at
 from ofmu_ray.search.spaces import ON, space_for
 from ofmu_ray.search.suggest import EarlierTrial, Search, Suggestion, without_other_batches
+from ofmu_ray.search.trial_ledger import Ledger
 from tune_spaces import Choice, Integers, Knob, LogUniform, Space, Uniform, ZeroOrLogUniform
 
 BASE = apply_overrides(UnlearnConfig(), {"ofmu.preset": "lite"})
@@ -196,3 +202,22 @@ def test_members_share_their_batches():
     assert set(dropped) >= {"ofmu.inner_steps", "ofmu.outer_steps"}
     assert {knob.field for knob in space.knobs} >= {"ofmu.inner.lr", "ofmu.outer.lr", "ofmu.rho_growth"}
     assert without_other_batches(Space.of("npo"), apply_overrides(BASE, {"method": "npo"}))[1] == []
+
+
+def test_a_trial_may_end_while_its_evaluations_are_read(tmp_path, monkeypatch):
+    """Ended, it writes them into its result and deletes their files, here between a file's listing and its reading."""
+    work, results, files = work_path(str(tmp_path), "key"), [], Path.glob
+    (work / "stages").mkdir(parents=True)
+    (work / "stages/0001.json").write_text(json.dumps({"stage": 1}))
+    ledger = SimpleNamespace(
+        folder=str(tmp_path), key=lambda _: "key", result=lambda _: results[0] if results else None
+    )
+    assert Ledger.evaluations(ledger, 0) == [{"stage": 1}]
+
+    def listed(folder, pattern):
+        yield from list(files(folder, pattern))
+        results.append({"evaluations": [{"stage": 1}, {"stage": 2}]})
+        shutil.rmtree(work)
+
+    monkeypatch.setattr(Path, "glob", listed)
+    assert Ledger.evaluations(ledger, 0) == [{"stage": 1}, {"stage": 2}]

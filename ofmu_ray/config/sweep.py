@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from ofmu_ray.config.evaluation import EvaluationConfig
 from ofmu_ray.config.method_sections import LABELS
 from ofmu_ray.config.overrides import apply_overrides
 from ofmu_ray.config.ranges import not_negative, positive, require, run_name, seed
@@ -83,12 +84,13 @@ class EarlyConfig:
 class SelectConfig:
     """Which trial is chosen: the best objective among those with enough utility."""
 
-    objective: str = "forget_quality"
-    """Metric (docs/metrics.md). forget_quality and metrics of other rows should be high, KS distance low, the other
-    forget metrics close to the retrained model's. Without it, forget_probability and the like should be low, and
-    metrics that only that model gives a direction are refused."""
-    utility: str = "model_utility"
-    """Metric that must not fall below the floor."""
+    objective: str = "auto"
+    """Metric (docs/metrics.md); auto: forget_quality with a retrained model, else forget_probability. forget_quality
+    and metrics of other rows should be high, KS distance low, the other forget metrics close to the retrained model's.
+    Without it, forget_probability and the like should be low, and metrics that only that model gives a direction are
+    refused."""
+    utility: str = "auto"
+    """Metric that must not fall below the floor; auto: model_utility if it is measured, else retain_probability."""
     utility_floor: float = 0.9
     """The floor, as a fraction of the reference's utility (0 to 1)."""
     margin: float = 0.02
@@ -113,8 +115,20 @@ class SelectConfig:
         positive("select", self, "rows")
         not_negative("select", self, "max_new_tokens")
         require(len(set(self.seeds)) == len(self.seeds), "select.seeds", self.seeds, "without repetitions")
-        if self.objective == self.utility:
+        if self.objective == self.utility != "auto":
             raise UserError(f"select.objective and select.utility are both {self.utility!r}: name two metrics")
+
+    def resolved(self, evaluation: EvaluationConfig) -> SelectConfig:
+        """The rule for runs with this evaluation, without `auto`."""
+        longest = evaluation.max_new_tokens if self.max_new_tokens is None else self.max_new_tokens
+        whole = longest > 0 and None not in (evaluation.sets.real_authors, evaluation.sets.world_facts)
+        quality = "forget_quality" if evaluation.retrained else "forget_probability"
+        kept = "model_utility" if whole else "retain_probability"
+        return replace(
+            self,
+            objective=quality if self.objective == "auto" else self.objective,
+            utility=kept if self.utility == "auto" else self.utility,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,16 @@ class MetricRow:
     cells: dict[str, MetricCell]
     rows: int | None
 
+    @property
+    def measured(self) -> bool:
+        """Whether a model has a value; a metric that says why none has is not."""
+        return any(cell.value is not None for cell in self.cells.values()) or not self.reasons
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why values are absent."""
+        return list(dict.fromkeys(cell.reason for cell in self.cells.values() if cell.reason))
+
 
 def label(name: str) -> str:
     """forget_truth_ratio -> Forget truth ratio."""
@@ -66,6 +76,15 @@ def metric_table(metrics: Mapping[str, Any]) -> list[MetricRow]:
         cells = {model: cell(value) for model, value in values.items()}
         rows.append(MetricRow(name, label(name), direction(name), cells, max(counts, default=None)))
     return rows
+
+
+def missing(rows: Iterable[MetricRow]) -> dict[str, list[str]]:
+    """Reason -> labels of the metrics that lack a value for it."""
+    labels: dict[str, list[str]] = {}
+    for row in rows:
+        for reason in row.reasons:
+            labels.setdefault(reason, []).append(row.label)
+    return labels
 
 
 def cell(metric_value: Mapping[str, Any] | None) -> MetricCell:

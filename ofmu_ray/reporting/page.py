@@ -88,11 +88,13 @@ def _context(data: ReportData) -> dict[str, Any]:
     ratios = {model: _forget_ratios(table) for model, table in tables.items()}
     ratios = {model: values for model, values in ratios.items() if len(values)}
     tests = _tests(ratios)
+    rows = formats.metric_table(data.metrics)
     return {
         "data": data,
         "header": _header(data),
         "headline": _headline(data.metrics),
-        "metric_rows": formats.metric_table(data.metrics),
+        "metric_rows": [row for row in rows if row.measured],
+        "missing": formats.missing(rows),
         "models": [model for model in formats.MODELS if data.metrics.get(model)],
         "truth_ratios": plots.truth_ratio_panel(ratios, tests.get("after")) if ratios else None,
         "tests": tests,

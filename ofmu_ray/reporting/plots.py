@@ -79,6 +79,7 @@ SERIES_PLOTS = (
     SeriesPlot("Penalty weight ρ", {"rho": "ρ"}, from_zero=True),
     SeriesPlot("Learning rates", {"lr": "lr", "inner_lr": "inner", "outer_lr": "outer"}, from_zero=True),
     SeriesPlot("Gradient passes, cumulative", {"forget_passes": "forget", "retain_passes": "retain"}, from_zero=True),
+    SeriesPlot("Ascents skipped, nothing left to forget", {"skipped_ascents": "skipped"}, from_zero=True),
     SeriesPlot("Tokens per second", {"tokens_per_second": "tokens/s"}, from_zero=True),
     SeriesPlot("Utility (watched retain rows)", {"utility": "mean answer probability"}),
 )

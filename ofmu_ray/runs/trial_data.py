@@ -21,12 +21,17 @@ from ofmu_ray.tasks.protocol import Task
 
 
 def checked(
-    base: UnlearnConfig, storage: Path, required: Mapping[str, str], generation: tuple[str, int | None], where: str = ""
+    base: UnlearnConfig,
+    storage: Path,
+    required: Mapping[str, str],
+    generation: tuple[str, int | None],
+    where: str = "",
+    split: str = "",
 ) -> Any:
     """Check that models, sources and evaluation rows exist and give the metrics that a rule needs.
 
     `required`: option -> metric. `generation`: option and value of the longest generation of runs that the rule
-    judges. `where` is the prefix of error messages.
+    judges. `where` is the prefix of base's options in error messages, `split` that of the messages.
 
     Raises:
         UserError: something is missing, or a metric does not exist or will not be measured.
@@ -41,7 +46,7 @@ def checked(
         task.check_model(ModelConfig(path=evaluation.retrained), "evaluation.retrained")
     if not evaluation.enabled:
         raise UserError(
-            f"{where}evaluation.enabled is false, but runs are compared by their evaluation: set it to true"
+            f"{split}{where}evaluation.enabled is false, but runs are compared by their evaluation: set it to true"
         )
     option, longest = generation
     if longest is None:
@@ -54,18 +59,19 @@ def checked(
         needs = known[metric].needs
         if "retrained" in needs and not evaluation.retrained:
             raise UserError(
-                f"{where}{name} = {metric} needs a model without the forget rows: name evaluation.retrained"
+                f"{split}{name} = {metric} needs a model without the forget rows: name {where}evaluation.retrained, or "
+                "choose another metric (docs/metrics.md)"
             )
         if known[metric].better == "retrained" and not (evaluation.retrained or known[metric].alone):
             raise UserError(
-                f"{where}{name} = {metric} should match a model without the forget rows: name evaluation.retrained, or "
-                "choose another metric (docs/metrics.md)"
+                f"{split}{name} = {metric} should match a model without the forget rows: name "
+                f"{where}evaluation.retrained, or choose another metric (docs/metrics.md)"
             )
         if "generations" in needs and longest == 0:
             raise UserError(f"{option} = 0: without generations there is no {name} = {metric}")
         for part in sorted(needs - {"retrained", "generations"}):
             if getattr(evaluation.sets, part) is None:
-                raise UserError(f"{where}{name} = {metric} needs rows of {part}: name evaluation.sets.{part}")
+                raise UserError(f"{split}{name} = {metric} needs rows of {part}: name {where}evaluation.sets.{part}")
     return evaluation_of(task, base, str(storage))
 
 

@@ -128,7 +128,7 @@ def _checked_split(config: BenchmarkConfig, split: str, storage: Path) -> Any:
     rule = config.rule
     required = {"rule.objective": rule.objective, "rule.utility": rule.utility}
     generation = "tuning.max_new_tokens", config.tuning.max_new_tokens
-    return checked(config.run(split, config.methods[0]), storage, required, generation, where=f"{split}: ")
+    return checked(config.run(split, config.methods[0]), storage, required, generation, split=f"{split}: ")
 
 
 class BenchmarkRun:

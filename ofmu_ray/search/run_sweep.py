@@ -95,6 +95,7 @@ def _searched(config: SweepConfig, command: Sequence[str]) -> SweepOutcome:
     storage = prepare_folder(config.storage)
     training = check_machine(config.base.training)
     config = replace(config, base=replace(config.base, training=training))
+    config = replace(config, select=config.select.resolved(config.run.evaluation))
     run, select = config.run, config.select
     space = space_of(config)
     required = {"select.objective": select.objective, "select.utility": select.utility}

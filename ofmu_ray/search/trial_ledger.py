@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,11 +134,11 @@ class Ledger:
 
     def evaluations(self, number: int) -> list[dict[str, Any]]:
         """A trial's intermediate evaluations so far, oldest first."""
-        result = self.result(number)
-        evaluations = (
-            published(work_path(self.folder, self.key(number))) if result is None else result.get("evaluations")
-        )
-        return evaluations or []
+        running: list[dict[str, Any]] = []
+        with suppress(FileNotFoundError):
+            running = published(work_path(self.folder, self.key(number)))
+        result = self.result(number)  # read last: a trial that has ended meanwhile deleted files once they were in it
+        return running if result is None else result.get("evaluations") or []
 
     def earlier(self) -> list[EarlierTrial]:
         """All trials so far, in order."""
