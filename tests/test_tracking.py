@@ -1,9 +1,11 @@
 """MLflow: runs are found again, series have no duplicates, and an unreachable server is reported at once."""
 
+import importlib.util
 import json
 import os
 import shlex
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -412,9 +414,10 @@ def test_a_real_server(server: str, tmp_path: Path) -> None:
 def test_the_command_that_opens_a_local_run(storage: str) -> None:
     handle = start(CONFIG, storage, "open", {})
     command, address = open_command(handle).splitlines()
-    mlflow, *words = shlex.split(command)
-    assert Path(mlflow).is_file(), "the one of this environment, whatever PATH is"
-    assert words == ["ui", "--backend-store-uri", f"sqlite:///{storage}/mlflow.db"]
+    python, *words = shlex.split(command)
+    assert python == sys.executable, "this environment, whatever PATH is"
+    assert words == ["-m", "mlflow", "ui", "--backend-store-uri", f"sqlite:///{storage}/mlflow.db"]
+    assert importlib.util.find_spec("mlflow.__main__") is not None
     page = f"#/experiments/{handle.experiment_id}/runs/{handle.run_id}?workflowType=machine_learning"
     assert address == f"http://127.0.0.1:5000/{page}"
 

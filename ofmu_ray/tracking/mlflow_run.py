@@ -185,8 +185,8 @@ def open_command(handle: RunHandle) -> str:
     if handle.uri.startswith(("http://", "https://")):
         return f"{connection.without_password(handle.uri).rstrip('/')}/{page}"
     shown = connection.without_password(handle.uri)
-    # of this environment, whatever the shell's PATH is
-    command = shlex.join([str(Path(sys.executable).parent / "mlflow"), "ui", "--backend-store-uri", shown])
+    # of this environment, whatever the shell's PATH is and wherever the packages' scripts are
+    command = shlex.join([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", shown])
     return f"{command}\nhttp://127.0.0.1:5000/{page}"
 
 
