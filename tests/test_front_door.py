@@ -6,9 +6,11 @@ import json
 import re
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -424,14 +426,34 @@ def test_old_rows_tell_their_largest_token(tmp_path):
     assert largest_tokens({"forget": texts, "retain": images}) == {"forget": 7}
 
 
-@pytest.mark.parametrize("option", ["model.path", "data.forget.path"])
-def test_a_hub_that_does_not_answer_is_one_line(option, tmp_path, capsys, monkeypatch):
+def _hub(monkeypatch, endpoint):
+    """A hub that is asked without a proxy."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens at the port `discard`
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
+
+
+def test_a_name_that_is_never_looked_up_is_not_waited_for(tmp_path, capsys, monkeypatch):
+    """A dead name server: the system looks names up for half a minute, whatever the limit of the connection."""
+    _hub(monkeypatch, "http://hub.example")
+    over = threading.Event()
+
+    def never(*_, **__):
+        over.wait(30)
+        raise socket.gaierror("the name server answered at last")
+
+    monkeypatch.setattr(socket, "getaddrinfo", never)
+    parts = ("the hub is not reachable (no answer within 1.5 seconds)", "not in the cache")
+    refused(["unlearn", "--model.path", "nobody/nothing", "--storage", str(tmp_path)], *parts, capsys=capsys)
+    over.set()
+
+
+@pytest.mark.parametrize("option", ["model.path", "data.forget.path"])
+def test_a_hub_that_does_not_answer_is_one_line(option, tmp_path, capsys, monkeypatch):
+    _hub(monkeypatch, "http://127.0.0.1:9")  # nothing listens at the port `discard`
     words = ["--evaluation.enabled", "false", "--storage", str(tmp_path / "runs"), "--name", "r"]
     parts = (f"ofmu unlearn: error: {option} = ", "nobody/nothing", "the hub is not reachable", "not in the cache")
     refused(["unlearn", f"--{option}", "nobody/nothing", *words], *parts, capsys=capsys, notes=True)

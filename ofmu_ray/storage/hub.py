@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import urllib.request
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-SECONDS = 2
-"""To connect."""
+SECONDS = 1.5
+"""To look its name up and to connect, so that a mistake is told within three."""
 
 
 def unreachable(name: str, kind: Literal["model", "dataset"]) -> str | None:
@@ -21,15 +22,33 @@ def unreachable(name: str, kind: Literal["model", "dataset"]) -> str | None:
         return None
     if constants.is_offline_mode():
         return "HF_HUB_OFFLINE is set, and it is not in the cache"
+    reason = no_connection()
+    return reason and f"the hub is not reachable ({reason}), and it is not in the cache"
+
+
+def no_connection() -> str | None:
+    """Why the hub does not answer; None: it does, or only a proxy could tell."""
+    from huggingface_hub import constants
+
     parts = urlsplit(constants.ENDPOINT)
     if parts.scheme in urllib.request.getproxies():
-        return None  # only the proxy knows
-    try:
-        port = parts.port or (80 if parts.scheme == "http" else 443)
-        socket.create_connection((parts.hostname or "", port), timeout=SECONDS).close()
-    except OSError as error:
-        return f"the hub is not reachable ({error}), and it is not in the cache"
-    return None
+        return None
+    port = parts.port or (80 if parts.scheme == "http" else 443)
+    found: list[str | None] = []
+
+    def connect() -> None:
+        try:
+            socket.create_connection((parts.hostname or "", port), timeout=SECONDS).close()
+        except OSError as error:
+            found.append(str(error))
+        else:
+            found.append(None)
+
+    # the look-up of a name knows no limit of time, and each address of a host has its own
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(SECONDS)
+    return found[0] if found else f"no answer within {SECONDS:g} seconds"
 
 
 def _is_cached(name: str, kind: str) -> bool:

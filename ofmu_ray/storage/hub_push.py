@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ofmu_ray.errors import StorageError, UserError
+from ofmu_ray.storage.hub import no_connection
 
 OPTION = "export.push_to_hub"
 
@@ -29,6 +30,9 @@ def check_push(name: str, *, public: bool) -> None:
         raise UserError(f"{shown}: HF_HUB_OFFLINE is set; unset it, or drop the option")
     if get_token() is None:
         raise UserError(f"{shown}: there is no token for the hub; run `hf auth login` or set HF_TOKEN")
+    reason = no_connection()
+    if reason is not None:
+        raise UserError(f"{shown}: the hub does not answer ({reason})")
     api = HfApi()
     try:
         owner = api.whoami()["name"]
