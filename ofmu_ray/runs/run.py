@@ -18,6 +18,7 @@ from ofmu_ray.runs.train_run import train
 from ofmu_ray.runs.unlearn_run import read_finished, unlearn
 from ofmu_ray.storage import explained, fetched, is_uri
 from ofmu_ray.storage.hub_push import check_push, push
+from ofmu_ray.tracking.connection import check_server
 
 
 def run(
@@ -61,6 +62,7 @@ def _pushed(outcome: Outcome, export: ExportConfig) -> Outcome:
 
 
 def _observed(this_run: Run, work: Callable[[], Outcome]) -> Outcome:
+    check_server(this_run.config.tracking.uri)  # as the start of tracking will, but before torch is imported
     listener, outcome = progress.current(), None
     listener.started(this_run)
     try:

@@ -39,11 +39,7 @@ def checked(
     task = task_named(base.task)
     check_sources(base.data)
     check_early(task, base)
-    task.check_model(base.model)
-    check_training(task, base)
     evaluation = base.evaluation
-    if evaluation.retrained:
-        task.check_model(ModelConfig(path=evaluation.retrained), "evaluation.retrained")
     if not evaluation.enabled:
         raise UserError(
             f"{split}{where}evaluation.enabled is false, but runs are compared by their evaluation: set it to true"
@@ -72,6 +68,10 @@ def checked(
         for part in sorted(needs - {"retrained", "generations"}):
             if getattr(evaluation.sets, part) is None:
                 raise UserError(f"{split}{name} = {metric} needs rows of {part}: name {where}evaluation.sets.{part}")
+    task.check_model(base.model)
+    check_training(task, base)
+    if evaluation.retrained:
+        task.check_model(ModelConfig(path=evaluation.retrained), "evaluation.retrained")
     return evaluation_of(task, base, str(storage))
 
 

@@ -83,6 +83,15 @@ def check_reachable(uri: str) -> None:
         raise unreachable(uri, error) from None
 
 
+def check_server(uri: str | None) -> None:
+    """Connect to a server, if `tracking.uri` names one; its database is not opened. Raises UserError."""
+    if uri is None:
+        return
+    resolved = resolve_uri(uri, "")
+    if sqlite_file(resolved) is None:
+        check_reachable(resolved)
+
+
 def unreachable(uri: str, error: object) -> UserError:
     """The error for an unreachable tracking server."""
     return UserError(
