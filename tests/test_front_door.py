@@ -21,8 +21,10 @@ import pytest
 import yaml
 from mistakes import one_message, refused
 
+from ofmu_ray import progress
 from ofmu_ray.commandline.parse import parse
 from ofmu_ray.config import LoraConfig, ModelConfig, SweepConfig, UnlearnConfig, outcome_hash
+from ofmu_ray.config.optimizers import scale_for
 from ofmu_ray.errors import StartError, StorageError, UserError
 from ofmu_ray.models.loading import load_tokenizer
 from ofmu_ray.models.stored_names import PLAIN, check_names, parameter_names
@@ -30,7 +32,7 @@ from ofmu_ray.runs.claims import Claim, locked
 from ofmu_ray.runs.preflight import public
 from ofmu_ray.runs.run import as_begun
 from ofmu_ray.runs.this_run import Run
-from ofmu_ray.search.run_sweep import space_of
+from ofmu_ray.search.run_sweep import _lr_scale, space_of
 from ofmu_ray.storage import explained
 from pipelines import cli
 
@@ -104,6 +106,20 @@ def test_a_sweep_tunes_what_the_readmes_file_runs(tmp_path):
     assert (shorter.objective, shorter.utility) == ("forget_quality", "retain_probability")
     fields = [knob.field for knob in space_of(config).knobs]
     assert fields == ["ofmu.inner.lr", "ofmu.outer_ratio"]
+
+
+def test_a_sweeps_rates_follow_from_the_size(monkeypatch):
+    notes = []
+    monkeypatch.setattr(progress, "note", lambda *words: notes.append(words))
+    assert scale_for(1e9) == 1.0
+    assert SweepConfig().lr_scale is None
+    scale = _lr_scale(UnlearnConfig())
+    assert scale == pytest.approx((1e9 / 541_536) ** 0.5, rel=0.01)
+    assert notes == [("rates", "43 times those for 1 B parameters (lr_scale), for 541,536 trained parameters")]
+    with_adapters = UnlearnConfig(model=ModelConfig(lora=LoraConfig(rank=2)))
+    assert _lr_scale(with_adapters) > 3 * scale
+    rate = space_of(SweepConfig(lr_scale=scale)).knobs[0]
+    assert rate.prior.low == pytest.approx(scale * space_of(SweepConfig()).knobs[0].prior.low)
 
 
 # -------------------------------------------------------------------------------------------------- names and locks

@@ -21,6 +21,11 @@ def rate_for(trained: float) -> float:
     return float(f"{1e-5 * math.sqrt(LARGE / trained):.1e}")
 
 
+def scale_for(trained: float) -> float:
+    """Factor on learning rates meant for 1 B parameters, by the same rule."""
+    return float(f"{math.sqrt(1e9 / trained):.1e}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """The optimiser of one loop."""

@@ -150,8 +150,9 @@ class SweepConfig:
     space_file: str | None = None
     """YAML file of priors by field, such as the priors.yaml of an earlier sweep on a smaller model, or a Python file
     with a `SPACE` (it is executed: only name files you trust); `space` still goes on top."""
-    lr_scale: float = 1.0
-    """Factor on all learning rates of the method's own space, which is meant for models of 1 B parameters and more."""
+    lr_scale: float | None = None
+    """Factor on all learning rates of the method's own space, which is meant for models of 1 B parameters; null:
+    sqrt(1e9 / trained parameters)."""
     search: SearchConfig = field(default_factory=SearchConfig)
     """How options are chosen."""
     early: EarlyConfig = field(default_factory=EarlyConfig)

@@ -14,12 +14,14 @@ from typing import Any
 
 from ofmu_ray import progress
 from ofmu_ray.cluster.join import join_cluster, run_paths
-from ofmu_ray.config import LABELS, WHERE_KEPT, SweepConfig, flatten, to_dict
+from ofmu_ray.config import LABELS, WHERE_KEPT, SweepConfig, UnlearnConfig, flatten, to_dict
+from ofmu_ray.config.optimizers import scale_for
 from ofmu_ray.config.values import ADDED, EXPORT_PLACES, without_added
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.evaluator import Evaluator
 from ofmu_ray.metrics.fronts import plain
 from ofmu_ray.runs.claims import Claim
+from ofmu_ray.runs.job import Spec, trained_parameters
 from ofmu_ray.runs.pool import Pool
 from ofmu_ray.runs.preflight import check_machine, prepare_folder, public
 from ofmu_ray.runs.trial import PRIVATE, Trial, read_result
@@ -63,7 +65,7 @@ def space_of(config: SweepConfig) -> Space:
     """
     base = config.run
     fixed = {name: None for name in flatten(LABELS[config.label]) if name != "method"}
-    space = space_for(config.label, base, config.lr_scale).with_priors(fixed)
+    space = space_for(config.label, base, config.lr_scale or 1.0).with_priors(fixed)
     if config.space_file is not None:
         space = read_space(config.space_file, space)
     space = space.with_priors(parse_priors(flatten(config.space), option="space"))
@@ -102,6 +104,9 @@ def _searched(config: SweepConfig, command: Sequence[str]) -> SweepOutcome:
     if select.relative_to == "retrained" and not run.evaluation.retrained:
         raise UserError("select.relative_to = retrained: there is none; name base.evaluation.retrained")
     evaluator = checked(run, storage, required, ("select.max_new_tokens", select.max_new_tokens), where="base.")
+    if config.lr_scale is None:
+        config = replace(config, lr_scale=_lr_scale(run))
+        space = space_of(config)
     if config.search.kind == "population":
         space, dropped = without_other_batches(space, run)
         if dropped:
@@ -144,6 +149,15 @@ def _searched(config: SweepConfig, command: Sequence[str]) -> SweepOutcome:
         tracking.finish(handle, artifacts=pages, tables=tables, status=status)
     text = results.summary(ledger, outcome)
     return SweepOutcome(complete, outcome.chosen, text, files, tracking.open_command(handle))
+
+
+def _lr_scale(run: UnlearnConfig) -> float:
+    count = trained_parameters(Spec.of(run, run.model))
+    if count is None:
+        return 1.0
+    scale = scale_for(count)
+    progress.note("rates", f"{scale:g} times those for 1 B parameters (lr_scale), for {count:,} trained parameters")
+    return scale
 
 
 def _determining(config: SweepConfig) -> dict[str, Any]:
