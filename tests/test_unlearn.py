@@ -198,6 +198,10 @@ def test_a_finished_run_is_shown_and_its_name_is_not_reused(finished, capsys):
     shown = capsys.readouterr()
     assert "already finished" in shown.err
     assert metrics["run"]["generations"] in shown.out
+    assert "report stays" not in " ".join(shown.err.split())
+    assert run(storage, "two", *BRIEF, *options, *evaluation, "--report.reveal_text", "true") == (0, metrics)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "report stays as it was written (report.samples 5, report.reveal_text false); --overwrite runs again" in told
     refused(command(storage, "two", *BRIEF, "--seed", "1"), "choose another --name", capsys=capsys, notes=True)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ofmu_ray import progress
-from ofmu_ray.config import ModelConfig, UnlearnConfig, outcome_hash
+from ofmu_ray.config import ModelConfig, UnlearnConfig, outcome_hash, to_dict
 from ofmu_ray.models.checks import placed
+from ofmu_ray.runs.claims import recorded_options
 from ofmu_ray.runs.job import EVALUATED, TOKENS, Spec, make_job, with_references
 from ofmu_ray.runs.outcome import Outcome, read_unlearned
 from ofmu_ray.runs.preflight import (
@@ -42,6 +44,10 @@ def read_finished(this_run: Run, config: UnlearnConfig) -> Outcome | None:
     done = tracking.deliver_late(this_run.home, config.tracking, this_run.storage)
     if done is not None:
         progress.note("mlflow", "has everything now" if done else "does not answer; the rest waits in the run's folder")
+    written = recorded_options(this_run.home).get("report")
+    if written not in (None, to_dict(config)["report"]):
+        options = ", ".join(f"report.{name} {json.dumps(value)}" for name, value in written.items())
+        progress.note("report", f"stays as it was written ({options}); --overwrite runs again")
     return replace(outcome, delivered=done is not False)
 
 
