@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -49,6 +50,15 @@ def test_deepspeeds_optimisers_have_the_attributes() -> None:
                 assert [one for one in attributes if not re.search(rf"(def |self\.){one}\b", text)] == [], name
     text = Path(str(partition_parameters.__file__)).read_text()
     assert [one for one in deepspeed_private.CONTRACT["Parameter"] if f"param.{one} = " not in text] == []
+
+
+def test_ray_trains_way_with_interrupts_can_be_left_out() -> None:
+    from ray.train.torch import TorchTrainer
+
+    trainer = TorchTrainer(lambda: None)
+    ray_private.leave_interrupts(trainer)
+    text = Path(str(inspect.getsourcefile(type(trainer).fit))).read_text()
+    assert f"self.{ray_private.INTERRUPTS}(controller)" in text
 
 
 def test_architectures_say_whether_they_have_sdpa() -> None:

@@ -6,8 +6,9 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from ofmu_ray.internals.contract import Private
+from ofmu_ray.internals.contract import Private, check_attributes
 
 _TRAIN = "ray.train.v2._internal"
 _CHECKPOINTS = f"{_TRAIN}.execution.checkpoint.checkpoint_manager"
@@ -39,6 +40,7 @@ SNAPSHOT = Private(
     ),
 )
 SNAPSHOT_ENTRY = Private(_CHECKPOINTS, "_TrainingResultState", _LIST, ("checkpoint_dir_name", "metrics"))
+INTERRUPTS = "_register_sigint_handler"
 FREE_BY_NODE = Private("ray._private.state", "available_resources_per_node", "what is free on each node")
 CONSTANTS = Private("ray._private", "ray_constants", _LOOPBACK)
 CLUSTERS_VARIABLE = Private("ray._private.ray_constants", "ENABLE_RAY_CLUSTERS_ENV_VAR", _LOOPBACK)
@@ -46,6 +48,15 @@ CLUSTERS = Private("ray._private.ray_constants", "ENABLE_RAY_CLUSTER", _LOOPBACK
 EXCLUDES = Private("ray._private.ray_constants", "get_runtime_env_default_excludes", _UPLOAD)
 CREATE_PACKAGE = Private("ray._private.runtime_env.packaging", "create_package", _UPLOAD)
 PACKAGE_LIMIT = Private("ray._private.runtime_env.packaging", "GCS_STORAGE_MAX_SIZE", "the largest upload, in bytes")
+
+
+def leave_interrupts(trainer: Any) -> None:
+    """Have Ctrl-C raise KeyboardInterrupt during `fit` and after it.
+
+    Ray Train's handler ends the process with status 0 or 1, and stays when the trainer is done.
+    """
+    check_attributes("ray", trainer, [INTERRUPTS])
+    setattr(trainer, INTERRUPTS, lambda controller: None)
 
 
 def free_resources() -> Mapping[str, Mapping[str, float]]:

@@ -11,7 +11,7 @@ from typing import Any
 from ofmu_ray.cluster.connect import worker_environment
 from ofmu_ray.cluster.nodes import cluster_room, here, on
 from ofmu_ray.errors import UserError, user_error_within
-from ofmu_ray.internals.ray_private import STARTUP_TIMEOUT
+from ofmu_ray.internals.ray_private import STARTUP_TIMEOUT, leave_interrupts
 from ofmu_ray.storage import is_uri, join, locate, read_text
 from ofmu_ray.training.watch import Progress, ProgressForwarder
 from ofmu_ray.training.worker_job import WorkerJob
@@ -81,6 +81,7 @@ def fit(job: WorkerJob, title: str) -> dict[str, Any]:
             worker_runtime_env={"env_vars": worker_environment(training.cpus_per_worker)},
         ),
     )
+    leave_interrupts(trainer)
     with ProgressForwarder(actor, training.rounds, title):
         try:
             trainer.fit()
