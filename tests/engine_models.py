@@ -30,6 +30,8 @@ def tiny_model(kind: str = "llama", *, tie: bool = False, seed: int = 0) -> torc
         config = transformers.LlamaConfig(num_key_value_heads=2, **common)
     elif kind == "qwen2":
         config = transformers.Qwen2Config(num_key_value_heads=2, **common)
+    elif kind == "mixtral":
+        config = transformers.MixtralConfig(num_key_value_heads=2, num_local_experts=4, **common)
     else:
         config = transformers.GPTNeoXConfig(attention_dropout=0.1, hidden_dropout=0.1, **common)
     return transformers.AutoModelForCausalLM.from_config(config).float()

@@ -92,11 +92,8 @@ def test_adapters_train_and_merge_as_peft_merges_them(directory: Path) -> None:
 
 def test_adapters_of_experts_merge_as_peft_merges_them(tmp_path: Path) -> None:
     """peft adapts a parameter of all experts at once, by layers inside each other."""
-    import transformers
-
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    options = {"num_local_experts": 4, "num_key_value_heads": 2, "vocab_size": 512}
-    transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **options)).save_pretrained(tmp_path)
+    experts: Any = tiny_model("mixtral")
+    experts.save_pretrained(tmp_path)
     job = ModelConfig(path=str(tmp_path), tokenizer="builtin:people/target", lora=LoraConfig(rank=2))
     module, _ = load_causal_lm(job)
     engine = TorchEngine(module, inner=OptimizerConfig(name="sgd", lr=1.0, clip=None))

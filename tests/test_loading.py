@@ -128,11 +128,7 @@ def test_a_model_saved_without_its_head_class(tmp_path: Path) -> None:
 
 
 def test_what_is_stored_in_another_form_is_loaded_whole(tmp_path: Path) -> None:
-    import transformers
-
-    options = {"num_local_experts": 2, "num_key_value_heads": 2, "num_experts_per_tok": 1, "vocab_size": 512}
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    transformers.MixtralForCausalLM(transformers.MixtralConfig(**options, **sizes)).save_pretrained(tmp_path)
+    tiny_model("mixtral").save_pretrained(tmp_path)  # type: ignore[operator]
     config = ModelConfig(path=str(tmp_path), tokenizer=TOKENIZER)
     module, _, unread, (note,) = loaded(TASK, config)
     assert unread is None

@@ -33,14 +33,6 @@ from ofmu_ray.planning.trace import trace_pass
 from pipelines import cli
 
 # a Llama-2-7B of four layers instead of 32: 1.07 G parameters, and traced in a tenth of the time
-EXPERTS = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-}
 SHALLOW = transformers.LlamaConfig(
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=4, num_attention_heads=32
 )
@@ -146,11 +138,10 @@ def test_traced_flops_of_experts_are_those_of_a_real_pass() -> None:
     """A real pass multiplies expert by expert; the traced one, all at once."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    shape = transformers.MixtralConfig(**EXPERTS, num_local_experts=4, num_experts_per_tok=2)
-    shape._experts_implementation, shape._attn_implementation = "eager", "eager"
-    real = transformers.MixtralForCausalLM(shape)
-    empty = empty_model(transformers.MixtralConfig(**shape.to_dict()), ModelConfig(attention="eager"))
-    micro = micro_batch(shape, 2, 24, 8)
+    real: Any = tiny_model("mixtral")
+    empty = empty_model(transformers.MixtralConfig(**real.config.to_dict()), ModelConfig(attention="eager"))
+    real.set_experts_implementation("eager")
+    micro = micro_batch(real.config, 2, 24, 8)
     with FlopCounterMode(display=False) as counter:
         value, _ = causal_lm_loss(real, {**micro, "attention_mask": torch.ones(2, 24, dtype=torch.long)})
         value.backward()  # type: ignore[no-untyped-call]
@@ -276,9 +267,9 @@ def test_a_model_of_fused_experts_is_planned_as_it_loads_and_exports(tmp_path: P
     """Mixtral's tensors have another form in the files: loading and export take the whole model."""
     from ofmu_ray.models.unread import load_unread
 
-    shape = transformers.MixtralConfig(**EXPERTS)
-    transformers.MixtralForCausalLM(shape).save_pretrained(tmp_path)
-    planner = _planner(shape)
+    experts: Any = tiny_model("mixtral")
+    experts.save_pretrained(tmp_path)
+    planner = _planner(experts.config)
     cut = planner.estimate(replace(planner.given(), zero_stage=3, workers=2))
     assert f"({cut.files.whole})" in str(load_unread(ModelConfig(path=str(tmp_path))))
     size = 4 * cut.sizes.total

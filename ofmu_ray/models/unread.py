@@ -49,6 +49,9 @@ class Unread:
         module.to(device)
 
 
+CONVERTED = "its tensors are stored in another form"
+
+
 def load_unread(config: ModelConfig) -> tuple[torch.nn.Module, Unread] | str:
     """The model as from `load_causal_lm`, on the CPU, without the values of its parameters; buffers have theirs.
 
@@ -141,7 +144,7 @@ def matched(module: Any, tensors: Mapping[str, Stored], folder: Path, option: st
     """
     names = names_in_model(module, tensors)
     if names is None:
-        return "its tensors are stored in another form"
+        return CONVERTED
     found = {name: tensors[key] for name, key in names.items()}
     groups: dict[torch.nn.Parameter, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):

@@ -15,7 +15,7 @@ from ofmu_ray.methods import build_method
 from ofmu_ray.models.exporting import DTYPES, converts
 from ofmu_ray.models.loading import empty_model
 from ofmu_ray.models.stored import share
-from ofmu_ray.models.unread import unusual_kind
+from ofmu_ray.models.unread import CONVERTED, unusual_kind
 from ofmu_ray.planning.cost import (
     LINKS,
     Device,
@@ -179,7 +179,7 @@ class Planner:
     def _files(self, layout: Layout, sizes: Sizes) -> Files:
         """Loading as models/unread.py reads, and export as models/exporting.py writes."""
         whole, converted = sum(sizes.stored), self._converted
-        reason = unusual_kind(self.shape) or ("its tensors are stored in another form" if converted else None)
+        reason = unusual_kind(self.shape) or (CONVERTED if converted else None)
         cut = layout.workers if layout.zero_stage == 3 and reason is None else 1
         read = sum(stop - start for start, stop in (share(size, 0, cut) for size in sizes.stored))
         alone = self.export.weights == "adapter" and layout.adapters

@@ -143,7 +143,12 @@ class Claim:
                 raise
             except UserError:
                 if fresh and not _has_work(self.home):
-                    (_forget if not empty else _clear if is_uri(self.home) else remove_folder)(self.home)
+                    if not empty:
+                        _forget(self.home)
+                    elif is_uri(self.home):
+                        _clear(self.home)  # the lock is inside
+                    else:
+                        remove_folder(self.home)
                 raise
 
 
