@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,13 +19,15 @@ from tiers import missing
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WIDTH, HEIGHT = 1200, 900
+PATIENCE = 120  # seconds
 
 
 class Browser:
     """One page of a running browser."""
 
     def __init__(self, reading: int, writing: int) -> None:
-        self._in, self._out = os.fdopen(reading, "rb"), os.fdopen(writing, "wb", buffering=0)
+        self._in, self._out = reading, os.fdopen(writing, "wb", buffering=0)
+        self._read = b""
         self._number = 0
         self._session: str | None = None
         self._events: list[dict[str, Any]] = []
@@ -35,11 +39,14 @@ class Browser:
         self.send("Emulation.setScriptExecutionDisabled", value=True)
 
     def _message(self) -> dict[str, Any]:
-        parts = []
-        while (byte := self._in.read(1)) != b"\0":
-            assert byte, "the browser is gone"
-            parts.append(byte)
-        message: dict[str, Any] = json.loads(b"".join(parts))
+        while b"\0" not in self._read:
+            ready, _, _ = select.select([self._in], [], [], PATIENCE)
+            assert ready, f"the browser has said nothing for {PATIENCE} s"
+            part = os.read(self._in, 1 << 20)
+            assert part, "the browser is gone"
+            self._read += part
+        first, _, self._read = self._read.partition(b"\0")
+        message: dict[str, Any] = json.loads(first)
         return message
 
     def send(self, method: str, **parameters: Any) -> Any:
@@ -66,11 +73,23 @@ class Browser:
 
     def type(self, text: str) -> None:
         """Into the field that has the focus, ended by Enter; waits for the page that follows."""
+        self._wait_until_ready()
         self.send("Input.insertText", text=text)
         self._events.clear()
         for kind in ("keyDown", "keyUp"):
             self.send("Input.dispatchKeyEvent", type=kind, key="Enter", windowsVirtualKeyCode=13, text="\r")
         self._loaded()
+
+    def _wait_until_ready(self) -> None:
+        """Until a text field has the focus. Both `autofocus` and keys need the page's first frame, which may be late.
+
+        A key that comes before that frame is lost, and with it the page to wait for; a picture forces the frame.
+        """
+        self.send("Page.captureScreenshot")
+        end = time.monotonic() + PATIENCE
+        while not any(_is_focused_field(node) for node in self.send("Accessibility.getFullAXTree")["nodes"]):
+            assert time.monotonic() < end, "no text field has the focus"
+            time.sleep(0.05)
 
     def text(self) -> str:
         """The page as its accessibility tree reads."""
@@ -82,6 +101,11 @@ class Browser:
         data = base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"])
         path.write_bytes(data)
         return data
+
+
+def _is_focused_field(node: dict[str, Any]) -> bool:
+    focused = any(one["name"] == "focused" and one["value"].get("value") for one in node.get("properties", []))
+    return focused and node.get("role", {}).get("value") == "textbox"
 
 
 @contextmanager
@@ -114,3 +138,4 @@ def browser(folder: Path) -> Iterator[Browser]:
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        os.close(reading)
