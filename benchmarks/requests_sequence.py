@@ -2,7 +2,8 @@
 
     python -m benchmarks.requests_sequence people --out build/sequence --json benchmarks/requests_sequence.json
     python -m benchmarks.requests_sequence tofu --out build/sequence --json benchmarks/requests_sequence.json \
-        --data TOFU --model runs/tofu_target/model --retrained runs/tofu_retain90/model --seeds 0
+        --data TOFU --model runs/tofu_target/model \
+        --retrained runs/tofu_retain90/model runs/tofu_retain90_seed1/model runs/tofu_retain90_seed2/model
 
 people: ten requests, each one invented person of the built-in corpus (eight rows): the six of the forget set and
 retained people whose facts occur in no other row. tofu: forget01, the rest of forget05, the rest of forget10. All ways
@@ -18,6 +19,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +64,8 @@ class Case:
     """Options of `ofmu requests`."""
     train: str
     """File that the model was trained on."""
-    retrained: Path | None = None
-    """A model that was trained without the rows; null: fitted here."""
+    retrained: tuple[Path, ...] = ()
+    """Models that were trained without the rows, one per seed; none: fitted here."""
 
 
 def people_case(count: int) -> Case:
@@ -76,8 +78,8 @@ def people_case(count: int) -> Case:
     return Case(groups[:count], words, resolve_builtin("builtin:people/full.jsonl"))
 
 
-def tofu_case(data: Path, model: Path, retrained: Path) -> Case:
-    """TOFU's forget sets, each without the one before; retrained: on retain90."""
+def tofu_case(data: Path, model: Path, retrained: Sequence[Path]) -> Case:
+    """TOFU's forget sets, each without the one before; retrained: on retain90, one model per seed."""
     sets = [json_rows(data / f"forget{share}.json") for share in ("01", "05", "10")]
     groups: list[Rows] = []
     for rows in sets:
@@ -87,7 +89,7 @@ def tofu_case(data: Path, model: Path, retrained: Path) -> Case:
     words += ["--requests.train.path", "full.json", "--evaluation.sets.forget", "null"]
     words += ["--training.engine", "torch", "--training.workers", "1", "--evaluation.retrained", "null"]
     words += ["--evaluation.max_rows", "60"]
-    return Case(groups, words, str(data / "full.json"), retrained)
+    return Case(groups, words, str(data / "full.json"), tuple(retrained))
 
 
 def json_rows(path: Path) -> Rows:
@@ -141,10 +143,10 @@ def cost(account: Mapping[str, Any]) -> dict[str, Any]:
     return {"passes": sum(account["gradient_passes"].values()), "flops": account["flops"]}
 
 
-def retrained(case: Case, config: RequestsConfig, out: Path, seed: int) -> dict[str, Any]:
+def retrained(case: Case, config: RequestsConfig, out: Path, seed: int, given: Path | None) -> dict[str, Any]:
     """A model that never saw the rows, measured like the others, and what it cost."""
     account: dict[str, Any] = {"passes": None, "flops": None}
-    if case.retrained is None:
+    if given is None:
         gone = {(row["question"], row["answer"]) for rows in case.requests for row in rows}
         kept = [row for row in json_rows(Path(case.train)) if (row["question"], row["answer"]) not in gone]
         atomic_write(out / "kept.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
@@ -154,9 +156,9 @@ def retrained(case: Case, config: RequestsConfig, out: Path, seed: int) -> dict[
         outcome = run(training)
         model, account = str(outcome.model), cost(outcome.cost)
     else:
-        model = str(case.retrained)
-        if (case.retrained.parent / "training.json").is_file():
-            account = cost(json.loads((case.retrained.parent / "training.json").read_text())["account"])
+        model = str(given)
+        if (given.parent / "training.json").is_file():
+            account = cost(json.loads((given.parent / "training.json").read_text())["account"])
     return measured(config, model) | account
 
 
@@ -191,21 +193,24 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to add the figures")
     parser.add_argument("--data", type=Path, help="tofu: folder of its files")
     parser.add_argument("--model", type=Path, help="tofu: the target")
-    parser.add_argument("--retrained", type=Path, help="tofu: the model fitted to retain90")
+    parser.add_argument("--retrained", type=Path, nargs="+", help="tofu: models fitted to retain90, one per seed")
     options = parser.parse_args()
     case = people_case(options.requests)
     if options.case == "tofu":
-        case = tofu_case(options.data.resolve(), options.model.resolve(), options.retrained.resolve())
+        models = [model.resolve() for model in options.retrained]
+        if len(models) != len(options.seeds):
+            parser.error(f"--retrained has {len(models)} models for {len(options.seeds)} seeds: give one per seed")
+        case = tofu_case(options.data.resolve(), options.model.resolve(), models)
     ways: dict[str, list[list[dict[str, Any]]]] = {"one after another": [], "one batch": [], "retraining": []}
     done = []
-    for seed in options.seeds:
+    for seed, model in zip_longest(options.seeds, case.retrained):
         out = options.out.resolve() / options.case / str(seed)
         batch = configured(case, out / "batch", seed)
         ways["one after another"].append(
             worked_off(configured(case, out / "each", seed), [[one] for one in case.requests])
         )
         ways["one batch"].append(worked_off(batch, [case.requests]))
-        ways["retraining"].append([retrained(case, batch, out, seed)])
+        ways["retraining"].append([retrained(case, batch, out, seed, model)])
         done.append(seed)
         written(options.json, options.case, done, ways)
 
