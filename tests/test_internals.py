@@ -1,22 +1,27 @@
-"""The private parts of Ray, DeepSpeed and transformers that we use still exist, or are named if not."""
+"""The private parts of Ray, DeepSpeed, transformers and jsonargparse that we use still exist, or are named if not."""
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
 import re
 from pathlib import Path
 
 import pytest
+from jsonargparse import ArgumentParser
 
-from ofmu_ray.internals import deepspeed_private, ray_private, transformers_private
+from ofmu_ray.commandline.parse import parser_for
+from ofmu_ray.config import SweepConfig, UnlearnConfig
+from ofmu_ray.config.requests import RequestsConfig
+from ofmu_ray.internals import deepspeed_private, jsonargparse_private, ray_private, transformers_private
 from ofmu_ray.internals.contract import Private
 from ofmu_ray.training.checkpoint_list import RAY_TRAIN_LIST
 
 ROOT = Path(__file__).resolve().parent.parent
 BORROWED = [
     name
-    for module in (ray_private, deepspeed_private, transformers_private)
+    for module in (ray_private, deepspeed_private, transformers_private, jsonargparse_private)
     for name in vars(module).values()
     if isinstance(name, Private)
 ]
@@ -86,6 +91,36 @@ def test_the_list_of_checkpoints_is_one_that_ray_train_reads() -> None:
 def test_the_list_has_the_name_that_ray_train_gives_it() -> None:
     """Known without importing Ray."""
     assert ray_private.SNAPSHOT_FILE.get() == RAY_TRAIN_LIST
+
+
+@pytest.mark.parametrize("config_class", [UnlearnConfig, SweepConfig, RequestsConfig])
+def test_options_are_found_as_jsonargparse_finds_them(config_class: type) -> None:
+    """Also groups, names that are no option, and with a kind of option left out."""
+    parser = parser_for(config_class, "ofmu")
+    find = jsonargparse_private.FINDER.get()
+    options = [action.dest for action in parser._actions]
+    assert len(options) > 300
+    for name in {*options, *(option.rpartition(".")[0] for option in options), "config", "none", "-", ""}:
+        for left_out in (None, jsonargparse_private.LOADS_A_CLASS.get(), (argparse._HelpAction,)):
+            assert find(parser, name, left_out) == find.__wrapped__(parser, name, left_out), name
+    assert parser in jsonargparse_private._indexes
+
+
+def test_other_parsers_keep_the_usual_search() -> None:
+    parser_for(UnlearnConfig, "ofmu")
+    other = ArgumentParser(exit_on_error=False)
+    subcommand = ArgumentParser(exit_on_error=False)
+    subcommand.add_argument("--number", type=int)
+    other.add_subcommands().add_subcommand("run", subcommand)
+    assert other.parse_args(["run", "--number", "3"]).run.number == 3
+    assert other not in jsonargparse_private._indexes
+
+
+def test_an_option_that_is_added_later_is_found() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    jsonargparse_private.index_options(parser)
+    parser.add_argument("--later", type=int)
+    assert parser.parse_args(["--later", "3"]).later == 3
 
 
 def test_what_moved_is_named() -> None:

@@ -24,6 +24,7 @@ from ofmu_ray.config import METHODS, PRESETS, EvaluationConfig, SweepConfig, fla
 from ofmu_ray.config.values import close_option
 from ofmu_ray.config.yaml_keys import with_text_keys
 from ofmu_ray.errors import UserError
+from ofmu_ray.internals.jsonargparse_private import index_options
 
 Config = TypeVar("Config")
 FLAGS = ("--overwrite", "--peer_names")
@@ -53,6 +54,7 @@ def parser_for(config_class: type[Any], prog: str) -> ArgumentParser:
         # of the default run, `auto` has become the built-in rows, which are not those of the user's data
         auto = {name: value for name, value in flatten(to_dict(EvaluationConfig())).items() if value == "auto"}
         parser.set_defaults({f"base.evaluation.{name}": value for name, value in auto.items()})
+    index_options(parser)
     return parser
 
 
