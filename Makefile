@@ -8,6 +8,8 @@ PYTEST = $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loads
 # Two processes with two spinning threads each on two cores run ten times slower than with one thread each.
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
+# hundreds of processes start in the tests: with bytecode kept, none compiles the package again
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: install install-dev quickstart requests-demo models models-smollm2 unit test test-all gpu-check lint types audit docs format lock clean
 

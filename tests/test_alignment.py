@@ -114,6 +114,7 @@ def test_cka_ignores_rotation_scale_and_shift_and_the_cosine_does_not() -> None:
     assert row_cosines(np.array([[1.0, 1.0], [0, 0]]), np.array([[1.0, 0], [1, 0]])) == pytest.approx([0.5**0.5, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_pooling_equals_plain_hidden_states(architecture: str, pooling: Any) -> None:

@@ -63,6 +63,7 @@ def stored(sidecar: str) -> dict[str, dict[str, Any]]:
     return {row["row_id"]: row for row in pq.read_table(texts["path"]).to_pylist()}
 
 
+@pytest.mark.slow
 def test_they_answer_the_rows_own_questions_and_differ(finished: Any, few: PreparedData) -> None:
     rows = {row["row_id"]: row for row in tokens(few)}
     texts = stored(finished[2])

@@ -68,6 +68,7 @@ def _slow(model: Any, tokenizer: Any, text: str, continuation: str) -> list[floa
     return [float(logp[t - 1, whole[t]]) for t in range(len(head), len(whole))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "gpt2"])
 @pytest.mark.parametrize("one_token", [True, False])
 def test_letters_equal_a_slow_computation(architecture: str, one_token: bool, rows: list[ChoiceRow]) -> None:

@@ -114,6 +114,7 @@ def schema():
     return json.loads((ROOT / "tests/schemas/kubernetes.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KUBERNETES)
 def test_kubernetes_files_follow_their_schema(name, schema):
     content = load(name)
@@ -183,6 +184,7 @@ def test_commands_of_kubernetes_files_are_commands_of_this_project(tmp_path):
     assert "pipelines.unlearn" in (ROOT / "cluster/nightly.sh").read_text()
 
 
+@pytest.mark.slow
 def test_the_nights_requests_have_a_ledger_that_several_machines_can_open():
     """Not SQLite on the shared volume; the image has the driver, and the head the password."""
     job = load(KUBERNETES[3])["spec"]["jobTemplate"]

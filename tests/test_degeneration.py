@@ -81,6 +81,7 @@ def judged(table: pa.Table) -> dict[str, Any]:
     return plain({name: value.to_json() for name, value in summarise(table, bootstrap_samples=200).items()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loud", "least", "most"), [(0.02, 0, 10), (0.4, 100, 100)])
 def test_equally_good_models_are_rarely_marked_and_broken_ones_always(loud: float, least: int, most: int) -> None:
     """Of 100 pairs. Marking values outside the other's interval would mark one equal pair in five."""

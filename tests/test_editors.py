@@ -39,6 +39,7 @@ def test_shipped_configurations_are_valid(schemas: dict[str, Any]) -> None:
         jsonschema.validate(json.loads(json.dumps(content)), schemas[command])
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     "mistake",
     [{"ofmu": {"betta": 1}}, {"method": "npoo"}, {"training": {"rounds": "many"}}, {"training": [1]}, {"rounds": 3}],
@@ -103,6 +104,7 @@ def test_zsh_reads_the_script(tmp_path: Path) -> None:
     assert completed(tmp_path, "zsh", ["print $_comps[ofmu]"]) == ["_bash_complete -o default -F _ofmu"]
 
 
+@pytest.mark.system
 def test_scripts_of_all_shells_have_the_same_words() -> None:
     bash, zsh, fish = (script(cli.COMMANDS, shell) for shell in ("bash", "zsh", "fish"))
     assert bash.splitlines()[1:] == zsh.splitlines()[-len(bash.splitlines()) + 1 :]

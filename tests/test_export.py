@@ -150,6 +150,7 @@ def job(tmp_path: Path) -> tuple[ModelConfig, Any, Any]:
     return (config, *load_causal_lm(config))
 
 
+@pytest.mark.slow
 def test_converted_tensors_are_written_whole(tmp_path: Path, job: tuple[ModelConfig, Any, Any]) -> None:
     config = transformers.MixtralConfig(
         vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
@@ -202,6 +203,7 @@ class Killed(BaseException):
     """As a signal ends a process: no handler for errors runs."""
 
 
+@pytest.mark.slow
 def test_a_bucket_gets_shard_by_shard_and_counts_as_a_model_at_the_end(
     server: Server, tmp_path: Path, job: tuple[ModelConfig, Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,7 @@ def test_one_file_may_serve_several_methods(tmp_path):
     assert parse(UnlearnConfig, ["--config", str(path), "--method", "npo"], "x").npo.beta == 0.2
 
 
+@pytest.mark.slow
 def test_a_runs_configuration_is_the_base_of_a_sweep(tmp_path):
     path = tmp_path / "my.yaml"
     path.write_text("name: mine\nstorage: there\nmethod: npo\nnpo: {optimizer: {lr: 3e-5}}\ntraining: {rounds: 7}\n")
@@ -454,6 +455,7 @@ def _hub(monkeypatch, endpoint):
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.mark.slow
 def test_a_name_that_is_never_looked_up_is_not_waited_for(tmp_path, capsys, monkeypatch):
     """A dead name server: the system looks names up for half a minute, whatever the limit of the connection."""
     _hub(monkeypatch, "http://hub.example")

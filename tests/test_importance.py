@@ -40,6 +40,7 @@ def ranked_options(options: list[dict[str, Any]], goodness: Any, samples: int = 
     return {row.option: row for row in rows}
 
 
+@pytest.mark.slow
 def test_the_order_of_a_known_function_is_found() -> None:
     options = draws(60)
     rows = ranked_options(options, [np.log10(o["ofmu.inner.lr"]) + 2 * o["ofmu.inner_steps"] / 5 for o in options], 49)
@@ -53,6 +54,7 @@ def test_the_order_of_a_known_function_is_found() -> None:
     assert rows["ofmu.rho_growth"].trials == sum("ofmu.rho_growth" in o for o in options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "effect"),
     [
@@ -69,11 +71,13 @@ def test_each_kind_of_option_can_be_the_first(name: str, effect: Any) -> None:
     assert next(iter(rows)) == name
 
 
+@pytest.mark.slow
 def test_an_outcome_that_no_option_affects_counts_as_chance() -> None:
     rows = ranked_options(draws(40), np.random.default_rng(5).standard_normal(40), samples=50)
     assert min(row.p_value for row in rows.values()) > 0.05
 
 
+@pytest.mark.slow
 def test_only_the_order_counts_and_the_answer_is_the_same_again() -> None:
     options = draws(30)
     goodness = np.array([np.log10(o["ofmu.inner.lr"]) for o in options])

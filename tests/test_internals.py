@@ -93,6 +93,7 @@ def test_the_list_has_the_name_that_ray_train_gives_it() -> None:
     assert ray_private.SNAPSHOT_FILE.get() == RAY_TRAIN_LIST
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config_class", [UnlearnConfig, SweepConfig, RequestsConfig])
 def test_options_are_found_as_jsonargparse_finds_them(config_class: type) -> None:
     """Also groups, names that are no option, and with a kind of option left out."""

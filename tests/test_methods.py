@@ -234,6 +234,7 @@ def judge(case: Case, result: Mapping[str, Any]) -> None:
     assert result.get("resumed", True), "a resumed run ends with other weights"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ALONE, ids=str)
 def test_micro_batches_and_resumption(case: Case) -> None:
     judge(case, trajectory(case, 0, 1))

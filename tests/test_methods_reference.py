@@ -96,6 +96,7 @@ def retain_loss(name: str, options: Any, model: Any, reference: Any, micro: Any)
     return kl(model, reference, micro) if options.retain_loss == "kl" else token_nll(model, micro)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "kind"), VARIANTS)
 def test_rounds_are_the_plain_loop(variant: str, kind: str) -> None:
     case, name, options = Case(variant, model=kind), variant.partition("-")[0], OPTIONS[variant]
@@ -158,6 +159,7 @@ def judge(case: Case, result: dict[str, Any]) -> None:
     assert result["state"] == expected["state"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", OPTIONS)
 def test_micro_batches(variant: str) -> None:
     judge(Case(variant), trajectory(Case(variant, micro=1), 0, 1))

@@ -195,6 +195,7 @@ def rows(root: Path) -> dict[str, list[dict[str, Any]]]:
     return muse_sets(SETS, str(root), 3)
 
 
+@pytest.mark.slow
 def test_rows_are_read_as_the_release_has_them(rows: dict[str, list[dict[str, Any]]]) -> None:
     assert {name: len(those) for name, those in rows.items()} == dict.fromkeys(rows, 3)
     tokenizer = tiny_tokenizer()

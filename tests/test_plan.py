@@ -108,6 +108,7 @@ def test_replayed_passes_and_updates_are_those_of_a_real_round(preset: Any, step
     assert sum(replayed.steps.values()) == engine.account.updates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TEXT_METHODS)
 def test_every_method_is_planned_with_its_own_losses(name: Any) -> None:
     planner = _planner(tiny_model().config, method=METHODS[name]())
@@ -263,6 +264,7 @@ def test_bytes_of_loading_and_export_are_those_of_the_files(tmp_path: Path) -> N
     assert alone.files.model == 2 * (alone.sizes.total - alone.sizes.trainable)
 
 
+@pytest.mark.slow
 def test_a_model_of_fused_experts_is_planned_as_it_loads_and_exports(tmp_path: Path) -> None:
     """Mixtral's tensors have another form in the files: loading and export take the whole model."""
     from ofmu_ray.models.unread import load_unread

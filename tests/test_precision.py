@@ -52,6 +52,7 @@ def round_of(engine: TorchEngine, method: OFMU) -> None:
     method.round(engine, [BATCHES["forget"]], [BATCHES["retain"]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16_autocast", "tf32"])
 @pytest.mark.parametrize(("preset", "difference"), BF16_FP32)
 def test_passes_of_a_preset_by_precision(preset: Any, difference: Any, precision: Any) -> None:
@@ -136,6 +137,7 @@ def grad_sim(engine: TorchEngine, curvature: Any) -> Vector:
     return combine(1.0, products[0], 1.0, products[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("difference", ["forward", "central"])
 def test_grad_sim_keeps_its_bound_under_autocast(difference: Any, adapted: bool) -> None:

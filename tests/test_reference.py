@@ -93,6 +93,7 @@ def model() -> Any:
     return AutoModelForCausalLM.from_pretrained(resolve_builtin(TARGET.path), dtype=torch.float64)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_micro_batches_hold_what_a_resident_model_says(finished: Any, model: Any, template: Template) -> None:
     """Row by row in float64, without padding."""
@@ -135,6 +136,7 @@ def close(value: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool
     return bool((value.double() - expected).abs().max() < tolerance)
 
 
+@pytest.mark.slow
 def test_values_do_not_depend_on_batches(
     finished: Any, prepared: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

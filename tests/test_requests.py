@@ -109,6 +109,7 @@ def test_only_what_failed_or_needs_a_review_is_retried(run: Run, tmp_path: Path)
         assert [ledger.get(name).state for name in names] == ["promoted", "accepted"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "where",
     ["number=5", "number=5.0", "born=1990-01-05", "seen=2020-01-05 12:00:00", "seen=2020-01-05T12:00:00", "sum=5.50"],

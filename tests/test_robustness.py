@@ -107,6 +107,7 @@ def test_relearning_is_plain_adamw(retrained: Any, template: Template) -> None:
     assert row_curves.probability[:, -1] == pytest.approx(np.exp(-after), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_benign_relearning_and_batch_sizes(retrained: Any, template: Template) -> None:
     options = replace(RELEARN, on="retain", steps=(1, 3))
     whole = relearning.relearn(retrained, template, FORGET, RETAIN, options)
@@ -227,6 +228,7 @@ def prefixed(target: Any, template: Template) -> Any:
     return prefix.prefix_attack(target, template, FORGET, RETAIN, PrefixOptions(), max_new_tokens=16)
 
 
+@pytest.mark.slow
 def test_worst_case_is_never_below_the_plain_question(prefixed: Any) -> None:
     probability = curves.by_condition(prefixed, "attack")
     recall = curves.by_condition(prefixed, "attack", "rouge_l_recall")
@@ -311,6 +313,7 @@ def test_options_refuse(build: Any, option: str) -> None:
         build()
 
 
+@pytest.mark.slow
 def test_attacks_refuse_what_the_rows_do_not_allow(target: Any, template: Template) -> None:
     with pytest.raises(UserError, match=r"checks\.relearn\.rows = 16: there are 16 forget rows"):
         relearning.attacked_groups(FORGET, RETAIN, replace(RELEARN, rows=16))

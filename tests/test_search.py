@@ -81,6 +81,7 @@ def test_more_trials_do_not_change_the_first_ones():
     assert [few.suggest(n, []).options for n in range(3)] == [many.suggest(n, []).options for n in range(3)]
 
 
+@pytest.mark.slow
 def test_the_estimator_looks_where_it_was_good():
     def late(kind):
         made = search(kind, trials=40, startup_trials=8)

@@ -90,6 +90,7 @@ def test_the_complete_configuration_is_logged_as_parameters(storage: str) -> Non
     assert run.data.tags["version"] == "1"
 
 
+@pytest.mark.slow
 def test_long_values_and_many_parameters_fit_mlflow(storage: str) -> None:
     handle = start(CONFIG, storage, "limits", {"long": "x" * 7000, **{f"p{i}": i for i in range(250)}})
     params = _client(handle).get_run(handle.run_id).data.params
