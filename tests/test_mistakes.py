@@ -363,6 +363,8 @@ def test_they_are_no_fewer_than_the_first_walk_found():
 
 BEFORE_TORCH = ("freeze without a match", "layer too high", "adapter without a module")
 BEFORE_TORCH += ("target that is not trained", "model on the hub", "MLflow not reachable", "rule without generations")
+BEFORE_TORCH += ("missing evaluation file", "missing questions", "attack on too few rows", "seed of the trials")
+BEFORE_TORCH += ("GPUs that do not divide", "plan of exact curvature")
 
 
 @pytest.mark.system

@@ -20,19 +20,16 @@ def planned(config: PlanConfig) -> dict[str, Any]:
 
     Raises UserError if nothing fits plan.gpu_memory, or if the configuration cannot be planned.
     """
+    _check(config)
     from ofmu_ray.models.loading import read_config
     from ofmu_ray.planning.cost import GPUS
     from ofmu_ray.planning.propose import Target, propose
     from ofmu_ray.planning.setup import Planner, link_of
 
-    if config.task != "causal_lm":
-        raise UserError(f"task = {config.task!r}: memory and time are planned for language models only")
     options, training = config.plan, config.training
     gpu = GPUS[options.gpu] if options.gpu else None
     cuda = gpu is not None or options.gpu_memory is not None or training.gpus > 0
     proposing = gpu is not None or options.gpu_memory is not None
-    if options.calibrate and cuda:
-        raise UserError("plan.calibrate measures this machine's CPU: remove plan.gpu and plan.gpu_memory")
     rows = _rows(config)
     shape = read_config(config.model.path, trust_remote_code=config.model.trust_remote_code)
     planner = Planner(
@@ -50,7 +47,6 @@ def planned(config: PlanConfig) -> dict[str, Any]:
         estimate = propose(planner, Target(usable, workers, device, link))
     else:
         usable = None
-        # runs the configuration's checks (the batch divides over workers and micro-batches) for plan.gpus
         planner.training = dataclasses.replace(training, workers=workers)
         estimate = planner.estimate(planner.given())
     time = estimate.time(device, link) if gpu is not None else None
@@ -60,6 +56,21 @@ def planned(config: PlanConfig) -> dict[str, Any]:
 
         time, reason = calibrated_time(planner, estimate, link), None
     return _described(config, estimate, rows, time, reason, usable, name)
+
+
+def _check(config: PlanConfig) -> None:
+    """Raise UserError for what cannot be planned, before torch is imported."""
+    options, training = config.plan, config.training
+    if config.task != "causal_lm":
+        raise UserError(f"task = {config.task!r}: memory and time are planned for language models only")
+    if options.calibrate and (options.gpu is not None or options.gpu_memory is not None or training.gpus > 0):
+        raise UserError("plan.calibrate measures this machine's CPU: remove plan.gpu and plan.gpu_memory")
+    if getattr(config.method_options, "curvature", None) == "exact":
+        raise UserError("ofmu.curvature = exact: memory and time of double backward cannot be planned; use "
+                        "--ofmu.curvature finite_difference")  # fmt: skip
+    if options.gpu is None and options.gpu_memory is None:
+        # the batch divides over workers and micro-batches; with a GPU given, set-ups are looked for that do
+        dataclasses.replace(training, workers=options.gpus or training.workers)
 
 
 def _stored(shape: Any) -> Any:

@@ -158,8 +158,7 @@ class PlanSpace:
         """No cost."""
 
     def graph_gradient(self, *_: Any, **__: Any) -> Any:
-        raise UserError("ofmu.curvature = exact: memory and time of double backward cannot be planned; use "
-                        "--ofmu.curvature finite_difference")  # fmt: skip
+        raise UserError("memory and time of double backward cannot be planned")
 
 
 def replay(

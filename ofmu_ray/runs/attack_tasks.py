@@ -37,7 +37,7 @@ class Attack:
 class Checks:
     """Attacks on all models; cached results are not computed again.
 
-    Construction refuses attacks that the rows or the models do not allow, before anything is measured.
+    Construction refuses attacks that the options or the rows do not allow, before a model is looked at.
     """
 
     def __init__(self, config: EvaluateConfig, evaluator: Evaluator, models: Mapping[str, str]):
@@ -49,8 +49,6 @@ class Checks:
                 "checks.lm_eval: lm-evaluation-harness is not installed: pip install 'ofmu-ray[lm-eval]', "
                 "or remove the option"
             )
-        if config.checks.alignment:
-            self._check_depths()
         if config.evaluation.device_map is not None:
             self._check_spread()
 
@@ -91,7 +89,10 @@ class Checks:
 
         return {name: evaluation_rows(name, self.evaluator.sets[name], self.evaluator.row_format) for name in names}
 
-    def _check_depths(self) -> None:
+    def check_depths(self) -> None:
+        """Raise UserError if layers are to be compared, and the models have not equally many."""
+        if not self.config.checks.alignment:
+            return
         depths = {label: self.evaluator.model_config(path).num_hidden_layers for label, path in self.models.items()}
         for label, depth in depths.items():
             if depth != depths[RETRAINED]:

@@ -78,9 +78,10 @@ def _measured(
         check_place(path, _option(label))
         _refuse_classifier(path, _option(label))
     evaluator = _evaluator(config, storage)
+    checks = Checks(config, evaluator, models)
     for label, path in models.items():
         _check(path, _option(label), evaluator)
-    checks = Checks(config, evaluator, models)
+    checks.check_depths()
     if wants_ray():
         from ofmu_ray.cluster.join import join_cluster
 

@@ -59,11 +59,12 @@ def unlearn(this_run: Run, config: UnlearnConfig) -> Outcome:
     check_sources(config.data)
     check_early(task, config)
     check_method(task, config)
+    evaluation = evaluation_of(task, config, this_run.storage)
     processor = task.check_model(config.model)
     check_training(task, config)
     if config.evaluation.enabled and config.evaluation.retrained:
         task.check_model(ModelConfig(path=config.evaluation.retrained), "evaluation.retrained")
-    encoder, evaluation = task.encoder(processor, config.data), evaluation_of(task, config, this_run.storage)
+    encoder = task.encoder(processor, config.data)
     check_evaluation(evaluation, config)
     tags = {"ofmu.kind": "unlearn", "ofmu.method": config.method, "ofmu.config_hash": this_run.digest}
     with this_run.claim.held():

@@ -15,7 +15,7 @@ from ofmu_ray.metrics.fronts import plain
 from ofmu_ray.runs.trial import SplitData, Trial, published, read_result, result_path, work_path
 from ofmu_ray.search.suggest import EarlierTrial, Search, Suggestion
 from ofmu_ray.storage import atomic_write
-from ofmu_ray.training import stages
+from ofmu_ray.training import stage_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,9 +167,9 @@ class Ledger:
         if self.result(number) is not None:
             return True  # it has already finished and is only reported again
         folder = work_path(self.folder, self.key(number)) / "stages"
-        known = stages.decision(folder, stage)
+        known = stage_files.decision(folder, stage)
         if known is None:
-            stages.decide(folder, stage, go=go)
+            stage_files.decide(folder, stage, go=go)
         return go if known is None else known
 
 

@@ -187,7 +187,7 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]
         if self.thread is None or not self.thread.is_alive():
             return
         from ofmu_ray.runs.trial import work_path
-        from ofmu_ray.training.stages import decision
+        from ofmu_ray.training.stage_files import decision
 
         folder = work_path(self.ledger.folder, self.ledger.key(self.number)) / "stages"
         if decision(folder, self.stage) is False:

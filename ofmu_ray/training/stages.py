@@ -1,13 +1,7 @@
-"""Evaluations during a run, after each of which a sweep's scheduler decides if it continues.
-
-Worker and scheduler share a folder: rank 0 writes `<stage>.json` (metrics and cost), the scheduler answers with
-`<stage>.go` or `<stage>.stop`. Files outlive both processes: a resumed run knows its measurements and the decisions,
-and the two may run on different nodes with shared storage.
-"""
+"""Evaluations during a run, after each of which a sweep's scheduler decides if it continues (`stage_files`)."""
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -15,16 +9,15 @@ from concurrent.futures import Future, wait
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ofmu_ray.cluster.watchdog import Watchdog
 from ofmu_ray.engines.protocol import Engine
-from ofmu_ray.storage import atomic_write
 from ofmu_ray.tasks.protocol import Evaluation, Task
 from ofmu_ray.training.live import agreed, shared_rows
+from ofmu_ray.training.stage_files import decision, publish, read_stage
 
 POLL_SECONDS = 0.05
 ANSWER_SECONDS = 30.0
@@ -86,7 +79,7 @@ class Stages:
 
     def publish(self, stage: int, content: Mapping[str, Any]) -> None:
         """Publish the result of a stage, for the decision."""
-        atomic_write(_path(self.folder, stage, "json"), json.dumps(content) + "\n")
+        publish(self.folder, stage, content)
 
     def wait(self, stage: int, rank: int) -> bool:
         """Wait for the decision whether the run continues, however long it takes. Collective."""
@@ -124,26 +117,3 @@ class _Waiting:
 
     def result(self) -> Any:
         return self._future.result()
-
-
-def read_stage(folder: str | Path, stage: int) -> dict[str, Any] | None:
-    """The published result of a stage, or None."""
-    path = _path(folder, stage, "json")
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def decide(folder: str | Path, stage: int, *, go: bool) -> None:
-    """Record the scheduler's decision after a stage."""
-    atomic_write(_path(folder, stage, "go" if go else "stop"), "")
-
-
-def decision(folder: str | Path, stage: int) -> bool | None:
-    """The decision after a stage; None: not yet."""
-    for word, go in (("stop", False), ("go", True)):
-        if _path(folder, stage, word).exists():
-            return go
-    return None
-
-
-def _path(folder: str | Path, stage: int, suffix: str) -> Path:
-    return Path(folder) / f"{stage:04d}.{suffix}"
