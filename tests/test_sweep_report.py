@@ -357,6 +357,15 @@ def one_only() -> Any:
     )
 
 
+@pytest.mark.parametrize(("retrained", "arrow"), [(REFERENCES["retrained"], " → retrained"), (None, "")])
+def test_an_arrow_points_to_a_retrained_model_that_there_is(tmp_path: Path, retrained: Any, arrow: str) -> None:
+    trials, stages, wanted = make_sweep(fresh=0)
+    wanted["references"] = {"target": REFERENCES["target"], "retrained": retrained}
+    write_sweep_report(tmp_path, trials, stages, wanted)
+    text = (tmp_path / "report.md").read_text()
+    assert f"| {formats.label('forget_rouge')}{arrow} |" in text
+
+
 def all_failed() -> Any:
     trials, _, wanted = make_sweep(4, stopped=0, fresh=0)
     return [trials[-1] | {"number": n} for n in range(4)], [], wanted | {"chosen": None}

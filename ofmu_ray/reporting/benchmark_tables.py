@@ -31,9 +31,11 @@ _COSTS = (
 _ARROWS = {formats.UP: "↑", formats.DOWN: "↓", formats.MATCH: "→ retrained"}
 
 
-def heading(name: str) -> str:
-    """A metric's label with its direction."""
-    return f"{formats.label(name)} {_ARROWS.get(formats.direction(name), '')}".rstrip()
+def heading(name: str, *, retrained: bool = True) -> str:
+    """A metric's label with its direction; `retrained`: there is such a model, which some metrics should match."""
+    direction = formats.direction(name)
+    arrow = "" if direction == formats.MATCH and not retrained else _ARROWS.get(direction, "")
+    return f"{formats.label(name)} {arrow}".rstrip()
 
 
 # --------------------------------------------------------------------------------------------------------- results

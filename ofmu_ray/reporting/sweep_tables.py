@@ -30,7 +30,7 @@ def metrics_table(sweep: SweepData) -> Table | None:
     fresh = ["Fresh seeds, all rows"] if sweep.fresh else []
     rows = [
         cells(
-            heading(name),
+            _heading(sweep, name),
             _reference(values.get(name)),
             *(fresh_cell(sweep.fresh, name) for _ in fresh),
             _metric(trial, name),
@@ -41,6 +41,10 @@ def metrics_table(sweep: SweepData) -> Table | None:
     header = ["Metric", "Chosen, all rows", *fresh, "Chosen, as judged", *(f"{model}, as judged" for model in models)]
     caption = f"Trial {trial['number']} with 95 % intervals; {judged_on(sweep)}"
     return Table(name="", caption=caption, header=header, rows=rows)
+
+
+def _heading(sweep: SweepData, name: str) -> str:
+    return heading(name, retrained=bool((sweep.settings.get("references") or {}).get("retrained")))
 
 
 def judged_on(sweep: SweepData) -> str:
@@ -89,7 +93,7 @@ def best_table(sweep: SweepData) -> Table | None:
         values = (_value(drawn.get(field, "–")) for field in fields)
         rows.append(cells(Cell(name, tuple(signs), strong=chosen), *both, *values, cost))
     names = [short(field, sweep.space) for field in fields]
-    header = ["Trial", heading(sweep.objective), heading(sweep.utility), *names, "FLOPs"]
+    header = ["Trial", _heading(sweep, sweep.objective), _heading(sweep, sweep.utility), *names, "FLOPs"]
     return Table(name="", caption="", header=header, rows=rows) if rows else None
 
 
