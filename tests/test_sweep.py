@@ -96,7 +96,9 @@ def stages_of_unfinished(folder: Path) -> list[Path]:
 def calm(tmp_path_factory, local_ray):
     """Storage of an undisturbed sweep."""
     storage = tmp_path_factory.mktemp("calm")
+    interrupts = signal.getsignal(signal.SIGINT)
     assert cli.main(["sweep", "--config", write_config(storage), "--storage", str(storage)]) == 0
+    assert signal.getsignal(signal.SIGINT) is interrupts  # Tune's handler would swallow the next Ctrl-C
     return storage
 
 

@@ -4,9 +4,11 @@ trainable that runs a trial."""
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -274,9 +276,22 @@ def run(
             callbacks=[_ReportsEnds(str(ledger.folder))],
         ),
     )
-    tuner.fit()
+    with _same_signals():
+        tuner.fit()
     shutil.rmtree(folder, ignore_errors=True)
     return finished(ledger, search.exhausted), search.exhausted
+
+
+@contextmanager
+def _same_signals() -> Iterator[None]:
+    """Have Ctrl-C mean afterwards what it meant before: Tune's handler stays, and swallows the next one."""
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():  # Tune sets handlers there only
+            for one, handler in before.items():
+                signal.signal(one, handler)
 
 
 def finished(ledger: Ledger, exhausted: bool) -> bool:
