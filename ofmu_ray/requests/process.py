@@ -12,7 +12,7 @@ from traceback import extract_tb
 
 from ofmu_ray import progress
 from ofmu_ray.config.requests import RequestsConfig, duration
-from ofmu_ray.errors import UserError
+from ofmu_ray.errors import UserError, causes
 from ofmu_ray.requests.gate_tables import gate_cache
 from ofmu_ray.requests.intake import open_ledger
 from ofmu_ray.requests.ladder import Batch, BatchOutcome, remove_left_text
@@ -100,7 +100,8 @@ def _worked_off(batch: Batch) -> BatchOutcome:
         raise
     except Exception as error:
         last = extract_tb(error.__traceback__)[-1]
-        where = f"{type(error).__name__} in {Path(last.filename).name}, line {last.lineno}"
+        kinds = dict.fromkeys(type(one).__name__ for one in causes(error))  # also what workers raised, or died of
+        where = f"{' from '.join(kinds)} in {Path(last.filename).name}, line {last.lineno}"
     # outside the handler, so that no traceback leads to the message
     batch.fail({"error": where})
     raise ProcessingFailed(f"batch {batch.name}: {where}; its requests are failed, `ofmu requests retry` accepts them")
