@@ -8,7 +8,7 @@ from pathlib import Path
 from ofmu_ray.commandline.parse import PlainParser, fail
 from ofmu_ray.commandline.terminal import metrics_table, plain_table, say
 from ofmu_ray.errors import UserError
-from ofmu_ray.runs.catalog import PastRun, past_run, past_runs
+from ofmu_ray.runs.catalog import HEADLINE, PastRun, past_run, past_runs
 from ofmu_ray.storage import is_uri
 
 
@@ -43,7 +43,7 @@ def _list(storage: str) -> int:
 
 def _line(run: PastRun) -> tuple[str, ...]:
     values = run.headline()
-    numbers = [f"{values[name]:.3g}" if name in values else "" for name in ("forget_quality", "model_utility")]
+    numbers = [f"{values[name]:.3g}" if name in values else "" for name in HEADLINE]
     changed = f"{run.changed:%Y-%m-%d %H:%M}" if run.changed else ""
     rounds = "" if run.rounds is None else str(run.rounds)
     return (run.name, run.command, run.method, run.status, rounds, *numbers, changed)

@@ -1,4 +1,4 @@
-"""Figures of the checks' tables. Pure functions, no model."""
+"""Metrics of the attacks' tables. Pure functions, no model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Values = dict[str, tuple[FloatArray, Clusters]]
 def check_figures(
     kind: str, table: pa.Table, reference: pa.Table | None = None, *, samples: int, seed: int
 ) -> dict[str, MetricValue]:
-    """Figures of one check of one model, named `<group>/<what>`; the names and definitions: docs/metrics.md.
+    """Metrics of one attack on one model, named `<group>/<what>`; the names and definitions: docs/metrics.md.
 
     `reference`: the retrained model's table of the same check, for what is measured against it. A mean over rows of
     which one is not finite is absent with that reason.
@@ -84,7 +84,7 @@ def _prefix(table: pa.Table, _: pa.Table | None) -> Values:
 
 
 def _alignment(table: pa.Table) -> dict[str, MetricValue]:
-    """Each layer's figures, and their means over layers (which have no interval of their own)."""
+    """Each layer's metrics, and their means over layers (which have no interval of their own)."""
     means: dict[str, MetricValue] = {}
     layers: dict[str, MetricValue] = {}
     for measure in MEASURES:

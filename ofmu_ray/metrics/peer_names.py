@@ -1,4 +1,4 @@
-"""A model's figures under OpenUnlearning's names and by its conventions, to be put beside a published table.
+"""A model's metrics under OpenUnlearning's names and by its conventions, to be put beside a published table.
 
 Names as in its TOFU_SUMMARY.json (locuslab/open-unlearning, December 2025). Most are metrics of ours by another name.
 What differs is computed here: extraction strength has a floor of 1/n, probabilities of `ra` and `wf` exist plain and

@@ -15,7 +15,7 @@ from ofmu_ray.metrics.registry import metric, turned
 
 SMALLEST_P = 1e-300
 FAILED = -2.0
-"""Score of a run without figures: below all others."""
+"""Score of a run without metrics: below all others."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Goal:
     objective: str
     utility: str
     floor: float | None
-    """Lowest utility, in units of the figure; None: any."""
+    """Lowest utility, in units of the metric; None: any."""
     retrained_objective: float | None = None
-    """The retrained model's objective, for figures that should match it; None: there is none."""
+    """The retrained model's objective, for metrics that should match it; None: there is none."""
     sound: SoundRange | None = None
     """Generations beside which a model's are degenerate; None: no model is."""
     margin: float = 0.0
@@ -35,7 +35,7 @@ class Goal:
     that."""
 
     def goodness(self, figures: Mapping[str, Any]) -> float | None:
-        """The objective so that more is better, in units of the figure; None where it is absent.
+        """The objective so that more is better, in units of the metric; None where it is absent.
 
         Raises:
             UserError: nobody can tell which way is better: it is not declared, or the retrained model is missing.
@@ -71,7 +71,7 @@ class Goal:
         return strict if reached else replace(self, margin=0.0)
 
     def rank(self, figures: Mapping[str, Any]) -> tuple[bool, bool, float, float] | None:
-        """Place in the rule's order, lowest first; None where a figure is absent.
+        """Place in the rule's order, lowest first; None where a metric is absent.
 
         Degenerate models come last; then those without enough utility, by utility; the others by their objective.
         """

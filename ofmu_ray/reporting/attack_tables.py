@@ -1,4 +1,4 @@
-"""The checks' figures as tables of the page: titles, notes, sub-headings and words for their names."""
+"""The attacks' metrics as tables of the page: titles, notes, sub-headings and words for their names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ofmu_ray.reporting.formats import MetricCell, cell, direction
 
 @dataclass(frozen=True)
 class Row:
-    """One figure over the models."""
+    """One metric over the models."""
 
     label: str
     direction: str
@@ -35,7 +35,7 @@ class AttackTable:
 
     title: str
     note: str
-    """What the figures mean and which way is better."""
+    """What the metrics mean and which way is better."""
     groups: Sequence[Group]
 
 
@@ -87,12 +87,12 @@ _WORDS = {
 
 
 def model_row(label: str, direction: str, found: Mapping[str, Mapping[str, Any] | None]) -> Row:
-    """A figure's row from what each model has of it, as in metrics.json."""
+    """A metric's row from what each model has of it, as in metrics.json."""
     return Row(label, direction, {model: cell(figure) for model, figure in found.items()})
 
 
 def check_table(name: str, found: Mapping[str, Mapping[str, Any]], models: Sequence[str]) -> AttackTable:
-    """A check's figures (model -> `<group>/<what>` -> figure) with the page's models as columns."""
+    """An attack's metrics (model -> `<group>/<what>` -> metric) with the page's models as columns."""
     kind, _, which = name.partition("/")
     title, note = _TITLES[kind]
     groups: dict[str, list[Row]] = {}

@@ -31,7 +31,7 @@ EARLIER = "forget_earlier"
 
 @dataclass(frozen=True)
 class GateResult:
-    """A gate's decision, with the figure that it was made on."""
+    """A gate's decision, with the metric that it was made on."""
 
     name: str
     metric: str
@@ -117,7 +117,7 @@ class GateTables:
         return MetricValue(value, *interval, n=one.units)
 
     def relearned(self, name: str, rows: str) -> MetricValue:
-        """A figure of the relearning attack on these rows."""
+        """A metric of the relearning attack on these rows."""
         if rows not in self.relearn:
             return MetricValue.absent("the attack was not run")
         reference = self.relearn.get("retrained") if rows == "requested" else None
@@ -171,7 +171,7 @@ def _decided(gate: GateConfig, tables: GateTables) -> Iterator[GateResult]:
 
 
 def _compared(gate: GateConfig, tables: GateTables, request: str | None = None) -> MetricValue:
-    """The figure that the bound is about."""
+    """The metric that the bound is about."""
     if gate.relearns:
         name = gate.metric.removeprefix("relearn/")
         value = tables.relearned(name, "requested")

@@ -186,7 +186,7 @@ class Ledger:
         """Bring requests into a state, all or none, in one transaction.
 
         `owner`: whoever has the lease; without it a request in work cannot be moved while somebody's lease holds.
-        `by`: whom the log names, if not the owner. `detail` goes into the log: names, counts, figures, no text.
+        `by`: whom the log names, if not the owner. `detail` goes into the log: names, counts, metrics, no text.
         `certificate`: a signed document that becomes theirs in the same transaction.
 
         Raises:

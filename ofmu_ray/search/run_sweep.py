@@ -26,8 +26,7 @@ from ofmu_ray.runs.pool import Pool
 from ofmu_ray.runs.preflight import check_machine, prepare_folder, public
 from ofmu_ray.runs.trial import PRIVATE, Trial, read_result
 from ofmu_ray.runs.trial_data import checked, prepare
-from ofmu_ray.search import choice
-from ofmu_ray.search import sweep_output as results
+from ofmu_ray.search import choice, sweep_output
 from ofmu_ray.search.benchmark_output import duration
 from ofmu_ray.search.capacity import check_disk, concurrency
 from ofmu_ray.search.judging import goal_of, reference_value
@@ -137,7 +136,7 @@ def _searched(config: SweepConfig, command: Sequence[str]) -> SweepOutcome:
             choice.export(ledger, outcome, ledger.data.retrained)
             if complete and outcome.chosen is not None:
                 outcome.confirmed = _confirm(ledger, outcome.chosen)
-            files = results.write(ledger, outcome, references, list(command))
+            files = sweep_output.write(ledger, outcome, references, list(command))
             _discard(ledger)  # within the lock: the next start may put its own files there
         status = "FINISHED" if complete else "KILLED"
     except KeyboardInterrupt:
@@ -147,7 +146,7 @@ def _searched(config: SweepConfig, command: Sequence[str]) -> SweepOutcome:
         tables = [path for path in files if path.suffix == ".parquet"]
         pages = [path for path in files if path.suffix in tracking.mlflow_run.ARTIFACT_SUFFIXES]
         tracking.finish(handle, artifacts=pages, tables=tables, status=status)
-    text = results.summary(ledger, outcome)
+    text = sweep_output.summary(ledger, outcome)
     return SweepOutcome(complete, outcome.chosen, text, files, tracking.open_command(handle))
 
 
@@ -174,7 +173,7 @@ def _digest(config: SweepConfig, space: Space) -> str:
     export = {name: value for name, value in base.pop("export").items() if name not in EXPORT_PLACES}
     content["base"] = without_added(base if export == ADDED["export"] else base | {"export": export})
     kept = {name: value for name, value in content.items() if name not in (*WHERE_KEPT, "space_file")}
-    text = json.dumps([kept, results.space_rows(space)], sort_keys=True)
+    text = json.dumps([kept, sweep_output.space_rows(space)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -232,18 +231,18 @@ def _run_trials(ledger: Ledger, handle: Any, at_once: int) -> bool:
         if number in reported:
             return
         reported.add(number)
-        results.log_child(ledger, number, handle)
+        sweep_output.log_child(ledger, number, handle)
         choice.prune_models(ledger)
         new = len(reported) - before
         left = trials - len(reported)
         eta = f", about {duration((time.perf_counter() - started) / new * left)} left" if new > 0 and left else ""
-        listener.note("", f"[{len(reported)}/{trials}] trial {number}: {results.line(ledger, number)}{eta}")
+        listener.note("", f"[{len(reported)}/{trials}] trial {number}: {sweep_output.line(ledger, number)}{eta}")
 
     complete, exhausted = tuner.run(ledger, handle, at_once, ended, local=local)
     if exhausted:
         progress.note("search", f"the space contains only {len(ledger.suggestions)} different trials")
     for number in range(len(ledger.suggestions)):  # results written after Tune had moved on
-        results.log_child(ledger, number, handle)
+        sweep_output.log_child(ledger, number, handle)
     choice.prune_models(ledger)
     return complete
 
