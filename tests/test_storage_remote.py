@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -293,7 +294,15 @@ def test_a_lock_of_another_machine_is_kept_while_it_is_renewed(server: Server, q
     assert "elsewhere" in key
 
 
-def test_who_lost_the_lock_of_a_bucket_stops(server: Server, quick: None) -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, as in a terminal: tests started in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_who_lost_the_lock_of_a_bucket_stops(server: Server, quick: None, interruptible: None) -> None:
     """Paused for longer than a lease; then another process took over."""
 
     def work() -> None:
