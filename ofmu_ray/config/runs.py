@@ -87,7 +87,7 @@ class UnlearnConfig:
     seed: int = 0
     """Seed of the batch order."""
     task: str = "causal_lm"
-    """Kind of model and rows: causal_lm, image_classification, or a module with a TASK (ofmu_ray/tasks/protocol.py)."""
+    """causal_lm, image_classification, or the module of a TASK (ofmu_ray/tasks/protocol.py)"""
     method: MethodName = "ofmu"
     """Unlearning method. Its options are in the section of its name; the other methods' sections are ignored."""
     model: ModelConfig = field(default_factory=ModelConfig)
