@@ -206,6 +206,11 @@ def test_tables_report_and_mlflow(finished):
     assert all({"after/model_utility", "cost/flops"} <= set(run.data.metrics) for run in done)
     files = {file.path for file in client.list_artifacts(parent[0].info.run_id)}
     assert {"report.html", "report.md", "rows.parquet", "trials.parquet"} <= files
+    assert {run.data.tags["mlflow.source.name"] for run in [*parent, *children]} == {"ofmu benchmark"}
+    assert all("model_utility" in run.data.tags["mlflow.note.content"] for run in done)
+    note = parent[0].data.tags["mlflow.note.content"]
+    assert note.startswith("```text\n")
+    assert "mean [lowest, highest] over seeds" in note
 
 
 @pytest.mark.full  # starts Ray: a minute

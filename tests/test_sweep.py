@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -177,6 +178,8 @@ def test_mlflow_holds_the_sweep_and_each_trial_once(calm):
     for number, run in children.items():
         assert run.info.status == "FINISHED"
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert run.data.tags["mlflow.source.name"] == "ofmu sweep"
+        assert "forget_probability" in run.data.tags["mlflow.note.content"]
         assert run.data.tags["ofmu.status"] == by_number[number]["status"]
         assert float(run.data.params["ofmu.inner.lr"]) == by_number[number]["options"]["ofmu.inner.lr"]
         assert run.data.metrics["cost/flops"] == by_number[number]["flops"]
@@ -186,6 +189,11 @@ def test_mlflow_holds_the_sweep_and_each_trial_once(calm):
         assert stages == [2 * (index + 1) for index in range(len(by_number[number]["evaluations"]))]
     names = {artifact.path for artifact in client.list_artifacts(parent.info.run_id)}
     assert names >= {"report.html", "best.yaml", "plane.svg"}
+    tags = parent.data.tags
+    assert re.search(r"^chosen: trial \d; on all rows:$", tags["mlflow.note.content"], re.MULTILINE)
+    assert tags["mlflow.source.name"] == "ofmu sweep"
+    assert tags["ofmu.command"].startswith("ofmu sweep --config ")
+    assert {"mlflow.user", "mlflow.source.git.commit"} <= tags.keys()
 
 
 @pytest.mark.system

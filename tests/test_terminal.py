@@ -52,6 +52,18 @@ def test_a_resumed_run_counts_its_speed_from_where_it_resumes(clock, capsys):
     assert capsys.readouterr().err.splitlines()[-1] == "train   round 11 of 20, about 0:00:45 left"
 
 
+def test_a_bar_shows_the_time_left_where_a_round_takes_minutes(clock, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Screen())
+    shown = Terminal()
+    with shown.bar("train", 20, "round") as bar:
+        monkeypatch.setattr(shown._bars, "get_time", lambda: clock[0])
+        for done in range(1, 5):
+            clock[0] += 120.0
+            bar.at(done)
+        [task] = shown._bars.tasks
+        assert task.time_remaining == 120 * 16
+
+
 def test_bars_of_a_terminal_leave_lines_whole(monkeypatch):
     monkeypatch.setattr(sys, "stderr", screen := Screen())
     shown = Terminal()

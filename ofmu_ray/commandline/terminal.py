@@ -21,6 +21,8 @@ def say(line: str) -> None:
 
 LINE_SECONDS = 15.0
 """Between two log lines of a phase where stderr is not a terminal."""
+SPEED_SECONDS = 3600.0
+"""A bar's speed, and with it the time left, is that of the reports of so many seconds."""
 
 
 class Terminal(Listener):
@@ -69,7 +71,8 @@ def _bars() -> Any:
         TextColumn("{task.fields[unit]}  {task.fields[values]}"),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    # rich's own 30 s would show no time left where a round takes longer
+    return Progress(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=SPEED_SECONDS)
 
 
 class _Shown(Bar):
@@ -148,11 +151,9 @@ def metrics_table(metrics: Mapping[str, Any], models: Sequence[str] = ("before",
 def _cell(metric: dict[str, Any] | None) -> str:
     if not metric or metric.get("value") is None:
         return "-"
-    from ofmu_ray.reporting.formats import digits
+    from ofmu_ray.reporting.formats import with_interval
 
-    value, low, high = metric["value"], metric.get("low"), metric.get("high")
-    form = digits(value)
-    return form(value) if low is None or high is None else f"{form(value)} [{form(low)}, {form(high)}]"
+    return with_interval(metric)
 
 
 def _reasons(metrics: Mapping[str, Any], columns: Sequence[str], shown: Sequence[Any]) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ofmu_ray import progress
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import EvaluationConfig, ModelConfig, SourceConfig, UnlearnConfig
 from ofmu_ray.data import sources
@@ -118,7 +119,11 @@ class ImageEvaluator:
             ]
             make = partial(_predictor, str(folder), device_kind(), self.evaluation.batch_size)
             work = OPERATIONS * sum(pixels.size for _, _, pixels in jobs)
-            done = dict(enumerate(map(make(), jobs))) if runs_here(work) else dict(map_tasks(make, jobs))
+            done: dict[int, np.ndarray] = {}
+            with progress.bar(f"evaluate {label}", len(jobs), "batch") as bar:
+                for number, values in enumerate(map(make(), jobs)) if runs_here(work) else map_tasks(make, jobs):
+                    done[number] = values
+                    bar.update()
             classes = done[0].shape[1]
             if classes != len(self.classes):
                 raise UserError(f"{label} model {model!r} has {classes} classes, and model.path {len(self.classes)}")

@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
+from ofmu_ray import progress
 from ofmu_ray.evaluation.scorer import Scorer
 from ofmu_ray.evaluation.units import Result, Unit
 
@@ -64,7 +65,11 @@ def run_together(scorer: Scorer, units: Sequence[Unit]) -> Iterator[tuple[int, R
     """(index of the unit, its values) for every unit, on every rank: each rank runs its share. Collective."""
     rank, world = dist.get_rank(), dist.get_world_size()
     with InStep(scorer.model):
-        own = [(number, scorer.run(units[number])) for number in range(rank, len(units), world)]
+        chosen, own = range(rank, len(units), world), []
+        with progress.bar("evaluate, on every worker", len(chosen), "batch") as bar:
+            for number in chosen:
+                own.append((number, scorer.run(units[number])))
+                bar.update()
     shares: list[Any] = [None] * world
     dist.all_gather_object(shares, own)
     yield from sorted((pair for share in shares for pair in share), key=lambda pair: pair[0])

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ofmu_ray import progress
 from ofmu_ray.data.batch import Batch
 from ofmu_ray.features.protocol import ParameterValues, Row
 
@@ -31,10 +32,13 @@ class GradientMask(ParameterValues):
 
         named = [(name, p) for name, p in reference.module.named_parameters() if p.requires_grad]
         sums = [torch.zeros_like(parameter) for _, parameter in named]
-        for start in range(0, len(rows), ROWS_AT_ONCE):
-            loss, _ = reference.loss(reference.module, reference.collated(rows[start : start + ROWS_AT_ONCE]))
-            gradients = torch.autograd.grad(loss, [parameter for _, parameter in named])
-            torch._foreach_add_(sums, gradients)
+        with progress.bar(self.name.replace("_", " "), len(rows), "row") as bar:
+            for start in range(0, len(rows), ROWS_AT_ONCE):
+                chosen = rows[start : start + ROWS_AT_ONCE]
+                loss, _ = reference.loss(reference.module, reference.collated(chosen))
+                gradients = torch.autograd.grad(loss, [parameter for _, parameter in named])
+                torch._foreach_add_(sums, gradients)
+                bar.update(len(chosen))
         sizes = torch.cat([values.abs().flatten() for values in sums])
         kept = max(1, round(self.share * len(sizes)))
         order = torch.argsort(sizes, descending=True, stable=True)

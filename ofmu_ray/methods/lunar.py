@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from ofmu_ray import progress
 from ofmu_ray.config.methods import MYPY, RATE, RETAIN_WEIGHT, OneLoopConfig, Ranges
 from ofmu_ray.config.ranges import not_negative
 from ofmu_ray.data.batch import IGNORED
@@ -119,15 +120,15 @@ class RefusalDirection(ParameterValues):
         from ofmu_ray.engines.layers import chosen_layer, decoder_layers, layer_output
 
         layer, sums = chosen_layer(self.layer, len(decoder_layers(reference.module)), "lunar.layer"), []
-        for start in range(0, len(prompts), ROWS_AT_ONCE):
-            rows = [
-                {"input_ids": list(ids), "prompt_tokens": len(ids)} for ids in prompts[start : start + ROWS_AT_ONCE]
-            ]
-            batch = reference.collated(rows)
-            last = batch["attention_mask"].sum(1) - 1
-            with torch.no_grad():
-                hidden_rtd = layer_output(reference.module, batch, layer)
-            sums.append(hidden_rtd[torch.arange(len(rows), device=last.device), last].double().sum(0).cpu())
+        with progress.bar("refusal direction", len(prompts), "row") as bar:
+            for start in range(0, len(prompts), ROWS_AT_ONCE):
+                chosen = prompts[start : start + ROWS_AT_ONCE]
+                batch = reference.collated([{"input_ids": list(ids), "prompt_tokens": len(ids)} for ids in chosen])
+                last = batch["attention_mask"].sum(1) - 1
+                with torch.no_grad():
+                    hidden_rtd = layer_output(reference.module, batch, layer)
+                sums.append(hidden_rtd[torch.arange(len(chosen), device=last.device), last].double().sum(0).cpu())
+                bar.update(len(chosen))
         return torch.stack(sums).sum(0) / len(prompts)
 
 

@@ -111,6 +111,14 @@ def span(value: float | None, low: float | None, high: float | None) -> str:
     return f"{form(low)} {'to' if low < 0 else '–'} {form(high)}"
 
 
+def with_interval(metric_value: Mapping[str, Any]) -> str:
+    """A value, not None, and its interval in brackets with its digits, as the terminal shows it."""
+    value, low, high = (metric_value.get(key) for key in ("value", "low", "high"))
+    assert value is not None
+    form = digits(value)
+    return form(value) if low is None or high is None else f"{form(value)} [{form(low)}, {form(high)}]"
+
+
 def digits(value: float) -> Callable[[float], str]:
     """How `number` writes a value, for the bounds of its interval too: as many decimals, or an exponent."""
     if value and not 1e-3 <= abs(value) < 1e4:

@@ -58,6 +58,7 @@ def _pushed(outcome: Outcome, export: ExportConfig) -> Outcome:
     if export.push_to_hub is None or not outcome.finished:
         return outcome
     folder = fetched(outcome.model, "storage") if is_uri(outcome.model) else Path(outcome.model)
+    progress.note("hub", f"uploading the model to {export.push_to_hub}")
     return replace(outcome, hub=push(folder, export.push_to_hub, public=export.hub_public))
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ofmu_ray.metrics.degeneration import SoundRange
 from ofmu_ray.metrics.fronts import geometric_mean, plain
 from ofmu_ray.metrics.registry import metric
 from ofmu_ray.metrics.rule import Goal
+from ofmu_ray.reporting.formats import with_interval
 from ofmu_ray.runs.preflight import public
 from ofmu_ray.runs.trial import SplitData, Trial, result_path
 from ofmu_ray.search.judging import cut, marks, sound_of
@@ -250,7 +252,9 @@ def log_child(
     costs = {name: result[name] for name in COSTS if result.get(name) is not None}
     failed = result["status"] == "failed"
     metrics = {} if failed else {"after": result.get("figures")}
-    if tracking.finish(handle, metrics=metrics, cost=costs, status="FAILED" if failed else "FINISHED"):
+    described = partial(tracking.describe_words, command="ofmu benchmark", text=line(config, result))
+    status: Any = "FAILED" if failed else "FINISHED"
+    if tracking.finish(handle, metrics=metrics, cost=costs, described=described, status=status):
         atomic_write(marker, handle.run_id)
 
 
@@ -308,4 +312,4 @@ def _cell(name: str, values: Sequence[float | None]) -> str:
     if not present:
         return "-"
     mean = geometric_mean(present) if metric(name).p_value else _mean(present)
-    return f"{mean:.3g} [{min(present):.2g}, {max(present):.2g}]"
+    return with_interval({"value": mean, "low": min(present), "high": max(present)})

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,7 @@ def _compared(config: BenchmarkConfig, command: Sequence[str]) -> BenchmarkOutco
     handle = tracking.start(config.base.tracking, str(storage), config.name, public(config), tags, record=record)
     status: Any = "FAILED"
     files: list[Path] = []
+    table = ""
     try:
         with tracking.system_metrics(handle, enabled=config.base.tracking.system_metrics), locked(folder):
             by_split = [run_paths(config.run(split, config.methods[0]), f"{split}: ") for split in config.splits]
@@ -94,6 +97,7 @@ def _compared(config: BenchmarkConfig, command: Sequence[str]) -> BenchmarkOutco
                 bench.folder, config, bench.data, bench.references, bench.done, bench.selected, bench.goals,
                 list(command),
             )  # fmt: skip
+            table = results.table(config, bench.done, bench.references)
             bench.discard()  # within the lock: the next start may put its own files there
         status = "FINISHED"
     except KeyboardInterrupt:
@@ -102,8 +106,8 @@ def _compared(config: BenchmarkConfig, command: Sequence[str]) -> BenchmarkOutco
     finally:
         tables = [path for path in files if path.suffix == ".parquet"]
         pages = [path for path in files if path.suffix in (".html", ".md", ".json")]
-        tracking.finish(handle, artifacts=pages, tables=tables, status=status)
-    table = results.table(config, bench.done, bench.references)
+        described = partial(tracking.describe_words, command=shlex.join(command), text=table)
+        tracking.finish(handle, described=described, artifacts=pages, tables=tables, status=status)
     return BenchmarkOutcome(complete, table, files, tracking.open_command(handle))
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +125,7 @@ def _searched(config: SweepConfig, command: Sequence[str]) -> SweepOutcome:
     handle = tracking.start(run.tracking, str(storage), config.name, _determining(config), tags, record=record)
     status: Any = "FAILED"
     files: list[Path] = []
-    complete = False
+    complete, text = False, ""
     try:
         with tracking.system_metrics(handle, enabled=run.tracking.system_metrics), ExitStack() as held:
             join_cluster(training, storage, run_paths(run, "base."))
@@ -137,6 +139,7 @@ def _searched(config: SweepConfig, command: Sequence[str]) -> SweepOutcome:
             if complete and outcome.chosen is not None:
                 outcome.confirmed = _confirm(ledger, outcome.chosen)
             files = sweep_output.write(ledger, outcome, references, list(command))
+            text = sweep_output.summary(ledger, outcome)
             _discard(ledger)  # within the lock: the next start may put its own files there
         status = "FINISHED" if complete else "KILLED"
     except KeyboardInterrupt:
@@ -145,8 +148,8 @@ def _searched(config: SweepConfig, command: Sequence[str]) -> SweepOutcome:
     finally:
         tables = [path for path in files if path.suffix == ".parquet"]
         pages = [path for path in files if path.suffix in tracking.mlflow_run.ARTIFACT_SUFFIXES]
-        tracking.finish(handle, artifacts=pages, tables=tables, status=status)
-    text = sweep_output.summary(ledger, outcome)
+        described = partial(tracking.describe_words, command=shlex.join(command), text=text)
+        tracking.finish(handle, described=described, artifacts=pages, tables=tables, status=status)
     return SweepOutcome(complete, outcome.chosen, text, files, tracking.open_command(handle))
 
 

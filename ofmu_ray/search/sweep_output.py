@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 
 from ofmu_ray.metrics.degeneration import words
 from ofmu_ray.metrics.fronts import plain
+from ofmu_ray.reporting.formats import with_interval
 from ofmu_ray.runs.preflight import public
 from ofmu_ray.runs.trial import result_path
 from ofmu_ray.search.benchmark_output import COSTS, duration, machine
@@ -211,7 +213,9 @@ def log_child(ledger: Ledger, number: int, parent: Any) -> None:
     evaluations = result.get("evaluations") or []  # none of a trial whose process died
     metrics = result.get("figures") or (evaluations[-1]["figures"] if evaluations else None)
     failed = result["status"] == "failed"
-    if tracking.finish(handle, metrics={"after": metrics}, cost=costs, status="FAILED" if failed else "FINISHED"):
+    described = partial(tracking.describe_words, command="ofmu sweep", text=line(ledger, number))
+    status: Any = "FAILED" if failed else "FINISHED"
+    if tracking.finish(handle, metrics={"after": metrics}, cost=costs, described=described, status=status):
         atomic_write(marker, handle.run_id)
 
 
@@ -256,9 +260,7 @@ def summary(ledger: Ledger, outcome: SweepChoice) -> str:
         for name in (goal.objective, goal.utility):
             metric_value = metrics.get(name) or {}
             if metric_value.get("value") is not None:
-                ends = [metric_value[end] for end in ("low", "high")]  # None without bootstrap samples
-                interval = f" [{ends[0]:.3g}, {ends[1]:.3g}]" if None not in ends else ""
-                lines.append(f"  {name} {metric_value['value']:.4g}{interval}")
+                lines.append(f"  {name} {with_interval(metric_value)}")
         for seed, result in outcome.confirmed:
             values = plain(result.get("figures") or {})
             cells = [f"{n} {values[n]:.4g}" for n in (goal.objective, goal.utility) if values.get(n) is not None]

@@ -53,6 +53,17 @@ def describe_comparison(
     client.log_text(run_id, intervals(metrics), "intervals.csv")
 
 
+def describe_words(client: Any, run_id: str, command: str, text: str) -> None:
+    """Complete a run of `ofmu sweep` or `ofmu benchmark`, or one of its trials; a second call changes nothing.
+
+    `text`: what the terminal shows, in columns; empty: nothing yet. Raises MLflow's errors.
+    """
+    from ofmu_ray.reporting.manifest import code_version
+
+    words = text.strip("\n")
+    describe_source(client, run_id, command, code_version()["commit"], words and f"```text\n{words}\n```")
+
+
 def describe_source(client: Any, run_id: str, command: str, commit: str | None, note: str) -> None:
     """Set the tags from which MLflow's page has source, user, commit and description."""
     from mlflow.utils import mlflow_tags as tag

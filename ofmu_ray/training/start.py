@@ -22,7 +22,7 @@ from ofmu_ray.training.worker_job import WorkerJob
 def worker_loop(config: dict[str, Any]) -> None:
     """The function that Ray Train runs. `config`: the `WorkerJob` and the progress actor."""
     from ofmu_ray.data.stream import rounds, shard_iterator
-    from ofmu_ray.training.watch import ActorReports
+    from ofmu_ray.training.watch import ActorListener, ActorReports
 
     job: WorkerJob = config["job"]
     session = RaySession(job.run_dir)
@@ -37,9 +37,10 @@ def worker_loop(config: dict[str, Any]) -> None:
 
     worker.run(source)
     watchdog.begin("the export")
-    export_model(job, worker.engine, worker.module, worker.processor, worker.state, session.rank)
-    if job.live is not None:
-        job.live.end(worker)
+    with progress.listening(ActorListener(config["progress"]) if session.rank == 0 else progress.Listener()):
+        export_model(job, worker.engine, worker.module, worker.processor, worker.state, session.rank)
+        if job.live is not None:
+            job.live.end(worker)
     watchdog.close()
 
 

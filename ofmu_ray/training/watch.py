@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeAlias
 
 import ray
 
@@ -13,6 +15,8 @@ from ofmu_ray.cluster.watchdog import Heartbeat
 from ofmu_ray.training.session import losses_of, resumption
 
 POLL_SECONDS = 0.5
+Phase: TypeAlias = tuple[str, int, str, int]
+"""Title, total and unit of some work, and how much is done."""
 
 
 @ray.remote(num_cpus=0)
@@ -24,6 +28,11 @@ class Progress:
         self.notes: list[str] = []
         self.resumptions: list[int] = []
         self.last: dict[int, Heartbeat] = {}
+        self.within: Phase | None = None
+
+    def phase(self, phase: Phase | None) -> None:
+        """Rank 0: the work under way besides rounds, such as the export; None: it is done."""
+        self.within = phase
 
     def update(self, done: int, values: dict[str, float]) -> None:
         """Rank 0: rounds done and the metrics of the last one."""
@@ -51,9 +60,9 @@ class Progress:
         self.last = {}
         return self.notes
 
-    def read(self) -> tuple[int, dict[str, float], list[str], list[int]]:
-        """Rounds done, metrics of the last one, notes, rounds after which the run resumed."""
-        return (*self.now, self.notes, self.resumptions)
+    def read(self) -> tuple[int, dict[str, float], list[str], list[int], Phase | None]:
+        """Rounds done, metrics of the last one, notes, rounds after which the run resumed, other work under way."""
+        return (*self.now, self.notes, self.resumptions, self.within)
 
 
 class ActorReports:
@@ -80,6 +89,31 @@ class ActorReports:
         self.actor.update.remote(done, values)
 
 
+class ActorListener(progress.Listener):
+    """A worker's listener: of nested bars, the driver sees the inner one."""
+
+    def __init__(self, actor: Any):
+        self.actor = actor
+
+    @contextmanager
+    def bar(self, title: str, total: int, unit: str) -> Iterator[progress.Bar]:
+        """Work of `total` units that runs in the block."""
+        yield _ActorBar(self.actor, title, total, unit)
+        self.actor.phase.remote(None)
+
+
+class _ActorBar(progress.Bar):
+    def __init__(self, actor: Any, title: str, total: int, unit: str):
+        self.actor, self.title, self.total, self.unit, self.done = actor, title, total, unit, 0
+
+    def update(self, count: int = 1) -> None:
+        self.at(self.done + count)
+
+    def at(self, done: int, **shown: str) -> None:
+        self.done = done
+        self.actor.phase.remote((self.title, self.total, self.unit, done))
+
+
 class ProgressForwarder:
     """Forwards the actor's reports to the listener while the driver waits for the workers."""
 
@@ -89,6 +123,8 @@ class ProgressForwarder:
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._pass_on, daemon=True)
         self._noted = self._resumed = 0
+        self._within: tuple[str, progress.Bar] | None = None
+        self._block = ExitStack()
 
     def __enter__(self) -> ProgressForwarder:
         self.thread.start()
@@ -99,14 +135,14 @@ class ProgressForwarder:
         self.thread.join(timeout=10)
 
     def _pass_on(self) -> None:
-        with self.listener.bar(self.title, self.rounds, "round") as bar:
+        with self.listener.bar(self.title, self.rounds, "round") as bar, self._block:
             while not self.stop.wait(POLL_SECONDS):
                 self._refresh(bar)
             self._refresh(bar)
 
     def _refresh(self, bar: progress.Bar) -> None:
         try:
-            done, values, notes, resumptions = ray.get(self.actor.read.remote(), timeout=5)
+            done, values, notes, resumptions, phase = ray.get(self.actor.read.remote(), timeout=5)
         except Exception:  # progress must never end a run
             return
         for text in notes[self._noted :]:
@@ -116,3 +152,14 @@ class ProgressForwarder:
             self.listener.note("train", resumption(round_))
         self._resumed = len(resumptions)
         bar.at(done, **losses_of(values))
+        self._show(phase)
+
+    def _show(self, phase: Phase | None) -> None:
+        if phase is None or self._within is None or self._within[0] != phase[0]:
+            self._block.close()
+            self._within = None
+        if phase is not None:
+            title, total, unit, done = phase
+            if self._within is None:
+                self._within = title, self._block.enter_context(self.listener.bar(title, total, unit))
+            self._within[1].at(done)
