@@ -12,6 +12,7 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")  # per-process memory use is not of interest
 
 import pytest
+from hub_server import TOKEN, Hub, hub_server
 
 ROOT = Path(__file__).resolve().parent.parent
 # workers that Ray starts import what tests define, such as digits_task.py
@@ -96,3 +97,25 @@ def _text_methods() -> list[str]:
 
 
 TEXT_METHODS = _text_methods()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A Hugging Face hub on loopback, which this process asks with a token, and caches of its own."""
+    import datasets
+    from huggingface_hub import constants
+
+    with hub_server() as server:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its storage servers are not the hub's API
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.url)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server

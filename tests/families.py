@@ -13,6 +13,7 @@ from ofmu_ray import unlearn
 from ofmu_ray.config import (
     DataConfig,
     EvaluationConfig,
+    EvaluationSetsConfig,
     ModelConfig,
     TrackingConfig,
     TrainingConfig,
@@ -83,7 +84,14 @@ def family_config(family: str) -> Any:
     return getattr(transformers, f"{family}Config")(**options)
 
 
-def tiny_run(folder: Path, model: Any, data: DataConfig, tracked: str, chat_template: str | None = None) -> Outcome:
+def tiny_run(
+    folder: Path,
+    model: Any,
+    data: DataConfig,
+    tracked: str,
+    chat_template: str | None = None,
+    sets: EvaluationSetsConfig | None = None,
+) -> Outcome:
     """Two rounds on the model in this process, evaluated with generations. `tracked`: MLflow's database."""
     model.save_pretrained(folder / "model")
     tokenizer = load_tokenizer(ModelConfig())
@@ -96,7 +104,9 @@ def tiny_run(folder: Path, model: Any, data: DataConfig, tracked: str, chat_temp
             model=ModelConfig(path=str(folder / "model")),
             data=data,
             training=TrainingConfig(rounds=2, batch_size=2),
-            evaluation=EvaluationConfig(retrained=None, max_new_tokens=8, batch_size=4),
+            evaluation=EvaluationConfig(
+                sets=sets or EvaluationSetsConfig(), retrained=None, max_new_tokens=8, batch_size=4
+            ),
             tracking=TrackingConfig(uri=tracked, system_metrics=False),
         )
     )

@@ -1,8 +1,9 @@
-"""The part of the Hugging Face hub's HTTP API that a push uses, on loopback; holds repositories in memory."""
+"""The part of the Hugging Face hub's HTTP API that a push, and a public data set, use; on loopback, in memory."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 
 TOKEN = "hf_test"
 OWNER = "someone"
+COMMIT = "a" * 40
 
 
 @dataclass
@@ -30,8 +32,14 @@ class Hub:
     repositories: dict[str, Repository] = field(default_factory=dict)
     large: dict[str, bytes] = field(default_factory=dict)
     """Large files by SHA-256, as uploaded."""
+    data_sets: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    """Files of public data sets by name."""
     broken: bool = False
     """Whether commits fail."""
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
 
 
 @contextmanager
@@ -56,12 +64,13 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def _answer(self, content: Any, status: int = 200, **headers: str) -> None:
-        body = json.dumps(content).encode()
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -79,10 +88,38 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer({"error": "Invalid user token."}, 401)
         return True
 
+    def _data_set(self, path: str) -> None:
+        """/api/datasets/OWNER/NAME/..., or /datasets/OWNER/NAME/resolve/COMMIT/FILE."""
+        _, _, rest = path.rpartition("datasets/")
+        name = "/".join(rest.split("/")[:2])
+        what, _, after = rest.removeprefix(name).strip("/").partition("/")
+        inside, files = after.partition("/")[2], self.hub.data_sets.get(name)
+        if files is None:
+            self._answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
+        elif what == "resolve" and inside in files:
+            self._answer(files[inside], X_Repo_Commit=COMMIT, ETag=f'"{_digest(files[inside])}"')
+        elif what == "resolve":
+            self._answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound")
+        elif what == "tree":
+            under = [file for file in files if file.startswith(f"{inside}/")]
+            entries = [{"type": "file", "path": f, "size": len(files[f]), "oid": _digest(files[f])} for f in under]
+            self._answer(entries)
+        else:
+            siblings = [{"rfilename": file} for file in files]
+            self._answer(
+                {"id": name, "sha": COMMIT, "private": False, "tags": [], "downloads": 0, "siblings": siblings}
+            )
+
+    def do_HEAD(self) -> None:
+        self._data_set(self.path.partition("?")[0])
+
     def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if "datasets/" in path:
+            self._data_set(path)
+            return
         if self._refused():
             return
-        path = self.path.partition("?")[0]
         if path == "/api/whoami-v2":
             self._answer({"name": OWNER, "type": "user", "orgs": []})
         elif (repository := self.hub.repositories.get(path.removeprefix("/api/models/"))) is not None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import TOKEN, Hub, Repository, hub_server
+from hub_server import Hub, Repository
 from mistakes import refused
 
 from ofmu_ray.commandline.parse import parse
@@ -18,20 +17,6 @@ from pipelines import cli
 pytestmark = pytest.mark.slow  # a server in the process
 
 QUICK = ["--training.rounds", "1", "--evaluation.enabled", "false", "--ofmu.forget_level", "4"]
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    from huggingface_hub import constants
-
-    with hub_server() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its storage servers are not the hub's API
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield server
 
 
 def model(folder: Path) -> dict[str, bytes]:
