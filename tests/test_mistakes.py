@@ -34,6 +34,8 @@ FILES = {
     "npo.yaml": b"npo: {beta: 0.2}\n",
     "attack.yaml": b"checks: {relern: {}}\n",
     "runtime_env.yaml": b"env_vars: {}\n",
+    "bert/config.json": b'{"model_type": "bert", "architectures": ["BertForMaskedLM"]}',
+    "gpt2/config.json": b'{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 2}',
 }
 EVALUATE = f"evaluate --models '{{a: {TARGET}}}'"
 BENCHMARK = "benchmark --splits '{people: {}}'"
@@ -74,6 +76,8 @@ MISTAKES = {
     ),
     "freeze without a match": ("unlearn --model.freeze '[layernom]'", "model.freeze: 'layernom' matches no parameter"),
     "layer too high": ("unlearn --method rmu --rmu.layer 99", "rmu.layer = 99: the model has layers 0 to 3"),
+    "layer of another family": ("unlearn --model.path gpt2 --method rmu --rmu.layer 2", "the model has layers 0 to 1"),
+    "encoder": ("unlearn --model.path ./bert", "BertForMaskedLM is not a causal language model"),
     "adapter without a module": (
         "unlearn --model.lora.target_modules '[nope]'",
         "model.lora.target_modules = ['nope']",
@@ -330,6 +334,7 @@ def folder(tmp_path, monkeypatch):
     here.mkdir()
     monkeypatch.chdir(here)
     for name, content in FILES.items():
+        Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_bytes(content)
     (tmp_path / "mine.yaml").write_text("seed: 3\n")
     return here
@@ -352,7 +357,7 @@ def test_a_mistake_is_one_message_before_anything_starts(mistake, folder, capsys
     message = refused(words, *parts, capsys=capsys)
     assert not re.search("secret|word@|abc", message)
     assert not ray.is_initialized()
-    assert {path.name for path in folder.iterdir()} <= {*FILES, "runs"}
+    assert {path.name for path in folder.iterdir()} <= {*(Path(name).parts[0] for name in FILES), "runs"}
     assert {path.name for path in folder.glob("runs/*")} <= {"cache"}
 
 
@@ -364,7 +369,7 @@ def test_they_are_no_fewer_than_the_first_walk_found():
 BEFORE_TORCH = ("freeze without a match", "layer too high", "adapter without a module")
 BEFORE_TORCH += ("target that is not trained", "model on the hub", "MLflow not reachable", "rule without generations")
 BEFORE_TORCH += ("missing evaluation file", "missing questions", "attack on too few rows", "seed of the trials")
-BEFORE_TORCH += ("GPUs that do not divide", "plan of exact curvature")
+BEFORE_TORCH += ("GPUs that do not divide", "plan of exact curvature", "layer of another family", "encoder")
 
 
 @pytest.mark.system

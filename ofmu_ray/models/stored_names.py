@@ -12,9 +12,20 @@ from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import ModelConfig
 from ofmu_ray.errors import UserError
 
-PLAIN = frozenset({"gemma2", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"})
-"""Types of models whose files have the model's own names for its parameters, but only one of those that are TIED."""
-TIED = ("model.embed_tokens.weight", "lm_head.weight")
+_EMBEDDINGS = {
+    "model.embed_tokens.weight": "cohere gemma gemma2 gemma3_text granite lfm2 llama mistral olmo2 phi phi3 qwen2 "
+    "qwen3 smollm3 stablelm",
+    "model.decoder.embed_tokens.weight": "opt",
+    "transformer.wte.weight": "gpt2",
+    "transformer.word_embeddings.weight": "bloom falcon",
+    "backbone.embeddings.weight": "falcon_mamba mamba mamba2",
+}
+PLAIN = {kind: name for name, kinds in _EMBEDDINGS.items() for kind in kinds.split()}
+"""Types of models whose files have the model's own names for its parameters, and their embeddings' name. Embeddings and
+HEAD may be tied: then files have one of them."""
+HEAD = "lm_head.weight"
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+"""Names for the number of layers in configurations."""
 
 
 def check_names(config: ModelConfig, layers: Mapping[str, int]) -> None:
@@ -29,8 +40,9 @@ def check_names(config: ModelConfig, layers: Mapping[str, int]) -> None:
     shape = _description(config.path)
     if "auto_map" in shape or "quantization_config" in shape:
         return
-    count = (shape.get("text_config") or shape).get("num_hidden_layers")
-    if isinstance(count, int):
+    sizes = shape.get("text_config") or shape
+    count = next((sizes[name] for name in LAYERS if isinstance(sizes.get(name), int)), None)
+    if count is not None:
         for option, layer in layers.items():
             check_layer(layer, count, option)
     names = parameter_names(config.path) if config.freeze or config.lora is not None else None
@@ -44,19 +56,21 @@ def check_names(config: ModelConfig, layers: Mapping[str, int]) -> None:
 
 def parameter_names(path: str) -> list[str] | None:
     """The names in a model's files, and those that may be tied to one of them; None: only transformers can tell."""
-    if _description(path).get("model_type") not in PLAIN:
+    embeddings = PLAIN.get(str(_description(path).get("model_type")))
+    if embeddings is None:
         return None
-    names = set(TIED)
+    names = {embeddings, HEAD}
     try:
         for file in Path(resolve_builtin(path)).glob("*.safetensors"):
             with open(file, "rb") as content:
                 names |= json.loads(content.read(int.from_bytes(content.read(8), "little"))).keys() - {"__metadata__"}
     except (OSError, ValueError, AttributeError, OverflowError, MemoryError):
         return None  # `checks.check_model` says what is wrong
-    others = names - {*TIED}
-    if not others or not all(name.startswith("model.") for name in others):
-        return None
-    return [*TIED, *sorted(others)]
+    others = names - {embeddings, HEAD}
+    prefixes = embeddings.partition(".")[0] + ".", HEAD.partition(".")[0] + "."
+    if not others or not all(name.startswith(prefixes) for name in others):
+        return None  # an old file of the model without its head
+    return [embeddings, HEAD, *sorted(others)]
 
 
 def frozen(expressions: Sequence[str], names: Sequence[str]) -> list[re.Pattern[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ofmu_ray.progress import note
@@ -27,10 +28,13 @@ class CausalLM:
     pipeline_tag = "text-generation"
 
     def check_early(self, config: ModelConfig, option: str, layers: Mapping[str, int]) -> None:
+        from ofmu_ray.assets import resolve_builtin
+        from ofmu_ray.models.causal import check_folder
         from ofmu_ray.models.checks import check_place
         from ofmu_ray.models.stored_names import check_names
 
         check_place(config.path, option)
+        check_folder(Path(resolve_builtin(config.path)), option)
         check_names(config, layers)
 
     def check_model(self, config: ModelConfig, option: str = "model.path") -> Any:
