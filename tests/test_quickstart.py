@@ -1,4 +1,4 @@
-"""The quickstart as it is shipped: DeepSpeed, one Ray Train worker, all rounds, the default loss."""
+"""The quickstart as it is shipped: DeepSpeed, two Ray Train workers, all rounds, the default loss."""
 
 from __future__ import annotations
 

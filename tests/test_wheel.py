@@ -15,10 +15,19 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.system, pytest.mark.full]
+pytestmark = pytest.mark.system
 
 ROOT = Path(__file__).resolve().parent.parent
-SHORT = ["--training.rounds", "2", "--training.engine", "torch", "--evaluation.max_rows", "8"]
+SHORT = [
+    "--training.rounds",
+    "2",
+    "--training.engine",
+    "torch",
+    "--training.workers",
+    "1",
+    "--evaluation.max_rows",
+    "8",
+]
 SHORT += ["--evaluation.max_new_tokens", "8", "--tracking.system_metrics", "false"]
 
 
