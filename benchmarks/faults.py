@@ -97,7 +97,7 @@ class Saboteur:
 
     def arm(self) -> None:
         """Insert calls of `at` into the loop, the engine, the session and the export."""
-        from ofmu_ray.models.unread import Unread
+        from ofmu_ray.models.unread import UnreadWeights
         from ofmu_ray.storage import NewFolder
         from ofmu_ray.training import export
         from ofmu_ray.training.session import RaySession
@@ -118,7 +118,7 @@ class Saboteur:
         worker_module.build_engine = build_engine
         Worker.round = round_  # type: ignore[method-assign]
         reads = itertools.count()
-        before(Unread, "read", lambda *_: next(reads) == 3 and self.at("share"))  # some of its weights are read
+        before(UnreadWeights, "read", lambda *_: next(reads) == 3 and self.at("share"))  # some of its weights are read
         before(NewFolder, "flush", lambda *_: self.at("shard"))  # the first file of the model is written
         before(RaySession, "report", lambda *_: self.at("checkpoint_write"))
         before(export, "atomic_write", lambda *_: self.at("export"))  # the model is written, the run is not

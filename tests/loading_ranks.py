@@ -112,18 +112,18 @@ def fit_and_die(folder: Path, where: str) -> None:
     """A run without Ray that kills itself after the checkpoint of round 4, or while the tenth tensor is read."""
     from fault_job import make_job
 
-    from ofmu_ray.models.stored import Stored
+    from ofmu_ray.models.stored import StoredTensor
     from ofmu_ray.training import checkpoint
     from ofmu_ray.training.start import fit_here
 
-    save, read, done = checkpoint.save, Stored.read, []
+    save, read, done = checkpoint.save, StoredTensor.read, []
 
     def save_and_die(state: Any, *rest: Any) -> None:
         save(state, *rest)
         if state.round == 4:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def read_and_die(self: Stored, target: torch.Tensor, start: int) -> int:
+    def read_and_die(self: StoredTensor, target: torch.Tensor, start: int) -> int:
         done.append(self.name)
         if len(done) == 10:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -132,5 +132,5 @@ def fit_and_die(folder: Path, where: str) -> None:
     if where == "round":
         checkpoint.save = save_and_die
     else:
-        Stored.read = read_and_die  # type: ignore[method-assign]
+        StoredTensor.read = read_and_die  # type: ignore[method-assign]
     fit_here(make_job(folder), "run")

@@ -12,7 +12,7 @@ import pytest
 
 from ofmu_ray.errors import UserError
 from ofmu_ray.models.source import model_fingerprint
-from ofmu_ray.requests.certificate import FORMAT, NotVerified, canonical, signed, verify
+from ofmu_ray.requests.certificate import FORMAT, CertificateError, canonical, signed, verify
 from ofmu_ray.requests.signing import Keys, read_public_keys
 
 
@@ -60,10 +60,10 @@ def test_a_changed_byte_anywhere_does_not_verify(tmp_path: Path, keys: Keys, mod
     for place in range(len(original)):
         for changed in (bytes([original[place] ^ 1 << place % 7]), b""):
             copy.write_bytes(original[:place] + changed + original[place + 1 :])
-            with pytest.raises(NotVerified):
+            with pytest.raises(CertificateError):
                 verify(copy, public)
     copy.write_text(json.dumps(json.loads(original), indent=1))  # the same content in another form
-    with pytest.raises(NotVerified, match="saved again"):
+    with pytest.raises(CertificateError, match="saved again"):
         verify(copy, public)
 
 
@@ -72,7 +72,7 @@ def test_a_key_id_that_is_no_text_does_not_verify(key: object, tmp_path: Path, k
     path = tmp_path / "c.json"
     envelope = {"certificate": {}, "key_id": key, "algorithm": "Ed25519", "signature": "00"}
     path.write_bytes(canonical(envelope) + b"\n")
-    with pytest.raises(NotVerified, match="not as it was written"):
+    with pytest.raises(CertificateError, match="not as it was written"):
         verify(path, keys.folder)
 
 
@@ -81,7 +81,7 @@ def test_another_model_does_not_verify(tmp_path: Path, keys: Keys, model: Path) 
     other = shutil.copytree(model, tmp_path / "other")
     assert verify(path, keys.folder, other).model  # wherever it lies
     (other / "model.safetensors").write_bytes(bytes(range(255)))
-    with pytest.raises(NotVerified, match="weights"):
+    with pytest.raises(CertificateError, match="weights"):
         verify(path, keys.folder, other)
     with pytest.raises(UserError, match="safetensors"):
         verify(path, keys.folder, tmp_path)
@@ -97,13 +97,13 @@ def test_weights_changed_in_place_with_size_and_time_kept_do_not_verify(
     with weights.open("r+b") as file:
         file.write(b"x")
     os.utime(weights, (1e9, 1e9))
-    with pytest.raises(NotVerified, match="weights"):
+    with pytest.raises(CertificateError, match="weights"):
         verify(path, keys.folder, model)
 
 
 def test_a_gate_that_did_not_pass_is_no_certificate(tmp_path: Path, keys: Keys, model: Path) -> None:
     path = written(tmp_path / "c.json", keys, model, gates=[{"name": "model_utility", "result": "failed"}])
-    with pytest.raises(NotVerified, match="model_utility"):
+    with pytest.raises(CertificateError, match="model_utility"):
         verify(path, keys.folder)
 
 
@@ -116,7 +116,7 @@ def test_old_certificates_verify_after_a_rotation(tmp_path: Path, keys: Keys, mo
     for path, key in ((old, first), (new, second)):
         assert verify(path, keys.folder).key_id == key
         assert verify(path, keys.folder / f"{key}.pub").key_id == key
-    with pytest.raises(NotVerified, match=f"signed by the key {first}"):
+    with pytest.raises(CertificateError, match=f"signed by the key {first}"):
         verify(old, keys.folder / f"{second}.pub")
     both = tmp_path / "both.pem"
     both.write_text("".join(key.path.read_text() for key in keys.all()))

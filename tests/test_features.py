@@ -23,7 +23,7 @@ from ofmu_ray.features.builtin import NLL
 from ofmu_ray.features.protocol import FeatureContext, Need, Row, Tokens, Values
 from ofmu_ray.features.reference import write_references
 from ofmu_ray.methods.npo import answer_nll
-from ofmu_ray.methods.one_loop import Weighted
+from ofmu_ray.methods.one_loop import WeightedLoop
 from ofmu_ray.methods.protocol import Batches, drawn, run_round
 from ofmu_ray.models.loading import load_causal_lm
 from ofmu_ray.planning.shapes import micro_batch
@@ -69,7 +69,7 @@ class Reversed(Tokens):
         return encoded
 
 
-class Mine(Weighted[WeightedConfig]):
+class Mine(WeightedLoop[WeightedConfig]):
     """Pulls forget rows to their other text, weighted by how unlikely it is, and raises holdout rows."""
 
     name = "mine"

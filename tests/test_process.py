@@ -40,7 +40,7 @@ from ofmu_ray.data.sources import fingerprint, fragments
 from ofmu_ray.errors import StorageError, UserError
 from ofmu_ray.models.source import model_fingerprint
 from ofmu_ray.requests import ladder
-from ofmu_ray.requests.certificate import NOT_PROVED, NotVerified, verify
+from ofmu_ray.requests.certificate import NOT_PROVED, CertificateError, verify
 from ofmu_ray.requests.gate_tables import gate_cache
 from ofmu_ray.requests.intake import Submission, submit
 from ofmu_ray.requests.ladder import Attempt, Batch
@@ -90,7 +90,7 @@ def test_the_ladder_goes_on_until_all_gates_pass(world: World) -> None:
     assert path.read_text() == document
     content = verify(path, world.storage / "requests" / "keys", made.path).content
     check_certificate(world, content)
-    with pytest.raises(NotVerified, match="weights"):
+    with pytest.raises(CertificateError, match="weights"):
         verify(path, world.storage / "requests" / "keys", world.registry.version("1").path)
     assert [one["verdict"] for one in content["attempts"]] == ["failed", "passed"]
     assert {gate["result"] for gate in content["gates"]} == {"passed", "skipped"}

@@ -43,7 +43,7 @@ class Terminal(Listener):
     @contextmanager
     def bar(self, title: str, total: int, unit: str) -> Iterator[Bar]:
         if total <= 0 or not sys.stderr.isatty():
-            yield _Lines(self, title, total, unit)
+            yield _LogLines(self, title, total, unit)
             return
         if self._bars is None:
             self._bars = _bars()
@@ -51,7 +51,7 @@ class Terminal(Listener):
         task = self._bars.add_task(title, total=total, unit=unit, values="")
         self._shown += 1
         try:
-            yield _Shown(self._bars, task)
+            yield _ScreenBar(self._bars, task)
         finally:
             self._bars.remove_task(task)
             self._shown -= 1
@@ -75,7 +75,7 @@ def _bars() -> Any:
     return Progress(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=SPEED_SECONDS)
 
 
-class _Shown(Bar):
+class _ScreenBar(Bar):
     def __init__(self, bars: Any, task: Any) -> None:
         self.bars, self.task = bars, task
 
@@ -86,7 +86,7 @@ class _Shown(Bar):
         self.bars.update(self.task, completed=done, values=_named(shown))
 
 
-class _Lines(Bar):
+class _LogLines(Bar):
     """A line every few seconds, with the time left from the second report on."""
 
     def __init__(self, terminal: Terminal, title: str, total: int, unit: str) -> None:

@@ -12,7 +12,7 @@ import pyarrow as pa
 from ofmu_ray.config import FormatConfig
 from ofmu_ray.data.encoder import EncodedRow
 from ofmu_ray.data.row_checks import Problems, pair
-from ofmu_ray.data.template import Encoded, Template
+from ofmu_ray.data.template import AnswerTokens, Template
 
 _CODE = ("answer_encoder.py", "template.py")
 
@@ -53,7 +53,7 @@ class AnswerEncoder:
 
 
 def encoded_rows(
-    row: Encoded, identity: tuple[str, str], config: FormatConfig, problems: Problems, place: str
+    row: AnswerTokens, identity: tuple[str, str], config: FormatConfig, problems: Problems, place: str
 ) -> Iterator[EncodedRow]:
     """The row, unless it is only prompt, which is added to `problems`."""
     if row.only_prompt:

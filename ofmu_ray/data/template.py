@@ -22,7 +22,7 @@ Chat = Sequence[Mapping[str, str]]
 """Turns: {role, content}."""
 
 
-class Encoded(NamedTuple):
+class AnswerTokens(NamedTuple):
     """One row as tokens."""
 
     input_ids: list[int]
@@ -72,18 +72,18 @@ class Template:
         """Token ids that a generation starts from; not truncated."""
         return self._with_bos(self._tokens([self._prompt(question).rstrip(" ")])[0])
 
-    def encode_rows(self, questions: Sequence[str], answers: Sequence[str]) -> list[Encoded]:
+    def encode_rows(self, questions: Sequence[str], answers: Sequence[str]) -> list[AnswerTokens]:
         """Encode all rows at once (a fast tokenizer uses several threads)."""
         return self.encode_prompted([self._prompt(question) for question in questions], answers)
 
-    def encode_chats(self, chats: Sequence[Chat], answers: Sequence[str]) -> list[Encoded]:
+    def encode_chats(self, chats: Sequence[Chat], answers: Sequence[str]) -> list[AnswerTokens]:
         """The same for the assistant's answers to chats, the turns before each answer.
 
         Raises UserError: the tokenizer has no chat template, or it rejects a chat.
         """
         return self.encode_prompted([self.chat_prompt(chat) for chat in chats], answers)
 
-    def encode_prompted(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Encoded]:
+    def encode_prompted(self, prompts: Sequence[str], answers: Sequence[str]) -> list[AnswerTokens]:
         """The same for prompts that are already laid out."""
         if not prompts:
             return []
@@ -133,10 +133,10 @@ class Template:
         layout = [self.before, self.between, self.bos, self.eos, self.pad, options]
         return hashlib.sha256(json.dumps([vocabulary, layout]).encode()).hexdigest()
 
-    def _row(self, prompt: list[int], answer: list[int]) -> Encoded:
+    def _row(self, prompt: list[int], answer: list[int]) -> AnswerTokens:
         room = self.config.max_length - 1  # EOS
         ids = prompt + answer
-        return Encoded([*ids[:room], self.eos], min(len(prompt), room), max(len(ids) - room, 0))
+        return AnswerTokens([*ids[:room], self.eos], min(len(prompt), room), max(len(ids) - room, 0))
 
     def _prompt(self, question: str) -> str:
         return f"{self.before}{question.strip()}{self.between}"

@@ -16,7 +16,7 @@ BACKEND: Any = "inductor"
 """torch's default."""
 
 
-class Compiled:
+class CompiledLayers:
     """Within the context, the forward passes of a model's decoder layers (of another model: all of it) are compiled.
 
     Only their `forward` is replaced, so names, parameters and hooks stay as they are. Outside of the context passes are
@@ -75,11 +75,11 @@ class Compiled:
         return notes
 
 
-def compiled_passes(module: torch.nn.Module, training: TrainingConfig) -> Compiled | None:
+def compiled_passes(module: torch.nn.Module, training: TrainingConfig) -> CompiledLayers | None:
     """What compiles the module's passes if training.compile asks for it."""
     if not training.compile:
         return None
-    compiled = Compiled()
+    compiled = CompiledLayers()
     if not training.single and training.zero_stage == 3:
         compiled.note("ZeRO-3 gathers weights between the operations of a layer")
     else:

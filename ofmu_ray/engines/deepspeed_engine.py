@@ -16,14 +16,14 @@ import torch
 import torch.distributed as dist
 
 from ofmu_ray.config import OptimizerConfig, Precision
-from ofmu_ray.engines.compiled import Compiled
+from ofmu_ray.engines.compiled import CompiledLayers
 from ofmu_ray.engines.protocol import Kind, Loss, Vector
 from ofmu_ray.engines.shards import FlatShards, Shards, fill_frozen, trainable_parameters, trains_adapters
 from ofmu_ray.engines.vector_engine import VectorEngine
 from ofmu_ray.errors import UserError
 from ofmu_ray.internals.deepspeed_private import numel_of, share_of
 from ofmu_ray.models.stored import share
-from ofmu_ray.models.unread import Unread
+from ofmu_ray.models.unread import UnreadWeights
 
 PERSISTENT_BELOW = 10_000  # elements: at stage 3, norms and biases stay unsharded, because gathering them costs more
 
@@ -66,8 +66,8 @@ class DeepSpeedEngine(VectorEngine):
         offload: str = "none",
         decay_norms: bool = True,
         micro_batch_size: int = 1,
-        unread: Unread | None = None,
-        compiled: Compiled | None = None,
+        unread: UnreadWeights | None = None,
+        compiled: CompiledLayers | None = None,
     ) -> None:
         if not dist.is_initialized():
             raise UserError("the DeepSpeed engine needs torch.distributed: start it in Ray Train, or use engine torch")
@@ -97,7 +97,7 @@ class DeepSpeedEngine(VectorEngine):
         )
 
     def _zero_shards(
-        self, module: torch.nn.Module, stage: int, precision: str, micro_batch_size: int, unread: Unread | None
+        self, module: torch.nn.Module, stage: int, precision: str, micro_batch_size: int, unread: UnreadWeights | None
     ) -> Shards:
         device = _device()
         _announce(device)
@@ -216,7 +216,7 @@ def deepspeed_config(stage: int, precision: str, micro_batch_size: int) -> dict[
     }
 
 
-def _read_share(unread: Unread, parameter: Any) -> None:
+def _read_share(unread: UnreadWeights, parameter: Any) -> None:
     """Fill this rank's part of a parameter that DeepSpeed has cut (stage 3)."""
     first, end = share(numel_of(parameter), dist.get_rank(), dist.get_world_size())
     held = share_of(parameter)

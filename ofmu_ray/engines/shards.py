@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ofmu_ray.engines.protocol import Vector
 from ofmu_ray.errors import UserError
 from ofmu_ray.internals.deepspeed_private import shape_of
-from ofmu_ray.models.unread import Unread
+from ofmu_ray.models.unread import UnreadWeights
 
 
 class Shards(ABC):
@@ -91,7 +91,7 @@ def trains_adapters(module: torch.nn.Module) -> bool:
     return all(".lora_" in name for name, _ in trainable_parameters(module))
 
 
-def fill_frozen(module: torch.nn.Module, unread: Unread | None) -> None:
+def fill_frozen(module: torch.nn.Module, unread: UnreadWeights | None) -> None:
     """Read the frozen parameters, which no flat buffer holds."""
     for parameter in module.parameters():
         if unread is not None and parameter in unread and not parameter.requires_grad:
@@ -115,7 +115,7 @@ class FlatShards(Shards):
         *,
         bf16_weights: bool = False,
         world_size: int = 1,
-        unread: Unread | None = None,
+        unread: UnreadWeights | None = None,
     ) -> None:
         self.forward_module = module
         self.world_size = world_size

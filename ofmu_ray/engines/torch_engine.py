@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from ofmu_ray.config import OptimizerConfig, Precision
-from ofmu_ray.engines.compiled import Compiled
+from ofmu_ray.engines.compiled import CompiledLayers
 from ofmu_ray.engines.protocol import Kind, Loss, Vector, sum_and_count
 from ofmu_ray.engines.shards import FlatShards
 from ofmu_ray.engines.vector_engine import VectorEngine, batch_sums, micro_batches
 from ofmu_ray.errors import UserError
-from ofmu_ray.models.unread import Unread
+from ofmu_ray.models.unread import UnreadWeights
 
 
 class TorchEngine(VectorEngine):
@@ -39,8 +39,8 @@ class TorchEngine(VectorEngine):
         precision: Precision = "fp32",
         offload: str = "none",
         decay_norms: bool = True,
-        unread: Unread | None = None,
-        compiled: Compiled | None = None,
+        unread: UnreadWeights | None = None,
+        compiled: CompiledLayers | None = None,
     ) -> None:
         super().__init__(
             module,

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from ofmu_ray.config import OptimizerConfig
-from ofmu_ray.engines.compiled import Compiled
+from ofmu_ray.engines.compiled import CompiledLayers
 from ofmu_ray.engines.loop_optimizer import LoopOptimizer
 from ofmu_ray.engines.products import fp32_products
 from ofmu_ray.engines.protocol import Batch, Kind, Loop, Loss, PassAccount, Vector, sum_and_count
@@ -51,7 +51,7 @@ class VectorEngine:
         precision: str,
         offload: str,
         decay_norms: bool,
-        compiled: Compiled | None,
+        compiled: CompiledLayers | None,
     ) -> None:
         disable_dropout(module)
         self.module = module

@@ -136,8 +136,8 @@ def _extend(
                     pad_token_id=0,
                     return_dict_in_generate=True,
                 ),
-                logits_processor=[_Drawn(draws, live, width)] if draws else [],
-                stopping_criteria=[_Finished([left[row] for row in live], stop, width, ids_bt.device)],
+                logits_processor=[_TokenDraw(draws, live, width)] if draws else [],
+                stopping_criteria=[_LengthLimit([left[row] for row in live], stop, width, ids_bt.device)],
             )
         for row, tokens in zip(live, output.sequences[:, width:].tolist(), strict=True):
             texts[row] = list(itertools.takewhile(lambda token: token not in stop, tokens[: left[row]]))
@@ -172,7 +172,7 @@ def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tupl
     return torch.tensor(ids, dtype=torch.long, device=device).reshape(-1, longest), torch.tensor(mask, device=device)
 
 
-class _Finished:
+class _LengthLimit:
     """A stopping criterion for `model.generate`: a text stops at its limit; all stop when few are unfinished."""
 
     def __init__(self, left: Sequence[int], stop: frozenset[int], width: int, device: torch.device) -> None:
@@ -187,7 +187,7 @@ class _Finished:
         return full_b | few
 
 
-class _Drawn:
+class _TokenDraw:
     """A logits processor for `model.generate`: only the drawn token is possible."""
 
     def __init__(self, draws: Sampling, rows: Sequence[int], width: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ofmu_ray.data.template import Encoded, Template
+from ofmu_ray.data.template import AnswerTokens, Template
 from ofmu_ray.data.windows import TextLayout
 from ofmu_ray.evaluation.rows import EvaluationRow
 
@@ -13,7 +13,7 @@ from ofmu_ray.evaluation.rows import EvaluationRow
 class RowTokens(NamedTuple):
     """A row as tokens."""
 
-    texts: list[Encoded]
+    texts: list[AnswerTokens]
     """One for each of `EvaluationRow.texts`."""
     start: int
     """Leading tokens of the first text that a generation starts from."""
@@ -27,7 +27,7 @@ def row_tokens(rows: Sequence[EvaluationRow], template: Template) -> list[RowTok
     if rows and rows[0].kind == "text":
         layout = TextLayout(template.tokenizer, template.config)
         passages = [layout.passage(row.question, row.answer, ends=row.ends) for row in rows]
-        return [RowTokens([Encoded(ids, 1, 0)], start) for ids, start in passages]
+        return [RowTokens([AnswerTokens(ids, 1, 0)], start) for ids, start in passages]
     places = [index for index, row in enumerate(rows) for _ in row.texts]
     answers = [text for row in rows for text in row.texts]
     if rows and rows[0].kind == "messages":
@@ -35,7 +35,7 @@ def row_tokens(rows: Sequence[EvaluationRow], template: Template) -> list[RowTok
         encoded = template.encode_chats(chats, answers)
     else:
         encoded = template.encode_rows([rows[index].question for index in places], answers)
-    texts: list[list[Encoded]] = [[] for _ in rows]
+    texts: list[list[AnswerTokens]] = [[] for _ in rows]
     for index, text in zip(places, encoded, strict=True):
         texts[index].append(text)
     return [RowTokens(row, row[0].prompt_tokens) for row in texts]

@@ -11,7 +11,7 @@ from ofmu_ray.config.ranges import positive, require
 from ofmu_ray.features.builtin import NLL, Alternatives
 from ofmu_ray.features.protocol import Need
 from ofmu_ray.methods.dpo import preference_loss
-from ofmu_ray.methods.one_loop import Weighted
+from ofmu_ray.methods.one_loop import WeightedLoop
 
 if MYPY:
     import torch
@@ -43,7 +43,7 @@ class AltPOConfig(WeightedConfig):
         require(valid, f"{section}.prompt", self.prompt, "a text with {question} in it")
 
 
-class AltPO(Weighted[AltPOConfig]):
+class AltPO(WeightedLoop[AltPOConfig]):
     """Minimises gamma `preferred_refusals` + alpha R, with answers of the reference model in place of refusals.
 
     Each row has several; epoch e uses number e modulo their count, a function of the round alone.

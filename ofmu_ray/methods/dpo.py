@@ -12,7 +12,7 @@ from ofmu_ray.data.batch import REFUSAL
 from ofmu_ray.features.builtin import NLL, Refusals
 from ofmu_ray.features.protocol import Need
 from ofmu_ray.methods.npo import answer_nll
-from ofmu_ray.methods.one_loop import Weighted
+from ofmu_ray.methods.one_loop import WeightedLoop
 
 if MYPY:
     import torch
@@ -44,7 +44,7 @@ def preference_loss(module: torch.nn.Module, micro: Mapping[str, Any], beta: flo
     return preferred_refusals(nll_r, reference_nll_r, refusal_nll_r, reference_refusal_nll_r, beta=beta)
 
 
-class DPO(Weighted[DPOConfig]):
+class DPO(WeightedLoop[DPOConfig]):
     """Minimises gamma `preferred_refusals` + alpha R, with a forward pass each for answer and refusal."""
 
     name = "dpo"

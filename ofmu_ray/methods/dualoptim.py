@@ -13,7 +13,7 @@ from ofmu_ray.config.ranges import positive, require
 from ofmu_ray.features.builtin import NLL
 from ofmu_ray.features.protocol import Need
 from ofmu_ray.methods.npo import npo_loss
-from ofmu_ray.methods.one_loop import Weighted
+from ofmu_ray.methods.one_loop import WeightedLoop
 from ofmu_ray.methods.protocol import Batches, drawn
 
 if MYPY:
@@ -68,7 +68,7 @@ class DualOptimConfig(WeightedConfig):
         require(rule == "adamw" or not self.shared_base, f"{section}.optimizer.name", rule, "adamw, or no shared_base")
 
 
-class DualOptim(Weighted[DualOptimConfig]):
+class DualOptim(WeightedLoop[DualOptimConfig]):
     """A step down gamma grad L_f with the inner optimiser, then `retain_steps` down alpha grad R with the outer one.
 
     The optimisers keep the moments: `engines.optimizers.SharedBaseAdamW`, or two AdamW without `shared_base`.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ofmu_ray.config.methods import MYPY, RATE, RETAIN_WEIGHT, Ranges, WeightedConfig
-from ofmu_ray.methods.one_loop import Weighted
+from ofmu_ray.methods.one_loop import WeightedLoop
 
 if MYPY:
     import torch
@@ -20,7 +20,7 @@ class GradDiffConfig(WeightedConfig):
     """Gradient difference (Liu et al. 2022, arXiv 2203.12817): ascent on forget, descent on retain rows."""
 
 
-class GradDiff(Weighted[GradDiffConfig]):
+class GradDiff(WeightedLoop[GradDiffConfig]):
     """Minimises -gamma L_f + alpha R: ascent on forget answers, descent on retain answers (R: NLL or KL)."""
 
     name = "grad_diff"

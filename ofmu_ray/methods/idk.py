@@ -10,7 +10,7 @@ from ofmu_ray.config.methods import MYPY, RATE, RETAIN_WEIGHT, Ranges, WeightedC
 from ofmu_ray.data.batch import REFUSAL, Batch
 from ofmu_ray.features.builtin import Refusals
 from ofmu_ray.features.protocol import Need
-from ofmu_ray.methods.one_loop import Weighted
+from ofmu_ray.methods.one_loop import WeightedLoop
 
 if MYPY:
     import torch
@@ -26,7 +26,7 @@ class IDKConfig(WeightedConfig):
     """JSON Lines with a column `answer`, one refusal per row; null: the built-in list."""
 
 
-class IDK(Weighted[IDKConfig]):
+class IDK(WeightedLoop[IDKConfig]):
     """Minimises gamma NLL(refusal to the forget question) + alpha R, mean over tokens; forget answers are not used."""
 
     name = "idk"

@@ -10,7 +10,7 @@ from ofmu_ray.config.methods import MYPY, RATE, RETAIN_WEIGHT, Ranges, WeightedC
 from ofmu_ray.config.ranges import positive
 from ofmu_ray.features.builtin import NLL
 from ofmu_ray.features.protocol import Need
-from ofmu_ray.methods.one_loop import Weighted
+from ofmu_ray.methods.one_loop import WeightedLoop
 
 if MYPY:
     import torch
@@ -47,7 +47,7 @@ def npo_loss(module: torch.nn.Module, micro: Mapping[str, Any], beta: float) -> 
     return negative_preference(nll_r, micro["reference_nll"].to(nll_r.dtype), beta=beta)
 
 
-class NPO(Weighted[NPOConfig]):
+class NPO(WeightedLoop[NPOConfig]):
     """Minimises -gamma (2 / beta) mean_i log sigmoid(beta (NLL_i - NLL_i of the reference model)) + alpha R."""
 
     name = "npo"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ofmu_ray.algorithm.space import Vector
     from ofmu_ray.engines.protocol import Engine, Loss
 
-__all__ = ["LossParts", "OneLoop", "Weighted"]
+__all__ = ["LossParts", "OneLoop", "WeightedLoop"]
 
 C = TypeVar("C", bound=OneLoopConfig)
 W = TypeVar("W", bound=WeightedConfig)
@@ -119,7 +119,7 @@ class OneLoop(Method, Generic[C]):
         self.rounds_done = int(state["rounds_done"])
 
 
-class Weighted(OneLoop[W]):
+class WeightedLoop(OneLoop[W]):
     """A one-loop method whose weights and retain loss are options.
 
     retain_loss kl: KL(reference model || model) at the tokens of retain answers, mean over tokens. (OpenUnlearning

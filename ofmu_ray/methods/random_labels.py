@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 from ofmu_ray.config.methods import MYPY, RATE, RETAIN_WEIGHT, Ranges, WeightedConfig
 from ofmu_ray.features.label_features import DrawnLabels
 from ofmu_ray.features.protocol import Need, Values
-from ofmu_ray.methods.one_loop import Weighted
+from ofmu_ray.methods.one_loop import WeightedLoop
 
 if MYPY:
     import torch
@@ -35,7 +35,7 @@ def relabelled_loss(module: torch.nn.Module, micro: Mapping[str, Any]) -> LossPa
 L = TypeVar("L", bound=RandomLabelsConfig)
 
 
-class Relabelling(Weighted[L]):
+class Relabelling(WeightedLoop[L]):
     """Minimises gamma CE(drawn class of a forget row) + alpha R. A row keeps its class for the run: uniform over all
     classes, the true one included, as in OPTML-Group/Unlearn-Saliency (which draws anew in each epoch)."""
 

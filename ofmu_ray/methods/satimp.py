@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from ofmu_ray.config.methods import MYPY, RATE, Ranges, WeightedConfig
 from ofmu_ray.config.ranges import not_negative
-from ofmu_ray.methods.one_loop import Weighted
+from ofmu_ray.methods.one_loop import WeightedLoop
 
 if MYPY:
     import torch
@@ -32,7 +32,7 @@ class SatImpConfig(WeightedConfig):
         not_negative(section, self, "beta1", "beta2")
 
 
-class SatImp(Weighted[SatImpConfig]):
+class SatImp(WeightedLoop[SatImpConfig]):
     """Minimises gamma mean_t(-p_t^b1 (1 - p_t)^b2 NLL_t) + alpha R, mean over the tokens of forget answers.
 
     The weights have no gradient: p^b1 (saturation) spares tokens that are already forgotten, (1 - p)^b2 (importance)

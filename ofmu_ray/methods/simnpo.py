@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from ofmu_ray.config.methods import MYPY, RATE, Ranges, WeightedConfig
 from ofmu_ray.config.ranges import positive
-from ofmu_ray.methods.one_loop import Weighted
+from ofmu_ray.methods.one_loop import WeightedLoop
 
 if MYPY:
     import torch
@@ -45,7 +45,7 @@ def answer_sums(module: torch.nn.Module, micro: Mapping[str, Any]) -> tuple[torc
     return nll_r, tokens_r
 
 
-class SimNPO(Weighted[SimNPOConfig]):
+class SimNPO(WeightedLoop[SimNPOConfig]):
     """Minimises gamma mean_i(-(2 / beta) log sigmoid(beta (NLL_i / T_i - delta))) + alpha R, mean over forget rows.
 
     NLL_i is the sum over the T_i tokens of the answer, its end included.

@@ -11,7 +11,7 @@ from ofmu_ray.config.optimizers import OptimizerConfig
 from ofmu_ray.config.ranges import positive
 from ofmu_ray.features.builtin import LOG_PROBABILITIES
 from ofmu_ray.features.protocol import Need
-from ofmu_ray.methods.one_loop import Weighted
+from ofmu_ray.methods.one_loop import WeightedLoop
 
 if MYPY:
     import torch
@@ -35,7 +35,7 @@ class UNDIALConfig(WeightedConfig):
         positive(section, self, "beta")
 
 
-class UNDIAL(Weighted[UNDIALConfig]):
+class UNDIAL(WeightedLoop[UNDIALConfig]):
     """Minimises gamma CE(softmax(z_ref - beta onehot(label)), softmax(z)) at the answers' tokens, + alpha R.
 
     (OpenUnlearning averages over every position, prompts and padding included. There it subtracts beta from token

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from ofmu_ray.config.methods import MYPY, RATE, RETAIN_WEIGHT, Ranges, WeightedConfig
 from ofmu_ray.config.ranges import not_negative
-from ofmu_ray.methods.one_loop import Weighted
+from ofmu_ray.methods.one_loop import WeightedLoop
 
 if MYPY:
     import torch
@@ -28,7 +28,7 @@ class WGAConfig(WeightedConfig):
         not_negative(section, self, "beta")
 
 
-class WGA(Weighted[WGAConfig]):
+class WGA(WeightedLoop[WGAConfig]):
     """Minimises gamma mean_t(-p_t^beta NLL_t) + alpha R, mean over the tokens of forget answers.
 
     The weight p_t^beta has no gradient: tokens that the model no longer predicts are no longer pushed away.

@@ -18,7 +18,7 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """One tensor in a file."""
 
     file: Path
@@ -71,7 +71,7 @@ def share(numel: int, rank: int, world: int) -> tuple[int, int]:
     return min(rank * size, numel), min((rank + 1) * size, numel)
 
 
-def stored_tensors(folder: Path, option: str = "model.path") -> dict[str, Stored]:
+def stored_tensors(folder: Path, option: str = "model.path") -> dict[str, StoredTensor]:
     """The tensors of a model directory by their names in the files; {} if its files have names of their own.
 
     Raises:
@@ -82,7 +82,7 @@ def stored_tensors(folder: Path, option: str = "model.path") -> dict[str, Stored
     if not (folder / _INDEX).is_file():
         return {}
     where = _weight_map(folder / _INDEX, option)
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for name in sorted(set(where.values())):
         if not (folder / name).is_file():
             raise UserError(f"{option}: {folder / _INDEX} names {name}, which is not in the folder: copy it there too")
@@ -101,7 +101,7 @@ def _weight_map(index: Path, option: str) -> dict[str, str]:
         raise UserError(f"{option}: {index} is not an index of safetensors files ({error!r})") from None
 
 
-def _tensors_of(file: Path, option: str) -> dict[str, Stored]:
+def _tensors_of(file: Path, option: str) -> dict[str, StoredTensor]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -109,7 +109,7 @@ def _tensors_of(file: Path, option: str) -> dict[str, Stored]:
             found = {}
             for name in weights.keys():  # noqa: SIM118 (not a dict)
                 part = weights.get_slice(name)
-                found[name] = Stored(file, name, tuple(part.get_shape()), part.get_dtype())
+                found[name] = StoredTensor(file, name, tuple(part.get_shape()), part.get_dtype())
             return found
     except (SafetensorError, OSError) as error:
         raise UserError(f"{option}: {file} is not a readable safetensors file ({error})") from None

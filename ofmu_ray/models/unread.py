@@ -18,13 +18,13 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.internals.transformers_private import names_in_model
 from ofmu_ray.models.loading import does_not_load, options_of, read_config, ready
 from ofmu_ray.models.source import weights_folder
-from ofmu_ray.models.stored import Stored, stored_tensors
+from ofmu_ray.models.stored import StoredTensor, stored_tensors
 
 
-class Unread:
+class UnreadWeights:
     """Parameters without values, and where their values are stored."""
 
-    def __init__(self, places: Mapping[torch.nn.Parameter, Stored]) -> None:
+    def __init__(self, places: Mapping[torch.nn.Parameter, StoredTensor]) -> None:
         self._places = dict(places)  # a parameter is hashed by identity
         self.bytes_read = 0
         """Bytes of the files that this process has read so far."""
@@ -52,7 +52,7 @@ class Unread:
 CONVERTED = "its tensors are stored in another form"
 
 
-def load_unread(config: ModelConfig) -> tuple[torch.nn.Module, Unread] | str:
+def load_unread(config: ModelConfig) -> tuple[torch.nn.Module, UnreadWeights] | str:
     """The model as from `load_causal_lm`, on the CPU, without the values of its parameters; buffers have theirs.
 
     A sentence instead: why this model has to be loaded whole.
@@ -72,7 +72,7 @@ def load_unread(config: ModelConfig) -> tuple[torch.nn.Module, Unread] | str:
         return f"{config.path}: every worker loads the whole model first ({found})"
     if module.can_generate():
         module.generation_config = _generation_config(str(folder))
-    unread = Unread(_emptied(module, found, options_of(config, shape)["dtype"]))
+    unread = UnreadWeights(_emptied(module, found, options_of(config, shape)["dtype"]))
     for name, buffer in module.named_buffers():
         if name in found:
             whole = torch.empty(buffer.shape, dtype=buffer.dtype)
@@ -101,7 +101,7 @@ def unusual_kind(shape: Any) -> str | None:
     return None
 
 
-def _unusual(shape: Any, folder: Path, tensors: Mapping[str, Stored]) -> str | None:
+def _unusual(shape: Any, folder: Path, tensors: Mapping[str, StoredTensor]) -> str | None:
     """What of this model transformers alone can load."""
     reason = unusual_kind(shape)
     if reason is not None:
@@ -134,7 +134,9 @@ def _generation_config(path: str) -> Any:
         return GenerationConfig.from_pretrained(path, config_file_name="config.json", _from_model_config=True)
 
 
-def matched(module: Any, tensors: Mapping[str, Stored], folder: Path, option: str) -> dict[str, Stored] | str:
+def matched(
+    module: Any, tensors: Mapping[str, StoredTensor], folder: Path, option: str
+) -> dict[str, StoredTensor] | str:
     """Parameter or buffer name -> its tensor; a tied parameter may be stored under any of its names.
 
     A sentence instead: why transformers has to load it.
@@ -170,10 +172,10 @@ def matched(module: Any, tensors: Mapping[str, Stored], folder: Path, option: st
     return found
 
 
-def _emptied(module: torch.nn.Module, found: Mapping[str, Stored], dtype: torch.dtype) -> dict[Any, Stored]:
+def _emptied(module: torch.nn.Module, found: Mapping[str, StoredTensor], dtype: torch.dtype) -> dict[Any, StoredTensor]:
     """Replace the parameters on the meta device by parameters without memory on the CPU."""
     new: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
-    places: dict[torch.nn.Parameter, Stored] = {}
+    places: dict[torch.nn.Parameter, StoredTensor] = {}
     for name, old in list(module.named_parameters(remove_duplicate=False)):
         if old not in new:
             kept = dtype if old.is_floating_point() else old.dtype

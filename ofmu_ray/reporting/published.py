@@ -11,7 +11,7 @@ URL_TEXT = "arxiv.org/abs/2509.22483"
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedResult:
     """One row of a published table."""
 
     name: str
@@ -21,12 +21,12 @@ class Published:
     values: Mapping[str, float]
 
 
-def _row(name: str, labels: tuple[str, ...], quality: float, utility: float, ratio: float) -> Published:
+def _row(name: str, labels: tuple[str, ...], quality: float, utility: float, ratio: float) -> PublishedResult:
     values = {"forget_quality": quality, "model_utility": utility, "forget_truth_ratio": ratio}
-    return Published(name, labels, MappingProxyType(values))
+    return PublishedResult(name, labels, MappingProxyType(values))
 
 
-PUBLISHED: Mapping[str, tuple[str, tuple[Published, ...]]] = MappingProxyType(
+PUBLISHED: Mapping[str, tuple[str, tuple[PublishedResult, ...]]] = MappingProxyType(
     {
         "forget01": (
             "LLaMA-2-7B on TOFU forget01",

@@ -29,14 +29,14 @@ NOT_PROVED = (
 )
 
 
-class NotVerified(UserError):
+class CertificateError(UserError):
     """The certificate is not what was signed, or does not fit."""
 
     status = 1
 
 
 @dataclass(frozen=True)
-class Verified:
+class VerifiedCertificate:
     """A certificate with a valid signature."""
 
     content: Mapping[str, Any]
@@ -57,7 +57,7 @@ def signed(content: Mapping[str, Any], signer: Signer) -> bytes:
     return canonical({**envelope, "signature": signer.sign(canonical(envelope))}) + b"\n"
 
 
-def verify(path: str | Path, public_key: str | Path, model: str | Path | None = None) -> Verified:
+def verify(path: str | Path, public_key: str | Path, model: str | Path | None = None) -> VerifiedCertificate:
     """Check a certificate's file with public keys, and that a model folder has the result's weights.
 
     Args:
@@ -65,7 +65,7 @@ def verify(path: str | Path, public_key: str | Path, model: str | Path | None = 
         model: folder of the model in question; None: not compared.
 
     Raises:
-        NotVerified: changed, signed by another key, a gate that did not pass, or another model's weights.
+        CertificateError: changed, signed by another key, a gate that did not pass, or another model's weights.
         UserError: a file that cannot be read.
     """
     try:
@@ -79,26 +79,28 @@ def verify(path: str | Path, public_key: str | Path, model: str | Path | None = 
         content, key, algorithm = envelope["certificate"], envelope["key_id"], envelope["algorithm"]
         unchanged = canonical({**envelope, "signature": signature.hex()}) + b"\n" == data
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise NotVerified(f"{path}: not a certificate, or damaged") from None
+        raise CertificateError(f"{path}: not a certificate, or damaged") from None
     if not unchanged or algorithm != ALGORITHM or not isinstance(content, dict) or not isinstance(key, str):
-        raise NotVerified(f"{path}: not as it was written: changed, or saved again by another program")
+        raise CertificateError(f"{path}: not as it was written: changed, or saved again by another program")
     public = keys.get(key)
     if public is None:
-        raise NotVerified(f"{path}: signed by the key {key}, but --public-key has {', '.join(keys)}")
+        raise CertificateError(f"{path}: signed by the key {key}, but --public-key has {', '.join(keys)}")
     if not is_signed_by(public, signature, canonical({"certificate": content, "key_id": key, "algorithm": algorithm})):
-        raise NotVerified(f"{path}: the signature does not fit: the content was changed, or another key signed it")
+        raise CertificateError(f"{path}: the signature does not fit: the content was changed, or another key signed it")
     if content.get("format") != FORMAT:
-        raise NotVerified(f"{path}: written in another format ({content.get('format')!r}); verify it with that version")
+        raise CertificateError(
+            f"{path}: written in another format ({content.get('format')!r}); verify it with that version"
+        )
     _check_gates(path, content["gates"])
     if model is not None:
         _check_model(path, content, model)
-    return Verified(content, key, model is not None)
+    return VerifiedCertificate(content, key, model is not None)
 
 
 def _check_gates(path: str | Path, gates: Iterable[Mapping[str, Any]]) -> None:
     open_gates = [str(gate["name"]) for gate in gates if gate["result"] != "skipped" and not _keeps(gate)]
     if open_gates:
-        raise NotVerified(f"{path}: gates that did not pass: {', '.join(open_gates)}")
+        raise CertificateError(f"{path}: gates that did not pass: {', '.join(open_gates)}")
 
 
 def _keeps(gate: Mapping[str, Any]) -> bool:
@@ -116,5 +118,5 @@ def _check_model(path: str | Path, content: Mapping[str, Any], model: str | Path
         raise UserError(f"--model {model}: not a folder with weights (*.safetensors)")
     found = model_fingerprint(folder, reread=True)
     if found != content["result"]["weights"]:
-        raise NotVerified(f"{path}: --model {model} has the weights {found[:12]}…, "
+        raise CertificateError(f"{path}: --model {model} has the weights {found[:12]}…, "
                           f"the certificate's {content['result']['weights'][:12]}…")  # fmt: skip

@@ -24,7 +24,7 @@ from ofmu_ray.requests.vault import Vault, master_key, write_master_key
 
 
 @dataclass(frozen=True)
-class Rekeyed:
+class KeyChange:
     """A change of the master key."""
 
     keys: int
@@ -35,7 +35,7 @@ class Rekeyed:
     """Whether the configuration names this place."""
 
 
-def rekey(config: RequestsConfig, by: str, *, to_file: str | None = None, to_env: str | None = None) -> Rekeyed:
+def rekey(config: RequestsConfig, by: str, *, to_file: str | None = None, to_env: str | None = None) -> KeyChange:
     """Wrap all keys by another master key: one that is given, or a new one that replaces `requests.key_file`.
 
     Raises:
@@ -64,7 +64,7 @@ def rekey(config: RequestsConfig, by: str, *, to_file: str | None = None, to_env
         assert file is not None
         assert to_file is not None
         _replace(to_file, file)
-    return Rekeyed(keys, str(to_env or (file if not given else to_file)), not given)
+    return KeyChange(keys, str(to_env or (file if not given else to_file)), not given)
 
 
 def wrapped_again(ledger: Ledger, old: Vault, master: bytes, by: str) -> int:

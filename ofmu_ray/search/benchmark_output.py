@@ -252,7 +252,7 @@ def log_child(
     costs = {name: result[name] for name in COSTS if result.get(name) is not None}
     failed = result["status"] == "failed"
     metrics = {} if failed else {"after": result.get("figures")}
-    described = partial(tracking.describe_words, command="ofmu benchmark", text=line(config, result))
+    described = partial(tracking.describe_words, command="ofmu benchmark", commit=None, text=line(config, result))
     status: Any = "FAILED" if failed else "FINISHED"
     if tracking.finish(handle, metrics=metrics, cost=costs, described=described, status=status):
         atomic_write(marker, handle.run_id)

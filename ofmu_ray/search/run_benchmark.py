@@ -25,6 +25,7 @@ from ofmu_ray.config import (
 )
 from ofmu_ray.errors import UserError
 from ofmu_ray.metrics.rule import Choice, Goal, select
+from ofmu_ray.reporting.manifest import code_version
 from ofmu_ray.runs.claims import locked, refuse_taken
 from ofmu_ray.runs.pool import Pool
 from ofmu_ray.runs.preflight import check_machine, prepare_folder, public
@@ -106,7 +107,8 @@ def _compared(config: BenchmarkConfig, command: Sequence[str]) -> BenchmarkOutco
     finally:
         tables = [path for path in files if path.suffix == ".parquet"]
         pages = [path for path in files if path.suffix in (".html", ".md", ".json")]
-        described = partial(tracking.describe_words, command=shlex.join(command), text=table)
+        words = {"command": shlex.join(command), "commit": code_version()["commit"], "text": table}
+        described = partial(tracking.describe_words, **words)
         tracking.finish(handle, described=described, artifacts=pages, tables=tables, status=status)
     return BenchmarkOutcome(complete, table, files, tracking.open_command(handle))
 

@@ -22,6 +22,7 @@ from ofmu_ray.config.values import ADDED, EXPORT_PLACES, without_added
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.evaluator import Evaluator
 from ofmu_ray.metrics.fronts import plain
+from ofmu_ray.reporting.manifest import code_version
 from ofmu_ray.runs.claims import Claim
 from ofmu_ray.runs.job import Spec, trained_parameters
 from ofmu_ray.runs.pool import Pool
@@ -148,7 +149,8 @@ def _searched(config: SweepConfig, command: Sequence[str]) -> SweepOutcome:
     finally:
         tables = [path for path in files if path.suffix == ".parquet"]
         pages = [path for path in files if path.suffix in tracking.mlflow_run.ARTIFACT_SUFFIXES]
-        described = partial(tracking.describe_words, command=shlex.join(command), text=text)
+        words = {"command": shlex.join(command), "commit": code_version()["commit"], "text": text}
+        described = partial(tracking.describe_words, **words)
         tracking.finish(handle, described=described, artifacts=pages, tables=tables, status=status)
     return SweepOutcome(complete, outcome.chosen, text, files, tracking.open_command(handle))
 

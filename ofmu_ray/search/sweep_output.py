@@ -213,7 +213,7 @@ def log_child(ledger: Ledger, number: int, parent: Any) -> None:
     evaluations = result.get("evaluations") or []  # none of a trial whose process died
     metrics = result.get("figures") or (evaluations[-1]["figures"] if evaluations else None)
     failed = result["status"] == "failed"
-    described = partial(tracking.describe_words, command="ofmu sweep", text=line(ledger, number))
+    described = partial(tracking.describe_words, command="ofmu sweep", commit=None, text=line(ledger, number))
     status: Any = "FAILED" if failed else "FINISHED"
     if tracking.finish(handle, metrics={"after": metrics}, cost=costs, described=described, status=status):
         atomic_write(marker, handle.run_id)

@@ -79,7 +79,7 @@ class LedgerSearch(_OfLedger, Searcher):  # type: ignore[misc]
         raise AssertionError("a sweep resumes from its ledger")
 
 
-class _Deciding(_OfLedger):
+class _DecisionWriter(_OfLedger):
     """Writes a scheduler's decisions to the ledger, where the trial's workers wait for them."""
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
@@ -88,19 +88,19 @@ class _Deciding(_OfLedger):
         return str(TrialScheduler.CONTINUE if go else TrialScheduler.STOP)
 
 
-class _All(_Deciding, FIFOScheduler):  # type: ignore[misc]
+class _All(_DecisionWriter, FIFOScheduler):  # type: ignore[misc]
     """Runs every trial to its end."""
 
 
-class _Halving(_Deciding, AsyncHyperBandScheduler):  # type: ignore[misc]
+class _Halving(_DecisionWriter, AsyncHyperBandScheduler):  # type: ignore[misc]
     """Asynchronous successive halving."""
 
 
-class _Median(_Deciding, MedianStoppingRule):  # type: ignore[misc]
+class _Median(_DecisionWriter, MedianStoppingRule):  # type: ignore[misc]
     """Stops trials below the median of the others."""
 
 
-class _Generations(_Deciding, FIFOScheduler):  # type: ignore[misc]
+class _Generations(_DecisionWriter, FIFOScheduler):  # type: ignore[misc]
     """Stops every trial of a population after its generation; the last generation runs to its end."""
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:

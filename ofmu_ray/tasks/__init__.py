@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from ofmu_ray.config import ModelConfig
-    from ofmu_ray.models.unread import Unread
+    from ofmu_ray.models.unread import UnreadWeights
     from ofmu_ray.tasks.protocol import Task
 
 
@@ -55,7 +55,7 @@ def task_named(name: str) -> Task:
     return task
 
 
-def loaded(task: Task, config: ModelConfig) -> tuple[torch.nn.Module, Any, Unread | None, list[str]]:
+def loaded(task: Task, config: ModelConfig) -> tuple[torch.nn.Module, Any, UnreadWeights | None, list[str]]:
     """The task's model and processor; the weights that the engine has still to read, if any; notes for the user.
 
     A task without `load_unread` loads its models whole.

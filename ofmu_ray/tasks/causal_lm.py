@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ofmu_ray.config import DataConfig, ExportConfig, ModelConfig, TrainConfig, TrainDataConfig, UnlearnConfig
     from ofmu_ray.data.kinds import StreamEncoders
     from ofmu_ray.evaluation.evaluator import Evaluator
-    from ofmu_ray.models.unread import Unread
+    from ofmu_ray.models.unread import UnreadWeights
     from ofmu_ray.models.weights import Weights
     from ofmu_ray.storage import NewFolder, PathLike
 
@@ -88,7 +88,7 @@ class CausalLM:
         remark = flash_note(read_config(config.path, trust_remote_code=config.trust_remote_code), config)
         return [remark] if remark else []
 
-    def load_unread(self, config: ModelConfig) -> tuple[torch.nn.Module, Any, Unread] | str:
+    def load_unread(self, config: ModelConfig) -> tuple[torch.nn.Module, Any, UnreadWeights] | str:
         """`load` without reading the weights, or why this model has to be loaded whole."""
         from ofmu_ray.models.loading import load_tokenizer
         from ofmu_ray.models.unread import load_unread

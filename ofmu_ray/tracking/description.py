@@ -53,15 +53,13 @@ def describe_comparison(
     client.log_text(run_id, intervals(metrics), "intervals.csv")
 
 
-def describe_words(client: Any, run_id: str, command: str, text: str) -> None:
+def describe_words(client: Any, run_id: str, command: str, commit: str | None, text: str) -> None:
     """Complete a run of `ofmu sweep` or `ofmu benchmark`, or one of its trials; a second call changes nothing.
 
     `text`: what the terminal shows, in columns; empty: nothing yet. Raises MLflow's errors.
     """
-    from ofmu_ray.reporting.manifest import code_version
-
     words = text.strip("\n")
-    describe_source(client, run_id, command, code_version()["commit"], words and f"```text\n{words}\n```")
+    describe_source(client, run_id, command, commit, words and f"```text\n{words}\n```")
 
 
 def describe_source(client: Any, run_id: str, command: str, commit: str | None, note: str) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from ofmu_ray.engines.compiled import Compiled
+from ofmu_ray.engines.compiled import CompiledLayers
 from ofmu_ray.engines.protocol import Engine, Loss
-from ofmu_ray.models.unread import Unread
+from ofmu_ray.models.unread import UnreadWeights
 from ofmu_ray.training.worker_job import WorkerJob
 
 
@@ -17,8 +17,8 @@ def build_engine(
     module: torch.nn.Module,
     loss: Loss,
     device: torch.device,
-    unread: Unread | None = None,
-    compiled: Compiled | None = None,
+    unread: UnreadWeights | None = None,
+    compiled: CompiledLayers | None = None,
 ) -> Engine:
     """The engine of training.engine on a device; `loss`: the task's; `unread`: weights that it reads itself;
     `compiled`: replaces parts of its passes."""

@@ -66,7 +66,9 @@ class Stages:
         else:
             weights, waiting = engine.full_weights(), None
             if weights is not None and rank == 0:
-                waiting = _Waiting(partial(self.evaluation.live_table, task.copy(module, weights), processor, "stage"))
+                waiting = _ThreadCall(
+                    partial(self.evaluation.live_table, task.copy(module, weights), processor, "stage")
+                )
             # now and then, so that no rank waits in one collective for its whole limit
             while not agreed(waiting is not None and waiting.over()):
                 pass
@@ -95,7 +97,7 @@ class Stages:
         return decided
 
 
-class _Waiting:
+class _ThreadCall:
     """The result of a call in another thread, on this one's GPU."""
 
     def __init__(self, call: Callable[[], Any]) -> None:

@@ -106,9 +106,9 @@ class OFMU(Method):
             engine.set_learning_rate("inner", inner_lr)
             engine.set_learning_rate("outer", outer_lr)
         loss = forget_loss(config, self.level)
-        space: Any = engine if loss is None else _Forgetting(engine, loss)
+        space: Any = engine if loss is None else _ForgetLossEngine(engine, loss)
         stats = two_loop_round(
-            _Shared(space, inner_lr, outer_lr) if config.shared_optimizer else space,
+            _SharedOptimizer(space, inner_lr, outer_lr) if config.shared_optimizer else space,
             drawn(forget_batches, "forget"),
             drawn(retain_batches, "retain"),
             config,
@@ -200,7 +200,7 @@ def _negated(parts: LossParts) -> LossParts:
     return -parts[0], parts[1]
 
 
-class _Forgetting:
+class _ForgetLossEngine:
     """The engine with another loss on forget batches."""
 
     def __init__(self, engine: Engine, loss: Loss):
@@ -218,7 +218,7 @@ class _Forgetting:
         return engine.graph_gradient(batch, self._loss if kind == "forget" else None, kind=kind)
 
 
-class _Shared:
+class _SharedOptimizer:
     """The engine with one optimiser for both loops, stepped at the learning rate of the calling loop."""
 
     def __init__(self, engine: Engine, inner_lr: float, outer_lr: float):
