@@ -190,6 +190,7 @@ def test_mlflow_holds_the_sweep_and_each_trial_once(calm):
     names = {artifact.path for artifact in client.list_artifacts(parent.info.run_id)}
     assert names >= {"report.html", "best.yaml", "plane.svg"}
     tags = parent.data.tags
+    assert 0 < parent.data.metrics["after/retain_probability"] < 1, "the chosen trial's"
     assert re.search(r"^chosen: trial \d; on all rows:$", tags["mlflow.note.content"], re.MULTILINE)
     assert tags["mlflow.source.name"] == "ofmu sweep"
     assert tags["ofmu.command"].startswith("ofmu sweep --config ")

@@ -127,6 +127,7 @@ def _searched(config: SweepConfig, command: Sequence[str]) -> SweepOutcome:
     status: Any = "FAILED"
     files: list[Path] = []
     complete, text = False, ""
+    chosen: dict[str, Any] = {}
     try:
         with tracking.system_metrics(handle, enabled=run.tracking.system_metrics), ExitStack() as held:
             join_cluster(training, storage, run_paths(run, "base."))
@@ -140,7 +141,7 @@ def _searched(config: SweepConfig, command: Sequence[str]) -> SweepOutcome:
             if complete and outcome.chosen is not None:
                 outcome.confirmed = _confirm(ledger, outcome.chosen)
             files = sweep_output.write(ledger, outcome, references, list(command))
-            text = sweep_output.summary(ledger, outcome)
+            text, chosen = sweep_output.summary(ledger, outcome), {"after": outcome.metrics}
             _discard(ledger)  # within the lock: the next start may put its own files there
         status = "FINISHED" if complete else "KILLED"
     except KeyboardInterrupt:
@@ -151,7 +152,7 @@ def _searched(config: SweepConfig, command: Sequence[str]) -> SweepOutcome:
         pages = [path for path in files if path.suffix in tracking.mlflow_run.ARTIFACT_SUFFIXES]
         words = {"command": shlex.join(command), "commit": code_version()["commit"], "text": text}
         described = partial(tracking.describe_words, **words)
-        tracking.finish(handle, described=described, artifacts=pages, tables=tables, status=status)
+        tracking.finish(handle, metrics=chosen, described=described, artifacts=pages, tables=tables, status=status)
     return SweepOutcome(complete, outcome.chosen, text, files, tracking.open_command(handle))
 
 
