@@ -1,6 +1,6 @@
 """A model fitted to the questions of two subjects of MMLU forgets one as a domain, from text: OFMU beside RMU and NPO.
 
-    python -m benchmarks.domain --mmlu PATH/test.parquet --model runs/smollm2 --out build/domain [--rates 1e-4 5e-5]
+    python -m benchmarks.domain --mmlu PATH/test.parquet --model runs/smollm2 --out build/domain [--seeds 1 2]
 
 PATH/test.parquet in the layout of cais/mmlu. A document is a question with its right answer, as the multiple-choice
 check asks it (`cloze`: a model of 135 M parameters does not follow letters). The model is fitted to the documents of
@@ -8,7 +8,7 @@ both subjects; then each method has the same number of gradient passes at each r
 asked, and of each other subject --others of the shorter half, which no model was fitted to. Documents of other
 questions are the unseen rows that set OFMU's level. The rule is that of pipelines/configs/benchmark_wmdp.yaml: nearest
 to chance among the models with 90 % of the target's accuracy on what is kept and on the other subjects, continuations
-not degenerate. domain.json grows with each run; runs resume by name.
+not degenerate. domain.json grows with each run; runs resume by name. --seeds runs each method's best rate again.
 """
 
 from __future__ import annotations
@@ -140,33 +140,48 @@ def runs(chosen: argparse.Namespace, base: UnlearnConfig) -> list[dict[str, Any]
         {"model": "target", **accuracies(target, chosen.keep)},
     ]
     sound = sound_generations(target, None, bootstrap_samples=SAMPLES)
+
+    def measure(method: str, rate: float, seed: int) -> None:
+        name = f"domain_{method}_{rate:g}" + (f"_seed{seed}" if seed else "")
+        changes = {"method": method, RATE[method]: rate, "seed": seed, "name": name}
+        outcome = run(apply_overrides(base, {**changes, "training.rounds": chosen.passes // PASSES[method]}))
+        after, before = (plain(outcome.metrics[model]) for model in ("after", "before"))
+        goal = Goal("forget_choice_above_chance", "retain_choice_accuracy", None, sound=sound)
+        goal = replace(goal, floor=chosen.floor * before[goal.utility])
+        line = {"model": method, "rate": rate, "seed": seed, "status": outcome.status, "rounds": outcome.rounds}
+        line |= {"gradient_passes": outcome.cost["gradient_passes"], "seconds": outcome.cost["seconds"]["rounds"]}
+        line |= {"enough": goal.enough(after), "degenerate": goal.degenerate(after), "rank": goal.rank(after)}
+        lines.append(line | accuracies(evaluator.table(outcome.model, outcome.name), chosen.keep))
+        atomic_write(chosen.out / "domain.json", json.dumps(lines, indent=1) + "\n")
+
     for rate in chosen.rates:
-        for method, passes in PASSES.items():
-            changes = {"method": method, RATE[method]: rate, "name": f"domain_{method}_{rate:g}"}
-            outcome = run(apply_overrides(base, {**changes, "training.rounds": chosen.passes // passes}))
-            after, before = (plain(outcome.metrics[name]) for name in ("after", "before"))
-            goal = Goal("forget_choice_above_chance", "retain_choice_accuracy", None, sound=sound)
-            goal = replace(goal, floor=chosen.floor * before[goal.utility])
-            line = {"model": method, "rate": rate, "status": outcome.status, "rounds": outcome.rounds}
-            line |= {"gradient_passes": outcome.cost["gradient_passes"], "seconds": outcome.cost["seconds"]["rounds"]}
-            line |= {"enough": goal.enough(after), "degenerate": goal.degenerate(after), "rank": goal.rank(after)}
-            lines.append(line | accuracies(evaluator.table(outcome.model, outcome.name), chosen.keep))
-            atomic_write(chosen.out / "domain.json", json.dumps(lines, indent=1) + "\n")
+        for method in PASSES:
+            measure(method, rate, 0)
+    for line in list(best_of(lines).values()):
+        for seed in chosen.seeds:
+            measure(line["model"], line["rate"], seed)
     return lines
+
+
+def best_of(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Method -> its best line by the rule, of the runs with seed 0."""
+    best: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        if line.get("rank") and not line["seed"]:
+            best[line["model"]] = min(best.get(line["model"], line), line, key=lambda one: one["rank"])
+    return best
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
     """A line per model, * for each method's best by the rule."""
-    best = {}
+    best = best_of(lines)
+    rows = [["", "model", "rate", "seed", "forget", "keep", "others", "enough", "degenerate"]]
     for line in lines:
-        if line.get("rank") and (line["model"] not in best or line["rank"] < best[line["model"]]["rank"]):
-            best[line["model"]] = line
-    rows = [["", "model", "rate", "forget", "keep", "others", "enough", "degenerate"]]
-    for line in lines:
-        figures = [f"{f['value']:.2f} [{f['low']:.2f}, {f['high']:.2f}]" for f in map(line.get, rows[0][3:6]) if f]
+        figures = [f"{f['value']:.2f} [{f['low']:.2f}, {f['high']:.2f}]" for f in map(line.get, rows[0][4:7]) if f]
         marks = [str(line.get(name, "")) for name in ("enough", "degenerate")]
         mark = "*" if best.get(line["model"]) is line else ""
-        rows.append([mark, line["model"], f"{line['rate']:g}" if "rate" in line else "", *figures, *marks])
+        drawn = [f"{line[name]:g}" if name in line else "" for name in ("rate", "seed")]
+        rows.append([mark, line["model"], *drawn, *figures, *marks])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
@@ -181,6 +196,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--keep", default="management")
     parser.add_argument("--others", type=int, default=2, help="questions of each other subject")
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 5e-5])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[], help="fresh seeds for each method's best rate")
     parser.add_argument("--passes", type=int, default=88, help="gradient passes of 4 documents per run")
     parser.add_argument("--epochs", type=float, default=5)
     parser.add_argument("--fit-rate", type=float, default=3e-4)

@@ -98,6 +98,8 @@ def commands_for(name: str) -> tuple[str, ...]:
 def parsed(words: Sequence[str]) -> None:
     """Parse as the command does. Raises UserError."""
     command, *options = words
+    if command == "quickstart":
+        command, options = "unlearn", ["--config=quickstart", *options]
     if command == "submit":
         own, job, rest = submit.split(options)
         parse(SubmitConfig, own, "ofmu submit")
