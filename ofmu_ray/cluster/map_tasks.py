@@ -18,8 +18,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Make = Callable[[], Callable[[Item], Result]]
 
-SMALL_FLOPS = 5e11
-"""About ten seconds on one core: starting processes would take longer."""
+SMALL_FLOPS = 2e12
+"""Some 40 seconds on one core. With two cores, starting Ray and two processes takes longer (benchmarks/README.md)."""
 MOST_PROCESSES = 8
 RETRIES = 3
 """Retries of an item whose process has died."""
