@@ -30,7 +30,7 @@ from ofmu_ray.config import TrainConfig, UnlearnConfig, apply_overrides
 from ofmu_ray.config.data import SourceConfig
 from ofmu_ray.data.choices import ChoiceRow, choice_rows
 from ofmu_ray.evaluation.evaluator import Evaluator
-from ofmu_ray.evaluation.multiple_choice import choice_figures, prompt
+from ofmu_ray.evaluation.multiple_choice import choice_metrics, prompt
 from ofmu_ray.evaluation.sample import spread
 from ofmu_ray.metrics.fronts import plain
 from ofmu_ray.metrics.generations import sound_generations
@@ -123,12 +123,12 @@ def accuracies(table: pa.Table, keep: str) -> dict[str, Any]:
     choice, of_retain = pc.equal(table["set"], "forget_choice"), pc.equal(table["set"], "retain_choice")
     kept = pc.and_(of_retain, pc.equal(table["cluster"], keep))
     groups = {"forget": choice, "keep": kept, "others": pc.and_not(of_retain, kept)}
-    figures: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     for name, rows in groups.items():
         of_group = table.filter(rows)
-        figures[name] = choice_figures(of_group, samples=SAMPLES, seed=0, name=name)["accuracy"].to_json()
-        figures[f"{name}_chance"] = float(np.mean(of_group["chance"].to_numpy()))
-    return figures
+        measured[name] = choice_metrics(of_group, samples=SAMPLES, seed=0, name=name)["accuracy"].to_json()
+        measured[f"{name}_chance"] = float(np.mean(of_group["chance"].to_numpy()))
+    return measured
 
 
 def runs(chosen: argparse.Namespace, base: UnlearnConfig) -> list[dict[str, Any]]:
@@ -177,11 +177,11 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     best = best_of(lines)
     rows = [["", "model", "rate", "seed", "forget", "keep", "others", "enough", "degenerate"]]
     for line in lines:
-        figures = [f"{f['value']:.2f} [{f['low']:.2f}, {f['high']:.2f}]" for f in map(line.get, rows[0][4:7]) if f]
+        measured = [f"{f['value']:.2f} [{f['low']:.2f}, {f['high']:.2f}]" for f in map(line.get, rows[0][4:7]) if f]
         marks = [str(line.get(name, "")) for name in ("enough", "degenerate")]
         mark = "*" if best.get(line["model"]) is line else ""
         drawn = [f"{line[name]:g}" if name in line else "" for name in ("rate", "seed")]
-        rows.append([mark, line["model"], *drawn, *figures, *marks])
+        rows.append([mark, line["model"], *drawn, *measured, *marks])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 

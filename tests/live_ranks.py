@@ -139,10 +139,10 @@ def evaluations(case: Case, rank: int, world: int) -> dict[str, Any]:
         case.live.begin(worker)
     weights = engine.full_weights()
     stages = Stages(folder="", count=2, evaluation=case.evaluator, live=True)
-    figures = stages.measure(TASK, engine, module, tokenizer, rank, worker.watchdog)
+    series = stages.measure(TASK, engine, module, tokenizer, rank, worker.watchdog)
     again = engine.full_weights()
     same = weights is None or all(torch.equal(value, again[name]) for name, value in weights.items())
-    measured = {"passes": passes, "as_it_was": same, "figures": plain(figures)}
+    measured = {"passes": passes, "as_it_was": same, "figures": plain(series)}
     measured["in_training_mode"] = module.training
     step(engine, rank)
     measured["whole"] = whole_parameters(module)
@@ -160,9 +160,9 @@ def step(engine: Any, rank: int) -> None:
     engine.apply(engine.gradient(batch)[0], "inner")
 
 
-def plain(figures: Any) -> Any:
+def plain(series: Any) -> Any:
     """Without numpy's numbers."""
-    return json.loads(json.dumps(figures))
+    return json.loads(json.dumps(series))
 
 
 def whole_parameters(module: torch.nn.Module) -> list[str]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_metrics_summary import SIZES, _table, _values
 
-from ofmu_ray.metrics.aggregate import AGGREGATE, aggregate_figures, aggregate_inputs, privacy_score
+from ofmu_ray.metrics.aggregate import AGGREGATE, aggregate_inputs, aggregate_metrics, privacy_score
 from ofmu_ray.metrics.intervals import MetricValue
 from ofmu_ray.metrics.summary import summarise
 
@@ -16,7 +16,7 @@ from ofmu_ray.metrics.summary import summarise
 def test_the_scores_by_hand() -> None:
     tables = [_table(seed, SIZES) for seed in (0, 1, 2)]
     model, target, retrained = (summarise(table, bootstrap_samples=2) for table in tables)
-    aggregate = aggregate_figures(*(aggregate_inputs(table) for table in tables))
+    aggregate = aggregate_metrics(*(aggregate_inputs(table) for table in tables))
     assert tuple(aggregate) == AGGREGATE
     paraphrase = np.mean([np.exp(-nll) for nll in _values(tables[0], "forget", "paraphrase_nll") if nll is not None])
     ratio = np.mean([1 / (1 + r) for r in _values(tables[0], "forget", "truth_ratio") if r is not None])
@@ -44,11 +44,11 @@ def test_one_score_of_nothing_makes_it_nothing_and_what_is_missing_is_said() -> 
     table = _table(0, SIZES)
     inputs = aggregate_inputs(table)
     known = inputs | {"forget_extraction_strength": MetricValue(1.0)}
-    scores = aggregate_figures(known, inputs, inputs)
+    scores = aggregate_metrics(known, inputs, inputs)
     assert (scores["memorisation_score"].value, scores["aggregate"].value) == (0.0, 0.0)
     assert (scores["privacy_score"].value, scores["utility_score"].value) == (1.0, 1.0)
-    alone = aggregate_figures(inputs, inputs, aggregate_inputs(None))["aggregate"]
+    alone = aggregate_metrics(inputs, inputs, aggregate_inputs(None))["aggregate"]
     assert alone.value is None
     assert "evaluation.retrained" in str(alone.reason)
     few = aggregate_inputs(_table(0, {name: size for name, size in SIZES.items() if name != "holdout"}))
-    assert "evaluation.sets.holdout" in str(aggregate_figures(few, inputs, inputs)["aggregate"].reason)
+    assert "evaluation.sets.holdout" in str(aggregate_metrics(few, inputs, inputs)["aggregate"].reason)

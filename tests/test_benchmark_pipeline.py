@@ -310,8 +310,8 @@ def test_the_terminal_averages_p_values_as_the_report_does():
         figures = {"forget_quality": {"value": quality}, "model_utility": {"value": 0.2 * seed}}
         done.append((run, {"figures": figures, "flops": 1e12, "train_seconds": 2.0}))
     shown = table(config, done, {"people": {}})
-    assert "0.0001 [1e-08, 1]" in shown
-    assert "0.4 [0.2, 0.6]" in shown
+    assert "1.0e-4 [1.0e-8, 1.0e0]" in shown
+    assert "0.400 [0.200, 0.600]" in shown
     assert "mean (of p-values: geometric) [lowest, highest] over seeds [1, 2, 3]" in shown
 
 

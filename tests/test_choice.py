@@ -23,7 +23,7 @@ from ofmu_ray.config import SourceConfig
 from ofmu_ray.data.choices import ChoiceRow, choice_rows
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation import multiple_choice as choice
-from ofmu_ray.evaluation.multiple_choice import choice_figures, choice_table, prompt
+from ofmu_ray.evaluation.multiple_choice import choice_metrics, choice_table, prompt
 
 MMLU = ROOT.parent / "shared/data/mmlu/test.parquet"
 CELLS = [
@@ -119,9 +119,9 @@ def test_accuracy_on_two_hundred_questions_of_mmlu_is_the_harness_s() -> None:
     weighted = sum(len(answers) * float(np.mean(answers)) for answers in right.values()) / 200  # as its group mmlu
     rows = choice_rows(SourceConfig(path=str(MMLU)), name="mmlu", option="o")
     table = choice_table(model, tokenizer, [rows[index * len(rows) // 200] for index in range(200)])
-    figures = choice_figures(table, samples=10, seed=0, name="mmlu")["accuracy"]
-    assert figures.value == pytest.approx(weighted, abs=1e-12)
-    assert (figures.n, len(right) > 50) == (200, True)
+    results = choice_metrics(table, samples=10, seed=0, name="mmlu")["accuracy"]
+    assert results.value == pytest.approx(weighted, abs=1e-12)
+    assert (results.n, len(right) > 50) == (200, True)
     assert 0.1 < weighted < 0.5
 
 
@@ -148,13 +148,13 @@ def test_table_and_metrics(rows: list[ChoiceRow]) -> None:
     assert table["row_id"].to_pylist()[:2] == ["mmlu-1", "mmlu-2"]
     assert set(table["cluster"].to_pylist()) == {"high_school_persons", "answers"}
     correct = [row.answer == chosen for row, chosen in zip(rows, table["chosen"].to_pylist(), strict=True)]
-    metrics = choice_figures(table, samples=200, seed=0, name="mmlu")
+    metrics = choice_metrics(table, samples=200, seed=0, name="mmlu")
     chance = (7 / 3 + 7 / 4) / 14
     assert metrics["accuracy"].value == pytest.approx(np.mean(correct))
     assert metrics["above_chance"].value == pytest.approx(np.mean(correct) - chance)
     assert (metrics["accuracy"].n, metrics["accuracy"].clusters) == (14, 2)
     one = table.set_column(1, "cluster", pa.array(["answers"] * 14, pa.string()))
-    single = choice_figures(one, samples=200, seed=0, name="mmlu")["accuracy"]
+    single = choice_metrics(one, samples=200, seed=0, name="mmlu")["accuracy"]
     assert single.clusters is None  # one subject is no reason to have no interval
     assert single.low is not None
 
@@ -169,7 +169,7 @@ def test_a_model_that_knows_the_letter_is_right() -> None:
     model.lm_head.register_forward_hook(lambda _module, _inputs, output: output + bias)
     table = choice_table(model, tokenizer, cells)
     assert table["chosen"].to_pylist() == [1] * 6
-    assert choice_figures(table, samples=10, seed=0, name="x")["above_chance"].value == pytest.approx(0)
+    assert choice_metrics(table, samples=10, seed=0, name="x")["above_chance"].value == pytest.approx(0)
 
 
 def test_long_texts_lose_their_beginning() -> None:
@@ -267,7 +267,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
         tokenizer.save_pretrained(tmp_path / "model")
         accuracy = run_lm_eval(tmp_path / "model", ["ofmu_tiny"], include_path=tmp_path)["ofmu_tiny"]["acc"]
         rows = choice_rows(source, name="wmdp", option="o", subject="people")
-        ours = choice_figures(choice_table(model, tokenizer, rows), samples=10, seed=0, name="x")["accuracy"]
+        ours = choice_metrics(choice_table(model, tokenizer, rows), samples=10, seed=0, name="x")["accuracy"]
         assert accuracy.value == ours.value
         assert accuracy.n == 14
         assert accuracy.low is not None
@@ -302,6 +302,6 @@ def test_harness_agrees_on_two_hundred_questions_of_mmlu(tmp_path: Path) -> None
     tasks = run_lm_eval(tmp_path / "model", [f"ofmu_{subject}" for subject in by_subject], include_path=tmp_path)
     for subject, cells in by_subject.items():
         rows = choice_rows(_written(tmp_path, cells), name="mmlu", option="o")
-        ours = choice_figures(choice_table(model, tokenizer, rows), samples=10, seed=0, name="x")["accuracy"]
+        ours = choice_metrics(choice_table(model, tokenizer, rows), samples=10, seed=0, name="x")["accuracy"]
         accuracy = tasks[f"ofmu_{subject}"]["acc"]
         assert (accuracy.value, accuracy.n) == (ours.value, len(cells)), subject

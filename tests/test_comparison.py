@@ -192,7 +192,7 @@ def table(seed: int, shift: float = 0.0, noise: float = 0.05, persons: int | Non
 @pytest.mark.parametrize("name", ["ks_statistic", "model_utility", "forget_truth_ratio", "retain_rouge"])
 def test_metrics_of_draws_are_those_of_the_evaluation(name: str) -> None:
     model, retrained = table(1, 0.1), table(2)
-    draws = Resamples(retrained, samples=50).figure(name, model, retrained)
+    draws = Resamples(retrained, samples=50).resampled_run(name, model, retrained)
     assert isinstance(draws, ResampledRun)
     expected = summarise(model.append_column("answer_nll", pa.array(np.zeros(len(model)))), retrained)[name]
     assert draws.value == pytest.approx(expected.value, abs=1e-12)
@@ -206,7 +206,7 @@ def test_a_draw_takes_complete_clusters_and_both_models_at_once() -> None:
     assert (weights[0] == 1).all()
     assert all(len(np.unique(weights[:, person::20], axis=1).T) == 1 for person in range(20))
     ratios = [np.array(source["truth_ratio"][:60].to_pylist()) for source in (model, retrained)]
-    draws = resamples.figure("ks_statistic", model, retrained)
+    draws = resamples.resampled_run("ks_statistic", model, retrained)
     assert isinstance(draws, ResampledRun)
     for draw, weight in zip(draws.resampled, weights[1:].astype(int), strict=True):
         assert draw == pytest.approx(ks_2samp(*(np.repeat(values, weight) for values in ratios)).statistic)
@@ -234,17 +234,17 @@ def test_scores_are_turned_so_that_higher_is_better() -> None:
 def test_what_cannot_be_computed_says_why() -> None:
     retrained, model = table(2), table(1)
     resamples = Resamples(retrained, samples=20)
-    assert resamples.figure("forget_quality", model, None) == "there is no retrained model"
+    assert resamples.resampled_run("forget_quality", model, None) == "there is no retrained model"
     assert (
-        resamples.figure("retain_rouge", model.slice(0, 70), None)
+        resamples.resampled_run("retain_rouge", model.slice(0, 70), None)
         == "its retain rows differ from the rest of the split"
     )
-    assert resamples.figure("retain_rouge", model.slice(0, 60), None) == "no retain rows"
-    assert resamples.figure("model_utility", model.drop_columns("rouge_l_recall"), None) == (
+    assert resamples.resampled_run("retain_rouge", model.slice(0, 60), None) == "no retain rows"
+    assert resamples.resampled_run("model_utility", model.drop_columns("rouge_l_recall"), None) == (
         "the rows of retain were evaluated without rouge_l_recall"
     )
-    assert resamples.figure("aggregate", model, retrained) == "aggregate is not a mean over rows"
-    assert resamples.figure("muse_verbatim", model, retrained) == "no forget_verbatim rows"
+    assert resamples.resampled_run("aggregate", model, retrained) == "aggregate is not a mean over rows"
+    assert resamples.resampled_run("muse_verbatim", model, retrained) == "no forget_verbatim rows"
 
 
 def test_every_mean_over_rows_has_draws() -> None:

@@ -12,7 +12,7 @@ from ofmu_ray.config.promotion import GateConfig, PromotionConfig, RecipeConfig
 from ofmu_ray.config.requests import RequestOptions, RequestsConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.rows import MEASURED, with_row_metrics
-from ofmu_ray.metrics.intervals import MetricValue, difference_figure
+from ofmu_ray.metrics.intervals import MetricValue, difference_metric
 from ofmu_ray.requests.gates import EARLIER, GateTables, check_gates, decide
 
 
@@ -127,12 +127,12 @@ def test_against_a_retrained_model_rows_are_paired() -> None:
 def test_the_interval_of_a_difference() -> None:
     """MOVER: each side is the hypotenuse of the two intervals' halves that point there."""
     one, other = MetricValue(0.5, 0.4, 0.7, 10), MetricValue(0.2, 0.1, 0.24, 5)
-    found = difference_figure(one, other)
+    found = difference_metric(one, other)
     assert (found.value, found.low, found.high, found.n) == pytest.approx(
         (0.3, 0.3 - math.hypot(0.1, 0.04), 0.3 + math.hypot(0.2, 0.1), 15)
     )
-    assert difference_figure(one, MetricValue.absent("why")).reason == "why"
-    assert difference_figure(MetricValue(0.5, n=1, reason="one row"), other).low is None
+    assert difference_metric(one, MetricValue.absent("why")).reason == "why"
+    assert difference_metric(MetricValue(0.5, n=1, reason="one row"), other).low is None
 
 
 def test_gates_that_cannot_be_decided_are_refused_at_the_start() -> None:

@@ -77,9 +77,9 @@ def test_what_should_match_the_retrained_model_is_no_objective_without_one(name,
     assert Goal(name, "model_utility", 0.5, retrained_objective=0.3).goodness({name: 0.1}) == pytest.approx(-0.2)
 
 
-@pytest.mark.parametrize("figures", [{}, {"forget_quality": 0.1}, {"forget_quality": math.nan, "model_utility": 1.0}])
-def test_without_metrics_a_trial_has_failed(figures):
-    assert Goal("forget_quality", "model_utility", 0.5).score(figures) == FAILED
+@pytest.mark.parametrize("metrics", [{}, {"forget_quality": 0.1}, {"forget_quality": math.nan, "model_utility": 1.0}])
+def test_without_metrics_a_trial_has_failed(metrics):
+    assert Goal("forget_quality", "model_utility", 0.5).score(metrics) == FAILED
 
 
 @pytest.mark.parametrize(

@@ -61,20 +61,20 @@ def accuracy(rows: pa.Table, name: str) -> float:
 
 
 def test_every_metric_against_scikit_learn() -> None:
-    figures = summarise(MODEL, RETRAINED, bootstrap_samples=50)
+    results = summarise(MODEL, RETRAINED, bootstrap_samples=50)
     expected = {
         "unlearning_accuracy": [100 - accuracy(rows, "forget") for rows in (MODEL, RETRAINED)],
         "remaining_accuracy": [accuracy(rows, "retain") for rows in (MODEL, RETRAINED)],
         "testing_accuracy": [accuracy(rows, "test") for rows in (MODEL, RETRAINED)],
         "mia_efficacy": [efficacy(rows) for rows in (MODEL, RETRAINED)],
     }
-    assert set(figures) == {*expected, "average_gap"}  # none of the metrics of texts, no forgotten class
+    assert set(results) == {*expected, "average_gap"}  # none of the metrics of texts, no forgotten class
     for name, (own, _) in expected.items():
-        assert figures[name].value == pytest.approx(own)
+        assert results[name].value == pytest.approx(own)
         assert metric(name).better == "retrained"
-        assert figures[name].low <= own <= figures[name].high
+        assert results[name].low <= own <= results[name].high
     gap = np.mean([abs(own - other) for own, other in expected.values()])
-    assert figures["average_gap"].value == pytest.approx(gap)
+    assert results["average_gap"].value == pytest.approx(gap)
     assert gap > 1
     assert metric("average_gap").better == "low"
 
@@ -101,11 +101,11 @@ def test_test_rows_of_a_forgotten_class_are_reported_apart() -> None:
     pairs = zip(MODEL["set"].to_pylist(), MODEL["label"].to_pylist(), strict=True)
     names = ["test_forgotten" if (name, label) == ("test", 2) else name for name, label in pairs]
     apart = MODEL.set_column(MODEL.schema.get_field_index("set"), "set", pa.array(names))
-    figures = summarise(apart, None, bootstrap_samples=5)
+    results = summarise(apart, None, bootstrap_samples=5)
     others = accuracy_score(column(apart, "test", "label"), column(apart, "test", "predicted"))
-    assert figures["testing_accuracy"].value == pytest.approx(100 * others)
+    assert results["testing_accuracy"].value == pytest.approx(100 * others)
     forgotten = accuracy_score(column(apart, "test_forgotten", "label"), column(apart, "test_forgotten", "predicted"))
-    assert figures["forgotten_class_accuracy"].value == pytest.approx(100 * forgotten)
+    assert results["forgotten_class_accuracy"].value == pytest.approx(100 * forgotten)
 
 
 def test_a_missing_set_and_an_infinite_output_are_absent_with_the_reason() -> None:

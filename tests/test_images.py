@@ -88,7 +88,7 @@ def test_the_shipped_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert cli.main([command, "--config", str(ROOT / f"pipelines/configs/{name}.yaml")]) == 0
     metrics = json.loads(Path("runs/digits/metrics.json").read_text())
     value = {
-        model: {name: figure["value"] for name, figure in metrics[model].items()}
+        model: {name: metric_value["value"] for name, metric_value in metrics[model].items()}
         for model in ("before", "after", "retrained")
     }
     assert metrics["run"]["status"] == "finished"
@@ -111,7 +111,7 @@ def _gap(metrics: Any, retrained: Any) -> float:
 def test_a_class_is_forgotten(models: dict[str, str], storage: Path, method: str) -> None:
     outcome = unlearn(forgetting(models, storage, method, method=method, **RUNS[method]))
     before, after, retrained = (outcome.metrics[name] for name in ("before", "after", "retrained"))
-    value = {name: figure["value"] for name, figure in after.items()}
+    value = {name: metric_value["value"] for name, metric_value in after.items()}
     assert before["unlearning_accuracy"]["value"] < 20
     assert retrained["unlearning_accuracy"]["value"] == 100
     assert before["testing_accuracy"]["value"] > 85
@@ -138,7 +138,7 @@ def test_a_class_is_forgotten(models: dict[str, str], storage: Path, method: str
     assert shown == outcome_hash(forgetting(models, storage, "other", method=method, **RUNS[method]))
 
 
-def _loads(path: str, figures: dict[str, Any]) -> None:
+def _loads(path: str, results: dict[str, Any]) -> None:
     """transformers alone loads the model and finds the accuracy on the test rows of the other classes."""
     from transformers import AutoModelForImageClassification
 
@@ -154,7 +154,7 @@ def _loads(path: str, figures: dict[str, Any]) -> None:
         values = (pixels - settings["image_mean"][0]) / settings["image_std"][0]
         with torch.no_grad():
             right.append(int(model(pixel_values=torch.tensor(values)[None, None]).logits.argmax()) == row["label"])
-    assert 100 * np.mean(right) == pytest.approx(figures["testing_accuracy"]["value"])
+    assert 100 * np.mean(right) == pytest.approx(results["testing_accuracy"]["value"])
     assert model.config.id2label[3] == "3"
 
 

@@ -196,9 +196,9 @@ def check_points(fresh: Callable[[], str], quick: bool = False) -> None:
     print("| transition | kills | lost | doubled |\n|---|---|---|---|")
     every: Counter[str] = Counter()
     for name, points in list(points_of(fresh()).items())[:: 2 if quick else 1]:
-        figures = [check(fresh(), at) for at in (points[len(points) // 2 :][:1] if quick else points)]
-        lost, doubled = (sum(part) for part in zip(*figures, strict=True))
-        print(f"| {name} | {len(figures)} | {lost} | {doubled} |", flush=True)
+        results = [check(fresh(), at) for at in (points[len(points) // 2 :][:1] if quick else points)]
+        lost, doubled = (sum(part) for part in zip(*results, strict=True))
+        print(f"| {name} | {len(results)} | {lost} | {doubled} |", flush=True)
         every += Counter(lost=lost, doubled=doubled)
     assert every.total() == 0, every
 

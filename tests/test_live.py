@@ -98,12 +98,12 @@ def test_ranks_share_the_rows_and_step_together(name: str, live: Any) -> None:
 @pytest.mark.system
 @pytest.mark.parametrize("name", NAMES)
 def test_stages_of_a_sweep_are_evaluated_by_all_ranks(name: str, live: Any) -> None:
-    case, figures = live[0][name], live[1][name]["figures"]
+    case, results = live[0][name], live[1][name]["figures"]
     expected = case.evaluator.metrics(table(case, "before"), None)
-    for metric, value in figures.items():
+    for metric, value in results.items():
         if value["value"] is not None:
             assert value["value"] == pytest.approx(expected[metric]["value"], rel=1e-6), metric
-    assert figures["forget_probability"]["value"] > 0
+    assert results["forget_probability"]["value"] > 0
 
 
 @pytest.mark.system

@@ -60,7 +60,7 @@ def test_one_entry_is_enough(verbosity: Metric) -> None:
     assert choice is not None
     assert choice.trial["trial"] == 1
     assert verbosity.name in tested()
-    draws = Resamples(long).figure(verbosity.name, short, None)
+    draws = Resamples(long).resampled_run(verbosity.name, short, None)
     assert not isinstance(draws, str)
     assert draws.value == pytest.approx(0.1)
 

@@ -143,7 +143,7 @@ def test_rouge_stems_and_ignores_case() -> None:
 
 def test_mean_interval_agrees_with_scipy() -> None:
     values = np.random.default_rng(5).beta(2, 3, 400)
-    mean = intervals.mean_figure(values, samples=2000, seed=0, name="x")
+    mean = intervals.mean_metric(values, samples=2000, seed=0, name="x")
     reference = stats.bootstrap((values,), np.mean, n_resamples=5000, method="percentile", rng=1).confidence_interval
     assert mean.value == pytest.approx(values.mean())
     assert (mean.low, mean.high) == pytest.approx((reference.low, reference.high), abs=0.003)
@@ -152,10 +152,10 @@ def test_mean_interval_agrees_with_scipy() -> None:
 
 def test_intervals_depend_on_seed_and_name_only() -> None:
     values = np.random.default_rng(6).random(50)
-    first = intervals.mean_figure(values, samples=100, seed=0, name="x")
-    assert intervals.mean_figure(values, samples=100, seed=0, name="x") == first
-    assert intervals.mean_figure(values, samples=100, seed=1, name="x") != first
-    assert intervals.mean_figure(values, samples=100, seed=0, name="y") != first
+    first = intervals.mean_metric(values, samples=100, seed=0, name="x")
+    assert intervals.mean_metric(values, samples=100, seed=0, name="x") == first
+    assert intervals.mean_metric(values, samples=100, seed=1, name="x") != first
+    assert intervals.mean_metric(values, samples=100, seed=0, name="y") != first
 
 
 def test_resampling_in_blocks_keeps_the_number_of_draws(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,9 +176,9 @@ def test_resampled_statistics_are_those_of_scipy() -> None:
 def test_forget_quality_interval() -> None:
     rng = np.random.default_rng(8)
     a = rng.lognormal(size=60)
-    same, _ = intervals.forget_quality_figures(a, a, samples=50, seed=0, name="fq")
+    same, _ = intervals.forget_quality_metrics(a, a, samples=50, seed=0, name="fq")
     assert (same.value, same.low, same.high) == (1.0, 1.0, 1.0)  # a row's two ratios are drawn together
-    apart, statistic = intervals.forget_quality_figures(a, a * 30, samples=200, seed=0, name="fq")
+    apart, statistic = intervals.forget_quality_metrics(a, a * 30, samples=200, seed=0, name="fq")
     assert apart.value == pytest.approx(stats.ks_2samp(a, a * 30).pvalue)
     assert apart.low is not None
     assert apart.high is not None
@@ -189,7 +189,7 @@ def test_forget_quality_interval() -> None:
 def test_utility_interval_contains_the_utility() -> None:
     rng = np.random.default_rng(9)
     sets = {name: [rng.beta(4, 2, rows) for _ in range(3)] for name, rows in (("a", 100), ("b", 50), ("c", 80))}
-    utility = intervals.utility_figure(sets, samples=500, seed=0, name="mu")
+    utility = intervals.utility_metric(sets, samples=500, seed=0, name="mu")
     means = [column.mean() for columns in sets.values() for column in columns]
     assert utility.value == pytest.approx(stats.hmean(means))
     assert utility.n == 230

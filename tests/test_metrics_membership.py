@@ -109,7 +109,7 @@ def test_weighted_rates_are_those_of_repeated_rows(forget: list[float], holdout:
 def test_interval_of_auc_has_the_known_width() -> None:
     rng = np.random.default_rng(0)
     forget, holdout = rng.normal(0, 1, 300), rng.normal(0.7, 1, 200)
-    auc, rate = intervals.attack_figures(forget, holdout, samples=1000, seed=0, name="mia")
+    auc, rate = intervals.attack_metrics(forget, holdout, samples=1000, seed=0, name="mia")
     assert auc.value == pytest.approx(roc_auc_score(_labels(list(forget), list(holdout)), [*forget, *holdout]))
     assert auc.n == rate.n == 500
     # DeLong: variance of the placements of either set
@@ -123,13 +123,13 @@ def test_interval_of_auc_has_the_known_width() -> None:
 def test_privleak_keeps_a_rows_scores_together() -> None:
     rng = np.random.default_rng(1)
     scores = rng.normal(size=80), rng.normal(size=60)
-    same = intervals.privleak_figure(scores, scores, samples=50, seed=0, name="privleak")
+    same = intervals.privleak_metric(scores, scores, samples=50, seed=0, name="privleak")
     assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
-    moved = intervals.privleak_figure((scores[0] - 1, scores[1]), scores, samples=50, seed=0, name="privleak")
+    moved = intervals.privleak_metric((scores[0] - 1, scores[1]), scores, samples=50, seed=0, name="privleak")
     assert moved.high is not None
     assert moved.high < 0
     apart = np.zeros(5), np.ones(5)
-    assert "AUC is 1" in str(intervals.privleak_figure(scores, apart, samples=5, seed=0, name="x").reason)
+    assert "AUC is 1" in str(intervals.privleak_metric(scores, apart, samples=5, seed=0, name="x").reason)
 
 
 @pytest.mark.parametrize("whose", ["model", "retrained model"])

@@ -50,7 +50,7 @@ def _bounds(values: list[float], value: intervals.MetricValue) -> None:
 
 def test_cluster_means_against_a_loop() -> None:
     values = np.random.default_rng(0).normal(size=len(LABELS))
-    mean = intervals.mean_figure(values, samples=60, seed=3, name="x", clusters=LABELS)
+    mean = intervals.mean_metric(values, samples=60, seed=3, name="x", clusters=LABELS)
     _bounds([values[_rows(drawn, LABELS)].mean() for (drawn,) in _draws(3, "x", 60, 6)], mean)
     assert (mean.n, mean.clusters) == (32, 6)
 
@@ -58,7 +58,7 @@ def test_cluster_means_against_a_loop() -> None:
 def test_cluster_quality_against_a_loop() -> None:
     rng = np.random.default_rng(1)
     a, b = rng.normal(size=32).round(1), rng.normal(size=32).round(1) + 0.4
-    values = intervals.forget_quality_figures(a, b, samples=60, seed=3, name="x", clusters=LABELS)
+    values = intervals.forget_quality_metrics(a, b, samples=60, seed=3, name="x", clusters=LABELS)
     tests = []
     for (drawn,) in _draws(3, "x", 60, 6):
         rows = _rows(drawn, LABELS)
@@ -71,9 +71,9 @@ def test_cluster_auc_and_privleak_against_a_loop() -> None:
     rng = np.random.default_rng(2)
     forget, holdout, other = rng.normal(size=32), rng.normal(size=20) + 0.5, np.repeat(["p", "q", "r", "s"], 5)
     options: dict[str, Any] = {"samples": 60, "seed": 3, "name": "x", "clusters": (LABELS, other)}
-    auc, rate = intervals.attack_figures(forget, holdout, **options)
+    auc, rate = intervals.attack_metrics(forget, holdout, **options)
     retrained = forget + 0.5, holdout
-    leak = intervals.privleak_figure((forget, holdout), retrained, **options)
+    leak = intervals.privleak_metric((forget, holdout), retrained, **options)
     areas, rates, leaks = [], [], []
     for one, two in _draws(3, "x", 60, 6, 4):
         members, others = _rows(one, LABELS), _rows(two, other)
@@ -100,7 +100,7 @@ def test_cluster_utility_against_a_loop() -> None:
         rows = _rows(drawn, LABELS)
         means = [np.nanmean(values[rows]) for values in one] + [values[single].mean() for values in two]
         utilities.append(float(stats.hmean(means)))
-    _bounds(utilities, estimate.figure())
+    _bounds(utilities, estimate.metric_value())
     assert (estimate.n, estimate.clusters) == (42, 6)
 
 
@@ -108,16 +108,16 @@ def test_rows_alike_within_clusters_widen_the_interval() -> None:
     """Twenty equal rows per author are as much evidence as one: the interval of 400 rows is that of 20."""
     authors = np.random.default_rng(4).normal(size=20)
     values, labels = np.repeat(authors, 20), np.repeat(np.arange(20), 20)
-    wide = intervals.mean_figure(values, samples=1000, seed=0, name="x", clusters=labels)
-    alone = intervals.mean_figure(authors, samples=1000, seed=0, name="x")
-    narrow = intervals.mean_figure(values, samples=1000, seed=0, name="x")
+    wide = intervals.mean_metric(values, samples=1000, seed=0, name="x", clusters=labels)
+    alone = intervals.mean_metric(authors, samples=1000, seed=0, name="x")
+    narrow = intervals.mean_metric(values, samples=1000, seed=0, name="x")
     assert (wide.low, wide.high) == pytest.approx((alone.low, alone.high))
     assert None not in (wide.low, wide.high, narrow.low, narrow.high)
     assert wide.high - wide.low > 3 * (narrow.high - narrow.low)  # type: ignore[operator]
 
 
 def test_one_cluster_has_no_interval() -> None:
-    value = intervals.mean_figure(np.arange(5.0), samples=10, seed=0, name="x", clusters=np.array(["a"] * 5))
+    value = intervals.mean_metric(np.arange(5.0), samples=10, seed=0, name="x", clusters=np.array(["a"] * 5))
     assert value.to_json().keys() == {"value", "low", "high", "n", "clusters", "reason"}
     assert (value.value, value.low, value.high, value.n, value.clusters) == (2.0, None, None, 5, 1)
     assert "cannot be resampled" in str(value.reason)
@@ -153,10 +153,10 @@ def test_over_seeds() -> None:
 
 def test_variance_over_probes() -> None:
     one, two = (intervals.ResampledValue(value, np.array([value, value + 0.1]), 5) for value in (0.2, 0.6))
-    variance = intervals.variance_figure([one, two])
+    variance = intervals.variance_metric([one, two])
     assert variance.value == pytest.approx(0.08)
     assert (variance.low, variance.high, variance.n) == pytest.approx((0.08, 0.08, 2))
-    assert intervals.variance_figure([one]).value is None
+    assert intervals.variance_metric([one]).value is None
 
 
 # ----------------------------------------------------------------------------------------------- a complete table

@@ -59,8 +59,8 @@ def ratio(row: dict[str, Any]) -> float:
 
 def test_values_follow_the_peers_definitions() -> None:
     rows = table()
-    figures = {name: value.to_json() for name, value in summarise(rows, rows, bootstrap_samples=20).items()}
-    found = peer_values(rows, figures)
+    results = {name: value.to_json() for name, value in summarise(rows, rows, bootstrap_samples=20).items()}
+    found = peer_values(rows, results)
     expected = {
         "forget_Q_A_Prob": mean(math.exp(-row["answer_nll"]) for row in of("forget")),
         "forget_Q_A_PARA_Prob": mean(math.exp(-row["paraphrase_nll"]) for row in of("forget")),
@@ -87,7 +87,7 @@ def test_values_follow_the_peers_definitions() -> None:
         assert found[name] == pytest.approx(value, abs=1e-12), name
     assert found["mia_gradnorm"] is None, "it was not measured"
     assert {name for name in found if name.startswith("mia_")} >= {"mia_min_k", "mia_min_k_plus_plus", "mia_loss"}
-    assert figures["forget_extraction_strength"]["value"] == pytest.approx(mean([0, 1 / 5, 2 / 6, 0])), "ours has none"
+    assert results["forget_extraction_strength"]["value"] == pytest.approx(mean([0, 1 / 5, 2 / 6, 0])), "ours has none"
 
 
 def test_what_the_rows_do_not_give_is_none() -> None:

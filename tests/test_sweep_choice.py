@@ -148,14 +148,14 @@ def test_a_stopped_trial_is_reported_again_with_the_score_it_was_stopped_by(tmp_
     """The median rule averages what is reported: a resumed sweep must not average the score of a failure."""
     made = ledger_of(tmp_path, TRIALS)
     path = result_path(tmp_path, made.key(3))
-    figures = [{"forget_quality": {"value": value}, "model_utility": {"value": 0.6}} for value in (0.1, 0.2)]
-    evaluations = [{"stage": stage, "figures": one} for stage, one in enumerate(figures, start=1)]
+    metrics = [{"forget_quality": {"value": value}, "model_utility": {"value": 0.6}} for value in (0.1, 0.2)]
+    evaluations = [{"stage": stage, "figures": one} for stage, one in enumerate(metrics, start=1)]
     path.write_text(json.dumps(json.loads(path.read_text()) | {"evaluations": evaluations}))
     again = TrialRun.__new__(TrialRun)
     again.ledger, again.number, again.stage, again.thread = made, 3, 0, None
     reports = [again.step() for _ in range(3)]
     assert [(one["stage"], one["done"]) for one in reports] == [(1, False), (2, False), (2, True)]
-    assert reports[2]["score"] == reports[1]["score"] == GOAL.score(plain(figures[1]), made.search.share)
+    assert reports[2]["score"] == reports[1]["score"] == GOAL.score(plain(metrics[1]), made.search.share)
 
 
 def test_a_second_member_with_the_same_options_is_another_trial(tmp_path):

@@ -99,9 +99,9 @@ def test_the_rule_prefers_what_is_nearest_to_chance(root: Path, tmp_path: Path) 
     goal = Goal(OBJECTIVE, UTILITY, floor=0.5)
     ranked = sorted(
         [{OBJECTIVE: above, UTILITY: kept} for above, kept in ((0.3, 0.6), (-0.1, 0.6), (0.02, 0.6), (0.0, 0.4))],
-        key=lambda figures: goal.rank(figures) or (),
+        key=lambda results: goal.rank(results) or (),
     )
-    assert [figures[OBJECTIVE] for figures in ranked] == [0.02, -0.1, 0.3, 0.0]
+    assert [results[OBJECTIVE] for results in ranked] == [0.02, -0.1, 0.3, 0.0]
     given = ["--config", str(CONFIGS / "benchmark_wmdp.yaml"), *arguments(root, tmp_path, "base.")[2:]]
     config = parse(BenchmarkConfig, given, "x")
     required = {"rule.objective": config.rule.objective, "rule.utility": config.rule.utility}

@@ -23,7 +23,7 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.rows import EvaluationRow
 from ofmu_ray.evaluation.scoring import length_sorted
 from ofmu_ray.metrics.functions import FloatArray
-from ofmu_ray.metrics.intervals import Clusters, MetricValue, mean_figure, resampled_estimates
+from ofmu_ray.metrics.intervals import Clusters, MetricValue, mean_metric, resampled_estimates
 from ofmu_ray.models.answers import Text, right_padded
 
 Pooling = Literal["mean", "last"]
@@ -188,13 +188,13 @@ def _cka_values(
         return debiased_cka(gram_x, gram_y, weights)
 
     estimate = resampled_estimates(cka, [value], [(len(x), clusters)], samples, seed, name)[0]
-    return plain, estimate.figure()
+    return plain, estimate.metric_value()
 
 
 def _cosine_value(x: FloatArray, y: FloatArray, **stream: Any) -> MetricValue:
     if x.shape[1] != y.shape[1]:
         return MetricValue.absent(f"the models' hidden sizes differ ({x.shape[1]} and {y.shape[1]})")
-    return mean_figure(row_cosines(x, y), **stream)
+    return mean_metric(row_cosines(x, y), **stream)
 
 
 def _constant(x: FloatArray) -> bool:

@@ -10,15 +10,15 @@ import pyarrow.compute as pc
 
 from ofmu_ray.attacks.curves import areas, row_curves
 from ofmu_ray.attacks.prefix import worst_case
-from ofmu_ray.evaluation.multiple_choice import choice_figures
+from ofmu_ray.evaluation.multiple_choice import choice_metrics
 from ofmu_ray.metrics.functions import FloatArray
-from ofmu_ray.metrics.intervals import Clusters, MetricValue, mean_figure
+from ofmu_ray.metrics.intervals import Clusters, MetricValue, mean_metric
 
 MEASURES = ("cka_debiased", "cka", "cosine")
 Values = dict[str, tuple[FloatArray, Clusters]]
 
 
-def check_figures(
+def check_metrics(
     kind: str, table: pa.Table, reference: pa.Table | None = None, *, samples: int, seed: int
 ) -> dict[str, MetricValue]:
     """Metrics of one attack on one model, named `<group>/<what>`; the names and definitions: docs/metrics.md.
@@ -27,20 +27,20 @@ def check_figures(
     which one is not finite is absent with that reason.
     """
     if kind == "choice":
-        return choice_figures(table, samples=samples, seed=seed, name=kind)
+        return choice_metrics(table, samples=samples, seed=seed, name=kind)
     if kind == "alignment":
         return _alignment(table)
     make: Callable[[pa.Table, pa.Table | None], Values] = {
         "relearn": _relearn, "quantise": _quantise, "prefix": _prefix,
     }[kind]  # fmt: skip
-    figures = {}
+    results = {}
     for name, (values, clusters) in make(table, reference).items():
         broken = int((~np.isfinite(values)).sum())
         if broken:
-            figures[name] = MetricValue.absent(f"the loss is not finite on {broken} of {len(values)} rows")
+            results[name] = MetricValue.absent(f"the loss is not finite on {broken} of {len(values)} rows")
         else:
-            figures[name] = mean_figure(values, samples=samples, seed=seed, name=f"{kind}/{name}", clusters=clusters)
-    return figures
+            results[name] = mean_metric(values, samples=samples, seed=seed, name=f"{kind}/{name}", clusters=clusters)
+    return results
 
 
 def _labels(clusters: list[str | None]) -> Clusters:

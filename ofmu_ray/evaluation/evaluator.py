@@ -261,13 +261,13 @@ class Evaluator:
 
         `tables` and `metrics`: by before, after and retrained; None if missing.
         """
-        from ofmu_ray.metrics.aggregate import aggregate_figures, aggregate_inputs
+        from ofmu_ray.metrics.aggregate import aggregate_inputs, aggregate_metrics
 
         before, after, retrained = (tables.get(name) for name in ("before", "after", "retrained"))
         verdict: dict[str, Any] = {"run": self.words(after, metrics.get("after") or {}, before, retrained)}
         if after is not None:
             model, target, reference = (aggregate_inputs(table) for table in (after, before, retrained))
-            aggregate = aggregate_figures(model, target, reference)
+            aggregate = aggregate_metrics(model, target, reference)
             verdict["aggregate"] = {name: metric.to_json() for name, metric in aggregate.items()}
         return verdict
 

@@ -18,7 +18,7 @@ import torch
 from ofmu_ray.data.choices import LETTERS, ChoiceRow, Scoring
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.scoring import length_sorted, mean_nll
-from ofmu_ray.metrics.intervals import MetricValue, mean_figure
+from ofmu_ray.metrics.intervals import MetricValue, mean_metric
 from ofmu_ray.models.answers import Text, answer_logits
 
 CHOSEN = pa.schema(
@@ -81,7 +81,7 @@ def choice_table(
     return pa.table(columns, schema=CHOSEN)
 
 
-def choice_figures(table: pa.Table, *, samples: int, seed: int, name: str) -> dict[str, MetricValue]:
+def choice_metrics(table: pa.Table, *, samples: int, seed: int, name: str) -> dict[str, MetricValue]:
     """accuracy, and above_chance: accuracy minus chance (the mean of 1 / number of choices). Both are shares of rows.
 
     With more than one subject in the table, the rows of a subject are resampled together.
@@ -91,7 +91,7 @@ def choice_figures(table: pa.Table, *, samples: int, seed: int, name: str) -> di
     clusters = np.array(subjects) if None not in subjects and len(set(subjects)) > 1 else None
     above = correct - table["chance"].to_numpy()
     return {
-        metric: mean_figure(values, samples=samples, seed=seed, name=f"{name}/{metric}", clusters=clusters)
+        metric: mean_metric(values, samples=samples, seed=seed, name=f"{name}/{metric}", clusters=clusters)
         for metric, values in (("accuracy", correct), ("above_chance", above))
     }
 

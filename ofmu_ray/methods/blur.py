@@ -65,7 +65,7 @@ class BLUR(OneLoop[BLURConfig]):
         return npo_loss(module, micro, self.config.npo_beta)
 
     def direction(
-        self, engine: Engine, forget: Vector | None, retain: Vector | None, figures: dict[str, float]
+        self, engine: Engine, forget: Vector | None, retain: Vector | None, series: dict[str, float]
     ) -> Vector:
         from ofmu_ray.algorithm.space import add_
 
@@ -73,5 +73,5 @@ class BLUR(OneLoop[BLURConfig]):
         assert retain is not None
         fr, ff, rr = engine.dot((forget, retain), (forget, forget), (retain, retain))
         if ff > 0 and rr > 0:
-            figures["gradient_cosine"] = fr / (ff * rr) ** 0.5
+            series["gradient_cosine"] = fr / (ff * rr) ** 0.5
         return add_(retain, forget, self.config.forget_weight - (fr / ff if ff > 0 else 0.0))

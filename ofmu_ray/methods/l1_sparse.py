@@ -40,11 +40,11 @@ class L1Sparse(OneLoop[L1SparseConfig]):
     retain_weight = 1.0
 
     def direction(
-        self, engine: Engine, forget: Vector | None, retain: Vector | None, figures: dict[str, float]
+        self, engine: Engine, forget: Vector | None, retain: Vector | None, series: dict[str, float]
     ) -> Vector:
         from ofmu_ray.algorithm.space import add_
 
         assert retain is not None
         alpha = self.config.alpha * (1 - self.rounds_done / self.rounds if self.rounds else 1.0)
-        figures["l1_weight"] = alpha
+        series["l1_weight"] = alpha
         return add_(retain, [part.sign_() for part in engine.weights()], alpha)

@@ -84,9 +84,9 @@ class OneLoop(Method, Generic[C]):
         return -total, count
 
     def direction(
-        self, engine: Engine, forget: Vector | None, retain: Vector | None, figures: dict[str, float]
+        self, engine: Engine, forget: Vector | None, retain: Vector | None, series: dict[str, float]
     ) -> Vector:
-        """The direction to descend, from both gradients (may overwrite them); may add to the round's `figures`."""
+        """The direction to descend, from both gradients (may overwrite them); may add to the round's `series`."""
         from ofmu_ray.algorithm.space import add_, scale_
 
         total = None if forget is None else scale_(forget, self.forget_weight)

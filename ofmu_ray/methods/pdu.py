@@ -73,16 +73,16 @@ class PDU(OneLoop[PDUConfig]):
         return logit_margin(answers(module, micro).logits_tv)
 
     def direction(
-        self, engine: Engine, forget: Vector | None, retain: Vector | None, figures: dict[str, float]
+        self, engine: Engine, forget: Vector | None, retain: Vector | None, series: dict[str, float]
     ) -> Vector:
-        loss, config = figures["retain_loss"], self.config
+        loss, config = series["retain_loss"], self.config
         if self.bound is None:
             self.bound = (1 + config.tolerance) * loss
         self.retain_weight = self.dual
-        figures.update(dual=self.dual, retain_excess=loss - self.bound)
+        series.update(dual=self.dual, retain_excess=loss - self.bound)
         if self.rounds_done >= config.warmup_rounds:
             self.dual = max(0.0, self.dual + config.dual_rate * (loss - self.bound))
-        return super().direction(engine, forget, retain, figures)
+        return super().direction(engine, forget, retain, series)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "dual": self.dual, "bound": self.bound}

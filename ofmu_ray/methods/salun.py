@@ -64,8 +64,8 @@ class SalUn(Relabelling[SalUnConfig]):
         self.mask = as_vector(engine, parameters)
 
     def direction(
-        self, engine: Engine, forget: Vector | None, retain: Vector | None, figures: dict[str, float]
+        self, engine: Engine, forget: Vector | None, retain: Vector | None, series: dict[str, float]
     ) -> Vector:
-        direction = super().direction(engine, forget, retain, figures)
+        direction = super().direction(engine, forget, retain, series)
         assert self.mask is not None
         return [part.mul_(mask) for part, mask in zip(direction, self.mask, strict=True)]

@@ -18,7 +18,7 @@ from ofmu_ray.metrics.registry import NEEDS_RETRAINED, Metric, register
 from ofmu_ray.metrics.summary import summarise
 
 AGGREGATE = ("aggregate", "memorisation_score", "privacy_score", "utility_score")
-"""Metrics of `aggregate_figures`; all in [0, 1], higher is better."""
+"""Metrics of `aggregate_metrics`; all in [0, 1], higher is better."""
 
 for _name, _label in zip(
     AGGREGATE, ("Aggregate (OpenUnlearning)", "Memorisation score", "Privacy score", "Utility score"), strict=True
@@ -31,7 +31,7 @@ _NO_INTERVAL = "derived from other metrics: no interval"
 
 
 def aggregate_inputs(table: pa.Table | None) -> dict[str, MetricValue]:
-    """A model's metrics for `aggregate_figures`, without intervals: ours, plus two from the paper on forget rows,
+    """A model's metrics for `aggregate_metrics`, without intervals: ours, plus two from the paper on forget rows,
     P(paraphrase) and P(right) / (P(right) + P(wrong))."""
     if table is None:
         return {}
@@ -48,7 +48,7 @@ def aggregate_inputs(table: pa.Table | None) -> dict[str, MetricValue]:
     return inputs
 
 
-def aggregate_figures(
+def aggregate_metrics(
     model: Mapping[str, MetricValue], target: Mapping[str, MetricValue], retrained: Mapping[str, MetricValue]
 ) -> dict[str, MetricValue]:
     """AGGREGATE of a model from the `aggregate_inputs` of all three models on the same rows; absent with the reason."""

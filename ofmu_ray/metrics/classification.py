@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ofmu_ray.metrics.functions import FloatArray
-from ofmu_ray.metrics.intervals import MetricValue, mean_figure
+from ofmu_ray.metrics.intervals import MetricValue, mean_metric
 from ofmu_ray.metrics.registry import NEEDS_RETRAINED, Group, Inputs, Metric, Values, register
 
 MATCHED = ("unlearning_accuracy", "remaining_accuracy", "testing_accuracy", "mia_efficacy")
@@ -69,7 +69,7 @@ def mia_efficacy(inputs: Inputs) -> MetricValue:
     if broken:
         return MetricValue.absent(f"the model's output is not finite on {broken[0]} rows")
     others = called_non_members(confidence["retain"], confidence["test"], confidence["forget"])
-    return mean_figure(
+    return mean_metric(
         np.asarray(100.0 * others, dtype=np.float64), name="mia_efficacy", samples=inputs.samples, seed=inputs.seed
     )
 
@@ -77,19 +77,19 @@ def mia_efficacy(inputs: Inputs) -> MetricValue:
 def against_retrained(inputs: Inputs) -> Mapping[str, MetricValue]:
     """mia_efficacy and average_gap, which share the support vector machine."""
     own = mia_efficacy(inputs)
-    figures = {"mia_efficacy": own}
+    results = {"mia_efficacy": own}
     if inputs.retrained is None:
-        return figures | {"average_gap": MetricValue.absent(NEEDS_RETRAINED)}
+        return results | {"average_gap": MetricValue.absent(NEEDS_RETRAINED)}
     other = Inputs(inputs.retrained, None, 1, inputs.seed)
     pairs = [(own, mia_efficacy(other))]
     for one in _MEANS[:3]:
         pairs.append((inputs.mean(one), other.mean(one)))
     reasons = [value.reason for pair in pairs for value in pair if value.value is None]
     if reasons:
-        return figures | {"average_gap": MetricValue.absent(str(reasons[0]))}
+        return results | {"average_gap": MetricValue.absent(str(reasons[0]))}
     gaps = [abs((one.value or 0.0) - (two.value or 0.0)) for one, two in pairs]
     reason = "a mean of four distances: no interval"
-    return figures | {"average_gap": MetricValue(float(np.mean(gaps)), n=own.n, reason=reason)}
+    return results | {"average_gap": MetricValue(float(np.mean(gaps)), n=own.n, reason=reason)}
 
 
 def with_aliases(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from ofmu_ray.metrics import membership
 from ofmu_ray.metrics.columns import clusters_of, finite, of_tokens, rows_of, same_rows
 from ofmu_ray.metrics.functions import FloatArray
-from ofmu_ray.metrics.intervals import Clusters, MetricValue, attack_figures, privleak_figure
+from ofmu_ray.metrics.intervals import Clusters, MetricValue, attack_metrics, privleak_metric
 from ofmu_ray.metrics.registry import NEEDS_RETRAINED, Inputs, Metric, register
 
 ATTACKS = {
@@ -25,7 +25,7 @@ ATTACKS = {
 _GRADIENT = "answer_gradient_norm"  # optional column: it costs a backward pass per row
 
 
-def membership_figures(inputs: Inputs) -> Mapping[str, MetricValue]:
+def membership_metrics(inputs: Inputs) -> Mapping[str, MetricValue]:
     """mia_<attack>_auc, mia_<attack>_tpr and privleak, of forget rows against holdout rows; {} without holdout rows."""
     table, retrained, options = inputs.table, inputs.retrained, inputs.options
     if not inputs.rows("holdout").num_rows:
@@ -48,7 +48,7 @@ def membership_figures(inputs: Inputs) -> Mapping[str, MetricValue]:
             continue
         there = [~np.isnan(values) for values in scores]
         kept = [values[some] for values, some in zip(scores, there, strict=True)]
-        result[auc], result[rate] = attack_figures(
+        result[auc], result[rate] = attack_metrics(
             kept[0], kept[1], name=f"mia_{attack}", clusters=_kept_clusters(rows, there), **options
         )
     result["privleak"] = MetricValue.absent(unusable) if unusable else _privleak(rows, references or [], options)
@@ -63,7 +63,7 @@ def _privleak(rows: list[pa.Table], references: list[pa.Table], options: dict[st
         return MetricValue.absent(f"retrained model: {other}")
     there = [~np.isnan(one) & ~np.isnan(two) for one, two in zip(own, other, strict=True)]
     model, retrained = ((scores[0][there[0]], scores[1][there[1]]) for scores in (own, other))
-    return privleak_figure(model, retrained, name="privleak", clusters=_kept_clusters(rows, there), **options)
+    return privleak_metric(model, retrained, name="privleak", clusters=_kept_clusters(rows, there), **options)
 
 
 def _both(
@@ -113,13 +113,13 @@ for _attack, _words in ATTACKS.items():
                 label=f"Membership {_words} {_what}",
                 better="retrained",
                 group="Membership inference",
-                compute=membership_figures,
+                compute=membership_metrics,
                 needs=frozenset({"holdout", "retrained"} if _attack == "reference" else {"holdout"}),
             )
         )
 register(
     Metric(
-        name="privleak", label="PrivLeak", better="zero", group="Membership inference", compute=membership_figures,
+        name="privleak", label="PrivLeak", better="zero", group="Membership inference", compute=membership_metrics,
         needs=frozenset({"holdout", "retrained"}),
     )
 )  # fmt: skip

@@ -63,7 +63,7 @@ class ResampledValue:
     n: int
     clusters: int | None = None
 
-    def figure(self) -> MetricValue:
+    def metric_value(self) -> MetricValue:
         if self.resampled is None or np.isnan(self.resampled).all():
             reason = "no interval: a set of one row or one cluster cannot be resampled"
             return MetricValue(self.value, n=self.n, clusters=self.clusters, reason=reason)
@@ -72,13 +72,13 @@ class ResampledValue:
         return MetricValue(self.value, min(low, self.value), max(high, self.value), self.n, clusters=self.clusters)
 
 
-def mean_figure(values: FloatArray, *, samples: int, seed: int, name: str, clusters: Clusters = None) -> MetricValue:
+def mean_metric(values: FloatArray, *, samples: int, seed: int, name: str, clusters: Clusters = None) -> MetricValue:
     """Mean over rows. `name` separates the random streams of metrics that share a seed."""
 
     def mean(weights: FloatArray) -> FloatArray:
         return np.asarray(weights @ values / weights.sum(axis=1))
 
-    return resampled_estimates(mean, [values.mean()], [(len(values), clusters)], samples, seed, name)[0].figure()
+    return resampled_estimates(mean, [values.mean()], [(len(values), clusters)], samples, seed, name)[0].metric_value()
 
 
 def utility_estimate(
@@ -108,9 +108,9 @@ def utility_estimate(
     return resampled_estimates(utility, [float(value)], rows, samples, seed, name)[0]
 
 
-def utility_figure(sets: Mapping[str, Sequence[FloatArray]], *, samples: int, seed: int, name: str) -> MetricValue:
+def utility_metric(sets: Mapping[str, Sequence[FloatArray]], *, samples: int, seed: int, name: str) -> MetricValue:
     """`utility_estimate` of independent rows as a `MetricValue`."""
-    return utility_estimate(sets, samples=samples, seed=seed, name=name).figure()
+    return utility_estimate(sets, samples=samples, seed=seed, name=name).metric_value()
 
 
 def forget_quality_estimates(
@@ -132,17 +132,17 @@ def forget_quality_estimates(
     return resampled_estimates(quality, values, [(len(ratio), clusters)], samples, seed, name)
 
 
-def forget_quality_figures(
+def forget_quality_metrics(
     ratio: FloatArray, retrained_ratio: FloatArray, *, samples: int, seed: int, name: str, clusters: Clusters = None
 ) -> tuple[MetricValue, MetricValue]:
     """`forget_quality_estimates` as `MetricValue`s."""
     p_value, statistic = forget_quality_estimates(
         ratio, retrained_ratio, samples=samples, seed=seed, name=name, clusters=clusters
     )
-    return p_value.figure(), statistic.figure()
+    return p_value.metric_value(), statistic.metric_value()
 
 
-def attack_figures(
+def attack_metrics(
     forget: FloatArray,
     holdout: FloatArray,
     *,
@@ -160,10 +160,10 @@ def attack_figures(
     values = membership.attack_auc(forget, holdout), membership.tpr_at_fpr(forget, holdout)
     rows = list(zip((len(forget), len(holdout)), clusters, strict=True))
     auc, rate = resampled_estimates(attack, values, rows, samples, seed, name)
-    return auc.figure(), rate.figure()
+    return auc.metric_value(), rate.metric_value()
 
 
-def privleak_figure(
+def privleak_metric(
     model: tuple[FloatArray, FloatArray],
     retrained: tuple[FloatArray, FloatArray],
     *,
@@ -184,17 +184,17 @@ def privleak_figure(
 
     rows = list(zip((len(model[0]), len(model[1])), clusters, strict=True))
     value = float(membership.privleak(auc, reference))
-    return resampled_estimates(leak, [value], rows, samples, seed, name)[0].figure()
+    return resampled_estimates(leak, [value], rows, samples, seed, name)[0].metric_value()
 
 
-def variance_figure(estimates: Sequence[ResampledValue]) -> MetricValue:
+def variance_metric(estimates: Sequence[ResampledValue]) -> MetricValue:
     """Sample variance of a metric over probes; needs at least two. n counts probes, the interval is over rows."""
     if len(estimates) < 2:
         return MetricValue.absent("a variance needs two probes")
     value = float(np.var([estimate.value for estimate in estimates], ddof=1))
     resampled = [estimate.resampled for estimate in estimates if estimate.resampled is not None]
     draws = np.var(resampled, axis=0, ddof=1) if len(resampled) == len(estimates) else None
-    return ResampledValue(value, draws, len(estimates)).figure()
+    return ResampledValue(value, draws, len(estimates)).metric_value()
 
 
 def over_seeds(values: Sequence[float]) -> MetricValue:
@@ -213,7 +213,7 @@ def over_seeds(values: Sequence[float]) -> MetricValue:
     return MetricValue(mean, mean - half, mean + half, n)
 
 
-def difference_figure(one: MetricValue, other: MetricValue) -> MetricValue:
+def difference_metric(one: MetricValue, other: MetricValue) -> MetricValue:
     """one - other of two independent values, with the interval built from theirs; absent if one of them is.
 
     MOVER: Zou and Donner 2008, https://doi.org/10.1002/sim.3095. For values of the same rows it is too wide.

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from ofmu_ray.metrics.columns import finite, rows_of, same_rows
 from ofmu_ray.metrics.functions import FloatArray
-from ofmu_ray.metrics.intervals import MetricValue, attack_figures, privleak_figure
+from ofmu_ray.metrics.intervals import MetricValue, attack_metrics, privleak_metric
 from ofmu_ray.metrics.membership import min_k
 from ofmu_ray.metrics.registry import NEEDS_RETRAINED, Inputs, Metric, register
 
@@ -38,7 +38,7 @@ def privacy(inputs: Inputs) -> Mapping[str, MetricValue]:
     scores = _scores(rows)
     if isinstance(scores, str):
         return dict.fromkeys(("muse_min_k_auc", "muse_privleak"), MetricValue.absent(scores))
-    auc, _ = attack_figures(*reversed(scores), name="muse_min_k", samples=inputs.samples, seed=inputs.seed)
+    auc, _ = attack_metrics(*reversed(scores), name="muse_min_k", samples=inputs.samples, seed=inputs.seed)
     return {"muse_min_k_auc": auc, "muse_privleak": _privleak(inputs, rows, scores)}
 
 
@@ -51,7 +51,7 @@ def _privleak(inputs: Inputs, rows: list[pa.Table], scores: tuple[FloatArray, Fl
     reference = _scores(others)
     if isinstance(reference, str):
         return MetricValue.absent(f"retrained model: {reference}")
-    return privleak_figure(scores, reference, name="muse_privleak", samples=inputs.samples, seed=inputs.seed)
+    return privleak_metric(scores, reference, name="muse_privleak", samples=inputs.samples, seed=inputs.seed)
 
 
 def _scores(rows: list[pa.Table]) -> tuple[FloatArray, FloatArray] | str:

@@ -90,7 +90,7 @@ class Resamples:
                 weights = np.concatenate([np.ones((1, units)), drawn if units > 1 else np.empty((0, 1))])[:, places]
                 self.sets[name] = SetWeights(rows["index"].to_pylist(), weights, units)
 
-    def figure(self, name: str, table: pa.Table, retrained: pa.Table | None) -> ResampledRun | str:
+    def resampled_run(self, name: str, table: pa.Table, retrained: pa.Table | None) -> ResampledRun | str:
         """The metric of a model from its per-row table, or why it cannot be computed."""
         declared = metric(name)
         if declared.paired == "distance":
@@ -112,9 +112,9 @@ class Resamples:
 
     def score(self, name: str, table: pa.Table, retrained: pa.Table | None) -> ResampledRun | str:
         """The metric of a model, turned so that higher is better, or why it cannot be computed."""
-        draws = self.figure(name, table, retrained)
+        draws = self.resampled_run(name, table, retrained)
         needs_aim = metric(name).better == "retrained" and retrained is not None
-        return turned_draws(name, draws, self.figure(name, retrained, None) if needs_aim else None)
+        return turned_draws(name, draws, self.resampled_run(name, retrained, None) if needs_aim else None)
 
     def _values(self, values: Values, part: str, table: pa.Table) -> FloatArray | str:
         rows = _ordered(table, part)

@@ -36,13 +36,13 @@ SAME = {
 UTILITY = ("retain_Q_A_Prob", "ra_Q_A_Prob_normalised", "wf_Q_A_Prob_normalised")
 
 
-def peer_values(table: pa.Table, figures: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
+def peer_values(table: pa.Table, results: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
     """OpenUnlearning's name -> value of a model; None where the rows do not give it.
 
-    `table`: per-row values as `evaluate_model` returns them; `figures`: our metrics of the same model, as in
+    `table`: per-row values as `evaluate_model` returns them; `results`: our metrics of the same model, as in
     metrics.json.
     """
-    values = {peer: figures.get(own, {}).get("value") for peer, own in SAME.items()}
+    values = {peer: results.get(own, {}).get("value") for peer, own in SAME.items()}
     for peer, own in SETS.items():
         values |= _of_set(peer, rows_of(table, own))
     matches = of_tokens(rows_of(table, "forget"), "forget", "answer_matches", extraction_strength_with_floor)

@@ -16,7 +16,7 @@ from ofmu_ray.metrics.intervals import (
     ResampledValue,
     forget_quality_estimates,
     utility_estimate,
-    variance_figure,
+    variance_metric,
 )
 from ofmu_ray.metrics.registry import NEEDS_RETRAINED, Inputs, Metric, register
 
@@ -30,7 +30,7 @@ def probe_names(table: pa.Table) -> list[str]:
     return list(dict.fromkeys(probe for _, (probe, _, half) in halves if probe and half in ("forget", "retain")))
 
 
-def probe_figures(inputs: Inputs) -> dict[str, MetricValue]:
+def probe_metrics(inputs: Inputs) -> dict[str, MetricValue]:
     """Per probe `<probe>_forget_quality`, `<probe>_ks_statistic` and `<probe>_utility`; then their VARIANCES.
 
     Forget quality: as the main metric, on the probe's forget rows; truth ratios use the answer itself if a row has no
@@ -47,15 +47,17 @@ def probe_figures(inputs: Inputs) -> dict[str, MetricValue]:
         if isinstance(quality, str):
             result[f"{probe}_forget_quality"] = result[f"{probe}_ks_statistic"] = MetricValue.absent(quality)
         else:
-            result[f"{probe}_forget_quality"], result[f"{probe}_ks_statistic"] = (each.figure() for each in quality)
+            result[f"{probe}_forget_quality"], result[f"{probe}_ks_statistic"] = (
+                each.metric_value() for each in quality
+            )
             qualities.append(quality[0])
         utility = _utility(table, probe, samples, seed)
-        result[f"{probe}_utility"] = MetricValue.absent(utility) if isinstance(utility, str) else utility.figure()
+        result[f"{probe}_utility"] = MetricValue.absent(utility) if isinstance(utility, str) else utility.metric_value()
         utilities += [] if isinstance(utility, str) else [utility]
     if names:
         lacking = retrained is None
-        result[VARIANCES[0]] = MetricValue.absent(NEEDS_RETRAINED) if lacking else variance_figure(qualities)
-        result[VARIANCES[1]] = variance_figure(utilities)
+        result[VARIANCES[0]] = MetricValue.absent(NEEDS_RETRAINED) if lacking else variance_metric(qualities)
+        result[VARIANCES[1]] = variance_metric(utilities)
     return result
 
 
@@ -100,16 +102,16 @@ def _utility(table: pa.Table, probe: str, samples: int, seed: int) -> ResampledV
 _RETRAINED = frozenset({"retrained"})
 register(
     Metric(
-        name="*_forget_quality", label="{} forget quality", better="high", group="Probes", compute=probe_figures,
+        name="*_forget_quality", label="{} forget quality", better="high", group="Probes", compute=probe_metrics,
         needs=_RETRAINED, p_value=True,
     ),
     Metric(
-        name="*_ks_statistic", label="{} KS distance to retrained", better="low", group="Probes", compute=probe_figures,
+        name="*_ks_statistic", label="{} KS distance to retrained", better="low", group="Probes", compute=probe_metrics,
         needs=_RETRAINED,
     ),
-    Metric(name="*_utility", label="{} utility", better="high", group="Probes", compute=probe_figures),
+    Metric(name="*_utility", label="{} utility", better="high", group="Probes", compute=probe_metrics),
     Metric(
         name="probes_*_variance", label="Variance of {} over probes", better="low", group="Probes",
-        compute=probe_figures,
+        compute=probe_metrics,
     ),
 )  # fmt: skip

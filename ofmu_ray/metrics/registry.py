@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from ofmu_ray.metrics.columns import clusters_of, rows_of
 from ofmu_ray.metrics.functions import FloatArray
-from ofmu_ray.metrics.intervals import Clusters, MetricValue, mean_figure
+from ofmu_ray.metrics.intervals import Clusters, MetricValue, mean_metric
 
 Better = Literal["high", "low", "zero", "retrained", "depends"]
 """Which way is better. retrained: near what a model scores that never saw the forget rows; depends: on the rows, or
@@ -134,7 +134,7 @@ def mean_of(values: FloatArray | str, clusters: Clusters, name: str, **options: 
     there = ~np.isnan(values)
     if not there.any():
         return MetricValue.absent("no row has it")
-    return mean_figure(values[there], name=name, clusters=None if clusters is None else clusters[there], **options)
+    return mean_metric(values[there], name=name, clusters=None if clusters is None else clusters[there], **options)
 
 
 _DECLARED: dict[str, Metric] = {}

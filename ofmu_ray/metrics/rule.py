@@ -34,13 +34,13 @@ class Goal:
     """Added to the floor when a trial is chosen, in units of the metric, if some trial that is not degenerate reaches
     that."""
 
-    def goodness(self, figures: Mapping[str, Any]) -> float | None:
+    def goodness(self, metrics: Mapping[str, Any]) -> float | None:
         """The objective so that more is better, in units of the metric; None where it is absent.
 
         Raises:
             UserError: nobody can tell which way is better: it is not declared, or the retrained model is missing.
         """
-        value = number_of(figures, self.objective)
+        value = number_of(metrics, self.objective)
         if value is None:
             return None
         goodness = turned(metric(self.objective), value, self.retrained_objective)
@@ -48,19 +48,19 @@ class Goal:
             raise UserError(f"{self.objective}: {goodness}")
         return goodness
 
-    def enough(self, figures: Mapping[str, Any]) -> bool | None:
+    def enough(self, metrics: Mapping[str, Any]) -> bool | None:
         """Whether the utility reaches the floor; None where it is absent."""
-        value = number_of(figures, self.utility)
+        value = number_of(metrics, self.utility)
         return None if value is None else self.floor is None or value >= self.floor
 
-    def degenerate(self, figures: Mapping[str, Any]) -> bool | None:
+    def degenerate(self, metrics: Mapping[str, Any]) -> bool | None:
         """Whether the answers to forget prompts are worse than sound ones; None where that is not known."""
-        failed = failed_measures(figures, self.sound)
+        failed = failed_measures(metrics, self.sound)
         return None if failed is None else bool(failed)
 
-    def eligible(self, figures: Mapping[str, Any]) -> bool:
+    def eligible(self, metrics: Mapping[str, Any]) -> bool:
         """Whether the rule recommends such a model, if it has no better one: enough utility, and not degenerate."""
-        return bool(self.enough(figures)) and not self.degenerate(figures)
+        return bool(self.enough(metrics)) and not self.degenerate(metrics)
 
     def choosing(self, trials: Sequence[Mapping[str, Any]]) -> Goal:
         """The rule for choosing among these: with the margin, if one of them that it recommends reaches that."""
@@ -70,38 +70,38 @@ class Goal:
         reached = any(strict.eligible(one) for one in trials if strict.goodness(one) is not None)
         return strict if reached else replace(self, margin=0.0)
 
-    def rank(self, figures: Mapping[str, Any]) -> tuple[bool, bool, float, float] | None:
+    def rank(self, metrics: Mapping[str, Any]) -> tuple[bool, bool, float, float] | None:
         """Place in the rule's order, lowest first; None where a metric is absent.
 
         Degenerate models come last; then those without enough utility, by utility; the others by their objective.
         """
-        goodness, utility = self.goodness(figures), number_of(figures, self.utility)
+        goodness, utility = self.goodness(metrics), number_of(metrics, self.utility)
         if goodness is None or utility is None:
             return None
-        missed = not self.enough(figures)
-        return bool(self.degenerate(figures)), missed, -utility if missed else -goodness, -goodness
+        missed = not self.enough(metrics)
+        return bool(self.degenerate(metrics)), missed, -utility if missed else -goodness, -goodness
 
-    def height(self, figures: Mapping[str, Any]) -> float | None:
+    def height(self, metrics: Mapping[str, Any]) -> float | None:
         """The objective on a scale from 0 to 1 whose order is that of `goodness`; p-values by their logarithm."""
-        goodness = self.goodness(figures)
+        goodness = self.goodness(metrics)
         if goodness is None:
             return None
         if metric(self.objective).p_value:
             return 1 - math.log10(max(goodness, SMALLEST_P)) / math.log10(SMALLEST_P)
         return 0.5 + _squashed(goodness) / 2
 
-    def score(self, figures: Mapping[str, Any], share: float = 1.0) -> float:
+    def score(self, metrics: Mapping[str, Any], share: float = 1.0) -> float:
         """One number whose order is that of `rank`: in [0, 1] with enough utility, in [-1, 0) without, in (-2, -1) for
         degenerate models, else FAILED.
 
         Bounded, because schedulers interpolate between scores. `share` of the floor is enough.
         """
-        height, utility = self.height(figures), number_of(figures, self.utility)
+        height, utility = self.height(metrics), number_of(metrics, self.utility)
         if height is None or utility is None:
             return FAILED
         missing = 0.0 if self.floor is None else share * self.floor - utility
         score = height if missing <= 0 else -_squashed(missing)
-        return 0.49 * score - 1.5 if self.degenerate(figures) else score
+        return 0.49 * score - 1.5 if self.degenerate(metrics) else score
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pyarrow as pa
 from ofmu_ray.metrics import functions
 from ofmu_ray.metrics.columns import clusters_of, finite, rows_of, same_rows
 from ofmu_ray.metrics.functions import FloatArray
-from ofmu_ray.metrics.intervals import MetricValue, forget_quality_figures, mean_figure, utility_estimate
+from ofmu_ray.metrics.intervals import MetricValue, forget_quality_metrics, mean_metric, utility_estimate
 from ofmu_ray.metrics.registry import Inputs, Metric, metric, register
 
 SETS = {"forget": "Forget", "retain": "Retain", "real_authors": "Real authors", "world_facts": "World facts"}
@@ -59,7 +59,7 @@ def _quality(inputs: Inputs) -> tuple[MetricValue, MetricValue] | str:
     both = ~np.isnan(ratios[0]) & ~np.isnan(ratios[1])
     labels = clusters_of(rows[0])
     clusters = None if labels is None else labels[both]
-    return forget_quality_figures(
+    return forget_quality_metrics(
         ratios[0][both], ratios[1][both], name="forget_quality", clusters=clusters, **inputs.options
     )
 
@@ -73,7 +73,11 @@ def utility(inputs: Inputs) -> Mapping[str, MetricValue]:
         return {"model_utility": MetricValue.absent(reason)}
     sets = {part: [column for column in scores if not isinstance(column, str)] for part, scores in columns.items()}
     clusters = {part: clusters_of(inputs.rows(part)) for part in UTILITY_SETS}
-    return {"model_utility": utility_estimate(sets, name="model_utility", clusters=clusters, **inputs.options).figure()}
+    return {
+        "model_utility": utility_estimate(
+            sets, name="model_utility", clusters=clusters, **inputs.options
+        ).metric_value()
+    }
 
 
 register(
@@ -141,9 +145,9 @@ def level_words(table: pa.Table | None, level: float | None, *, samples: int, se
     losses = finite(rows, "forget", "answer_nll") if rows.num_rows else "no rows"
     if isinstance(losses, str) or np.isnan(losses).any():
         return None
-    figure = mean_figure(losses, samples=samples, seed=seed, name="forget_level", clusters=clusters_of(rows))
-    if figure.value is None or figure.low is None or figure.high is None:
+    loss = mean_metric(losses, samples=samples, seed=seed, name="forget_level", clusters=clusters_of(rows))
+    if loss.value is None or loss.low is None or loss.high is None:
         return None
-    place = "short of" if figure.high < level else "beyond" if figure.low > level else "at"
-    shown = f"{figure.value:.2f} [{figure.low:.2f}, {figure.high:.2f}]"
+    place = "short of" if loss.high < level else "beyond" if loss.low > level else "at"
+    shown = f"{loss.value:.2f} [{loss.low:.2f}, {loss.high:.2f}]"
     return f"forget answers: {shown} nats per token, {place} the level of {level:.2f}"

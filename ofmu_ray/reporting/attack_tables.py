@@ -88,7 +88,7 @@ _WORDS = {
 
 def model_row(label: str, direction: str, found: Mapping[str, Mapping[str, Any] | None]) -> Row:
     """A metric's row from what each model has of it, as in metrics.json."""
-    return Row(label, direction, {model: cell(figure) for model, figure in found.items()})
+    return Row(label, direction, {model: cell(metric_name) for model, metric_name in found.items()})
 
 
 def check_table(name: str, found: Mapping[str, Mapping[str, Any]], models: Sequence[str]) -> AttackTable:
@@ -96,13 +96,13 @@ def check_table(name: str, found: Mapping[str, Mapping[str, Any]], models: Seque
     kind, _, which = name.partition("/")
     title, note = _TITLES[kind]
     groups: dict[str, list[Row]] = {}
-    for figure in dict.fromkeys(figure for figures in found.values() for figure in figures):
-        if "/layer_" not in figure:
+    for metric_name in dict.fromkeys(metric_name for named in found.values() for metric_name in named):
+        if "/layer_" not in metric_name:
             group, _, what = (
-                figure.rpartition("/") if kind != "alignment" else figure.removesuffix("/mean").partition("/")
+                metric_name.rpartition("/") if kind != "alignment" else metric_name.removesuffix("/mean").partition("/")
             )
-            values = {model: found.get(model, {}).get(figure) for model in models if model in found}
-            groups.setdefault(group, []).append(model_row(_words(what), direction(f"{kind}/{figure}"), values))
+            values = {model: found.get(model, {}).get(metric_name) for model in models if model in found}
+            groups.setdefault(group, []).append(model_row(_words(what), direction(f"{kind}/{metric_name}"), values))
     others = {"forget": "Forget rows that it does not train on", "retain": "Retain rows that it does not train on"}
     words = _WORDS | others if kind == "relearn" else _WORDS
     titled = [Group(words.get(group, group), rows) for group, rows in groups.items()]

@@ -110,7 +110,7 @@ class BenchmarkData:
             resamples, table = self.resamples(split), self._tables.get((split, method, seed))
             retrained = self._tables.get((split, "retrained", None))
             known = resamples is not None and table is not None
-            self._draws[key] = resamples.figure(name, table, retrained) if resamples and known else "no rows"
+            self._draws[key] = resamples.resampled_run(name, table, retrained) if resamples and known else "no rows"
         return self._draws[key]
 
     def reference(self, split: str, model: str) -> dict[str, ResampledRun]:
@@ -127,7 +127,7 @@ class BenchmarkData:
         if phase == "tune" and split in self._tuning_rows and target is not None:
             ids = zip(target["set"].to_pylist(), target["index"].to_pylist(), strict=True)
             cut = target.filter(pa.array([row in self._tuning_rows[split] for row in ids]))
-            draws = Resamples(cut, samples=0).figure(self.utility, cut, None)
+            draws = Resamples(cut, samples=0).resampled_run(self.utility, cut, None)
         else:
             draws = self.resampled_metric(split, "target", None, self.utility)
         return draws.value if isinstance(draws, ResampledRun) else None

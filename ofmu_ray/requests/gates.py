@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ofmu_ray.attacks.attack_metrics import check_figures
+from ofmu_ray.attacks.attack_metrics import check_metrics
 from ofmu_ray.config.promotion import GATES, GateConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.metrics.columns import rows_of
-from ofmu_ray.metrics.intervals import MetricValue, difference_figure
+from ofmu_ray.metrics.intervals import MetricValue, difference_metric
 from ofmu_ray.metrics.paired import ResampledRun, Resamples, tested
 from ofmu_ray.metrics.registry import metric
 from ofmu_ray.metrics.summary import summarise
@@ -65,22 +65,22 @@ class GateTables:
     retrained model on requested rows. Empty: not measured."""
     samples: int = 1000
     seed: int = 0
-    _figures: dict[Any, dict[str, MetricValue]] = field(default_factory=dict)
+    _metrics: dict[Any, dict[str, MetricValue]] = field(default_factory=dict)
 
     @property
     def options(self) -> dict[str, int]:
         """Of the intervals."""
         return {"samples": self.samples, "seed": self.seed}
 
-    def figure(self, name: str, model: str, rows: str, request: str | None = None) -> MetricValue:
+    def metric_value(self, name: str, model: str, rows: str, request: str | None = None) -> MetricValue:
         """A metric of a model (`result`, `retrained`) with `rows` (requested, earlier, holdout) as its forget rows."""
         key = (model, rows, request)
-        if key not in self._figures:
+        if key not in self._metrics:
             table = getattr(self, model)
             view = self.view(table, rows, request)
             reference = None if self.retrained is None or rows == "earlier" else self.view(self.retrained, rows)
-            self._figures[key] = summarise(view, reference, bootstrap_samples=self.samples, seed=self.seed)
-        return self._figures[key].get(name, MetricValue.absent(f"the rows do not give {name}"))
+            self._metrics[key] = summarise(view, reference, bootstrap_samples=self.samples, seed=self.seed)
+        return self._metrics[key].get(name, MetricValue.absent(f"the rows do not give {name}"))
 
     def view(self, table: pa.Table, rows: str, request: str | None = None) -> pa.Table:
         """The table with other rows in the place of the forget rows."""
@@ -101,7 +101,7 @@ class GateTables:
     def paired(self, name: str, other: pa.Table, how: Literal["ratio", "difference"]) -> MetricValue:
         """A metric of the result over, or minus, that of another model on the same rows."""
         tables = (self.view(self.result, "requested"), self.view(other, "requested"))
-        both = [self.resamples.figure(name, table, None) for table in tables]
+        both = [self.resamples.resampled_run(name, table, None) for table in tables]
         draws = [one for one in both if isinstance(one, ResampledRun)]
         if len(draws) < 2:
             return MetricValue.absent(next(one for one in both if isinstance(one, str)))
@@ -121,8 +121,8 @@ class GateTables:
         if rows not in self.relearn:
             return MetricValue.absent("the attack was not run")
         reference = self.relearn.get("retrained") if rows == "requested" else None
-        figures = check_figures("relearn", self.relearn[rows], reference, **self.options)
-        return figures.get(name, MetricValue.absent(f"the attack does not give {name}; it gives {', '.join(figures)}"))
+        results = check_metrics("relearn", self.relearn[rows], reference, **self.options)
+        return results.get(name, MetricValue.absent(f"the attack does not give {name}; it gives {', '.join(results)}"))
 
 
 def check_gates(gates: Sequence[GateConfig], *, holdout: bool, retrained: bool) -> None:
@@ -177,17 +177,17 @@ def _compared(gate: GateConfig, tables: GateTables, request: str | None = None) 
         value = tables.relearned(name, "requested")
         if gate.against is None:
             return value
-        return difference_figure(value, tables.relearned(name, gate.against))
+        return difference_metric(value, tables.relearned(name, gate.against))
     if gate.against == "champion":
         return tables.paired(gate.metric, tables.champion, "ratio")
     if gate.against == "retrained" and gate.metric in tested():
         assert tables.retrained is not None
         return tables.paired(gate.metric, tables.retrained, "difference")
-    value = tables.figure(gate.metric, "result", gate.rows, request)
+    value = tables.metric_value(gate.metric, "result", gate.rows, request)
     if gate.against == "holdout":
-        return difference_figure(value, tables.figure(gate.metric, "result", "holdout"))
+        return difference_metric(value, tables.metric_value(gate.metric, "result", "holdout"))
     if gate.against == "retrained":
-        return difference_figure(value, tables.figure(gate.metric, "retrained", "requested"))
+        return difference_metric(value, tables.metric_value(gate.metric, "retrained", "requested"))
     return value
 
 

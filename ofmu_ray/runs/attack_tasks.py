@@ -150,7 +150,7 @@ class Checks:
 
     def metrics(self) -> dict[str, Metrics]:
         """The metrics by attack and model; lm-evaluation-harness runs here."""
-        from ofmu_ray.attacks.attack_metrics import check_figures
+        from ofmu_ray.attacks.attack_metrics import check_metrics
 
         metrics: dict[str, Metrics] = {}
         for attack in self.attacks:
@@ -161,7 +161,7 @@ class Checks:
             metrics[attack.name] = {
                 label: {
                     name: value.to_json()
-                    for name, value in check_figures(attack.kind, table, reference, **self._sampling).items()
+                    for name, value in check_metrics(attack.kind, table, reference, **self._sampling).items()
                 }
                 for label, table in tables.items()
             }

@@ -131,7 +131,7 @@ def _rows(
     """The rows of the trials table, and the per-row values of all models."""
     import pyarrow.parquet as pq
 
-    from ofmu_ray.metrics.aggregate import aggregate_figures, aggregate_inputs
+    from ofmu_ray.metrics.aggregate import aggregate_inputs, aggregate_metrics
 
     parts = [
         _labelled(table, (model, split, "reference", None, None))
@@ -155,7 +155,7 @@ def _rows(
             if place not in inputs:
                 tables = cut(known, references[trial.split], trial.rows)
                 inputs[place] = {model: aggregate_inputs(each) for model, each in tables.items()}
-            aggregates = aggregate_figures(aggregate_inputs(table), **inputs[place])
+            aggregates = aggregate_metrics(aggregate_inputs(table), **inputs[place])
             row |= plain({name: value.to_json() for name, value in aggregates.items()})
             row["aggregate_absent"] = aggregates["aggregate"].reason if aggregates["aggregate"].value is None else None
         rows.append(row)
@@ -172,7 +172,7 @@ def machine() -> str:
 
 def _reference_metrics(tables: Mapping[str, Any], config: BenchmarkConfig) -> dict[str, Any]:
     """Metrics of the target and the retrained model on all rows."""
-    from ofmu_ray.metrics.aggregate import aggregate_figures, aggregate_inputs
+    from ofmu_ray.metrics.aggregate import aggregate_inputs, aggregate_metrics
     from ofmu_ray.metrics.summary import summarise
 
     inputs = {model: aggregate_inputs(table) for model, table in tables.items()}
@@ -182,7 +182,7 @@ def _reference_metrics(tables: Mapping[str, Any], config: BenchmarkConfig) -> di
             name: value.to_json()
             for name, value in (
                 summarise(table, retrained, bootstrap_samples=samples, seed=config.tuning.seed)
-                | aggregate_figures(inputs[model], **inputs)
+                | aggregate_metrics(inputs[model], **inputs)
             ).items()
         }
         for model, table in tables.items()

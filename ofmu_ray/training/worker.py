@@ -244,7 +244,7 @@ class Worker:
         patience, steps = self.job.stop.forgotten, getattr(self.job.method, "inner_steps", None)
         if patience is None or steps is None or len(self.state.series) < patience:
             return False
-        if any(figures.get("skipped_ascents") != steps for figures in self.state.series[-patience:]):
+        if any(entry.get("skipped_ascents") != steps for entry in self.state.series[-patience:]):
             return False
         self.state.message = f"forgotten: {patience} rounds in a row had nothing left to forget (stop.forgotten)"
         return True

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from ofmu_ray.attacks.alignment import LayerAlignment, alignment_table
-from ofmu_ray.attacks.attack_metrics import check_figures
+from ofmu_ray.attacks.attack_metrics import check_metrics
 from ofmu_ray.metrics.intervals import MetricValue
 from ofmu_ray.reporting.attack_tables import check_table
 from ofmu_ray.reporting.evaluation_page import ComparisonData, grouped, render_comparison
@@ -41,7 +41,7 @@ def relearned(forget: list[list[float]]) -> pa.Table:
 def test_relearning_curves_and_their_height() -> None:
     model = relearned([[0.0, 0.2], [0.4, 0.2], [0.8, 0.2]])
     reference = relearned([[0.0, 0.2], [0.0, 0.2], [0.0, 0.2]])
-    metrics = check_figures("relearn", model, reference, **SAMPLING)
+    metrics = check_metrics("relearn", model, reference, **SAMPLING)
     assert [metrics[f"forget/step_{step}"].value for step in (0, 1, 3)] == pytest.approx([0.1, 0.3, 0.5])
     # first row: (0 + 0.4) / 2 over one step and (0.4 + 0.8) / 2 over two, by 3 steps; the second is flat
     height = ((0.2 * 1 + 0.6 * 2) / 3 + 0.2) / 2
@@ -50,13 +50,13 @@ def test_relearning_curves_and_their_height() -> None:
     assert metrics["retain/height"].value == pytest.approx(0.8)
     assert metrics["retain/height_beyond_retrained"].value == 0
     assert metrics["forget/step_3"].n == 2
-    assert "forget/height_beyond_retrained" not in check_figures("relearn", model, None, **SAMPLING)
+    assert "forget/height_beyond_retrained" not in check_metrics("relearn", model, None, **SAMPLING)
 
 
 def test_rounded_weights_by_set_and_scheme() -> None:
     values = {("forget", "full"): [0.1, 0.3], ("forget", "rtn4"): [0.6, 0.8], ("retain", "full"): [0.9],
               ("retain", "rtn4"): [0.5]}  # fmt: skip
-    metrics = check_figures("quantise", table(values, "set", "scheme"), **SAMPLING)
+    metrics = check_metrics("quantise", table(values, "set", "scheme"), **SAMPLING)
     assert {name: metric.value for name, metric in metrics.items()} == pytest.approx(
         {"forget/full": 0.2, "forget/rtn4": 0.7, "retain/full": 0.9, "retain/rtn4": 0.5}
     )
@@ -65,12 +65,12 @@ def test_rounded_weights_by_set_and_scheme() -> None:
 def test_attacks_and_each_rows_worst_case() -> None:
     values = {("plain",): [0.1, 0.4], ("prefix_1",): [0.3, 0.2], ("hint",): [0.9, 0.9]}
     recall = [0.0, 1.0, 0.5, 0.0, 1.0, 1.0]
-    metrics = check_figures("prefix", table(values, "attack", rouge_l_recall=recall), **SAMPLING)
+    metrics = check_metrics("prefix", table(values, "attack", rouge_l_recall=recall), **SAMPLING)
     assert metrics["probability/plain"].value == pytest.approx(0.25)
     assert metrics["probability/worst_case"].value == pytest.approx((0.3 + 0.4) / 2)  # without the hint
     assert metrics["rouge/prefix_1"].value == pytest.approx(0.25)
     assert metrics["rouge/worst_case"].value == pytest.approx((0.5 + 1.0) / 2)
-    without = check_figures("prefix", table(values, "attack", rouge_l_recall=[None] * 6), **SAMPLING)
+    without = check_metrics("prefix", table(values, "attack", rouge_l_recall=[None] * 6), **SAMPLING)
     assert not [name for name in without if name.startswith("rouge")]
 
 
@@ -78,13 +78,13 @@ def test_clusters_are_drawn_as_units() -> None:
     rows = table({("forget", "full"): [0.0] * 5 + [1.0] * 5, ("retain", "full"): [0.5]}, "set", "scheme")
     labels = ["a"] * 5 + ["b"] * 5 + ["c"]
     rows = rows.set_column(rows.schema.get_field_index("cluster"), "cluster", pa.array(labels))
-    metric = check_figures("quantise", rows, **SAMPLING)["forget/full"]
+    metric = check_metrics("quantise", rows, **SAMPLING)["forget/full"]
     assert (metric.low, metric.value, metric.high, metric.clusters) == (0.0, 0.5, 1.0, 2)
 
 
 def test_a_loss_that_is_not_finite_is_said() -> None:
     values = {("forget", "full"): [0.1, float("nan"), float("nan")], ("retain", "full"): [0.9]}
-    metrics = check_figures("quantise", table(values, "set", "scheme"), **SAMPLING)
+    metrics = check_metrics("quantise", table(values, "set", "scheme"), **SAMPLING)
     assert metrics["forget/full"].value is None
     assert "2 of 3" in str(metrics["forget/full"].reason)
     assert metrics["retain/full"].value == 0.9
@@ -95,7 +95,7 @@ def test_alignment_by_layer_and_its_mean() -> None:
     debiased = [MetricValue(0.5, 0.4, 0.6), MetricValue.absent("debiased CKA needs four rows")]
     cosine = [MetricValue(0.2, 0.1, 0.3), MetricValue(0.4, 0.3, 0.5)]
     rows = [LayerAlignment("forget", layer, plain[layer], debiased[layer], cosine[layer]) for layer in (0, 1)]
-    metrics = check_figures("alignment", alignment_table(rows), **SAMPLING)
+    metrics = check_metrics("alignment", alignment_table(rows), **SAMPLING)
     assert metrics["cka/forget/mean"].value == pytest.approx(0.7)
     assert metrics["cosine/forget/mean"].value == pytest.approx(0.3)
     assert metrics["cosine/forget/layer_1"] == MetricValue(0.4, 0.3, 0.5)
