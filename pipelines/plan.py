@@ -21,6 +21,10 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     try:
         config = parse(PlanConfig, words, PROG)
+        if config.plan.json and not (folder := Path(config.plan.json).parent).is_dir():
+            raise UserError(
+                f"plan.json = {config.plan.json!r}: cannot be written (no folder {folder}); name another file"
+            )
         plan = planned(config)
         if config.plan.json:
             _write(config.plan.json, plan)
@@ -38,7 +42,7 @@ def _write(path: str, plan: Mapping[str, Any]) -> None:
     try:
         Path(path).write_text(json.dumps(plan, indent=1) + "\n")
     except OSError as error:
-        raise UserError(f"plan.json = {path!r}: cannot be written ({error.strerror}); name another file") from None
+        raise UserError(f"plan.json = {path!r}: cannot be written ({error.strerror}); name another") from None
 
 
 if __name__ == "__main__":
