@@ -18,17 +18,8 @@ import pytest
 pytestmark = pytest.mark.system
 
 ROOT = Path(__file__).resolve().parent.parent
-SHORT = [
-    "--training.rounds",
-    "2",
-    "--training.engine",
-    "torch",
-    "--training.workers",
-    "1",
-    "--evaluation.max_rows",
-    "8",
-]
-SHORT += ["--evaluation.max_new_tokens", "8", "--tracking.system_metrics", "false"]
+SHORT = ["--training.rounds", "2", "--training.engine", "torch", "--training.workers", "1"]
+SHORT += ["--evaluation.max_rows", "8", "--evaluation.max_new_tokens", "8", "--tracking.system_metrics", "false"]
 
 
 def run(*words: str | Path, at: Path, **environment: str) -> str:
