@@ -210,7 +210,7 @@ def test_tables_report_and_mlflow(finished):
     assert all("model_utility" in run.data.tags["mlflow.note.content"] for run in done)
     note = parent[0].data.tags["mlflow.note.content"]
     assert note.startswith("```text\n")
-    assert "mean [lowest, highest] over seeds" in note
+    assert "mean (of p-values: geometric) [lowest, highest] over seeds" in note
 
 
 @pytest.mark.full  # starts Ray: a minute

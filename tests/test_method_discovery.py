@@ -26,7 +26,7 @@ from typing import ClassVar
 
 from ofmu_ray.config.methods import RATE, Ranges, WeightedConfig
 from ofmu_ray.config.ranges import positive
-from ofmu_ray.methods.one_loop import Weighted
+from ofmu_ray.methods.one_loop import WeightedLoop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class FadingConfig(WeightedConfig):
         positive(section, self, "scale")
 
 
-class Fading(Weighted[FadingConfig]):
+class Fading(WeightedLoop[FadingConfig]):
     """Minimises -exp(-L_f / scale) L_f + alpha R."""
 
     name = "fading"

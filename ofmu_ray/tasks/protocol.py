@@ -117,7 +117,7 @@ class Task(Protocol):
     def load(self, config: ModelConfig) -> tuple[torch.nn.Module, Any]:
         """The model, in training mode on the CPU, and its processor."""
 
-    # optional: def load_unread(self, config: ModelConfig) -> tuple[torch.nn.Module, Any, Unread] | str
+    # optional: def load_unread(self, config: ModelConfig) -> tuple[torch.nn.Module, Any, UnreadWeights] | str
     # the same, where the engine reads the weights and a ZeRO-3 worker only its share of them; or why it cannot
 
     # optional: def remarks(self, config: ModelConfig) -> list[str]
