@@ -50,5 +50,11 @@ def test_the_work_after_the_last_round_has_its_own_bar(local_ray, monkeypatch):
                 bar.update()
                 until(shown, f"export {done}")
         until(shown, "export closed")
+        ray.get(actor.phase.remote(("evaluate", 2, "row", 1)))
+        until(shown, "evaluate 1")
+        ray.get(actor.begin.remote())  # the workers died and start again
+        until(shown, "evaluate closed")
     kept = [event for event in shown.events if not event.startswith(("train 0", "train 3"))]
-    assert kept == ["train of 3 rounds", "export of 2 tensors", "export 1", "export 2", "export closed", "train closed"]
+    export = ["export of 2 tensors", "export 1", "export 2", "export closed"]
+    evaluation = ["evaluate of 2 rows", "evaluate 1", "evaluate closed"]
+    assert kept == ["train of 3 rounds", *export, *evaluation, "train closed"]

@@ -366,7 +366,7 @@ def test_they_are_no_fewer_than_the_first_walk_found():
     assert len(set(lines)) == len(lines) >= 91
 
 
-# of those that torch could take part in, the ones that make test times, too
+# once refused only after torch was imported: make test times these, make test-all all of them
 BEFORE_TORCH = ("freeze without a match", "layer too high", "adapter without a module")
 BEFORE_TORCH += ("target that is not trained", "model on the hub", "MLflow not reachable", "rule without generations")
 BEFORE_TORCH += ("missing evaluation file", "missing questions", "attack on too few rows", "seed of the trials")

@@ -57,7 +57,7 @@ class Progress:
 
     def begin(self) -> list[str]:
         """The workers start (again); returns the notes so far."""
-        self.last = {}
+        self.last, self.within = {}, None
         return self.notes
 
     def read(self) -> tuple[int, dict[str, float], list[str], list[int], Phase | None]:
@@ -123,7 +123,7 @@ class ProgressForwarder:
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._pass_on, daemon=True)
         self._noted = self._resumed = 0
-        self._within: tuple[str, progress.Bar] | None = None
+        self._within: tuple[tuple[str, int, str], progress.Bar] | None = None
         self._block = ExitStack()
 
     def __enter__(self) -> ProgressForwarder:
@@ -155,11 +155,10 @@ class ProgressForwarder:
         self._show(phase)
 
     def _show(self, phase: Phase | None) -> None:
-        if phase is None or self._within is None or self._within[0] != phase[0]:
+        if phase is None or self._within is None or self._within[0] != phase[:3]:
             self._block.close()
             self._within = None
         if phase is not None:
-            title, total, unit, done = phase
             if self._within is None:
-                self._within = title, self._block.enter_context(self.listener.bar(title, total, unit))
-            self._within[1].at(done)
+                self._within = phase[:3], self._block.enter_context(self.listener.bar(*phase[:3]))
+            self._within[1].at(phase[3])
