@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 Make = Callable[[], Callable[[Item], Result]]
 
 SMALL_FLOPS = 2e12
-"""Some 50 seconds on one core. On two cores, Ray with two processes takes as long and more CPU (benchmarks/README.md)."""
+"""Some 50 seconds on one core. Ray with two processes takes as long on two, and more CPU (benchmarks/README.md)."""
 MOST_PROCESSES = 8
 RETRIES = 3
 """Retries of an item whose process has died."""
