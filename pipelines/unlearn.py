@@ -27,7 +27,7 @@ def show(outcome: Outcome) -> None:
     print(
         f"\ncost    {passes['forget']} forget + {passes['retain']} retain passes, {cost['updates']} updates, "
         f"{cost['tokens']} tokens, {cost['flops']:.2e} FLOPs, {seconds['rounds']:.1f} s in rounds, "
-        f"{sum(spent for name, spent in seconds.items() if name != 'rounds'):.1f} s in total"
+        f"{sum(spent for name, spent in seconds.items() if name != 'rounds'):.1f} s in this command"
     )
     print(f"model   {outcome.run['model']}\nreport  {outcome.run['report']}\nmlflow  {outcome.run['mlflow']}")
 
