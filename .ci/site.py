@@ -20,6 +20,8 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "benchmarks/README.md": "speed.md",
     "LICENSE": "LICENSE",
+    "CITATION.cff": "CITATION.cff",
+    "benchmarks/domain.json": "domain.json",
 }
 """File of the repository -> file of the site; files of docs/ keep their names."""
 LINK = re.compile(r"(?<=\]\()(?P<target>[^)#\s:]+)(?=[)#])")
