@@ -413,12 +413,12 @@ def test_models_that_do_not_go_together(tiny: Path, tmp_path: Path, capsys: pyte
     refused(words, "--tokenizer", capsys=capsys)
 
 
-def test_a_classifier_has_its_metrics_in_its_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_classifier_asks_for_its_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from ofmu_ray.config import ClassifierConfig, TrainConfig
     from ofmu_ray.models.classifiers import write_initial_classifier
 
     write_initial_classifier(tmp_path / "resnet", TrainConfig(classifier=ClassifierConfig(architecture="resnet8")))
-    parts = ("is an image classifier", "report and metrics.json of its run")
+    parts = ("is an image classifier", "--task image_classification")
     words = command(tmp_path / "e", models={"a": str(tmp_path / "resnet")})
     refused(words, "models.a = ", *parts, capsys=capsys)
     words = command(tmp_path / "e", evaluation={"retrained": str(tmp_path / "resnet")})

@@ -13,12 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from conftest import IMAGE_METHODS, ROOT
 from PIL import Image
 from safetensors.torch import load_file
 
 from ofmu_ray import train, unlearn
-from ofmu_ray.config import METHODS, TrainConfig, UnlearnConfig, apply_overrides, outcome_hash
+from ofmu_ray.config import METHODS, TrainConfig, UnlearnConfig, apply_overrides, outcome_hash, to_dict
 from ofmu_ray.data.image_files import digits
 from ofmu_ray.data.image_reading import augmented, draws
 from ofmu_ray.errors import UserError
@@ -136,6 +137,42 @@ def test_a_class_is_forgotten(models: dict[str, str], storage: Path, method: str
     assert pictures == 3 * 5  # test rows (the class and the others) and retain rows; forget rows are not to be shown
     shown = json.loads((Path(outcome.home) / "metrics.json").read_text())["run"]["config_hash"]
     assert shown == outcome_hash(forgetting(models, storage, "other", method=method, **RUNS[method]))
+
+
+@pytest.mark.slow
+def test_models_side_by_side(
+    models: dict[str, str], storage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`ofmu evaluate` has the numbers of the run, a page with images, and refuses what is for texts."""
+    from ofmu_ray.models.classifiers import write_initial_classifier
+
+    run = forgetting(models, storage, "salun", method="salun", **RUNS["salun"])
+    outcome = unlearn(run)
+    write_initial_classifier(
+        tmp_path / "three", apply_overrides(training(tmp_path, "x"), {"classifier.classes": ["a", "b", "c"]})
+    )
+    file = tmp_path / "config.yaml"
+    shared = {name: to_dict(run)[name] for name in ("storage", "task", "data", "evaluation", "tracking")}
+    compared = {"target": models["target"], "unlearned": outcome.model}
+    file.write_text(yaml.safe_dump({"name": "side", "models": compared, **shared}))
+    words = ["evaluate", "--config", str(file)]
+    assert cli.main(words) == 0
+    assert "Average gap" in capsys.readouterr().out
+    measured = json.loads((storage / "side/metrics.json").read_text())["models"]
+    assert measured == {"target": outcome.metrics["before"], "unlearned": outcome.metrics["after"],
+                        "retrained": outcome.metrics["retrained"]}  # fmt: skip
+    page = (storage / "side/report.html").read_text()
+    assert "Confusion of the forgotten rows" in page
+    assert page.count("data:image/png") == 3 * 5
+    for more, said in (
+        (["--checks.alignment", "true"], "checks.alignment: for language models only"),
+        (["--checks.relearn", "{}"], "checks.relearn: for language models only"),
+        (["--peer-names"], "peer_names: for language models only"),
+        (["--models.other", str(tmp_path / "three")], "models.other = "),
+        (["--models.other", str(tmp_path)], "models.other = "),
+    ):
+        assert cli.main([*words, *more]) == 2
+        assert said in capsys.readouterr().err
 
 
 def _loads(path: str, results: dict[str, Any]) -> None:

@@ -28,7 +28,9 @@ from ofmu_ray.config import (
     UnlearnConfig,
     apply_overrides,
 )
+from ofmu_ray.config.evaluate import EvaluateConfig
 from ofmu_ray.errors import UserError
+from ofmu_ray.runs.comparison import compare
 from ofmu_ray.search.run_benchmark import benchmark
 
 FORGOTTEN = 7
@@ -96,6 +98,11 @@ def test_a_custom_task(files: Path, tmp_path: Path, method: str, local_ray: None
     assert {"run", "data", "train"} <= set(heard.topics)
     report = Path(outcome.run["report"]).read_text()
     assert "Forget accuracy" in report
+    compared = compare(EvaluateConfig(
+        storage=str(tmp_path), task="digits_task", models={"a": str(files / "target"), "b": outcome.model},
+        data=config(files, tmp_path, "x", {}).data, tracking=TrackingConfig(system_metrics=False),
+    ))  # fmt: skip
+    assert compared.metrics == {"a": before, "b": after}
     if method != "gradient_ascent":  # which has no term for the retain rows
         assert after["retain_accuracy"]["value"] > 0.9
 

@@ -76,6 +76,8 @@ class EvaluateConfig:
     """Folder for results and caches."""
     seed: int = 0
     """Seed of the bootstrap resamples."""
+    task: str = "causal_lm"
+    """Kind of models and rows, as in `ofmu unlearn`; checks are for language models."""
     models: dict[str, str] = field(default_factory=lambda: {"target": BUILTIN_TARGET})
     """Label -> model directory (Hugging Face layout, safetensors) or hub name. The label `retrained` is reserved."""
     tokenizer: str | None = None
@@ -112,3 +114,13 @@ class EvaluateConfig:
             raise UserError("checks.alignment needs a retrained model: set evaluation.retrained")
         if self.checks.gradient_norm and self.evaluation.sets.holdout is None:
             raise UserError("checks.gradient_norm needs rows that no model has seen: set evaluation.sets.holdout")
+
+    @property
+    def compared(self) -> dict[str, str]:
+        """Label -> folder or hub name of all models, with the retrained one last."""
+        reference = {RETRAINED: self.evaluation.retrained} if self.evaluation.retrained else {}
+        return self.models | reference
+
+    def option(self, label: str) -> str:
+        """The option that names a model of `compared`."""
+        return "evaluation.retrained" if label == RETRAINED else f"models.{label}"

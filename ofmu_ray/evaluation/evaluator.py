@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import DataConfig, EvaluationConfig, FormatConfig, ModelConfig, SourceConfig, UnlearnConfig
@@ -15,6 +16,9 @@ from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.sample import RowSample, metrics_of
 from ofmu_ray.models.source import model_source
 from ofmu_ray.storage import PathLike, join
+
+if TYPE_CHECKING:
+    from ofmu_ray.config.evaluate import EvaluateConfig
 
 CHOICE_SETS = ("forget_choice", "retain_choice")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -61,6 +65,34 @@ class Evaluator:
             sets=read_sets(config.evaluation, config.data, config.model) if config.evaluation.enabled else {},
             models=tuple(filter(None, (config.model.path, config.evaluation.retrained))),
             exported=config.export.dtype,
+        )
+
+    @classmethod
+    def of_many(cls, config: EvaluateConfig, storage: PathLike) -> Evaluator:
+        """The evaluation of models side by side, each with its own tokenizer if it has one.
+
+        Raises:
+            UserError: no model has a tokenizer, one is an image classifier, or the rows are unusable.
+        """
+        for label, path in config.compared.items():
+            _refuse_classifier(path, config.option(label))
+        tokenizer = config.tokenizer or next(filter(has_tokenizer, config.models.values()), None)
+        if tokenizer is None:
+            raise UserError(
+                "tokenizer: none of the models comes with one; name a folder or a hub name with --tokenizer"
+            )
+        reader = ModelConfig(path=tokenizer, trust_remote_code=config.trust_remote_code)
+        return cls(
+            config.evaluation,
+            config.data,
+            tokenizer,
+            join(storage, "cache"),
+            config.seed,
+            config.report.reveal_text,
+            config.trust_remote_code,
+            sets=read_sets(config.evaluation, config.data, reader),
+            own_tokenizers=config.tokenizer is None,
+            models=tuple(config.compared.values()),
         )
 
     def table(self, model: str | None, label: str) -> Any:
@@ -164,6 +196,10 @@ class Evaluator:
     def tokenizer_of(self, model: str) -> str:
         """Folder or hub name of the tokenizer for evaluating this model; a hub model has its own."""
         return model if self.own_tokenizers and has_tokenizer(model) else self.tokenizer
+
+    def tokenizers(self) -> int:
+        """How many different tokenizers `models` have."""
+        return len({self.loading(path).template.fingerprint() for path in self.models})
 
     @property
     def row_format(self) -> FormatConfig:
@@ -270,6 +306,14 @@ class Evaluator:
             aggregate = aggregate_metrics(model, target, reference)
             verdict["aggregate"] = {name: metric.to_json() for name, metric in aggregate.items()}
         return verdict
+
+
+def _refuse_classifier(path: str, option: str) -> None:
+    """Raise UserError if `path` is a folder with an image classifier, before a tokenizer is asked for."""
+    config = Path(resolve_builtin(path)) / "config.json"
+    kinds = json.loads(config.read_text()).get("architectures") or () if config.is_file() else ()
+    if any("ImageClassification" in kind for kind in kinds):
+        raise UserError(f"{option} = {path!r} is an image classifier: set --task image_classification")
 
 
 def has_tokenizer(model: str) -> bool:

@@ -97,6 +97,17 @@ class ImageEvaluator:
             config.report.reveal_text,
         )  # fmt: skip
 
+    def check_fits(self, model: str, option: str) -> None:
+        """Raise UserError, which names `option`, if the model has not as many classes as the rows were read for."""
+        from ofmu_ray.models.classifiers import ImageProcessor
+
+        classes = ImageProcessor.read(model, option).classes
+        if len(classes) != len(self.classes):
+            raise UserError(
+                f"{option} = {model!r} has {len(classes)} classes, the first model {len(self.classes)}: compare models "
+                "of the same classes"
+            )
+
     def table(self, model: str | None, label: str) -> pa.Table | None:
         """Per-row values of the model at a path; None without a model, or if evaluation is off."""
         if model is None or not self.evaluation.enabled:
@@ -124,9 +135,6 @@ class ImageEvaluator:
                 for number, values in enumerate(map(make(), jobs)) if runs_here(work) else map_tasks(make, jobs):
                     done[number] = values
                     bar.update()
-            classes = done[0].shape[1]
-            if classes != len(self.classes):
-                raise UserError(f"{label} model {model!r} has {classes} classes, and model.path {len(self.classes)}")
             known = self._table([done[number] for number in range(len(jobs))], jobs)
             cache.save(key, known)
         return known if self.sample is None else self._named(known)

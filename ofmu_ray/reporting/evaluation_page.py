@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ofmu_ray.metrics.registry import GROUPS, metric
-from ofmu_ray.reporting import formats
+from ofmu_ray.reporting import formats, image_section
 from ofmu_ray.reporting.attack_tables import Group, Row, check_table, model_row
 from ofmu_ray.reporting.page import page_environment, yaml_text
 from ofmu_ray.storage import PathLike, atomic_write
@@ -36,6 +36,14 @@ class ComparisonData:
     """Attack -> model -> metrics as in metrics.json."""
     verdicts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Model -> sentences on its forgetting and its answers."""
+    tables: Mapping[str, Any] = field(default_factory=dict)
+    """Model -> per-row values, a pyarrow table; None values are skipped."""
+    images: image_section.Images | None = None
+    """Of image classifiers: classes and pictures."""
+    samples: int = 5
+    """Images shown per set."""
+    reveal_text: bool = False
+    """Whether forget images are shown (personal data)."""
     tokenizers: int = 1
     """Number of different tokenizers among the models."""
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -60,6 +68,7 @@ def render_comparison(data: ComparisonData) -> str:
             groups=groups,
             absent=absent,
             checks=[check_table(name, values, list(data.metrics)) for name, values in data.checks.items()],
+            **image_section.images_context(data.tables, data.images, data.samples),
             command=shlex.join(data.command),
             config_yaml=yaml_text(data.config),
         )

@@ -1,4 +1,4 @@
-"""What a run's page shows of images: samples with the predicted classes, and what forget rows are taken for."""
+"""What a page shows of images: samples with the predicted classes, and what forget rows are taken for."""
 
 from __future__ import annotations
 
@@ -51,18 +51,29 @@ class ConfusionLine:
 
 def images_of(evaluation: Any, tables: Mapping[str, Any], count: int) -> Images | None:
     """The content for `count` samples of each set, from a task's evaluation; None: its rows are not images."""
-    if not hasattr(evaluation, "pictures") or tables.get("after") is None:
+    if not hasattr(evaluation, "pictures") or not any(table is not None for table in tables.values()):
         return None
     return Images(evaluation.classes, evaluation.pictures(shown_rows(tables, count)))
 
 
+def images_context(tables: Mapping[str, Any], images: Images | None, count: int) -> dict[str, Any]:
+    """What images.html.j2 shows: `pictures` and `confusion`, empty without images."""
+    if images is None:
+        return {"pictures": {}, "confusion": []}
+    return {
+        "pictures": image_samples(tables, images, count),
+        "confusion": confusion_lines(tables, images.classes),
+    }
+
+
 def shown_rows(tables: Mapping[str, Any], count: int) -> list[str]:
-    """Ids of `count` rows of each set: first those whose prediction changed, evenly spread over the others."""
-    before, after = (_by_id(tables.get(model)) for model in ("before", "after"))
+    """Ids of `count` rows of each set: first those that the first two models (of a run: before and after) take for
+    different classes, evenly spread over the others."""
+    first, second = ([_by_id(table) for table in tables.values() if table is not None] * 2)[:2]
     ids = []
     for name in SETS:
-        rows = [row_id for row_id, row in after.items() if row["set"] == name]
-        changed = [r for r in rows if r in before and before[r]["predicted"] != after[r]["predicted"]]
+        rows = [row_id for row_id, row in second.items() if row["set"] == name]
+        changed = [r for r in rows if r in first and first[r]["predicted"] != second[r]["predicted"]]
         other = [row_id for row_id in rows if row_id not in set(changed)]
         ids += (_spread(changed, count) + _spread(other, count))[:count]
     return ids

@@ -102,8 +102,7 @@ def _context(data: ReportData) -> dict[str, Any]:
         "samples": {}
         if data.images
         else samples.sample_rows(tables, data.texts, data.samples, reveal=data.reveal_text),
-        "pictures": image_section.image_samples(tables, data.images, data.samples) if data.images else {},
-        "confusion": image_section.confusion_lines(tables, data.images.classes) if data.images else [],
+        **image_section.images_context(tables, data.images, data.samples),
         "is_private": is_private,
         "degeneration": samples.degeneration(tables),
         "phases": _phases(data.cost),

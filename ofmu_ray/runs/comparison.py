@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from collections.abc import Sequence
@@ -12,12 +13,11 @@ from typing import Any
 
 from ofmu_ray import progress
 from ofmu_ray.assets import resolve_builtin
-from ofmu_ray.config import ModelConfig, TrainingConfig, config_hash
+from ofmu_ray.config import ModelConfig, TrainingConfig, UnlearnConfig, config_hash
 from ofmu_ray.config.evaluate import RETRAINED, EvaluateConfig
 from ofmu_ray.errors import UserError
-from ofmu_ray.evaluation.evaluator import Evaluator, has_tokenizer, read_sets
 from ofmu_ray.metrics.peer_names import peer_values
-from ofmu_ray.models.checks import check_model, check_place
+from ofmu_ray.models.checks import check_place
 from ofmu_ray.reporting.manifest import code_version
 from ofmu_ray.runs.attack_tasks import Checks
 from ofmu_ray.runs.claims import locked, refuse_taken
@@ -26,6 +26,8 @@ from ofmu_ray.runs.preflight import prepare_storage, public, wants_ray
 from ofmu_ray.runs.who_evaluates import check_device_map
 from ofmu_ray.runs.writing import write_rows
 from ofmu_ray.storage import atomic_write, explained, join, local_file, name_of, scratch
+from ofmu_ray.tasks import task_named
+from ofmu_ray.tasks.protocol import Task
 
 
 @dataclass(frozen=True)
@@ -73,22 +75,24 @@ def _compared(config: EvaluateConfig, command: Sequence[str]) -> Comparison:
 def _measured(
     config: EvaluateConfig, command: Sequence[str], storage: str, home: str, digest: str | None
 ) -> Comparison:
-    models = _models(config)
+    task, models = task_named(config.task), config.compared
+    if "texts" not in task.offers:
+        _refuse_checks(config)
     for label, path in models.items():
-        check_place(path, _option(label))
-        _refuse_classifier(path, _option(label))
-    evaluator = _evaluator(config, storage)
-    checks = Checks(config, evaluator, models)
+        check_place(path, config.option(label))
+    make = getattr(task, "comparison", None)
+    evaluation: Any = task.evaluation(_first_run(config), storage) if make is None else make(config, storage)
+    checks = Checks(config, evaluation, models)
     for label, path in models.items():
-        _check(path, _option(label), evaluator)
+        _check(task, path, config, label, evaluation)
     checks.check_depths()
     if wants_ray():
         from ofmu_ray.cluster.join import join_cluster
 
-        join_cluster(TrainingConfig(), storage, {_option(label): [path] for label, path in models.items()})
+        join_cluster(TrainingConfig(), storage, {config.option(label): [path] for label, path in models.items()})
     check_device_map(config.evaluation)
     with locked(home):
-        return _tracked(config, command, storage, home, digest, evaluator, checks)
+        return _tracked(config, command, storage, home, digest, evaluation, checks)
 
 
 def _tracked(
@@ -97,24 +101,24 @@ def _tracked(
     storage: str,
     home: str,
     digest: str | None,
-    evaluator: Evaluator,
+    evaluation: Any,
     checks: Checks,
 ) -> Comparison:
     """Evaluate under an MLflow run, and write everything."""
     from ofmu_ray import tracking
 
-    models = _models(config)
+    models = config.compared
     tags, record = {"ofmu.kind": "evaluate"}, join(home, tracking.RECORD)
     handle = tracking.start(config.tracking, storage, name_of(home), public(config), tags, record=record)
     status: Any = "FAILED"
     try:
-        tables = {label: evaluator.table(path, label) for label, path in models.items()}
+        tables = {label: evaluation.table(path, label) for label, path in models.items()}
         checks.measure()
         tables = checks.with_gradient_norms(tables)
-        metrics = {label: evaluator.metrics(table, tables.get(RETRAINED)) or {} for label, table in tables.items()}
-        further, verdicts = checks.metrics(), _verdicts(evaluator, tables, metrics)
+        metrics = {label: evaluation.metrics(table, tables.get(RETRAINED)) or {} for label, table in tables.items()}
+        further, verdicts = checks.metrics(), _verdicts(evaluation, tables, metrics)
         mlflow = tracking.open_command(handle)
-        files = _write(home, config, evaluator, models, tables, metrics, further, verdicts, command, mlflow)
+        files = _write(home, config, evaluation, models, tables, metrics, further, verdicts, command, mlflow)
         peer = {label: peer_values(tables[label], metrics[label]) for label in models} if config.peer_names else {}
         if peer:
             atomic_write(join(home, "peer_names.json"), json.dumps(peer, indent=2) + "\n")
@@ -138,38 +142,42 @@ def _tracked(
     return Comparison(home, metrics, further, peer, mlflow, verdicts)
 
 
-def _verdicts(evaluator: Evaluator, tables: dict[str, Any], metrics: dict[str, Any]) -> dict[str, list[str]]:
+def _verdicts(evaluation: Any, tables: dict[str, Any], metrics: dict[str, Any]) -> dict[str, list[str]]:
     """`Comparison.verdicts`, as at the end of a run."""
-    found = {}
-    for label, table in tables.items():
+    found: dict[str, list[str]] = {}
+    for label, table in tables.items() if hasattr(evaluation, "words") else ():
         if label != RETRAINED:
-            words = evaluator.words(table, metrics[label], None, tables.get(RETRAINED))
+            words = evaluation.words(table, metrics[label], None, tables.get(RETRAINED))
             found[label] = [words[name] for name in ("forgetting", "generations") if words[name]]
     return found
 
 
-def _models(config: EvaluateConfig) -> dict[str, str]:
-    """Label -> folder or hub name, with the retrained model last."""
-    reference = {RETRAINED: config.evaluation.retrained} if config.evaluation.retrained else {}
-    return config.models | reference
+def _first_run(config: EvaluateConfig) -> UnlearnConfig:
+    """A run of the first model with the command's rows and options, as far as its evaluation reads them."""
+    first = next(iter(config.models.values()))
+    model = ModelConfig(path=first, tokenizer=config.tokenizer, trust_remote_code=config.trust_remote_code)
+    names = ("storage", "seed", "task", "data", "evaluation", "report")
+    return UnlearnConfig(model=model, **{name: getattr(config, name) for name in names})
 
 
-def _refuse_classifier(path: str, option: str) -> None:
-    """Raise UserError if `path` is a folder with an image classifier, before a tokenizer is asked for."""
-    config = Path(resolve_builtin(path)) / "config.json"
-    kinds = json.loads(config.read_text()).get("architectures") or () if config.is_file() else ()
-    if any("ImageClassification" in kind for kind in kinds):
-        raise UserError(
-            f"{option} = {path!r} is an image classifier: `ofmu evaluate`, its probes and its attacks are for language "
-            "models; a classifier's metrics are in the report and metrics.json of its run (ofmu unlearn)"
-        )
+def _refuse_checks(config: EvaluateConfig) -> None:
+    """Raise UserError if the options ask for what only language models have."""
+    asked = [
+        f"checks.{field.name}" for field in dataclasses.fields(config.checks)
+        if getattr(config.checks, field.name) not in (None, False, [])
+    ]  # fmt: skip
+    asked += ["peer_names"] if config.peer_names else []
+    if asked:
+        raise UserError(f"{asked[0]}: for language models only, and task = {config.task!r}: remove it")
 
 
-def _check(path: str, option: str, evaluator: Evaluator) -> None:
-    """Raise UserError if `path` is no model, has no tokenizer, or the rows do not fit it."""
-    tokenizer = evaluator.tokenizer_of(path)
-    check_model(ModelConfig(path=path, tokenizer=tokenizer, trust_remote_code=evaluator.trust_remote_code), option)
-    evaluator.check_fits(path, option)
+def _check(task: Task, path: str, config: EvaluateConfig, label: str, evaluation: Any) -> None:
+    """Raise UserError if `path` is no model of the task, or the rows do not fit it."""
+    tokenizer = evaluation.tokenizer_of(path) if hasattr(evaluation, "tokenizer_of") else None
+    model = ModelConfig(path=path, tokenizer=tokenizer, trust_remote_code=config.trust_remote_code)
+    task.check_model(model, config.option(label))
+    if hasattr(evaluation, "check_fits"):
+        evaluation.check_fits(path, config.option(label))
 
 
 def _logged(metrics_by_model: dict[str, Any], further: dict[str, Any]) -> dict[str, Any]:
@@ -181,39 +189,18 @@ def _logged(metrics_by_model: dict[str, Any], further: dict[str, Any]) -> dict[s
     return logged
 
 
-def _option(label: str) -> str:
-    return "evaluation.retrained" if label == RETRAINED else f"models.{label}"
+def _folder(path: str) -> Path:
+    """Of a model that its task has accepted; a task of one's own may do without config.json."""
+    from ofmu_ray.models.source import model_source, weights_folder
 
-
-def _tokenizer(config: EvaluateConfig) -> str:
-    """The tokenizer for models that come without one."""
-    path = config.tokenizer or next(filter(has_tokenizer, config.models.values()), None)
-    if path is None:
-        raise UserError("tokenizer: none of the models comes with one; name a folder or a hub name with --tokenizer")
-    return path
-
-
-def _evaluator(config: EvaluateConfig, storage: str) -> Evaluator:
-    tokenizer = _tokenizer(config)
-    reader = ModelConfig(path=tokenizer, trust_remote_code=config.trust_remote_code)
-    return Evaluator(
-        config.evaluation,
-        config.data,
-        tokenizer,
-        join(storage, "cache"),
-        config.seed,
-        config.report.reveal_text,
-        config.trust_remote_code,
-        sets=read_sets(config.evaluation, config.data, reader),
-        own_tokenizers=config.tokenizer is None,
-        models=tuple(_models(config).values()),
-    )
+    folder = Path(model_source(resolve_builtin(path), "model"))
+    return folder if folder.is_dir() else weights_folder(path)
 
 
 def _write(
     home: str,
     config: EvaluateConfig,
-    evaluator: Evaluator,
+    evaluation: Any,
     models: dict[str, str],
     tables: dict[str, Any],
     metrics: dict[str, dict[str, Any]],
@@ -224,8 +211,9 @@ def _write(
 ) -> list[str]:
     """Write rows.parquet, report.html and, last, metrics.json; return the names of those that MLflow keeps."""
     from ofmu_ray.metrics.classification import with_aliases
-    from ofmu_ray.models.source import model_fingerprint, weights_folder
+    from ofmu_ray.models.source import model_fingerprint
     from ofmu_ray.reporting.evaluation_page import ComparisonData, write_comparison
+    from ofmu_ray.reporting.image_section import images_of
 
     write_rows(join(home, "rows.parquet"), tables)
     write_comparison(
@@ -236,13 +224,17 @@ def _write(
             models=models,
             checks=further,
             verdicts=verdicts,
-            tokenizers=len({evaluator.loading(path).template.fingerprint() for path in models.values()}),
+            tokenizers=evaluation.tokenizers() if hasattr(evaluation, "tokenizers") else 1,
+            tables=tables,
+            images=images_of(evaluation, tables, config.report.samples),
+            samples=config.report.samples,
+            reveal_text=config.report.reveal_text,
             config=public(config),
             command=list(command),
             open_command=mlflow,
         ),
     )
-    weights = {label: model_fingerprint(weights_folder(resolve_builtin(path))) for label, path in models.items()}
+    weights = {label: model_fingerprint(_folder(path)) for label, path in models.items()}
     aliased = {label: with_aliases(values) for label, values in metrics.items()}
     summary = {"models": aliased, "checks": further, "weights_sha256": weights, "config": public(config)}
     atomic_write(join(home, "metrics.json"), json.dumps(summary, indent=2) + "\n")

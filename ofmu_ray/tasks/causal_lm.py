@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from ofmu_ray.config import DataConfig, ExportConfig, ModelConfig, TrainConfig, TrainDataConfig, UnlearnConfig
+    from ofmu_ray.config.evaluate import EvaluateConfig
     from ofmu_ray.data.kinds import StreamEncoders
     from ofmu_ray.evaluation.evaluator import Evaluator
     from ofmu_ray.models.unread import UnreadWeights
@@ -68,6 +69,12 @@ class CausalLM:
         from ofmu_ray.evaluation.evaluator import Evaluator
 
         return Evaluator.of(config, storage)
+
+    def comparison(self, config: EvaluateConfig, storage: PathLike) -> Evaluator:
+        """The evaluation of many models, each with its own tokenizer."""
+        from ofmu_ray.evaluation.evaluator import Evaluator
+
+        return Evaluator.of_many(config, storage)
 
     def initial(self, folder: str, config: TrainConfig) -> None:
         """A Llama from the scratch options with seeded random weights."""

@@ -54,6 +54,10 @@ class Evaluation(Protocol):
         The section `run` is merged into the run's: `degenerate` (bool or None) and `generations` (a sentence or None).
         """
 
+    # optional, for `ofmu evaluate`: def words(self, table, metrics, target, retrained) -> dict[str, Any]
+    # what `verdict` says of a run, of any model: `forgetting` and `generations`, each a sentence or None; tables and
+    # metrics as there. And def tokenizer_of(self, model: str) -> str, the tokenizer for the model at a path
+
     # optional: def check_fits(self, model: str, option: str) -> None
     # raise UserError if the rows do not fit the model at a path, without loading its weights
 
@@ -105,6 +109,9 @@ class Task(Protocol):
 
     def evaluation(self, config: UnlearnConfig, storage: PathLike) -> Evaluation:
         """The evaluation of a run; reads its rows and refuses unusable ones before any worker starts."""
+
+    # optional: def comparison(self, config: EvaluateConfig, storage: PathLike) -> Evaluation
+    # the evaluation of `ofmu evaluate`; without it, that of a run of the first model
 
     # optional: def initial(self, folder: str, config: TrainConfig) -> None
     # write the model that `ofmu train` starts from without `model`
