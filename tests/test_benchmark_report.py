@@ -261,7 +261,10 @@ def test_the_plane_has_every_run(folder: Path) -> None:
     words = re.findall(r"<title>(.*?)</title>", plane)
     assert len(words) == len(METHODS) * 9 + 2
     values = seed_values(folder, "npo", "ks_statistic")
-    assert any(word.startswith("npo, report seed 1: ") and f"1 − KS {1 - values[0]:.3f}" in word for word in words)
+    assert any(
+        word.startswith("npo, report seed 1: ") and f"1 − KS distance to retrained {1 - values[0]:.3f}" in word
+        for word in words
+    )
 
 
 def test_the_ablation_tells_what_matters(folder: Path) -> None:
@@ -436,3 +439,20 @@ def test_tables_as_markdown_and_csv() -> None:
     )  # fmt: skip
     assert markdown(table) == "A\\_b\n\n| M | N |\n| --- | ---: |\n| a\\|b | **1.0** ★<br>low &lt;x&gt; |\n"
     assert csv_text([{"a": 1, "b": None}, {"a": "x,y", "c": 2.5}]) == 'a,b,c\n1,,\n"x,y",,2.5\n'
+
+
+def test_images_have_a_plane_of_their_own_metric(tmp_path: Path) -> None:
+    """By the average gap, of trials alone."""
+    trials = [
+        {"split": "class", "method": name, "phase": phase, "trial": number, "seed": number, "status": "finished",
+         "train_seconds": 5.0, **{f"average_gap{end}": gap for end in ("", "_low", "_high")},
+         **{f"testing_accuracy{end}": 90.0 for end in ("", "_low", "_high")}}
+        for name, gap in (("salun", 2.0), ("ofmu", 1.0)) for phase, number in (("tune", 0), ("report", 1))
+    ]  # fmt: skip
+    settings = {"config": {"rule": {"objective": "average_gap", "utility": "testing_accuracy"}}}
+    write_benchmark_report(tmp_path, trials, [], settings)
+    page = (tmp_path / "report.html").read_text()
+    assert "1 − average gap / 100 0.990" in page
+    assert "p-value: tables show" not in page
+    areas = {row["method"]: float(row["hypervolume"]) for row in read_csv(tmp_path / "hypervolume.csv")}
+    assert areas == {"salun": pytest.approx(90.0 * 0.98), "ofmu": pytest.approx(90.0 * 0.99)}

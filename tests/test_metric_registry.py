@@ -128,3 +128,21 @@ def test_families_are_spelled_out() -> None:
     assert metric("mia_min_k_plus_auc").label == "Membership Min-K++ AUC"
     with pytest.raises(AssertionError, match="declared twice"):
         register(metric("forget_quality"))
+
+
+@pytest.mark.parametrize(
+    ("better", "span", "value", "expected"),
+    [("high", 1.0, 0.7, 0.7), ("low", 100.0, 30.0, 0.7), ("zero", 1.0, -0.3, 0.7), ("retrained", 1.0, 0.2, 0.7),
+     ("low", None, 0.3, None), ("depends", 1.0, 0.3, None)],
+)  # fmt: skip
+def test_a_score_is_1_where_the_metric_is_best(better: Any, span: float, value: float, expected: float | None) -> None:
+    declared = Metric(name="x", label="X y", better=better, group="Forgetting", span=span)
+    assert declared.score(value, 0.5) == (None if expected is None else pytest.approx(expected))
+    assert declared.score(None, 0.5) is None
+
+
+def test_words_of_scores() -> None:
+    assert metric("ks_statistic").score_words == "1 − KS distance to retrained"
+    assert metric("average_gap").score_words == "1 − average gap / 100"
+    assert metric("forget_rouge").score_words == "1 − distance of forget ROUGE-L recall from retrained"
+    assert metric("forget_rouge").score(0.2, None) is None

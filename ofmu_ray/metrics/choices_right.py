@@ -26,6 +26,7 @@ register(
     Metric(
         name="forget_choice_above_chance", label="Forget multiple choice, accuracy above chance", better="zero",
         group="Forgetting", set="forget_choice", values=above_chance, needs=frozenset({"forget_choice"}), headline=True,
+        span=1.0,
     ),
     Metric(
         name="forget_choice_accuracy", label="Forget multiple-choice accuracy", better="retrained",

@@ -124,7 +124,7 @@ _MEANS = (
 register(
     Metric(
         name="average_gap", label="Average gap", better="low", group="Forgetting", rows="images",
-        compute=against_retrained, needs=frozenset({"retrained"}), headline=True, first=True,
+        compute=against_retrained, needs=frozenset({"retrained"}), headline=True, first=True, span=100.0,
         lead="mean distance of UA, RA, TA and MIA from the retrained model's, in percentage points",
     ),
     *_MEANS,

@@ -60,6 +60,8 @@ class Metric:
     """The paired test between methods: of means, of KS distances, of model utility; None: it is not tested."""
     p_value: bool = False
     """Spans orders of magnitude: logarithmic axes, geometric means."""
+    span: float | None = None
+    """Its largest value, if it is bounded by that and 0, for `score`; None: it has no score."""
     tested_as: str = ""
     """The metric that the paired test compares instead; empty: itself."""
     headline: bool = False
@@ -73,6 +75,22 @@ class Metric:
     def noun(self) -> str:
         """The label within a sentence: model utility, KS distance to retrained."""
         return self.label if self.label[1:2].isupper() else self.label[:1].lower() + self.label[1:]
+
+    def score(self, value: float | None, retrained: float | None) -> float | None:
+        """1 at the best value, 0 as far from it as can be; None: it has none, or a value is missing."""
+        if value is None or self.span is None or self.better == "depends":
+            return None
+        if self.better == "retrained":
+            return None if retrained is None else 1.0 - abs(value - retrained) / self.span
+        return value / self.span if self.better == "high" else 1.0 - abs(value) / self.span
+
+    @property
+    def score_words(self) -> str:
+        """What `score` is: 1 − KS distance to retrained."""
+        part = "" if self.span == 1 else f" / {self.span:g}"
+        if self.better == "high":
+            return f"{self.noun}{part}"
+        return f"1 − {f'distance of {self.noun} from retrained' if self.better == 'retrained' else self.noun}{part}"
 
     @property
     def compared(self) -> str:

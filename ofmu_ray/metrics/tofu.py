@@ -88,7 +88,7 @@ register(
     ),
     Metric(
         name="ks_statistic", label="KS distance to retrained", better="low", group="Forgetting", compute=quality,
-        needs=frozenset({"retrained"}), paired="distance", first=True,
+        needs=frozenset({"retrained"}), paired="distance", first=True, span=1.0,
     ),
     Metric(
         name="model_utility", label="Model utility", better="high", group="Utility", compute=utility,
@@ -111,6 +111,7 @@ for _set, _words in SETS.items():
                 always=True,
                 needs=frozenset(_needs),
                 paired="mean",
+                span=1.0,
                 first=(_set, _score) == ("forget", "truth_ratio"),
                 headline=_set == "forget" or (_set == "retain" and _score != "truth_ratio"),
             )

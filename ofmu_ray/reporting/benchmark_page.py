@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from ofmu_ray.metrics.fronts import Trial, hypervolume, number_of, pareto_front, sensitivity
-from ofmu_ray.metrics.registry import metric
+from ofmu_ray.metrics.registry import Metric, metric
 from ofmu_ray.reporting import benchmark_runs, formats
 from ofmu_ray.reporting import benchmark_tables as tables
 from ofmu_ray.reporting.benchmark_plots import Point, cost_plot, plane, sensitivity_plot
@@ -88,9 +88,14 @@ def _head(benchmark: BenchmarkData) -> Head:
     )
     reading = (
         "Intervals are 95 %: over seeds by Student's t, over rows by the bootstrap at these seeds (resampling clusters "
-        "if rows have them). Forget quality is a p-value: tables show its geometric mean over seeds and each run's "
-        "value; tests use the KS distance behind it instead."
+        "if rows have them)."
     )
+    declared = metric(benchmark.objective)
+    if declared.p_value:
+        reading += (
+            f" {declared.label} is a p-value: tables show its geometric mean over seeds and each run's value; tests "
+            f"use the {metric(declared.compared).noun} behind it instead."
+        )
     done = len(trials) >= planned
     status = "complete" if done else f"{len(trials)} of {planned} runs"
     return Head(status, done, {name: words for name, words in facts.items() if words}, [rule, reading])
@@ -117,7 +122,7 @@ def _sections(benchmark: BenchmarkData) -> list[Section]:
     sections: list[Section] = []
     for split in benchmark.splits:
         results = split_results(benchmark, split)
-        sections += [_results(benchmark, results), _plane(benchmark, results), _cost(results)]
+        sections += [_results(benchmark, results), _plane(benchmark, results), _cost(benchmark, results)]
         sections += [_choice(benchmark, split), _ablation(benchmark, split), _published(benchmark, results)]
     failures = benchmark_runs.failures_table(benchmark)
     count = len(failures.rows) if failures else 0
@@ -150,51 +155,85 @@ def _results(benchmark: BenchmarkData, results: SplitResults) -> Section:
 
 def _plane(benchmark: BenchmarkData, results: SplitResults) -> Section:
     """Every trial in the plane, each method's Pareto front, and how much of the plane it covers."""
-    split, title = results.split, f"Forgetting and utility, {results.split}"
+    split, title, scored = results.split, f"Forgetting and utility, {results.split}", benchmark.scored
+    if scored is None:
+        return Section(title, level=3)
     scale = {phase: benchmark.target_utility(split, phase) for phase in ("tune", "report")}
     relative = all(scale.values())
-    points = {method: _points(benchmark, split, method, scale if relative else {}) for method in results.methods}
+    ideal = _reference(benchmark, results, "retrained", scored.name)
+    points = {
+        method: _points(benchmark, scored, ideal, split, method, scale if relative else {})
+        for method in results.methods
+    }
     points = {method: runs for method, runs in points.items() if runs}
     if not points:
         return Section(title, level=3)
     references = {}
-    for model, metrics in results.references.items():
-        if {"ks_statistic", benchmark.utility} <= metrics.keys():
-            x = metrics[benchmark.utility].value / ((results.target_utility if relative else None) or 1.0)
-            y = 1.0 - metrics["ks_statistic"].value
-            references[model] = Point(x, y, f"{model}: utility {x:.3f}, 1 − KS {y:.3f}")
-    label = formats.label(benchmark.utility).lower()
+    for model in results.references:
+        utility = _reference(benchmark, results, model, benchmark.utility)
+        y = scored.score(_reference(benchmark, results, model, scored.name), ideal)
+        if utility is not None and y is not None:
+            x = utility / ((results.target_utility if relative else None) or 1.0)
+            references[model] = Point(x, y, f"{model}: utility {x:.3f}, {scored.score_words} {y:.3f}")
+    label = metric(benchmark.utility).noun
     x_label = f"{label} / the target's" if relative else label
     floor = benchmark.floor if relative else None
-    table = _areas(split, points, floor, references.get("target"), (scale["report"] or 1.0) if relative else 1.0)
+    corner, one = references.get("target"), (scale["report"] or 1.0) if relative else 1.0
+    table = _areas(split, points, floor, corner, one, scored.score_words)
     notes = [
         "Up and to the right is better. Solid: reported runs; faint: tuning trials, which may be judged on fewer rows. "
         "Hollow: degenerate runs. Lines: each method's Pareto front over all but these. Hover over a point for its run."
     ]
-    return Section(title, notes, plots=[plane(title, points, references, floor, x_label)], more=[table], level=3)
+    return Section(
+        title,
+        notes,
+        plots=[plane(title, points, references, floor, x_label, scored.score_words)],
+        more=[table],
+        level=3,
+    )
 
 
-def _points(benchmark: BenchmarkData, split: str, method: str, scale: Mapping[str, float | None]) -> list[Point]:
+def _reference(benchmark: BenchmarkData, results: SplitResults, model: str, name: str) -> float | None:
+    """A metric of the target or the retrained model, from its rows, or else as it was recorded; None: it has none."""
+    computed = results.references.get(model, {}).get(name)
+    if computed is not None:
+        return computed.value
+    return number_of(benchmark.settings.references.get(results.split, {}).get(model, {}).get(name) or {}, "value")
+
+
+def _points(
+    benchmark: BenchmarkData,
+    scored: Metric,
+    ideal: float | None,
+    split: str,
+    method: str,
+    scale: Mapping[str, float | None],
+) -> list[Point]:
     points = []
     for run in benchmark.runs(split, method, "tune", "report"):
-        distance, utility = number_of(run, "ks_statistic"), number_of(run, benchmark.utility)
-        if distance is not None and utility is not None:
+        score, utility = scored.score(number_of(run, scored.name), ideal), number_of(run, benchmark.utility)
+        if score is not None and utility is not None:
             x = utility / (scale.get(run["phase"]) or 1.0)
-            bad = bool(run.get("degenerate"))
-            points.append(Point(x, 1.0 - distance, _hover(run, x), run["phase"] == "report", bad))
+            words = _hover(run, x, f"{scored.score_words} {score:.3f}", benchmark.objective)
+            points.append(Point(x, score, words, run["phase"] == "report", bool(run.get("degenerate"))))
     return points
 
 
-def _hover(run: Trial, x: float) -> str:
+def _hover(run: Trial, x: float, score: str, objective: str) -> str:
     which = f"trial {run.get('trial')}" if run["phase"] == "tune" else f"seed {run.get('seed')}"
-    quality, distance = number_of(run, "forget_quality"), number_of(run, "ks_statistic")
-    logarithm = "" if not quality else f", log10 of forget quality {np.log10(quality):.2f}"
+    value = number_of(run, objective) if metric(objective).p_value else None
+    logarithm = "" if not value else f", log10 of {metric(objective).noun} {np.log10(value):.2f}"
     bad = f", degenerate ({run.get('degenerate_by')})" if run.get("degenerate") else ""
-    return f"{run['method']}, {run['phase']} {which}: utility {x:.3f}, 1 − KS {1 - (distance or 0):.3f}{logarithm}{bad}"
+    return f"{run['method']}, {run['phase']} {which}: utility {x:.3f}, {score}{logarithm}{bad}"
 
 
 def _areas(
-    split: str, points: Mapping[str, Sequence[Point]], floor: float | None, target: Point | None, scale: float
+    split: str,
+    points: Mapping[str, Sequence[Point]],
+    floor: float | None,
+    target: Point | None,
+    scale: float,
+    score: str,
 ) -> Table:
     """Hypervolume of each method's front: from the origin, and from the utility floor and the target's score.
 
@@ -228,7 +267,7 @@ def _areas(
         "" if corner is None else f" and from ({corner[0]:g}, {corner[1]:.3f}), the floor and the target's score"
     )
     caption = (
-        f"Area of this plane, 1 − KS distance against utility, that a method's front dominates, from the origin"
+        f"Area of this plane, {score} against utility, that a method's front dominates, from the origin"
         f"{above_words}. Only the column for all runs counts degenerate ones. Noise and more runs can only make the "
         "area larger: compare methods with equally many runs."
     )
@@ -236,23 +275,28 @@ def _areas(
     return Table(name="hypervolume", caption=caption, header=header, rows=rows, records=records)
 
 
-def _cost(results: SplitResults) -> Section:
+def _cost(benchmark: BenchmarkData, results: SplitResults) -> Section:
     """What the reported runs cost, against what they reached."""
-    title = f"Cost and quality, {results.split}"
+    title, scored = f"Cost and quality, {results.split}", benchmark.scored
+    if scored is None:
+        return Section(title, level=3)
+    ideal = _reference(benchmark, results, "retrained", scored.name)
     points: dict[str, list[Point]] = {}
     for method, runs in results.runs.items():
         for run in runs:
-            seconds, distance = number_of(run, "train_seconds"), number_of(run, "ks_statistic")
-            if seconds is not None and distance is not None:
-                words = f"{method}, seed {run.get('seed')}: {formats.duration(seconds)}, 1 − KS {1 - distance:.3f}"
-                points.setdefault(method, []).append(Point(seconds, 1.0 - distance, words))
+            seconds = number_of(run, "train_seconds")
+            score = scored.score(number_of(run, scored.name), ideal)
+            if seconds is not None and score is not None:
+                time, reached = formats.duration(seconds), f"{scored.score_words} {score:.3f}"
+                words = f"{method}, seed {run.get('seed')}: {time}, {reached}"
+                points.setdefault(method, []).append(Point(seconds, score, words))
     # the same place in the legend and the same colour as in the plane
     ordered = {method: points.get(method, []) for method in results.methods}
     if not points:
         return Section(title, level=3)
     used = [share for runs in results.runs.values() for run in runs if (share := _share(run)) is not None]
     notes = [f"Reported runs used {min(used):.1%} to {max(used):.1%} of the budget."] if used else []
-    return Section(title, notes, plots=[cost_plot(title, ordered, "seconds of training")], level=3)
+    return Section(title, notes, plots=[cost_plot(title, ordered, "seconds of training", scored.score_words)], level=3)
 
 
 def _share(run: Trial) -> float | None:
@@ -265,7 +309,7 @@ def _choice(benchmark: BenchmarkData, split: str) -> Section:
     """Chosen options, and how the outcome varied with each tuned option."""
     table, notes = benchmark_runs.selected_table(benchmark, split)
     panels, rows, records = [], [], []
-    objective, utility = formats.label(benchmark.objective).lower(), formats.label(benchmark.utility).lower()
+    objective, utility = formats.label(benchmark.objective).lower(), metric(benchmark.utility).noun
     for method in benchmark.methods(split):
         for entry in sensitivity(benchmark.runs(split, method, "tune"), benchmark.objective, benchmark.utility):
             panels.append(sensitivity_plot(f"{method}: {entry.option}", entry, objective, utility))

@@ -43,6 +43,7 @@ def plane(
     references: Mapping[str, Point],
     floor: float | None,
     x_label: str,
+    y_label: str,
 ) -> Plot:
     """Every run of every method with each method's Pareto front; the utility floor as a line."""
     figure, axes = new_axes(7.4, 4.3)
@@ -73,7 +74,7 @@ def plane(
                       va="top" if name == "retrained" else "bottom")  # fmt: skip
         words.append(run.words)
     axes.set_xlabel(x_label)
-    axes.set_ylabel("forgetting, 1 − KS distance to retrained")
+    axes.set_ylabel(f"forgetting, {y_label}")
     axes.set_ylim(0, 1.03)
     lowest = min(run.x for runs in (*points.values(), list(references.values())) for run in runs)
     axes.set_xlim(left=max(0.0, lowest - 0.05))
@@ -82,7 +83,7 @@ def plane(
     )
 
 
-def cost_plot(title: str, points: Mapping[str, Sequence[Point]], x_label: str) -> Plot:
+def cost_plot(title: str, points: Mapping[str, Sequence[Point]], x_label: str, y_label: str) -> Plot:
     """What the reported runs cost, against what they reached."""
     figure, axes = new_axes(7.4, 3.0)
     words: list[str] = []
@@ -98,7 +99,7 @@ def cost_plot(title: str, points: Mapping[str, Sequence[Point]], x_label: str) -
         axes.set_xlim(0, 1.06 * max(costs))
     axes.set_ylim(0, 1.03)
     axes.set_xlabel(x_label)
-    axes.set_ylabel("1 − KS distance")
+    axes.set_ylabel(y_label)
     return Plot(
         title, with_words(inline_svg(figure, html.escape(title), COLOURS), words), _keys(list(points)), wide=True
     )

@@ -13,7 +13,7 @@ import pyarrow as pa
 from ofmu_ray.metrics.fronts import Trial, geometric_mean, number_of
 from ofmu_ray.metrics.intervals import MetricValue, over_seeds
 from ofmu_ray.metrics.paired import ResampledRun, Resamples, Result, Verdict, tested, turned_draws, verdicts
-from ofmu_ray.metrics.registry import metric, metrics
+from ofmu_ray.metrics.registry import Metric, metric, metrics
 from ofmu_ray.metrics.rule import Goal
 from ofmu_ray.reporting.benchmark_settings import BenchmarkSettings
 
@@ -78,6 +78,13 @@ class BenchmarkData:
         self._tables, self._tuning_rows = _tables(table)
         self._resamples: dict[str, Resamples | None] = {}
         self._draws: dict[tuple[str, str, int | None, str], ResampledRun | str] = {}
+
+    @property
+    def scored(self) -> Metric | None:
+        """The metric of forgetting that plots show as a score: the one that the objective is tested by, or the first
+        of the tables that has a score."""
+        names = [metric(self.objective).compared, *(name for name in self.metrics if metric(name).forgetting)]
+        return next((metric(name) for name in names if name in self.metrics and metric(name).span is not None), None)
 
     @property
     def has_retrained(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ofmu_ray.metrics.fronts import Trial, number_of
+from ofmu_ray.metrics.registry import metric
 from ofmu_ray.metrics.rule import select
 from ofmu_ray.reporting import formats
 from ofmu_ray.reporting.benchmark_results import BenchmarkData
@@ -71,7 +72,7 @@ def options_words(trial: Trial) -> str:
 
 def runs_table(benchmark: BenchmarkData, split: str) -> Table:
     """Every run of every phase, whether chosen or not."""
-    names = list(dict.fromkeys((benchmark.objective, "ks_statistic", benchmark.utility)))
+    names = list(dict.fromkeys((benchmark.objective, metric(benchmark.objective).compared, benchmark.utility)))
     rows = []
     order = {"report": 0, "ablation": 1, "tune": 2}
     trials = [trial for trial in benchmark.trials if trial["split"] == split]
