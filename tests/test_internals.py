@@ -14,7 +14,13 @@ from jsonargparse import ArgumentParser
 from ofmu_ray.commandline.parse import parser_for
 from ofmu_ray.config import SweepConfig, UnlearnConfig
 from ofmu_ray.config.requests import RequestsConfig
-from ofmu_ray.internals import deepspeed_private, jsonargparse_private, ray_private, transformers_private
+from ofmu_ray.internals import (
+    datasets_private,
+    deepspeed_private,
+    jsonargparse_private,
+    ray_private,
+    transformers_private,
+)
 from ofmu_ray.internals.contract import Private
 from ofmu_ray.training.checkpoint_list import RAY_TRAIN_LIST
 
@@ -33,6 +39,8 @@ PRIVATE = (
     r"\._(can_set_)?attn_implementation",
     r"\._supports_\w+",
     r"\bds_\w+",
+    r"\b_from_model_config\b",
+    r"\._fingerprint\b",
 )
 """Patterns of private access."""
 
@@ -64,6 +72,27 @@ def test_ray_trains_way_with_interrupts_can_be_left_out() -> None:
     ray_private.leave_interrupts(trainer)
     text = Path(str(inspect.getsourcefile(type(trainer).fit))).read_text()
     assert f"self.{ray_private.INTERRUPTS}(controller)" in text
+
+
+def test_generation_options_of_a_model_without_a_file_of_them(tmp_path: Path) -> None:
+    import transformers
+
+    text = inspect.getsource(transformers.GenerationConfig.from_pretrained)
+    assert f'"{transformers_private.FROM_MODEL}"' in text
+    shape = transformers.LlamaConfig(eos_token_id=[6, 7], pad_token_id=0)
+    (tmp_path / "config.json").write_text(shape.to_json_string())
+    options = transformers_private.generation_from_model(str(tmp_path))
+    assert (options.eos_token_id, options.pad_token_id) == ([6, 7], 0)
+
+
+def test_data_sets_have_a_fingerprint() -> None:
+    from datasets import Dataset
+
+    one, other = (Dataset.from_dict({"a": [value]}) for value in (1, 2))
+    prints = {datasets_private.fingerprint(data) for data in (one, other)}
+    assert len(prints) == 2
+    with pytest.raises(AssertionError, match=r"datasets .*: int no longer has _fingerprint"):
+        datasets_private.fingerprint(1)
 
 
 def test_architectures_say_whether_they_have_sdpa() -> None:

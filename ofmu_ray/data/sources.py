@@ -318,9 +318,10 @@ def _slices(data: Any, name: str, stream: str) -> list[Fragment]:
     """
     from ofmu_ray.cluster.map_tasks import running_ray
     from ofmu_ray.cluster.nodes import alive
+    from ofmu_ray.internals.datasets_private import fingerprint
 
     shared = running_ray() is None or len(alive()) == 1
-    count, identity = len(data), str(data._fingerprint)
+    count, identity = len(data), fingerprint(data)
     data = data.with_format("arrow")
     pieces = []
     for start in range(0, max(count, 1), SLICE_ROWS):

@@ -128,10 +128,12 @@ def _without_weights(shape: Any, config: ModelConfig, option: str) -> Any:
 def _generation_config(path: str) -> Any:
     from transformers import GenerationConfig
 
+    from ofmu_ray.internals.transformers_private import generation_from_model
+
     try:
         return GenerationConfig.from_pretrained(path)
     except OSError:  # as transformers does for a model without generation_config.json
-        return GenerationConfig.from_pretrained(path, config_file_name="config.json", _from_model_config=True)
+        return generation_from_model(path)
 
 
 def matched(
