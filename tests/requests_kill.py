@@ -51,10 +51,10 @@ def patched(where: Any, name: str) -> Callable[[Kill], None]:
 
 
 PHASES: dict[str, Callable[[Kill], None]] = {
-    "taken": patched(ladder.Batch, "work_off"),
+    "taken": patched(ladder.RequestBatch, "work_off"),
     "rows written": patched(ladder, "run"),
     "trained": patched(writing, "write"),
-    "gates decided": patched(ladder.Batch, "_registered"),
+    "gates decided": patched(ladder.RequestBatch, "_registered"),
     "version registered": at_promotion,
     "alias moved": before_move("promoted"),
     "ledger moved": patched(ladder, "publish"),

@@ -43,7 +43,7 @@ from ofmu_ray.requests import ladder
 from ofmu_ray.requests.certificate import NOT_PROVED, CertificateError, verify
 from ofmu_ray.requests.gate_tables import gate_cache
 from ofmu_ray.requests.intake import Submission, submit
-from ofmu_ray.requests.ladder import Attempt, Batch
+from ofmu_ray.requests.ladder import Attempt, RequestBatch
 from ofmu_ray.requests.ledger import Ledger
 from ofmu_ray.requests.process import ChampionMoved, ProcessingFailed, process, rollback
 from ofmu_ray.requests.registry import Registry, Version
@@ -266,8 +266,8 @@ class Small:
         asked = Submission(key=f"person-{person}", where={"subject_id": str(person)})
         return submit(self.config, self.ledger, asked, "test")[0].id
 
-    def batch(self, registry: Any = None) -> Batch:
-        return Batch(self.config, str(self.storage), self.ledger, registry, self.ledger.take("ann", 60), "ann")
+    def batch(self, registry: Any = None) -> RequestBatch:
+        return RequestBatch(self.config, str(self.storage), self.ledger, registry, self.ledger.take("ann", 60), "ann")
 
 
 @pytest.fixture
@@ -298,8 +298,8 @@ def test_a_full_disk_fails_no_request(small: Small, monkeypatch: pytest.MonkeyPa
 
     name = small.add(3)
     monkeypatch.setattr(ladder, "write_sources", full)
-    monkeypatch.setattr(Batch, "_champion", lambda _: Version("1", "builtin:people", "", "first"))
-    monkeypatch.setattr(Batch, "_check", lambda _: None)
+    monkeypatch.setattr(RequestBatch, "_champion", lambda _: Version("1", "builtin:people", "", "first"))
+    monkeypatch.setattr(RequestBatch, "_check", lambda _: None)
     with pytest.raises(StorageError, match="no space left: free some space"):
         process(small.config)
     assert small.ledger.get(name).state == "running"
@@ -356,7 +356,9 @@ def test_a_run_that_was_killed_at_its_very_end_is_tidied(small: Small, monkeypat
     (home / "metrics.json").write_text(json.dumps(summary))
     small.ledger.move(name, "running", owner="ann")
     batch.state = "running"
-    monkeypatch.setattr(Batch, "_judged", lambda *_: Attempt("mine", home.name, "finished", "passed", [], "", {}))
+    monkeypatch.setattr(
+        RequestBatch, "_judged", lambda *_: Attempt("mine", home.name, "finished", "passed", [], "", {})
+    )
     assert batch._tried(base, recipe).verdict == "passed"
     assert not (home / "train").exists()
     assert home.stat().st_mode == small.storage.stat().st_mode  # the text is gone, the model can be used
@@ -373,7 +375,7 @@ def test_gates_with_new_bounds_judge_a_finished_run_again(small: Small) -> None:
     assert batch._judged_before(base, recipe) == attempt
     stricter = replace(batch.promotion, gates=batch.promotion.gates[:1])
     config = replace(small.config, requests=replace(small.config.requests, promotion=stricter))
-    batch = Batch(config, str(small.storage), small.ledger, None, batch.requests, "ann")
+    batch = RequestBatch(config, str(small.storage), small.ledger, None, batch.requests, "ann")
     assert batch._judged_before(base, recipe) is None
 
 
@@ -417,10 +419,10 @@ def test_a_batch_whose_champion_was_withdrawn_starts_over(small: Small, monkeypa
     assert (registry.champion().number, registry.previous()) == (first.number, None)
     small.ledger.hold("ann", 60)
 
-    def tried(_: Batch, base: Version, __: Any) -> Attempt:
+    def tried(_: RequestBatch, base: Version, __: Any) -> Attempt:
         raise StartsOver(base.number)
 
-    monkeypatch.setattr(Batch, "_tried", tried)
+    monkeypatch.setattr(RequestBatch, "_tried", tried)
     monkeypatch.setattr("ofmu_ray.requests.ladder.check_gates", lambda *_, **__: None)
     with pytest.raises(StartsOver, match=first.number):
         batch.work_off()

@@ -17,7 +17,7 @@ from ofmu_ray.runs.trial import work_path
 from ofmu_ray.search.priors import at
 from ofmu_ray.search.spaces import ON, space_for
 from ofmu_ray.search.suggest import EarlierTrial, Search, Suggestion, without_other_batches
-from ofmu_ray.search.trial_ledger import Ledger
+from ofmu_ray.search.trial_ledger import TrialLedger
 from tune_spaces import Choice, Integers, Knob, LogUniform, Space, Uniform, ZeroOrLogUniform
 
 BASE = apply_overrides(UnlearnConfig(), {"ofmu.preset": "lite"})
@@ -213,7 +213,7 @@ def test_a_trial_may_end_while_its_evaluations_are_read(tmp_path, monkeypatch):
     ledger = SimpleNamespace(
         folder=str(tmp_path), key=lambda _: "key", result=lambda _: results[0] if results else None
     )
-    assert Ledger.evaluations(ledger, 0) == [{"stage": 1}]
+    assert TrialLedger.evaluations(ledger, 0) == [{"stage": 1}]
 
     def listed(folder, pattern):
         yield from list(files(folder, pattern))
@@ -221,4 +221,4 @@ def test_a_trial_may_end_while_its_evaluations_are_read(tmp_path, monkeypatch):
         shutil.rmtree(work)
 
     monkeypatch.setattr(Path, "glob", listed)
-    assert Ledger.evaluations(ledger, 0) == [{"stage": 1}, {"stage": 2}]
+    assert TrialLedger.evaluations(ledger, 0) == [{"stage": 1}, {"stage": 2}]

@@ -16,7 +16,7 @@ from ofmu_ray.search import run_sweep
 from ofmu_ray.search.choice import choose, export, priors, prune_models
 from ofmu_ray.search.suggest import Search, Suggestion
 from ofmu_ray.search.sweep_output import log_child, settings, summary
-from ofmu_ray.search.trial_ledger import Ledger
+from ofmu_ray.search.trial_ledger import TrialLedger
 from ofmu_ray.search.tuner import TrialRun, finished
 from tune_spaces import ofmu_lite, parse_prior
 
@@ -24,13 +24,13 @@ GOAL = Goal("forget_quality", "model_utility", 0.5, sound=SoundRange("retrained"
 RATES = (1e-5, 2e-5, 3e-5, 5e-5, 8e-5, 4e-6)
 
 
-def ledger_of(folder, trials, **select) -> Ledger:
+def ledger_of(folder, trials, **select) -> TrialLedger:
     """Finished trials (forget quality, utility, FLOPs), and None for one that was stopped early."""
     config = apply_overrides(SweepConfig(name="s", storage=str(folder)), {"select": select, "keep_models": 2})
     search = Search(config.search, ofmu_lite.SPACE, UnlearnConfig(), GOAL)
     data = SplitData("sweep", str(folder), None, None, None, "of the test", ModelConfig())
     folder.mkdir(exist_ok=True)
-    made = Ledger(config, search, data)
+    made = TrialLedger(config, search, data)
     for number, trial in enumerate(trials):
         rho = {"ofmu.rho": 0.0} if number % 2 else {"ofmu.rho": 1e-4, "ofmu.rho_growth": 1.05}
         options = {"ofmu.inner.lr": RATES[number], "ofmu.inner_steps": 2 + number % 3, "ofmu.inner.decay": "linear"}

@@ -46,7 +46,7 @@ from ofmu_ray.features.protocol import (
     Values,
     answer_tokens,
 )
-from ofmu_ray.features.value_tables import LOGITS_AT_ONCE, ChosenRows, Table, cut, digest, texts_in
+from ofmu_ray.features.value_tables import LOGITS_AT_ONCE, ChosenRows, ValueTable, cut, digest, texts_in
 from ofmu_ray.models.loading import read_config
 from ofmu_ray.models.source import model_fingerprint, weights_folder
 from ofmu_ray.storage import atomic_write, is_file, join
@@ -73,7 +73,7 @@ def write_references(
     cache: str,
     private: str | None = None,
     settings: FeatureContext | None = None,
-    left: list[Table] | None = None,
+    left: list[ValueTable] | None = None,
 ) -> dict[str, str]:
     """Compute what is missing of `needs`; returns the sidecars' folders (<folder>/<stream>) by stream.
 
@@ -154,7 +154,7 @@ class ReferenceModel:
         private: str,
         method: str,
         task: str = "causal_lm",
-        left: list[Table] | None = None,
+        left: list[ValueTable] | None = None,
     ) -> None:
         self.task, self.left = task, left
         self.remedy: str | None = None
@@ -204,7 +204,7 @@ class ReferenceModel:
         if has_table(folder):
             return folder
         rows, shape = read(), feature.shape(self.config)
-        table = Table(folder, feature, stream, read, shape, feature.width(self.config))
+        table = ValueTable(folder, feature, stream, read, shape, feature.width(self.config))
         entries = table.entries(rows)
         self._refuse_large(feature, stream, int(entries.sum()), shape, table.bytes_fp32(entries) // 2)
         if self.left is not None and feature.in_step:

@@ -40,7 +40,7 @@ class ChosenRows:
 
 
 @dataclass(frozen=True)
-class Table:
+class ValueTable:
     """A table of values that is missing, and how to compute it. It can be sent to another node."""
 
     folder: str

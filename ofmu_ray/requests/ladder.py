@@ -43,7 +43,7 @@ from ofmu_ray.tracking import RECORD, recorded_run
 
 GATES_FILE = "gates.json"
 RUN = re.compile(r"batch-[0-9a-f]{12}-v\d+-.+")
-"""Name of a recipe's run (`Batch.run_config`)."""
+"""Name of a recipe's run (`RequestBatch.run_config`)."""
 Verdict = Literal["passed", "failed", "undecided"]
 
 
@@ -89,7 +89,7 @@ class BatchOutcome:
     why: str = ""
 
 
-class Batch:
+class RequestBatch:
     """A batch under this process's lease."""
 
     def __init__(

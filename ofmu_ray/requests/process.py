@@ -15,7 +15,7 @@ from ofmu_ray.config.requests import RequestsConfig, duration
 from ofmu_ray.errors import UserError, causes
 from ofmu_ray.requests.gate_tables import gate_cache
 from ofmu_ray.requests.intake import open_ledger
-from ofmu_ray.requests.ladder import Batch, BatchOutcome, remove_left_text
+from ofmu_ray.requests.ladder import BatchOutcome, RequestBatch, remove_left_text
 from ofmu_ray.requests.ledger import Ledger
 from ofmu_ray.requests.registry import Registry, Version
 from ofmu_ray.requests.renewal import leased
@@ -56,7 +56,7 @@ def process(config: RequestsConfig) -> list[BatchOutcome]:
             while taken := ledger.take(owner, seconds):
                 progress.note("batch", f"{taken[0].batch}: {len(taken)} requests")
                 try:
-                    outcomes.append(_worked_off(Batch(config, storage, ledger, registry, taken, owner)))
+                    outcomes.append(_worked_off(RequestBatch(config, storage, ledger, registry, taken, owner)))
                 finally:
                     remove_folder(gate_cache(storage))
             remove_folder(gate_cache(storage))  # of a process that was killed after its last step
@@ -92,7 +92,7 @@ def _republish(config: RequestsConfig, storage: str, ledger: Ledger) -> None:
             publish(storage, batch, document)
 
 
-def _worked_off(batch: Batch) -> BatchOutcome:
+def _worked_off(batch: RequestBatch) -> BatchOutcome:
     try:
         with explained(batch.storage):  # a full disk is no failure of the requests
             return batch.work_off()

@@ -25,7 +25,7 @@ ONE_DEVICE = ("relearn", "quantise", "alignment", GRADIENT_NORM)
 
 
 @dataclass(frozen=True)
-class Attack:
+class AttackTask:
     """An attack that the configuration requests, for every model."""
 
     name: str
@@ -52,20 +52,20 @@ class Checks:
         if config.evaluation.device_map is not None:
             self._check_spread()
 
-    def _attacks(self) -> Iterator[Attack]:
+    def _attacks(self) -> Iterator[AttackTask]:
         checks = self.config.checks
         if checks.relearn is not None:
             _check_relearn(checks.relearn, self.evaluator)
-            yield Attack("relearn", "relearn", asdict(checks.relearn), self._rows("forget", "retain"))
+            yield AttackTask("relearn", "relearn", asdict(checks.relearn), self._rows("forget", "retain"))
         if checks.quantise is not None:
-            yield Attack("quantise", "quantise", asdict(checks.quantise), self._rows("forget", "retain"))
+            yield AttackTask("quantise", "quantise", asdict(checks.quantise), self._rows("forget", "retain"))
         if checks.prefix is not None:
             _check_prefix(checks.prefix, self.evaluator)
-            yield Attack("prefix", "prefix", asdict(checks.prefix), self._rows("forget", "retain"))
+            yield AttackTask("prefix", "prefix", asdict(checks.prefix), self._rows("forget", "retain"))
         if checks.alignment:
-            yield Attack("alignment", "alignment", self._sampling, self._rows("forget", "retain"))
+            yield AttackTask("alignment", "alignment", self._sampling, self._rows("forget", "retain"))
         if checks.gradient_norm:
-            yield Attack(GRADIENT_NORM, GRADIENT_NORM, {}, self._rows("forget", "holdout"))
+            yield AttackTask(GRADIENT_NORM, GRADIENT_NORM, {}, self._rows("forget", "holdout"))
         for number, choice in enumerate(checks.choice):
             from ofmu_ray.data.choices import choice_rows
 
@@ -78,7 +78,7 @@ class Checks:
             )
             option = f"checks.choice[{number}]"
             rows = choice_rows(source, self.config.data.root, name=choice.name, option=option)
-            yield Attack(f"choice/{choice.name}", "choice", {"scoring": choice.scoring}, {choice.name: rows})
+            yield AttackTask(f"choice/{choice.name}", "choice", {"scoring": choice.scoring}, {choice.name: rows})
 
     @property
     def _sampling(self) -> dict[str, int]:
@@ -182,7 +182,7 @@ class Checks:
             }
         return values
 
-    def _concerns(self, attack: Attack, label: str) -> bool:
+    def _concerns(self, attack: AttackTask, label: str) -> bool:
         return attack.kind != "alignment" or label != RETRAINED  # the others are aligned with it
 
     def _checks(self) -> Iterator[tuple[tuple[str, str], Any]]:

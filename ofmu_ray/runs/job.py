@@ -23,7 +23,7 @@ from ofmu_ray.tasks import task_named
 if TYPE_CHECKING:
     from ofmu_ray.data.batch_plan import Plan
     from ofmu_ray.data.prepare import PreparedData
-    from ofmu_ray.features.value_tables import Table
+    from ofmu_ray.features.value_tables import ValueTable
     from ofmu_ray.training.worker_job import WorkerJob
 
 WATCHED = "watched.parquet"
@@ -150,7 +150,7 @@ def with_references(
     from ofmu_ray.features.reference import write_references
 
     training = spec.training
-    left: list[Table] | None = [] if training.workers > 1 and training.zero_stage == 3 else None
+    left: list[ValueTable] | None = [] if training.workers > 1 and training.zero_stage == 3 else None
     sidecars = write_references(
         job.build_method().needs,
         prepared,

@@ -17,7 +17,7 @@ from ofmu_ray.metrics.fronts import plain
 from ofmu_ray.models.source import adapter_base, correct_base
 from ofmu_ray.runs.trial import model_path
 from ofmu_ray.search.priors import narrowed, text_of
-from ofmu_ray.search.trial_ledger import Ledger, ranked
+from ofmu_ray.search.trial_ledger import TrialLedger, ranked
 from ofmu_ray.storage import atomic_dir, atomic_write
 
 BEST = "best"
@@ -39,7 +39,7 @@ class SweepChoice:
     """(fresh seed, result) of the chosen options, on all rows."""
 
 
-def choose(ledger: Ledger) -> SweepChoice:
+def choose(ledger: TrialLedger) -> SweepChoice:
     """The rule's choice among the completed trials, and the Pareto front of those not degenerate."""
     goal, numbers = ledger.search.goal, range(len(ledger.suggestions))
     order = ranked(ledger, numbers)
@@ -51,7 +51,7 @@ def choose(ledger: Ledger) -> SweepChoice:
     return outcome
 
 
-def pareto(ledger: Ledger, numbers: Sequence[int]) -> list[int]:
+def pareto(ledger: TrialLedger, numbers: Sequence[int]) -> list[int]:
     """Trials that no other trial beats in both objective and utility, by increasing objective."""
     from ofmu_ray.metrics.fronts import pareto_front
 
@@ -59,20 +59,20 @@ def pareto(ledger: Ledger, numbers: Sequence[int]) -> list[int]:
     return [numbers[int(index)] for index in pareto_front(points)] if points else []
 
 
-def sound_only(ledger: Ledger, numbers: Sequence[int]) -> list[int]:
+def sound_only(ledger: TrialLedger, numbers: Sequence[int]) -> list[int]:
     """The trials that are not degenerate. All must have metrics."""
     values = {number: plain((ledger.result(number) or {})["figures"]) for number in numbers}
     return [number for number in numbers if not ledger.search.goal.degenerate(values[number])]
 
 
-def plane(ledger: Ledger, numbers: Sequence[int]) -> list[tuple[float, float]]:
+def plane(ledger: TrialLedger, numbers: Sequence[int]) -> list[tuple[float, float]]:
     """(objective on its scale from 0 to 1, utility) of trials with metrics."""
     goal = ledger.search.goal
     values = [plain((ledger.result(number) or {})["figures"]) for number in numbers]
     return [(float(goal.height(one) or 0.0), float(one[goal.utility])) for one in values]
 
 
-def prune_models(ledger: Ledger) -> None:
+def prune_models(ledger: TrialLedger) -> None:
     """Keep only the models of the best trials (keep_models), and checkpoints only if trials may resume from them."""
     kept = set(ranked(ledger, range(len(ledger.suggestions)))[: ledger.config.keep_models])
     for number in range(len(ledger.suggestions)):
@@ -82,13 +82,13 @@ def prune_models(ledger: Ledger) -> None:
         shutil.rmtree(ledger.folder / "checkpoints", ignore_errors=True)
 
 
-def best_config(ledger: Ledger, number: int) -> UnlearnConfig:
+def best_config(ledger: TrialLedger, number: int) -> UnlearnConfig:
     """The chosen trial as a standalone run, evaluated as the base says."""
     config = apply_overrides(ledger.config.run, ledger.suggestions[number].options)
     return replace(config, name=f"{ledger.config.name}-best", storage=ledger.config.storage)
 
 
-def export(ledger: Ledger, outcome: SweepChoice, retrained: Any) -> None:
+def export(ledger: TrialLedger, outcome: SweepChoice, retrained: Any) -> None:
     """Write best.yaml, best/model and best/metrics.json of the chosen trial; put its metrics on all rows in `outcome`.
 
     What an earlier start chose is removed if no trial may be chosen, or if the trial's model is not kept, as under
@@ -127,7 +127,7 @@ def _linked(source: str, place: str) -> None:
 # ----------------------------------------------------------------------------------------------------------- priors
 
 
-def priors(ledger: Ledger) -> dict[str, str]:
+def priors(ledger: TrialLedger) -> dict[str, str]:
     """Narrower priors by field, from the better third of the trials with enough utility.
 
     They are for a second sweep (space_file) on more rows or a larger model. Empty with fewer than three such trials.

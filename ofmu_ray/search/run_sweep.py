@@ -36,7 +36,7 @@ from ofmu_ray.search.judging import goal_of, reference_value
 from ofmu_ray.search.priors import parse_priors
 from ofmu_ray.search.spaces import Space, read_space, space_for
 from ofmu_ray.search.suggest import Search, without_other_batches
-from ofmu_ray.search.trial_ledger import Ledger
+from ofmu_ray.search.trial_ledger import TrialLedger
 from ofmu_ray.storage import explained
 
 MAY_CHANGE = ("select", "keep_models", "concurrency", "retry_failed")
@@ -185,7 +185,7 @@ def _digest(config: SweepConfig, space: Space) -> str:
 
 def _begin(
     config: SweepConfig, space: Space, evaluator: Evaluator, storage: Path, folder: Path
-) -> tuple[Ledger, dict[str, Any]]:
+) -> tuple[TrialLedger, dict[str, Any]]:
     """Data, references and the rule's numbers, computed once or read from the cache."""
     run, select = config.run, config.select
     data, tables = prepare("sweep", run, storage, folder, evaluator)
@@ -206,14 +206,14 @@ def _begin(
     )
     progress.note("select", f"best {select.objective} with {select.utility} >= {goal.floor:.4g} "
         f"({select.utility_floor:g} x {select.relative_to}: {reference:.4g})")  # fmt: skip
-    ledger = Ledger(config, Search(config.search, space, run, goal, config.early.floor_share), data)
+    ledger = TrialLedger(config, Search(config.search, space, run, goal, config.early.floor_share), data)
     ledger.read()
     if config.retry_failed:
         ledger.forget_failures()
     return ledger, _references(ledger, tables)
 
 
-def _references(ledger: Ledger, tables: dict[str, Any]) -> dict[str, Any]:
+def _references(ledger: TrialLedger, tables: dict[str, Any]) -> dict[str, Any]:
     """Metrics of the target and the retrained model on the rows that trials are judged on."""
     from ofmu_ray.evaluation.sample import RowSample
 
@@ -222,7 +222,7 @@ def _references(ledger: Ledger, tables: dict[str, Any]) -> dict[str, Any]:
     return {name: ledger.data.evaluator.metrics(sample.cut(table), retrained) for name, table in tables.items()}
 
 
-def _run_trials(ledger: Ledger, handle: Any, at_once: int) -> bool:
+def _run_trials(ledger: TrialLedger, handle: Any, at_once: int) -> bool:
     """Run all unfinished trials; True: all have finished now."""
     from ofmu_ray.search import tuner
 
@@ -253,7 +253,7 @@ def _run_trials(ledger: Ledger, handle: Any, at_once: int) -> bool:
     return complete
 
 
-def _confirm(ledger: Ledger, chosen: int) -> list[tuple[int, dict[str, Any]]]:
+def _confirm(ledger: TrialLedger, chosen: int) -> list[tuple[int, dict[str, Any]]]:
     """Run the chosen options on fresh seeds and all rows: metrics free of selection bias."""
     config = choice.best_config(ledger, chosen)
     trials = [
@@ -287,7 +287,7 @@ def _confirm(ledger: Ledger, chosen: int) -> list[tuple[int, dict[str, Any]]]:
     return [(seed, result) for seed, result in known.items() if result is not None]
 
 
-def _discard(ledger: Ledger) -> None:
+def _discard(ledger: TrialLedger) -> None:
     """Delete everything that contains the forget rows' text, and what killed trials left behind."""
     unfinished = any(ledger.result(number) is None for number in range(len(ledger.suggestions)))
     for name in (PRIVATE, *(() if unfinished else ("work", "checkpoints"))):

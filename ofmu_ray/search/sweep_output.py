@@ -21,13 +21,13 @@ from ofmu_ray.search.choice import BEST, SweepChoice, plane, priors, sound_only
 from ofmu_ray.search.judging import marks
 from ofmu_ray.search.priors import text_of
 from ofmu_ray.search.spaces import Space
-from ofmu_ray.search.trial_ledger import Ledger, ranked
+from ofmu_ray.search.trial_ledger import TrialLedger, ranked
 from ofmu_ray.storage import atomic_write
 
 # ----------------------------------------------------------------------------------------------------------- tables
 
 
-def trial_rows(ledger: Ledger, outcome: SweepChoice) -> list[dict[str, Any]]:
+def trial_rows(ledger: TrialLedger, outcome: SweepChoice) -> list[dict[str, Any]]:
     """One row per trial and per fresh seed, with metrics as columns NAME, NAME_low, NAME_high."""
     goal, rows = ledger.search.goal, []
     for number, suggestion in enumerate(ledger.suggestions):
@@ -57,7 +57,7 @@ def trial_rows(ledger: Ledger, outcome: SweepChoice) -> list[dict[str, Any]]:
 
 
 def _row(
-    result: Mapping[str, Any], number: int | None, phase: str, ledger: Ledger, metrics: Mapping[str, Any]
+    result: Mapping[str, Any], number: int | None, phase: str, ledger: TrialLedger, metrics: Mapping[str, Any]
 ) -> dict[str, Any]:
     row = {
         "number": number,
@@ -76,7 +76,7 @@ def _row(
     return row | plain(metrics)
 
 
-def stage_rows(ledger: Ledger) -> list[dict[str, Any]]:
+def stage_rows(ledger: TrialLedger) -> list[dict[str, Any]]:
     """One row per intermediate evaluation."""
     goal, rows = ledger.search.goal, []
     for number in range(len(ledger.suggestions)):
@@ -96,7 +96,7 @@ def stage_rows(ledger: Ledger) -> list[dict[str, Any]]:
 
 
 def settings(
-    ledger: Ledger,
+    ledger: TrialLedger,
     outcome: SweepChoice,
     references: Mapping[str, Any],
     narrowed: Mapping[str, str],
@@ -167,7 +167,9 @@ def space_rows(space: Space) -> list[dict[str, Any]]:
     return [{"field": k.field, "prior": text_of(k.prior), "why": k.why, "given": k.given} for k in space.knobs]
 
 
-def write(ledger: Ledger, outcome: SweepChoice, references: Mapping[str, Any], command: Sequence[str]) -> list[Path]:
+def write(
+    ledger: TrialLedger, outcome: SweepChoice, references: Mapping[str, Any], command: Sequence[str]
+) -> list[Path]:
     """Write trials.parquet, sweep.json, priors.yaml and the report; return their paths."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -197,7 +199,7 @@ def write(ledger: Ledger, outcome: SweepChoice, references: Mapping[str, Any], c
 # ----------------------------------------------------------------------------------------------------------- MLflow
 
 
-def log_child(ledger: Ledger, number: int, parent: Any) -> None:
+def log_child(ledger: TrialLedger, number: int, parent: Any) -> None:
     """Close the MLflow run of a finished trial, once; a marker file records it."""
     from ofmu_ray import tracking
     from ofmu_ray.search.tuner import child_run
@@ -222,7 +224,7 @@ def log_child(ledger: Ledger, number: int, parent: Any) -> None:
 # ----------------------------------------------------------------------------------------------------------- people
 
 
-def line(ledger: Ledger, number: int) -> str:
+def line(ledger: TrialLedger, number: int) -> str:
     """How a trial finished."""
     result, goal = ledger.result(number), ledger.search.goal
     if result is None:
@@ -241,7 +243,7 @@ def line(ledger: Ledger, number: int) -> str:
     return ", ".join([*shown, *([status] if status else []), *([duration(seconds)] if seconds else [])])
 
 
-def summary(ledger: Ledger, outcome: SweepChoice) -> str:
+def summary(ledger: TrialLedger, outcome: SweepChoice) -> str:
     """The choice, or the front and the nearest trial."""
     goal, lines = ledger.search.goal, []
 

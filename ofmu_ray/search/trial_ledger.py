@@ -40,7 +40,7 @@ class SweepTrial(Trial):
 
 
 @dataclass
-class Ledger:
+class TrialLedger:
     """The trials of a sweep."""
 
     config: SweepConfig
@@ -173,7 +173,7 @@ class Ledger:
         return go if known is None else known
 
 
-def ranked(ledger: Ledger, numbers: Sequence[int]) -> list[int]:
+def ranked(ledger: TrialLedger, numbers: Sequence[int]) -> list[int]:
     """Completed trials with metrics, the rule's best first; ties by cost or order (select.tie_break)."""
     results = {number: result for number in numbers if (result := ledger.result(number)) and result.get("figures")}
     measured = {number: plain(result["figures"]) for number, result in results.items()}

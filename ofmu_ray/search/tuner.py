@@ -26,12 +26,12 @@ from ofmu_ray.config import EarlyConfig, TrackingConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.metrics.fronts import plain
 from ofmu_ray.runs.trial import TrialHooks, run_trial, write_failure
-from ofmu_ray.search.trial_ledger import Ledger
+from ofmu_ray.search.trial_ledger import TrialLedger
 
 POLL_SECONDS = 0.1
 
 
-_LEDGERS: dict[str, Ledger] = {}
+_LEDGERS: dict[str, TrialLedger] = {}
 """By folder. Tune writes its arguments into the sweep's folder, and a ledger's data contain the forget rows' text."""
 
 
@@ -41,7 +41,7 @@ class _OfLedger:
     folder: str
 
     @property
-    def ledger(self) -> Ledger:
+    def ledger(self) -> TrialLedger:
         return _LEDGERS[self.folder]
 
     def __deepcopy__(self, memo: Any) -> Any:
@@ -109,7 +109,7 @@ class _Generations(_DecisionWriter, FIFOScheduler):  # type: ignore[misc]
         return str(TrialScheduler.CONTINUE if go else TrialScheduler.STOP)
 
 
-def scheduler(early: EarlyConfig, ledger: Ledger) -> TrialScheduler:
+def scheduler(early: EarlyConfig, ledger: TrialLedger) -> TrialScheduler:
     """The scheduler of a sweep."""
     chosen: Any
     if ledger.config.search.kind == "population":
@@ -136,7 +136,7 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]
         import torch
 
         torch.set_num_threads(max(1, int(ledger.config.base.training.cpus_per_worker)))
-        self.ledger: Ledger = ledger
+        self.ledger: TrialLedger = ledger
         self.parent, self.tracking, self.local = parent, tracking, local
         self._begin(config)
 
@@ -197,7 +197,7 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]
 
 
 def child_run(
-    tracking: TrackingConfig, ledger: Ledger, number: int, parent: Any, result: Mapping[str, Any] | None = None
+    tracking: TrackingConfig, ledger: TrialLedger, number: int, parent: Any, result: Mapping[str, Any] | None = None
 ) -> Any:
     """Start or reopen a trial's MLflow run; None if MLflow does not answer: a trial runs without it."""
     from ofmu_ray import tracking as mlflow
@@ -239,7 +239,7 @@ class _ReportsEnds(_OfLedger, tune.Callback):  # type: ignore[misc]
 
 
 def run(
-    ledger: Ledger, parent: Any, concurrency: int, on_end: Callable[[int], None], *, local: bool
+    ledger: TrialLedger, parent: Any, concurrency: int, on_end: Callable[[int], None], *, local: bool
 ) -> tuple[bool, bool]:
     """Run all unfinished trials. Returns (all trials have finished, the space was exhausted).
 
@@ -294,7 +294,7 @@ def _same_signals() -> Iterator[None]:
                 signal.signal(one, handler)
 
 
-def finished(ledger: Ledger, exhausted: bool) -> bool:
+def finished(ledger: TrialLedger, exhausted: bool) -> bool:
     """Whether all trials have finished; an earlier start may have begun more than are asked for now."""
     wanted = ledger.config.search.trials
     ended = [ledger.result(number) is not None for number in range(min(len(ledger.suggestions), wanted))]
