@@ -168,7 +168,7 @@ def test_models_side_by_side(
         (["--checks.alignment", "true"], "checks.alignment: for language models only"),
         (["--checks.relearn", "{}"], "checks.relearn: for language models only"),
         (["--peer-names"], "peer_names: for language models only"),
-        (["--models.other", str(tmp_path / "three")], "models.other = "),
+        (["--models.other", str(tmp_path / "three")], "has 3 classes, and the rows were read for 10"),
         (["--models.other", str(tmp_path)], "models.other = "),
     ):
         assert cli.main([*words, *more]) == 2

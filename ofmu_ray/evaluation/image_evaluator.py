@@ -98,14 +98,14 @@ class ImageEvaluator:
         )  # fmt: skip
 
     def check_fits(self, model: str, option: str) -> None:
-        """Raise UserError, which names `option`, if the model has not as many classes as the rows were read for."""
+        """Raise UserError, which names `option`, if the model has another number of classes than the rows."""
         from ofmu_ray.models.classifiers import ImageProcessor
 
         classes = ImageProcessor.read(model, option).classes
         if len(classes) != len(self.classes):
             raise UserError(
-                f"{option} = {model!r} has {len(classes)} classes, the first model {len(self.classes)}: compare models "
-                "of the same classes"
+                f"{option} = {model!r} has {len(classes)} classes, and the rows were read for {len(self.classes)}: all "
+                "models need the same classes"
             )
 
     def table(self, model: str | None, label: str) -> pa.Table | None:

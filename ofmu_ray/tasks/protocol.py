@@ -56,7 +56,8 @@ class Evaluation(Protocol):
 
     # optional, for `ofmu evaluate`: def words(self, table, metrics, target, retrained) -> dict[str, Any]
     # what `verdict` says of a run, of any model: `forgetting` and `generations`, each a sentence or None; tables and
-    # metrics as there. And def tokenizer_of(self, model: str) -> str, the tokenizer for the model at a path
+    # metrics as there. def tokenizer_of(self, model: str) -> str, the tokenizer for the model at a path; and
+    # def tokenizers(self) -> int, how many different ones there are
 
     # optional: def check_fits(self, model: str, option: str) -> None
     # raise UserError if the rows do not fit the model at a path, without loading its weights
