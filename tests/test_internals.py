@@ -81,7 +81,8 @@ def test_generation_options_of_a_model_without_a_file_of_them(tmp_path: Path) ->
     assert f'"{transformers_private.FROM_MODEL}"' in text
     shape = transformers.LlamaConfig(eos_token_id=[6, 7], pad_token_id=0)
     (tmp_path / "config.json").write_text(shape.to_json_string())
-    options = transformers_private.generation_from_model(str(tmp_path))
+    named = {"config_file_name": "config.json", transformers_private.FROM_MODEL: True}
+    options = transformers.GenerationConfig.from_pretrained(str(tmp_path), **named)
     assert (options.eos_token_id, options.pad_token_id) == ([6, 7], 0)
 
 

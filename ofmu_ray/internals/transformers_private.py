@@ -26,7 +26,10 @@ SUPPORTS_SDPA, SUPPORTS_FLASH = "_supports_sdpa", "_supports_flash_attn"
 STATEFUL = "_is_stateful"
 """Attributes of a model's class."""
 FROM_MODEL = "_from_model_config"
-"""Argument of GenerationConfig.from_pretrained."""
+"""Argument of GenerationConfig.from_pretrained: reads the options in a model's config.json, as loading the model does.
+
+The public `from_model_config` writes two more entries into an export's generation_config.json.
+"""
 
 
 def supports_sdpa(model_class: type) -> bool:
@@ -45,16 +48,6 @@ def supports_flash(model_class: type) -> bool:
     """Whether an architecture has the attention kernel `flash_attention_2`."""
     check_attributes("transformers", model_class, [SUPPORTS_FLASH])
     return bool(getattr(model_class, SUPPORTS_FLASH))
-
-
-def generation_from_model(path: str) -> Any:
-    """The generation options in a model's config.json, as loading the model reads them.
-
-    The public `from_model_config` writes two more entries into an export's generation_config.json.
-    """
-    from transformers import GenerationConfig
-
-    return GenerationConfig.from_pretrained(path, config_file_name="config.json", **{FROM_MODEL: True})
 
 
 def names_in_model(model: Any, stored: Iterable[str]) -> dict[str, str] | None:

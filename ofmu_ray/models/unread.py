@@ -128,12 +128,12 @@ def _without_weights(shape: Any, config: ModelConfig, option: str) -> Any:
 def _generation_config(path: str) -> Any:
     from transformers import GenerationConfig
 
-    from ofmu_ray.internals.transformers_private import generation_from_model
+    from ofmu_ray.internals.transformers_private import FROM_MODEL
 
     try:
         return GenerationConfig.from_pretrained(path)
     except OSError:  # as transformers does for a model without generation_config.json
-        return generation_from_model(path)
+        return GenerationConfig.from_pretrained(path, config_file_name="config.json", **{FROM_MODEL: True})
 
 
 def matched(
