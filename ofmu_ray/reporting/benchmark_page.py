@@ -178,8 +178,8 @@ def _plane(benchmark: BenchmarkData, results: SplitResults) -> Section:
     label = metric(benchmark.utility).noun
     x_label = f"{label} / the target's" if relative else label
     floor = benchmark.floor if relative else None
-    corner, one = references.get("target"), (scale["report"] or 1.0) if relative else 1.0
-    table = _areas(split, points, floor, corner, one, scored.score_words)
+    utility_of_1 = (scale["report"] or 1.0) if relative else 1.0
+    table = _areas(split, points, floor, references.get("target"), utility_of_1, scored.score_words)
     notes = [
         "Up and to the right is better. Solid: reported runs; faint: tuning trials, which may be judged on fewer rows. "
         "Hollow: degenerate runs. Lines: each method's Pareto front over all but these. Hover over a point for its run."
