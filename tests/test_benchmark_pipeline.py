@@ -17,6 +17,7 @@ import torch
 from conftest import TEXT_METHODS
 from mistakes import refused
 
+from benchmarks import restore
 from ofmu_ray import tracking
 from ofmu_ray.config import BenchmarkConfig, OptimizerConfig, TrainingConfig, apply_overrides
 from ofmu_ray.engines import TorchEngine
@@ -25,6 +26,7 @@ from ofmu_ray.evaluation.sample import spread
 from ofmu_ray.methods.ofmu import OFMU, OFMUConfig
 from ofmu_ray.metrics.summary import summarise
 from ofmu_ray.runs.claims import is_running
+from ofmu_ray.runs.pool import Pool
 from ofmu_ray.runs.trial import SplitData, Trial, cost_signature, run_trial
 from ofmu_ray.search import run_benchmark
 from ofmu_ray.search.benchmark_output import log_child, round_cost, table
@@ -211,6 +213,35 @@ def test_tables_report_and_mlflow(finished):
     note = parent[0].data.tags["mlflow.note.content"]
     assert note.startswith("```text\n")
     assert "mean (of p-values: geometric) [lowest, highest] over seeds" in note
+
+
+@pytest.mark.full  # runs half of the benchmark again
+def test_a_benchmark_continues_from_its_table_where_its_folder_is_gone(finished, tmp_path, monkeypatch):
+    storage, _, _ = finished
+    ran = []
+    run = Pool.run
+
+    def recorded(self, trials):
+        ran.extend(trial.phase for trial in trials)
+        return run(self, trials)
+
+    monkeypatch.setattr(Pool, "run", recorded)
+    words = ["--config", write_config(tmp_path, methods=["npo", "lite"]), "--storage", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["restore", str(storage / "benchmark/trials.csv"), *words])
+    with pytest.raises(SystemExit, match="0"):
+        restore.main()
+    assert sorted(ran) == ["ablation"] * 2 + ["cost"] * 3 + ["report"] * 4
+    names = ("selected", "options", "flops", "degenerate", "forget_quality", "model_utility", "forget_rouge")
+    tables = (pq.read_table(folder / "benchmark/trials.parquet").to_pylist() for folder in (storage, tmp_path))
+    old, new = (
+        {
+            (trial["method"], trial["phase"], trial["trial"], trial["seed"]): [trial[name] for name in names]
+            for trial in trials
+            if trial["method"] in ("npo", "lite")
+        }
+        for trials in tables
+    )
+    assert old == new
 
 
 @pytest.mark.full  # starts Ray: a minute

@@ -251,6 +251,15 @@ def test_what_a_finished_evaluation_has_read(tmp_path: Path, monkeypatch: pytest
         assert digest(model) is None, model
     assert digest("base", "--evaluation.sets.forget", "nowhere.jsonl", "--data.root", "s3://bucket") is None
 
+    package = tmp_path / "package"
+    package.mkdir()
+    monkeypatch.setattr("ofmu_ray.__file__", str(package / "__init__.py"))
+    digests = set()
+    for name in ("metrics.py", "page.html.j2"):  # with another code or page, results are made again
+        (package / name).write_text("")
+        digests.add(digest("base"))
+    assert len(digests - {None}) == 2
+
 
 @pytest.mark.full
 def test_actors_tasks_and_batch_size_change_nothing_but_rounding(

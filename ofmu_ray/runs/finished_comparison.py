@@ -32,7 +32,8 @@ def inputs_digest(config: EvaluateConfig) -> str | None:
     found += [_files(text, config.data.root) for text in _texts(inputs)]
     if None in found:
         return None
-    code = _stamps(Path(ofmu_ray.__file__).parent, "*.py")
+    package = Path(ofmu_ray.__file__).parent
+    code = _stamps(package, "*.py") + _stamps(package, "*.j2")
     content = json.dumps([to_dict(config), found, code], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 

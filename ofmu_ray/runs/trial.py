@@ -133,7 +133,7 @@ def run_trial(trial: Trial, data: SplitData, *, local: bool, watch: TrialHooks |
         _free_device()
     evaluations = {} if watch is None else {"evaluations": published(work)}
     total = {"total_seconds": time.perf_counter() - started}
-    content = _written(trial, data, result | evaluations | total)
+    content = write_result(trial, data, result | evaluations | total)
     shutil.rmtree(work, ignore_errors=True)  # last, so that an earlier kill loses nothing
     return content
 
@@ -145,10 +145,11 @@ def published(work: Path) -> list[dict[str, Any]]:
 
 def write_failure(trial: Trial, data: SplitData, message: str) -> dict[str, Any]:
     """Write the result of a run that could not record its own failure."""
-    return _written(trial, data, {"status": "failed", "message": message, "total_seconds": 0.0})
+    return write_result(trial, data, {"status": "failed", "message": message, "total_seconds": 0.0})
 
 
-def _written(trial: Trial, data: SplitData, result: Mapping[str, Any]) -> dict[str, Any]:
+def write_result(trial: Trial, data: SplitData, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Write <folder>/trials/<key>.json atomically: the trial's description and `result`; return its content."""
     known = {name: getattr(trial, name) for name in ("method", "split", "phase", "trial", "budget_unit", "budget")}
     known |= {"seed": trial.config.seed, "options": dict(trial.options), "ended": time.time()}
     content: dict[str, Any] = _finite({**known, **result})
