@@ -60,6 +60,8 @@ def start(case: Case, rank: int, world: int) -> dict[str, Any]:
         "kept": len(kept),
         "computed_again": again != kept,
         "series": worker.state.series,
+        "level": getattr(worker.method, "level", None),
+        "notes": worker.state.notes,
         "whole": [name for name, parameter in module.named_parameters() if parameter.numel()],
         "training": worker.module.training,
         "passes": worker.engine.account.gradient_passes,
@@ -70,7 +72,7 @@ def start(case: Case, rank: int, world: int) -> dict[str, Any]:
 
 def interrupted(job: WorkerJob, session: FolderSession) -> dict[str, int]:
     """A start that all ranks leave in the second table; when each table was written until then."""
-    together, begun = live_references._together, [0]
+    together, begun = live_references._pass_by_pass, [0]
 
     def once(*arguments: Any) -> Iterator[Any]:
         begun[0] += 1
@@ -79,13 +81,13 @@ def interrupted(job: WorkerJob, session: FolderSession) -> dict[str, int]:
                 raise Killed
             yield result
 
-    live_references._together = once
+    live_references._pass_by_pass = once
     try:
         Worker(job, session)
     except Killed:
         pass
     finally:
-        live_references._together = together
+        live_references._pass_by_pass = together
     dist.barrier()
     return {table.folder: written(table.folder) for table in job.references if has_table(table.folder)}
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from engine_ranks import run_ranks
@@ -21,15 +22,17 @@ from tiers import asked, tiered
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import LoraConfig, ModelConfig, TrainingConfig
 from ofmu_ray.data.prepare import PreparedData
-from ofmu_ray.data.sidecar import has_table
 from ofmu_ray.errors import UserError
 from ofmu_ray.features import reference
 from ofmu_ray.features.protocol import FeatureContext
 from ofmu_ray.features.reference import write_references
 from ofmu_ray.methods.altpo import AltPOConfig
 from ofmu_ray.methods.dpo import DPOConfig
+from ofmu_ray.methods.lunar import LUNARConfig
 from ofmu_ray.methods.npo import NPOConfig
+from ofmu_ray.methods.ofmu import OFMUConfig
 from ofmu_ray.methods.rmu import RMUConfig
+from ofmu_ray.methods.salun import SalUnConfig
 from ofmu_ray.runs.job import Spec, make_job, with_references
 from ofmu_ray.training.worker_job import WorkerJob
 
@@ -42,8 +45,11 @@ MADE = {
     "dpo": (DPOConfig(), TARGET),
     "rmu": (RMUConfig(), TARGET),
     "lora": (NPOConfig(retain_loss="kl"), LORA),
+    "altpo": (AltPOConfig(alternatives=2, max_new_tokens=6), TARGET),
+    "lunar": (LUNARConfig(layer=1), TARGET),
+    "ofmu": (OFMUConfig.default(), TARGET),
 }
-NAMES = tiered(MADE, quick=lambda name: name == "npo")
+NAMES = tiered(MADE, quick=lambda name: name in ("npo", "altpo", "ofmu"))
 
 
 def spec_of(name: str, method: Any, model: ModelConfig = TARGET, **options: Any) -> Spec:
@@ -74,7 +80,7 @@ def runs(
         patch.setattr(reference.Reference, "load", lambda *_: pytest.fail("the whole model was loaded"))
         jobs = {name: job_of(spec_of(name, *MADE[name]), prepared, folder / name)[0] for name in {"npo", *wanted}}
     cases = [Case(job, killed=name == "npo") for name, job in jobs.items()]
-    assert not [table for job in jobs.values() for table in job.references if has_table(table.folder)]
+    assert not [missing for job in jobs.values() for missing in job.references if missing.written]
     return jobs, run_ranks(2, cases, tmp_path_factory.mktemp("ranks"), start)
 
 
@@ -105,12 +111,26 @@ def test_workers_compute_what_one_process_would(
             compared += 1
             ids = [Path(at, "index.parquet").read_bytes() for at in (path, ours["tables"][quantity])]
             assert ids[0] == ids[1]
+        for prefix in theirs["texts"]:
+            expected, found = (pq.read_table(at["texts"][prefix]["path"]) for at in (theirs, ours))
+            assert found.equals(expected)
+            assert len(set(map(tuple, found["input_ids"].to_pylist()))) > len(found) / 2
+            compared += 1
+        for quantity, path in theirs["parameters"].items():
+            torch.testing.assert_close(load_file(ours["parameters"][quantity]), load_file(path))
+            compared += 1
+    if name == "ofmu":
+        assert isinstance(own.method, OFMUConfig)
+        assert measured["level"] == pytest.approx(own.method.level, rel=1e-6)
+        assert measured["notes"] == [f"forget up to {own.method.level:.3g} nats per token (matched_row)"]
+        compared += 1
     assert compared == len(job.references) > 0
     assert measured["loaded"] == []
     assert measured["whole"] == []  # every parameter is cut
     assert measured["training"]
     assert len(measured["series"]) == ROUNDS
-    assert measured["passes"]["forget"] == ROUNDS  # these passes are not part of the run's cost
+    steps = getattr(method, "inner_steps", 1)
+    assert measured["passes"]["forget"] == ROUNDS * steps  # these passes are not part of the run's cost
     if method == MADE["npo"][0]:
         first, last = measured["series"]
         rel = 1e-5 if model is TARGET else 1e-2
@@ -148,22 +168,10 @@ def test_who_loads_the_whole_model(
 ) -> None:
     """What needs one process is refused where the workers share a model that it cannot hold."""
     monkeypatch.setattr(reference, "_room", lambda: 1_000_000)
-    spec = spec_of("altpo", AltPOConfig())
-    words = r"method altpo needs alternatives from one process .* do not fit 0\.001 GB; use a method whose"
+    spec = spec_of("salun", SalUnConfig())
+    words = r"method salun needs drawn_labels of forget from one process .* do not fit 0\.001 GB; use a method whose"
     with pytest.raises(UserError, match=words):
         job_of(spec, prepared, tmp_path / "refused")
-
-
-def test_the_forget_level_of_a_model_too_large_is_refused(
-    prepared: PreparedData,  # noqa: F811
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    nothing_loaded: None,
-) -> None:
-    monkeypatch.setattr(reference, "_room", lambda: 1_000_000)
-    words = r"needs nll of retain from one process .* do not fit 0\.001 GB; give ofmu\.forget_level as a number"
-    with pytest.raises(UserError, match=words):
-        reference.stream_losses(prepared, "retain", spec_of("npo", *MADE["npo"]).model, str(tmp_path))
 
 
 @pytest.mark.full

@@ -65,7 +65,7 @@ def stream(name: str, folder: Path, template: Template) -> TokenisedStream:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory, template: Template) -> PreparedData:
     folder = tmp_path_factory.mktemp("tokens")
-    streams = {name: stream(name, folder / name, template) for name in ("forget", "retain")}
+    streams = {name: stream(name, folder / name, template) for name in ("forget", "retain", "holdout")}
     return PreparedData(streams, DataReport(streams={}, overlap=None, tokenizer_sha256=""), encoder_of(template))
 
 

@@ -93,10 +93,12 @@ class MethodConfig:
         names = ", ".join(f"{section}.{name}.lr" for name in unsized)
         return options, f"{rate:g} ({names}), for {size} trained parameters"
 
-    def completed(self, prepared: Any, model: ModelConfig, cache: str) -> Self:
+    def completed(self, prepared: Any, model: ModelConfig, cache: str, left: list[Any] | None = None) -> Self:
         """The options, completed with values that depend on the rows and the model before any step.
 
-        `prepared`: the rows, an ofmu_ray.data.prepare.PreparedData; `cache`: folder of the storage's caches.
+        `prepared`: the rows, an ofmu_ray.data.prepare.PreparedData; `cache`: folder of the storage's caches; `left`:
+        receives what the run's workers have to compute first (ofmu_ray.features.value_tables.Missing), for
+        `Method.measured`.
         """
         return self
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ofmu_ray.data.batch import IGNORED, REFUSAL
-from ofmu_ray.features.protocol import FeatureContext, Row, Tokens, Values, vocabulary
+from ofmu_ray.features.protocol import FeatureContext, Reader, Row, Tokens, Values, vocabulary
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
     from ofmu_ray.data.template import Template
-    from ofmu_ray.features.reference import Reference, ReferenceModel
+    from ofmu_ray.features.reference import Reference
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Refusals(Tokens):
         texts = read_refusals(self.path, settings.root, f"{settings.method}.refusals")
         return replace(self, texts=tuple(texts), seed=settings.seed)
 
-    def rows(self, model: ReferenceModel, rows: Sequence[Row], template: Template) -> list[dict[str, Any]]:
+    def rows(self, model: Reader, rows: Sequence[Row], template: Template) -> list[dict[str, Any]]:
         from ofmu_ray.features.refusals import refusal_rows
 
         return refusal_rows(rows, self.texts, template, self.seed)
@@ -115,6 +115,7 @@ class Alternatives(Tokens):
     """Answers sampled from the model itself, one per epoch."""
 
     prefix = REFUSAL
+    reads_model = True
     alternatives: int
     """Per row."""
     temperature: float
@@ -131,7 +132,7 @@ class Alternatives(Tokens):
     def resolved(self, settings: FeatureContext) -> Alternatives:
         return replace(self, seed=settings.seed)
 
-    def rows(self, model: ReferenceModel, rows: Sequence[Row], template: Template) -> list[dict[str, Any]]:
+    def rows(self, model: Reader, rows: Sequence[Row], template: Template) -> list[dict[str, Any]]:
         import numpy as np
 
         from ofmu_ray.features.alternatives import alternative_prompts, answered
@@ -147,11 +148,12 @@ class Alternatives(Tokens):
         import numpy as np
 
         from ofmu_ray.evaluation.generation import Sampling, generate_batch
+        from ofmu_ray.models.answers import unwrapped
 
         names = [f"{self.seed}/{row['row_id']}" for row in rows]
         draws = Sampling.of(names, self.max_new_tokens, self.temperature, self.top_k)
         new = generate_batch(
-            reference.module,
+            unwrapped(reference.module),
             [row["input_ids"] for row in rows],
             max_new_tokens=[self.max_new_tokens] * len(rows),
             stop=reference.stop,

@@ -7,10 +7,12 @@ import numpy as np
 from ofmu_ray.config import ModelConfig
 from ofmu_ray.data.prepare import PreparedData, spread
 from ofmu_ray.features.reference import stream_losses
-from ofmu_ray.features.value_tables import ChosenRows
+from ofmu_ray.features.value_tables import ChosenRows, Missing
 
 
-def measured(level: str, prepared: PreparedData, model: ModelConfig, cache: str) -> float:
+def measured(
+    level: str, prepared: PreparedData, model: ModelConfig, cache: str, left: list[Missing] | None = None
+) -> float | None:
     """The value of `ofmu.forget_level` in nats per token: holdout, holdout:QUANTILE or unigram.
 
     Args:
@@ -18,10 +20,16 @@ def measured(level: str, prepared: PreparedData, model: ModelConfig, cache: str)
         prepared: the run's streams, including `holdout` if data.holdout is set.
         model: the model to change, before any step.
         cache: the storage's cache folder.
+        left: receives the losses of holdout rows if the run's workers have to compute them; then there is no value yet.
     """
     if level == "unigram":
         return unigram_entropy(prepared)
-    losses = stream_losses(prepared, "holdout", model, cache)
+    losses = stream_losses(prepared, "holdout", model, cache, left=left)
+    return None if losses is None else level_of(level, losses)
+
+
+def level_of(level: str, losses: np.ndarray) -> float:
+    """holdout or holdout:QUANTILE of the mean token losses of rows."""
     _, _, quantile = level.partition(":")
     return float(np.quantile(losses, float(quantile)) if quantile else losses.mean())
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import numpy as np
     import torch
 
     from ofmu_ray.data.prepare import PreparedData
     from ofmu_ray.data.template import Template
-    from ofmu_ray.features.reference import Reference, ReferenceModel
+    from ofmu_ray.features.reference import Reference
 
 Row = Mapping[str, Any]
 """row_id and the payload: input_ids and prompt_tokens, or pixels and label."""
@@ -84,12 +86,35 @@ class FeatureContext:
     seed: int = 0
 
 
+class Reading(Protocol):
+    """A quantity computed from rows with the reference model."""
+
+    def read(self, reference: Reference, rows: Sequence[Row]) -> list[np.ndarray]:
+        """The results, one per row."""
+
+
+class Reader(Protocol):
+    """The reference model where it is: in processes that load it, or shared by the run's workers."""
+
+    @property
+    def config(self) -> Any:
+        """transformers' config of the text model."""
+
+    def read(
+        self, reading: Reading, rows: Sequence[Row], lengths: np.ndarray, wide: np.ndarray, title: str
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """(row number, the model's result for it), once per row. `lengths`, `wide`: tokens of each row, and the
+        elements of logits that its pass keeps, by which rows are cut into batches."""
+
+
 @dataclass(frozen=True)
 class Tokens:
     """Another text for each row, such as a refusal, as tokens in the micro-batch alongside those of the answer."""
 
     prefix: ClassVar[str]
     """Prefix of their names in a micro-batch: `prefix` + input_ids, attention_mask or labels."""
+    reads_model: ClassVar[bool] = False
+    """Whether the reference model gives them."""
 
     @property
     def count(self) -> int | None:
@@ -100,7 +125,7 @@ class Tokens:
         """A copy whose fields fully determine the texts. Raises UserError."""
         return self
 
-    def rows(self, model: ReferenceModel, rows: Sequence[Row], template: Template) -> list[dict[str, Any]]:
+    def rows(self, model: Reader, rows: Sequence[Row], template: Template) -> list[dict[str, Any]]:
         """The rows with these texts as their answers."""
         raise NotImplementedError
 
@@ -111,6 +136,9 @@ class ParameterValues:
     with the run."""
 
     name: ClassVar[str]
+    in_step: ClassVar[bool] = False
+    """Whether `compute` does nothing with the model but call it. Then workers that share a model (ZeRO-3) compute the
+    tensors; if not, one process loads the whole model."""
 
     def resolved(self, settings: FeatureContext, prepared: PreparedData) -> Self:
         """A copy whose fields, with model and rows, determine the tensors. Raises UserError."""

@@ -6,7 +6,7 @@ kept in the run's own folder and deleted with it: refusals and alternatives, whi
 log-probabilities and activations of forget rows, since the likeliest words of a model that knows a text spell it.
 
 Small jobs run in this process; larger ones in processes with one CPU or GPU each, which load the model once. Where the
-run's workers share a model that may fit no device, they compute the tables before their first round instead
+run's workers share a model that may fit no device, they compute all of it before their first round instead
 (ofmu_ray.training.live_references), with the model that they hold.
 """
 
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from ofmu_ray.cluster.map_tasks import device_kind, map_tasks, running_ray, runs
 from ofmu_ray.config import ModelConfig
 from ofmu_ray.data.batch_plan import Plan, places
 from ofmu_ray.data.prepare import PreparedData, spread
-from ofmu_ray.data.sidecar import SidecarContent, StoredValues, has_table
+from ofmu_ray.data.sidecar import SidecarContent
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.generation import stop_ids
 from ofmu_ray.features import refusals
@@ -41,12 +41,22 @@ from ofmu_ray.features.protocol import (
     FeatureContext,
     Need,
     ParameterValues,
+    Reading,
     Row,
     Tokens,
     Values,
-    answer_tokens,
 )
-from ofmu_ray.features.value_tables import LOGITS_AT_ONCE, ChosenRows, ValueTable, cut, digest, texts_in
+from ofmu_ray.features.value_tables import (
+    LOGITS_AT_ONCE,
+    ChosenRows,
+    Missing,
+    MissingTensors,
+    MissingTexts,
+    ValueTable,
+    cut,
+    digest,
+    texts_in,
+)
 from ofmu_ray.models.loading import read_config
 from ofmu_ray.models.source import model_fingerprint, weights_folder
 from ofmu_ray.storage import atomic_write, is_file, join
@@ -73,14 +83,14 @@ def write_references(
     cache: str,
     private: str | None = None,
     settings: FeatureContext | None = None,
-    left: list[ValueTable] | None = None,
+    left: list[Missing] | None = None,
 ) -> dict[str, str]:
     """Compute what is missing of `needs`; returns the sidecars' folders (<folder>/<stream>) by stream.
 
     `cache`: the storage's cache folder. `private`: folder for what must be deleted with the run (default
     <folder>/private); the caller deletes it. Of all streams but forget, only the rows that the plan uses are processed,
-    if it uses any. `left`: receives the missing tables that the run's workers can compute (`Values.in_step`); the
-    sidecars name them already.
+    if it uses any. `left`: receives what is missing and the run's workers can compute (`in_step`, texts); the sidecars
+    name it already.
 
     Raises UserError: a table is too large, the refusals are unusable, the model has no such layer, or it has to be
     loaded whole and does not fit.
@@ -110,30 +120,34 @@ def write_references(
                 sidecar.parameters[tensors.name] = source.parameters(tensors, chosen)
             elif need.of is None:
                 table = source.table(need.feature.resolved(settings), stream, chosen.read, chosen.key)
-                sidecar.add_table(need.feature.name, need.feature.key, table)
+                sidecar.add_table(need.feature.name, need.feature.key, table.folder)
             else:
                 path, prefix = written(need.of), need.of.prefix
                 read = partial(texts_in, path)
-                table = source.table(need.feature, f"{stream}_{prefix.strip('_')}", read, Path(path).stem)
-                sidecar.add_table(prefix + need.feature.name, prefix + need.feature.key, table)
+                name = f"{stream}_{prefix.strip('_')}"
+                table = source.table(need.feature, name, read, Path(path).stem, known=is_file(path))
+                sidecar.add_table(prefix + need.feature.name, prefix + need.feature.key, table.folder)
         folders[stream] = sidecar.write(join(folder, stream))
     return folders
 
 
-def stream_losses(prepared: PreparedData, name: str, model: ModelConfig, cache: str, most: int = 1000) -> np.ndarray:
+def stream_losses(
+    prepared: PreparedData,
+    name: str,
+    model: ModelConfig,
+    cache: str,
+    most: int = 1000,
+    left: list[Missing] | None = None,
+) -> np.ndarray | None:
     """Mean token loss of each row's answer under the reference model (nats), float64 [rows]. Cached.
 
-    At most `most` rows of the stream, evenly spread.
-
-    Raises UserError: they are not cached, and the model does not fit one process.
+    At most `most` rows of the stream, evenly spread. None: they are missing, and `left` has received them.
     """
     stream = prepared.streams[name]
     chosen = ChosenRows(stream, spread(stream.rows, most))
-    source = ReferenceModel(model, cache, "", "ofmu", task_of(prepared))
-    source.remedy = "give ofmu.forget_level as a number of nats per token"
-    folder = source.table(NLL, name, chosen.read, chosen.key)
-    sums = StoredValues(folder).rows([row["row_id"] for row in chosen.rows]).double().numpy()
-    return np.asarray(sums / np.array([answer_tokens(row) for row in chosen.rows]))
+    source = ReferenceModel(model, cache, "", "ofmu", task_of(prepared), left)
+    table = source.table(NLL, name, chosen.read, chosen.key)
+    return table.means() if table.written else None
 
 
 def task_of(prepared: PreparedData) -> str:
@@ -154,14 +168,9 @@ class ReferenceModel:
         private: str,
         method: str,
         task: str = "causal_lm",
-        left: list[ValueTable] | None = None,
+        left: list[Missing] | None = None,
     ) -> None:
         self.task, self.left = task, left
-        self.remedy: str | None = None
-        """Where a model that does not fit one process is refused: what to do instead; None: it is not refused."""
-        if left is not None:
-            self.remedy = "use a method whose reference values the workers compute, such as npo or dpo, or one that "
-            self.remedy += "needs none"
         self.model = replace(model, lora=None, freeze=[], gradient_checkpointing=False)
         self.freeze = list(model.freeze)
         self.cache, self.private, self.method = join(cache, "reference"), private, method
@@ -181,7 +190,11 @@ class ReferenceModel:
         """Path of the rows' texts; the file name is a hash of everything that determines them."""
         key = digest(self.fingerprint, chosen.key, prepared.template.fingerprint(), _identity(tokens))
         path = join(self.private, f"{key}.parquet")
-        if not is_file(path):
+        if is_file(path):
+            return path
+        if self.left is not None and tokens.reads_model:
+            self.left.append(MissingTexts(path, tokens, chosen.read, prepared.template))
+        else:
             refusals.write_refusals(path, tokens.rows(self, chosen.rows, prepared.template))
         return path
 
@@ -191,27 +204,44 @@ class ReferenceModel:
 
         key = digest(self.fingerprint, _identity(feature), chosen.key, *self.freeze)
         path = join(self.private, f"{key}.safetensors")
-        if not is_file(path):
+        if is_file(path):
+            return path
+        if self.left is not None and feature.in_step:
+            self.left.append(MissingTensors(path, feature, chosen.read))
+        else:
             self._refuse_whole(feature.name)
             reference = Reference.load(self.task, replace(self.model, freeze=self.freeze), device_kind())
             atomic_write(path, save(feature.compute(reference, chosen.rows)))
         return path
 
-    def table(self, feature: Values, stream: str, read: Callable[[], list[Row]], rows_key: str) -> str:
-        """Folder of the table of the rows that `read` gives; computed, or left to the workers, if missing."""
+    def table(
+        self, feature: Values, stream: str, read: Callable[[], list[Row]], rows_key: str, *, known: bool = True
+    ) -> ValueTable:
+        """The table of the rows that `read` gives; computed, or left to the workers, if missing.
+
+        `known`: whether the rows are there, and not left to the workers, too: then too large a table is refused.
+        """
         key = digest(self.fingerprint, _identity(feature), rows_key)
         folder = join(self.private if stream == "forget" and feature.spells else self.cache, key)
-        if has_table(folder):
-            return folder
-        rows, shape = read(), feature.shape(self.config)
-        table = ValueTable(folder, feature, stream, read, shape, feature.width(self.config))
-        entries = table.entries(rows)
-        self._refuse_large(feature, stream, int(entries.sum()), shape, table.bytes_fp32(entries) // 2)
-        if self.left is not None and feature.in_step:
-            self.left.append(table)
-        else:
+        table = ValueTable(folder, feature, stream, read, feature.shape(self.config), feature.width(self.config))
+        if table.written:
+            return table
+        if self.left is None or not feature.in_step:
+            rows = self._checked_rows(table)
             table.write(rows, self.read(feature, rows, *table.sizes(rows), table.title))
-        return folder
+            return table
+        if known:
+            self._checked_rows(table)
+        self.left.append(table)
+        return table
+
+    def _checked_rows(self, table: ValueTable) -> list[Row]:
+        """The rows of a table that is not too large."""
+        rows = table.read()
+        entries = table.entries(rows)
+        half = table.bytes_fp32(entries) // 2
+        self._refuse_large(table.feature, table.stream, int(entries.sum()), table.shape, half)
+        return rows
 
     def _refuse_large(self, feature: Values, stream: str, entries: int, shape: Sequence[int], size: int) -> None:
         if size > MOST_BYTES:
@@ -228,11 +258,12 @@ class ReferenceModel:
 
     def _refuse_whole(self, title: str) -> None:
         """Refuse a model of which one process would hold more than there is."""
-        room = None if self.remedy is None else _room()
+        room = None if self.left is None else _room()
         if room is not None and self._stored_bytes > room:
             raise UserError(
                 f"method {self.method} needs {title} from one process that loads the whole model, whose "
-                f"{self._stored_bytes / 1e9:.3g} GB of weights do not fit {room / 1e9:.3g} GB; {self.remedy}"
+                f"{self._stored_bytes / 1e9:.3g} GB of weights do not fit {room / 1e9:.3g} GB; use a method whose "
+                "reference values the workers compute, such as npo or dpo, or one that needs none"
             )
 
     def read(
@@ -248,13 +279,6 @@ class ReferenceModel:
             for number, results in enumerate(map(make(), jobs)) if runs_here(flops) else map_tasks(make, jobs):
                 yield from zip(batches[number], results, strict=True)
                 bar.update(len(batches[number]))
-
-
-class Reading(Protocol):
-    """A quantity computed from rows with the reference model."""
-
-    def read(self, reference: Reference, rows: Sequence[Row]) -> list[np.ndarray]:
-        """The results, one per row."""
 
 
 class Reference:

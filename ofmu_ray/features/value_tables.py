@@ -8,13 +8,18 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ofmu_ray.data.prepare import TokenisedStream
-from ofmu_ray.data.sidecar import new_table, read_rows
+from ofmu_ray.data.sidecar import StoredValues, has_table, new_table, read_rows
 from ofmu_ray.data.tokenise import take_rows
-from ofmu_ray.features.protocol import Row, Values, answer_tokens, row_tokens
+from ofmu_ray.features.protocol import ParameterValues, Row, Tokens, Values, answer_tokens, row_tokens
+from ofmu_ray.storage import is_file
+
+if TYPE_CHECKING:
+    from ofmu_ray.data.template import Template
 
 BATCH_TOKENS = 4096
 """Tokens of a forward pass, padding counted."""
@@ -58,6 +63,17 @@ class ValueTable:
         """What it has."""
         return f"{self.feature.name} of {self.stream}"
 
+    @property
+    def written(self) -> bool:
+        """Whether it is there."""
+        return has_table(self.folder)
+
+    def means(self) -> np.ndarray:
+        """Each row's value over its answer tokens, float64 [rows]. For values of one number per row."""
+        rows = self.read()
+        sums = StoredValues(self.folder).rows([row["row_id"] for row in rows]).double().numpy()
+        return np.asarray(sums / np.array([answer_tokens(row) for row in rows]))
+
     def entries(self, rows: Sequence[Row]) -> np.ndarray:
         """Entries of each row, int64 [rows]."""
         return np.array([self.feature.entries(row) for row in rows], dtype=np.int64)
@@ -79,6 +95,52 @@ class ValueTable:
         with new_table(self.folder, ids, entries, self.shape, dtype, about) as (values, starts):
             for number, piece in results:
                 values[starts[number] : starts[number] + entries[number]] = piece
+
+
+@dataclass(frozen=True)
+class MissingTexts:
+    """Texts from the reference model that are missing, and how to make them. It can be sent to another node."""
+
+    path: str
+    tokens: Tokens
+    read: Callable[[], list[Row]]
+    """Reads the rows that they belong to."""
+    template: Template
+
+    @property
+    def title(self) -> str:
+        """What it has."""
+        return type(self.tokens).__name__.lower()
+
+    @property
+    def written(self) -> bool:
+        """Whether they are there."""
+        return is_file(self.path)
+
+
+@dataclass(frozen=True)
+class MissingTensors:
+    """Named tensors from all rows of a stream that are missing, and how to compute them. It can be sent to another
+    node."""
+
+    path: str
+    feature: ParameterValues
+    read: Callable[[], list[Row]]
+    """Reads the rows."""
+
+    @property
+    def title(self) -> str:
+        """What it has."""
+        return self.feature.name.replace("_", " ")
+
+    @property
+    def written(self) -> bool:
+        """Whether they are there."""
+        return is_file(self.path)
+
+
+Missing = ValueTable | MissingTexts | MissingTensors
+"""What a run's workers compute before their first round."""
 
 
 def cut(lengths: np.ndarray, wide: np.ndarray, most: int) -> list[list[int]]:

@@ -23,6 +23,7 @@ if MYPY:
     from ofmu_ray.config import ModelConfig
     from ofmu_ray.data.prepare import PreparedData
     from ofmu_ray.engines.protocol import Engine
+    from ofmu_ray.features.value_tables import Missing
 
 MOVE = OptimizerConfig(name="sgd", lr=1.0, clip=None)
 """theta minus the vector."""
@@ -50,7 +51,9 @@ class InfluenceConfig(MethodConfig):
         if self.forget_share is not None:
             require(0 < self.forget_share <= 1, f"{section}.forget_share", self.forget_share, "in (0, 1]")
 
-    def completed(self, prepared: PreparedData, model: ModelConfig, cache: str) -> InfluenceConfig:
+    def completed(
+        self, prepared: PreparedData, model: ModelConfig, cache: str, left: list[Missing] | None = None
+    ) -> InfluenceConfig:
         """A copy with `forget_share`."""
         if self.forget_share is not None:
             return self

@@ -70,6 +70,7 @@ class PromptActivations(Values):
 
     name = "prompt_activations"
     key = "reference_prompt_activations"
+    in_step = True
     layer: int | None = None
     """From 0; None: engines.layers.chosen_layer."""
 
@@ -99,6 +100,7 @@ class RefusalDirection(ParameterValues):
     """Mean activation at the last token of unanswerable questions, minus that of the forget questions: {direction}."""
 
     name = "refusal_direction"
+    in_step = True
     layer: int | None = None
     path: str | None = None
     prompts: tuple[tuple[int, ...], ...] = ()

@@ -49,6 +49,9 @@ class Method(Protocol):
     # optional: def given(self, name: str, engine: Engine, parameters: Mapping[str, torch.Tensor]) -> None
     # after `start`: the tensors of a `ParameterValues` that it needs, by the names of parameters. Collective.
 
+    # optional: def measured(self, references: Sequence[Missing]) -> None
+    # before `start`: what the workers have computed for options that `MethodConfig.completed` left open.
+
     def batches_per_round(self) -> dict[str, int]:
         """Global batches per round and stream; the batch plan contains exactly these."""
 

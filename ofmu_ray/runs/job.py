@@ -23,7 +23,7 @@ from ofmu_ray.tasks import task_named
 if TYPE_CHECKING:
     from ofmu_ray.data.batch_plan import Plan
     from ofmu_ray.data.prepare import PreparedData
-    from ofmu_ray.features.value_tables import ValueTable
+    from ofmu_ray.features.value_tables import Missing
     from ofmu_ray.training.worker_job import WorkerJob
 
 WATCHED = "watched.parquet"
@@ -75,6 +75,8 @@ def make_job(
 ) -> tuple[WorkerJob, Plan]:
     """The workers' job without its sidecars (`with_references` adds them), and its plan, written to `folder`.
 
+    Workers that share a model which may fit no device (ZeRO-3) compute what the method needs from it (`references`).
+
     Args:
         folder: the run's folder, for the plan and the watched rows.
         cache: folder of the storage's caches.
@@ -93,6 +95,7 @@ def make_job(
     watched = None
     if spec.stop.utility_floor is not None:
         watched = write_sample(prepared.streams["retain"], spec.stop.sample, join(folder, WATCHED))
+    left: list[Missing] | None = [] if _share_a_model(spec.training) else None
     sized, remark = spec.method.sized(spec.method_name, lambda: trained_parameters(spec))
     if remark is not None:
         note("rate", remark)
@@ -103,7 +106,8 @@ def make_job(
         seed=spec.seed,
         task=spec.task,
         model=spec.model,
-        method=sized.completed(prepared, spec.model, cache),
+        method=sized.completed(prepared, spec.model, cache, left),
+        references=tuple(left or ()),
         training=spec.training,
         stop=spec.stop,
         export=spec.export,
@@ -143,14 +147,12 @@ def with_references(
 ) -> WorkerJob:
     """The job, with what its method needs to know about the rows under the reference model.
 
-    Workers that share a model which may fit no device (ZeRO-3) compute it themselves, as far as they can.
     `private`: folder for tables that would reveal a forget row's text; None: the run's own.
     """
     from ofmu_ray.features.protocol import FeatureContext
     from ofmu_ray.features.reference import write_references
 
-    training = spec.training
-    left: list[ValueTable] | None = [] if training.workers > 1 and training.zero_stage == 3 else None
+    left: list[Missing] | None = list(job.references) if _share_a_model(spec.training) else None
     sidecars = write_references(
         job.build_method().needs,
         prepared,
@@ -164,8 +166,12 @@ def with_references(
     )
     if left:
         titles = ", ".join(table.title for table in left)
-        note("reference", f"{titles}: by the run's workers ({training.workers}), with the model that they hold")
+        note("reference", f"{titles}: by the run's workers ({spec.training.workers}), with the model that they hold")
     return replace(job, sidecars=sidecars, references=tuple(left or ()))
+
+
+def _share_a_model(training: TrainingConfig) -> bool:
+    return training.workers > 1 and training.zero_stage == 3
 
 
 def remove_text(folder: str) -> None:

@@ -146,7 +146,8 @@ def _work(this_run: Run, config: UnlearnConfig, evaluation: Evaluation, encoder:
         metrics = {name: evaluation.metrics(table, retrained) for name, table in tables.items()}
         verdict = evaluation.verdict(tables, metrics)
         options = {"samples": config.evaluation.bootstrap_samples, "seed": config.seed}
-        words = level_words(after, getattr(job.method, "level", None), **options)
+        method = job.method.completed(prepared, spec.model, this_run.cache)  # with what the workers have measured
+        words = level_words(after, getattr(method, "level", None), **options)
         if words is not None:
             verdict.setdefault("run", {})["level"] = words
     return RunResults(

@@ -51,9 +51,11 @@ class Worker:
         self.engine = build_engine(job, self.module, self.task.loss, session.device, unread, self.compiled)
         self.watchdog = watchdog or Watchdog(session.rank, None, None)
         if job.references:
-            from ofmu_ray.training.live_references import write_tables
+            from ofmu_ray.training.live_references import write_references
 
-            write_tables(self)
+            write_references(self)
+            if hasattr(self.method, "measured"):
+                self.method.measured(job.references)
         self.method.start(self.engine)
         for name, path in parameter_files(job.sidecars).items():
             with open_mapped(path) as file:
@@ -66,7 +68,7 @@ class Worker:
         self.resumed = False
         """Whether the state comes from a checkpoint of this run."""
         self.state = self._begin()
-        self.state.notes += [*notes, *self._compiling()]
+        self.state.notes += [*notes, *self.method.notes, *self._compiling()]
         self._exchange_notes()
 
     def _begin(self) -> LoopState:

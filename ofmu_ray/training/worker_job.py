@@ -13,7 +13,7 @@ from ofmu_ray.training.live import LiveEvaluation
 from ofmu_ray.training.stages import Stages
 
 if TYPE_CHECKING:
-    from ofmu_ray.features.value_tables import ValueTable
+    from ofmu_ray.features.value_tables import Missing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +43,8 @@ class WorkerJob:
     """Completes the rows of the plan as they are read (ofmu_ray.data.shard_files.Reading); None: they are complete."""
     sidecars: Mapping[str, str] = field(default_factory=dict)
     """Stream -> folder of precomputed features of its rows (ofmu_ray.data.sidecar)."""
-    references: Sequence[ValueTable] = ()
-    """Tables that the sidecars name and that the workers compute before their first round."""
+    references: Sequence[Missing] = ()
+    """What the workers compute before their first round: the sidecars name it, or the method takes it (`measured`)."""
     start_from: str | None = None
     """Folder of another run's checkpoint to start from (same ZeRO stage); None: the reference model."""
     stages: Stages | None = None

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ofmu_ray.algorithm.losses import LossParts
     from ofmu_ray.algorithm.two_loop import RoundStats
     from ofmu_ray.engines.protocol import Engine, Kind, Loop, Loss, Vector
+    from ofmu_ray.features.value_tables import Missing
     from ofmu_ray.models.answers import Answers
 
 
@@ -67,6 +68,15 @@ class OFMU(Method):
 
     def start(self, engine: Engine) -> None:
         """Nothing to save from the reference model."""
+
+    def measured(self, references: Sequence[Missing]) -> None:
+        """Takes the level from the losses of holdout rows."""
+        from ofmu_ray.features.value_tables import ValueTable
+
+        for table in references:
+            if isinstance(table, ValueTable) and table.stream == "holdout":
+                self.config = self.config.with_level(table.means())
+                self.notes = [self.config.remarks["level"]]
 
     @property
     def rho(self) -> float:

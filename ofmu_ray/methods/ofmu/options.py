@@ -12,8 +12,11 @@ from ofmu_ray.config.ranges import not_negative, positive, require
 from ofmu_ray.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ofmu_ray.config import ModelConfig, UnlearnConfig
     from ofmu_ray.data.prepare import PreparedData
+    from ofmu_ray.features.value_tables import Missing
 
 PresetName = Literal["first_order", "lite", "full"]
 ForgetLoss = Literal["nll", "matched_row", "bounded_row", "bounded_token", "npo", "simnpo"]
@@ -128,8 +131,10 @@ class OFMUConfig(MethodConfig):
                 "or give the level in nats per token"
             )
 
-    def completed(self, prepared: PreparedData, model: ModelConfig, cache: str) -> OFMUConfig:
-        """A copy with `forget_level` in nats per token, if the loss is bounded."""
+    def completed(
+        self, prepared: PreparedData, model: ModelConfig, cache: str, left: list[Missing] | None = None
+    ) -> OFMUConfig:
+        """A copy with `forget_level` in nats per token, if the loss is bounded; or as a word, if workers measure it."""
         if not self.bounded:
             return self
         level = self.forget_level
@@ -138,14 +143,22 @@ class OFMUConfig(MethodConfig):
         if isinstance(level, str):
             from ofmu_ray.features.level import measured
 
-            level = measured(level, prepared, model, cache)
-        return dataclasses.replace(self, forget_level=float(level))
+            value = measured(level, prepared, model, cache, left)
+            level = level if value is None else value
+        return dataclasses.replace(self, forget_level=level if isinstance(level, str) else float(level))
+
+    def with_level(self, losses: np.ndarray) -> OFMUConfig:
+        """A copy with the `forget_level` of holdout rows with these losses."""
+        from ofmu_ray.features.level import level_of
+
+        return dataclasses.replace(self, forget_level=level_of(str(self.forget_level), losses))
 
     @property
     def remarks(self) -> dict[str, str]:
         if not self.bounded:
             return {}
-        return {"level": f"forget up to {self.forget_level:.3g} nats per token ({self.forget_loss})"}
+        level = "the loss of holdout rows" if self.level is None else f"{self.level:.3g} nats per token"
+        return {"level": f"forget up to {level} ({self.forget_loss})"}
 
     @property
     def penalises(self) -> bool:
