@@ -14,10 +14,10 @@ from ofmu_ray.metrics.rule import Goal
 from ofmu_ray.runs.trial import SplitData, model_path, result_path, write_failure
 from ofmu_ray.search import run_sweep
 from ofmu_ray.search.choice import choose, export, priors, prune_models
-from ofmu_ray.search.suggest import Search, Suggestion
+from ofmu_ray.search.suggest import EarlierTrial, Search, Suggestion
 from ofmu_ray.search.sweep_output import log_child, settings, summary
 from ofmu_ray.search.trial_ledger import TrialLedger
-from ofmu_ray.search.tuner import TrialRun, finished
+from ofmu_ray.search.tuner import _LEDGERS, LedgerSearch, TrialRun, finished
 from tune_spaces import ofmu_lite, parse_prior
 
 GOAL = Goal("forget_quality", "model_utility", 0.5, sound=SoundRange("retrained", {"repetition": (0.0, 0.0, 0.05)}))
@@ -57,6 +57,26 @@ def test_the_best_objective_with_enough_utility(tmp_path, tie_break, chosen):
     outcome = choose(ledger_of(tmp_path, TRIALS, tie_break=tie_break))
     assert (outcome.chosen, outcome.nearest) == (chosen, None)
     assert outcome.front == [0, 1, 2]
+
+
+def test_a_generation_that_ends_while_it_is_asked_for_does_not_end_the_sweep(tmp_path, monkeypatch):
+    ledger = ledger_of(tmp_path, [None, None])
+    options = {"search": {"kind": "population", "trials": 4, "population": 2}}
+    ledger.config = apply_overrides(ledger.config, options)
+    ledger.search = replace(ledger.search, config=ledger.config.search)
+    monkeypatch.setitem(_LEDGERS, str(tmp_path), ledger)
+    search = LedgerSearch(str(tmp_path))
+    search.next = 2
+    statuses = iter(["running"])
+
+    def earlier():
+        status = next(statuses, "stopped")
+        return [EarlierTrial(one, status) for one in ledger.suggestions]
+
+    monkeypatch.setattr(ledger, "earlier", earlier)
+    assert search.suggest("first") is None
+    assert search.suggest("again")["number"] == 2
+    assert not search.exhausted
 
 
 def test_without_enough_utility_the_nearest_is_named(tmp_path):

@@ -60,10 +60,11 @@ class LedgerSearch(_OfLedger, Searcher):  # type: ignore[misc]
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if self.next >= self.ledger.config.search.trials:
             return str(Searcher.FINISHED)
+        new = self.next >= len(self.ledger.suggestions)
+        if new and self.ledger.search.waits(self.next, self.ledger.earlier()):  # asked first: a trial may end meanwhile
+            return None
         suggestion = self.ledger.suggestion(self.next)
         if suggestion is None:
-            if self.ledger.search.waits(self.next, self.ledger.earlier()):
-                return None
             self.exhausted = True
             return str(Searcher.FINISHED)
         self.next += 1
