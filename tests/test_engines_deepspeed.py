@@ -86,7 +86,8 @@ def test_one_rank_equals_one_process(case: Case, one_rank: dict[str, dict[str, A
 def test_deepspeed_takes_the_gpu_that_ray_gave(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's LOCAL_RANK is 1 for the second worker of a node, whose first GPU is the third if each has two."""
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # or what is set below would stay, and Ray's workers take it over
+    monkeypatch.delenv("DS_ACCELERATOR")
     _announce(torch.device("cuda", 2))
     assert (os.environ["LOCAL_RANK"], os.environ["DS_ACCELERATOR"]) == ("2", "cuda")
 
