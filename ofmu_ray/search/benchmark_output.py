@@ -148,8 +148,9 @@ def _rows(
         if trial.phase == "tune":
             sound_range = goals[trial.split].sound if trial.split in goals else None
         row = trial_row(trial, result, _is_chosen(trial, selected), sound_range)
-        if "figures" in result:
-            table = pq.read_table(result_path(folder, trial.key(known)).with_suffix(".parquet"))
+        values = result_path(folder, trial.key(known)).with_suffix(".parquet")
+        if "figures" in result and values.is_file():  # benchmarks/restore.py has the metrics only
+            table = pq.read_table(values)
             parts.append(_labelled(table, (trial.method, trial.split, trial.phase, trial.trial, trial.config.seed)))
             place = trial.split, trial.rows
             if place not in inputs:
