@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from ofmu_ray.config.methods import MethodConfig, Ranges
+from ofmu_ray.config.methods import MYPY, MethodConfig, Ranges
 from ofmu_ray.config.optimizers import OptimizerConfig
 from ofmu_ray.config.ranges import not_negative, positive, require
 from ofmu_ray.errors import UserError
 
-if TYPE_CHECKING:
+if MYPY:
     import numpy as np
 
     from ofmu_ray.config import ModelConfig, UnlearnConfig
