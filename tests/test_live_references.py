@@ -115,7 +115,7 @@ def test_workers_compute_what_one_process_would(
             expected, found = (pq.read_table(at["texts"][prefix]["path"]) for at in (theirs, ours))
             assert found.equals(expected)
             assert len(set(map(tuple, found["input_ids"].to_pylist()))) > len(found) / 2
-            compared += 1
+            compared += name == "altpo"  # refusals need no model: they are there before the workers start
         for quantity, path in theirs["parameters"].items():
             torch.testing.assert_close(load_file(ours["parameters"][quantity]), load_file(path))
             compared += 1
