@@ -31,10 +31,13 @@ def known_results(path: Path) -> dict[Key, dict[str, Any]]:
     """(method, split, number) -> the result of a tuning trial as `run_trial` returns it.
 
     Raises:
-        SystemExit: the table does not have the columns of trials.csv.
+        SystemExit: there is no such file, or it does not have the columns of trials.csv.
     """
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        raise SystemExit(f"{path}: {error.strerror}") from None
     if not rows or not {"method", "split", "phase", "trial", "options", *COUNTS, *SECONDS} <= set(rows[0]):
         raise SystemExit(f"{path}: not a trials.csv of a benchmark's report")
     return {(row["method"], row["split"], int(row["trial"])): _result(row) for row in rows if row["phase"] == "tune"}
@@ -42,7 +45,7 @@ def known_results(path: Path) -> dict[Key, dict[str, Any]]:
 
 def _result(row: dict[str, str]) -> dict[str, Any]:
     result: dict[str, Any] = {"status": row["status"], "message": row["message"], "options": json.loads(row["options"])}
-    result |= {name: float(row[name]) for name in (*COUNTS, *SECONDS) if row[name]}
+    result |= {name: json.loads(row[name]) for name in (*COUNTS, *SECONDS) if row[name]}
     names = [name.removesuffix("_low") for name in row if name.endswith("_low")]
     figures = {name: _value(row, name) for name in names if row[name]}
     return result | ({"figures": figures} if figures else {})
@@ -75,6 +78,8 @@ def main() -> None:
     from ofmu_ray.search import run_benchmark
     from pipelines.benchmark import main as benchmark
 
+    if len(sys.argv) < 2:
+        raise SystemExit("give the table first: python -m benchmarks.restore TRIALS.CSV, then ofmu benchmark's options")
     RestoredPool.known = known_results(Path(sys.argv[1]))
     setattr(run_benchmark, "Pool", RestoredPool)  # noqa: B010  not a name that it exports
     raise SystemExit(benchmark(sys.argv[2:]))
