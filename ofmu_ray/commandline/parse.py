@@ -43,18 +43,22 @@ class PlainParser(argparse.ArgumentParser):
 
 
 @functools.cache  # half a second of CPU time; tests and job submission parse several times
-def parser_for(config_class: type[Any], prog: str) -> ArgumentParser:
-    """A parser whose options are the fields of `config_class`, nested ones with dots."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+def parser_for(config_class: type[Any], prog: str, described: bool = True) -> ArgumentParser:
+    """A parser whose options are the fields of `config_class`, nested ones with dots.
+
+    Args:
+        described: Read the options' descriptions, for help; this takes a quarter of the parser's CPU time.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=described)
     set_loader("yaml", lambda text: USUAL(with_text_keys(text)), (yaml.YAMLError,))
     parser = ArgumentParser(prog=prog, description=config_class.__doc__, exit_on_error=False, allow_abbrev=False)
+    index_options(parser)
     parser.add_argument("--config", action="config", help="YAML file; later files and options override earlier ones.")
     parser.add_class_arguments(config_class)
     if any(field.name == "base" for field in dataclasses.fields(config_class)):
         # of the default run, `auto` has become the built-in rows, which are not those of the user's data
         auto = {name: value for name, value in flatten(to_dict(EvaluationConfig())).items() if value == "auto"}
         parser.set_defaults({f"base.evaluation.{name}": value for name, value in auto.items()})
-    index_options(parser)
     return parser
 
 
@@ -68,8 +72,9 @@ def parse(config_class: type[Config], arguments: Sequence[str], prog: str) -> Co
             is not chosen, a missing or doubtful file.
     """
     kind: Any = config_class
-    parser = parser_for(kind, prog)
     topic = help.asked(arguments)
+    described = topic is not None or any(word.startswith("--print_config") for word in arguments)
+    parser = parser_for(kind, prog, described)
     if topic is not None:
         help.show(parser, topic)
     known = [option.removeprefix("--") for option in parser._option_string_actions if option.startswith("--")]
