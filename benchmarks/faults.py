@@ -1,8 +1,9 @@
 """Real faults at exact points of a run with two workers, for `soak.py` and `tests/test_every_phase.py`.
 
 The run is OFMU on the built-in model under Ray Train, as `ofmu unlearn` starts it. One of its workers injects the fault
-into itself (SIGKILL, SIGSTOP, a bit flipped in a checkpoint) when it reaches the point. `run` reports how many rounds
-were repeated and how long that took (`recovery`); `difference` reports how far the final weights of two runs are apart.
+into itself (SIGKILL, an exception, a bit flipped in a checkpoint) when it reaches the point. `run` reports how many
+rounds were repeated and how long that took (`recovery`); `difference` reports how far the final weights of two runs are
+apart.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ Phase = Literal[
     "start", "share", "first_gather", "inner_loop", "displaced", "outer_step", "checkpoint_write", "shard", "export"
 ]
 ROUNDS, EVERY = 12, 4
-HANG_SECONDS = 15.0
 METHOD = OFMUConfig.from_preset("full", inner_steps=2, relative_step=1e-3)
 
 
@@ -41,7 +41,7 @@ class Fault:
 
     name: str
     phase: Phase
-    does: Literal["SIGKILL", "SIGSTOP", "raise", "damage"] = "SIGKILL"
+    does: Literal["SIGKILL", "raise", "damage"] = "SIGKILL"
     """damage: flip a bit in the newest checkpoint, then SIGKILL."""
     round: int = 1
     rank: int = 1
@@ -87,7 +87,7 @@ class Saboteur:
             content = bytearray(shard.read_bytes())
             content[len(content) // 2] ^= 1
             shard.write_bytes(content)
-        os.kill(os.getpid(), signal.SIGSTOP if fault.does == "SIGSTOP" else signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def begin(self, number: int) -> None:
         """Record that a round starts; its batches have arrived."""
@@ -151,18 +151,17 @@ def before(owner: Any, name: str, call: Callable[..., object]) -> None:
 # --------------------------------------------------------------------------------------------------------- the driver
 
 
-def make_job(
-    folder: Path, name: str, rounds: int = ROUNDS, every: int = EVERY, timeout: float = HANG_SECONDS, **options: Any
-) -> WorkerJob:
-    """OFMU on the built-in people with two workers at ZeRO stage 2; writes its plan."""
+def make_job(folder: Path, name: str, rounds: int = ROUNDS, every: int = EVERY, **options: Any) -> WorkerJob:
+    """OFMU on the built-in people with two workers at ZeRO stage 2; writes its plan.
+
+    Nothing hangs here, and a slow machine must not look like a hang: `round_timeout` has its default.
+    """
     from ofmu_ray.data.answer_encoder import AnswerEncoder
     from ofmu_ray.data.batch_plan import write_plan
     from ofmu_ray.data.prepare import prepare_streams
     from ofmu_ray.models.loading import load_tokenizer
 
-    training = TrainingConfig(
-        workers=2, rounds=rounds, batch_size=4, checkpoint_every=every, max_failures=100, round_timeout=timeout
-    )
+    training = TrainingConfig(workers=2, rounds=rounds, batch_size=4, checkpoint_every=every, max_failures=100)
     config = UnlearnConfig(training=training, ofmu=METHOD)
     data, tokenizer = config.data, load_tokenizer(config.model)
     sources = {"forget": data.forget, "retain": data.retain}
