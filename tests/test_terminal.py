@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 import warnings
 import webbrowser
@@ -92,11 +93,14 @@ def test_help_is_one_screen(capsys, monkeypatch):
 
 
 def test_help_is_the_same_after_a_command_was_parsed(capsys):
-    # parsing adds the completion's hidden option to the parser, which a process keeps
+    # parsing adds the completion's hidden option to the parser, which a process keeps, and reads no descriptions
+    assert cli.main(["plan", "--seed", "-1"]) == 2
     for words in (["--print_config"], ["--help"]):
         with pytest.raises(SystemExit):
             cli.main(["plan", *words])
-    assert "SUPPRESS" not in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "SUPPRESS" not in text
+    assert re.search(r"--model\.path +Folder", text)
 
 
 def test_warnings_that_libraries_mean_for_programmers_are_hidden(capsys):
