@@ -378,15 +378,12 @@ BEFORE_TORCH += ("GPUs that do not divide", "plan of exact curvature", "layer of
     "mistake", [pytest.param(one, marks=[] if one in BEFORE_TORCH else pytest.mark.full) for one in MISTAKES]
 )
 def test_a_mistake_costs_less_than_three_seconds(mistake, folder):
-    """CPU seconds of the whole command: the least of three tries, as other work on the same core can double them."""
+    """CPU seconds of the whole command, which do not depend on what else the machine does."""
     words, parts = typed(mistake)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])}
     command = [sys.executable, "-m", "pipelines.cli", *words]
-    seconds = []
-    while len(seconds) < 3 and min(seconds, default=3) >= 3:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        one_message(done.returncode, done.stdout, done.stderr, *parts)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(seconds) < 3, seconds
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    one_message(done.returncode, done.stdout, done.stderr, *parts)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
