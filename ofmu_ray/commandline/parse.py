@@ -47,7 +47,7 @@ def parser_for(config_class: type[Any], prog: str, described: bool = True) -> Ar
     """A parser whose options are the fields of `config_class`, nested ones with dots.
 
     Args:
-        described: Read the options' descriptions, for help; this takes a quarter of the parser's CPU time.
+        described: Read the options' descriptions, for help; this doubles the CPU time.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=described)
     set_loader("yaml", lambda text: USUAL(with_text_keys(text)), (yaml.YAMLError,))
