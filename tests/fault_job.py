@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from ofmu_ray.config import ModelConfig, StopConfig, TrainingConfig
 from ofmu_ray.data.batch_plan import write_plan
-from ofmu_ray.data.prepare import TokenisedStream
+from ofmu_ray.data.stored_stream import TokenisedStream
 from ofmu_ray.methods.ofmu import OFMUConfig
 from ofmu_ray.training.worker_job import WorkerJob
 
@@ -29,12 +29,13 @@ def stream(folder: Path, name: str) -> TokenisedStream:
         "row_id": [f"{name}/{i}" for i in range(len(lengths))],
         "input_ids": [rng.integers(5, 200, size=n).astype(np.int32) for n in lengths],
         "prompt_tokens": rng.integers(1, 5, size=len(lengths)).astype(np.int32),
+        "length": lengths,
     }
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(rows), folder / "part.parquet")
-    return TokenisedStream(
-        name, str(folder), (("part.parquet", len(lengths)),), np.arange(len(lengths)), lengths, fingerprint=name
-    )
+    none = np.empty(0, dtype=np.int64)
+    parts = (("part.parquet", len(lengths)),)
+    return TokenisedStream(name, str(folder), parts, none, int(lengths.sum()), int(lengths.max()), name)
 
 
 def make_job(

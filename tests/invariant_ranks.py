@@ -107,7 +107,7 @@ def shard_of(stream: str, per_round: int, rounds: int, world: int, rank: int, mi
     """This rank's batches for each round."""
     table = rows(stream)
     lengths = np.array([len(row["input_ids"]) for row in table])
-    order = batch_order(lengths, rounds * per_round, BATCH, seed=3, stream=stream)
+    order = batch_order(len(lengths), rounds * per_round, BATCH, lengths=lengths.__getitem__, seed=3, stream=stream)
     share = BATCH // world
     mine = np.take_along_axis(order, shard_slots(lengths[order], world), axis=1)[:, rank * share : (rank + 1) * share]
     batches = []

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -35,7 +36,7 @@ OPTIONS = config.METHODS["altpo"](alternatives=COUNT, max_new_tokens=24)
 @pytest.fixture(scope="module")
 def few(prepared: PreparedData) -> PreparedData:  # noqa: F811
     forget = prepared.streams["forget"]
-    cut = dataclasses.replace(forget, rows=forget.rows[:ROWS], lengths=forget.lengths[:ROWS])
+    cut = dataclasses.replace(forget, dropped=np.arange(ROWS, forget.rows))
     return dataclasses.replace(prepared, streams={**prepared.streams, "forget": cut})
 
 

@@ -30,7 +30,8 @@ from ofmu_ray.config import FormatConfig, SourceConfig
 from ofmu_ray.data.answer_encoder import AnswerEncoder
 from ofmu_ray.data.batch_plan import Plan, read_plan, write_plan
 from ofmu_ray.data.batches import local_rounds, padded
-from ofmu_ray.data.prepare import PreparedData, TokenisedStream, prepare_streams, write_sample
+from ofmu_ray.data.prepare import PreparedData, prepare_streams, write_sample
+from ofmu_ray.data.stored_stream import TokenisedStream
 from ofmu_ray.data.stream import rounds, shard_iterator
 from ofmu_ray.errors import UserError
 
@@ -167,6 +168,11 @@ def test_all_problems_of_all_sources_come_in_one_message(tmp_path: Path, tokeniz
     assert "data.retain: 1 row also in data.forget, 0 of them exactly (retain-1)" in text
 
 
+def used(stream: TokenisedStream) -> list[int]:
+    rows: list[int] = stream.all_rows().tolist()
+    return rows
+
+
 def test_overlap_and_duplicates_are_dropped_or_kept_on_request(tmp_path: Path, tokenizer: Any) -> None:
     keep = made(3, "other")
     shouted = {"question": GOOD["question"].upper(), "answer": f" {GOOD['answer']}  "}
@@ -174,12 +180,12 @@ def test_overlap_and_duplicates_are_dropped_or_kept_on_request(tmp_path: Path, t
     with pytest.raises(UserError, match=r"2 rows also in data\.forget, 2 of them exactly"):
         prepare(tmp_path, tokenizer, rows)
     kept = prepare(tmp_path, tokenizer, rows, overlap="allow")
-    assert kept.streams["retain"].rows.tolist() == [0, 1, 2, 3, 4, 5]
+    assert used(kept.streams["retain"]) == [0, 1, 2, 3, 4, 5]
     assert kept.report.overlap is not None
     assert (kept.report.overlap.exact, kept.report.overlap.normalised) == (2, 2)
     dropped = prepare(tmp_path, tokenizer, rows, overlap="drop", duplicates="drop")
-    assert dropped.streams["forget"].rows.tolist() == [0]  # only retain loses to the overlap
-    assert dropped.streams["retain"].rows.tolist() == [0, 2, 4]
+    assert used(dropped.streams["forget"]) == [0]  # only retain loses to the overlap
+    assert used(dropped.streams["retain"]) == [0, 2, 4]
     report = dropped.report.to_json()["streams"]["retain"]
     assert report["dropped_ids"] == ["retain-2", "retain-4", "retain-6"]
     assert (report["rows"], report["used_rows"], report["exact_duplicates"], report["normalised_duplicates"]) == (
@@ -202,7 +208,7 @@ def test_tasks_find_what_one_process_finds(tmp_path: Path, tokenizer: Any, monke
     many = prepare(tmp_path, tokenizer, rows, overlap="drop", duplicates="drop")
     assert many.report == one.report
     assert (one.report.overlap.normalised, one.report.streams["retain"].normalised_duplicates) == (3, 5)
-    assert many.streams["retain"].rows.tolist() == one.streams["retain"].rows.tolist() == list(range(20))
+    assert used(many.streams["retain"]) == used(one.streams["retain"]) == list(range(20))
 
 
 def test_tokens_are_reused_until_something_changes(tmp_path: Path, tokenizer: Any) -> None:
@@ -368,12 +374,14 @@ def test_a_plan_larger_than_the_object_store(tmp_path: Path, monkeypatch: pytest
     folder.mkdir()
     tokens = pa.FixedSizeListArray.from_arrays(pa.array(np.arange(rows * length, dtype=np.int32)), length)
     names = pa.array([f"retain-{row}" for row in range(rows)])
-    table = pa.table({"row_id": names, "input_ids": tokens, "prompt_tokens": np.ones(rows, np.int32)})
+    lengths = np.full(rows, length, np.int32)
+    columns = {"row_id": names, "input_ids": tokens, "prompt_tokens": np.ones(rows, np.int32), "length": lengths}
+    table = pa.table(columns)
     files = [(f"part-{number}.parquet", rows // parts) for number in range(parts)]
     for number, (name, count) in enumerate(files):
         pq.write_table(table.slice(number * count, count), folder / name, compression="none", use_dictionary=False)
-    lengths = np.full(rows, length, np.int32)
-    stream = TokenisedStream("retain", str(folder), tuple(files), np.arange(rows), lengths, "tokens")
+    none = np.empty(0, dtype=np.int64)
+    stream = TokenisedStream("retain", str(folder), tuple(files), none, rows * length, length, "tokens")
     numbers = {"rounds": 100, "batch_size": 20, "workers": 2, "seed": 0}
     assert table.nbytes > 1.5 * STORE_BYTES
     monkeypatch.setattr("ofmu_ray.data.batch_plan.SMALL_ROWS", 0)

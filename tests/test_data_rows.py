@@ -1,5 +1,6 @@
 """Data of any size: what reading, comparing and planning many rows touches."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -13,11 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from ofmu_ray.config import FormatConfig, SourceConfig
-from ofmu_ray.data import content, repeats, sources
+from ofmu_ray.data import content, repeats, sources, stored_stream
 from ofmu_ray.data.evaluation_rows import evaluation_rows
 from ofmu_ray.data.order import batch_order
-from ofmu_ray.data.repeats import StoredStream, find_matches
+from ofmu_ray.data.repeats import find_matches
 from ofmu_ray.data.sources import Fragment
+from ofmu_ray.data.stored_stream import StoredStream, TokenisedStream
 from ofmu_ray.data.tokenise import take_part, take_rows
 from ofmu_ray.errors import UserError
 
@@ -185,10 +187,31 @@ def test_rows_are_taken_from_the_groups_that_have_them(tmp_path: Path, monkeypat
     assert take_rows(str(tmp_path), ["a", "b"], np.array([], dtype=np.int64)).num_rows == 0
 
 
+def test_a_long_stream_is_read_for_what_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = np.random.default_rng(0).integers(5, 200, 60).astype(np.int32)
+    parts = []
+    for number, part in enumerate(np.array_split(lengths, 4)):
+        ids = [f"{number}-{row}" for row in range(len(part))]
+        pq.write_table(pa.table({"row_id": ids, "length": part}), tmp_path / f"{number}", row_group_size=4)
+        parts.append((f"{number}", len(part)))
+    dropped = np.array([0, 1, 14, 15, 16, 40, 59])
+    kept = np.setdiff1d(np.arange(60), dropped)
+    held = TokenisedStream("retain", str(tmp_path), tuple(parts), dropped, int(lengths[kept].sum()), 199, "")
+    assert held.used_rows == len(kept)
+    assert held.rows_at(np.arange(len(kept))).tolist() == kept.tolist()
+    at = np.array([[52, 0, 0], [13, 30, 52]])
+    assert np.array_equal(held.lengths_at(at), lengths[kept][at])
+    assert held.spread(3).tolist() == [kept[0], kept[26], kept[-1]]
+    monkeypatch.setattr(stored_stream, "HELD_ROWS", 10)
+    read = dataclasses.replace(held)
+    assert np.array_equal(read.lengths_at(at), lengths[kept][at])
+    assert "_all_lengths" not in vars(read)
+
+
 def test_the_order_of_earlier_releases() -> None:
     """Another one would change every plan."""
     lengths = np.random.default_rng(0).integers(5, 200, 1000)
-    order = batch_order(lengths, 300, 12, seed=3, stream="forget")
+    order = batch_order(len(lengths), 300, 12, lengths=lengths.__getitem__, seed=3, stream="forget")
     assert (
         hashlib.sha256(order.tobytes()).hexdigest()
         == "20de7a73c16794a7562ea2ca369094dce2c9eb556cc261511349ff49e4348358"

@@ -15,7 +15,7 @@ from ofmu_ray.algorithm.two_loop import RoundStats, project
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import ModelConfig, OptimizerConfig, StopConfig, UnlearnConfig, apply_overrides
 from ofmu_ray.data.batches import collate
-from ofmu_ray.data.prepare import TokenisedStream
+from ofmu_ray.data.stored_stream import TokenisedStream
 from ofmu_ray.engines import TorchEngine
 from ofmu_ray.errors import UserError
 from ofmu_ray.methods.ofmu import OFMU, OFMUConfig
@@ -221,8 +221,9 @@ def written_stream(folder, name: str, rows: list[dict[str, object]]) -> Tokenise
         {key: [row[key] for row in rows] for key in rows[0]} | {"row_id": [f"{name}:{i}" for i in range(len(rows))]}
     )
     pq.write_table(table, folder / "part.parquet")
-    lengths = np.array([len(row["input_ids"]) for row in rows], dtype=np.int32)  # type: ignore[arg-type]
-    return TokenisedStream(name, str(folder), (("part.parquet", len(rows)),), np.arange(len(rows)), lengths, name)
+    lengths = [len(row["input_ids"]) for row in rows]  # type: ignore[arg-type]
+    none, stored = np.empty(0, dtype=np.int64), (("part.parquet", len(rows)),)
+    return TokenisedStream(name, str(folder), stored, none, sum(lengths), max(lengths), name)
 
 
 def test_level_from_holdout_rows_and_from_frequencies(tmp_path) -> None:

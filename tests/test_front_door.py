@@ -435,14 +435,15 @@ def test_evaluated_rows_that_a_model_has_no_place_for(sizes, tmp_path, capsys):
 
 def test_old_rows_tell_their_largest_token(tmp_path):
     """Nothing but the files' footers is read, so rows that an earlier version prepared tell it, too."""
-    from ofmu_ray.data.prepare import TokenisedStream, largest_tokens
+    from ofmu_ray.data.prepare import largest_tokens
+    from ofmu_ray.data.stored_stream import TokenisedStream
 
     parts = {"a.parquet": [[1, 7], [3]], "b.parquet": [[2]], "none.parquet": []}
     for name, rows in parts.items():
         ids = pa.array(rows, pa.list_(pa.int32()))
         pq.write_table(pa.table({"input_ids": ids, "length": [900] * len(rows)}), tmp_path / name)
     stored = tuple((name, len(rows)) for name, rows in parts.items())
-    texts = TokenisedStream("forget", str(tmp_path), stored, np.arange(3), np.ones(3), "")
+    texts = TokenisedStream("forget", str(tmp_path), stored, np.empty(0), 4, 2, "")
     pq.write_table(pa.table({"label": [1000]}), tmp_path / "images.parquet")
     images = dataclasses.replace(texts, parts=(("images.parquet", 1),))
     assert largest_tokens({"forget": texts, "retain": images}) == {"forget": 7}

@@ -19,9 +19,10 @@ from ofmu_ray.config import FormatConfig, ModelConfig, SourceConfig
 from ofmu_ray.data.answer_encoder import AnswerEncoder
 from ofmu_ray.data.batch_plan import write_plan
 from ofmu_ray.data.batches import local_rounds, padded
-from ofmu_ray.data.prepare import PreparedData, TokenisedStream
+from ofmu_ray.data.prepare import PreparedData
 from ofmu_ray.data.row_checks import DataReport
 from ofmu_ray.data.sources import fragments
+from ofmu_ray.data.stored_stream import TokenisedStream
 from ofmu_ray.data.template import Template
 from ofmu_ray.data.tokenise import PartJob, encode_fragment
 from ofmu_ray.errors import UserError
@@ -59,7 +60,9 @@ def stream(name: str, folder: Path, template: Template) -> TokenisedStream:
     folder.mkdir(parents=True, exist_ok=True)
     part = encode_fragment(PartJob(piece, str(folder / "part.parquet")), encoder_of(template))
     lengths = pq.read_table(folder / "part.parquet")["length"].to_numpy()
-    return TokenisedStream(name, str(folder), (("part.parquet", part.rows),), np.arange(part.rows), lengths, name)
+    none = np.empty(0, dtype=np.int64)
+    stored = (("part.parquet", part.rows),)
+    return TokenisedStream(name, str(folder), stored, none, int(lengths.sum()), int(lengths.max()), name)
 
 
 @pytest.fixture(scope="module")

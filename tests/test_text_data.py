@@ -242,7 +242,7 @@ def test_a_document_in_both_sets_is_found_in_all_its_windows(tmp_path: Path, tok
 
 def prepared_ids(prepared: PreparedData, name: str) -> list[str]:
     rows = rows_of(prepared, name)
-    return [rows[index]["row_id"] for index in prepared.streams[name].rows]
+    return [rows[index]["row_id"] for index in prepared.streams[name].all_rows()]
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], list[Any], str]] = {

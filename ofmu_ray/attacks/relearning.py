@@ -84,7 +84,9 @@ def _batches(rows: Sequence[EvaluationRow], texts: Sequence[Text], options: Rele
     """The batch of each step; an epoch contains every row once."""
     lengths = np.array([len(ids) for ids, _ in texts])
     size = min(options.batch_size, len(rows))
-    order = batch_order(lengths, options.steps[-1], size, seed=options.seed, stream="relearn")
+    order = batch_order(
+        len(rows), options.steps[-1], size, lengths=lengths.__getitem__, seed=options.seed, stream="relearn"
+    )
     width = options.micro_batch_size or size
     batches = []
     for chosen in order.tolist():

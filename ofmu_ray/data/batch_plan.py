@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from ofmu_ray.cluster.map_tasks import running_ray
 from ofmu_ray.data.encoder import plan_columns
 from ofmu_ray.data.order import batch_order, shard_slots
-from ofmu_ray.data.prepare import TokenisedStream
+from ofmu_ray.data.stored_stream import TokenisedStream
 from ofmu_ray.data.tokenise import part_columns, take_part
 from ofmu_ray.storage import (
     absolute,
@@ -134,8 +134,8 @@ def write_plan(
         folder=folder,
         streams=list(streams),
         batches_per_round=counts,
-        rows={name: len(stream.rows) for name, stream in streams.items()},
-        epochs={name: rounds * counts[name] * batch_size / len(stream.rows) for name, stream in streams.items()},
+        rows={name: stream.used_rows for name, stream in streams.items()},
+        epochs={name: rounds * counts[name] * batch_size / stream.used_rows for name, stream in streams.items()},
         fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
         **numbers,
     )
@@ -169,19 +169,20 @@ class Slots:
 def places(stream: TokenisedStream, plan: Plan) -> Slots:
     """Every place of every row of a stream."""
     per_round = plan.batches_per_round[stream.name]
+    rows, batches = stream.used_rows, plan.rounds * per_round
     order = batch_order(
-        stream.lengths, plan.rounds * per_round, plan.batch_size, seed=plan.seed, stream=stream.name
+        rows, batches, plan.batch_size, lengths=stream.lengths_at, seed=plan.seed, stream=stream.name
     )  # [batches, batch_size]
-    slots = shard_slots(stream.lengths[order], plan.workers)
+    slots = shard_slots(stream.lengths_at(order), plan.workers)
     dealt = np.take_along_axis(order, slots, axis=1).reshape(plan.rounds, per_round, plan.workers, plan.share)
     before = sum(plan.batches_per_round[name] for name in plan.streams[: plan.streams.index(stream.name)])
     start = np.arange(plan.rounds)[:, None, None, None] * plan.rows_per_round + before * plan.share
     batch = np.arange(per_round)[None, :, None, None] * plan.share
     position = np.broadcast_to(start + batch + np.arange(plan.share), dealt.shape)
     shard = np.broadcast_to(np.arange(plan.workers, dtype=np.int32)[None, None, :, None], dealt.shape)
-    rows = stream.rows[dealt.ravel()]
-    by_row = np.argsort(rows, kind="stable")
-    return Slots(rows[by_row], shard.ravel()[by_row], position.ravel()[by_row])
+    row = stream.rows_at(dealt.ravel())
+    by_row = np.argsort(row, kind="stable")
+    return Slots(row[by_row], shard.ravel()[by_row], position.ravel()[by_row])
 
 
 def _write_shards_here(plan: Plan, streams: Mapping[str, TokenisedStream], folder: str) -> None:

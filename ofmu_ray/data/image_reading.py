@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from ofmu_ray.data.batch_plan import Plan
-from ofmu_ray.data.prepare import TokenisedStream
 from ofmu_ray.data.sidecar import StoredValues, has_table, new_table
+from ofmu_ray.data.stored_stream import TokenisedStream
 from ofmu_ray.data.tokenise import take_rows
 from ofmu_ray.storage import join
 
@@ -30,7 +30,7 @@ def pixel_table(stream: TokenisedStream, shape: tuple[int, int, int]) -> str:
     if has_table(folder):
         return folder
     parts = [name for name, _ in stream.parts]
-    rows = np.arange(sum(count for _, count in stream.parts))
+    rows = np.arange(stream.rows)
     ids = take_rows(stream.folder, parts, rows, ["row_id"])["row_id"].to_pylist()
     ones = np.ones(len(ids), dtype=np.int64)
     with new_table(folder, ids, ones, shape, "uint8", {"quantity": "pixels"}) as (values, _):

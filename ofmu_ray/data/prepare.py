@@ -18,8 +18,9 @@ from ofmu_ray.config import SourceConfig
 from ofmu_ray.data import row_checks as checks
 from ofmu_ray.data import sources
 from ofmu_ray.data.encoder import Encoder, stream_encoder
-from ofmu_ray.data.repeats import StoredStream, digests_of, find_matches
+from ofmu_ray.data.repeats import digests_of, find_matches
 from ofmu_ray.data.row_checks import DataReport, OverlapReport, Policy, Problems, StreamReport
+from ofmu_ray.data.stored_stream import StoredStream, TokenisedStream
 from ofmu_ray.data.template import Template
 from ofmu_ray.data.tokenise import Part, PartJob, encode_fragment, read_part, take_rows
 from ofmu_ray.errors import UserError
@@ -36,23 +37,6 @@ from ofmu_ray.storage import (
 MARKER = "stream.json"
 _CODE = ("sources.py", "content.py", "row_files.py", "row_checks.py", "encoder.py", "tokenise.py")
 _BLOCK = 2**20
-
-
-@dataclass(frozen=True)
-class TokenisedStream:
-    """One source as tokens on disk, and the rows that the run uses."""
-
-    name: str
-    folder: str
-    """Folder of the Parquet parts."""
-    parts: tuple[tuple[str, int], ...]
-    """(file name, rows) of each part, in order."""
-    rows: np.ndarray
-    """int32 (int64 where needed) [used rows], indices over all parts, without dropped duplicates and overlaps."""
-    lengths: np.ndarray
-    """int32 [used rows], tokens of each."""
-    fingerprint: str
-    """Digest of content, format and used rows."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +57,9 @@ class PreparedData:
         return template
 
 
-def spread(rows: np.ndarray, most: int) -> np.ndarray:
-    """At most `most` of the rows, evenly spread."""
-    at = np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(np.int64)
-    return rows[np.unique(at)]
-
-
 def write_sample(stream: TokenisedStream, count: int, path: str) -> str:
     """Write `count` used rows, evenly spread, to a Parquet file (row_id and payload); returns `path`."""
-    table = take_rows(stream.folder, [part for part, _ in stream.parts], spread(stream.rows, count))
+    table = take_rows(stream.folder, [part for part, _ in stream.parts], stream.spread(count))
     filesystem, inside = locate(path)
     filesystem.create_dir(inside.rpartition("/")[0], recursive=True)
     pq.write_table(table, inside, filesystem=filesystem)
@@ -219,25 +197,25 @@ def _parts(folder: str) -> list[tuple[str, int]]:
 
 
 def _stream(name: str, folder: str, key: str, overlaps: _Overlaps) -> TokenisedStream:
-    rows, lengths = overlaps.rows(name), overlaps.scans[name].lengths
+    parts, scan = overlaps.stored[name].parts, overlaps.scans[name]
+    stream = TokenisedStream(name, folder, parts, overlaps.dropped[name], scan.tokens, scan.longest, "")
     digest = hashlib.sha256()
-    for start in range(0, len(rows), _BLOCK):
-        digest.update(rows[start : start + _BLOCK].astype(np.int64).tobytes())
-    fingerprint = hashlib.sha256(f"{key}{digest.hexdigest()}".encode()).hexdigest()
-    lengths = lengths if len(rows) == len(lengths) else lengths[rows]
-    return TokenisedStream(name, folder, overlaps.stored[name].parts, rows, lengths, fingerprint)
+    for start in range(0, stream.used_rows, _BLOCK):
+        rows = stream.rows_at(np.arange(start, min(start + _BLOCK, stream.used_rows)))
+        digest.update(rows.astype(np.int64).tobytes())
+    return replace(stream, fingerprint=hashlib.sha256(f"{key}{digest.hexdigest()}".encode()).hexdigest())
 
 
 @dataclass
 class _Scan:
     """What reading a stream's bookkeeping part by part leaves."""
 
-    lengths: np.ndarray
-    """int32 [rows]."""
-    sha256: str
+    sha256: str = ""
     """Digest of all normalised digests."""
+    tokens: int = 0
+    """Of used rows, as the next three."""
+    longest: int = 0
     prompt_tokens: int = 0
-    """Of used rows, as the next."""
     cut_rows: int = 0
     lost: int = 0
     """Tokens beyond max_length of all rows."""
@@ -246,12 +224,16 @@ class _Scan:
     all_long: int = 0
 
 
-def _scan(stream: StoredStream, used: np.ndarray) -> _Scan:
-    scan, digest, first = _Scan(np.empty(stream.rows, dtype=np.int32), ""), hashlib.sha256(), 0
+def _scan(stream: StoredStream, dropped: np.ndarray) -> _Scan:
+    scan, digest, first = _Scan(), hashlib.sha256(), 0
     for name, rows in stream.parts:
         table = read_part(stream.folder, name, ["length", "cut", "normalised", "prompt_tokens"])
-        mine, cut = used[first : first + rows], table["cut"].to_numpy()
-        scan.lengths[first : first + rows] = table["length"].to_numpy()
+        low, high = np.searchsorted(dropped, [first, first + rows])
+        mine = np.ones(rows, dtype=bool)
+        mine[dropped[low:high] - first] = False
+        lengths, cut = table["length"].to_numpy()[mine], table["cut"].to_numpy()
+        scan.tokens += int(lengths.sum(dtype=np.int64))
+        scan.longest = max(scan.longest, int(lengths.max(initial=0)))
         digest.update(digests_of(table["normalised"])[1].tobytes())
         if "prompt_tokens" in table.column_names:
             scan.prompt_tokens += int(table["prompt_tokens"].to_numpy()[mine].sum(dtype=np.int64))
@@ -274,19 +256,19 @@ class _Overlaps:
         self.shown, self.stored = shown, stored
         self.policies = overlap, duplicates
         self.matches = find_matches(list(stored.values()))
-        self.used = {name: np.ones(stream.rows, dtype=bool) for name, stream in stored.items()}
+        none = np.empty(0, dtype=np.int64)
+        self.dropped = {
+            name: found.normalised if duplicates == "drop" else none for name, found in self.matches.items()
+        }
         self.overlap: OverlapReport | None = None
-        if duplicates == "drop":
-            for name, found in self.matches.items():
-                self.used[name][found.normalised] = False
         if {"forget", "retain"} <= stored.keys():
             shared = self.matches["retain"].shared
             exact = len(self.matches["retain"].shared_exact)
             some = self._ids("retain", shared[: checks.SHOWN])
             self.overlap = OverlapReport(exact=exact, normalised=len(shared), row_ids=some)
             if overlap == "drop":
-                self.used["retain"][shared] = False
-        self.scans = {name: _scan(stream, self.used[name]) for name, stream in stored.items()}
+                self.dropped["retain"] = np.union1d(self.dropped["retain"], shared)
+        self.scans = {name: _scan(stream, self.dropped[name]) for name, stream in stored.items()}
 
     def refuse(self, problems: dict[str, Problems], whole: Collection[str]) -> None:
         """Raise one UserError with all problems, if there are any."""
@@ -305,35 +287,27 @@ class _Overlaps:
         if overlap == "error" and self.overlap and self.overlap.normalised:
             extra.append(checks.overlap_line(self.overlap))
         checks.refuse({f"data.{name}": (self.shown[name], p) for name, p in problems.items()}, extra)
-        for name, used in self.used.items():
-            if not len(used):
+        for name, stream in self.stored.items():
+            if not stream.rows:
                 raise UserError(f"data.{name}: every row is shorter than data.format.min_characters; lower it")
-            if not used.any():
+            if len(self.dropped[name]) == stream.rows:
                 raise UserError(f"data.{name}: no row is left after dropping duplicates and overlap")
 
-    def rows(self, name: str) -> np.ndarray:
-        """The used rows, int32 if that suffices."""
-        used = self.used[name]
-        small = len(used) < 2**31
-        if used.all():
-            return np.arange(len(used), dtype=np.int32 if small else np.int64)
-        return np.flatnonzero(used).astype(np.int32 if small else np.int64)
-
     def report(self, name: str) -> StreamReport:
-        scan, used, found = self.scans[name], self.used[name], self.matches[name]
-        tokens = int(scan.lengths.sum(dtype=np.int64, where=used))
+        scan, dropped, found = self.scans[name], self.dropped[name], self.matches[name]
+        rows = self.stored[name].rows
         return StreamReport(
             source=self.shown[name],
-            rows=len(used),
-            used_rows=int(used.sum()),
-            tokens=tokens,
-            label_tokens=tokens - scan.prompt_tokens,
+            rows=rows,
+            used_rows=rows - len(dropped),
+            tokens=scan.tokens,
+            label_tokens=scan.tokens - scan.prompt_tokens,
             truncated_rows=scan.cut_rows,
-            longest=int(scan.lengths.max(where=used, initial=0)),
+            longest=scan.longest,
             exact_duplicates=len(found.exact),
             normalised_duplicates=len(found.normalised),
-            dropped=int(len(used) - used.sum()),
-            dropped_ids=self._ids(name, np.flatnonzero(~used)[:1000]),
+            dropped=len(dropped),
+            dropped_ids=self._ids(name, dropped[:1000]),
             sha256=scan.sha256,
         )
 

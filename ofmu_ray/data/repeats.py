@@ -13,24 +13,11 @@ import pyarrow as pa
 
 from ofmu_ray.cluster.map_tasks import running_ray
 from ofmu_ray.data import row_checks as checks
+from ofmu_ray.data.stored_stream import StoredStream
 from ofmu_ray.data.tokenise import DIGEST, read_part
 
 BUCKET_ROWS = 250_000
 """Rows of all streams for which one bucket is enough; this process compares them. More buckets are tasks on Ray."""
-
-
-@dataclass(frozen=True)
-class StoredStream:
-    """An encoded stream on disk."""
-
-    name: str
-    folder: str
-    parts: tuple[tuple[str, int], ...]
-    """(file name, rows)."""
-
-    @property
-    def rows(self) -> int:
-        return sum(rows for _, rows in self.parts)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ofmu_ray.config import ModelConfig
-from ofmu_ray.data.prepare import PreparedData, spread
+from ofmu_ray.data.prepare import PreparedData
 from ofmu_ray.features.reference import stream_losses
 from ofmu_ray.features.value_tables import ChosenRows, Missing
 
@@ -38,7 +38,7 @@ def unigram_entropy(prepared: PreparedData, most: int = 10_000) -> float:
     """Entropy of the tokens of retain answers (nats) over at most `most` rows: the loss of a model that knows only the
     token (or class) frequencies."""
     stream = prepared.streams["retain"]
-    rows = ChosenRows(stream, spread(stream.rows, most), ["input_ids", "prompt_tokens", "label"]).rows
+    rows = ChosenRows(stream, stream.spread(most), ["input_ids", "prompt_tokens", "label"]).rows
     images = "label" in rows[0]
     tokens = np.concatenate([[row["label"]] if images else row["input_ids"][row["prompt_tokens"] :] for row in rows])
     share = np.unique(tokens, return_counts=True)[1] / len(tokens)

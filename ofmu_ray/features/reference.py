@@ -31,7 +31,7 @@ from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.cluster.map_tasks import device_kind, map_tasks, running_ray, runs_here
 from ofmu_ray.config import ModelConfig
 from ofmu_ray.data.batch_plan import Plan, places
-from ofmu_ray.data.prepare import PreparedData, spread
+from ofmu_ray.data.prepare import PreparedData
 from ofmu_ray.data.sidecar import SidecarContent
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation.generation import stop_ids
@@ -103,7 +103,7 @@ def write_references(
     for stream in dict.fromkeys(need.stream for need in needs):
         tokenised = prepared.streams[stream]
         planned = stream != "forget" and stream in plan.streams
-        chosen = ChosenRows(tokenised, np.unique(places(tokenised, plan).row) if planned else tokenised.rows)
+        chosen = ChosenRows(tokenised, np.unique(places(tokenised, plan).row) if planned else tokenised.all_rows())
         sidecar = SidecarContent()
         texts: dict[Tokens, str] = {}
 
@@ -144,7 +144,7 @@ def stream_losses(
     At most `most` rows of the stream, evenly spread. None: they are missing, and `left` has received them.
     """
     stream = prepared.streams[name]
-    chosen = ChosenRows(stream, spread(stream.rows, most))
+    chosen = ChosenRows(stream, stream.spread(most))
     source = ReferenceModel(model, cache, "", "ofmu", task_of(prepared), left)
     table = source.table(NLL, name, chosen.read, chosen.key)
     return table.means() if table.written else None

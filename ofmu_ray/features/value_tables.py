@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ofmu_ray.data.prepare import TokenisedStream
 from ofmu_ray.data.sidecar import StoredValues, has_table, new_table, read_rows
+from ofmu_ray.data.stored_stream import TokenisedStream
 from ofmu_ray.data.tokenise import take_rows
 from ofmu_ray.features.protocol import ParameterValues, Row, Tokens, Values, answer_tokens, row_tokens
 from ofmu_ray.storage import is_file

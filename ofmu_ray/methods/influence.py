@@ -57,7 +57,7 @@ class InfluenceConfig(MethodConfig):
         """A copy with `forget_share`."""
         if self.forget_share is not None:
             return self
-        forget, retain = (len(prepared.streams[name].rows) for name in ("forget", "retain"))
+        forget, retain = (prepared.streams[name].used_rows for name in ("forget", "retain"))
         return replace(self, forget_share=forget / (forget + retain))
 
 

@@ -91,7 +91,7 @@ def make_job(
     check = getattr(task_named(spec.task), "check_rows", None)
     if check is not None:
         streams = prepared.streams
-        check(spec.model, {name: int(one.lengths.max()) for name, one in streams.items()}, largest_tokens(streams))
+        check(spec.model, {name: one.longest for name, one in streams.items()}, largest_tokens(streams))
     watched = None
     if spec.stop.utility_floor is not None:
         watched = write_sample(prepared.streams["retain"], spec.stop.sample, join(folder, WATCHED))

@@ -58,8 +58,8 @@ def _fitted(this_run: Run, config: TrainConfig) -> Outcome:
         )
         this_run.claim.note_sources(prepared.sources)
         stream = prepared.streams["train"]
-        rounds = max(1, math.ceil(config.epochs * len(stream.rows) / config.training.batch_size))
-        progress.note("data", f"{len(stream.rows)} rows, {rounds} steps of {config.training.batch_size} rows")
+        rounds = max(1, math.ceil(config.epochs * stream.used_rows / config.training.batch_size))
+        progress.note("data", f"{stream.used_rows} rows, {rounds} steps of {config.training.batch_size} rows")
         spec = this_run.spec(placed(model))
         spec = replace(spec, training=replace(spec.training, rounds=rounds))
         job, _ = make_job(spec, prepared, home, this_run.cache, outcome_hash(config, stream.fingerprint))

@@ -48,7 +48,7 @@ def round_cost(result: Mapping[str, Any], data: SplitData) -> dict[str, float]:
     rounds = result["rounds"]
     passes = {"forget": result["forget_passes"], "retain": result["retain_passes"]}
     streams = data.prepared.streams
-    expected = sum(count * streams[kind].lengths.mean() for kind, count in passes.items() if count)
+    expected = sum(count * streams[kind].tokens / streams[kind].used_rows for kind, count in passes.items() if count)
     measured = sum(count * result["mean_tokens"][kind] for kind, count in passes.items() if count)
     return {
         "passes": sum(passes.values()) / rounds,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ofmu_ray.config import DataConfig, ExportConfig, ModelConfig, TrainConfig, TrainDataConfig, UnlearnConfig
     from ofmu_ray.data.image_encoder import ImageEncoder
     from ofmu_ray.data.image_reading import ImageReading
-    from ofmu_ray.data.prepare import TokenisedStream
+    from ofmu_ray.data.stored_stream import TokenisedStream
     from ofmu_ray.evaluation.image_evaluator import ImageEvaluator
     from ofmu_ray.models.classifiers import ImageProcessor
     from ofmu_ray.models.weights import Weights
