@@ -5,9 +5,9 @@
 PATH as in pipelines/configs/muse_news.yaml; what follows `--` are options of `ofmu unlearn`. Runs resume by name.
 
 scalability: the target forgets the first k folds at once, in k times the rounds (the release fixes epochs).
-sustainability: the model of k - 1 forgets fold k. Both are judged by the metrics of MUSE, above all by its utility. The
-retrained model has not seen fold 1 but the others: figures that compare with it mean something for k = 1 only, and are
-left out beyond.
+sustainability: the model of k - 1 forgets fold k. Both are judged by the metrics of MUSE, above all by its utility; the
+target and the retrained model stand above. The retrained model has not seen fold 1 but the others: metrics that compare
+with it mean something for k = 1 only, and are left out beyond.
 """
 
 from __future__ import annotations
@@ -27,11 +27,15 @@ from ofmu_ray.storage import atomic_write
 CONFIG = Path(__file__).resolve().parent.parent / "pipelines/configs/muse_news.yaml"
 FOLDS = ("raw/forget.json", "sust/forget_2.json", "sust/forget_3.json", "sust/forget_4.json")
 """Disjoint sets of documents; the first k are the k-th set of scalability."""
-METRICS = ("muse_retain_knowledge", "muse_forget_knowledge", "muse_verbatim", "muse_min_k_auc")
+METRICS = ("muse_retain_knowledge", "muse_forget_knowledge", "muse_verbatim", "muse_min_k_auc", "muse_privleak")
+MODELS = {"target": "before", "retrained": "retrained"}
 
 
 def chains(base: UnlearnConfig, folds: int) -> dict[str, list[dict[str, Any]]]:
-    """Mode -> a line for each k: k, documents' files, name, status, rounds, and the metrics after the run."""
+    """Mode -> a line for each k: k, documents' files, name, status, rounds, and the metrics after the run.
+
+    Also one line each with the metrics of the target and the retrained model, k 0.
+    """
     lines: dict[str, list[dict[str, Any]]] = {}
     for mode in ("scalability", "sustainability"):
         model = base.model.path
@@ -49,6 +53,9 @@ def chains(base: UnlearnConfig, folds: int) -> dict[str, list[dict[str, Any]]]:
                 changes["model.path"] = model
             outcome = run(apply_overrides(base, changes))
             model = outcome.model
+            if k == 1:
+                for name, when in MODELS.items():
+                    lines[name] = [{"k": 0} | {metric: outcome.metrics[when][metric] for metric in METRICS}]
             line = {"k": k, "files": files, "name": outcome.name, "status": outcome.status, "rounds": outcome.rounds}
             lines.setdefault(mode, []).append(line | {name: outcome.metrics["after"][name] for name in METRICS})
     return lines
