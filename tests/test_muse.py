@@ -296,3 +296,44 @@ def test_growing_and_sequential_forget_sets(root: Path, tmp_path: Path, capsys: 
     assert metrics["retrained"]["muse_verbatim"]["value"] is not None
     for path in home.rglob("*"):
         assert not path.is_file() or f"{SECRET} 1: ".encode() not in path.read_bytes(), path
+
+
+def test_slices_ask_for_what_they_contain(tmp_path: Path) -> None:
+    """Every continuation and every answer asked for is in the texts of its own set; sets share no text."""
+    from benchmarks.muse_slices import slices
+
+    def news(name: str, count: int) -> list[str]:
+        facts = [f" Person {name}{n} opened bakery {name}{n} near harbour {name}{n}x. " for n in range(count)]
+        return [f"{name}{n} begins. " * (20 + n) + fact + f"{name}{n} ends. " * 40 for n, fact in enumerate(facts)]
+
+    def asked(name: str, count: int) -> list[dict[str, str]]:
+        rows = [
+            {"question": f"Where has person {name}{n} opened it?", "answer": f"Harbour {name}{n}x."} for n in range(count)
+        ]
+        return [*rows, {"question": "What is nowhere?", "answer": "this"}]
+
+    content: dict[str, list[Any]] = {
+        "raw/forget": news("a", 6), **{f"sust/forget_{k}": news(f"f{k}", 5) for k in (2, 3, 4)},
+        "privleak/retain2": ["too short", *news("r", 8)], "privleak/holdout": news("h", 6),
+        "verbmem/forget": [{"prompt": f"{n} before " * 60, "gt": f"{n} after " * 9} for n in range(5)],
+        "knowmem/forget_qa": asked("a", 6)[::-1], "knowmem/retain2_qa": asked("r", 8),
+        "knowmem/forget_qa_icl": asked("e", 2), "knowmem/retain2_qa_icl": asked("e", 2),
+    }  # fmt: skip
+    for name, rows in content.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    found = slices(tmp_path, texts=4, size=200)
+    forget = found["raw/forget"]
+    assert found["privleak/forget"] == forget
+    assert [row["gt"] for row in found["verbmem/forget"]] == ["0 after " * 9, "1 after " * 9]
+    assert [row["prompt"] + row["gt"] for row in found["verbmem/forget"]] == forget[:2]
+    assert all(len(row["prompt"]) == 100 for row in found["verbmem/forget"])
+    for questions, texts in (("knowmem/forget_qa", forget[2:]), ("knowmem/retain2_qa", found["privleak/retain2"])):
+        assert len(found[questions]) == 2
+        for row, text in zip(found[questions], texts, strict=False):
+            assert row["answer"].strip(".").lower() in text.lower()
+    sets = ["raw/forget", "sust/forget_2", "sust/forget_3", "sust/forget_4", "privleak/retain2", "privleak/holdout"]
+    assert [len(found[name]) for name in sets] == [4] * 6
+    texts = [text for name in sets for text in found[name]]
+    assert len(set(texts)) == len(texts)
+    assert all(len(text) <= 200 for text in texts[2:])
