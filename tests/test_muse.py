@@ -307,9 +307,7 @@ def test_slices_ask_for_what_they_contain(tmp_path: Path) -> None:
         return [f"{name}{n} begins. " * (20 + n) + fact + f"{name}{n} ends. " * 40 for n, fact in enumerate(facts)]
 
     def asked(name: str, count: int) -> list[dict[str, str]]:
-        rows = [
-            {"question": f"Where has person {name}{n} opened it?", "answer": f"Harbour {name}{n}x."} for n in range(count)
-        ]
+        rows = [{"question": f"Where has {name}{n} opened it?", "answer": f"Harbour {name}{n}x."} for n in range(count)]
         return [*rows, {"question": "What is nowhere?", "answer": "this"}]
 
     content: dict[str, list[Any]] = {
