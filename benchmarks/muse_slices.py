@@ -5,7 +5,8 @@
 Half of the texts to forget are what `verbmem` asks for: the end of a prompt and its continuation. The other half are
 passages with the answer to a question of `knowmem`, from documents with at least 80 % of the words of question and
 answer. The texts to keep begin with the passages of their own questions. `privleak` has the texts to forget, and as
-many that were never seen. The other forget sets are beginnings of documents. Examples of questions stay as they are.
+many that were never seen; `raw/holdout` has others, for the forget level. The other forget sets are beginnings of
+documents. Examples of questions stay as they are.
 """
 
 from __future__ import annotations
@@ -64,11 +65,13 @@ def slices(root: Path, texts: int, size: int) -> dict[str, list[Any]]:
     forget = passages(read("knowmem/forget_qa"), read("raw/forget"), texts - half, size)
     retain = passages(read("knowmem/retain2_qa"), read("privleak/retain2"), half, size)
     seen = [row["prompt"] + row["gt"] for row in verbatim] + [passage for _, passage in forget]
+    unseen = beginnings(read("privleak/holdout"), 2 * texts, size)
     others = beginnings(read("privleak/retain2")[::-1], texts - len(retain), size)
     return {
         "raw/forget": seen,
         "privleak/forget": seen,
-        "privleak/holdout": beginnings(read("privleak/holdout"), texts, size),
+        "privleak/holdout": unseen[:texts],
+        "raw/holdout": unseen[texts:],
         "privleak/retain2": [passage for _, passage in retain] + others,
         "verbmem/forget": verbatim,
         "knowmem/forget_qa": [row for row, _ in forget],

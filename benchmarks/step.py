@@ -1,4 +1,4 @@
-"""What an update costs: OFMU `full` and `lite` against gradient ascent and GradDiff, on the same engine in one run.
+"""What an update costs: OFMU's three presets against gradient ascent and GradDiff, on the same engine in one run.
 
     OMP_NUM_THREADS=1 python benchmarks/step.py [--repeats 5] [--out benchmarks/step.json] [--smoke]
 
@@ -69,9 +69,7 @@ def methods() -> dict[str, Any]:
         "OFMU full": OFMU(OFMUConfig.from_preset("full", relative_step=1e-4)),
         "OFMU lite": OFMU(OFMUConfig.from_preset("lite", relative_step=1e-4)),
         # a level that no token reaches, so that no step is skipped
-        "OFMU first_order": OFMU(
-            OFMUConfig.from_preset("first_order", inner_steps=3, outer_steps=3, projection=0.6, forget_level=1e3)
-        ),
+        "OFMU first_order": OFMU(OFMUConfig.from_preset("first_order", inner_steps=3, outer_steps=3, forget_level=1e3)),
     }
 
 

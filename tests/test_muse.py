@@ -312,7 +312,7 @@ def test_slices_ask_for_what_they_contain(tmp_path: Path) -> None:
 
     content: dict[str, list[Any]] = {
         "raw/forget": news("a", 6), **{f"sust/forget_{k}": news(f"f{k}", 5) for k in (2, 3, 4)},
-        "privleak/retain2": ["too short", *news("r", 8)], "privleak/holdout": news("h", 6),
+        "privleak/retain2": ["too short", *news("r", 8)], "privleak/holdout": news("h", 9),
         "verbmem/forget": [{"prompt": f"{n} before " * 60, "gt": f"{n} after " * 9} for n in range(5)],
         "knowmem/forget_qa": asked("a", 6)[::-1], "knowmem/retain2_qa": asked("r", 8),
         "knowmem/forget_qa_icl": asked("e", 2), "knowmem/retain2_qa_icl": asked("e", 2),
@@ -330,8 +330,16 @@ def test_slices_ask_for_what_they_contain(tmp_path: Path) -> None:
         assert len(found[questions]) == 2
         for row, text in zip(found[questions], texts, strict=False):
             assert row["answer"].strip(".").lower() in text.lower()
-    sets = ["raw/forget", "sust/forget_2", "sust/forget_3", "sust/forget_4", "privleak/retain2", "privleak/holdout"]
-    assert [len(found[name]) for name in sets] == [4] * 6
+    sets = [
+        "raw/forget",
+        "sust/forget_2",
+        "sust/forget_3",
+        "sust/forget_4",
+        "privleak/retain2",
+        "privleak/holdout",
+        "raw/holdout",
+    ]
+    assert [len(found[name]) for name in sets] == [4] * 7
     texts = [text for name in sets for text in found[name]]
     assert len(set(texts)) == len(texts)
     assert all(len(text) <= 200 for text in texts[2:])
