@@ -16,8 +16,10 @@ from scipy.stats import ks_2samp
 
 from ofmu_ray.commandline.terminal import metrics_table
 from ofmu_ray.config import TrackingConfig, TrainConfig, UnlearnConfig, config_hash, to_dict
-from ofmu_ray.reporting import ReportData, build_manifest, write_model_card, write_report
+from ofmu_ray.reporting.card import write_model_card
 from ofmu_ray.reporting.formats import byte_size, cell, duration, metric_table, number, quantity
+from ofmu_ray.reporting.manifest import build_manifest
+from ofmu_ray.reporting.page import ReportData, write_report
 from ofmu_ray.reporting.plots import kolmogorov_smirnov
 from ofmu_ray.tracking import finish, start
 

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ofmu_ray.metrics import memorisation
 from ofmu_ray.metrics.columns import clusters_of, finite, of_texts, of_tokens, rows_of
@@ -97,6 +96,8 @@ def sound_generations(
             if interval is not None:
                 bounds[measure] = interval
         if bounds:
+            import pyarrow.compute as pc  # costs 0.15 CPU s
+
             tokens = pc.max(rows["generated_tokens"]).as_py()
             return SoundRange(whose, bounds) if longest is None or longest >= tokens else None
     return None

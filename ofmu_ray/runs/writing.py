@@ -49,7 +49,9 @@ def write(
     Returns the names of the files that MLflow keeps as artifacts.
     """
     from ofmu_ray.metrics.classification import with_aliases
-    from ofmu_ray.reporting import ReportData, build_manifest, write_model_card, write_report
+    from ofmu_ray.reporting.card import write_model_card
+    from ofmu_ray.reporting.manifest import build_manifest
+    from ofmu_ray.reporting.page import ReportData, write_report
 
     training = results.training
     summary = {

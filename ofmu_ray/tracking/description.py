@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ofmu_ray.metrics import registry
 from ofmu_ray.storage import is_uri
 
 EXPERIMENT_KIND = ("mlflow.experimentKind", "custom_model_development")
@@ -90,6 +89,8 @@ def _user() -> str | None:
 
 def headline(summary: Mapping[str, Any]) -> str:
     """The run's description, in Markdown: how it ended, the metrics that lead, verdicts."""
+    from ofmu_ray.metrics import registry  # numpy and pyarrow, which a refused command does not need
+
     run = summary["run"]
     after = summary.get("after") or {}
     words = [f"`{run['method']}`, {run['rounds']} rounds: {run['status']}"]
