@@ -147,7 +147,7 @@ def test_options() -> None:
 def test_the_share_is_counted() -> None:
     class Stream:
         def __init__(self, rows: int):
-            self.rows = range(rows)
+            self.used_rows = rows
 
     class Prepared:
         streams: ClassVar = {"forget": Stream(30), "retain": Stream(70), "test": Stream(500)}
