@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import harmonic_mean
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from test_metrics_summary import SIZES, _table, _values
 
@@ -52,3 +53,11 @@ def test_one_score_of_nothing_makes_it_nothing_and_what_is_missing_is_said() -> 
     assert "evaluation.retrained" in str(alone.reason)
     few = aggregate_inputs(_table(0, {name: size for name, size in SIZES.items() if name != "holdout"}))
     assert "evaluation.sets.holdout" in str(aggregate_metrics(few, inputs, inputs)["aggregate"].reason)
+
+
+def test_images_have_no_aggregate() -> None:
+    """Nothing is computed for them: a benchmark would fit a support vector machine for each run once more."""
+    images = pa.table({"set": ["forget"] * 3, "predicted": [0, 1, 1], "confidence": [0.2, 0.5, 0.9]})
+    assert aggregate_inputs(images) == {}
+    absent = aggregate_metrics({}, {}, {})
+    assert [absent[name].value for name in AGGREGATE] == [None] * len(AGGREGATE)

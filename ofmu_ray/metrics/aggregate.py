@@ -14,7 +14,7 @@ import pyarrow as pa
 from ofmu_ray.metrics import functions
 from ofmu_ray.metrics.columns import finite, rows_of
 from ofmu_ray.metrics.intervals import MetricValue
-from ofmu_ray.metrics.registry import NEEDS_RETRAINED, Metric, register
+from ofmu_ray.metrics.registry import NEEDS_RETRAINED, Inputs, Metric, register
 from ofmu_ray.metrics.summary import summarise
 
 AGGREGATE = ("aggregate", "memorisation_score", "privacy_score", "utility_score")
@@ -33,7 +33,7 @@ _NO_INTERVAL = "derived from other metrics: no interval"
 def aggregate_inputs(table: pa.Table | None) -> dict[str, MetricValue]:
     """A model's metrics for `aggregate_metrics`, without intervals: ours, plus two from the paper on forget rows,
     P(paraphrase) and P(right) / (P(right) + P(wrong))."""
-    if table is None:
+    if table is None or Inputs(table, None).kind == "images":  # images: MIA efficacy alone takes seconds of each run
         return {}
     rows, inputs = rows_of(table, "forget"), summarise(table, bootstrap_samples=1)
     for name, column in (("paraphrase_probability", "paraphrase_nll"), ("truth_ratio", "truth_ratio")):
