@@ -77,7 +77,7 @@ Slice = Callable[[int, int], np.ndarray]
 
 
 def _shuffled(rows: int, rng: np.random.Generator) -> Slice:
-    """A permutation of the rows; above `HELD_ROWS` it is computed for the slots that need it."""
+    """A permutation of the rows; above `HELD_ROWS` it is computed on demand."""
     if rows > HELD_ROWS:
         keys = rng.integers(2**64, size=_FEISTEL_ROUNDS, dtype=np.uint64)
         return lambda start, stop: _permuted(np.arange(start, stop, dtype=np.uint64), rows, keys)

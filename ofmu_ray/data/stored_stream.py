@@ -1,4 +1,4 @@
-"""An encoded stream on disk, and which of its rows a run uses. Memory does not grow with the rows."""
+"""An encoded stream on disk, and which of its rows a run uses. Of long streams, only the dropped rows are in memory."""
 
 from __future__ import annotations
 
