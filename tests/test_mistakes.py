@@ -358,7 +358,8 @@ def test_a_mistake_is_one_message_before_anything_starts(mistake, folder, capsys
     assert not re.search("secret|word@|abc", message)
     assert not ray.is_initialized()
     assert {path.name for path in folder.iterdir()} <= {*(Path(name).parts[0] for name in FILES), "runs"}
-    assert {path.name for path in folder.glob("runs/*")} <= {"cache"}
+    if Path("runs").exists():  # no empty folder is left
+        assert {path.name for path in folder.glob("runs/*")} == {"cache"}
 
 
 def test_they_are_no_fewer_than_the_first_walk_found():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -74,7 +75,7 @@ def _probe_store(storage: str) -> None:
 
 
 def prepare_folder(storage: str) -> Path:
-    """The storage as a folder, absolute and writable, for commands that need one."""
+    """The storage as a folder, absolute and writable, for commands that need one; not made yet, if it is not there."""
     if is_uri(storage):
         raise UserError(
             f"storage = {without_credentials(storage)!r}: this command needs a folder that all nodes share (NFS, EFS, "
@@ -83,11 +84,10 @@ def prepare_folder(storage: str) -> Path:
     path = local_path(storage)
     if JOB_VARIABLE in os.environ:
         check_job_storage(storage)
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".writable.{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=there):
+            pass
     except OSError as error:
         raise UserError(
             f"storage = {storage!r}: not writable ({error.strerror}); choose another folder with --storage"

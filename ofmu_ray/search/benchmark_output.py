@@ -156,9 +156,11 @@ def _rows(
             if place not in inputs:
                 tables = cut(known, references[trial.split], trial.rows)
                 inputs[place] = {model: aggregate_inputs(each) for model, each in tables.items()}
-            aggregates = aggregate_metrics(aggregate_inputs(table), **inputs[place])
-            row |= plain({name: value.to_json() for name, value in aggregates.items()})
-            row["aggregate_absent"] = aggregates["aggregate"].reason if aggregates["aggregate"].value is None else None
+            if own := aggregate_inputs(table):  # none for images
+                aggregates = aggregate_metrics(own, **inputs[place])
+                row |= plain({name: value.to_json() for name, value in aggregates.items()})
+                overall = aggregates["aggregate"]
+                row["aggregate_absent"] = overall.reason if overall.value is None else None
         rows.append(row)
     return rows, parts
 
