@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Mapping
@@ -61,7 +62,7 @@ def merged(first: Any, second: Any) -> Any:
 
 
 def _replaced(config: Any, changes: Mapping[str, Any], prefix: str, option: str) -> Any:
-    hints = typing.get_type_hints(type(config))
+    hints = _hints(type(config))
     values = {}
     for name, value in changes.items():
         if name not in hints or isinstance(getattr(type(config), name, None), property):
@@ -74,6 +75,11 @@ def _replaced(config: Any, changes: Mapping[str, Any], prefix: str, option: str)
         else:
             values[name] = _typed(value, hints[name], f"{option}{prefix}{name}")
     return dataclasses.replace(config, **values)
+
+
+@functools.cache  # a benchmark replaces fields hundreds of times before it starts
+def _hints(kind: type) -> Mapping[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def _section(hint: Any) -> Any:
