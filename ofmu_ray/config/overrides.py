@@ -62,10 +62,11 @@ def merged(first: Any, second: Any) -> Any:
 
 
 def _replaced(config: Any, changes: Mapping[str, Any], prefix: str, option: str) -> Any:
-    hints = _hints(type(config))
+    kind: Any = type(config)
+    hints = _hints(kind)
     values = {}
     for name, value in changes.items():
-        if name not in hints or isinstance(getattr(type(config), name, None), property):
+        if name not in hints or isinstance(getattr(kind, name, None), property):
             raise _unknown(config, name, f"{option}{prefix}{name}")
         current = getattr(config, name)
         section = _section(hints[name])

@@ -246,6 +246,9 @@ class ZeroThree(ZeroTwo):
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
         optimizer.invalidate_secondary_tensor()
+        if optimizer.fp16_groups[0][0].ds_tensor.is_cuda:
+            # the next pass gathers on a stream of its own, which does not wait for this one
+            torch.cuda.current_stream().synchronize()
 
     def clear(self) -> None:
         self.optimizer.zero_grad()
