@@ -84,8 +84,8 @@ def prepare_folder(storage: str) -> Path:
     path = local_path(storage)
     if JOB_VARIABLE in os.environ:
         check_job_storage(storage)
-    there = next(folder for folder in (path, *path.parents) if folder.exists())
     try:
+        there = next(folder for folder in (path, *path.parents) if folder.exists())
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
