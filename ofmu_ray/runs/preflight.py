@@ -26,6 +26,7 @@ from ofmu_ray.storage import (
     name_of,
     without_credentials,
 )
+from ofmu_ray.storage.local import nearest_existing
 from ofmu_ray.storage.trouble import refusal
 from ofmu_ray.training.checkpoint_list import RAY_TRAIN_LIST, local_checkpoints
 
@@ -75,7 +76,7 @@ def _probe_store(storage: str) -> None:
 
 
 def prepare_folder(storage: str) -> Path:
-    """The storage as a folder, absolute and writable, for commands that need one; not made yet, if it is not there."""
+    """The storage as a folder, absolute and writable, for commands that need one. It may not exist yet."""
     if is_uri(storage):
         raise UserError(
             f"storage = {without_credentials(storage)!r}: this command needs a folder that all nodes share (NFS, EFS, "
@@ -85,9 +86,7 @@ def prepare_folder(storage: str) -> Path:
     if JOB_VARIABLE in os.environ:
         check_job_storage(storage)
     try:
-        there = next(folder for folder in (path, *path.parents) if folder.exists())
-        with tempfile.TemporaryFile(dir=there):
-            pass
+        tempfile.TemporaryFile(dir=nearest_existing(path)).close()
     except OSError as error:
         raise UserError(
             f"storage = {storage!r}: not writable ({error.strerror}); choose another folder with --storage"

@@ -9,6 +9,7 @@ from typing import Any
 from ofmu_ray.config import ModelConfig, TrainingConfig
 from ofmu_ray.errors import UserError
 from ofmu_ray.models.source import model_source
+from ofmu_ray.storage.local import nearest_existing
 
 MOMENTS = 5
 """A checkpoint's size in model sizes: fp32 weights, plus two moments for each of two optimisers."""
@@ -58,8 +59,7 @@ def check_disk(model: ModelConfig, folder: Path, *, models: int, free: int | Non
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     needed = size * (models + 2 * MOMENTS)
     if free is None:
-        place = next(parent for parent in (folder, *folder.parents) if parent.exists())
-        free = shutil.disk_usage(place).free
+        free = shutil.disk_usage(nearest_existing(folder)).free
     if needed > free:
         raise UserError(
             f"storage: {folder} has {_size(free)} free, but {models} models and a trial's checkpoints need about "

@@ -28,6 +28,11 @@ def write_whole(target: Path, data: bytes) -> None:
         raise
 
 
+def nearest_existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """A folder to fill; it replaces `target` at the end of the block and is removed on an exception.
