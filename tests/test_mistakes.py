@@ -22,6 +22,7 @@ FILES = {
     "inner_twice.yaml": b"training:\n  rounds: 2\n  rounds: 3\n",
     "list.yaml": b"[1, 2]\n",
     "section.yaml": b"training: [rounds, 3]\n",
+    "misspelt_section.yaml": b"trainig: {rounds: 3}\n",
     "text.yaml": b"training: fast\n",
     "nothing.yaml": b"seed: 2\ntraining:\n  # rounds: 3\n",
     "inner_nothing.yaml": b"ofmu:\n  inner:\n",
@@ -140,6 +141,10 @@ MISTAKES = {
         "evaluation.clusters: no set 'forgt'. Did you mean forget? Sets: forget, retain, real_authors, world_facts, ho",
     ),
     "misspelt option": ("unlearn --ofmu.betta 1", "unknown option --ofmu.betta. Did you mean ofmu.beta?"),
+    "misspelt section of a file": (
+        "unlearn --config misspelt_section.yaml",
+        "unknown option trainig.rounds in the configuration. Did you mean training.rounds?",
+    ),
     "unknown option of a section": ("unlearn --ofmu.inner.rate 1", "ofmu.inner has name, lr, clip, "),
     "option without its section": ("unlearn --rho 1", "Did you mean ofmu.rho?"),
     "out of range": ("unlearn --ofmu.beta -1", "ofmu.beta = -1.0: must be 0 or more"),

@@ -31,6 +31,8 @@ def plain_words(message: str, known: list[str]) -> str:
         return f"unknown option {word} in the configuration.{close_option(word, known)} All options: --help all"
     if match := re.search(r"Parser key \"(.+?)\":.*? Option '(.+?)' is not accepted", message):
         return f"unknown option {match[1]}.{match[2]} in the configuration. All options: --help all"
+    if match := re.fullmatch(r"Option '(.+?)' is not accepted", message):
+        return f"unknown option {match[1]} in the configuration.{close_option(match[1], known)} All options: --help all"
     if match := re.search(r"Parser key \"(.+?)\": Expected a typing\.Literal\[(.*?)\]\. Got value: (.+)", message):
         choices = [choice.strip("' ") for choice in match[2].split(",")]
         hint = close_match(match[3], choices)
