@@ -96,9 +96,10 @@ def similarity(engine: TorchEngine, curvature: Curvature, batches: Batches) -> V
     """grad Sim = H_f u + H_r w as computed in a round of OFMU."""
     g_f, g_r = (engine.gradient(batches[kind], differenced=True)[0] for kind in ("forget", "retain"))
     _, u, w = similarity_gradient(g_f, g_r)
+    u, w = list(u), list(w)
     norms = [math.sqrt(engine.dot((v, v))[0]) for v in (u, w)]
-    h_u = curvature.hessian_vector(batches["forget"], "forget", g_f, list(u), norms[0])
-    return combine(1.0, h_u, 1.0, curvature.hessian_vector(batches["retain"], "retain", g_r, list(w), norms[1]))
+    h_u = curvature.hessian_vector(batches["forget"], "forget", g_f, u, norms[0])
+    return combine(1.0, h_u, 1.0, curvature.hessian_vector(batches["retain"], "retain", g_r, w, norms[1]))
 
 
 def relative_error(value: Vector, expected: Vector) -> float:

@@ -1,6 +1,6 @@
 """What an evaluation costs: ours compared with a plain one, with one pass over the rows per metric, on the same model.
 
-    OMP_NUM_THREADS=1 python benchmarks/evaluation.py [--data DIR] [--rows 100] [--out benchmarks/evaluation.json]
+    OMP_NUM_THREADS=1 python -m benchmarks.evaluation [--data DIR] [--rows 100] [--out benchmarks/evaluation.json]
 
 CPU seconds (of the process, one thread) for the four sets of TOFU's layout: losses of right, paraphrased and wrong
 answers, greedy generations with ROUGE-L, and the inputs of memorisation and membership scores. Both run in turn, and
@@ -25,12 +25,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import evaluation_plain as plain
 import torch
 import transformers
-from step import machine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from benchmarks import evaluation_plain as plain
+from benchmarks.step import machine
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import EvaluationConfig, FormatConfig
 from ofmu_ray.data.template import Template

@@ -104,7 +104,7 @@ class Saboteur:
         from ofmu_ray.training.worker import Worker
 
         before(worker_module, "build_engine", lambda *_: self.at("start"))
-        build, rounds = worker_module.build_engine, Worker.round
+        build, rounds = worker_module.build_engine, Worker.round  # type: ignore[attr-defined]
 
         def build_engine(*arguments: Any) -> Any:
             engine = build(*arguments)
@@ -115,10 +115,11 @@ class Saboteur:
             self.begin(worker.state.round + 1)
             return rounds(worker, batches)
 
-        worker_module.build_engine = build_engine
-        Worker.round = round_  # type: ignore[method-assign]
+        worker_module.build_engine = build_engine  # type: ignore[attr-defined, assignment]
+        Worker.round = round_  # type: ignore[method-assign, assignment]
         reads = itertools.count()
-        before(UnreadWeights, "read", lambda *_: next(reads) == 3 and self.at("share"))  # some of its weights are read
+        some_read = lambda *_: self.at("share") if next(reads) == 3 else None  # noqa: E731
+        before(UnreadWeights, "read", some_read)
         before(NewFolder, "flush", lambda *_: self.at("shard"))  # the first file of the model is written
         before(RaySession, "report", lambda *_: self.at("checkpoint_write"))
         before(export, "atomic_write", lambda *_: self.at("export"))  # the model is written, the run is not
@@ -162,7 +163,7 @@ def make_job(folder: Path, name: str, rounds: int = ROUNDS, every: int = EVERY, 
     from ofmu_ray.models.loading import load_tokenizer
 
     training = TrainingConfig(workers=2, rounds=rounds, batch_size=4, checkpoint_every=every, max_failures=100)
-    config = UnlearnConfig(training=training, ofmu=METHOD)
+    config = UnlearnConfig(training=training, ofmu=METHOD)  # type: ignore[call-arg]
     data, tokenizer = config.data, load_tokenizer(config.model)
     sources = {"forget": data.forget, "retain": data.retain}
     prepared = prepare_streams(sources, None, AnswerEncoder(tokenizer, data.format), str(folder))

@@ -10,6 +10,7 @@ import subprocess
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ def rates(device: torch.device, smoke: bool, save: Save) -> dict[str, Any]:
     ):  # fmt: skip
         torch.set_float32_matmul_precision(precision)
         a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-        found[f"{name}_flops"] = 2 * side**3 / best(device, lambda a=a, b=b: a @ b, 3 if smoke else 20)
+        found[f"{name}_flops"] = 2 * side**3 / best(device, partial(torch.matmul, a, b), 3 if smoke else 20)
         save(found)
     torch.set_float32_matmul_precision("highest")
     numel = 1 << (16 if smoke else 28)
@@ -129,7 +130,7 @@ def free(device: torch.device) -> None:
 def failure(error: BaseException, device: torch.device) -> dict[str, Any]:
     """An exception as plain values. Raises Poisoned if the device does not work any more."""
     text = "".join(traceback.format_exception(error))
-    found = {"error": f"{type(error).__name__}: {error}"[:2000], "traceback": text[-4000:]}
+    found: dict[str, Any] = {"error": f"{type(error).__name__}: {error}"[:2000], "traceback": text[-4000:]}
     if device.type == "cuda":
         try:
             torch.zeros(8, device=device).sum().item()

@@ -1,6 +1,6 @@
 """What a step of NPO costs: ours and a plain one with a resident reference model, on the same rows and weights.
 
-    OMP_NUM_THREADS=1 python benchmarks/methods.py [--data DIR] [--out benchmarks/methods.json] [--smoke]
+    OMP_NUM_THREADS=1 python -m benchmarks.methods [--data DIR] [--out benchmarks/methods.json] [--smoke]
 
 CPU seconds (of the process, one thread) of a step: a forget and a retain batch, AdamW. The plain step does what public
 code does: a copy of the model runs every forget batch again, logits are computed at prompts and padding too, cross
@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from step import machine
 
+from benchmarks.step import machine
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import FormatConfig, OptimizerConfig
 from ofmu_ray.data.batches import collate
@@ -41,7 +41,8 @@ from ofmu_ray.methods.npo import NPOConfig, answer_nll
 SHAPE = {"hidden_size": 160, "intermediate_size": 432, "num_hidden_layers": 4, "num_attention_heads": 4}
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 VOCABULARY = 2048
-OPTIONS = NPOConfig(optimizer=OptimizerConfig(name="adamw", lr=1e-4, weight_decay=0.01, clip=1.0))
+RATE, CLIP = 1e-4, 1.0
+OPTIONS = NPOConfig(optimizer=OptimizerConfig(name="adamw", lr=RATE, weight_decay=0.01, clip=CLIP))
 TOLERANCE = 1e-5
 Rows = list[dict[str, Any]]
 
@@ -85,7 +86,9 @@ def build_model(tokenizer: Any, shape: dict[str, int]) -> torch.nn.Module:
 def batches(rows: Rows, stream: str, steps: int, size: int, pad: int, *, sort: bool) -> list[dict[str, torch.Tensor]]:
     """`steps` batches of the first rows of one shuffle: sorted by length within windows, or unsorted."""
     lengths = np.array([len(row["input_ids"]) for row in rows])
-    order = batch_order(lengths, max(steps, WINDOW_BATCHES), size, seed=0, stream=stream)[:steps]
+    order = batch_order(
+        len(rows), max(steps, WINDOW_BATCHES), size, lengths=lambda numbers: lengths[numbers], seed=0, stream=stream
+    )[:steps]
     if not sort:  # the same rows, without grouping by length
         order = np.random.default_rng(0).permutation(order.ravel()).reshape(order.shape)
     return [collate([rows[i] for i in slots], pad) for slots in order]
@@ -103,7 +106,7 @@ class PlainStep:
         self.twice, self.everywhere = twice, everywhere
         rule = OPTIONS.optimizer
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=rule.lr, weight_decay=rule.weight_decay, eps=rule.eps, fused=True
+            model.parameters(), lr=RATE, weight_decay=rule.weight_decay, eps=rule.eps, fused=True
         )
 
     def nll(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -130,7 +133,7 @@ class PlainStep:
         self.optimizer.zero_grad()
         forget_loss, retain_loss = self.losses(forget, retain)
         (forget_loss + retain_loss).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), OPTIONS.optimizer.clip)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()
         return forget_loss.item(), retain_loss.item()
 

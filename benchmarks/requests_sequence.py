@@ -32,7 +32,7 @@ from ofmu_ray.metrics.intervals import over_seeds
 from ofmu_ray.requests.gate_tables import GateMeasurement
 from ofmu_ray.requests.gates import decide
 from ofmu_ray.requests.intake import open_ledger
-from ofmu_ray.requests.ladder import Batch
+from ofmu_ray.requests.ladder import RequestBatch
 from ofmu_ray.requests.process import process
 from ofmu_ray.requests.registry import Registry
 from ofmu_ray.requests.request_rows import gate_rows
@@ -42,7 +42,7 @@ from ofmu_ray.runs.run import run
 from ofmu_ray.storage import atomic_write
 
 CONFIGS = Path(__file__).resolve().parent.parent / "pipelines/configs"
-OPEN = {"at_least": -1e9, "at_most": 1e9, "if_absent": "skip"}
+OPEN: dict[str, Any] = {"at_least": -1e9, "at_most": 1e9, "if_absent": "skip"}
 """Bounds that let every result through: figures are wanted."""
 FIGURES = {
     "new": GateConfig(metric="forget_probability", against="holdout", **OPEN),
@@ -168,7 +168,7 @@ def measured(config: RequestsConfig, model: str) -> dict[str, Any]:
     with open_ledger(config) as ledger:
         requests = ledger.all(("promoted",))
         rows = gate_rows(config, ledger, requests)
-        batch = Batch(config, str(config.storage), ledger, registry, requests, "")
+        batch = RequestBatch(config, str(config.storage), ledger, registry, requests, "")
         settings = batch.run_config(registry.version("1"), config.requests.promotion.recipes[0])
     measurement = GateMeasurement(settings, str(config.storage), list(FIGURES.values()), rows)
     measurement.champion = model  # nothing is compared with it

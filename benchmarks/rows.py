@@ -54,7 +54,8 @@ def measure(rows: int, cpus: int, folder: Path) -> dict[str, Any]:
     from ofmu_ray.tasks import task_named
 
     named = {"forget": folder / "forget.jsonl", "retain": folder / "retain.jsonl"}
-    data = DataConfig(**{name: SourceConfig(path=str(path)) for name, path in named.items()})
+    sources = {name: SourceConfig(path=str(path)) for name, path in named.items()}
+    data = DataConfig(forget=sources["forget"], retain=sources["retain"])
     encoder = task_named("causal_lm").encoder(load_tokenizer(ModelConfig()), data)
     connect(cpus)
     before, seconds = peak(), {}
@@ -71,8 +72,15 @@ def measure(rows: int, cpus: int, folder: Path) -> dict[str, Any]:
     prepared_peak = peak()
     started = time.perf_counter()
     batches = {"forget": 3, "retain": 8}
-    options = {"rounds": 120, "batch_size": 8, "workers": 2, "seed": 0}
-    plan = write_plan(prepared.streams, str(folder / "plan"), batches_per_round=batches, **options)
+    plan = write_plan(
+        prepared.streams,
+        str(folder / "plan"),
+        batches_per_round=batches,
+        rounds=120,
+        batch_size=8,
+        workers=2,
+        seed=0,
+    )
     timed("plan", started)
     retain = prepared.report.streams["retain"]
     return {
@@ -105,8 +113,8 @@ def main() -> None:
             write_rows(Path(folder) / "retain.jsonl", FORGET, rows - FORGET)
             command = [sys.executable, __file__, "--one", folder, "--rows", str(rows), "--cpus", str(options.cpus)]
             cache = os.environ | {"XDG_CACHE_HOME": folder}
-            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=cache).stdout
-            results.append(json.loads(out.splitlines()[-1]))
+            printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=cache).stdout
+            results.append(json.loads(printed.splitlines()[-1]))
             print(json.dumps(results[-1]), flush=True)
     if options.out:
         out = Path(options.out)

@@ -238,7 +238,7 @@ def ray_overhead(workers: int, rounds: int) -> dict[str, Any]:
     from ofmu_ray.training.worker_job import WorkerJob
 
     training = TrainingConfig(workers=workers, rounds=rounds, batch_size=8 * workers, checkpoint_every=10**6)
-    config = UnlearnConfig(training=training, ofmu=METHOD)
+    config = UnlearnConfig(training=training, ofmu=METHOD)  # type: ignore[call-arg]
     connect(workers)
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare_streams(

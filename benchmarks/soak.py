@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.faults import Fault, difference, make_job, run
+from benchmarks.faults import Fault, Phase, difference, make_job, run
 
 
 def kills(rounds: int, every: int, seed: int) -> list[Fault]:
     """One kill in every `every` rounds, at a random round and point of a random worker."""
     draw = random.Random(seed)
-    points = ("inner_loop", "displaced", "outer_step")
+    points: tuple[Phase, ...] = ("inner_loop", "displaced", "outer_step")
     return [
         Fault("kill", draw.choice(points), round=draw.randint(first, first + every - 1), rank=draw.randrange(2))
         for first in range(1, rounds - every + 2, every)

@@ -17,6 +17,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -102,8 +103,7 @@ def build_engine(name: str, module: torch.nn.Module) -> Any:
         return TorchEngine(module, inner=OPTIMIZER, outer=OPTIMIZER)
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    stage = 2
-    return DeepSpeedEngine(module, inner=OPTIMIZER, outer=OPTIMIZER, zero_stage=stage, micro_batch_size=ROWS)
+    return DeepSpeedEngine(module, inner=OPTIMIZER, outer=OPTIMIZER, zero_stage=2, micro_batch_size=ROWS)
 
 
 # --------------------------------------------------------------------------------------------------------- measuring
@@ -113,13 +113,13 @@ def measure(engine: Any, joined: int, repeats: int) -> dict[str, Any]:
     """Results of every method on one engine."""
     forget, retain = [batch_of("forget", joined)], [batch_of("retain", joined)]
 
-    def passes(kind: str, batch: Batch) -> Callable[[], None]:
-        return lambda: [engine.gradient(batch, kind=kind) for _ in range(3)] and None
+    def passes(kind: str, batch: Batch) -> Callable[[], Any]:
+        return lambda: [engine.gradient(batch, kind=kind) for _ in range(3)]
 
     actions: dict[str, Callable[[], Any]] = {
         "forget": passes("forget", forget[0]),
         "retain": passes("retain", retain[0]),
-        **{name: (lambda m=method: m.round(engine, forget, retain)) for name, method in methods().items()},
+        **{name: partial(method.round, engine, forget, retain) for name, method in methods().items()},
     }
     # the first round allocates optimiser states and kernel workspaces: use it for passes, not for time or memory
     spent = {name: account_of(engine, action) for name, action in actions.items()}

@@ -16,7 +16,8 @@ def test_ours_and_the_plain_evaluation_agree(tmp_path: Path) -> None:
     out = tmp_path / "evaluation.json"
     command = [
         sys.executable,
-        str(ROOT / "benchmarks/evaluation.py"),
+        "-m",
+        "benchmarks.evaluation",
         "--rows",
         "4",
         "--repeats",
@@ -24,7 +25,7 @@ def test_ours_and_the_plain_evaluation_agree(tmp_path: Path) -> None:
         "--out",
         str(out),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     [result] = json.loads(out.read_text())
     assert result["rows"] == dict.fromkeys(("forget", "retain", "real_authors", "world_facts"), 4)

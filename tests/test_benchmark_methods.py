@@ -14,8 +14,8 @@ from conftest import ROOT
 @pytest.mark.full
 def test_methods_benchmark_runs(tmp_path: Path) -> None:
     out = tmp_path / "methods.json"
-    command = [sys.executable, str(ROOT / "benchmarks/methods.py"), "--smoke", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "benchmarks.methods", "--smoke", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]  # it asserts that plain and ours have the same losses
     (workload,) = json.loads(out.read_text())["workloads"]
     assert list(workload["cpu_seconds"]) == [

@@ -249,6 +249,33 @@ def test_level_from_holdout_rows_and_from_frequencies(tmp_path) -> None:
     assert level(None, loss="nll") is None
 
 
+def test_the_level_can_be_another_models(tmp_path) -> None:
+    """It is never left to workers, which hold the model to change, and is computed once for runs one after another."""
+    stream = written_stream(tmp_path / "holdout", "holdout", ROWS)  # type: ignore[arg-type]
+    prepared = types.SimpleNamespace(streams={"holdout": stream}, encoder=None)
+    first = resolve_builtin("builtin:people/target")
+    changed, tokenizer = tiny_model()[0], load_causal_lm(ModelConfig(path=first))[1]
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.mul_(1.1)
+    changed.save_pretrained(tmp_path / "changed")
+    tokenizer.save_pretrained(tmp_path / "changed")
+    model, cache = ModelConfig(path=str(tmp_path / "changed")), str(tmp_path / "cache")
+
+    def level(left: list[object] | None = None, **options: object) -> object:
+        config = OFMUConfig(forget_loss="bounded_row", **options)  # type: ignore[arg-type]
+        return config.completed(prepared, model, cache, left).forget_level  # type: ignore[arg-type]
+
+    expected = np.mean([float(row.mean()) for row in token_losses(*tiny_model())])
+    left: list[object] = []
+    assert level(left, level_model=first) == pytest.approx(expected, rel=1e-5)
+    assert left == []
+    assert level() != pytest.approx(expected, rel=1e-3)
+    tables = set((tmp_path / "cache").rglob("*.parquet"))
+    assert level(level_model=first) == pytest.approx(expected, rel=1e-5)
+    assert set((tmp_path / "cache").rglob("*.parquet")) == tables
+
+
 @pytest.mark.parametrize("level", [0.0, -1.0, "hold", "holdout:2", "holdout:x", "unigram:0.5"])
 def test_levels_that_mean_nothing_are_refused(level: float | str) -> None:
     with pytest.raises(UserError, match=r"ofmu\.forget_level = .*: must be nats per token"):

@@ -153,6 +153,7 @@ MISTAKES = {
     "missing forget file": ("unlearn --data.forget.path nowhere.jsonl", "data.forget"),
     "missing evaluation file": ("unlearn --evaluation.sets.retain nowhere.jsonl", "evaluation.sets.retain"),
     "model that is not there": ("unlearn --model.path ./nowhere", "model.path = './nowhere': no such folder"),
+    "model of the level that is not there": ("unlearn --ofmu.level_model ./nowhere", "ofmu.level_model"),
     "retrained model that is not there": ("unlearn --evaluation.retrained ./nowhere", "evaluation.retrained"),
     "more workers than CPUs": ("unlearn --training.workers 4096 --training.batch_size 4096", "CPUs"),
     "batch that does not divide": ("unlearn --training.workers 2 --training.batch_size 7", "does not divide"),

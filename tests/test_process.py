@@ -266,7 +266,8 @@ class Small:
         asked = Submission(key=f"person-{person}", where={"subject_id": str(person)})
         return submit(self.config, self.ledger, asked, "test")[0].id
 
-    def batch(self, registry: Any = None) -> RequestBatch:
+    def batch(self, registry: Registry | None = None) -> RequestBatch:
+        registry = registry or Registry(self.config.tracking, str(self.storage), "ofmu")
         return RequestBatch(self.config, str(self.storage), self.ledger, registry, self.ledger.take("ann", 60), "ann")
 
 
@@ -310,6 +311,27 @@ def test_no_recipe_reveals_text(small: Small) -> None:
     recipe = RecipeConfig(name="mine", options={"report.reveal_text": True, "evaluation": {"enabled": True}})
     config = small.batch().run_config(Version("1", "builtin:people/target", "", "first"), recipe)
     assert (config.report.reveal_text, config.evaluation.enabled) == (False, False)
+
+
+def test_the_level_of_all_batches_is_measured_on_the_first_model(small: Small) -> None:
+    """Not on what earlier batches made of it: it would rise from batch to batch."""
+    registry = Registry(small.config.tracking, str(small.storage), "ofmu")
+    first = registered(small, registry, "first")
+    second = registered(small, registry, "batch-000000000000", first)
+    third = registered(small, registry, "batch-000000000001", second)
+    assert [registry.root(one) for one in (third, second, first)] == [first] * 3
+    small.add(3)
+    batch = small.batch(registry)
+    for options, expected in (
+        ({"ofmu.forget_loss": "bounded_row"}, first.path),
+        ({"ofmu.forget_level": "holdout:0.5"}, first.path),
+        ({"ofmu.level_model": "builtin:people/target"}, "builtin:people/target"),
+        ({"ofmu.forget_level": 3.0}, None),
+        ({"ofmu.forget_loss": "nll"}, None),
+    ):
+        run = batch.run_config(third, RecipeConfig(name="mine", options=options))
+        assert (run.model.path, run.ofmu.level_model) == (third.path, expected), options
+    assert batch.run_config(third, RecipeConfig(name="mine", options={"method": "npo"})).method == "npo"
 
 
 def test_whatever_ends_a_run_its_text_goes(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,7 @@ def run_paths(config: UnlearnConfig, where: str = "") -> dict[str, list[str | No
     """What the workers of a run read, for `join_cluster`; `where` is a prefix for the options' names."""
     return {
         f"{where}evaluation.retrained": [config.evaluation.retrained],
+        **{f"{where}{option}": [path] for option, path in config.method_options.models.items()},
         **model_paths(config.model, where),
         **{
             option: paths

@@ -62,6 +62,15 @@ class MethodConfig:
         """The streams of rows that the method reads; `data` may have more."""
         return frozenset({"forget", "retain"})
 
+    @property
+    def models(self) -> dict[str, str]:
+        """Option -> path of each model that the method reads besides the one to change."""
+        return {}
+
+    def for_sequence(self, first: str) -> Self:
+        """The options for one of many runs, each on the model of the one before; `first`: path of the first's model."""
+        return self
+
     def check(self, section: str) -> None:
         """Checks ranges. UnlearnConfig calls it with the section's name. Raises UserError."""
 

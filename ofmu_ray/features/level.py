@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from ofmu_ray.config import ModelConfig
@@ -11,7 +13,12 @@ from ofmu_ray.features.value_tables import ChosenRows, Missing
 
 
 def measured(
-    level: str, prepared: PreparedData, model: ModelConfig, cache: str, left: list[Missing] | None = None
+    level: str,
+    prepared: PreparedData,
+    model: ModelConfig,
+    cache: str,
+    left: list[Missing] | None = None,
+    other: str | None = None,
 ) -> float | None:
     """The value of `ofmu.forget_level` in nats per token: holdout, holdout:QUANTILE or unigram.
 
@@ -21,10 +28,17 @@ def measured(
         model: the model to change, before any step.
         cache: the storage's cache folder.
         left: receives the losses of holdout rows if the run's workers have to compute them; then there is no value yet.
+        other: path of the model whose losses count; it is loaded whole, unless an earlier run left its losses in the
+            cache. None: `model`.
+
+    Raises:
+        UserError: `other` has to be loaded and does not fit.
     """
     if level == "unigram":
         return unigram_entropy(prepared)
-    losses = stream_losses(prepared, "holdout", model, cache, left=left)
+    if other is not None:
+        model = replace(model, path=other)
+    losses = stream_losses(prepared, "holdout", model, cache, left=left, loaded=other is None)
     return None if losses is None else level_of(level, losses)
 
 

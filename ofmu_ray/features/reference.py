@@ -138,15 +138,17 @@ def stream_losses(
     cache: str,
     most: int = 1000,
     left: list[Missing] | None = None,
+    loaded: bool = True,
 ) -> np.ndarray | None:
     """Mean token loss of each row's answer under the reference model (nats), float64 [rows]. Cached.
 
-    At most `most` rows of the stream, evenly spread. None: they are missing, and `left` has received them.
+    At most `most` rows of the stream, evenly spread. None: they are missing, and `left` has received them. `loaded`:
+    whether the workers have this model; if not, they cannot compute what is missing.
     """
     stream = prepared.streams[name]
     chosen = ChosenRows(stream, stream.spread(most))
     source = ReferenceModel(model, cache, "", "ofmu", task_of(prepared), left)
-    table = source.table(NLL, name, chosen.read, chosen.key)
+    table = source.table(NLL, name, chosen.read, chosen.key, by_workers=loaded)
     return table.means() if table.written else None
 
 
@@ -215,18 +217,26 @@ class ReferenceModel:
         return path
 
     def table(
-        self, feature: Values, stream: str, read: Callable[[], list[Row]], rows_key: str, *, known: bool = True
+        self,
+        feature: Values,
+        stream: str,
+        read: Callable[[], list[Row]],
+        rows_key: str,
+        *,
+        known: bool = True,
+        by_workers: bool = True,
     ) -> ValueTable:
         """The table of the rows that `read` gives; computed, or left to the workers, if missing.
 
         `known`: whether the rows are there, and not left to the workers, too: then too large a table is refused.
+        `by_workers`: whether the table may be left to them.
         """
         key = digest(self.fingerprint, _identity(feature), rows_key)
         folder = join(self.private if stream == "forget" and feature.spells else self.cache, key)
         table = ValueTable(folder, feature, stream, read, feature.shape(self.config), feature.width(self.config))
         if table.written:
             return table
-        if self.left is None or not feature.in_step:
+        if self.left is None or not by_workers or not feature.in_step:
             rows = self._checked_rows(table)
             table.write(rows, self.read(feature, rows, *table.sizes(rows), table.title))
             return table

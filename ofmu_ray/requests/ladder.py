@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from ofmu_ray import progress
 from ofmu_ray.assets import resolve_builtin
-from ofmu_ray.config import SourceConfig, UnlearnConfig, outcome_hash
+from ofmu_ray.config import SourceConfig, UnlearnConfig, apply_overrides, outcome_hash
 from ofmu_ray.config.promotion import RecipeConfig
 from ofmu_ray.config.requests import RequestsConfig
 from ofmu_ray.errors import UserError
@@ -153,6 +153,9 @@ class RequestBatch:
             evaluation=replace(plain.evaluation, enabled=False),  # by gates; a run would keep what the model answers
             report=replace(plain.report, reveal_text=False),
         )
+        if holdout is not None:
+            first = self.registry.root(base).path
+            plain = apply_overrides(plain, {plain.method: plain.method_options.for_sequence(first)})
         name = f"{self.name}-v{base.number}-{recipe.name}-{outcome_hash(plain)[:8]}"
         folder = join(self.storage, name, REQUESTED)
         forget, retain = (SourceConfig(path=join(folder, f"{each}.jsonl")) for each in ("forget", "retain"))

@@ -146,6 +146,13 @@ class Registry:
         """All versions that were taken back."""
         return [one for one in self._versions() if one.withdrawn]
 
+    def root(self, version: Version) -> Version:
+        """The version that its line of promotions started from: itself, if it replaced none."""
+        known = {one.number: one for one in self._versions()}
+        while version.replaces in known:
+            version = known[version.replaces]
+        return version
+
     def made_from(self, version: Version) -> list[Version]:
         """Versions made from it, directly or one from another, and not taken back; oldest first."""
         numbers, made = {version.number}, []

@@ -275,8 +275,14 @@ def check_early(task: Task, config: UnlearnConfig | TrainConfig) -> None:
         return
     layer = getattr(config.method_options, "layer", None)
     check(config.model, "model.path", {} if layer is None else {f"{config.method}.layer": layer})
-    if config.evaluation.enabled and config.evaluation.retrained:
-        check(ModelConfig(path=config.evaluation.retrained), "evaluation.retrained", {})
+    for option, path in other_models(config).items():
+        check(ModelConfig(path=path), option, {})
+
+
+def other_models(config: UnlearnConfig) -> dict[str, str]:
+    """Option -> path of each model that is read besides the one to change."""
+    retrained = config.evaluation.retrained if config.evaluation.enabled else None
+    return ({"evaluation.retrained": retrained} if retrained else {}) | config.method_options.models
 
 
 def check_method(task: Task, config: UnlearnConfig) -> None:

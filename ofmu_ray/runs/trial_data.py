@@ -13,7 +13,7 @@ from ofmu_ray.config import ModelConfig, UnlearnConfig, close_match
 from ofmu_ray.errors import UserError
 from ofmu_ray.metrics.registry import Metric, metrics
 from ofmu_ray.models.checks import placed
-from ofmu_ray.runs.preflight import check_early, check_sources, check_training
+from ofmu_ray.runs.preflight import check_early, check_sources, check_training, other_models
 from ofmu_ray.runs.trial import PRIVATE, SplitData
 from ofmu_ray.runs.who_evaluates import evaluation_of
 from ofmu_ray.tasks import task_named
@@ -70,8 +70,8 @@ def checked(
                 raise UserError(f"{split}{name} = {metric} needs rows of {part}: name {where}evaluation.sets.{part}")
     task.check_model(base.model)
     check_training(task, base)
-    if evaluation.retrained:
-        task.check_model(ModelConfig(path=evaluation.retrained), "evaluation.retrained")
+    for option, path in other_models(base).items():
+        task.check_model(ModelConfig(path=path), option)
     return evaluation_of(task, base, str(storage))
 
 
@@ -117,7 +117,7 @@ def _fingerprint(base: UnlearnConfig, prepared: Any, evaluator: Any) -> str:
     """A digest by content: a model trained again under the same path, or different rows, make different runs."""
     from ofmu_ray.models.source import model_fingerprint, weights_folder
 
-    paths = [path for path in (base.model.path, base.evaluation.retrained) if path]
+    paths = [base.model.path, *other_models(base).values()]
     weights = [model_fingerprint(weights_folder(resolve_builtin(path))) for path in paths]
     streams = [stream.fingerprint for stream in prepared.streams.values()]
     return hashlib.sha256(json.dumps([weights, streams, evaluator.sets]).encode()).hexdigest()

@@ -19,6 +19,7 @@ from ofmu_ray.runs.preflight import (
     check_sources,
     check_task_on_nodes,
     check_training,
+    other_models,
     public,
 )
 from ofmu_ray.runs.this_run import Run, fit_rounds, threads, tracked
@@ -62,8 +63,8 @@ def unlearn(this_run: Run, config: UnlearnConfig) -> Outcome:
     evaluation = evaluation_of(task, config, this_run.storage)
     processor = task.check_model(config.model)
     check_training(task, config)
-    if config.evaluation.enabled and config.evaluation.retrained:
-        task.check_model(ModelConfig(path=config.evaluation.retrained), "evaluation.retrained")
+    for option, path in other_models(config).items():
+        task.check_model(ModelConfig(path=path), option)
     encoder = task.encoder(processor, config.data)
     check_evaluation(evaluation, config)
     tags = {"ofmu.kind": "unlearn", "ofmu.method": config.method, "ofmu.config_hash": this_run.digest}

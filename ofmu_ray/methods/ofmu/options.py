@@ -40,6 +40,9 @@ class OFMUConfig(MethodConfig):
     """Bound of bounded losses: nats per token; holdout: the reference model's mean loss on the rows of data.holdout;
     holdout:Q: quantile Q (0 to 1) of these rows' losses; unigram: entropy of the tokens of retain answers. null:
     holdout if data.holdout is set, else unigram."""
+    level_model: str | None = None
+    """Reference model for a level from holdout rows; null: model.path. If model.path is itself unlearned, name the
+    model that its first run started from: each run also raises the loss of unseen rows a little."""
     forget_beta: float = 0.1
     """Inverse temperature of forget_loss npo (0.1 in its paper) and simnpo."""
     projection: float = 0.0
@@ -115,11 +118,24 @@ class OFMUConfig(MethodConfig):
         return float(level) if self.bounded and isinstance(level, int | float) else None
 
     @property
+    def level_from_holdout(self) -> bool:
+        """Whether holdout rows determine the forget level, if there are any."""
+        level = self.forget_level
+        return self.bounded and (level is None or str(level).startswith("holdout"))
+
+    @property
     def streams(self) -> frozenset[str]:
         """Includes holdout rows if they determine the forget level."""
-        level = self.forget_level
-        holdout = self.bounded and (level is None or str(level).startswith("holdout"))
-        return super().streams | ({"holdout"} if holdout else set())
+        return super().streams | ({"holdout"} if self.level_from_holdout else set())
+
+    @property
+    def models(self) -> dict[str, str]:
+        return {"ofmu.level_model": self.level_model} if self.level_model and self.level_from_holdout else {}
+
+    def for_sequence(self, first: str) -> OFMUConfig:
+        """With `first` as `level_model`, if holdout rows set the level."""
+        unset = self.level_from_holdout and self.level_model is None
+        return dataclasses.replace(self, level_model=first) if unset else self
 
     def check_run(self, config: UnlearnConfig) -> None:
         self._check_curvature(config)
@@ -143,7 +159,7 @@ class OFMUConfig(MethodConfig):
         if isinstance(level, str):
             from ofmu_ray.features.level import measured
 
-            value = measured(level, prepared, model, cache, left)
+            value = measured(level, prepared, model, cache, left, self.level_model)
             level = level if value is None else value
         return dataclasses.replace(self, forget_level=level if isinstance(level, str) else float(level))
 
