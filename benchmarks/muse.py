@@ -5,9 +5,9 @@
 PATH as in pipelines/configs/muse_news.yaml; what follows `--` are options of `ofmu unlearn`. Runs resume by name.
 
 scalability: the target forgets the first k folds at once, in k times the rounds (the release fixes epochs).
-sustainability: the model of k - 1 forgets fold k. Both are judged by the metrics of MUSE, above all by its utility; the
-target and the retrained model stand above. The retrained model has not seen fold 1 but the others: metrics that compare
-with it mean something for k = 1 only, and are left out beyond.
+sustainability: the model of k - 1 forgets fold k, up to the target's level. Both are judged by the metrics of MUSE,
+above all by its utility; the target and the retrained model stand above. The retrained model has not seen fold 1 but
+the others: metrics that compare with it mean something for k = 1 only, and are left out beyond.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def chains(base: UnlearnConfig, folds: int) -> dict[str, list[dict[str, Any]]]:
                 changes["evaluation.retrained"] = None
             if growing:
                 changes["training.rounds"] = k * base.training.rounds
-            else:
-                changes["model.path"] = model
+            elif k > 1:
+                changes |= {"model.path": model, base.method: base.method_options.for_sequence(base.model.path)}
             outcome = run(apply_overrides(base, changes))
             model = outcome.model
             if k == 1:

@@ -274,7 +274,8 @@ def test_growing_and_sequential_forget_sets(root: Path, tmp_path: Path, capsys: 
     """The shipped configuration: three runs in files of the release's layout."""
     from benchmarks import muse
 
-    muse.main(["--root", str(root), "--out", str(tmp_path / "out"), "--folds", "2", "--", *options(root)])
+    asked = ["--root", str(root), "--out", str(tmp_path / "out"), "--folds", "2"]
+    muse.main([*asked, "--", *options(root), "--ofmu.forget_level", "holdout"])
     lines = json.loads((tmp_path / "out/muse.json").read_text())
     one, two = lines["scalability"]
     assert (one["files"], two["files"]) == (["raw/forget.json"], ["raw/forget.json", "sust/forget_2.json"])
@@ -285,6 +286,8 @@ def test_growing_and_sequential_forget_sets(root: Path, tmp_path: Path, capsys: 
     assert second["muse_retain_knowledge"]["value"] is not None
     started = json.loads((tmp_path / "out" / second["name"] / "manifest.json").read_text())
     assert started["config"]["model"]["path"].endswith(f"{first['name']}/model")
+    target = json.loads((tmp_path / "out" / first["name"] / "manifest.json").read_text())["config"]["model"]["path"]
+    assert started["config"]["ofmu"]["level_model"] == target
     assert capsys.readouterr().out.count("sustainability") == 2
     home = tmp_path / "out" / one["name"]
     metrics = json.loads((home / "metrics.json").read_text())
