@@ -397,7 +397,7 @@ def test_gates_with_new_bounds_judge_a_finished_run_again(small: Small) -> None:
     assert batch._judged_before(base, recipe) == attempt
     stricter = replace(batch.promotion, gates=batch.promotion.gates[:1])
     config = replace(small.config, requests=replace(small.config.requests, promotion=stricter))
-    batch = RequestBatch(config, str(small.storage), small.ledger, None, batch.requests, "ann")
+    batch = RequestBatch(config, str(small.storage), small.ledger, batch.registry, batch.requests, "ann")
     assert batch._judged_before(base, recipe) is None
 
 
