@@ -58,6 +58,7 @@ ADDED_WITHIN: dict[str, tuple[Any, ...]] = {
     "data.test": (None,),
     "training.decay_norms": (True,),
     "training.compile": (False,),
+    "ofmu.level_model": (None,),
     "*.milestones": ([0.5, 0.75],),
     "*.step_factor": (0.1,),
     "evaluation.engine": ("auto", "live", "process"),
