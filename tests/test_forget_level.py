@@ -250,7 +250,7 @@ def test_level_from_holdout_rows_and_from_frequencies(tmp_path) -> None:
 
 
 def test_the_level_can_be_another_models(tmp_path) -> None:
-    """It is never left to workers, which hold the model to change, and is computed once for runs one after another."""
+    """It is left to workers only if it is theirs, the model to change, and computed once for runs one after another."""
     stream = written_stream(tmp_path / "holdout", "holdout", ROWS)  # type: ignore[arg-type]
     prepared = types.SimpleNamespace(streams={"holdout": stream}, encoder=None)
     first = resolve_builtin("builtin:people/target")
@@ -267,6 +267,9 @@ def test_the_level_can_be_another_models(tmp_path) -> None:
         return config.completed(prepared, model, cache, left).forget_level  # type: ignore[arg-type]
 
     expected = np.mean([float(row.mean()) for row in token_losses(*tiny_model())])
+    theirs: list[object] = []
+    assert level(theirs, level_model=model.path) == level([]) == "holdout"
+    assert len(theirs) == 1
     left: list[object] = []
     assert level(left, level_model=first) == pytest.approx(expected, rel=1e-5)
     assert left == []

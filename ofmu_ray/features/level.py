@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
+from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import ModelConfig
 from ofmu_ray.data.prepare import PreparedData
 from ofmu_ray.features.reference import stream_losses
 from ofmu_ray.features.value_tables import ChosenRows, Missing
+from ofmu_ray.models.source import weights_folder
 
 
 def measured(
@@ -36,10 +39,15 @@ def measured(
     """
     if level == "unigram":
         return unigram_entropy(prepared)
-    if other is not None:
+    here = other is None or _folder(other) == _folder(model.path)
+    if other is not None and not here:
         model = replace(model, path=other)
-    losses = stream_losses(prepared, "holdout", model, cache, left=left, loaded=other is None)
+    losses = stream_losses(prepared, "holdout", model, cache, left=left, loaded=here)
     return None if losses is None else level_of(level, losses)
+
+
+def _folder(model: str) -> Path:
+    return weights_folder(resolve_builtin(model)).resolve()
 
 
 def level_of(level: str, losses: np.ndarray) -> float:
