@@ -118,8 +118,12 @@ class Saboteur:
         worker_module.build_engine = build_engine  # type: ignore[attr-defined, assignment]
         Worker.round = round_  # type: ignore[method-assign, assignment]
         reads = itertools.count()
-        some_read = lambda *_: self.at("share") if next(reads) == 3 else None  # noqa: E731
-        before(UnreadWeights, "read", some_read)
+
+        def reads_share(*_: Any) -> None:
+            if next(reads) == 3:  # some of its weights are read
+                self.at("share")
+
+        before(UnreadWeights, "read", reads_share)
         before(NewFolder, "flush", lambda *_: self.at("shard"))  # the first file of the model is written
         before(RaySession, "report", lambda *_: self.at("checkpoint_write"))
         before(export, "atomic_write", lambda *_: self.at("export"))  # the model is written, the run is not

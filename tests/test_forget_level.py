@@ -249,7 +249,7 @@ def test_level_from_holdout_rows_and_from_frequencies(tmp_path) -> None:
     assert level(None, loss="nll") is None
 
 
-def test_the_level_can_be_another_models(tmp_path) -> None:
+def test_the_level_can_be_another_models(tmp_path, monkeypatch) -> None:
     """It is left to workers only if it is theirs, the model to change, and computed once for runs one after another."""
     stream = written_stream(tmp_path / "holdout", "holdout", ROWS)  # type: ignore[arg-type]
     prepared = types.SimpleNamespace(streams={"holdout": stream}, encoder=None)
@@ -274,6 +274,11 @@ def test_the_level_can_be_another_models(tmp_path) -> None:
     assert level(left, level_model=first) == pytest.approx(expected, rel=1e-5)
     assert left == []
     assert level() != pytest.approx(expected, rel=1e-3)
+    monkeypatch.setattr("ofmu_ray.features.reference._room", lambda: 1)
+    with pytest.raises(UserError, match=r"^ofmu\.level_model = .*do not fit.*or give ofmu\.forget_level in nats"):
+        OFMUConfig(forget_loss="bounded_row", level_model=first).completed(  # the cache has nothing
+            prepared, model, str(tmp_path / "other"), left
+        )
     tables = set((tmp_path / "cache").rglob("*.parquet"))
     assert level(level_model=first) == pytest.approx(expected, rel=1e-5)
     assert set((tmp_path / "cache").rglob("*.parquet")) == tables

@@ -10,6 +10,7 @@ import numpy as np
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import ModelConfig
 from ofmu_ray.data.prepare import PreparedData
+from ofmu_ray.errors import UserError
 from ofmu_ray.features.reference import stream_losses
 from ofmu_ray.features.value_tables import ChosenRows, Missing
 from ofmu_ray.models.source import weights_folder
@@ -39,10 +40,14 @@ def measured(
     """
     if level == "unigram":
         return unigram_entropy(prepared)
-    here = other is None or _folder(other) == _folder(model.path)
-    if other is not None and not here:
-        model = replace(model, path=other)
-    losses = stream_losses(prepared, "holdout", model, cache, left=left, loaded=here)
+    reference = replace(model, path=other or model.path)
+    held = _folder(reference.path) == _folder(model.path)  # by the workers
+    try:
+        losses = stream_losses(prepared, "holdout", reference, cache, left=left, by_workers=held)
+    except UserError as error:
+        if held:
+            raise
+        raise UserError(f"ofmu.level_model = {other!r}: {error}; or give ofmu.forget_level in nats per token") from None
     return None if losses is None else level_of(level, losses)
 
 

@@ -138,17 +138,17 @@ def stream_losses(
     cache: str,
     most: int = 1000,
     left: list[Missing] | None = None,
-    loaded: bool = True,
+    by_workers: bool = True,
 ) -> np.ndarray | None:
     """Mean token loss of each row's answer under the reference model (nats), float64 [rows]. Cached.
 
-    At most `most` rows of the stream, evenly spread. None: they are missing, and `left` has received them. `loaded`:
-    whether the workers have this model; if not, they cannot compute what is missing.
+    At most `most` rows of the stream, evenly spread. None: they are missing, and `left` has received them.
+    `by_workers`: whether they may be left to the workers, which hold the model to change.
     """
     stream = prepared.streams[name]
     chosen = ChosenRows(stream, stream.spread(most))
     source = ReferenceModel(model, cache, "", "ofmu", task_of(prepared), left)
-    table = source.table(NLL, name, chosen.read, chosen.key, by_workers=loaded)
+    table = source.table(NLL, name, chosen.read, chosen.key, by_workers=by_workers)
     return table.means() if table.written else None
 
 
