@@ -18,14 +18,16 @@ from ofmu_ray.runs.trial import Trial
 
 
 def runner(shared: Any) -> Callable[[Trial], dict[str, Any]]:
-    """Processes end depending on the trial's number; the remaining ones do the work."""
+    """Processes end depending on the trial's number, that of trial 3 once; the remaining ones do the work."""
     done = 0
 
     def run(trial: Trial) -> dict[str, Any]:
         nonlocal done
         if trial.trial == 1:
             raise ray.exceptions.OutOfMemoryError("the node ran low on memory")
-        if trial.trial == 2:
+        mark = Path(trial.options["mark"])
+        if trial.trial == 2 or (trial.trial == 3 and not mark.exists()):
+            mark.touch()
             os._exit(1)
         done += 1
         return {"status": "finished", "done": done}
@@ -33,13 +35,13 @@ def runner(shared: Any) -> Callable[[Trial], dict[str, Any]]:
     return run
 
 
-def test_a_process_that_is_killed_is_a_failed_trial(
+def test_a_trial_whose_process_is_killed_too_often_has_failed(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed for its memory (not a RayActorError) or otherwise; the following trials run."""
+    """Killed for its memory (not a RayActorError) or otherwise; a trial killed once and the following ones finish."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
     monkeypatch.setattr(pool, "trial_runner", runner)
-    config = apply_overrides(UnlearnConfig(), {"training.engine": "torch"})
+    config = apply_overrides(UnlearnConfig(), {"training.engine": "torch", "training.max_failures": 1})
     trials = [
         Trial(
             method="ofmu",
@@ -47,7 +49,7 @@ def test_a_process_that_is_killed_is_a_failed_trial(
             phase="tune",
             trial=number,
             config=config,
-            options={},
+            options={"mark": str(tmp_path / str(number))},
             budget_unit="flops",
             budget=1.0,
         )

@@ -8,9 +8,11 @@ import yaml
 
 from ofmu_ray import tracking
 from ofmu_ray.config import ModelConfig, SweepConfig, TrackingConfig, UnlearnConfig, apply_overrides
+from ofmu_ray.errors import UserError
 from ofmu_ray.metrics.degeneration import SoundRange
 from ofmu_ray.metrics.fronts import plain
 from ofmu_ray.metrics.rule import Goal
+from ofmu_ray.runs.claims import Claim
 from ofmu_ray.runs.trial import SplitData, model_path, result_path, write_failure
 from ofmu_ray.search import run_sweep
 from ofmu_ray.search.choice import choose, export, priors, prune_models
@@ -200,3 +202,21 @@ def test_a_sweep_with_fewer_trials_than_before_is_complete_without_the_rest(tmp_
     less = apply_overrides(made.config, {"search.trials": 6})
     made.suggestions.pop()
     assert finished(replace(made, config=less), exhausted=True)
+
+
+def test_a_population_keeps_its_number_of_trials(tmp_path):
+    """Its generations divide the rounds of every run: with more of them, no earlier trial could continue."""
+
+    def claim(kind, trials):
+        search = {"kind": kind, "trials": trials, "population": 2}
+        config = apply_overrides(SweepConfig(name=kind, storage=str(tmp_path)), {"search": search})
+        digest = run_sweep._digest(config, ofmu_lite.SPACE)
+        return Claim(str(tmp_path / kind), "sweep", digest, run_sweep._determining(config))
+
+    for kind in ("population", "random"):
+        with claim(kind, 4).held():
+            pass
+    assert claim("random", 8).check()
+    assert claim("population", 4).check()
+    with pytest.raises(UserError, match=r"search\.trials = 4, now 8"):
+        claim("population", 8).check()

@@ -24,7 +24,8 @@ class Pool:
     """Runs as many trials at a time as fit, each on one worker's share of the machine.
 
     With engine torch and one worker, trials run in processes that stay warm; otherwise one after the other through Ray
-    Train. A trial whose process dies (out of memory, a lost node) counts as failed.
+    Train. A trial whose process dies (out of memory, a lost node) runs again; it has failed when that has happened more
+    than training.max_failures times, as in a sweep.
     """
 
     def __init__(self, base: UnlearnConfig, data: Mapping[str, SplitData], concurrency: int | None) -> None:
@@ -41,7 +42,7 @@ class Pool:
             room = cluster_room(cpus, gpus)
             self.size = max(1, min(room, concurrency or room))
             make = partial(trial_runner, {name: ray.put(content) for name, content in data.items()})
-            self.processes = ProcessPool(make, self.size, cpus=cpus, gpus=gpus)
+            self.processes = ProcessPool(make, self.size, cpus=cpus, gpus=gpus, retries=training.max_failures)
 
     def run(self, trials: Sequence[Trial]) -> Iterator[tuple[Trial, dict[str, Any]]]:
         """(trial, result) in the order of completion."""

@@ -40,7 +40,7 @@ from ofmu_ray.search.trial_ledger import TrialLedger
 from ofmu_ray.storage import explained
 
 MAY_CHANGE = ("select", "keep_models", "concurrency", "retry_failed")
-"""Options that may change between two starts of a sweep; the number of trials may change, too."""
+"""Options that may change between two starts of a sweep, as may the number of trials, except a population's."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,8 @@ def _lr_scale(run: UnlearnConfig) -> float:
 def _determining(config: SweepConfig) -> dict[str, Any]:
     """The options that must agree for two starts to be the same sweep."""
     content = {name: value for name, value in public(config).items() if name not in MAY_CHANGE}
-    content["search"] = {name: value for name, value in content["search"].items() if name != "trials"}
+    if config.search.kind != "population":  # its generations divide every run into as many stages
+        content["search"] = {name: value for name, value in content["search"].items() if name != "trials"}
     rule = to_dict(config)["select"]
     return content | {"select": {name: rule[name] for name in ("rows", "max_new_tokens")}}
 
