@@ -15,6 +15,7 @@ import fault_table
 import numpy as np
 import psutil
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from evaluation_models import tiny_model, tiny_tokenizer
@@ -22,10 +23,11 @@ from metric_names import LISTED
 from scipy import stats
 
 from ofmu_ray.cluster import map_tasks
-from ofmu_ray.config import EvaluationConfig, FormatConfig
+from ofmu_ray.config import DataConfig, EvaluationConfig, FormatConfig
 from ofmu_ray.data.template import Template
 from ofmu_ray.errors import UserError
 from ofmu_ray.evaluation import actors
+from ofmu_ray.evaluation.evaluator import Evaluator
 from ofmu_ray.evaluation.rows import evaluation_rows, without_private_text
 from ofmu_ray.evaluation.runner import evaluate_live, evaluate_model, summarise
 from ofmu_ray.evaluation.scorer import Scorer
@@ -161,6 +163,19 @@ def test_a_module_in_memory_is_evaluated_as_its_export(
     assert ran == []
     live(**{**kept, "fingerprint": "other weights"})
     assert set(ran) == set(SETS)
+
+
+@pytest.mark.parametrize("reveal", [False, True])
+def test_a_trials_rows_have_the_text_of_forget_rows_only_if_asked_for(
+    model_dir: Path, tmp_path: Path, reveal: bool
+) -> None:
+    sets = {name: SETS[name] for name in ("forget", "retain")}
+    evaluator = Evaluator(CONFIG, DataConfig(), str(model_dir), tmp_path, sets=sets, reveal_text=reveal)
+    table = evaluator.live_table(tiny_model("llama"), tiny_tokenizer(), "trial")
+    for name, shown in (("forget", reveal), ("retain", True)):
+        texts = table.filter(pc.equal(table["set"], name))["generated"]
+        assert len(texts) == len(SETS[name])
+        assert texts.null_count == (0 if shown else len(texts)), name
 
 
 @pytest.mark.slow

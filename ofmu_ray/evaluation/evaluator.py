@@ -143,7 +143,9 @@ class Evaluator:
         module = module.get_base_model() if hasattr(module, "get_base_model") else module
         if next(module.parameters()).device.type == "cpu":
             module = module.float()
-        table = evaluate_live(module, tokenizer, self.sets, self.row_format, self.evaluation, label=label)
+        table = evaluate_live(
+            module, tokenizer, self.sets, self.row_format, self.evaluation, label=label, reveal_text=self.reveal_text
+        )
         return table if self.sample is None else self.sample.named(table)
 
     def shared_table(self, module: Any, tokenizer: Any, label: str) -> Any:
