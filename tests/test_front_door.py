@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from interrupts import heed_ctrl_c
 from mistakes import one_message, refused
 
 from ofmu_ray import progress
@@ -245,11 +246,6 @@ def test_a_full_disk_under_a_search_is_one_message(command, tmp_path, capsys, mo
     assert error.count("\n") == 1
 
 
-def _heeding_interrupts() -> None:
-    """A shell's background jobs, and so perhaps these tests, ignore Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.mark.system
 @pytest.mark.parametrize("engine", ["torch", pytest.param("deepspeed", marks=pytest.mark.full)])
 def test_ctrl_c_is_one_line_and_the_same_command_resumes(engine, tmp_path):
@@ -258,7 +254,7 @@ def test_ctrl_c_is_one_line_and_the_same_command_resumes(engine, tmp_path):
     words += ["--training.checkpoint_every", "1", "--evaluation.enabled", "false", "--stop.forgotten", "null"]
     command = [sys.executable, "-m", "pipelines.cli", *words]
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, preexec_fn=_heeding_interrupts)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, preexec_fn=heed_ctrl_c)
         while not list(tmp_path.glob("r/train/*0*")):
             assert process.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.1)

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from interrupts import heed_ctrl_c
 
 from ofmu_ray.cluster import map_tasks as module
 from ofmu_ray.cluster.map_tasks import ProcessDied, ProcessPool, map_tasks
@@ -135,7 +136,7 @@ except KeyboardInterrupt:
 @pytest.mark.full  # a separate Ray: inside a pytest worker, Ray does not reliably see an interrupt
 def test_an_interrupt_ends_the_processes(tmp_path: Path) -> None:
     command = [sys.executable, "-c", INTERRUPTED, str(Path(__file__).parent), str(tmp_path)]
-    done = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    done = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c)
     while not (tmp_path / "sleeps").exists() and done.poll() is None:
         time.sleep(0.1)
     done.send_signal(signal.SIGINT)

@@ -24,6 +24,7 @@ import pytest
 import ray
 import yaml
 from aiohttp import web
+from interrupts import heed_ctrl_c
 
 from ofmu_ray.cluster.job_server import Jobs
 from ofmu_ray.cluster.upload import load_environment, packed
@@ -227,11 +228,6 @@ class Head:
         self.ray.terminate()
         self.ray.wait(timeout=60)
         return psutil.wait_procs(self.processes(), timeout=20)[1]
-
-
-def heed_ctrl_c() -> None:
-    """Restore Ctrl-C: a shell makes background processes, perhaps the tests, ignore it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="module")
