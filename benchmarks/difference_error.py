@@ -28,6 +28,7 @@ from ofmu_ray.algorithm.space import Vector, combine
 from ofmu_ray.algorithm.steps import Steps
 from ofmu_ray.assets import resolve_builtin
 from ofmu_ray.config import LoraConfig, ModelConfig, OptimizerConfig
+from ofmu_ray.config.optimizers import rate_for
 from ofmu_ray.engines import TorchEngine
 from ofmu_ray.methods.ofmu import OFMU, OFMUConfig
 from ofmu_ray.models.loading import add_lora, load_causal_lm
@@ -147,7 +148,7 @@ def case(
 
 
 def models(args: argparse.Namespace) -> Iterator[tuple[str, torch.nn.Module, Any, float]]:
-    """Name, model, tokenizer and learning rate of the updates."""
+    """Name, model, tokenizer and learning rate of the updates (of a given model: the default of its size)."""
     if not args.only_given:
         for rate in (1e-4, 1e-3):
             module, tokenizer = load_causal_lm(ModelConfig(attention="eager"))
@@ -155,7 +156,7 @@ def models(args: argparse.Namespace) -> Iterator[tuple[str, torch.nn.Module, Any
         yield "small Qwen2", *small_qwen(args.steps), 1e-4
     for path in args.model:
         module, tokenizer = load_causal_lm(ModelConfig(path=path, attention="eager"))
-        yield Path(path).name, module, tokenizer, 1e-5
+        yield Path(path).name, module, tokenizer, rate_for(sum(weight.numel() for weight in module.parameters()))
 
 
 def table(records: list[dict[str, Any]]) -> str:

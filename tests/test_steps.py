@@ -111,6 +111,47 @@ def test_an_estimate_finds_noise_and_curvature(sigma: float) -> None:
         assert estimate.error(central, best) <= min(estimate.error(central, factor * best) for factor in (0.8, 1.25))
 
 
+def test_a_step_far_beyond_the_curvature_is_not_taken_for_noise() -> None:
+    """Along a few weights the gradient turns round within a hundredth of the first step."""
+    torch.manual_seed(0)
+    module = torch.nn.Linear(4000, 1, bias=False)
+    torch.nn.init.uniform_(module.weight, -1, 1)
+
+    def loss(module: torch.nn.Module, batch: Any) -> torch.Tensor:
+        return (torch.sin(2e3 * module.weight) / 2e3).sum()  # type: ignore[operator]
+
+    engine, steps = TorchEngine(module, loss), Steps()
+    direction = torch.zeros(4000)
+    direction[:40] = 1.0
+    expected = -2e3 * torch.sin(2e3 * module.weight.detach().double().flatten()) * direction
+    g, norm = engine.gradient(None)[0], math.sqrt(40)
+    for _ in range(2):  # by the check, and by the step that it chose
+        curvature = MeasuredDifference(engine, steps)
+        product = curvature.hessian_vector(None, "forget", g, [direction.clone()], norm)[0]
+        error = float((product.double() - expected).norm())
+        assert error < 0.02 * float(expected.norm())
+        assert error / 10 < (curvature.error("forget") or 0.0) < 10 * error
+    assert steps.products["forget"].probe <= START / 16
+
+
+def test_noise_that_does_not_fall_with_the_step_is_noise() -> None:
+    """At a stationary point any rounding is more than the gradient; shorter steps would only make it worse."""
+    torch.manual_seed(0)
+    module = torch.nn.Linear(4000, 1, bias=False)
+    optimum = module.weight.detach().clone()
+
+    def loss(module: torch.nn.Module, batch: Any) -> torch.Tensor:
+        noise = 1e-6 * torch.randn_like(optimum)
+        return ((module.weight - optimum).square() / 2 + noise * module.weight).sum()  # type: ignore[operator]
+
+    engine, steps = TorchEngine(module, loss), Steps()
+    direction = torch.randn(4000)
+    g, norm = engine.gradient(None)[0], float(direction.norm())
+    product = MeasuredDifference(engine, steps).hessian_vector(None, "forget", g, [direction.clone()], norm)[0]
+    assert float((product - direction).norm()) < 0.02 * norm
+    assert steps.products["forget"].relative > START
+
+
 def test_passes_of_checks_are_in_the_account() -> None:
     """Four passes per product and two per move of the pair, in round 1 and every n; no more batches."""
     engine = TorchEngine(tiny_model(), inner=OptimizerConfig(lr=1e-30), outer=OptimizerConfig(lr=1e-30))

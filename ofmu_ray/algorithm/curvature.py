@@ -178,10 +178,13 @@ class MeasuredDifference:
             return _sum_and_difference(self.space, function, base, direction, length / norm)
 
         long, short = pair(h), pair(h / 4)
-        last = 0
+        last, roughness, noisy = 0, math.inf, False
         for walk in range(WALKS + 1):
             estimate = self._estimate(h, long, short, gradient)
-            move = -1 if estimate is None else estimate.move(self.steps.difference)
+            if estimate is not None and estimate.rough and not noisy:
+                noisy = estimate.sigma > roughness / 2  # the same at a quarter of the step
+                roughness, last = estimate.sigma, 0 if noisy else last
+            move = -1 if estimate is None else estimate.move(self.steps.difference, noisy=noisy)
             if not move or move == -last or walk == WALKS or not SHORTEST < 4.0**move * h / self.theta < LONGEST:
                 break
             last = move

@@ -9,6 +9,9 @@ rounding of a pass). The errors are then
 Gradients at h, -h, h/4 and -h/4 determine |A|, |B| and sigma. With S(h) = g(h) + g(-h) - 2g = A h^2 + noise and C(h)
 the central difference, S(h/4) - S(h)/16 is pure noise, and C(h) - C(h/4) is 15/16 B h^2/6 plus noise. Numerical Recipes
 (3rd ed., 5.7) balances the two errors for functions of one variable.
+
+Where h is so long that the series does not hold, what looks like noise is curvature: it is far beyond any rounding, and
+falls with h.
 """
 
 from __future__ import annotations
@@ -25,8 +28,11 @@ Product = Literal["forget", "retain", "penalty"]
 START = 2.0**-11
 """Relative step at which a run's first check starts."""
 SHORTEST, LONGEST = 2.0**-27, 2.0**-4
-WALKS = 4
+WALKS = 8
 """How often a check may move its pair of steps; each move is two passes."""
+ROUNDING = 1e-3
+"""Noise beyond this share of |g| is not only rounding (fp32: 5e-7 to 7e-5 in benchmarks/difference_error.py; where the
+series did not hold 3e-3 or more)."""
 FORWARD_ENOUGH = 5e-3
 """`auto` takes forward differences if their estimated relative error is below this. The bound is 2 %; the margin covers
 changes until the next check."""
@@ -105,6 +111,8 @@ class StepEstimate:
     second_seen: bool
     apart: float
     """|C(h) - C(h/4)|."""
+    rough: bool
+    """The noise is beyond what rounding makes."""
 
     @classmethod
     def of(cls, step: float, sums: list[float], gradient: float, eps: float) -> StepEstimate:
@@ -124,6 +132,7 @@ class StepEstimate:
             first_seen=curved > _SEEN * _S * sigma**2,
             second_seen=bent > _SEEN * _D * (sigma / step) ** 2,
             apart=math.sqrt(apart),
+            rough=sigma > ROUNDING * gradient,
         )
 
     def error(self, central: bool, step: float) -> float:
@@ -145,10 +154,14 @@ class StepEstimate:
         forward = self.best(False)
         return math.isfinite(forward) and self.error(False, forward) > FORWARD_ENOUGH * self.product
 
-    def move(self, difference: Difference) -> int:
-        """+1: the pair should be four times as long; -1: a quarter as long; 0: it is good enough."""
+    def move(self, difference: Difference, *, noisy: bool = False) -> int:
+        """+1: the pair should be four times as long; -1: a quarter as long; 0: it is good enough.
+
+        `noisy`: rough gradients are known to be noise.
+        """
         central = self.central(difference)
-        if self.second_seen and self.apart > 0.1 * self.product:  # the series does not reach: no estimate is valid
+        rough = self.rough and not noisy
+        if rough or (self.second_seen and self.apart > 0.1 * self.product):  # the series may not reach so far
             return -1
         if not (self.second_seen if central else self.first_seen):
             return int(self.error(central, self.step) > GOOD * self.product)
