@@ -17,7 +17,18 @@ import torch
 
 from ofmu_ray.algorithm.similarity import Similarity
 from ofmu_ray.algorithm.space import Kind, ParameterSpace, Vector, add_, combine, scale_
-from ofmu_ray.algorithm.steps import LONGEST, SHORTEST, START, WALKS, Product, Step, StepEstimate, Steps
+from ofmu_ray.algorithm.steps import (
+    CLOSE,
+    LONGEST,
+    SHORTEST,
+    START,
+    WALKS,
+    Product,
+    Step,
+    StepEstimate,
+    Steps,
+    noise_of,
+)
 
 # A displacement this small drowns in rounding: its difference is unusable.
 TINY = 1e-30
@@ -178,13 +189,16 @@ class MeasuredDifference:
             return _sum_and_difference(self.space, function, base, direction, length / norm)
 
         long, short = pair(h), pair(h / 4)
-        last, roughness, noisy = 0, math.inf, False
+        last, rounding = 0, 0.0
         for walk in range(WALKS + 1):
             estimate = self._estimate(h, long, short, gradient)
-            if estimate is not None and estimate.rough and not noisy:
-                noisy = estimate.sigma > roughness / 2  # the same at a quarter of the step
-                roughness, last = estimate.sigma, 0 if noisy else last
-            move = -1 if estimate is None else estimate.move(self.steps.difference, noisy=noisy)
+            if estimate is not None and estimate.rough and not rounding:
+                del long  # a check never holds three pairs
+                close = pair(CLOSE * self.theta)[0]
+                rounding = noise_of(self.space.dot((close, close))[0])
+                del close
+                long = pair(h)
+            move = -1 if estimate is None else estimate.move(self.steps.difference, rounding)
             if not move or move == -last or walk == WALKS or not SHORTEST < 4.0**move * h / self.theta < LONGEST:
                 break
             last = move

@@ -10,8 +10,8 @@ Gradients at h, -h, h/4 and -h/4 determine |A|, |B| and sigma. With S(h) = g(h) 
 the central difference, S(h/4) - S(h)/16 is pure noise, and C(h) - C(h/4) is 15/16 B h^2/6 plus noise. Numerical Recipes
 (3rd ed., 5.7) balances the two errors for functions of one variable.
 
-Where h is so long that the series does not hold, what looks like noise is curvature: it is far beyond any rounding, and
-falls with h.
+Where h is so long that the series does not hold, what looks like noise is curvature. It is more than rounding usually
+is, and more than what is left very close to theta.
 """
 
 from __future__ import annotations
@@ -30,9 +30,13 @@ START = 2.0**-11
 SHORTEST, LONGEST = 2.0**-27, 2.0**-4
 WALKS = 8
 """How often a check may move its pair of steps; each move is two passes."""
+CLOSE = 2.0**-25
+"""Relative step at which S(h) is only rounding."""
 ROUNDING = 1e-3
-"""Noise beyond this share of |g| is not only rounding (fp32: 5e-7 to 7e-5 in benchmarks/difference_error.py; where the
-series did not hold 3e-3 or more)."""
+"""Noise beyond this share of |g| may not be rounding (fp32: 5e-7 to 7e-5 in benchmarks/difference_error.py; where the
+series did not hold 3e-3 or more). It is if |g| is tiny; `CLOSE` tells."""
+GROWTH = 16.0
+"""Rounding is at most so much larger at a long step than at `CLOSE`."""
 FORWARD_ENOUGH = 5e-3
 """`auto` takes forward differences if their estimated relative error is below this. The bound is 2 %; the margin covers
 changes until the next check."""
@@ -93,6 +97,11 @@ class Steps:
         self.products = {product: Step(**step) for product, step in state.items()}  # type: ignore[misc]
 
 
+def noise_of(square: float) -> float:
+    """sigma, from (S,S) where S is only noise."""
+    return math.sqrt(max(square, 0.0) / _S)
+
+
 @dataclass(frozen=True)
 class StepEstimate:
     """What a pair of steps h and h/4 shows about differences along one direction."""
@@ -112,7 +121,7 @@ class StepEstimate:
     apart: float
     """|C(h) - C(h/4)|."""
     rough: bool
-    """The noise is beyond what rounding makes."""
+    """The noise is beyond what rounding usually makes."""
 
     @classmethod
     def of(cls, step: float, sums: list[float], gradient: float, eps: float) -> StepEstimate:
@@ -154,14 +163,14 @@ class StepEstimate:
         forward = self.best(False)
         return math.isfinite(forward) and self.error(False, forward) > FORWARD_ENOUGH * self.product
 
-    def move(self, difference: Difference, *, noisy: bool = False) -> int:
+    def move(self, difference: Difference, rounding: float) -> int:
         """+1: the pair should be four times as long; -1: a quarter as long; 0: it is good enough.
 
-        `noisy`: rough gradients are known to be noise.
+        `rounding`: the noise at `CLOSE`; only needed if the estimate is `rough`.
         """
         central = self.central(difference)
-        rough = self.rough and not noisy
-        if rough or (self.second_seen and self.apart > 0.1 * self.product):  # the series may not reach so far
+        beyond = self.rough and self.sigma > GROWTH * rounding
+        if beyond or (self.second_seen and self.apart > 0.1 * self.product):  # the series does not reach
             return -1
         if not (self.second_seen if central else self.first_seen):
             return int(self.error(central, self.step) > GOOD * self.product)
