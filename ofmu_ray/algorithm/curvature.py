@@ -227,9 +227,9 @@ class MeasuredDifference:
         if estimate is None:  # the gradient is not finite; the round will report it
             return Step(h / self.theta, self.steps.difference != "forward", math.inf, START, gradient, self.steps.round)
         central = estimate.central(self.steps.difference)
-        best = estimate.best(central) / self.theta
+        safe = estimate.safe(central) / self.theta
         # powers of 2, so that engines with different rounding mostly take the same step
-        relative = 2.0 ** round(math.log2(min(max(best, SHORTEST), LONGEST)))
+        relative = 2.0 ** round(math.log2(min(max(safe, SHORTEST), LONGEST)))
         error = estimate.error(central, relative * self.theta)
         return Step(relative, central, error, h / self.theta, gradient, self.steps.round)
 

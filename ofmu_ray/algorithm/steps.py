@@ -37,9 +37,9 @@ ROUNDING = 1e-3
 series did not hold 3e-3 or more). It is if |g| is tiny; `CLOSE` tells."""
 GROWTH = 16.0
 """Rounding is at most so much larger at a long step than at `CLOSE`."""
-FORWARD_ENOUGH = 5e-3
-"""`auto` takes forward differences if their estimated relative error is below this. The bound is 2 %; the margin covers
-changes until the next check."""
+ENOUGH = 5e-3
+"""`auto` takes forward differences if their estimated relative error is below this; central ones may have so much
+noise. The bound is 2 %; the margin covers changes until the next check."""
 GOOD = 1e-3
 """Below this relative error, a check does not try a longer step."""
 DRIFT = 4.0
@@ -156,12 +156,20 @@ class StepEstimate:
             return (self.sigma / (2 * self.second)) ** (1 / 3) if self.second > 0 else math.inf
         return math.sqrt(math.sqrt(2) * self.sigma / self.first) if self.first > 0 else math.inf
 
+    def safe(self, central: bool) -> float:
+        """A step for the rounds until the next check, in which |B| may grow by an order of magnitude: for central
+        differences down to a quarter of the best one, as far as the noise allows."""
+        best = self.best(central)
+        if not central or not self.product:
+            return best
+        return min(best, max(best / 4, self.sigma / (math.sqrt(2) * ENOUGH * self.product)))
+
     def central(self, difference: Difference) -> bool:
         """Whether to take central differences."""
         if difference != "auto":
             return difference == "central"
         forward = self.best(False)
-        return math.isfinite(forward) and self.error(False, forward) > FORWARD_ENOUGH * self.product
+        return math.isfinite(forward) and self.error(False, forward) > ENOUGH * self.product
 
     def move(self, difference: Difference, rounding: float) -> int:
         """+1: the pair should be four times as long; -1: a quarter as long; 0: it is good enough.
