@@ -109,11 +109,15 @@ def relative_error(value: Vector, expected: Vector) -> float:
 
 
 def measured(engine: TorchEngine, steps: Steps, batches: Batches, expected: Vector) -> dict[str, Any]:
-    """Errors of fixed steps and of the run's own steps: at a check, and in the rounds between checks."""
+    """Errors of fixed steps and of the run's own steps: as its last check left them (`stale`), at a check now, and of
+    the steps that this check chooses."""
     errors: dict[str, Any] = {f"fixed_{step:g}": 0.0 for step in FIXED}
     for step in FIXED:
         by = FiniteDifference(engine, "forward", step)
         errors[f"fixed_{step:g}"] = relative_error(similarity(engine, by, batches), expected)
+    if steps.products:
+        errors["stale"] = relative_error(similarity(engine, MeasuredDifference(engine, steps), batches), expected)
+        steps.round += steps.check_every
     before = sum(engine.account.gradient_passes.values())
     errors["measured"] = relative_error(similarity(engine, MeasuredDifference(engine, steps), batches), expected)
     errors["passes"] = sum(engine.account.gradient_passes.values()) - before - 2
@@ -160,13 +164,13 @@ def models(args: argparse.Namespace) -> Iterator[tuple[str, torch.nn.Module, Any
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    names = ["between_checks", "measured", "estimated", *(f"fixed_{step:g}" for step in FIXED)]
-    heads = ["model", "weights", "precision", "updates", "between checks", "at a check", "estimated"]
+    names = ["stale", "measured", "between_checks", "estimated", *(f"fixed_{step:g}" for step in FIXED)]
+    heads = ["model", "weights", "precision", "updates", "last steps", "at a check", "after it", "estimated"]
     heads += [f"fixed {step:g}" for step in FIXED]
-    lines = ["| " + " | ".join([*heads, "passes, first check"]) + " |", "|---" * (len(heads) + 1) + "|"]
+    lines = ["| " + " | ".join([*heads, "passes of the check"]) + " |", "|---" * (len(heads) + 1) + "|"]
     for one in records:
         cells = [one["model"], one["weights"], one["precision"], str(one["updates"])]
-        cells += [f"{one[name]:.2%}" for name in names] + [str(one["passes"])]
+        cells += [f"{one[name]:.2%}" if name in one else "" for name in names] + [str(one["passes"])]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -10,8 +10,8 @@ Gradients at h, -h, h/4 and -h/4 determine |A|, |B| and sigma. With S(h) = g(h) 
 the central difference, S(h/4) - S(h)/16 is pure noise, and C(h) - C(h/4) is 15/16 B h^2/6 plus noise. Numerical Recipes
 (3rd ed., 5.7) balances the two errors for functions of one variable.
 
-Where h is so long that the series does not hold, what looks like noise is curvature. It is more than rounding usually
-is, and more than what is left very close to theta.
+Where h is too long for the series, what looks like noise is curvature. It is larger than rounding usually is, and
+larger than the noise very close to theta.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ WALKS = 8
 CLOSE = 2.0**-25
 """Relative step at which S(h) is only rounding."""
 ROUNDING = 1e-3
-"""Noise beyond this share of |g| may not be rounding (fp32: 5e-7 to 7e-5 in benchmarks/difference_error.py; where the
-series did not hold 3e-3 or more). It is if |g| is tiny; `CLOSE` tells."""
+"""Noise beyond this share of |g| may not be rounding. On the cases of benchmarks/difference_error.py rounding in fp32
+was 5e-7 to 7e-5, and more than 3e-3 came from steps that were too long. Where |g| is tiny it is rounding: `CLOSE`
+tells."""
 GROWTH = 16.0
 """Rounding is at most so much larger at a long step than at `CLOSE`."""
 ENOUGH = 5e-3
@@ -157,8 +158,8 @@ class StepEstimate:
         return math.sqrt(math.sqrt(2) * self.sigma / self.first) if self.first > 0 else math.inf
 
     def safe(self, central: bool) -> float:
-        """A step for the rounds until the next check, in which |B| may grow by an order of magnitude: for central
-        differences down to a quarter of the best one, as far as the noise allows."""
+        """A step for the rounds until the next check, in which |B| may grow by an order of magnitude: central ones are
+        up to four times shorter than the best, as far as the noise allows."""
         best = self.best(central)
         if not central or not self.product:
             return best
