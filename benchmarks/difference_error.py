@@ -116,6 +116,7 @@ def measured(engine: TorchEngine, steps: Steps, batches: Batches, expected: Vect
         by = FiniteDifference(engine, "forward", step)
         errors[f"fixed_{step:g}"] = relative_error(similarity(engine, by, batches), expected)
     if steps.products:
+        errors["checked"] = {kind: step.round for kind, step in steps.products.items()}
         errors["stale"] = relative_error(similarity(engine, MeasuredDifference(engine, steps), batches), expected)
         steps.round += steps.check_every
     before = sum(engine.account.gradient_passes.values())
@@ -127,7 +128,8 @@ def measured(engine: TorchEngine, steps: Steps, batches: Batches, expected: Vect
     error = math.hypot(*(curvature.error(kind) or 0.0 for kind in ("forget", "retain")))  # type: ignore[arg-type]
     errors["estimated"] = error / math.sqrt(engine.dot((by_steps, by_steps))[0])
     errors["steps"] = {
-        kind: {"relative": step.relative, "central": step.central} for kind, step in steps.products.items()
+        kind: {"relative": step.relative, "central": step.central, "bend": step.bend}
+        for kind, step in steps.products.items()
     }
     return errors
 

@@ -135,6 +135,38 @@ def test_a_step_far_beyond_the_curvature_is_not_taken_for_noise(frequency: float
     assert steps.products["forget"].probe <= START / 16
 
 
+def test_curvature_that_grows_between_checks_asks_for_one() -> None:
+    """|g| stays as it is; only the two ends and the middle of a central difference show that its step is too long."""
+    torch.manual_seed(0)
+    module = torch.nn.Linear(4000, 1, bias=False)
+    torch.nn.init.uniform_(module.weight, -1, 1)
+    frequency = 20.0
+
+    def loss(module: torch.nn.Module, batch: Any) -> torch.Tensor:
+        return (torch.sin(frequency * module.weight) / frequency).sum()  # type: ignore[operator]
+
+    engine, steps = TorchEngine(module, loss), Steps("central", check_every=100)
+    passes, errors, checked, chosen = [], [], [], []
+    for steps.round, frequency in enumerate([20.0, 20.0, 6e3, 6e3]):
+        direction = torch.zeros(4000)
+        direction[:400] = 1.0
+        expected = -frequency * torch.sin(frequency * module.weight.detach().double().flatten()) * direction
+        g = engine.gradient(None)[0]
+        before = engine.account.gradient_passes["forget"]
+        curvature = MeasuredDifference(engine, steps)
+        product = curvature.hessian_vector(None, "forget", g, [direction.clone()], 20.0)[0]
+        passes.append(engine.account.gradient_passes["forget"] - before)
+        errors.append(float((product.double() - expected).norm() / expected.norm()))
+        checked.append(steps.products["forget"].round)
+        chosen.append(steps.products["forget"].relative)
+    assert checked == [0, 0, 2, 2]
+    assert passes[1] == passes[3] == 2
+    assert passes[2] > 2 + 4, "the difference that is too long, and a check"
+    assert max(errors) < 0.02
+    old = FiniteDifference(engine, "central", chosen[0]).hessian_vector(None, "forget", g, [direction.clone()], 20.0)[0]
+    assert float((old.double() - expected).norm() / expected.norm()) > 0.02
+
+
 def test_noise_that_does_not_fall_with_the_step_is_noise() -> None:
     """At a stationary point any rounding is more than the gradient; shorter steps would only make it worse."""
     torch.manual_seed(0)

@@ -157,13 +157,18 @@ class MeasuredDifference:
             return [torch.zeros_like(x) for x in direction]
         # without a step from grad Phi itself (its forget batches were at their level), this one is checked here
         inside = self._inside(product) and product in self.steps.products
-        curved = None
+        exact = not self.space.mixed or self.ends_at_base(product)
+        curved, gradient = None, 0.0
         if not inside:
             gradient = math.sqrt(self.space.dot((base, base))[0])
             if self.steps.due(product, gradient):
-                if self.space.mixed and not self.ends_at_base(product):
+                if not exact:
                     base = function()  # |g| has changed: the check was not planned
                 curved = self._check(product, function, base, direction, norm, gradient)
+            elif exact and self.steps.products[product].central:
+                curved = self._central(product, function, base, direction, norm)
+                if curved is None:
+                    curved = self._check(product, function, base, direction, norm, gradient)
         step = self.steps.products[product]
         self._errors[product] = norm * step.error
         if curved is not None:
@@ -171,6 +176,16 @@ class MeasuredDifference:
         ratio = NESTED_STEP_RATIO["central" if step.central else "forward"] if inside else 1.0
         length = step.relative * ratio * self.theta
         return _quotient(self.space, function, base, direction, length / norm, step.central)
+
+    def _central(
+        self, product: Product, function: Callable[[], Vector], base: Vector, direction: Vector, norm: float
+    ) -> Vector | None:
+        """The product by a central difference; None if the step has become too long."""
+        step = self.steps.products[product]
+        s = step.relative * self.theta / norm
+        bent, difference = _sum_and_difference(self.space, function, base, direction, s)
+        squares = self.space.dot((bent, bent), (difference, difference))
+        return None if step.too_long(*squares) else scale_(difference, 0.5 / s)
 
     def _check(
         self,
@@ -231,7 +246,8 @@ class MeasuredDifference:
         # powers of 2, so that engines with different rounding mostly take the same step
         relative = 2.0 ** round(math.log2(min(max(safe, SHORTEST), LONGEST)))
         error = estimate.error(central, relative * self.theta)
-        return Step(relative, central, error, h / self.theta, gradient, self.steps.round)
+        bend = estimate.bend(relative * self.theta)
+        return Step(relative, central, error, h / self.theta, gradient, self.steps.round, bend)
 
 
 def _quotient(

@@ -45,6 +45,8 @@ GOOD = 1e-3
 """Below this relative error, a check does not try a longer step."""
 DRIFT = 4.0
 """A change of |g| by this factor triggers an early check."""
+BENT = 0.2
+"""|S| / |2hC| beyond which a central difference is off by more than about 1 % (SmolLM2-135M: a fifth of its square)."""
 # Noise variances of independent passes in units of sigma^2: S(h); S(h/4) - S(h)/16, where g enters both;
 # C(h) - C(h/4) in units of (sigma / h)^2.
 _S, _N, _D = 6.0, 6.0 - 8.0 / 16 + 6.0 / 256, 0.5 * (1 + 16)
@@ -68,6 +70,15 @@ class Step:
     """|g| at the last check."""
     round: int
     """Round of the last check."""
+    bend: float = 0.0
+    """|S| / |2hC| at the last check."""
+
+    def too_long(self, bent: float, difference: float) -> bool:
+        """Whether curvature has grown since the last check; from |S|^2 and |2hC|^2 at this step, with no extra pass.
+
+        Not finite counts as no: the round reports it.
+        """
+        return bent > max(BENT, 2 * self.bend) ** 2 * difference
 
 
 class Steps:
@@ -151,6 +162,12 @@ class StepEstimate:
             return math.hypot(self.second * step**2, self.sigma / (math.sqrt(2) * step))
         return math.hypot(self.first * step, math.sqrt(2) * self.sigma / step)
 
+    def bend(self, step: float) -> float:
+        """|S| / |2hC| at this step: half the second-order part of g beside the first-order part, and noise."""
+        if not self.product:
+            return math.inf
+        return math.hypot(self.first * step, math.sqrt(_S) / 2 * self.sigma / step) / self.product
+
     def best(self, central: bool) -> float:
         """The step with the least error (infinite without curvature or rounding)."""
         if central:
@@ -159,11 +176,15 @@ class StepEstimate:
 
     def safe(self, central: bool) -> float:
         """A step for the rounds until the next check, in which |B| may grow by an order of magnitude: central ones are
-        up to four times shorter than the best, as far as the noise allows."""
+        up to four times shorter than the best, as far as the noise allows.
+
+        But not shorter than h/4, unless the best one is: weights in fp32 round a short displacement, by the same at h
+        and -h, so no sum of gradients shows it.
+        """
         best = self.best(central)
         if not central or not self.product:
             return best
-        return min(best, max(best / 4, self.sigma / (math.sqrt(2) * ENOUGH * self.product)))
+        return min(best, max(best / 4, self.step / 4, self.sigma / (math.sqrt(2) * ENOUGH * self.product)))
 
     def central(self, difference: Difference) -> bool:
         """Whether to take central differences."""
