@@ -27,9 +27,9 @@ BATCHES = {"forget": token_batch([9, 12], seed=0), "retain": token_batch([11, 8]
 BF16_FP32 = {
     ("first_order", "forward"): (11, 0),
     ("lite", "forward"): (4, 6),  # 3 inner and the outer gradient; both ends of three differences
-    ("lite", "central"): (7, 6),  # the gradients in the middle give directions only
+    ("lite", "central"): (4, 9),  # and the middle of each, which gives its direction
     ("full", "forward"): (0, 28),
-    ("full", "central"): (12, 36),
+    ("full", "central"): (0, 48),
 }
 """Passes of a round with T = 5 (first_order: 3 + 8)."""
 
@@ -90,45 +90,27 @@ def test_products_are_pinned_where_a_program_uses_torchs_newer_options(number: i
         chosen.fp32_precision = fresh
 
 
-def test_a_check_that_was_not_planned_takes_its_gradient_again_in_fp32() -> None:
-    """|g| has changed fourfold, as the rounded gradient shows."""
-    for precision, more in (("fp32", 0), ("bf16_autocast", 1)):
-        engine = TorchEngine(tiny_model(), precision=precision)  # type: ignore[arg-type]
-        steps = Steps("central", check_every=100)
-        curvature = MeasuredDifference(engine, steps)
-        assert curvature.ends_at_base("forget")
-        grad_sim(engine, curvature)
-        assert not curvature.ends_at_base("forget")
-        step = steps.products["forget"]
-        before = engine.account.gradient_passes["forget"]
-        step.gradient *= 10
-        grad_sim(engine, curvature)
-        assert steps.products["forget"] is not step
-        passes = engine.account.gradient_passes["forget"] - before
-        assert passes >= 1 + more + 4
-        assert (passes - 1 - more) % 2 == 0  # pairs
-
-
-def test_nearly_parallel_gradients_are_taken_in_fp32() -> None:
-    engine, steps = TorchEngine(tiny_model(), precision="bf16_autocast"), Steps("central")
-    curvature = MeasuredDifference(engine, steps)
-    grad_sim(engine, curvature)
-    for cosine, exact in ((0.5, False), (-0.9, True), (0.8, True)):
-        steps.cosine = cosine
-        assert curvature.ends_at_base("retain") == exact
-    method = OFMU(OFMUConfig.from_preset("lite"))
-    method.steps.cosine = 0.3
-    other = OFMU(OFMUConfig.from_preset("lite"))
-    other.load_state_dict(method.state_dict())
-    assert other.steps.cosine == 0.3
+@pytest.mark.parametrize("difference", ["forward", "central"])
+def test_grad_sim_under_autocast_is_that_of_fp32_to_the_bit(difference: Any) -> None:
+    """At a check, between checks and at one that |g| asks for; rounded directions were 8 % off on SmolLM2-135M."""
+    found = {}
+    for precision in ("fp32", "bf16_autocast"):
+        engine, steps = TorchEngine(tiny_model(), precision=precision), Steps(difference, check_every=100)
+        curvature, products = MeasuredDifference(engine, steps), []
+        for _ in range(3):
+            products.append(grad_sim(engine, curvature)[0])
+            if len(products) == 2:
+                steps.products["forget"].gradient *= 10
+        found[precision] = products, engine.account.gradient_passes
+    assert all(torch.equal(one, other) for one, other in zip(found["fp32"][0], found["bf16_autocast"][0], strict=True))
+    assert found["fp32"][1] == found["bf16_autocast"][1]
 
 
 def grad_sim(engine: TorchEngine, curvature: Any) -> Vector:
     """grad Sim as a round computes it."""
     products: list[Vector] = []
     g_f, g_r = (
-        engine.gradient(BATCHES[kind], kind=kind, differenced=curvature.ends_at_base(kind))[0]
-        for kind in ("forget", "retain")
+        engine.gradient(BATCHES[kind], kind=kind, differenced=curvature.differences)[0] for kind in ("forget", "retain")
     )
     _, u, w = similarity_gradient(g_f, g_r)
     for kind, base, direction in (("forget", g_f, u), ("retain", g_r, w)):

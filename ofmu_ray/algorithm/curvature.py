@@ -35,19 +35,14 @@ TINY = 1e-30
 # The difference of grad Phi divides the rounding noise of its inner differences by a step again, so the penalty's
 # curvature needs longer steps than grad Phi alone (docs/decisions.md: error against triple backward, by step).
 NESTED_STEP_RATIO = {"forward": 10.0, "central": 3.0}
-# Rounding of relative size e in g_f and g_r turns u and w by e / sin(g_f, g_r). bf16 autocast has e = 3 %, and the
-# bound on the error of grad Sim is 5 %.
-ALIGNED = 0.75
 
 
 class Curvature(Protocol):
     """Products with the Hessians of one loss and of Phi."""
 
-    def ends_at_base(self, product: Product) -> bool:
-        """Whether the next difference for this product has the gradient at theta as an end.
-
-        The engine then computes that gradient as exactly as it can. Otherwise it only gives the direction.
-        """
+    differences: bool
+    """Whether gradients are differenced. The engine then computes those at theta as exactly as it can, also where they
+    only give the direction: rounding of relative size e in g_f and g_r turns u and w by e / sin(g_f, g_r)."""
 
     def hessian_vector(
         self, batch: Any, kind: Kind, base: Vector, direction: Vector, norm: float, *, penalty: bool = False
@@ -72,14 +67,13 @@ class Curvature(Protocol):
 class FiniteDifference:
     """Differences of first-order gradients. Works with every engine and attention kernel."""
 
+    differences = True
+
     def __init__(self, space: ParameterSpace, difference: Literal["forward", "central"], relative_step: float):
         self.space = space
         self.difference: Literal["forward", "central"] = difference
         self.relative_step = relative_step
         self.step = relative_step * space.parameters_norm()
-
-    def ends_at_base(self, product: Product) -> bool:
-        return self.difference == "forward"
 
     def hessian_vector(
         self, batch: Any, kind: Kind, base: Vector, direction: Vector, norm: float, *, penalty: bool = False
@@ -113,17 +107,12 @@ class MeasuredDifference:
     Between checks, a product costs a forward or a central difference; its last check decides which.
     """
 
+    differences = True
+
     def __init__(self, space: ParameterSpace, steps: Steps, *, nested: bool = False):
         self.space, self.steps, self._nested = space, steps, nested
         self.theta = space.parameters_norm()
         self._errors: dict[Product, float] = {}
-
-    def ends_at_base(self, product: Product) -> bool:
-        """Also where a check is planned, or where rounding of g_f and g_r would spoil the directions."""
-        step = self.steps.products.get(product)
-        if step is None or not step.central or abs(self.steps.cosine) > ALIGNED:
-            return True
-        return not self._inside(product) and self.steps.planned(step)
 
     def _inside(self, product: Product) -> bool:
         """Whether the product is part of a grad Phi that is itself differenced."""
@@ -157,18 +146,15 @@ class MeasuredDifference:
             return [torch.zeros_like(x) for x in direction]
         # without a step from grad Phi itself (its forget batches were at their level), this one is checked here
         inside = self._inside(product) and product in self.steps.products
-        exact = not self.space.mixed or self.ends_at_base(product)
-        curved, gradient = None, 0.0
+        curved = None
         if not inside:
             gradient = math.sqrt(self.space.dot((base, base))[0])
-            if self.steps.due(product, gradient):
-                if not exact:
-                    base = function()  # |g| has changed: the check was not planned
-                curved = self._check(product, function, base, direction, norm, gradient)
-            elif exact and self.steps.products[product].central:
+            due = self.steps.due(product, gradient)
+            if not due and self.steps.products[product].central:
                 curved = self._central(product, function, base, direction, norm)
-                if curved is None:
-                    curved = self._check(product, function, base, direction, norm, gradient)
+                due = curved is None
+            if due:
+                curved = self._check(product, function, base, direction, norm, gradient)
         step = self.steps.products[product]
         self._errors[product] = norm * step.error
         if curved is not None:
@@ -277,13 +263,11 @@ def _sum_and_difference(
 class Exact:
     """Double and triple backward, single process, eager attention. The reference for the differences."""
 
+    differences = False
+
     def __init__(self, space: ParameterSpace, similarity: Similarity):
         self.space = space
         self.similarity = similarity
-
-    def ends_at_base(self, product: Product) -> bool:
-        """Nothing is differenced."""
-        return False
 
     def hessian_vector(
         self, batch: Any, kind: Kind, base: Vector, direction: Vector, norm: float, *, penalty: bool = False

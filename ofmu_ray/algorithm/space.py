@@ -23,8 +23,6 @@ class ParameterSpace(Protocol):
 
     offers_exact: bool
     """Whether `graph_gradient` works (double backward)."""
-    mixed: bool
-    """Whether passes that are not `differenced` are less exact (bf16_autocast, tf32)."""
 
     def gradient(self, batch: Any, *, kind: Kind, differenced: bool = False) -> tuple[Vector, float]:
         """Gradient and value of the mean loss over the global batch.

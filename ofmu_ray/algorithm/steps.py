@@ -87,20 +87,14 @@ class Steps:
     def __init__(self, difference: Difference = "auto", check_every: int = 20):
         self.difference, self.check_every = difference, check_every
         self.round = 0
-        self.cosine = 0.0
-        """cos(g_f, g_r) at the last refresh of the similarity."""
         self.products: dict[Product, Step] = {}
 
     def due(self, product: Product, gradient: float) -> bool:
         """Whether the product is due for a check; `gradient`: the norm of the gradient at theta."""
         step = self.products.get(product)
-        if step is None or self.planned(step):
+        if step is None or self.round - step.round >= self.check_every:
             return True
         return not step.gradient / DRIFT <= gradient <= step.gradient * DRIFT and math.isfinite(gradient)
-
-    def planned(self, step: Step) -> bool:
-        """Whether so many rounds have passed that the next check is due."""
-        return self.round - step.round >= self.check_every
 
     def state_dict(self) -> dict[str, Any]:
         return {product: asdict(step) for product, step in self.products.items()}

@@ -111,9 +111,7 @@ def two_loop_round(
     for t in range(options.inner_steps):
         last = t == options.inner_steps - 1
         batch = next(forget)
-        enters = (phi.stale(t) and curvature.ends_at_base("forget")) or (
-            last and lagged and curvature.ends_at_base("penalty")
-        )
+        enters = curvature.differences and (phi.stale(t) or (last and lagged))
         g_f, stats.forget_loss = space.gradient(batch, kind="forget", differenced=enters)
         if level is not None and stats.forget_loss >= level * (1 - LEVEL_TOLERANCE):
             stats.skipped_ascents = (stats.skipped_ascents or 0) + 1
@@ -135,7 +133,7 @@ def two_loop_round(
         batch = next(retain)
         if s == 0 and penalise and not lagged and options.penalty_curvature == "full":
             phi = phi.nested()
-        enters = s == 0 and penalise and not lagged and phi.penalty_ends_at("retain")
+        enters = s == 0 and penalise and not lagged and phi.penalty_differences("retain")
         g_r, loss = space.gradient(batch, kind="retain", differenced=enters)
         if s == 0:
             stats.retain_loss = loss
@@ -240,7 +238,7 @@ class _Phi:
             self._record_errors(g_f)
             return
         batch = retain_batch()
-        g_r, _ = self.space.gradient(batch, kind="retain", differenced=self.curvature.ends_at_base("retain"))
+        g_r, _ = self.space.gradient(batch, kind="retain", differenced=self.curvature.differences)
         self._sim, retain_half = self._similarity_gradient(forget_batch, batch, g_f, g_r)
         self._record_errors(g_f)
         if self.options.reuse_retain_gradient and len(_refresh_steps(self.options)) > 1:
@@ -254,17 +252,15 @@ class _Phi:
         sim, forget = map(math.sqrt, self.space.dot((self._sim, self._sim), (g_f, g_f)))
         self.errors = _ratio(error, sim), _ratio(self.options.beta * error, forget)
 
-    def penalty_ends_at(self, kind: Kind) -> bool:
-        """Whether the gradient of this loss at theta is an end of a difference in `penalty`."""
-        ends = self.curvature.ends_at_base
-        refreshes = self._refreshes_for_penalty() and ends(kind)
+    def penalty_differences(self, kind: Kind) -> bool:
+        """Whether the gradient of this loss at theta enters a difference in `penalty`."""
         whole = self.options.penalty_curvature == "full"  # differences grad Phi, which both are part of
-        return refreshes or ((whole or kind == "forget") and ends("penalty"))
+        return self.curvature.differences and (self._refreshes_for_penalty() or whole or kind == "forget")
 
     def penalty(self, forget_batch: Any, retain_batch: Any, g_r: Vector, rho: float, stats: RoundStats) -> Vector:
         """2 rho (Hess Phi)(grad Phi) at theta, where g_r = grad L_r. Curvature of Phi (`full`) or of L_f alone."""
         space, options = self.space, self.options
-        g_f, _ = space.gradient(forget_batch, kind="forget", differenced=self.penalty_ends_at("forget"))
+        g_f, _ = space.gradient(forget_batch, kind="forget", differenced=self.penalty_differences("forget"))
         if self._refreshes_for_penalty():
             self._sim = None
             self._sim, _ = self._similarity_gradient(forget_batch, retain_batch, g_f, g_r)

@@ -81,7 +81,6 @@ class PlanSpace:
 
     def __init__(self, module: torch.nn.Module, optimizers: tuple[OptimizerConfig, OptimizerConfig], precision: str):
         self.module, self.precision, self.loss_fn = module, precision, causal_lm_loss
-        self.mixed = precision in ("bf16_autocast", "tf32")
         self.account = PassAccount()
         self.kept: dict[str, Vector] = {}
         self.meter = Meter(grown=self._grown)

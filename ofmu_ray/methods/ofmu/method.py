@@ -127,8 +127,6 @@ class OFMU(Method):
             level=self.level,
         )
         self.rounds_done += 1
-        if stats.gradient_cosine is not None:
-            self.steps.cosine = stats.gradient_cosine
         self._judge(stats)
         values = dataclasses.asdict(stats)
         norms = values.pop("inner_gradient_norms")
@@ -167,14 +165,12 @@ class OFMU(Method):
             "rounds_done": self.rounds_done,
             "rho": self.rho,
             "steps": self.steps.state_dict(),
-            "cosine": self.steps.cosine,
             "told": list(self._noted),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.rounds_done = int(state["rounds_done"])
         self.steps.load_state_dict(state["steps"])
-        self.steps.cosine = state.get("cosine", 0.0)
         self._noted = list(state["told"])
 
 
