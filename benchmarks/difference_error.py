@@ -109,8 +109,8 @@ def relative_error(value: Vector, expected: Vector) -> float:
 
 
 def measured(engine: TorchEngine, steps: Steps, batches: Batches, expected: Vector) -> dict[str, Any]:
-    """Errors of fixed steps and of the run's own steps: as its last check left them (`stale`), at a check now, and of
-    the steps that this check chooses."""
+    """Errors of fixed steps and of the run's own steps: in its next round (`stale`; a step that has become too long
+    asks for a check), at a check now (`measured`), and of the steps that this check chooses (`between_checks`)."""
     errors: dict[str, Any] = {f"fixed_{step:g}": 0.0 for step in FIXED}
     for step in FIXED:
         by = FiniteDifference(engine, "forward", step)

@@ -104,7 +104,8 @@ class FiniteDifference:
 class MeasuredDifference:
     """Differences with one step per product, chosen from the noise and curvature that four gradients show.
 
-    Between checks, a product costs a forward or a central difference; its last check decides which.
+    Between checks, a product costs a forward or a central difference; its last check decides which. A central one whose
+    step has become too long asks for a check.
     """
 
     differences = True

@@ -76,7 +76,7 @@ class Step:
     def too_long(self, bent: float, difference: float) -> bool:
         """Whether curvature has grown since the last check; from |S|^2 and |2hC|^2 at this step, with no extra pass.
 
-        Not finite counts as no: the round reports it.
+        False if one is not a number: the round reports that.
         """
         return bent > max(BENT, 2 * self.bend) ** 2 * difference
 
