@@ -1,6 +1,6 @@
 """What an update costs: OFMU's three presets against gradient ascent and GradDiff, on the same engine in one run.
 
-    OMP_NUM_THREADS=1 python benchmarks/step.py [--repeats 5] [--out benchmarks/step.json] [--smoke]
+    OMP_NUM_THREADS=1 python benchmarks/step.py [--repeats 5] [--rows 8] [--out benchmarks/step.json] [--smoke]
 
 Measures gradient passes, seconds, tokens per second and peak memory per update, and what a round costs beyond its
 passes. Every repeat times all methods and bare gradient passes in turn, on one forget and one retain batch; results are
@@ -34,8 +34,8 @@ from ofmu_ray.engines import Batch, DeepSpeedEngine, TorchEngine
 from ofmu_ray.methods.ofmu import OFMU, OFMUConfig
 from ofmu_ray.models.loading import load_causal_lm, load_tokenizer
 
-ROWS = 8
-"""Rows per batch."""
+FORGET_ROWS = 48
+"""Rows of the built-in forget set."""
 UPDATES = 6
 """Updates per round: T = 5 inner steps and one outer step, or six steps of a baseline."""
 OPTIMIZER = OptimizerConfig(name="adamw", lr=1e-6)
@@ -88,30 +88,30 @@ def build_model(name: str) -> torch.nn.Module:
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-any-return]
 
 
-def batch_of(stream: str, joined: int) -> Batch:
-    """The first rows of the built-in corpus as one micro-batch; a row is `joined` questions, then their answers."""
-    lines = Path(resolve_builtin(f"builtin:people/{stream}.jsonl")).read_text().splitlines()[: ROWS * joined]
+def batch_of(stream: str, rows: int, joined: int) -> Batch:
+    """One micro-batch of `rows` rows of the built-in corpus; a row is `joined` questions, then their answers."""
+    lines = Path(resolve_builtin(f"builtin:people/{stream}.jsonl")).read_text().splitlines()[: rows * joined]
     single = [json.loads(line) for line in lines]
-    pairs = [{c: " ".join(p[c] for p in single[i::ROWS]) for c in ("question", "answer")} for i in range(ROWS)]
+    pairs = [{c: " ".join(p[c] for p in single[i::rows]) for c in ("question", "answer")} for i in range(rows)]
     tokenizer = load_tokenizer(ModelConfig(path=BUILTIN))
     encoded = Template(tokenizer, FormatConfig()).encode_rows(*([p[c] for p in pairs] for c in ("question", "answer")))
     return Batch([collate([row._asdict() for row in encoded], tokenizer.pad_token_id)])
 
 
-def build_engine(name: str, module: torch.nn.Module) -> Any:
+def build_engine(name: str, module: torch.nn.Module, rows: int) -> Any:
     if name == "torch":
         return TorchEngine(module, inner=OPTIMIZER, outer=OPTIMIZER)
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return DeepSpeedEngine(module, inner=OPTIMIZER, outer=OPTIMIZER, zero_stage=2, micro_batch_size=ROWS)
+    return DeepSpeedEngine(module, inner=OPTIMIZER, outer=OPTIMIZER, zero_stage=2, micro_batch_size=rows)
 
 
 # --------------------------------------------------------------------------------------------------------- measuring
 
 
-def measure(engine: Any, joined: int, repeats: int) -> dict[str, Any]:
+def measure(engine: Any, rows: int, joined: int, repeats: int) -> dict[str, Any]:
     """Results of every method on one engine."""
-    forget, retain = [batch_of("forget", joined)], [batch_of("retain", joined)]
+    forget, retain = [batch_of("forget", rows, joined)], [batch_of("retain", rows, joined)]
 
     def passes(kind: str, batch: Batch) -> Callable[[], Any]:
         return lambda: [engine.gradient(batch, kind=kind) for _ in range(3)]
@@ -217,9 +217,9 @@ def seconds_of(action: Callable[[], Any]) -> float:
 # ----------------------------------------------------------------------------------------------------------- printing
 
 
-def table(workload: dict[str, Any]) -> Iterator[str]:
+def table(workload: dict[str, Any], rows: int) -> Iterator[str]:
     """Markdown rows of one model on one engine."""
-    tokens = workload["pass_tokens"]["forget"] / ROWS
+    tokens = workload["pass_tokens"]["forget"] / rows
     size = f"{workload['parameters'] / 1e6:.2f} M parameters, {tokens:.0f} tokens a row"
     yield f"\n{workload['model']} ({size}), {workload['engine']}\n"
     heads = ["method", "forget + retain passes", "passes/update", "ms/update", "of ascent", "tokens/s"]
@@ -249,22 +249,25 @@ def main() -> None:
         "--models", nargs="+", default=[BUILTIN, "llama-10m"], help=f"of {BUILTIN}, llama-10m, llama-tiny"
     )
     parser.add_argument("--engines", nargs="+", default=["torch", "deepspeed"], help="of torch, deepspeed (stage 2)")
+    parser.add_argument("--rows", type=int, default=8, help="rows per batch")
     parser.add_argument("--joined", type=int, default=2, help="questions per row (built-in model: always 1)")
     parser.add_argument("--smoke", action="store_true", help="two repeats on a model of 0.1 M parameters")
     args = parser.parse_args()
+    if args.rows * args.joined > FORGET_ROWS:
+        parser.error(f"--rows x --joined: at most {FORGET_ROWS}, the forget rows of the built-in corpus")
     if args.smoke:
         args.repeats, args.models = 2, ["llama-tiny"]
     torch.set_num_threads(1)
 
-    results: dict[str, Any] = {"machine": machine(), "rows": ROWS, "workloads": []}
+    results: dict[str, Any] = {"machine": machine(), "rows": args.rows, "workloads": []}
     for model in args.models:
         for name in args.engines:
-            engine = build_engine(name, build_model(model))
+            engine = build_engine(name, build_model(model), args.rows)
             joined = 1 if model == BUILTIN else args.joined
             repeats = args.repeats * (5 if model == BUILTIN else 1)  # its rounds are short and therefore noisy
             about = {"model": model, "engine": name, "parameters": engine.numel, "joined": joined, "repeats": repeats}
-            results["workloads"].append(about | measure(engine, joined, repeats))
-            print("\n".join(table(results["workloads"][-1])), flush=True)
+            results["workloads"].append(about | measure(engine, args.rows, joined, repeats))
+            print("\n".join(table(results["workloads"][-1], args.rows)), flush=True)
             if name == "deepspeed":
                 engine.close()
             del engine
