@@ -13,6 +13,7 @@ os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")  # per-process mem
 
 import pytest
 from hub_server import TOKEN, Hub, hub_server
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 # workers that Ray starts import what tests define, such as digits_task.py
@@ -21,6 +22,10 @@ LONGEST = ("test_submit", "test_recovery", "test_sweep", "test_unlearn", "test_b
 """Files that take two minutes or more."""
 PROCESSES = ("subprocess.Popen", "os.fork", "os.posix_spawn")
 """Audit events of a new process."""
+
+# no time limit of an example (200 ms by default): on a busy machine any test would exceed it
+settings.register_profile("ofmu", deadline=None)
+settings.load_profile("ofmu")
 
 _unit: list[str] = []
 """The running unit test."""

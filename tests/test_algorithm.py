@@ -164,7 +164,7 @@ def regression(module, batch):
     return ((module(x) - y) ** 2).mean()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 10_000),
     width=st.integers(2, 6),

@@ -72,7 +72,7 @@ def _unbiased_cka(x: np.ndarray, y: np.ndarray) -> float:
 
 
 @given(rows=st.integers(2, 12), p=st.integers(1, 9), q=st.integers(1, 9), seed=st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_cka_equals_the_kernel_formula(rows: int, p: int, q: int, seed: int) -> None:
     x, y = _random(rows, p, seed), _random(rows, q, seed + 1)
     assert linear_cka(x, y) == pytest.approx(_kernel_cka(x, y), abs=1e-9)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import ks_2samp, spearmanr, ttest_rel
 
@@ -306,7 +306,6 @@ def test_what_a_paired_test_does_with_little() -> None:
     assert same.p_value == 1.0
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
 def test_holm_is_the_closed_test_of_bonferroni(p_values: list[float]) -> None:
     """A claim's adjusted p: the largest Bonferroni p over all sets of hypotheses that contain it."""

@@ -31,7 +31,7 @@ def ordered(lengths: np.ndarray, batches: int, size: int, seed: int, held: bool,
         return batch_order(len(lengths), batches, size, lengths=lengths.__getitem__, seed=seed, stream=stream)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(**shapes)
 def test_each_row_once_per_cycle(rows: int, batches: int, share: int, workers: int, seed: int, held: bool) -> None:
     size = share * workers
@@ -44,7 +44,7 @@ def test_each_row_once_per_cycle(rows: int, batches: int, share: int, workers: i
     assert len(set(rest)) == len(rest)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(**shapes)
 def test_a_row_repeats_in_a_batch_only_when_unavoidable(
     rows: int, batches: int, share: int, workers: int, seed: int, held: bool
@@ -56,7 +56,7 @@ def test_a_row_repeats_in_a_batch_only_when_unavoidable(
     assert most <= -(-size // rows) + (1 if rows < size else 0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(**shapes)
 def test_order_is_deterministic_and_extends(
     rows: int, batches: int, share: int, workers: int, seed: int, held: bool
@@ -67,7 +67,7 @@ def test_order_is_deterministic_and_extends(
     assert np.array_equal(longer[:batches], order)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(**shapes)
 def test_shards_partition_a_batch_evenly(
     rows: int, batches: int, share: int, workers: int, seed: int, held: bool

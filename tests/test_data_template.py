@@ -62,7 +62,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.text("abcAda Quill.?é漢 ", min_size=1).filter(str.strip),
     st.text("abcAda Quill.?é漢 ", min_size=1).filter(str.strip),

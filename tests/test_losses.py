@@ -121,7 +121,7 @@ def test_ceu_gradient_is_what_it_says() -> None:
     torch.testing.assert_close(gradient, expected, atol=1e-12, rtol=0)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.floats(1e-6, 30.0), st.floats(0.01, 30.0))
 def test_npo_tends_to_gradient_ascent(nll: float, reference: float) -> None:
     """d/d nll is -1 at beta = 0, and fades with -2 sigmoid(-beta (nll - reference)) where the answer is forgotten."""

@@ -151,7 +151,7 @@ def _slow_rtn(weight: np.ndarray, bits: int, group_size: int | None) -> np.ndarr
     return result
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
     shape=st.tuples(st.integers(1, 5), st.integers(1, 20)),

@@ -127,7 +127,7 @@ def test_a_split_by_class_refuses_rows_without_one(tmp_path: Path, tokenizer: An
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(1, 120), min_size=1, max_size=8),
     max_length=st.integers(3, 40),
