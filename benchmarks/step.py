@@ -16,7 +16,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -109,8 +109,9 @@ def build_engine(name: str, module: torch.nn.Module, rows: int) -> Any:
 # --------------------------------------------------------------------------------------------------------- measuring
 
 
-def measure(engine: Any, rows: int, joined: int, repeats: int) -> dict[str, Any]:
-    """Results of every method on one engine."""
+def measure(engine: Any, rows: int, joined: int, repeats: int, only: Sequence[str]) -> dict[str, Any]:
+    """Results of gradient ascent and the methods `only` on one engine."""
+    compared = {name: method for name, method in methods().items() if name == "gradient ascent" or name in only}
     forget, retain = [batch_of("forget", rows, joined)], [batch_of("retain", rows, joined)]
 
     def passes(kind: str, batch: Batch) -> Callable[[], Any]:
@@ -119,7 +120,7 @@ def measure(engine: Any, rows: int, joined: int, repeats: int) -> dict[str, Any]
     actions: dict[str, Callable[[], Any]] = {
         "forget": passes("forget", forget[0]),
         "retain": passes("retain", retain[0]),
-        **{name: partial(method.round, engine, forget, retain) for name, method in methods().items()},
+        **{name: partial(method.round, engine, forget, retain) for name, method in compared.items()},
     }
     # the first round allocates optimiser states and kernel workspaces: use it for passes, not for time or memory
     spent = {name: account_of(engine, action) for name, action in actions.items()}
@@ -133,7 +134,7 @@ def measure(engine: Any, rows: int, joined: int, repeats: int) -> dict[str, Any]
             cpu[name].append(time.process_time() - started_cpu)
             wall[name].append(time.perf_counter() - started)
     results = {}
-    for name in methods():
+    for name in compared:
         cost, seconds = spent[name], median(wall[name])
         bare = [
             (cost["forget"] * f + cost["retain"] * r) / 3 for f, r in zip(cpu["forget"], cpu["retain"], strict=True)
@@ -251,6 +252,8 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", default=["torch", "deepspeed"], help="of torch, deepspeed (stage 2)")
     parser.add_argument("--rows", type=int, default=8, help="rows per batch")
     parser.add_argument("--joined", type=int, default=2, help="questions per row (built-in model: always 1)")
+    names = list(methods())
+    parser.add_argument("--methods", nargs="+", choices=names, default=names, help="beside gradient ascent")
     parser.add_argument("--smoke", action="store_true", help="two repeats on a model of 0.1 M parameters")
     args = parser.parse_args()
     if args.rows * args.joined > FORGET_ROWS:
@@ -266,7 +269,7 @@ def main() -> None:
             joined = 1 if model == BUILTIN else args.joined
             repeats = args.repeats * (5 if model == BUILTIN else 1)  # its rounds are short and therefore noisy
             about = {"model": model, "engine": name, "parameters": engine.numel, "joined": joined, "repeats": repeats}
-            results["workloads"].append(about | measure(engine, args.rows, joined, repeats))
+            results["workloads"].append(about | measure(engine, args.rows, joined, repeats, args.methods))
             print("\n".join(table(results["workloads"][-1], args.rows)), flush=True)
             if name == "deepspeed":
                 engine.close()
