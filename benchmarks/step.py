@@ -34,8 +34,6 @@ from ofmu_ray.engines import Batch, DeepSpeedEngine, TorchEngine
 from ofmu_ray.methods.ofmu import OFMU, OFMUConfig
 from ofmu_ray.models.loading import load_causal_lm, load_tokenizer
 
-FORGET_ROWS = 48
-"""Rows of the built-in forget set."""
 UPDATES = 6
 """Updates per round: T = 5 inner steps and one outer step, or six steps of a baseline."""
 OPTIMIZER = OptimizerConfig(name="adamw", lr=1e-6)
@@ -90,8 +88,10 @@ def build_model(name: str) -> torch.nn.Module:
 
 def batch_of(stream: str, rows: int, joined: int) -> Batch:
     """One micro-batch of `rows` rows of the built-in corpus; a row is `joined` questions, then their answers."""
-    lines = Path(resolve_builtin(f"builtin:people/{stream}.jsonl")).read_text().splitlines()[: rows * joined]
-    single = [json.loads(line) for line in lines]
+    lines = Path(resolve_builtin(f"builtin:people/{stream}.jsonl")).read_text().splitlines()
+    if rows * joined > len(lines):
+        raise SystemExit(f"--rows {rows} x --joined {joined}: the built-in {stream} set has {len(lines)} rows")
+    single = [json.loads(line) for line in lines[: rows * joined]]
     pairs = [{c: " ".join(p[c] for p in single[i::rows]) for c in ("question", "answer")} for i in range(rows)]
     tokenizer = load_tokenizer(ModelConfig(path=BUILTIN))
     encoded = Template(tokenizer, FormatConfig()).encode_rows(*([p[c] for p in pairs] for c in ("question", "answer")))
@@ -256,8 +256,6 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=names, default=names, help="beside gradient ascent")
     parser.add_argument("--smoke", action="store_true", help="two repeats on a model of 0.1 M parameters")
     args = parser.parse_args()
-    if args.rows * args.joined > FORGET_ROWS:
-        parser.error(f"--rows x --joined: at most {FORGET_ROWS}, the forget rows of the built-in corpus")
     if args.smoke:
         args.repeats, args.models = 2, ["llama-tiny"]
     torch.set_num_threads(1)
